@@ -1,0 +1,29 @@
+"""CrossFusion at cluster scale: survival from whole-slide images, with numbers a reviewer can trust.
+
+The names below are the public API; each is imported when it is first used, so that `import cfusion` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_API = {
+    "load_config": "cfusion.config",
+    "read_cohort": "cfusion.cohort",
+    "make_splits": "cfusion.splits",
+    "fit": "cfusion.training.folds",
+    "predict": "cfusion.predict",
+    "score": "cfusion.survival.score",
+    "write_report": "cfusion.report",
+}
+
+__all__ = ["__version__", *_API]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _API:
+        raise AttributeError(f"module 'cfusion' has no attribute {name!r}")
+    return getattr(importlib.import_module(_API[name]), name)

@@ -1,0 +1,1 @@
+"""The command line; each module holds the commands of one subject."""

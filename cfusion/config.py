@@ -1,0 +1,327 @@
+"""One configuration: every setting of a run, its default and what it means.
+
+A file is YAML with the sections below; `section.key=value` overrides one key. Unknown keys and impossible combinations
+are refused when the file is read, not when the run meets them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cfusion.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A group of settings; unknown keys are errors, and a section cannot be changed once it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class CohortConfig(Section):
+    """Which patients, and what happened to them."""
+
+    name: str = "cohort"
+    """Short name of the cohort; it heads every table and file."""
+    table: Path = Path("cohort.csv")
+    """Clinical table: CSV, TSV, or CSV in a ZIP file."""
+    format: Literal["auto", "published", "plain", "gdc", "cdr"] = "auto"
+    """Layout of the table; `auto` tells by its columns and says which it took."""
+    endpoint: Literal["OS", "DSS", "PFI"] = "OS"
+    """Overall survival, disease-specific survival or progression-free interval, where the table has them."""
+    time_unit: Literal["months", "days", "years"] = "months"
+    """Unit of a plain table's time column."""
+    slides: Path | None = None
+    """Table that names each slide's case (`slide_id, case_id`), or a GDC manifest, where `table` does not name them."""
+
+
+class SplitsConfig(Section):
+    """Who trains, who chooses, who is scored."""
+
+    directory: Path | None = None
+    """Folder of published `splits_K.csv` with columns train and val; none: folds are drawn."""
+    folds: int = Field(5, ge=2)
+    """Number of outer folds, where they are drawn."""
+    repeats: int = Field(1, ge=1)
+    """How often the whole cross-validation is drawn anew."""
+    scheme: Literal["stratified", "site"] = "stratified"
+    """`stratified`: patients by event and time; `site`: no tissue source site on both sides of a fold."""
+    validation_fraction: float = Field(0.2, gt=0, lt=0.5)
+    """Share of the training patients kept for early stopping and model choice under `strict`."""
+    seed: int = 7
+    """Seed of the drawn folds and of the inner validation."""
+
+
+class DataConfig(Section):
+    """Where bags come from and how they are read."""
+
+    shards: str = "shards"
+    """Folder or URL of packed shards with their index."""
+    encoder: str | None = None
+    """Name of the encoder the shards must carry; none: whatever they carry."""
+    magnifications: tuple[float, ...] = (20.0, 10.0, 5.0)
+    """Magnifications to read, finest first."""
+    unit: Literal["case", "slide"] = "case"
+    """`case`: a patient's slides form one bag; `slide`: one bag a slide, and a patient's risks are averaged."""
+    max_tiles: int | None = Field(None, ge=1)
+    """At most so many tiles at the finest magnification, drawn anew each epoch; parents of kept tiles stay."""
+    feature_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of embedding channels set to zero in training, the same for a whole bag."""
+    cache: Literal["page", "ram", "gpu"] = "page"
+    """`page`: the operating system's page cache; `ram`/`gpu`: the cohort is held where it fits."""
+    read_threads: int = Field(2, ge=1)
+    """Threads that read bags ahead of the model."""
+    buffer_bytes: int = Field(1 << 30, ge=1 << 20)
+    """Memory that bags read ahead may take, in bytes."""
+
+
+class ModelConfig(Section):
+    """Which network."""
+
+    name: str = "crossfusion"
+    """A key of the model registry: crossfusion, crossfusion_concat, crossfusion_single, amil, dsmil, transmil, …"""
+    embed_dim: int = Field(512, ge=8)
+    """Width of the tokens; the paper has 512."""
+    num_heads: int = Field(4, ge=1)
+    """Attention heads; must divide `embed_dim`."""
+    num_layers: int = Field(1, ge=1)
+    """Blocks on each side of the position encoding in every transformer."""
+    source: float = 10.0
+    """Magnification whose tokens set the grid of CrossFusion; the others are its context."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of one model, passed on to its builder by name."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"model.num_heads={self.num_heads} does not divide model.embed_dim={self.embed_dim}")
+        return self
+
+
+class TrainConfig(Section):
+    """How a fold is trained."""
+
+    recipe: Literal["default", "published"] = "default"
+    """`published` sets this section to the published training and refuses other values for what it sets."""
+    epochs: int = Field(40, ge=1)
+    """At most so many passes over the training bags."""
+    patience: int | None = Field(10, ge=1)
+    """Stop after so many epochs without a better validation score; none: never."""
+    min_epoch: int = Field(0, ge=0)
+    """First epoch (from 0) whose weights may be chosen."""
+    monitor: Literal["cindex", "loss"] = "cindex"
+    """Validation score that chooses the epoch."""
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    """AdamW (decoupled weight decay) or Adam (L2)."""
+    lr: float = Field(3e-4, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(1e-2, ge=0)
+    """Weight decay."""
+    schedule: Literal["cosine", "constant", "published"] = "cosine"
+    """`cosine` to `final_lr` over all steps; `published`: a cosine of period 2 × 10 epochs with floor 0, by epoch."""
+    warmup_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises from 0."""
+    final_lr: float = Field(0.05, ge=0, le=1)
+    """Last learning rate of `cosine`, as a share of `lr`."""
+    clip_norm: float | None = Field(1.0, gt=0)
+    """Largest norm of a step's gradient; none: no clipping."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of an exponential moving average of the weights, which is then what is evaluated; none: off."""
+    loss: Literal["nll", "ce", "cox", "ranking"] = "nll"
+    """A key of the loss registry."""
+    alpha: float = Field(0.0, ge=0, le=1)
+    """Weight of uncensored cases in `nll` and `ce`: censored ones count 1 − alpha. 0 in validation."""
+    sampling: Literal["all", "weighted"] = "all"
+    """`all`: every bag once an epoch; `weighted`: with replacement, by 1 / size of its (bin × censoring) class."""
+    micro_batch: int = Field(1, ge=1)
+    """Bags in one forward pass, padded and masked; 1 as published."""
+    permute_outcomes: int | None = None
+    """Seed by which outcomes are dealt to other patients, for the null beside a score; none: real outcomes."""
+
+
+PUBLISHED_RECIPE: dict[str, Any] = {
+    "epochs": 100, "patience": 20, "min_epoch": 5, "monitor": "cindex", "optimizer": "adam", "lr": 1e-4,
+    "weight_decay": 4e-6, "schedule": "published", "warmup_fraction": 0.0, "clip_norm": None, "ema": None,
+    "loss": "nll", "alpha": 0.2, "sampling": "weighted", "micro_batch": 1,
+}  # fmt: skip
+"""The published training (CrossFusion program, `recipe: published`)."""
+
+
+class ParallelConfig(Section):
+    """How a run is spread over processes."""
+
+    engine: Literal["ddp", "zero1", "zero2", "zero3"] = "ddp"
+    """DistributedDataParallel or a stage of DeepSpeed's ZeRO."""
+    precision: Literal["f32", "bf16", "fp16", "f64"] = "f32"
+    """Arithmetic of the forward pass; f64 is for tests of equality."""
+    global_batch: int = Field(32, ge=1)
+    """Bags of one optimizer step over all processes; accumulation follows from it."""
+
+
+class EvaluationConfig(Section):
+    """How a run is judged."""
+
+    protocol: Literal["strict", "fixed-epoch", "published"] = "strict"
+    """Where the model is chosen: on an inner validation split, nowhere, or (optimistically) on the scored fold."""
+    n_bins: int = Field(4, ge=2)
+    """Time bins of the discrete hazard, at quantiles of the training patients' event times."""
+    horizons_months: tuple[float, ...] = (12.0, 36.0, 60.0)
+    """Horizons of the time-dependent AUC."""
+    bootstrap: int = Field(1000, ge=0)
+    """Patient-bootstrap replicates of every interval."""
+    strict: bool = False
+    """Stop where the audit of the data drops or doubts anything, instead of saying so and going on."""
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    enabled: bool = True
+    """Whether runs are tracked."""
+    uri: str | None = None
+    """Tracking server or database; none: `MLFLOW_TRACKING_URI`, or else sqlite in the output folder."""
+    experiment: str = "cfusion"
+    """Experiment under which the runs stand."""
+    register_as: str | None = None
+    """Name in the model registry for the fold ensemble; none: not registered."""
+
+
+class PreprocessConfig(Section):
+    """From slides to a feature store."""
+
+    slides: Path = Path("slides")
+    """Folder that is searched for slides, or one slide."""
+    store: Path = Path("features")
+    """Feature store to write."""
+    encoders: tuple[str, ...] = ("stain-texture",)
+    """Encoders to run on each decoded cell."""
+    magnifications: tuple[float, ...] = (20.0, 10.0, 5.0)
+    """Magnifications of the tiles, finest first, each half the one before."""
+    resolution: Literal["nominal", "exact"] = "nominal"
+    """`nominal` buckets a slide to 40x/20x/10x, as published features do; `exact` resamples to the true µm/px."""
+    default_mpp: float | None = Field(None, gt=0)
+    """µm/px of slides whose files do not tell."""
+    mpp_table: Path | None = None
+    """CSV `slide_id, mpp` that supplies resolutions."""
+    resample: Literal["area", "bicubic"] = "area"
+    """Filter of the coarser magnifications."""
+    threads: int = Field(2, ge=1)
+    """Reading threads."""
+
+
+class Config(Section):
+    """A whole run: cohort, splits, data, model, training, evaluation, tracking."""
+
+    cohort: CohortConfig = CohortConfig()
+    """Patients and outcomes."""
+    splits: SplitsConfig = SplitsConfig()
+    """Folds."""
+    data: DataConfig = DataConfig()
+    """Bags."""
+    model: ModelConfig = ModelConfig()
+    """Network."""
+    train: TrainConfig = TrainConfig()
+    """Training of a fold."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Processes and precision."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Protocol and scores."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+    seed: int = 7
+    """Seed of initialisation, order of bags and dropout."""
+    output: Path = Path("runs/run")
+    """Folder of the run: checkpoints, predictions, report."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_recipe(cls, values: Any) -> Any:
+        train = values.get("train") if isinstance(values, dict) else None
+        if not isinstance(train, dict) or train.get("recipe") != "published":
+            return values
+        for key, value in PUBLISHED_RECIPE.items():
+            if train.get(key, value) != value:
+                raise ValueError(f"train.recipe=published sets train.{key}={value}; {train[key]!r} contradicts it")
+        return {**values, "train": {**train, **PUBLISHED_RECIPE}}
+
+    @model_validator(mode="after")
+    def _source_is_read(self) -> Config:
+        if self.model.name == "crossfusion" and self.model.source not in self.data.magnifications:
+            raise ValueError(f"model.source={self.model.source:g} is not among data.magnifications")
+        return self
+
+
+def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML configuration and apply `section.key=value` overrides.
+
+    Paths in the file are relative to the working directory.
+
+    Raises:
+        ConfigError: The file cannot be read, a key is unknown (the nearest valid one is offered), or a value or
+            combination is refused.
+    """
+    values = _read_yaml(Path(path)) if path is not None else {}
+    for override in overrides:
+        _apply_override(values, override)
+    return validate(Config, values, str(path or "command line"))
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def validate(section: type[SectionT], values: dict[str, Any], source: str) -> SectionT:
+    """Build `section` from plain values, with errors that name `source`, the key and the nearest valid key."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{source}: {_explain(section, item)}" for item in error.errors())) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}).", "Give the path of a YAML file.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML ({' '.join(str(error).split())}).") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected sections with keys, found {type(values).__name__}.")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r}: an override reads section.key=value.")
+    *sections, last = key.split(".")
+    target = values
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"{override!r}: {section} is not a section.")
+    try:
+        target[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is not valid YAML.") from error
+
+
+def _explain(section: type[BaseModel], item: Any) -> str:
+    location = ".".join(str(part) for part in item["loc"])
+    if item["type"] != "extra_forbidden":
+        message = item["msg"].removeprefix("Value error, ")
+        return f"{location}={item['input']!r}: {message}." if location else f"{message}."
+    *parents, key = (str(part) for part in item["loc"])
+    owner: Any = section
+    for parent in parents:
+        owner = owner.model_fields[parent].annotation if parent in owner.model_fields else owner
+    near = difflib.get_close_matches(key, owner.model_fields, n=1, cutoff=0.5)
+    hint = f"Did you mean {'.'.join([*parents, near[0]])}?" if near else f"Known: {', '.join(owner.model_fields)}."
+    return f"unknown key {location}. {hint}"

@@ -1,0 +1,75 @@
+"""What a run says while it works: progress with an estimate of the end, and log lines."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+logger = logging.getLogger("cfusion")
+
+
+class Progress:
+    """Counts finished items of a long step and shows how long the rest will take."""
+
+    def __init__(self, description: str, total: int) -> None:
+        self.description = description
+        self.total = total
+        self.done = 0
+        self.note = ""
+        self._start = self._last_line = time.monotonic()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count `count` more items as finished; `note` stands behind the bar."""
+        self.done += count
+        self.note = note or self.note
+        now = time.monotonic()
+        if now - self._last_line >= 15 and self.done < self.total:
+            self._last_line = now
+            left = (now - self._start) / self.done * (self.total - self.done)
+            logger.info("%s: %d of %d, about %.0f s left %s", self.description, self.done, self.total, left, self.note)
+
+
+class _Bar(Progress):
+    def __init__(self, description: str, total: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        super().__init__(description, total)
+        self._bar = RichProgress(
+            TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), transient=False,
+        )  # fmt: skip
+        self._task = self._bar.add_task(description, total=total, note="")
+        self._bar.start()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self._bar.update(self._task, advance=count, note=note or self.note)
+        self.note = note or self.note
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Progress]:
+    """Show the progress of a long step: a bar on a terminal, a log line now and then elsewhere.
+
+    Only rank 0 of a distributed run shows anything.
+    """
+    start = time.monotonic()
+    rank_zero = os.environ.get("RANK", "0") == "0"
+    if rank_zero and sys.stderr.isatty() and sys.stdout.isatty():
+        bar = _Bar(description, total)
+        try:
+            yield bar
+        finally:
+            bar.close()
+    else:
+        counter = Progress(description, total)
+        yield counter
+        if rank_zero:
+            logger.info("%s: %d of %d in %.1f s", description, counter.done, total, time.monotonic() - start)

@@ -1,0 +1,1 @@
+"""Bags: the feature store, shards, who reads what, and the loader."""

@@ -1,0 +1,1 @@
+"""CrossFusion, its variants and the baselines."""

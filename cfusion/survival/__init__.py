@@ -1,0 +1,1 @@
+"""Survival statistics, apart from any model: bins, losses, scores, comparisons."""

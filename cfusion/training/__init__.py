@@ -1,0 +1,1 @@
+"""Training of one fold, from one process to many nodes."""
