@@ -159,16 +159,20 @@ class SurvivalOutput:
         hazards: [bag, bin] in (0, 1): sigmoid of the logits, the chance of the event in a bin given survival to it.
         survival: [bag, bin] in (0, 1), not increasing: the chance of surviving past the right edge of each bin.
         risk: [bag], minus the sum of `survival`; higher is worse.
+        instance_logits: [bag, bin], of each bin's critical tile, where a model trains an instance branch beside its bag
+            branch (DSMIL); the loss is then the mean over both.
     """
 
     logits: Float[Tensor, "bag bin"]
     hazards: Float[Tensor, "bag bin"]
     survival: Float[Tensor, "bag bin"]
     risk: Float[Tensor, " bag"]
+    instance_logits: Float[Tensor, "bag bin"] | None = None
 
     @classmethod
     def from_logits(cls, logits: Float[Tensor, "bag bin"]) -> SurvivalOutput:
-        """Hazards, survival and risk of the given logits."""
+        """Hazards, survival and risk of the given logits, in f32 at least: products of hazards do not bear f16."""
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         hazards = torch.sigmoid(logits)
         survival = torch.cumprod(1 - hazards, dim=1)
         return cls(logits, hazards, survival, -survival.sum(dim=1))

@@ -1,0 +1,1 @@
+"""Claims of speed, each as a script that runs both sides."""

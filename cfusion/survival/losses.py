@@ -1,0 +1,195 @@
+"""Losses of discrete-time survival models: likelihood, cross-entropy, Cox and ranking.
+
+All of them work on logits, in logarithms: they stay finite, with useful gradients, where a hazard or a survival
+probability rounds to 0 or 1. Sums and means over cases are the caller's, who knows the size of the global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from cfusion.types import SurvivalOutput, Targets
+
+LogitLoss = Callable[..., Tensor]
+
+
+def nll(logits: Float[Tensor, "bag bin"], targets: Targets, *, alpha: float = 0.0) -> Float[Tensor, " bag"]:
+    """Negative log-likelihood of a discrete-time hazard model (Zadeh and Schmid, TPAMI 2020; CrossFusion, eq. of L).
+
+    With label Y, hazards h and survival S, S_{-1} = 1: −log S_{Y−1} − log h_Y for an event in bin Y,
+    −(1 − α) log S_Y for a case censored in bin Y. The published program clamps at 1e-7 what this computes exactly.
+
+    Args:
+        logits: Logits of the hazards.
+        targets: Outcomes.
+        alpha: In [0, 1]; censored cases weigh 1 − alpha.
+    """
+    log_hazard, log_survival = _log_terms(logits)
+    before, at = _around_label(log_survival, targets.label)
+    event = -before - _pick(log_hazard, targets.label)
+    return torch.where(targets.event, event, -(1 - alpha) * at)
+
+
+def ce(logits: Float[Tensor, "bag bin"], targets: Targets, *, alpha: float = 0.0) -> Float[Tensor, " bag"]:
+    """Cross-entropy of surviving past the label's bin (Zadeh and Schmid, TPAMI 2020), blended with the likelihood.
+
+    (1 − α) · CE + α · NLL of events, where CE is −log(1 − S_Y) for an event and −log S_Y for a censored case.
+
+    Args:
+        logits: Logits of the hazards.
+        targets: Outcomes.
+        alpha: In [0, 1]; weight of the events' likelihood against the cross-entropy.
+    """
+    log_hazard, log_survival = _log_terms(logits)
+    before, at = _around_label(log_survival, targets.label)
+    likelihood = -before - _pick(log_hazard, targets.label)
+    event = -(1 - alpha) * _log_one_minus_exp(at) + alpha * likelihood
+    return torch.where(targets.event, event, -(1 - alpha) * at)
+
+
+def log_risk(logits: Float[Tensor, "bag bin"]) -> Float[Tensor, " bag"]:
+    """Logarithm of the cumulative hazard −log S over all bins: the linear predictor of a proportional-hazards model."""
+    total = F.softplus(logits).sum(dim=1)
+    return total.clamp_min(torch.finfo(total.dtype).tiny).log()
+
+
+def cox(
+    log_risks: Float[Tensor, " bag"], time: Float[Tensor, " bag"], event: Bool[Tensor, " bag"]
+) -> Float[Tensor, " bag"]:
+    """Negative log partial likelihood of Cox (1972), ties by Efron (1977), one term per case; censored cases have 0.
+
+    Args:
+        log_risks: Linear predictors of the whole risk set.
+        time: Follow-up times, in any unit.
+        event: Whether the event was seen.
+    """
+    order = torch.argsort(time, descending=True, stable=True)
+    eta, sorted_time, died = log_risks[order], time[order], event[order]
+    _, group, size = torch.unique_consecutive(sorted_time, return_inverse=True, return_counts=True)
+    last = size.cumsum(0) - 1
+    at_risk = torch.logcumsumexp(eta, dim=0)[last][group]
+    tied = torch.zeros_like(size).index_add_(0, group, died.long())[group].clamp_min(1)
+    rank = died.long().cumsum(0) - died.long() - _before_group(died.long(), size)[group]
+    share = torch.where(died, rank, 0) / tied
+    tied_deaths = _group_logsumexp(eta, died, group, len(size))[group]
+    # log(R − share · D), R the risk set's sum and D that of the deaths at this time: Efron's correction.
+    reduced = torch.where(died, tied_deaths, at_risk) - at_risk
+    terms = torch.where(died, at_risk + torch.log1p(-share.to(eta.dtype) * reduced.exp().clamp_max(1)) - eta, 0)
+    return torch.zeros_like(terms).index_copy(0, order, terms)
+
+
+def ranking(
+    log_risks: Float[Tensor, " bag"], time: Float[Tensor, " bag"], event: Bool[Tensor, " bag"]
+) -> Float[Tensor, " bag"]:
+    """Logistic loss over comparable pairs (Steck et al., NeurIPS 2007): a smooth upper bound of 1 − Harrell's C.
+
+    A case with an event at t is compared with all that were followed beyond t; its term is the mean of
+    log2(1 + exp(η_j − η_i)) over them, 0 where there are none.
+
+    Args:
+        log_risks: Predictors; higher is worse.
+        time: Follow-up times, in any unit.
+        event: Whether the event was seen.
+    """
+    later = time[None, :] > time[:, None]
+    censored_at_same_time = (time[None, :] == time[:, None]) & ~event[None, :]
+    comparable = event[:, None] & (later | censored_at_same_time)
+    margins = F.softplus(log_risks[None, :] - log_risks[:, None]) / torch.log(log_risks.new_tensor(2.0))
+    return (margins * comparable).sum(dim=1) / comparable.sum(dim=1).clamp_min(1)
+
+
+def _cox_of_logits(logits: Tensor, targets: Targets, *, alpha: float = 0.0) -> Tensor:
+    return cox(log_risk(_exact(logits)), targets.time_months, targets.event)
+
+
+def _ranking_of_logits(logits: Tensor, targets: Targets, *, alpha: float = 0.0) -> Tensor:
+    return ranking(log_risk(_exact(logits)), targets.time_months, targets.event)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One entry of the registry.
+
+    Attributes:
+        over_logits: `over_logits(logits [bag, bin], targets, alpha=…)` → [bag], the share of each case in the loss.
+        set_wise: A case's share depends on the other cases: call it with the whole, gathered set.
+    """
+
+    over_logits: LogitLoss
+    set_wise: bool = False
+
+    def __call__(self, output: SurvivalOutput, targets: Targets, *, alpha: float = 0.0) -> Float[Tensor, " bag"]:
+        """The share of each case in the loss; their sum over the number of cases is the loss.
+
+        Args:
+            output: Of the model; with `instance_logits`, the loss is the mean over both branches (DSMIL, eq. 5).
+            targets: Outcomes.
+            alpha: In [0, 1], see `nll` and `ce`; `cox` and `ranking` have no use for it.
+        """
+        bag = self.over_logits(output.logits, targets, alpha=alpha)
+        if output.instance_logits is None:
+            return bag
+        return (bag + self.over_logits(output.instance_logits, targets, alpha=alpha)) / 2
+
+
+LOSSES: dict[str, Loss] = {
+    "nll": Loss(nll),
+    "ce": Loss(ce),
+    "cox": Loss(_cox_of_logits, set_wise=True),
+    "ranking": Loss(_ranking_of_logits, set_wise=True),
+}
+"""Losses by the name a configuration gives them; a user's own may join."""
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _log_terms(logits: Tensor) -> tuple[Tensor, Tensor]:
+    logits = _exact(logits)
+    return F.logsigmoid(logits), -F.softplus(logits).cumsum(dim=1)
+
+
+def _pick(values: Tensor, label: Int[Tensor, " bag"]) -> Tensor:
+    return values.gather(1, label[:, None]).squeeze(1)
+
+
+def _around_label(log_survival: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """log S_{Y−1} and log S_Y."""
+    padded = F.pad(log_survival, (1, 0))
+    return _pick(padded, label), _pick(padded, label + 1)
+
+
+def _log_one_minus_exp(log_p: Tensor) -> Tensor:
+    """log(1 − exp(log_p)) for log_p ≤ 0, by the branch that keeps its digits (Mächler 2012)."""
+    log_p = log_p.clamp_max(-torch.finfo(log_p.dtype).tiny)
+    near = log_p > -0.693
+    # Each branch sees only arguments it can bear, so that neither sends NaN through the gradient of the other.
+    close = torch.log(-torch.expm1(torch.where(near, log_p, -1.0)))
+    far = torch.log1p(-torch.exp(torch.where(near, -1.0, log_p)))
+    return torch.where(near, close, far)
+
+
+def _before_group(counts: Tensor, size: Tensor) -> Tensor:
+    """Sum of `counts` over all members of the groups before each group."""
+    ends = counts.cumsum(0)[size.cumsum(0) - 1]
+    return F.pad(ends, (1, 0))[:-1]
+
+
+def _group_logsumexp(eta: Tensor, member: Tensor, group: Tensor, groups: int) -> Tensor:
+    """log Σ exp(eta) over the members of each group; −inf where a group has none."""
+    lowest = torch.finfo(eta.dtype).min
+    masked = torch.where(member, eta.detach(), lowest)
+    top = eta.new_full((groups,), lowest).scatter_reduce(0, group, masked, "amax")
+    shifted = torch.where(member, eta - top[group], 0).exp() * member
+    total = torch.zeros_like(top).index_add(0, group, shifted)
+    return torch.where(total > 0, torch.where(total > 0, total, 1.0).log() + top, lowest)
+
+
+__all__ = ["LOSSES", "LogitLoss", "Loss", "ce", "cox", "log_risk", "nll", "ranking"]
