@@ -161,7 +161,7 @@ def _pick(values: Tensor, label: Int[Tensor, " bag"]) -> Tensor:
 
 
 def _around_label(log_survival: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """log S_{Y−1} and log S_Y."""
+    """Log S_{Y−1} and log S_Y."""
     padded = F.pad(log_survival, (1, 0))
     return _pick(padded, label), _pick(padded, label + 1)
 
@@ -183,7 +183,7 @@ def _before_group(counts: Tensor, size: Tensor) -> Tensor:
 
 
 def _group_logsumexp(eta: Tensor, member: Tensor, group: Tensor, groups: int) -> Tensor:
-    """log Σ exp(eta) over the members of each group; −inf where a group has none."""
+    """Log Σ exp(eta) over the members of each group; −inf where a group has none."""
     lowest = torch.finfo(eta.dtype).min
     masked = torch.where(member, eta.detach(), lowest)
     top = eta.new_full((groups,), lowest).scatter_reduce(0, group, masked, "amax")

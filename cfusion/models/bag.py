@@ -1,0 +1,88 @@
+"""What every model shares: the bags it accepts and the output it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from cfusion.errors import ConfigError, DataError
+from cfusion.types import BagBatch, SurvivalOutput, magnification_name
+
+
+class BagModel(nn.Module):
+    """A model from bags of tile embeddings to a survival distribution.
+
+    Args:
+        reads: Magnifications the model reads, finest first.
+        offered: Magnifications of the data, of which it may ignore some.
+        backbone_dim: Width of the embeddings.
+    """
+
+    def __init__(self, reads: Sequence[float], offered: Sequence[float], backbone_dim: int) -> None:
+        super().__init__()
+        self.magnification_names = tuple(magnification_name(m) for m in sorted(reads, reverse=True))
+        self.backbone_dim = backbone_dim
+        self._offered = tuple(magnification_name(m) for m in sorted(offered, reverse=True))
+
+    def forward(self, bags: BagBatch | Tensor, *finer: Tensor) -> SurvivalOutput:
+        """Hazards, survival and risk of each bag.
+
+        Args:
+            bags: A batch, or the coarsest [bag, tile, dim] of several given one by one, as in `model(x5, x10, x20)`.
+            finer: The other bags, coarse to fine: all that the data offer, or those that the model reads.
+
+        Raises:
+            DataError: A magnification is missing or has no tile, or an embedding has another width.
+        """
+        batch = bags if isinstance(bags, BagBatch) else self._batch_of((bags, *finer))
+        self._check(batch)
+        dtype = next(self.parameters()).dtype
+        features = {name: batch.features[name].to(dtype) for name in self.magnification_names}
+        return self.survival(features, batch)
+
+    def survival(self, features: dict[str, Tensor], batch: BagBatch) -> SurvivalOutput:
+        """The output for checked bags, `features` in the model's own dtype."""
+        raise NotImplementedError
+
+    def _batch_of(self, bags: tuple[Tensor, ...]) -> BagBatch:
+        for names in (self._offered, self.magnification_names):
+            if len(names) == len(bags):
+                return BagBatch(dict(zip(reversed(names), bags, strict=True)))
+        raise DataError(f"The model was given {len(bags)} bags; it reads {', '.join(self.magnification_names)}.")
+
+    def _check(self, batch: BagBatch) -> None:
+        for name in self.magnification_names:
+            if name not in batch.features:
+                raise DataError(
+                    f"The model reads {name}, but the bags carry {', '.join(batch.features)}.",
+                    "Set data.magnifications to what the shards hold.",
+                )
+            features = batch.features[name]
+            if features.shape[2] != self.backbone_dim:
+                raise DataError(
+                    f"Embeddings at {name} are {features.shape[2]} wide; the model was built for {self.backbone_dim}.",
+                    "Give the model the features of the encoder it was built for.",
+                )
+            empty = [features.shape[1] == 0] * len(features)
+            if batch.masks is not None and features.shape[1]:
+                empty = (~batch.masks[name].any(dim=1)).tolist()
+            if any(empty):
+                who = [batch.case_ids[i] if batch.case_ids else f"number {i}" for i, none in enumerate(empty) if none]
+                raise DataError(
+                    f"No tile at {name} in bag {', '.join(who)}; every bag needs at least one at each magnification.",
+                    "Leave these cases out (the audit names them) or preprocess their slides again.",
+                )
+
+
+def check_magnifications(magnifications: Sequence[float], source: float | None = None) -> None:
+    """Refuse magnifications a model cannot be built for.
+
+    Raises:
+        ConfigError: None is given, one is not positive or twice there, or `source` is not among them.
+    """
+    shown = ", ".join(f"{m:g}" for m in magnifications)
+    if not magnifications or min(magnifications) <= 0 or len(set(magnifications)) < len(magnifications):
+        raise ConfigError(f"magnifications=[{shown}]: expected one or more different, positive numbers.")
+    if source is not None and source not in magnifications:
+        raise ConfigError(f"model.source={source:g} is not among the magnifications [{shown}].")

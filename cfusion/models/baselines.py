@@ -1,0 +1,127 @@
+"""The baselines of the study; all read the finest magnification alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cfusion.models.bag import BagModel, check_magnifications
+from cfusion.types import BagBatch, SurvivalOutput
+
+
+class FinestBagModel(BagModel):
+    """A model that reads the finest of the offered magnifications."""
+
+    def __init__(self, backbone_dim: int, magnifications: Sequence[float]) -> None:
+        check_magnifications(magnifications)
+        super().__init__([max(magnifications)], magnifications, backbone_dim)
+
+    def survival(self, features: dict[str, Tensor], batch: BagBatch) -> SurvivalOutput:
+        """See `BagModel.forward`."""
+        (name,) = self.magnification_names
+        return self.survival_of(features[name], None if batch.masks is None else batch.masks[name])
+
+    def survival_of(
+        self, tiles: Float[Tensor, "bag tile dim"], mask: Bool[Tensor, "bag tile"] | None
+    ) -> SurvivalOutput:
+        """The output for one magnification; `mask` is true where a tile is real."""
+        raise NotImplementedError
+
+
+class MeanMIL(FinestBagModel):
+    """Linear, ReLU, mean over tiles, linear: what any attention has to beat.
+
+    Args:
+        backbone_dim: Width of the embeddings.
+        n_bins: Time bins of the hazard.
+        embed_dim: Width of the hidden layer.
+        magnifications: Those the data offer.
+    """
+
+    def __init__(self, *, backbone_dim: int, n_bins: int, embed_dim: int, magnifications: Sequence[float]) -> None:
+        super().__init__(backbone_dim, magnifications)
+        self.embed = nn.Sequential(nn.Linear(backbone_dim, embed_dim), nn.ReLU())
+        self.head = nn.Linear(embed_dim, n_bins)
+
+    def survival_of(self, tiles: Tensor, mask: Tensor | None) -> SurvivalOutput:
+        """See `FinestBagModel`."""
+        hidden = self.embed(tiles)
+        if mask is None:
+            return SurvivalOutput.from_logits(self.head(hidden.mean(dim=1)))
+        total = (hidden * mask[..., None]).sum(dim=1)
+        return SurvivalOutput.from_logits(self.head(total / mask.sum(dim=1, keepdim=True)))
+
+
+class AMIL(FinestBagModel):
+    """Gated attention MIL (Ilse et al., ICML 2018, eq. 9).
+
+    Args:
+        backbone_dim: Width of the embeddings.
+        n_bins: Time bins of the hazard.
+        embed_dim: Width of the hidden layer; the attention has half of it.
+        magnifications: Those the data offer.
+    """
+
+    def __init__(self, *, backbone_dim: int, n_bins: int, embed_dim: int, magnifications: Sequence[float]) -> None:
+        super().__init__(backbone_dim, magnifications)
+        self.embed = nn.Sequential(nn.Linear(backbone_dim, embed_dim), nn.ReLU())
+        self.gate = nn.Linear(embed_dim, 2 * (embed_dim // 2))
+        self.score = nn.Linear(embed_dim // 2, 1)
+        self.head = nn.Linear(embed_dim, n_bins)
+
+    def survival_of(self, tiles: Tensor, mask: Tensor | None) -> SurvivalOutput:
+        """See `FinestBagModel`."""
+        hidden = self.embed(tiles)
+        content, gate = self.gate(hidden).chunk(2, dim=2)
+        scores = self.score(content.tanh() * gate.sigmoid()).transpose(1, 2)
+        weights = masked_softmax(scores, mask)
+        return SurvivalOutput.from_logits(self.head((weights @ hidden).squeeze(1)))
+
+
+class DSMIL(FinestBagModel):
+    """Dual-stream MIL (Li et al., CVPR 2021) as the study adapted it.
+
+    Each bin's critical tile, by the instance stream, is what the tiles are weighed against. The instance stream learns
+    by its own loss (DSMIL, eq. 5): the output carries the critical tiles' logits. The published program gave it no
+    gradient, which is random pooling; `published` freezes it, to the same effect.
+
+    Args:
+        backbone_dim: Width of the embeddings.
+        n_bins: Time bins of the hazard.
+        magnifications: Those the data offer.
+        published: Leave the instance stream as it was drawn.
+    """
+
+    def __init__(self, *, backbone_dim: int, n_bins: int, magnifications: Sequence[float], published: bool) -> None:
+        super().__init__(backbone_dim, magnifications)
+        self.published = published
+        self.instance = nn.Linear(backbone_dim, n_bins).requires_grad_(not published)
+        self.query = nn.Sequential(nn.Linear(backbone_dim, 128), nn.ReLU(), nn.Linear(128, 128), nn.Tanh())
+        self.head = nn.Conv1d(n_bins, n_bins, kernel_size=backbone_dim)
+
+    def survival_of(self, tiles: Tensor, mask: Tensor | None) -> SurvivalOutput:
+        """See `FinestBagModel`."""
+        instance = self.instance(tiles)
+        if mask is not None:
+            instance = instance.masked_fill(~mask[..., None], torch.finfo(instance.dtype).min)
+        top, critical = instance.max(dim=1)
+        query = self.query(tiles)
+        critical_query = query.gather(1, critical[..., None].expand(-1, -1, query.shape[2]))
+        scores = critical_query @ query.transpose(1, 2) / query.shape[2] ** 0.5
+        weights = masked_softmax(scores, mask)
+        output = SurvivalOutput.from_logits(self.head(weights @ tiles).squeeze(2))
+        return output if self.published else dataclasses.replace(output, instance_logits=top)
+
+
+def masked_softmax(
+    scores: Float[Tensor, "bag row tile"], mask: Bool[Tensor, "bag tile"] | None
+) -> Float[Tensor, "bag row tile"]:
+    """Softmax over the real tiles; the others weigh exactly 0."""
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, :], torch.finfo(scores.dtype).min)
+    return F.softmax(scores, dim=2)

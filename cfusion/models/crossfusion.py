@@ -1,0 +1,125 @@
+"""CrossFusion: the source magnification's tokens look at coarser and finer ones, and meet on one grid.
+
+Source: Soraki et al., "CrossFusion", arXiv 2503.02064, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cfusion.errors import ConfigError, DataError
+from cfusion.models.bag import BagModel, check_magnifications
+from cfusion.models.grid import TokenGrid, file_grid, spatial_grid
+from cfusion.models.layers import ConcatMixer, ConvMixer, CrossBlock, PadTransformer, init_linear
+from cfusion.types import BagBatch, SurvivalOutput, magnification_name
+
+
+class CrossFusion(BagModel):
+    """Multi-scale survival model (CrossFusion, section 3).
+
+    Args:
+        backbone_dim: Width of the embeddings; where it equals `embed_dim`, there is no projection.
+        n_bins: Time bins of the hazard.
+        embed_dim: Width of the tokens.
+        num_heads: Attention heads.
+        num_layers: Blocks on each side of every position encoding.
+        reads: Magnifications the model reads.
+        source: The one whose tokens set the grid; the others are context.
+        offered: Magnifications of the data, of which it may ignore some.
+        mixer: How the streams meet: the paper's convolution or its ablation.
+        grid: `file`: tiles on a square in the order of their file, as published; `spatial`: where they lie.
+        dropout: Of feed-forwards and convolution channels.
+        attention_dropout: Of the self-attention weights; the published program has .2.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone_dim: int,
+        n_bins: int,
+        embed_dim: int,
+        num_heads: int,
+        num_layers: int,
+        reads: Sequence[float],
+        source: float,
+        offered: Sequence[float],
+        mixer: Literal["conv", "concat"] = "conv",
+        grid: Literal["file", "spatial"] = "file",
+        dropout: float = 0.3,
+        attention_dropout: float = 0.0,
+    ) -> None:
+        check_magnifications(reads, source)
+        super().__init__(reads, offered, backbone_dim)
+        _check_options(embed_dim, num_heads, grid, {"dropout": dropout, "attention_dropout": attention_dropout})
+        self.grid = grid
+        self.source = magnification_name(source)
+        self.contexts = tuple(name for name in self.magnification_names if name != self.source)
+
+        def transformer() -> PadTransformer:
+            return PadTransformer(embed_dim, num_heads, num_layers, dropout, attention_dropout)
+
+        self.projections = nn.ModuleDict(
+            {module_name(name): _projection(backbone_dim, embed_dim) for name in self.magnification_names}
+        )
+        self.cross = nn.ModuleDict(
+            {module_name(name): CrossBlock(embed_dim, num_heads, dropout) for name in self.contexts}
+        )
+        self.transformers = nn.ModuleDict({module_name(name): transformer() for name in self.magnification_names})
+        streams = len(self.magnification_names)
+        self.mixer = ConvMixer(embed_dim, streams, dropout) if mixer == "conv" else ConcatMixer(embed_dim, streams)
+        self.class_token = nn.Parameter(torch.empty(embed_dim))
+        self.final = transformer()
+        self.head = nn.Linear(embed_dim, n_bins)
+        self.apply(init_linear)
+        nn.init.normal_(self.class_token, std=1e-6)
+
+    def survival(self, features: dict[str, Tensor], batch: BagBatch) -> SurvivalOutput:
+        """See `BagModel.forward`."""
+        masks: dict[str, Tensor | None] = dict.fromkeys(features) if batch.masks is None else {**batch.masks}
+        grid = self._grid(batch, masks[self.source])
+        projected = {name: self.projections[module_name(name)](tiles) for name, tiles in features.items()}
+        source = projected.pop(self.source)
+        streams = [self.transformers[module_name(self.source)](grid.tokens(source), grid)]
+        for name, context in projected.items():
+            found = self.cross[module_name(name)](source, context, masks[name])
+            streams.append(self.transformers[module_name(name)](grid.tokens(found), grid))
+        tokens = self.mixer(streams, grid)
+        class_token = self.class_token.to(tokens.dtype).expand(len(tokens), 1, -1)
+        tokens = self.final(torch.cat([class_token, tokens], dim=1), grid)
+        return SurvivalOutput.from_logits(self.head(tokens[:, 0]))
+
+    def _grid(self, batch: BagBatch, mask: Tensor | None) -> TokenGrid:
+        bags, tiles = batch.features[self.source].shape[:2]
+        if self.grid == "file":
+            return file_grid(bags, tiles, mask)
+        if batch.positions is None or self.source not in batch.positions:
+            raise DataError(
+                f"grid: spatial needs the position of every {self.source} tile, and these bags have none.",
+                "Use shards with coordinates, or model.options.grid=file.",
+            )
+        return spatial_grid(batch.positions[self.source], mask)
+
+
+def module_name(magnification: str) -> str:
+    """A magnification's name as part of a parameter's name, where a dot would separate modules."""
+    return magnification.replace(".", "_")
+
+
+def _projection(backbone_dim: int, embed_dim: int) -> nn.Module:
+    if backbone_dim == embed_dim:
+        return nn.Identity()
+    return nn.Sequential(nn.Linear(backbone_dim, embed_dim), nn.LayerNorm(embed_dim))
+
+
+def _check_options(embed_dim: int, num_heads: int, grid: str, shares: dict[str, float]) -> None:
+    if embed_dim % num_heads or embed_dim % 2:
+        raise ConfigError(f"embed_dim={embed_dim} must be even and divisible by num_heads={num_heads}.")
+    if grid not in ("file", "spatial"):
+        raise ConfigError(f"grid={grid!r}: expected file or spatial.")
+    for name, share in shares.items():
+        if not 0 <= share < 1:
+            raise ConfigError(f"{name}={share}: expected a number in [0, 1).")

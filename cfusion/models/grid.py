@@ -1,0 +1,136 @@
+"""How a bag's tiles become tokens on a grid, and how grids of different size share a batch.
+
+Attention works on tokens, convolutions on a grid. A bag's own grid stands in the top-left corner of the batch's, zeros
+around it, so that a convolution sees what it would see if the bag were alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from cfusion.errors import DataError
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """The tokens of a batch of bags and the grid cell of each.
+
+    Attributes:
+        bags: Number of bags.
+        height: Rows of the batch's grid.
+        width: Columns of the batch's grid.
+        tile: [bag, token], the tile each token shows; None where tokens are the tiles, followed by the first of them
+            until the grid is full.
+        mask: [bag, token], true where a token belongs to its bag; None where every token does.
+        cell: [bag, token], flat index into bag × height × width, one past the end where masked; None where token t
+            stands in cell t.
+    """
+
+    bags: int
+    height: int
+    width: int
+    tile: Int[Tensor, "bag token"] | None = None
+    mask: Bool[Tensor, "bag token"] | None = None
+    cell: Int[Tensor, "bag token"] | None = None
+
+    @property
+    def size(self) -> int:
+        """Tokens of a bag."""
+        return self.height * self.width if self.cell is None else self.cell.shape[1]
+
+    def tokens(self, tiles: Float[Tensor, "bag tile dim"]) -> Float[Tensor, "bag token dim"]:
+        """The tokens that show the given tiles."""
+        if self.tile is not None:
+            return tiles.gather(1, self.tile[..., None].expand(-1, -1, tiles.shape[2]))
+        missing = self.height * self.width - tiles.shape[1]
+        if self.cell is not None or not missing:
+            return tiles
+        return torch.cat([tiles, tiles[:, :missing]], dim=1)
+
+    def to_grid(self, tokens: Float[Tensor, "bag token dim"]) -> Float[Tensor, "bag height width dim"]:
+        """Lay tokens on the grid; cells without one are zero."""
+        shape = (self.bags, self.height, self.width, tokens.shape[2])
+        if self.cell is None:
+            return tokens.reshape(shape)
+        flat = tokens.new_zeros(self.bags * self.height * self.width + 1, tokens.shape[2])
+        return flat.index_copy(0, self.cell.flatten(), tokens.flatten(0, 1))[:-1].view(shape)
+
+    def to_tokens(self, grid: Float[Tensor, "bag height width dim"]) -> Float[Tensor, "bag token dim"]:
+        """Read the tokens off the grid; masked ones read some cell of it."""
+        flat = grid.reshape(-1, grid.shape[3])
+        if self.cell is None:
+            return flat.view(self.bags, -1, grid.shape[3])
+        rows = self.cell.clamp_max(len(flat) - 1)
+        return flat.index_select(0, rows.flatten()).view(*rows.shape, grid.shape[3])
+
+
+def square_side(tiles: int) -> int:
+    """Side of the smallest square that holds so many tiles."""
+    return math.isqrt(tiles - 1) + 1
+
+
+def file_grid(bags: int, tiles: int, mask: Bool[Tensor, "bag tile"] | None) -> TokenGrid:
+    """Tiles in the order of their file on a square, its end filled with the first tiles (CrossFusion, section 3.3).
+
+    Args:
+        bags: Number of bags.
+        tiles: Tiles of the longest bag.
+        mask: [bag, tile], true where a tile is real; None where every tile is.
+    """
+    side = square_side(tiles)
+    if mask is None:
+        return TokenGrid(bags, side, side)
+    count = mask.sum(dim=1, keepdim=True)
+    own_side = (count.double() - 1).sqrt().floor().long() + 1
+    token = torch.arange(side * side, device=mask.device).expand(bags, -1)
+    real = token < own_side**2
+    rank = torch.where(token < count, token, token - count).clamp(0, tiles - 1)
+    tile = torch.argsort(~mask, dim=1, stable=True).gather(1, rank)
+    bag = torch.arange(bags, device=mask.device)[:, None]
+    cell = (bag * side + token // own_side) * side + token % own_side
+    return TokenGrid(bags, side, side, tile, real, torch.where(real, cell, bags * side * side))
+
+
+REACH = 3
+"""Cells that the widest convolution, 7×7, sees on each side."""
+
+
+def spatial_grid(positions: Int[Tensor, "bag tile 2"], mask: Bool[Tensor, "bag tile"] | None) -> TokenGrid:
+    """Tiles where they lie in the tissue.
+
+    Empty rows and columns beyond the reach of the widest convolution are left out, which changes no result.
+
+    Args:
+        positions: [bag, tile, 2], column and row of each tile.
+        mask: [bag, tile], true where a tile is real; None where every tile is.
+
+    Raises:
+        DataError: Two tiles of a bag stand in one cell.
+    """
+    bags, tiles = positions.shape[:2]
+    place = positions.new_zeros(bags, tiles, 2)
+    for bag in range(bags):
+        real = slice(None) if mask is None else mask[bag]
+        for axis in range(2):
+            place[bag, real, axis] = _without_gaps(positions[bag, real, axis])
+    width, height = (int(place[..., axis].max()) + 1 for axis in range(2))
+    index = torch.arange(bags, device=place.device)[:, None]
+    cell = ((index * height + place[..., 1]) * width + place[..., 0]).long()
+    if mask is not None:
+        cell = torch.where(mask, cell, bags * height * width)
+    occupied = cell.flatten() if mask is None else cell[mask]
+    if len(torch.unique(occupied)) < len(occupied):
+        raise DataError("grid: spatial found two tiles of one bag at the same position.", "Use grid: file.")
+    return TokenGrid(bags, height, width, None, mask, cell)
+
+
+def _without_gaps(coordinates: Int[Tensor, " tile"]) -> Int[Tensor, " tile"]:
+    used, inverse = torch.unique(coordinates, return_inverse=True)
+    steps = used.diff().clamp_max(REACH + 1)
+    return F.pad(steps.cumsum(0), (1, 0))[inverse]

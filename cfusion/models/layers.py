@@ -1,0 +1,215 @@
+"""The blocks CrossFusion is made of.
+
+Convolutions of several sizes that are summed are one convolution with the sum of their kernels; it runs on tokens as
+they lie in memory, [bag, height, width, dim], which is a channels-last image.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cfusion.models.attention import CrossAttention, SelfAttention
+from cfusion.models.grid import TokenGrid
+
+
+def init_linear(module: nn.Module) -> None:
+    """Truncated normal weights of std .02 and zero biases for linear layers, 1 and 0 for layer norms."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class FeedForward(nn.Sequential):
+    """Linear D→2D, GELU, dropout, linear 2D→D, dropout (CrossFusion, section 3.2)."""
+
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__(
+            nn.Linear(dim, 2 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * dim, dim), nn.Dropout(dropout)
+        )
+
+
+class CrossBlock(nn.Module):
+    """Source tokens look at another magnification: attention, residual, norm, feed-forward (CrossFusion, section 3.2).
+
+    Args:
+        dim: Width of the tokens.
+        heads: Attention heads.
+        dropout: Of the feed-forward; attention has none here.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = CrossAttention(dim, heads)
+        self.norm = nn.LayerNorm(dim)
+        self.feed_forward = FeedForward(dim, dropout)
+
+    def forward(
+        self,
+        source: Float[Tensor, "bag tile dim"],
+        context: Float[Tensor, "bag other dim"],
+        mask: Bool[Tensor, "bag other"] | None,
+    ) -> Float[Tensor, "bag tile dim"]:
+        """Source tokens with what they found in the context; `mask` is true where a context tile is real."""
+        found = self.norm(source + self.attention(source, context, mask))
+        return found + self.feed_forward(found)
+
+
+class SelfBlock(nn.Module):
+    """Self-attention and feed-forward, whose residuals start from the normalised stream (CrossFusion, section 3.3)."""
+
+    def __init__(self, dim: int, heads: int, dropout: float, attention_dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(dim)
+        self.attention = SelfAttention(dim, heads, attention_dropout)
+        self.feed_forward_norm = nn.LayerNorm(dim)
+        self.feed_forward = FeedForward(dim, dropout)
+
+    def forward(
+        self, tokens: Float[Tensor, "bag token dim"], mask: Bool[Tensor, "bag token"] | None
+    ) -> Float[Tensor, "bag token dim"]:
+        """The block's output; `mask` is true where a token is real."""
+        normed = self.attention_norm(tokens)
+        attended = self.feed_forward_norm(normed + self.attention(normed, mask))
+        return attended + self.feed_forward(attended)
+
+
+class MultiScaleKernel(nn.Module):
+    """Depthwise kernels of several sizes, used as their sum.
+
+    Args:
+        outputs: Output channels.
+        inputs: Input channels of each output channel.
+        sizes: Odd kernel sizes, largest first.
+    """
+
+    def __init__(self, outputs: int, inputs: int, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(nn.Parameter(torch.empty(outputs, inputs, k, k)) for k in sizes)
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(outputs)) for _ in sizes)
+        for weight in self.weights:
+            nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The summed kernel [outputs, inputs, k, k] and bias [outputs]."""
+        largest = self.weights[0].shape[-1]
+        kernel = self.weights[0]
+        for weight in list(self.weights)[1:]:
+            margin = (largest - weight.shape[-1]) // 2
+            kernel = kernel + F.pad(weight, (margin,) * 4)
+        return kernel, torch.stack(list(self.biases)).sum(dim=0)
+
+
+def depthwise(
+    grid: Float[Tensor, "bag height width dim"], kernel: Tensor, bias: Tensor | None
+) -> Float[Tensor, "bag height width dim"]:
+    """Convolve each channel with its own kernel [dim, 1, k, k], zeros around."""
+    image = grid.permute(0, 3, 1, 2)
+    out = F.conv2d(image, kernel, bias, padding=kernel.shape[-1] // 2, groups=kernel.shape[0])
+    return out.permute(0, 2, 3, 1)
+
+
+class PositionEncoding(nn.Module):
+    """x + 7×7(x) + 5×5(x) + 3×3(x), depthwise: the pyramid position encoding generator (TransMIL, section 3.3).
+
+    Args:
+        dim: Width of the tokens.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.kernels = MultiScaleKernel(dim, 1, (7, 5, 3))
+
+    def forward(self, tokens: Float[Tensor, "bag token dim"], grid: TokenGrid) -> Float[Tensor, "bag token dim"]:
+        """Tokens with their surroundings; a class token before the grid's passes by."""
+        first = tokens.shape[1] - grid.size
+        kernel, bias = self.kernels()
+        identity = torch.zeros_like(kernel[0, 0])
+        identity[3, 3] = 1
+        encoded = grid.to_tokens(depthwise(grid.to_grid(tokens[:, first:]), kernel + identity, bias))
+        return torch.cat([tokens[:, :first], encoded], dim=1) if first else encoded
+
+
+class PadTransformer(nn.Module):
+    """Blocks, position encoding, blocks, norm over tokens that stand on a grid (CrossFusion, section 3.3).
+
+    Args:
+        dim: Width of the tokens.
+        heads: Attention heads.
+        layers: Blocks on each side of the position encoding.
+        dropout: Of the feed-forwards.
+        attention_dropout: Of the attention weights.
+    """
+
+    def __init__(self, dim: int, heads: int, layers: int, dropout: float, attention_dropout: float) -> None:
+        super().__init__()
+        self.pre = nn.ModuleList(SelfBlock(dim, heads, dropout, attention_dropout) for _ in range(layers))
+        self.position = PositionEncoding(dim)
+        self.post = nn.ModuleList(SelfBlock(dim, heads, dropout, attention_dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, tokens: Float[Tensor, "bag token dim"], grid: TokenGrid) -> Float[Tensor, "bag token dim"]:
+        """The transformed tokens, as many as came in: the grid's, or a class token and the grid's."""
+        mask = grid.mask
+        if mask is not None and tokens.shape[1] > mask.shape[1]:
+            mask = F.pad(mask, (1, 0), value=True)
+        for block in self.pre:
+            tokens = block(tokens, mask)
+        tokens = self.position(tokens, grid)
+        for block in self.post:
+            tokens = block(tokens, mask)
+        return self.norm(tokens)
+
+
+class ConvMixer(nn.Module):
+    """Source and context grids mixed by one weight each, then convolved (CrossFusion, section 3.4).
+
+    Args:
+        dim: Width of the tokens; even.
+        streams: Grids to mix; a single one is taken as it is.
+        dropout: Share of channels dropped after the convolution.
+    """
+
+    def __init__(self, dim: int, streams: int, dropout: float) -> None:
+        super().__init__()
+        if streams > 1:
+            # The Conv3d of kernel 1 that it is draws its weights with fan_out 1.
+            self.mix_weight = nn.Parameter(torch.randn(streams) * 2**0.5)
+            self.mix_bias = nn.Parameter(torch.zeros(1))
+        self.kernels = MultiScaleKernel(dim // 2, 2, (7, 5, 3, 1))
+        self.dropout = nn.Dropout1d(dropout)
+        self.linear = nn.Linear(dim // 2, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, streams: list[Float[Tensor, "bag token dim"]], grid: TokenGrid) -> Float[Tensor, "bag token dim"]:
+        """The mixed tokens; `streams` are source, then contexts, finest first."""
+        mixed = streams[0]
+        if len(streams) > 1:
+            mixed = mixed * self.mix_weight[0] + self.mix_bias
+            for weight, stream in zip(self.mix_weight[1:], streams[1:], strict=True):
+                mixed = torch.addcmul(mixed, stream, weight)
+        kernel, bias = self.kernels()
+        # Two input channels an output channel: a depthwise convolution, then sums of neighbouring channels.
+        pairs = depthwise(grid.to_grid(mixed), kernel.reshape(-1, 1, 7, 7), None)
+        summed = F.relu(pairs.unflatten(3, (-1, 2)).sum(dim=4) + bias)
+        tokens = self.dropout(grid.to_tokens(summed).transpose(1, 2)).transpose(1, 2)
+        return self.norm(self.linear(tokens))
+
+
+class ConcatMixer(nn.Module):
+    """Source and context tokens side by side, a linear map and a norm (CrossFusion, ablation `Concat`)."""
+
+    def __init__(self, dim: int, streams: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(streams * dim, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, streams: list[Float[Tensor, "bag token dim"]], grid: TokenGrid) -> Float[Tensor, "bag token dim"]:
+        """The mixed tokens; `streams` are source, then contexts, finest first."""
+        return self.norm(self.linear(torch.cat(streams, dim=2)))

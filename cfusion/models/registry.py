@@ -1,0 +1,113 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from cfusion.errors import ConfigError
+from cfusion.models.baselines import AMIL, DSMIL, MeanMIL
+from cfusion.models.crossfusion import CrossFusion
+from cfusion.models.transmil import TransMIL
+
+Builder = Callable[..., nn.Module]
+
+PUBLISHED_ATTENTION_DROPOUT = 0.2
+"""Of the self-attention weights, in the published program."""
+
+
+def build_model(
+    name: str,
+    *,
+    backbone_dim: int,
+    n_bins: int = 4,
+    embed_dim: int = 512,
+    num_heads: int = 4,
+    num_layers: int = 1,
+    magnifications: Sequence[float] = (20, 10, 5),
+    source: float = 10,
+    published: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Build a model with fresh weights.
+
+    The default trains without dropout of attention weights; other dropouts are the paper's (.3 in CrossFusion's
+    feed-forwards and convolution, .1 in TransMIL's attention output). All are off in evaluation.
+
+    Args:
+        name: A key of `MODELS`.
+        backbone_dim: Width of the tile embeddings.
+        n_bins: Time bins of the hazard.
+        embed_dim: Width of the tokens.
+        num_heads: Attention heads of CrossFusion; must divide `embed_dim`.
+        num_layers: Blocks on each side of every position encoding of CrossFusion.
+        magnifications: Those the data offer. CrossFusion reads all, the others the finest.
+        source: Magnification whose tokens set CrossFusion's grid; the others are its context.
+        published: Train as the published program does: attention dropout .2, DSMIL's instance stream untrained.
+        options: Of one model. CrossFusion and its variants: `grid` (`file` or `spatial`: tiles on a square in the order
+            of their file, or where they lie in the tissue), `dropout`, `attention_dropout`. TransMIL: `dropout`.
+
+    Returns:
+        A module that takes a `BagBatch`, or [bag, tile, dim] tensors from coarse to fine, and returns `SurvivalOutput`.
+
+    Raises:
+        ConfigError: No such model, no such option, or values that do not fit together.
+    """
+    if name not in MODELS:
+        raise ConfigError(f"model.name={name!r}: no such model.", _suggest(name, list(MODELS)))
+    builder = MODELS[name]
+    shape = {
+        "backbone_dim": backbone_dim, "n_bins": n_bins, "embed_dim": embed_dim, "num_heads": num_heads,
+        "num_layers": num_layers, "magnifications": tuple(magnifications), "source": source, "published": published,
+    }  # fmt: skip
+    parameters = inspect.signature(builder).parameters
+    known = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and name not in shape]
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"model.options.{option}: {name} has no such option.", _suggest(option, known))
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return builder(**{k: v for k, v in shape.items() if takes_all or k in parameters}, **options)
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known) or 'none'}."
+
+
+def _crossfusion(mixer: Literal["conv", "concat"], finest_alone: bool = False) -> Builder:
+    def build(
+        *,
+        magnifications: Sequence[float],
+        source: float,
+        published: bool,
+        grid: Literal["file", "spatial"] = "file",
+        dropout: float = 0.3,
+        attention_dropout: float | None = None,
+        **shape: Any,
+    ) -> nn.Module:
+        if attention_dropout is None:
+            attention_dropout = PUBLISHED_ATTENTION_DROPOUT if published else 0.0
+        reads = (max(magnifications),) if finest_alone else magnifications
+        return CrossFusion(
+            reads=reads, offered=magnifications, source=reads[0] if finest_alone else source, mixer=mixer, grid=grid,
+            dropout=dropout, attention_dropout=attention_dropout, **shape,
+        )  # fmt: skip
+
+    return build
+
+
+MODELS: dict[str, Builder] = {
+    "crossfusion": _crossfusion("conv"),
+    "crossfusion_concat": _crossfusion("concat"),
+    "crossfusion_single": _crossfusion("conv", finest_alone=True),
+    "amil": AMIL,
+    "dsmil": DSMIL,
+    "transmil": TransMIL,
+    "mean_mil": MeanMIL,
+}
+"""Builders by name. A user's own joins by an assignment. It is called by keywords, with those of `build_model`'s shape
+arguments that it names; its other keyword-only parameters are the model's options."""
