@@ -1,0 +1,195 @@
+"""Who reads which bag when, as pure functions of seed, epoch, costs and world size.
+
+An epoch is an order of bags; the order is cut into global batches, one an optimizer step; a global batch is dealt to
+the ranks. Only the last step knows the world, so a run resumed on another number of ranks sees the same sequence of
+global batches from (epoch, samples seen) on.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from cfusion.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Bags of one forward pass.
+
+    Attributes:
+        indices: Positions in the global batch.
+        weights: Per bag 1, or 0 for padding: a bag run so that all ranks take equally many passes, and not counted.
+    """
+
+    indices: tuple[int, ...]
+    weights: tuple[int, ...]
+
+
+def bag_cost(tiles: Mapping[str, int], source: str = "x10") -> float:
+    """Relative cost of a bag: what every tile costs, and the attention of CrossFusion over its source tokens.
+
+    In multiply-adds over the width: 4.5 per tile for the projection and the context's keys and values; per source
+    token 120 for eight transformer blocks and two cross-attention blocks; per attended pair 2. Without source tokens,
+    as in the baselines, only the tiles count.
+
+    Args:
+        tiles: Number of tiles per magnification name.
+        source: Magnification whose tokens attend.
+    """
+    width = 512
+    tokens = tiles.get(source, 0)
+    context = sum(count for name, count in tiles.items() if name != source)
+    linear = 4.5 * width * (tokens + context) + 120 * width * tokens
+    return linear + 2.0 * tokens * (8 * tokens + context)
+
+
+def _generator(seed: int, epoch: int, purpose: int) -> np.random.PCG64:
+    return np.random.PCG64(np.random.SeedSequence([seed, epoch, purpose]))
+
+
+def epoch_order(
+    n: int, *, seed: int, epoch: int, weights: Sequence[float] | Float[np.ndarray, " bag"] | None = None
+) -> Int[np.ndarray, " draw"]:
+    """The order in which an epoch visits `n` bags.
+
+    Args:
+        n: Number of bags.
+        seed: Seed of the run.
+        epoch: Number of the epoch; each has its own order.
+        weights: None: every bag once. Otherwise `n` draws with replacement, in proportion to these (published recipe).
+
+    Raises:
+        ConfigError: Weights that are negative, not finite, all zero, or not one a bag.
+    """
+    # Raw generator output is the same in every numpy version, so that an order can be repeated years later.
+    raw = _generator(seed, epoch, 0).random_raw(n) if n else np.zeros(0, np.uint64)
+    if weights is None:
+        return np.argsort(raw, kind="stable")
+    share = np.asarray(weights, np.float64)
+    if share.shape != (n,) or not np.isfinite(share).all() or (share < 0).any() or not share.sum() > 0:
+        raise ConfigError(f"Sampling weights must be {n} finite numbers ≥ 0 with a positive sum; got {share}.")
+    edges = np.cumsum(share)
+    uniform = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    # side="right" never lands on a bag of weight zero; the clip guards the last edge against rounding.
+    return np.minimum(np.searchsorted(edges, uniform * edges[-1], side="right"), np.flatnonzero(share)[-1])
+
+
+def global_batches(order: Int[np.ndarray, " draw"], batch: int) -> list[Int[np.ndarray, " bag"]]:
+    """Cut an order into the bags of each optimizer step; the last may be partial.
+
+    To go on after `seen` samples, give `order[seen:]`.
+    """
+    return [order[start : start + batch] for start in range(0, len(order), batch)]
+
+
+def deal(
+    costs: Sequence[float] | Float[np.ndarray, " bag"],
+    world_size: int,
+    micro_batch: int = 1,
+    *,
+    lengths: Sequence[int] | None = None,
+    token_budget: int | None = None,
+) -> list[list[MicroBatch]]:
+    """Deal one global batch to the ranks, so that their costs are even.
+
+    Every rank gets equally many micro-batches and every bag stands in exactly one of them with weight 1. Bags of
+    similar cost share a micro-batch, as shorter ones are padded to the longest. A rank short of bags repeats the
+    cheapest bag of the batch with weight 0.
+
+    Args:
+        costs: Cost of each bag of the batch, such as `bag_cost`.
+        world_size: Number of ranks.
+        micro_batch: Most bags in a micro-batch.
+        lengths: Tiles of each bag, where `token_budget` is given.
+        token_budget: Close a micro-batch before bags × longest length exceeds this; a longer bag goes alone.
+
+    Returns:
+        Per rank, its micro-batches in order, the costliest first.
+    """
+    cost = np.asarray(costs, np.float64)
+    if not len(cost):
+        return [[] for _ in range(world_size)]
+    budget = None if token_budget is None else (np.asarray(lengths, np.int64), token_budget)
+    shares = _balance(cost, world_size, micro_batch)
+    dealt = [_micro_batches(share, cost, micro_batch, budget) for share in shares]
+    rounds = max(len(batches) for batches in dealt)
+    padding = MicroBatch((int(np.argmin(cost)),), (0,))
+    return [batches + [padding] * (rounds - len(batches)) for batches in dealt]
+
+
+def _micro_batches(
+    share: list[int], cost: np.ndarray, micro_batch: int, budget: tuple[np.ndarray, int] | None
+) -> list[MicroBatch]:
+    lengths, tokens = budget if budget is not None else (None, 0)
+    groups: list[list[int]] = []
+    longest = 0
+    for bag in sorted(share, key=lambda i: (-cost[i], i)):
+        length = 0 if lengths is None else int(lengths[bag])
+        longest = max(longest, length)
+        full = not groups or len(groups[-1]) == micro_batch or (len(groups[-1]) + 1) * longest > tokens > 0
+        if full:
+            groups.append([])
+            longest = length
+        groups[-1].append(bag)
+    return [MicroBatch(tuple(group), (1,) * len(group)) for group in groups]
+
+
+def _balance(cost: np.ndarray, world_size: int, micro_batch: int) -> list[list[int]]:
+    """Longest first to the rank with least, at most the same number of full micro-batches each; then swaps."""
+    capacity = -(-len(cost) // (world_size * micro_batch)) * micro_batch
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [(0.0, rank) for rank in range(world_size)]
+    for bag in np.argsort(-cost, kind="stable"):
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(int(bag))
+        if len(shares[rank]) < capacity:
+            heapq.heappush(loads, (load + float(cost[bag]), rank))
+    _even_out(shares, cost)
+    return shares
+
+
+def _even_out(shares: list[list[int]], cost: np.ndarray) -> None:
+    """Swap bags between the costliest rank and the cheapest that still helps, until nothing does."""
+    loads = np.array([cost[share].sum() for share in shares])
+    for _ in range(8 * len(shares)):
+        high = int(np.argmax(loads))
+        if not any(_swap(shares, cost, loads, high, int(low)) for low in np.argsort(loads, kind="stable")[:4]):
+            return
+
+
+def _swap(shares: list[list[int]], cost: np.ndarray, loads: np.ndarray, high: int, low: int) -> bool:
+    gap = loads[high] - loads[low]
+    if high == low or not shares[low] or gap <= 1e-9 * loads[high]:
+        return False
+    difference = cost[shares[high]][:, None] - cost[shares[low]][None, :]
+    rest = np.abs(gap - 2 * difference)
+    i, j = np.unravel_index(int(np.argmin(rest)), rest.shape)
+    moved = difference[i, j]
+    if not 0 < moved < gap:
+        return False
+    shares[high][i], shares[low][j] = shares[low][j], shares[high][i]
+    loads[high] -= moved
+    loads[low] += moved
+    return True
+
+
+def evaluation_slices(
+    costs: Sequence[float] | Float[np.ndarray, " bag"], world_size: int
+) -> list[Int[np.ndarray, " bag"]]:
+    """Deal bags for evaluation: every bag exactly once over the ranks, without padding, costs even.
+
+    Ranks may get different numbers of bags, some none; each rank's are in ascending order.
+    """
+    cost = np.asarray(costs, np.float64)
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [(0.0, rank) for rank in range(world_size)]
+    for bag in np.argsort(-cost, kind="stable"):
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(int(bag))
+        heapq.heappush(loads, (load + float(cost[bag]), rank))
+    return [np.array(sorted(share), np.int64) for share in shares]

@@ -1,0 +1,229 @@
+"""The index beside the shards: where every member of every sample lies, and what it must hold.
+
+A shard set is a folder of plain WebDataset tars and one `index.json`. A sample is a slide; its members are
+`x20.npy` (embeddings), `coords_x20.npy`, `parent_x20.npy`, `scale_x20.npy` (int8 only), the same for the other
+magnifications, and `meta.json`. The index gives each member's byte offset, so reading a bag needs no tar parsing.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import quote
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cfusion.errors import DataError
+from cfusion.files import digest_json, write_text
+
+INDEX_NAME = "index.json"
+META = "meta.json"
+StoredDtype = Literal["f16", "f32", "int8"]
+STORED_DTYPES: dict[str, np.dtype[Any]] = {
+    "f16": np.dtype("<f2"), "f32": np.dtype("<f4"), "int8": np.dtype("i1"),
+}  # fmt: skip
+_REPACK = "Pack the store again with `cfusion preprocess shard`."
+
+
+def tar_key(slide_id: str) -> str:
+    """The WebDataset key of a slide: its stem, with what tars and WebDataset treat specially percent-encoded.
+
+    WebDataset ends a key at the first dot, so `TCGA-….DX1.7B2F` becomes `TCGA-…%2EDX1%2E7B2F`.
+    """
+    return quote(slide_id, safe=" ()+,=@").replace(".", "%2E").replace("~", "%7E")
+
+
+def _tar_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar", name):
+        raise ValueError("a shard's name is a plain file name that ends in .tar")
+    return name
+
+
+def _member_dtype(text: str) -> str:
+    if text not in ("<f2", "<f4", "|i1", "<i4", "|u1"):
+        raise ValueError("a member's dtype is one of <f2, <f4, |i1, <i4, |u1")
+    return text
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Member(_Entry):
+    """One file in a tar: `size` bytes from `offset`, an `.npy` of `dtype` and `shape` (or JSON, as |u1)."""
+
+    offset: int = Field(ge=512)
+    size: int = Field(ge=0)
+    dtype: Annotated[str, AfterValidator(_member_dtype)]
+    shape: tuple[int, ...]
+    crc32: int = Field(ge=0, lt=1 << 32)
+
+    @property
+    def payload(self) -> int:
+        """Bytes of the array without its `.npy` header."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def header(self) -> int:
+        """Bytes of the `.npy` header before the array."""
+        return self.size - self.payload
+
+    @model_validator(mode="after")
+    def _holds_its_array(self) -> Member:
+        if min(self.shape, default=0) < 0 or not 0 <= self.header <= 65536:
+            raise ValueError(f"{self.size} bytes do not hold an array of shape {self.shape} and dtype {self.dtype}")
+        return self
+
+
+class Sample(_Entry):
+    """One slide in a shard.
+
+    Attributes:
+        slide_id: File stem of the slide.
+        shard: Number of its tar in `ShardIndex.shards`.
+        source: Digest of the store's attributes of this slide, to tell whether a shard is up to date.
+        tile_px_level0: Per magnification name, side of a tile in level-0 px; empty where unknown.
+        members: By name.
+        error: int8 only: per magnification name, root mean square of the rounding error over that of the values.
+    """
+
+    slide_id: str
+    shard: int = Field(ge=0)
+    source: str
+    tile_px_level0: dict[str, float] = {}
+    members: dict[str, Member]
+    error: dict[str, float] = {}
+
+    @property
+    def tiles(self) -> dict[str, int]:
+        """Number of tiles per magnification name."""
+        return {
+            name.removesuffix(".npy"): member.shape[0]
+            for name, member in self.members.items()
+            if re.fullmatch(r"x[0-9.]+\.npy", name)
+        }
+
+
+class Shard(_Entry):
+    """One tar: its file name, length in bytes and SHA-256."""
+
+    name: Annotated[str, AfterValidator(_tar_name)]
+    size: int = Field(ge=0)
+    sha256: str
+
+
+class ShardIndex(_Entry):
+    """What a set of shards holds.
+
+    Attributes:
+        format: Version of this schema.
+        encoder: Name of the encoder whose embeddings these are.
+        provenance: Attributes that all slides share: weight digest, transform, resample filter, …
+        dtype: How embeddings are stored.
+        dim: Width of an embedding.
+        magnifications: Names, finest first.
+        seed: Seed of the order of samples.
+        target_bytes: A tar is closed before it would grow beyond this.
+        shards: The tars.
+        samples: The slides, in the order of the tars.
+        refused: Slides of the store that could not be packed, and why.
+    """
+
+    format: Literal["cfusion-shards-1"] = "cfusion-shards-1"
+    encoder: str
+    provenance: dict[str, Any] = {}
+    dtype: StoredDtype
+    dim: int = Field(ge=1)
+    magnifications: tuple[str, ...] = Field(min_length=1)
+    seed: int
+    target_bytes: int
+    shards: tuple[Shard, ...]
+    samples: tuple[Sample, ...]
+    refused: dict[str, str] = {}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 over the whole index, and through its checksums over the shards."""
+        return digest_json(self.model_dump(mode="json"))
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> ShardIndex:
+        seen: set[str] = set()
+        for sample in self.samples:
+            if sample.slide_id in seen:
+                raise ValueError(f"slide {sample.slide_id} appears twice")
+            seen.add(sample.slide_id)
+            self._check_sample(sample)
+        return self
+
+    def _check_sample(self, sample: Sample) -> None:
+        if sample.shard >= len(self.shards):
+            raise ValueError(f"slide {sample.slide_id} lies in shard {sample.shard}, of which there are less")
+        stored = STORED_DTYPES[self.dtype].str
+        for magnification in self.magnifications:
+            member = sample.members.get(f"{magnification}.npy")
+            if member is None:
+                raise ValueError(f"slide {sample.slide_id} has no member {magnification}.npy")
+            if member.dtype != stored or len(member.shape) != 2 or member.shape[1] != self.dim:
+                raise ValueError(
+                    f"slide {sample.slide_id}, member {magnification}.npy: {member.dtype} {member.shape}, "
+                    f"expected {stored} (tiles, {self.dim})"
+                )
+            self._check_companions(sample, magnification, member.shape[0])
+        length = self.shards[sample.shard].size
+        for name, member in sample.members.items():
+            if member.offset + member.size > length:
+                raise ValueError(f"slide {sample.slide_id}, member {name} ends beyond its shard of {length} bytes")
+
+    def _check_companions(self, sample: Sample, magnification: str, tiles: int) -> None:
+        expected = {
+            f"coords_{magnification}.npy": ("<i4", (tiles, 2)),
+            f"parent_{magnification}.npy": ("<i4", (tiles,)),
+            f"scale_{magnification}.npy": ("<f4", (self.dim,)),
+        }
+        if self.dtype == "int8" and f"scale_{magnification}.npy" not in sample.members:
+            raise ValueError(f"slide {sample.slide_id} has no member scale_{magnification}.npy")
+        for name, layout in expected.items():
+            member = sample.members.get(name)
+            if member is not None and (member.dtype, member.shape) != layout:
+                raise ValueError(f"slide {sample.slide_id}, member {name}: {member.dtype} {member.shape}, not {layout}")
+
+    def write(self, directory: str | os.PathLike[str]) -> None:
+        """Write the index into `directory`, atomically."""
+        write_text(Path(directory) / INDEX_NAME, self.model_dump_json() + "\n")
+
+
+EntryT = TypeVar("EntryT", bound=BaseModel)
+
+
+def parse(schema: type[EntryT], text: str | bytes, source: str) -> EntryT:
+    """Read an index, or a part of one, from JSON.
+
+    Raises:
+        DataError: It is not JSON, or does not describe a shard set; `source` and the entry are named.
+    """
+    try:
+        return schema.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{source}: {where + ': ' if where else ''}{first['msg']}.", _REPACK) from None
+
+
+def read_index(directory: str | os.PathLike[str]) -> ShardIndex:
+    """Read `index.json` of a folder of shards.
+
+    Raises:
+        DataError: The index is missing or does not describe a shard set.
+    """
+    path = Path(directory) / INDEX_NAME
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).", _REPACK) from error
+    return parse(ShardIndex, text, str(path))

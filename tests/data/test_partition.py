@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cfusion.data.partition import bag_cost, deal, epoch_order, evaluation_slices, global_batches
+from cfusion.errors import ConfigError
+
+COSTS = st.lists(st.floats(1, 1e6), min_size=0, max_size=120)
+
+
+@settings(deadline=None, max_examples=300)
+@given(COSTS, st.integers(1, 33), st.integers(1, 5))
+def test_deal_gives_every_bag_once_in_equally_many_passes(costs, world, micro):
+    dealt = deal(costs, world, micro)
+    assert len(dealt) == world
+    assert len({len(batches) for batches in dealt}) == 1
+    counted = [
+        index
+        for batches in dealt
+        for batch in batches
+        for index, weight in zip(batch.indices, batch.weights, strict=True)
+        if weight
+    ]
+    assert sorted(counted) == list(range(len(costs)))
+    for batch in (batch for batches in dealt for batch in batches):
+        assert 1 <= len(batch.indices) <= micro
+        assert set(batch.weights) in ({0}, {1})
+    assert len(dealt[0]) == -(-len(costs) // (world * micro))
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    n=st.integers(0, 200), batch=st.integers(1, 50), seen=st.integers(0, 5), worlds=st.tuples(*[st.integers(1, 16)] * 2)
+)
+def test_resuming_at_another_world_size_repeats_the_global_batches(n, batch, seen, worlds):
+    order = epoch_order(n, seed=3, epoch=2)
+    assert sorted(order) == list(range(n))
+    whole = global_batches(order, batch)
+    resumed = global_batches(order[seen * batch :], batch)
+    assert [b.tolist() for b in whole[seen:]] == [b.tolist() for b in resumed]
+    costs = np.random.default_rng(n).lognormal(size=n)
+    for step in resumed:
+        read = [
+            sorted(
+                int(step[i])
+                for batches in deal(costs[step], world)
+                for micro in batches
+                for i, weight in zip(micro.indices, micro.weights, strict=True)
+                if weight
+            )
+            for world in worlds
+        ]
+        assert read[0] == read[1] == sorted(step.tolist())
+
+
+def test_orders_differ_by_epoch_and_seed_and_are_fixed():
+    assert epoch_order(10, seed=7, epoch=0).tolist() == epoch_order(10, seed=7, epoch=0).tolist()
+    assert epoch_order(50, seed=7, epoch=0).tolist() != epoch_order(50, seed=7, epoch=1).tolist()
+    assert epoch_order(50, seed=7, epoch=0).tolist() != epoch_order(50, seed=8, epoch=0).tolist()
+
+
+def test_weighted_order_draws_in_proportion_and_never_a_weight_of_zero():
+    weights = [0, 1, 3, 0]
+    drawn = np.concatenate([epoch_order(4, seed=1, epoch=e, weights=weights) for e in range(3000)])
+    share = np.bincount(drawn, minlength=4) / len(drawn)
+    assert share[0] == share[3] == 0
+    # Four standard errors of 12,000 draws.
+    assert abs(share[2] - 0.75) < 4 * np.sqrt(0.75 * 0.25 / len(drawn))
+
+
+@pytest.mark.parametrize("weights", [[1, 2], [0, 0, 0], [1, -1, 1], [1, float("nan"), 1]])
+def test_weights_that_cannot_be_drawn_from_are_refused(weights):
+    with pytest.raises(ConfigError, match="3 finite numbers"):
+        epoch_order(3, seed=0, epoch=0, weights=weights)
+
+
+@settings(deadline=None, max_examples=200)
+@given(COSTS, st.integers(1, 33))
+def test_evaluation_slices_hold_every_bag_once(costs, world):
+    slices = evaluation_slices(costs, world)
+    assert len(slices) == world
+    assert sorted(np.concatenate(slices).tolist()) == list(range(len(costs)))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 9), st.integers(20, 200))
+def test_micro_batches_keep_to_the_token_budget(lengths, world, budget):
+    dealt = deal([float(n) for n in lengths], world, micro_batch=1000, lengths=lengths, token_budget=budget)
+    assert len({len(batches) for batches in dealt}) == 1
+    for micro in (micro for batches in dealt for micro in batches):
+        assert len(micro.indices) == 1 or len(micro.indices) * max(lengths[i] for i in micro.indices) <= budget
+
+
+def test_dealing_by_cost_is_evener_than_any_order_of_arrival():
+    tiles = np.random.default_rng(0).lognormal(9, 0.7, size=512)
+    costs = np.array([bag_cost({"x20": int(n), "x10": int(n / 4), "x5": int(n / 16)}) for n in tiles])
+    loads = [sum(costs[i] for micro in batches for i in micro.indices) for batches in deal(costs, 16)]
+    in_order = costs.reshape(16, -1).sum(axis=1)
+    assert max(loads) / np.mean(loads) < 1.03 < in_order.max() / in_order.mean()

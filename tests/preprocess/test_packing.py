@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import webdataset
+from made_up_slides import MemoryStore, make_slide
+
+from cfusion.data.shards import ShardDataset
+from cfusion.errors import DataError
+from preprocess.packing import pack_store
+
+
+@pytest.fixture
+def store():
+    return MemoryStore([make_slide(f"TCGA-{i:02d}.DX1.7B2F", cells=2 + i % 4, seed=i) for i in range(9)])
+
+
+def tar_bytes(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_same_store_gives_the_same_bytes_whatever_the_threads(store, tmp_path):
+    pack_store(store, tmp_path / "a", target_bytes=30_000, workers=1)
+    pack_store(MemoryStore(reversed(store.slides.values())), tmp_path / "b", target_bytes=30_000, workers=3)
+    assert tar_bytes(tmp_path / "a") == tar_bytes(tmp_path / "b")
+    assert len(tar_bytes(tmp_path / "a")) > 3
+    pack_store(store, tmp_path / "c", target_bytes=30_000, seed=8)
+    assert tar_bytes(tmp_path / "a") != tar_bytes(tmp_path / "c")
+
+
+def test_what_is_packed_is_what_is_read(store, tmp_path):
+    pack_store(store, tmp_path)
+    dataset = ShardDataset.open(tmp_path)
+    for slide_id, slide in store.slides.items():
+        read = dataset.read(slide_id, ["x20", "x10", "x5", "coords_x20", "parent_x20", "parent_x10"])
+        for name in ("x20", "x10", "x5"):
+            np.testing.assert_array_equal(read[name], slide.features[name])
+        np.testing.assert_array_equal(read["coords_x20"], slide.coords["x20"])
+        np.testing.assert_array_equal(read["parent_x20"], slide.parents["x20"])
+        assert dataset.tiles(slide_id) == {name: len(slide.features[name]) for name in ("x20", "x10", "x5")}
+
+
+def test_webdataset_reads_the_tars(store, tmp_path):
+    index = pack_store(store, tmp_path, target_bytes=30_000)
+    urls = [str(tmp_path / shard.name) for shard in index.shards]
+    seen = {}
+    for sample in webdataset.WebDataset(urls, shardshuffle=False).decode():
+        seen[sample["meta.json"]["slide_id"]] = sample
+    assert list(seen) == [sample.slide_id for sample in index.samples]
+    for slide_id, slide in store.slides.items():
+        np.testing.assert_array_equal(seen[slide_id]["x20.npy"], slide.features["x20"])
+        np.testing.assert_array_equal(seen[slide_id]["coords_x5.npy"], slide.coords["x5"])
+        assert seen[slide_id]["meta.json"]["attrs"] == slide.attrs
+
+
+def test_a_finished_set_is_left_as_it_is(store, tmp_path):
+    first = pack_store(store, tmp_path, target_bytes=30_000)
+    store.reads.clear()
+    assert pack_store(store, tmp_path, target_bytes=30_000) == first
+    assert store.reads == []
+
+
+def test_a_stopped_run_goes_on_behind_the_last_finished_tar(store, tmp_path):
+    whole = pack_store(store, tmp_path / "whole", target_bytes=30_000)
+    stopped = MemoryStore(store.slides.values())
+    last = whole.samples[-1].slide_id
+
+    def read(slide_id):
+        if slide_id == last:
+            raise KeyboardInterrupt
+        return MemoryStore.read(stopped, slide_id)
+
+    stopped.read = read
+    with pytest.raises(KeyboardInterrupt):
+        pack_store(stopped, tmp_path / "resumed", target_bytes=30_000, workers=1)
+    assert not (tmp_path / "resumed" / "index.json").exists()
+    kept = [s for s in whole.samples if (tmp_path / "resumed" / whole.shards[s.shard].name).exists()]
+    assert kept
+    store.reads.clear()
+    assert pack_store(store, tmp_path / "resumed", target_bytes=30_000) == whole
+    assert not {s.slide_id for s in kept} & set(store.reads)
+    assert tar_bytes(tmp_path / "resumed") == tar_bytes(tmp_path / "whole")
+
+
+def test_slides_of_two_encoders_are_refused(store, tmp_path):
+    store.slides["TCGA-03.DX1.7B2F"].attrs["encoder"] = "other"
+    with pytest.raises(DataError, match=r"differ in encoder: .*other"):
+        pack_store(store, tmp_path)
+
+
+def test_a_slide_with_nan_is_left_out_and_named(store, tmp_path):
+    store.slides["TCGA-03.DX1.7B2F"].features["x10"][2, 1] = np.nan
+    index = pack_store(store, tmp_path)
+    assert list(index.refused) == ["TCGA-03.DX1.7B2F"]
+    assert "x10: row 2 holds a value that is not finite" in index.refused["TCGA-03.DX1.7B2F"]
+    assert len(index.samples) == 8
