@@ -37,6 +37,10 @@ class CohortConfig(Section):
     """Overall survival, disease-specific survival or progression-free interval, where the table has them."""
     time_unit: Literal["months", "days", "years"] = "months"
     """Unit of a plain table's time column."""
+    event_is: Literal["event", "censored"] = "event"
+    """What 1 means in a plain table's event column; a column `censorship` is taken first for `censored`."""
+    keep_zero_times: bool = False
+    """Whether patients with a follow-up of 0 stay (tables in whole months round early deaths to 0)."""
     slides: Path | None = None
     """Table that names each slide's case (`slide_id, case_id`), or a GDC manifest, where `table` does not name them."""
 
@@ -54,6 +58,10 @@ class SplitsConfig(Section):
     """`stratified`: patients by event and time; `site`: no tissue source site on both sides of a fold."""
     validation_fraction: float = Field(0.2, gt=0, lt=0.5)
     """Share of the training patients kept for early stopping and model choice under `strict`."""
+    test_cases: Path | None = None
+    """Table with a column `case_id`: these patients are a fixed external test, all others train."""
+    within: int | None = Field(None, ge=0)
+    """Nested cross-validation: draw the folds inside the training side of this outer fold; none: no nesting."""
     seed: int = 7
     """Seed of the drawn folds and of the inner validation."""
 
@@ -141,8 +149,6 @@ class TrainConfig(Section):
     """`all`: every bag once an epoch; `weighted`: with replacement, by 1 / size of its (bin × censoring) class."""
     micro_batch: int = Field(1, ge=1)
     """Bags in one forward pass, padded and masked; 1 as published."""
-    permute_outcomes: int | None = None
-    """Seed by which outcomes are dealt to other patients, for the null beside a score; none: real outcomes."""
 
 
 PUBLISHED_RECIPE: dict[str, Any] = {
@@ -175,6 +181,8 @@ class EvaluationConfig(Section):
     """Horizons of the time-dependent AUC."""
     bootstrap: int = Field(1000, ge=0)
     """Patient-bootstrap replicates of every interval."""
+    permute_outcomes: int | None = None
+    """Seed by which outcomes are dealt to other patients, for the null beside a score; none: real outcomes."""
     strict: bool = False
     """Stop where the audit of the data drops or doubts anything, instead of saying so and going on."""
 
@@ -211,6 +219,10 @@ class PreprocessConfig(Section):
     """CSV `slide_id, mpp` that supplies resolutions."""
     resample: Literal["area", "bicubic"] = "area"
     """Filter of the coarser magnifications."""
+    min_tissue: float = Field(0.25, gt=0, le=1)
+    """Share of a finest tile's area that must be tissue."""
+    batch_size: int = Field(64, ge=1)
+    """Tiles that an encoder takes at once, over slides."""
     threads: int = Field(2, ge=1)
     """Reading threads."""
 

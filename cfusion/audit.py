@@ -1,0 +1,256 @@
+"""What is dropped or doubted before training, slide by slide and patient by patient, and why.
+
+Nothing is dropped in silence: every finding names its subject, and under `evaluation.strict` any finding stops the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pandas as pd
+
+from cfusion.errors import DataError
+from cfusion.types import Cohort, Split
+
+POLARITY_MINIMUM = 10
+"""Events and censored patients needed before their medians are compared."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing the audit dropped or doubts.
+
+    Attributes:
+        kind: Stable name of the rule, such as `missing_features`.
+        subject: The slide, patient, fold or cohort it concerns.
+        action: `dropped`: left out of the run; `doubted`: kept, but a person should look.
+        message: What was found and what it means.
+    """
+
+    kind: str
+    subject: str
+    action: Literal["dropped", "doubted"]
+    message: str
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The outcome of an audit.
+
+    Attributes:
+        cohort: What is kept.
+        splits: The folds of the kept patients.
+        findings: Everything dropped or doubted.
+        flow: Counts from the tables to the run, for the flow diagram: (step, patients, slides).
+    """
+
+    cohort: Cohort
+    splits: list[Split]
+    findings: list[Finding]
+    flow: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)
+
+    def raise_if_strict(self) -> None:
+        """Refuse to go on where anything was dropped or doubted.
+
+        Raises:
+            DataError: There are findings; the message counts them by kind and names the first.
+        """
+        if not self.findings:
+            return
+        counts = ", ".join(f"{count} {kind}" for kind, count in self.counts().items())
+        raise DataError(
+            f"cohort {self.cohort.name}: the audit has {len(self.findings)} findings ({counts}); first: "
+            f"{self.findings[0].subject}: {self.findings[0].message}",
+            "Correct the tables, or set evaluation.strict=false to go on without what was dropped.",
+        )
+
+    def counts(self) -> dict[str, int]:
+        """Number of findings of each kind, the most frequent first."""
+        return dict(Counter(finding.kind for finding in self.findings).most_common())
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per finding: kind, subject, action, message."""
+        columns = [field.name for field in dataclasses.fields(Finding)]
+        return pd.DataFrame([dataclasses.asdict(finding) for finding in self.findings], columns=columns)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a run's artifacts and for its report."""
+        return {
+            "cohort": self.cohort.name,
+            "findings": [dataclasses.asdict(finding) for finding in self.findings],
+            "flow": [{"step": step, "patients": patients, "slides": slides} for step, patients, slides in self.flow],
+        }
+
+
+def audit(
+    cohort: Cohort,
+    splits: Sequence[Split],
+    *,
+    available: Mapping[str, set[str]] | None = None,
+    magnifications: Sequence[str] = (),
+    n_bins: int = 4,
+    keep_zero_times: bool = False,
+) -> Audit:
+    """Drop what cannot be used, name it, and doubt what looks wrong.
+
+    Args:
+        cohort: As read.
+        splits: As read or drawn; patients who are dropped leave every side.
+        available: For each slide that has features, its magnification names; None where features play no part.
+        magnifications: Names (`x20`) of those every slide must have, with `available`.
+        n_bins: Time bins that every training side must be able to fill.
+        keep_zero_times: Whether a follow-up of 0 is kept; without, such patients are dropped.
+
+    Raises:
+        DataError: Nobody is left, or a fold cannot be trained or scored: no patients or no event on a side, or fewer
+            distinct event times in training than bins.
+    """
+    flow = [("in the tables", len(cohort.cases), len(cohort.slides))]
+    findings: list[Finding] = []
+    slides = _usable_slides(cohort, available, magnifications, findings)
+    bad = _bad_outcomes(cohort, keep_zero_times, findings)
+    flow.append(("with a usable outcome", len(cohort.cases) - len(bad), int((~slides["case_id"].isin(bad)).sum())))
+    if available is not None or len(cohort.slides):
+        without = set(cohort.cases.index) - set(slides["case_id"]) - bad
+        findings += [_dropped("no_slides", case, "has no usable slide") for case in sorted(without)]
+        bad |= without
+    kept = [case for case in cohort.cases.index if case not in bad]
+    if not kept:
+        raise DataError(
+            f"cohort {cohort.name}: the audit leaves no patient ({_first_messages(findings)}).",
+            "Check that the slide names of the clinical table and of the features are the same.",
+        )
+    cases = cohort.cases.loc[kept].astype({"event": bool})
+    clean = dataclasses.replace(cohort, cases=cases, slides=slides[slides["case_id"].isin(kept)])
+    flow.append(("with features", len(clean.cases), len(clean.slides)))
+    findings += _doubts(clean)
+    named = dict.fromkeys(case for split in splits for case in (*split.train, *split.validation, *split.test))
+    strangers = [case for case in named if case not in cohort.cases.index]
+    findings += [_dropped("not_in_cohort", c, "is named by the splits, not by the clinical table") for c in strangers]
+    folds = [_clean_split(clean, split, findings) for split in splits]
+    for split in folds:
+        _check_fold(clean, split, n_bins)
+    scored = {case for split in folds for case in (*split.train, *split.validation, *split.test)}
+    if folds:
+        flow.append(("in the splits", len(scored), int(clean.slides["case_id"].isin(scored).sum())))
+    return Audit(clean, folds, findings, flow)
+
+
+def _dropped(kind: str, subject: str, message: str) -> Finding:
+    return Finding(kind, subject, "dropped", message)
+
+
+def _first_messages(findings: Sequence[Finding]) -> str:
+    examples = {finding.kind: f"{finding.subject} {finding.message}" for finding in reversed(findings)}
+    return "; ".join(examples.values())
+
+
+def _usable_slides(
+    cohort: Cohort,
+    available: Mapping[str, set[str]] | None,
+    magnifications: Sequence[str],
+    findings: list[Finding],
+) -> pd.DataFrame:
+    slides = cohort.slides
+    twice = slides.index.duplicated()
+    findings += [_dropped("duplicate_slide", s, "is listed twice; one row is kept") for s in slides.index[twice]]
+    slides = slides[~twice]
+    unknown = ~slides["case_id"].isin(cohort.cases.index)
+    findings += [_dropped("no_outcome", s, "belongs to no patient of the table") for s in slides.index[unknown]]
+    slides = slides[~unknown]
+    if available is None:
+        return slides
+    wanted = set(magnifications)
+    keep = []
+    for slide in slides.index:
+        if slide not in available:
+            findings.append(_dropped("missing_features", slide, "has no features"))
+        elif wanted - available[slide]:
+            lacking = ", ".join(sorted(wanted - available[slide]))
+            findings.append(_dropped("missing_magnification", slide, f"has no features at {lacking}"))
+        else:
+            keep.append(slide)
+    return slides.loc[keep]
+
+
+def _bad_outcomes(cohort: Cohort, keep_zero: bool, findings: list[Finding]) -> set[str]:
+    bad = set()
+    for case, time, event in zip(cohort.cases.index, cohort.cases["time_months"], cohort.cases["event"], strict=True):
+        if pd.isna(time):
+            finding = _dropped("missing_time", case, "has no follow-up time")
+        elif time < 0:
+            finding = _dropped("negative_time", case, f"has a follow-up of {time:g} months")
+        elif time == 0 and not keep_zero:
+            finding = _dropped("zero_time", case, "has a follow-up of 0 (cohort.keep_zero_times=true keeps it)")
+        elif pd.isna(event):
+            finding = _dropped("unknown_event", case, "does not say whether the event happened")
+        else:
+            continue
+        findings.append(finding)
+        bad.add(case)
+    return bad
+
+
+def _doubts(cohort: Cohort) -> list[Finding]:
+    """Signs of flipped polarity and of a wrong unit, which only a person can settle."""
+    doubts = []
+    times, event = cohort.cases["time_months"], cohort.cases["event"]
+    dead, censored = times[event], times[~event]
+    if min(len(dead), len(censored)) >= POLARITY_MINIMUM and dead.median() > censored.median():
+        doubts.append(Finding(
+            "polarity", cohort.name, "doubted",
+            f"events have a longer median follow-up ({dead.median():.1f} months) than censored patients "
+            f"({censored.median():.1f} months); check that 1 means what the table's column says",
+        ))  # fmt: skip
+    if event.mean() > 0.9 and len(event) >= POLARITY_MINIMUM:
+        doubts.append(Finding("polarity", cohort.name, "doubted", f"{event.mean():.0%} of the patients have the event"))
+    if not event.any():
+        doubts.append(Finding("all_censored", cohort.name, "doubted", "no patient has the event"))
+    if times.median() > 180:
+        message = f"the median follow-up is {times.median():.0f} months; are the times in days?"
+        doubts.append(Finding("unit", cohort.name, "doubted", message))
+    if times.max() < 6:
+        message = f"the longest follow-up is {times.max():.1f} months; are the times in years?"
+        doubts.append(Finding("unit", cohort.name, "doubted", message))
+    return doubts
+
+
+def _clean_split(clean: Cohort, split: Split, findings: list[Finding]) -> Split:
+    """Remove dropped patients from every side, and whoever is tested from the training side."""
+    test = set(split.test)
+    known = set(clean.cases.index)
+    optimistic = set(split.validation) == test
+    where = f"fold {split.fold}" + (f" of repeat {split.repeat}" if split.repeat else "")
+    held_out = test | set(split.validation)
+    both = [case for case in dict.fromkeys(split.train) if case in held_out]
+    if not optimistic:
+        both += [c for c in split.validation if c in test and c not in both]
+    findings += [
+        _dropped("both_sides", case, f"is on both sides of {where}; it was taken from the training side")
+        for case in both
+    ]  # fmt: skip
+    return dataclasses.replace(
+        split,
+        train=tuple(c for c in split.train if c in known and c not in both),
+        validation=tuple(c for c in split.validation if c in known and (optimistic or c not in test)),
+        test=tuple(c for c in split.test if c in known),
+    )
+
+
+def _check_fold(cohort: Cohort, split: Split, n_bins: int) -> None:
+    where = f"cohort {cohort.name}, fold {split.fold}"
+    for side in ("train", "test"):
+        cases = cohort.cases.loc[list(getattr(split, side))]
+        if not cases["event"].any():
+            raise DataError(f"{where}: the {side} side has {len(cases)} patients and no event.", "Draw other folds.")
+    train = cohort.cases.loc[list(split.train)]
+    distinct = train.loc[train["event"], "time_months"].nunique()
+    if distinct < n_bins:
+        raise DataError(
+            f"{where}: {distinct} distinct event times in training cannot fill {n_bins} time bins.",
+            f"Set evaluation.n_bins={max(distinct, 2)} or fewer, or draw fewer folds.",
+        )

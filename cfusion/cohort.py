@@ -1,0 +1,229 @@
+"""Read patients, outcomes and slides from the tables people have, into one cohort.
+
+Published tables (CLAM, MCAT, SurvPath, CrossFusion), exports of the GDC portal, TCGA-CDR (Liu et al., Cell 2018) and
+plain tables are told apart by their columns. Whatever the source, time is in months, `event` true means that the event
+happened, and the unit is the patient: for TCGA the first 12 characters of the barcode.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from cfusion.cohort_tables import coded_events, first_column, numbers, read_table
+from cfusion.config import CohortConfig
+from cfusion.errors import ConfigError, DataError
+from cfusion.types import Cohort
+
+logger = logging.getLogger(__name__)
+
+DAYS_PER_MONTH = 365.25 / 12
+LONGEST_FOLLOW_UP_MONTHS = 600.0
+"""No clinical cohort follows patients for 50 years; a longer time is one in days."""
+
+_MONTHS = {"months": 1.0, "days": 1 / DAYS_PER_MONTH, "years": 12.0}
+_BARCODE = re.compile(r"TCGA-(\w{2})-\w{4}")
+_SLIDE_SUFFIX = re.compile(r"\.(svs|ndpi|tiff?|mrxs|scn|vms|vmu|bif|svslide|dcm|h5|pt|zarr)$", re.IGNORECASE)
+_COVARIATES = ("age", "is_female", "oncotree_code", "grade", "stage")
+
+
+def patient_of(name: str) -> str:
+    """The patient a slide, sample or case name belongs to: a TCGA barcode's first 12 characters, else the name."""
+    return name[:12] if _BARCODE.match(name) else name
+
+
+def slide_stem(name: str) -> str:
+    """The slide_id of a file name: without folder and slide suffix; dots inside (TCGA's UUIDs) stay."""
+    return _SLIDE_SUFFIX.sub("", re.split(r"[\\/]", name)[-1])
+
+
+def read_cohort(config: CohortConfig) -> Cohort:
+    """Read a clinical table and, where given, the table that names the slides.
+
+    Times may be missing, zero or negative and events unknown; `cfusion.audit.audit` drops and names those patients.
+
+    Returns:
+        The cohort: times in months, `event` boolean (nullable where unknown). A slide listed twice stands twice.
+
+    Raises:
+        ConfigError: The table lacks the end point or has another layout than declared.
+        DataError: A table cannot be read, a value is not what its column says, or rows of a patient contradict.
+    """
+    table = read_table(config.table)
+    layout = _layout(table, config)
+    rows = _READERS[layout](table, config)
+    rows["case_id"] = rows["case_id"].map(patient_of)
+    _check_plausible(rows, config)
+    cases = _one_row_per_case(rows, config)
+    slides = _read_slides(config.slides) if config.slides is not None else _slides_of_rows(rows)
+    logger.info("%s: %s layout, %d patients, %d slides", config.table, layout, len(cases), len(slides))
+    return Cohort(config.name, cases, slides, config.endpoint)
+
+
+def _layout(table: pd.DataFrame, config: CohortConfig) -> str:
+    columns = set(table.columns)
+    found = {
+        "published": {"case_id", "survival_months", "censorship"} <= columns,
+        "cdr": "bcr_patient_barcode" in columns and {"OS", "OS.time"} <= columns,
+        "gdc": any(name.endswith("vital_status") for name in columns),
+        "plain": {"patient", "time"} <= columns,
+    }
+    if config.format != "auto":
+        if not found[config.format]:
+            raise ConfigError(
+                f"{config.table}: is not laid out as cohort.format={config.format}; its columns are "
+                f"{', '.join(table.columns)}.", f"Expected {_EXPECTED[config.format]}.",
+            )  # fmt: skip
+        return config.format
+    for layout, matches in found.items():
+        if matches:
+            return layout
+    raise ConfigError(
+        f"{config.table}: no known layout has the columns {', '.join(table.columns)}.",
+        f"Name them {_EXPECTED['plain']} for a plain table.",
+    )
+
+
+_EXPECTED = {
+    "published": "case_id, slide_id, survival_months, censorship (1 = censored)",
+    "cdr": "bcr_patient_barcode, OS, OS.time, …",
+    "gdc": "a clinical.tsv or clinical JSON export with vital_status and days_to_death",
+    "plain": "patient, slide, time, event",
+}
+
+
+def _published(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
+    _require_endpoint(config, "OS")
+    if "event" in table.columns:
+        event = coded_events(table["event"], config.table)
+        same = (event == coded_events(table["censorship"], config.table)).fillna(False).to_numpy(bool)
+        if same.any():
+            raise DataError(
+                f"{config.table}, row {int(same.argmax()) + 2}: event and censorship contradict each other.",
+                "One of them is flipped; correct the table.",
+            )
+    rows = table[["case_id", *(c for c in (*_COVARIATES, "slide_id") if c in table.columns)]].copy()
+    rows["time_months"] = numbers(table["survival_months"], config.table)
+    rows["event"] = ~coded_events(table["censorship"], config.table)
+    return rows
+
+
+def _plain(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
+    column = "event" if config.event_is == "event" else first_column(table, "censorship", "event")
+    if column not in table.columns:
+        raise ConfigError(f"{config.table}: lacks the column event.", f"Expected {_EXPECTED['plain']}.")
+    rows = table.rename(columns={"patient": "case_id", "slide": "slide_id"}).drop(columns=["time", column])
+    rows["time_months"] = numbers(table["time"], config.table) * _MONTHS[config.time_unit]
+    event = coded_events(table[column], config.table)
+    rows["event"] = event if config.event_is == "event" else ~event
+    return rows
+
+
+def _cdr(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
+    time = f"{config.endpoint}.time"
+    if time not in table.columns or config.endpoint not in table.columns:
+        raise ConfigError(f"{config.table}: has no end point {config.endpoint} (columns {config.endpoint}, {time}).")
+    name = config.name.upper()
+    types = sorted(t for t in table.get("type", pd.Series(dtype=str)).dropna().unique() if t in name)
+    if types:
+        logger.info("%s: kept the cancer types %s, after cohort.name", config.table, ", ".join(types))
+        table = table[table["type"].isin(types)]
+    rows = pd.DataFrame({"case_id": table["bcr_patient_barcode"].astype(str)})
+    rows["time_months"] = numbers(table[time], config.table) / DAYS_PER_MONTH
+    rows["event"] = coded_events(table[config.endpoint], config.table)
+    return rows
+
+
+def _gdc(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
+    _require_endpoint(config, "OS")
+    column = {name.rsplit(".", 1)[-1]: name for name in reversed(table.columns)}
+    case = next((name for name in ("cases.submitter_id", "case_submitter_id", "submitter_id") if name in table), None)
+    if case is None:
+        raise ConfigError(f"{config.table}: lacks the case's submitter_id.", f"Expected {_EXPECTED['gdc']}.")
+    status = table[column["vital_status"]].str.lower()
+    event = status.map({"dead": True, "alive": False}).astype("boolean")
+
+    def days(name: str) -> pd.Series:
+        if name not in column:
+            return pd.Series(np.nan, index=table.index)
+        return numbers(table[column[name]], config.table).groupby(table[case]).transform("max")
+
+    follow_up = pd.concat([days("days_to_last_follow_up"), days("days_to_follow_up")], axis=1).max(axis=1)
+    time = days("days_to_death").where(event.fillna(False).astype(bool), follow_up)
+    return pd.DataFrame({"case_id": table[case], "time_months": time / DAYS_PER_MONTH, "event": event})
+
+
+_READERS: dict[str, Callable[[pd.DataFrame, CohortConfig], pd.DataFrame]] = {
+    "published": _published, "plain": _plain, "cdr": _cdr, "gdc": _gdc,
+}  # fmt: skip
+
+
+def _require_endpoint(config: CohortConfig, only: str) -> None:
+    if config.endpoint != only:
+        raise ConfigError(
+            f"{config.table}: this layout holds {only} alone, not cohort.endpoint={config.endpoint}.",
+            "TCGA-CDR has OS, DSS and PFI.",
+        )
+
+
+def _check_plausible(rows: pd.DataFrame, config: CohortConfig) -> None:
+    longest = rows["time_months"].max()
+    if longest > LONGEST_FOLLOW_UP_MONTHS:
+        case = rows["case_id"].iloc[int(rows["time_months"].argmax())]
+        raise DataError(
+            f"{config.table}, case {case}: a follow-up of {longest:g} months is over 50 years.",
+            "If the times are in days, set cohort.time_unit=days for a plain table, or convert them.",
+        )
+
+
+def _one_row_per_case(rows: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
+    grouped = rows.groupby("case_id", sort=False)
+    for column in ("time_months", "event"):
+        distinct = grouped[column].nunique()
+        if (distinct > 1).any():
+            case = str(distinct.index[distinct > 1][0])
+            values = ", ".join(str(v) for v in rows.loc[rows["case_id"] == case, column].drop_duplicates())
+            raise DataError(
+                f"{config.table}, case {case}: its rows give different values of {column} ({values}).",
+                "A patient has one outcome; correct the rows.",
+            )
+    cases = grouped.first().drop(columns="slide_id", errors="ignore")
+    if not cases["event"].isna().any():
+        cases["event"] = cases["event"].astype(bool)
+    barcodes = cases.index.to_series().str.extract(_BARCODE, expand=False)
+    if barcodes.notna().all():
+        cases["site"] = barcodes
+    return cases
+
+
+def _slides_of_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    if "slide_id" not in rows.columns:
+        return pd.DataFrame({"case_id": pd.Series(dtype=str)}, index=pd.Index([], name="slide_id"))
+    named = rows[rows["slide_id"].notna()]
+    return _slides(named["slide_id"], named["case_id"], "the clinical table")
+
+
+def _read_slides(path: Path) -> pd.DataFrame:
+    table = read_table(path)
+    name = first_column(table, "slide_id", "File Name", "filename", "file_name")
+    if name not in table.columns:
+        raise DataError(f"{path}: names no slides.", "Expected a column slide_id, File Name or filename.")
+    files = table[name].astype(str)
+    slides = table[files.str.contains(_SLIDE_SUFFIX)] if name != "slide_id" else table
+    case = first_column(table, "case_id", "Case ID")
+    cases = slides[case] if case in table.columns else slides[name].map(slide_stem)
+    return _slides(slides[name], cases, str(path))
+
+
+def _slides(names: pd.Series, cases: pd.Series, source: str) -> pd.DataFrame:
+    slides = pd.DataFrame({"slide_id": names.astype(str).map(slide_stem), "case_id": cases.map(patient_of)})
+    owners = slides.groupby("slide_id")["case_id"].nunique()
+    if (owners > 1).any():
+        slide = owners.index[owners > 1][0]
+        raise DataError(f"{source}, slide {slide}: stands for more than one patient.", "Correct its rows.")
+    return slides.set_index("slide_id")

@@ -1,0 +1,104 @@
+"""Cells of clinical tables, read strictly: what is not a number, a yes or a no is named with its row."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cfusion.errors import DataError
+
+_MISSING = ["", "'--", "--", "NA", "N/A", "NaN", "nan", "[Not Available]", "[Not Applicable]", "[Unknown]", "#N/A"]
+_TRUE = {"1", "1.0", "true", "yes", "dead", "deceased"}
+_FALSE = {"0", "0.0", "false", "no", "alive", "living"}
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a CSV, TSV, a CSV or TSV alone in a ZIP file, or a GDC clinical JSON; every cell is text or missing.
+
+    Raises:
+        DataError: The file is missing, empty, or not such a table.
+    """
+    try:
+        if path.suffix.lower() == ".json":
+            return pd.DataFrame(_flat_cases(json.loads(path.read_text(encoding="utf-8"))))
+        text = _zipped_text(path) if zipfile.is_zipfile(path) else path.read_text(encoding="utf-8-sig")
+        header = text.partition("\n")[0]
+        separator = "\t" if header.count("\t") > header.count(",") else ","
+        table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, na_values=_MISSING)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).", "Give the path of a table.") from error
+    except (ValueError, csv.Error, pd.errors.ParserError) as error:
+        raise DataError(f"{path}: is not a table ({' '.join(str(error).split())}).") from error
+    if table.empty:
+        raise DataError(f"{path}: has no rows.")
+    table.columns = table.columns.str.strip()
+    return table.loc[:, ~table.columns.str.fullmatch(r"(Unnamed: \d+)?")]
+
+
+def _zipped_text(path: Path) -> str:
+    with zipfile.ZipFile(path) as archive:
+        names = [n for n in archive.namelist() if n.lower().endswith((".csv", ".tsv", ".txt"))]
+        if len(names) != 1:
+            raise ValueError(f"holds {len(names)} tables where one was expected")
+        return archive.read(names[0]).decode("utf-8-sig")
+
+
+def _flat_cases(cases: Any) -> list[dict[str, Any]]:
+    if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
+        raise ValueError("expected a list of cases, as the GDC portal exports it")
+    rows = []
+    for case in cases:
+        demographic = case.get("demographic") or {}
+        days = [d.get("days_to_last_follow_up") for d in case.get("diagnoses") or []]
+        days += [f.get("days_to_follow_up") for f in case.get("follow_ups") or []]
+        seen = [float(d) for d in days if d is not None]
+        rows.append({
+            "submitter_id": case.get("submitter_id"),
+            "vital_status": demographic.get("vital_status"),
+            "days_to_death": demographic.get("days_to_death"),
+            "days_to_last_follow_up": max(seen) if seen else None,
+        })  # fmt: skip
+    return rows
+
+
+def first_column(table: pd.DataFrame, *names: str) -> str:
+    """The first of `names` that the table has, or else the last one."""
+    return next((name for name in names if name in table.columns), names[-1])
+
+
+def numbers(cells: pd.Series, source: Path | str) -> pd.Series:
+    """Cells as floats, NaN where missing.
+
+    Raises:
+        DataError: A cell is text or infinite; it is named with its row (the header is row 1).
+    """
+    values = pd.to_numeric(cells, errors="coerce").astype(float)
+    wrong = (values.isna() & cells.notna()) | np.isinf(values)
+    if wrong.any():
+        at = int(np.argmax(wrong.to_numpy()))
+        raise DataError(
+            f"{source}, row {cells.index[at] + 2}: {cells.name} is {cells.iloc[at]!r}, expected a finite number."
+        )
+    return values
+
+
+def coded_events(cells: pd.Series, source: Path | str) -> pd.Series:
+    """Cells as nullable booleans: 1, true, yes, dead against 0, false, no, alive.
+
+    Raises:
+        DataError: A cell is none of these; it is named with its row.
+    """
+    words = cells.astype("string").str.strip().str.lower()
+    values = words.map({**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}).astype("boolean")
+    wrong = (values.isna() & cells.notna()).to_numpy(bool)
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise DataError(f"{source}, row {cells.index[at] + 2}: {cells.name} is {cells.iloc[at]!r}, expected 0 or 1.")
+    return values

@@ -1,0 +1,83 @@
+"""Time bins of the discrete hazard, from the training patients alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cfusion.errors import DataError
+
+
+@dataclass(frozen=True)
+class TimeBins:
+    """Left-closed intervals of the follow-up time, with a hazard for each.
+
+    Attributes:
+        edges: `n_bins` + 1 increasing times in months: 0, the inner quantiles of the event times, and just above the
+            longest time the bins were fitted on. The outer bins are open: any time has a label.
+    """
+
+    edges: tuple[float, ...]
+
+    @classmethod
+    def fit(cls, time_months: ArrayLike, event: ArrayLike, n_bins: int) -> TimeBins:
+        """Cut at quantiles of the uncensored times, the outer edges widened (CrossFusion program; MCAT, section 4).
+
+        Args:
+            time_months: [case], ≥ 0.
+            event: [case], true where the event was seen.
+            n_bins: Number of bins, ≥ 2.
+
+        Raises:
+            DataError: Fewer distinct event times than bins, or so many ties that quantiles coincide.
+        """
+        time = np.asarray(time_months, dtype=float)
+        happened = time[np.asarray(event, dtype=bool)]
+        distinct = len(np.unique(happened))
+        if distinct < n_bins:
+            raise DataError(
+                f"{distinct} distinct event times among {len(time)} training patients cannot fill {n_bins} time bins.",
+                "Set evaluation.n_bins lower.",
+            )
+        inner = np.quantile(happened, np.arange(1, n_bins) / n_bins)
+        edges = np.concatenate([[0.0], inner, [time.max() + 1e-4]])
+        if (np.diff(edges) <= 0).any():
+            raise DataError(
+                f"the quantiles of {len(happened)} event times coincide ({', '.join(f'{e:g}' for e in inner)} months).",
+                "Set evaluation.n_bins lower.",
+            )
+        return cls(tuple(float(edge) for edge in edges))
+
+    @property
+    def n_bins(self) -> int:
+        """Number of bins."""
+        return len(self.edges) - 1
+
+    @property
+    def right_edges_months(self) -> tuple[float, ...]:
+        """Times at which the predicted survival S_1 … S_K holds."""
+        return self.edges[1:]
+
+    def label(self, time_months: ArrayLike) -> np.ndarray:
+        """The bin of each time, 0 … n_bins − 1; times beyond the outer edges fall into the outer bins."""
+        return np.searchsorted(self.edges[1:-1], np.asarray(time_months, dtype=float), side="right").astype(np.int64)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a run's artifacts."""
+        return {"edges_months": list(self.edges)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> TimeBins:
+        """The bins that `to_json` described.
+
+        Raises:
+            DataError: The edges are missing or do not increase.
+        """
+        edges = value.get("edges_months")
+        if not isinstance(edges, list) or len(edges) < 3 or (np.diff(edges) <= 0).any():
+            raise DataError("time bins: expected edges_months, at least three increasing times.")
+        return cls(tuple(float(edge) for edge in edges))

@@ -1,0 +1,122 @@
+"""The door for predictions: anyone's table becomes one checked frame, a row per patient, model, seed and fold."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from cfusion.cohort import patient_of
+from cfusion.cohort_tables import coded_events, numbers, read_table
+from cfusion.errors import DataError
+
+UNIT = ["cohort", "model", "protocol"]
+"""What one row of the summary stands for."""
+
+_DEFAULTS: dict[str, str | int] = {"protocol": "unknown", "seed": 0, "repeat": 0}
+_KEYS = [*UNIT, "seed", "repeat", "fold"]
+_REQUIRED = ("model", "cohort", "fold", "case_id", "risk", "survival_months")
+_CURVE = re.compile(r"(survival|edge)_\d+")
+
+
+def read_predictions(path: Path) -> pd.DataFrame:
+    """Read a CSV of out-of-fold predictions.
+
+    Columns: `model, cohort, fold, case_id, risk, survival_months` and `event` (1 = happened) or `censorship` (1 =
+    censored); optional `protocol, seed, repeat, slide_id, cutoff` and `survival_1..K` with `edge_1..K` (months).
+
+    Raises:
+        DataError: The file is no such table, or its values contradict each other; see `checked_predictions`.
+    """
+    table = read_table(path)
+    missing = [name for name in _REQUIRED if name not in table.columns]
+    if missing or not {"event", "censorship"} & set(table.columns):
+        raise DataError(
+            f"{path}: lacks the columns {', '.join(missing or ['event or censorship'])}.",
+            "Expected model, cohort, fold, case_id, risk, survival_months and event (or censorship).",
+        )
+    if "censorship" in table.columns:
+        event = ~coded_events(table["censorship"], path)
+        if "event" in table.columns and (event != coded_events(table["event"], path)).any():
+            raise DataError(f"{path}: event and censorship contradict each other.", "Drop the one that is flipped.")
+        table = table.drop(columns="censorship")
+    else:
+        event = coded_events(table["event"], path)
+    table["event"] = event
+    for name in ("risk", "survival_months", "fold", "seed", "repeat", "cutoff", *_curve_names(table)):
+        if name in table.columns:
+            table[name] = numbers(table[name], path)
+    return checked_predictions(table, str(path))
+
+
+def checked_predictions(table: pd.DataFrame, source: str = "predictions") -> pd.DataFrame:
+    """Predictions with every default filled in, one row per patient, model, seed, repeat and fold.
+
+    Rows of one patient that differ in `slide_id` are averaged: the unit is the patient.
+
+    Raises:
+        DataError: A value is missing or not finite; a patient stands twice, is scored in two folds, or has two
+            outcomes within a cohort.
+    """
+    frame = table.copy()
+    for name, value in _DEFAULTS.items():
+        if name not in frame.columns:
+            frame[name] = value
+    for name in ("risk", "survival_months", "event", *_curve_names(frame)):
+        wrong = frame[name].isna() if name == "event" else ~np.isfinite(frame[name].astype(float))
+        if wrong.any():
+            row = frame[wrong].iloc[0]
+            raise DataError(
+                f"{source}: {int(wrong.sum())} values of {name} are missing or not finite; first {row['model']}, "
+                f"{row['cohort']}, fold {row['fold']}, case {row['case_id']}.", "Every patient needs a finite value.",
+            )  # fmt: skip
+    if (frame["survival_months"] < 0).any():
+        row = frame[frame["survival_months"] < 0].iloc[0]
+        raise DataError(f"{source}: case {row['case_id']} has a follow-up of {row['survival_months']:g} months.")
+    frame["event"] = frame["event"].astype(bool)
+    frame = frame.astype({"fold": int, "seed": int, "repeat": int})
+    frame["case_id"] = frame["case_id"].astype(str).map(patient_of)
+    frame = _one_row_per_patient(frame, source)
+    _check_outcomes(frame, source)
+    return frame.reset_index(drop=True)
+
+
+def _one_row_per_patient(frame: pd.DataFrame, source: str) -> pd.DataFrame:
+    keys = [*_KEYS, "case_id"]
+    if "slide_id" in frame.columns and frame.duplicated(keys).any():
+        frame = frame.drop_duplicates([*keys, "slide_id"])
+        rule = {name: "mean" if name == "risk" or _CURVE.fullmatch(name) else "first" for name in frame.columns}
+        frame = frame.groupby(keys, sort=False, as_index=False).agg({k: v for k, v in rule.items() if k not in keys})
+    for columns, what in ((keys, "twice in one fold"), ([k for k in keys if k != "fold"], "in two folds")):
+        twice = frame.duplicated(columns)
+        if twice.any():
+            row = frame[twice].iloc[0]
+            where = f"{row['model']}, {row['cohort']}, fold {row['fold']}"
+            raise DataError(
+                f"{source}: case {row['case_id']} is scored {what} ({where}).",
+                "Give slides of one patient a column slide_id, repetitions a column repeat.",
+            )
+    return frame
+
+
+def _check_outcomes(frame: pd.DataFrame, source: str) -> None:
+    distinct = frame.groupby(["cohort", "case_id"], sort=False)[["survival_months", "event"]].nunique()
+    wrong = distinct.index[(distinct > 1).any(axis=1)]
+    if len(wrong):
+        cohort, case = wrong[0]
+        raise DataError(f"{source}: case {case} of {cohort} has two different outcomes.", "Correct its rows.")
+
+
+def _curve_names(frame: pd.DataFrame) -> list[str]:
+    return [str(name) for name in frame.columns if _CURVE.fullmatch(str(name))]
+
+
+def survival_columns(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray] | None:
+    """Predicted survival [case, bin] and the right edges [case, bin] in months, or None where there are none."""
+    names = sorted((c for c in frame.columns if re.fullmatch(r"survival_\d+", c)), key=lambda c: int(c[9:]))
+    names = [name for name in names if f"edge_{name[9:]}" in frame.columns]
+    if not names:
+        return None
+    return frame[names].to_numpy(float), frame[[f"edge_{name[9:]}" for name in names]].to_numpy(float)
