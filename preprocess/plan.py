@@ -1,0 +1,108 @@
+"""What is to be done with one slide: its resolution, its tissue, its grid, its reader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from cfusion.config import PreprocessConfig
+from cfusion.errors import DataError
+from preprocess.grid import Grid, make_grid
+from preprocess.readers import OpenSlideReader, Reader
+from preprocess.resample import cell_tiles
+from preprocess.resolution import finest_scale
+from preprocess.slides import Slide, open_slide
+from preprocess.tissue import tissue_mask
+
+
+@dataclass(frozen=True)
+class CellTiles:
+    """The tiles of one cell.
+
+    Attributes:
+        number: The cell's number in the grid.
+        rows: Per magnification name, the rows of the tiles in the slide's features.
+        tiles: Per magnification name, u8 [N, 256, 256, 3]; None where the cell cannot be read.
+        error: Why it cannot be read.
+        pixels: Level-0 pixels that were read.
+    """
+
+    number: int
+    rows: dict[str, np.ndarray]
+    tiles: dict[str, np.ndarray] | None
+    error: str = ""
+    pixels: int = 0
+
+
+@dataclass(frozen=True)
+class SlidePlan:
+    """A slide that is ready to be read cell by cell.
+
+    Attributes:
+        slide: The open slide.
+        grid: Its tiles.
+        reader: What reads it.
+        resample: Filter of the coarser magnifications.
+        cell_rows: For each cell, per magnification name, the rows of its tiles.
+    """
+
+    slide: Slide
+    grid: Grid
+    reader: Reader
+    resample: Literal["area", "bicubic"]
+    cell_rows: list[dict[str, np.ndarray]] = field(repr=False)
+
+    def cells(self) -> Iterator[int]:
+        """Numbers of the cells."""
+        return iter(range(len(self.grid.cells)))
+
+    def mpp(self, name: str) -> float:
+        """True µm/px of the tiles of a magnification."""
+        finest = self.grid.names[0]
+        return self.slide.resolution.mpp * self.grid.scale * self.grid.factor(finest) / self.grid.factor(name)
+
+    def read_cell(self, number: int) -> CellTiles:
+        """Read one cell and cut it into tiles; a cell that cannot be read says so instead of raising."""
+        rows = self.cell_rows[number]
+        coarsest = self.grid.names[-1]
+        column, row = self.grid.cells[number]
+        x0, x1 = (int(v) for v in self.grid.edge_px_level0(np.array([column, column + 1]), coarsest))
+        y0, y1 = (int(v) for v in self.grid.edge_px_level0(np.array([row, row + 1]), coarsest))
+        wanted = {n: self.grid.tiles[n][r] - self.grid.cells[number] * self.grid.factor(n) for n, r in rows.items()}
+        try:
+            region = self.reader.region(x0, y0, x1 - x0, y1 - y0)
+        except DataError as error:
+            return CellTiles(number, rows, None, str(error))
+        return CellTiles(number, rows, cell_tiles(region, self.grid, wanted, self.resample), pixels=region.size // 3)
+
+
+def plan_slide(path: Path, config: PreprocessConfig, mpp_table: dict[str, float]) -> SlidePlan:
+    """Open a slide and settle what will be read of it.
+
+    Raises:
+        DataError: The slide cannot be read, has no resolution, is too coarse, or holds no tissue.
+    """
+    slide = open_slide(path, mpp_table, config.default_mpp)
+    try:
+        scale = finest_scale(slide.slide_id, slide.resolution.mpp, config.magnifications[0], config.resolution)
+        overview = slide.overview()
+        mask = tissue_mask(overview, overview.px_level0[0] * slide.resolution.mpp)
+        grid = make_grid(mask, slide.size_px, scale, config.magnifications, config.min_tissue)
+        if not len(grid.cells):
+            raise DataError(f"{path}: no tissue was found.", "Look at the slide, or give a mask.")
+    except BaseException:
+        slide.close()
+        raise
+    by_name = {name: _rows_by_cell(grid, name) for name in grid.names}
+    cell_rows = [{name: rows[number] for name, rows in by_name.items()} for number in range(len(grid.cells))]
+    return SlidePlan(slide, grid, OpenSlideReader(slide), config.resample, cell_rows)
+
+
+def _rows_by_cell(grid: Grid, name: str) -> list[np.ndarray]:
+    cell_of = grid.cell_of(name)
+    order = np.argsort(cell_of, kind="stable")
+    return np.split(order, np.searchsorted(cell_of[order], np.arange(1, len(grid.cells))))

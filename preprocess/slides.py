@@ -1,0 +1,203 @@
+"""Whole-slide images: the one place that speaks to OpenSlide."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import openslide
+from PIL import Image
+
+from cfusion.errors import DataError
+from preprocess.resolution import Resolution, resolve
+
+logger = logging.getLogger(__name__)
+
+SLIDE_SUFFIXES = (
+    ".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".tif", ".tiff", ".vms", ".vmu",
+)  # fmt: skip
+"""Endings of files that OpenSlide may be able to read."""
+
+MAX_BLOCK_PX = 2048
+"""Side of the blocks in which an overview is read: what bounds its memory on a slide with one level."""
+
+
+class Slide:
+    """An open slide. Reading is safe from several threads.
+
+    Attributes:
+        path: The file.
+        slide_id: File stem, the slide's name everywhere else.
+        size_px: Width and height of level 0.
+        level_sizes_px: Width and height of each level.
+        downsamples: Level-0 pixels per pixel of each level, as floats.
+        background: RGB of what was not scanned.
+        resolution: µm per level-0 pixel and its source.
+        quickhash: OpenSlide's digest of the slide's tile data or metadata; empty where it has none.
+    """
+
+    def __init__(self, path: Path, mpp_table: Mapping[str, float], default_mpp: float | None) -> None:
+        self.path = path
+        self.slide_id = path.stem
+        self._lock = threading.Lock()
+        self._handle = _open(path)
+        self._generation = 0
+        properties = dict(self._handle.properties)
+        self.size_px: tuple[int, int] = self._handle.dimensions
+        self.level_sizes_px: tuple[tuple[int, int], ...] = self._handle.level_dimensions
+        self.downsamples: tuple[float, ...] = self._handle.level_downsamples
+        self.background = _background(properties)
+        self.quickhash = properties.get("openslide.quickhash-1", "")
+        self.vendor = properties.get("openslide.vendor", "")
+        try:
+            self.resolution: Resolution = resolve(self.slide_id, properties, mpp_table, default_mpp)
+        except DataError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        self._handle.close()
+
+    def read_rgba(self, x_px: int, y_px: int, width_px: int, height_px: int, level: int = 0) -> np.ndarray:
+        """A region as u8 [height, width, 4]; alpha is 0 where the slide has no pixels.
+
+        Args:
+            x_px: Left edge in level-0 px.
+            y_px: Upper edge in level-0 px.
+            width_px: Width in px of `level`.
+            height_px: Height in px of `level`.
+            level: Pyramid level.
+
+        Raises:
+            DataError: The region cannot be decoded. The slide stays usable.
+        """
+        handle, generation = self._handle, self._generation
+        try:
+            return np.asarray(handle.read_region((x_px, y_px), level, (width_px, height_px)))
+        except openslide.OpenSlideError as error:
+            self._reopen(generation)
+            raise DataError(f"{self.path}: the region at {x_px}, {y_px} cannot be read ({error}).") from error
+
+    def _reopen(self, generation: int) -> None:
+        """Replace the handle: OpenSlide refuses every read on it after the first error."""
+        with self._lock:
+            if generation == self._generation:
+                self._handle = _open(self.path)
+                self._generation += 1
+
+    def composite(self, rgba: np.ndarray) -> np.ndarray:
+        """RGB, u8 [h, w, 3], of a region laid on the slide's background colour."""
+        alpha = rgba[..., 3]
+        if alpha.min() == 255:
+            return np.ascontiguousarray(rgba[..., :3])
+        weight = alpha[..., None].astype(np.uint16)
+        mixed = rgba[..., :3] * weight + np.asarray(self.background, np.uint16) * (255 - weight)
+        return ((mixed + 127) // 255).astype(np.uint8)
+
+    def overview(self, um_px: float = 8.0) -> Overview:
+        """The whole slide at about `um_px` µm per pixel, from the coarsest level that is fine enough."""
+        step = max(1.0, um_px / self.resolution.mpp)
+        fine_enough = [i for i, d in enumerate(self.downsamples) if d <= step * 1.001]
+        level = max(fine_enough, key=lambda i: self.downsamples[i], default=0)
+        width, height = (max(1, math.ceil(side / step)) for side in self.size_px)
+        return _read_overview(self, level, width, height)
+
+
+class Overview:
+    """A small picture of a whole slide.
+
+    Attributes:
+        rgb: u8 [h, w, 3], on the background colour.
+        scanned: bool [h, w], true where the slide has pixels.
+        unread: bool [h, w], true where they cannot be decoded at this level.
+        px_level0: Level-0 px per pixel of the overview, in x and y.
+    """
+
+    def __init__(
+        self, rgb: np.ndarray, scanned: np.ndarray, unread: np.ndarray, px_level0: tuple[float, float]
+    ) -> None:
+        self.rgb, self.scanned, self.unread, self.px_level0 = rgb, scanned, unread, px_level0
+
+
+def open_slide(path: Path, mpp_table: Mapping[str, float] | None = None, default_mpp: float | None = None) -> Slide:
+    """Open a slide and settle its resolution.
+
+    Raises:
+        DataError: OpenSlide cannot read the file, or nothing tells its resolution.
+    """
+    return Slide(path, mpp_table or {}, default_mpp)
+
+
+def find_slides(root: Path) -> list[Path]:
+    """The slides in a folder and its subfolders, sorted; a path of one slide stands for itself.
+
+    Raises:
+        DataError: Nothing is there, or no file has the ending of a slide.
+    """
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        raise DataError(f"{root}: there is no such file or folder.", "Give a slide, or a folder of slides.")
+    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in SLIDE_SUFFIXES and p.is_file())
+    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+    if not found:
+        raise DataError(f"{root}: no slides are there.", f"Looked for {' '.join(SLIDE_SUFFIXES)}.")
+    return found
+
+
+def same_name(paths: Sequence[Path]) -> dict[str, list[Path]]:
+    """The slide ids that more than one file bears, with those files."""
+    by_id: dict[str, list[Path]] = {}
+    for path in paths:
+        by_id.setdefault(path.stem, []).append(path)
+    return {slide_id: files for slide_id, files in by_id.items() if len(files) > 1}
+
+
+def _open(path: Path) -> openslide.OpenSlide:
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such slide.")
+    try:
+        return openslide.OpenSlide(path)
+    except openslide.OpenSlideUnsupportedFormatError as error:
+        raise DataError(f"{path}: OpenSlide does not know this format.", "Convert it to a pyramidal TIFF.") from error
+    except openslide.OpenSlideError as error:
+        raise DataError(f"{path}: the slide is damaged or truncated ({error}).", "Fetch the file again.") from error
+
+
+def _background(properties: Mapping[str, str]) -> tuple[int, int, int]:
+    text = properties.get("openslide.background-color", "FFFFFF")
+    return int(text[0:2], 16), int(text[2:4], 16), int(text[4:6], 16)
+
+
+def _read_overview(slide: Slide, level: int, width: int, height: int) -> Overview:
+    level_width, level_height = slide.level_sizes_px[level]
+    fx, fy = level_width / width, level_height / height
+    rgb = np.empty((height, width, 3), np.uint8)
+    scanned = np.zeros((height, width), bool)
+    unread = np.zeros((height, width), bool)
+    step = max(1, int(MAX_BLOCK_PX / max(fx, fy)))
+    for top in range(0, height, step):
+        for left in range(0, width, step):
+            bottom, right = min(top + step, height), min(left + step, width)
+            block = (slice(top, bottom), slice(left, right))
+            x0, y0 = math.floor(left * fx), math.floor(top * fy)
+            x1, y1 = math.ceil(right * fx), math.ceil(bottom * fy)
+            down = slide.downsamples[level]
+            try:
+                rgba = slide.read_rgba(round(x0 * down), round(y0 * down), x1 - x0, y1 - y0, level)
+            except DataError as error:
+                logger.warning("%s", error)
+                rgb[block], unread[block] = slide.background, True
+                continue
+            box = (left * fx - x0, top * fy - y0, min(right * fx, x1) - x0, min(bottom * fy, y1) - y0)
+            size = (right - left, bottom - top)
+            picture = Image.fromarray(slide.composite(rgba)).resize(size, Image.Resampling.BOX, box)
+            rgb[block] = np.asarray(picture)
+            alpha = Image.fromarray(np.ascontiguousarray(rgba[..., 3])).resize(size, Image.Resampling.BOX, box)
+            scanned[block] = np.asarray(alpha) > 127
+    return Overview(rgb, scanned, unread, (slide.size_px[0] / width, slide.size_px[1] / height))
