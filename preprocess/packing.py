@@ -263,8 +263,9 @@ def _arrays(slide: SlideFeatures, dtype: StoredDtype) -> tuple[dict[str, np.ndar
                 raise DataError(
                     f"slide {slide.slide_id}, {name}: values beyond the range of f16.", "Pack with --dtype f32."
                 )
-    for name in names:
-        for prefix, table in (("coords", slide.coords), ("parent", slide.parents)):
+    # What training reads lies together, so that a slide is one read.
+    for prefix, table in (("coords", slide.coords), ("parent", slide.parents)):
+        for name in names:
             if name in table and len(table[name]):
                 arrays[f"{prefix}_{name}.npy"] = np.ascontiguousarray(table[name], "<i4")
     return arrays, error
@@ -380,9 +381,9 @@ def _assemble(out: Path, plan: _Plan, parts: Sequence[_Part]) -> ShardIndex:
     first = samples[0]
     names = tuple(first.tiles)
     index = ShardIndex(
-        encoder=plan.encoder, provenance=plan.provenance, dtype=plan.dtype, dim=first.members[f"{names[0]}.npy"].shape[1],
-        magnifications=names, seed=plan.seed, target_bytes=plan.target_bytes,
-        shards=tuple(part.shard for part in parts), samples=tuple(samples), refused=refused,
+        encoder=plan.encoder, provenance=plan.provenance, dtype=plan.dtype,
+        dim=first.members[f"{names[0]}.npy"].shape[1], magnifications=names, seed=plan.seed, target_bytes=plan.target_bytes, shards=tuple(part.shard for part in parts),
+        samples=tuple(samples), refused=refused,
     )  # fmt: skip
     index.write(out)
     for number in range(len(parts)):

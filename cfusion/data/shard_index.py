@@ -99,7 +99,7 @@ class Sample(_Entry):
     members: dict[str, Member]
     error: dict[str, float] = {}
 
-    @property
+    @functools.cached_property
     def tiles(self) -> dict[str, int]:
         """Number of tiles per magnification name."""
         return {
@@ -145,6 +145,11 @@ class ShardIndex(_Entry):
     shards: tuple[Shard, ...]
     samples: tuple[Sample, ...]
     refused: dict[str, str] = {}
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one stored channel."""
+        return STORED_DTYPES[self.dtype].itemsize
 
     @functools.cached_property
     def digest(self) -> str:

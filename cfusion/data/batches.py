@@ -1,0 +1,220 @@
+"""Batches as stored, and as a model takes them: read into place, then widened, scaled, masked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from cfusion.data.bags import BagEntry
+from cfusion.data.buffers import Buffers
+from cfusion.data.positions import bag_positions
+from cfusion.data.sampling import Rows
+from cfusion.data.shards import ShardDataset
+from cfusion.types import BagBatch
+
+TORCH_DTYPES = {"f16": torch.float16, "f32": torch.float32, "int8": torch.int8}
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """Padded bags in the dtype of the shards.
+
+    Attributes:
+        features: Per magnification name, [bag, tile, dim], zero where padded.
+        parts: Per magnification name and bag, the number of tiles of each of its slides.
+        scales: Per magnification name and bag, f32 [dim] for each of its slides; empty but for int8 shards.
+        positions: As in `BagBatch`.
+        case_ids: The patient of each bag.
+    """
+
+    features: dict[str, Tensor]
+    parts: dict[str, list[list[int]]]
+    scales: dict[str, list[list[Tensor]]]
+    positions: dict[str, Tensor] | None
+    case_ids: tuple[str, ...]
+
+    def lengths(self, name: str) -> list[int]:
+        """Tiles of each bag at a magnification."""
+        return [sum(parts) for parts in self.parts[name]]
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors."""
+        scales = [scale for bags in self.scales.values() for bag in bags for scale in bag]
+        return [*self.features.values(), *(self.positions or {}).values(), *scales]
+
+    def to(self, device: torch.device) -> RawBatch:
+        """The batch on a device; from pinned memory the copy is asynchronous."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return dataclasses.replace(
+            self,
+            features={name: move(tensor) for name, tensor in self.features.items()},
+            scales={name: [[move(s) for s in bag] for bag in bags] for name, bags in self.scales.items()},
+            positions=None if self.positions is None else {n: move(t) for n, t in self.positions.items()},
+        )
+
+
+def read_batch(
+    dataset: ShardDataset,
+    bags: Sequence[BagEntry],
+    names: Sequence[str],
+    rows: Sequence[Rows | None],
+    buffers: Buffers,
+) -> RawBatch:
+    """Read bags straight into the tensors of a batch.
+
+    Args:
+        dataset: The shards.
+        bags: The bags.
+        names: Magnifications, by name.
+        rows: Per bag the rows to read; None: all.
+        buffers: Where memory comes from.
+    """
+    chosen = [_by_slide(dataset, bag, names, wanted) for bag, wanted in zip(bags, rows, strict=True)]
+    parts = {name: [[counts[name] for counts, _ in bag] for bag in chosen] for name in names}
+    dtype, dim = TORCH_DTYPES[dataset.index.dtype], dataset.index.dim
+    features = {name: buffers.empty((len(bags), max(sum(bag) for bag in parts[name]), dim), dtype) for name in names}
+    arrays = {name: tensor.numpy() for name, tensor in features.items()}
+    for number, (bag, slides) in enumerate(zip(bags, chosen, strict=True)):
+        start = dict.fromkeys(names, 0)
+        for slide, (counts, slide_rows) in zip(bag.slide_ids, slides, strict=True):
+            out = {name: arrays[name][number, start[name] : start[name] + counts[name]] for name in names}
+            dataset.read_into(slide, out, slide_rows)
+            start = {name: start[name] + counts[name] for name in names}
+        for name in names:
+            arrays[name][number, start[name] :] = 0
+    scales = {}
+    if dataset.index.dtype == "int8":
+        scales = {name: [[_scale(dataset, slide, name) for slide in bag.slide_ids] for bag in bags] for name in names}
+    return RawBatch(features, parts, scales, _positions(dataset, bags, names, rows), tuple(b.case_id for b in bags))
+
+
+def _by_slide(
+    dataset: ShardDataset, bag: BagEntry, names: Sequence[str], rows: Rows | None
+) -> list[tuple[dict[str, int], Rows | None]]:
+    """Per slide of a bag, how many of its tiles are read, and which; None: all."""
+    tiles = [dataset.tiles(slide) for slide in bag.slide_ids]
+    if rows is None:
+        return [(counts, None) for counts in tiles]
+    slides: list[Rows] = [{} for _ in tiles]
+    for name in names:
+        edges = np.cumsum([0, *(counts[name] for counts in tiles)])
+        cuts = np.searchsorted(rows[name], edges)
+        for slide, first, last, edge in zip(slides, cuts, cuts[1:], edges, strict=False):
+            slide[name] = rows[name][first:last] - edge
+    return [({name: len(slide[name]) for name in names}, slide) for slide in slides]
+
+
+def _scale(dataset: ShardDataset, slide_id: str, name: str) -> Tensor:
+    return torch.from_numpy(dataset.read(slide_id, [f"scale_{name}"])[f"scale_{name}"])
+
+
+def _positions(
+    dataset: ShardDataset, bags: Sequence[BagEntry], names: Sequence[str], rows: Sequence[Rows | None]
+) -> dict[str, Tensor] | None:
+    """Positions on the grid of the whole bag, so that a tile keeps its place whichever others are drawn."""
+    if not all(dataset.has_positions(slide, names) for bag in bags for slide in bag.slide_ids):
+        return None
+    grids = []
+    for bag, wanted in zip(bags, rows, strict=True):
+        coords = []
+        for slide in bag.slide_ids:
+            read = dataset.read(slide, [f"coords_{name}" for name in names])
+            coords.append({name: read[f"coords_{name}"] for name in names})
+        whole = bag_positions(coords, [dataset.sample(slide).tile_px_level0 for slide in bag.slide_ids])
+        grids.append(whole if wanted is None else {name: grid[wanted[name]] for name, grid in whole.items()})
+    return {name: _stack([torch.from_numpy(grid[name]) for grid in grids]) for name in names}
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else pad_sequence(list(tensors), batch_first=True)
+
+
+def finish(
+    raw: RawBatch,
+    dtype: torch.dtype | None,
+    buffers: Buffers,
+    kept: Sequence[Bool[np.ndarray, " dim"]] | None = None,
+    drop: float = 0.0,
+) -> BagBatch:
+    """A batch as a model takes it, on the device where `raw` is.
+
+    Args:
+        raw: The batch as stored; it is not changed.
+        dtype: Type of the features; None: as stored, f16 for int8.
+        buffers: Where memory on the CPU comes from.
+        kept: Per bag, the channels that stay; the others become zero and these grow by 1 / (1 − drop).
+        drop: Share of dropped channels.
+    """
+    features = {name: _widen(raw, name, dtype, buffers) for name in raw.features}
+    if kept is not None:
+        for name, tensor in features.items():
+            factor = torch.from_numpy(np.stack(kept)).to(tensor.device, tensor.dtype)[:, None] / (1 - drop)
+            features[name] = tensor * factor if tensor is raw.features[name] else tensor.mul_(factor)
+    lengths = {name: raw.lengths(name) for name in raw.features}
+    masks = None
+    if any(len(set(counts)) > 1 for counts in lengths.values()):
+        masks = {name: _mask(counts, raw.features[name].device) for name, counts in lengths.items()}
+    return BagBatch(features, masks, raw.positions, raw.case_ids)
+
+
+def _mask(counts: Sequence[int], device: torch.device) -> Tensor:
+    return torch.arange(max(counts), device=device) < torch.tensor(counts, device=device)[:, None]
+
+
+def _widen(raw: RawBatch, name: str, dtype: torch.dtype | None, buffers: Buffers) -> Tensor:
+    stored = raw.features[name]
+    wanted = dtype or (torch.float16 if stored.dtype == torch.int8 else stored.dtype)
+    if stored.dtype == wanted:
+        return stored
+    if stored.device.type == "cpu":
+        out = buffers.empty(stored.shape, wanted)
+    else:
+        out = torch.empty(stored.shape, dtype=wanted, device=stored.device)
+    if stored.dtype != torch.int8:
+        return out.copy_(stored)
+    for bag, (counts, scales) in enumerate(zip(raw.parts[name], raw.scales[name], strict=True)):
+        start = 0
+        for count, scale in zip(counts, scales, strict=True):
+            torch.mul(stored[bag, start : start + count], scale, out=out[bag, start : start + count])
+            start += count
+        out[bag, start:] = 0
+    return out
+
+
+def select(held: Sequence[RawBatch], rows: Sequence[Rows | None]) -> RawBatch:
+    """One batch of bags that are held as batches of one, with the chosen rows of each."""
+    bags = [raw if wanted is None else _take(raw, wanted) for raw, wanted in zip(held, rows, strict=True)]
+    if len(bags) == 1:
+        return bags[0]
+    names = list(bags[0].features)
+    positions = None
+    if all(bag.positions is not None for bag in bags):
+        positions = {name: _stack([bag.positions[name][0] for bag in bags if bag.positions]) for name in names}
+    return RawBatch(
+        {name: _stack([bag.features[name][0] for bag in bags]) for name in names},
+        {name: [bag.parts[name][0] for bag in bags] for name in names},
+        {name: [bag.scales[name][0] for bag in bags] for name in bags[0].scales},
+        positions,
+        tuple(case for bag in bags for case in bag.case_ids),
+    )
+
+
+def _take(raw: RawBatch, rows: Rows) -> RawBatch:
+    index = {n: torch.from_numpy(wanted).to(raw.features[n].device) for n, wanted in rows.items()}
+    parts = {}
+    for name, wanted in rows.items():
+        edges = np.cumsum([0, *raw.parts[name][0]])
+        parts[name] = [np.diff(np.searchsorted(wanted, edges)).tolist()]
+    positions = raw.positions and {name: table[:, index[name]] for name, table in raw.positions.items()}
+    features = {name: tensor[:, index[name]] for name, tensor in raw.features.items()}
+    return dataclasses.replace(raw, features=features, parts=parts, positions=positions)

@@ -1,0 +1,59 @@
+"""Memory for bags that is used again: fresh pages cost as much time as reading into them."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_SMALL = 1 << 18
+
+
+class Buffers:
+    """Gives tensors whose memory returns here when the last view of them is gone.
+
+    Args:
+        limit: Most bytes to keep for later.
+        pinned: Whether tensors are page-locked, for copies to a GPU.
+    """
+
+    def __init__(self, limit: int, *, pinned: bool) -> None:
+        self._limit = limit
+        self._pinned = pinned
+        self._free: dict[int, list[Tensor]] = {}
+        self._kept = 0
+        self._lock = threading.Lock()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor on the CPU with undefined content."""
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if self._pinned or size < _SMALL:
+            # torch's pinned allocator reuses blocks itself, and knows when a copy from them has ended.
+            return torch.empty(tuple(shape), dtype=dtype, pin_memory=self._pinned)
+        capacity = _size_class(size)
+        with self._lock:
+            free = self._free.get(capacity)
+            block = free.pop() if free else None
+            self._kept -= capacity if block is not None else 0
+        if block is None:
+            block = torch.empty(capacity, dtype=torch.uint8)
+        # All views of the tensor hold this array, so it dies with the last of them.
+        owner = np.frombuffer(block.numpy().data, np.uint8)
+        weakref.finalize(owner, self._give_back, capacity, block).atexit = False
+        return torch.from_numpy(owner)[:size].view(dtype).view(tuple(shape))
+
+    def _give_back(self, capacity: int, block: Tensor) -> None:
+        with self._lock:
+            if self._kept + capacity <= self._limit:
+                self._free.setdefault(capacity, []).append(block)
+                self._kept += capacity
+
+
+def _size_class(size: int) -> int:
+    """The next of eight steps per power of two, so that buffers of similar bags can stand in for each other."""
+    step = 1 << (size.bit_length() - 4)
+    return -(-size // step) * step

@@ -1,0 +1,51 @@
+"""Where a cohort is held between epochs, decided by measured bytes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Literal
+
+import psutil
+import torch
+
+logger = logging.getLogger(__name__)
+
+Place = Literal["page", "ram", "gpu"]
+
+
+def choose_cache(wanted: Place, needed: int, free_ram: int, free_gpu: int) -> tuple[Place, str]:
+    """Where bags of `needed` bytes are held, and a line that says why.
+
+    A GPU keeps half of its free memory for the model, the host a fifth of its for everything else.
+
+    Args:
+        wanted: The configured cache.
+        needed: Bytes of the bags, as stored, that are not held yet.
+        free_ram: Free bytes of host memory for this process.
+        free_gpu: Free bytes of GPU memory; 0 where there is none.
+    """
+    if wanted == "page":
+        return "page", "cache page: the operating system keeps what it can"
+    why = ""
+    if wanted == "gpu":
+        if needed <= free_gpu // 2:
+            return "gpu", f"cache gpu: {_gb(needed)} of bags on the GPU, {_gb(free_gpu)} are free there"
+        why = f"{_gb(needed)} of bags do not fit half of {_gb(free_gpu)} free on the GPU; "
+    if needed <= free_ram * 4 // 5:
+        return "ram", f"cache ram: {why}{_gb(needed)} of bags in memory, {_gb(free_ram)} are free"
+    return "page", f"cache page: {why}{_gb(needed)} of bags do not fit four fifths of {_gb(free_ram)} free memory"
+
+
+def free_ram_bytes() -> int:
+    """Free host memory that is this process's share on its node."""
+    return psutil.virtual_memory().available // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Free memory of a GPU; 0 for a CPU."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
