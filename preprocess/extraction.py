@@ -291,7 +291,7 @@ class _Run:
     def _close_rows(self, work: _Work, count: int) -> None:
         work.open_rows -= count
         if work.open_rows == 0:
-            work.plan.slide.close()
+            work.plan.close()
             self._writing.append((self._write_pool.submit(self._write, work), work))
             while len(self._writing) > 4:
                 self._finish()

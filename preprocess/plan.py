@@ -12,8 +12,8 @@ import numpy as np
 from cfusion.config import PreprocessConfig
 from cfusion.errors import DataError
 from preprocess.grid import Grid, make_grid
-from preprocess.readers import OpenSlideReader, Reader
-from preprocess.resample import cell_tiles
+from preprocess.readers import Reader, choose_reader
+from preprocess.resample import area_tiles, bicubic_tiles
 from preprocess.resolution import finest_scale
 from preprocess.slides import Slide, open_slide
 from preprocess.tissue import tissue_mask
@@ -73,11 +73,19 @@ class SlidePlan:
         x0, x1 = (int(v) for v in self.grid.edge_px_level0(np.array([column, column + 1]), coarsest))
         y0, y1 = (int(v) for v in self.grid.edge_px_level0(np.array([row, row + 1]), coarsest))
         wanted = {n: self.grid.tiles[n][r] - self.grid.cells[number] * self.grid.factor(n) for n, r in rows.items()}
+        shrink = round(self.grid.scale)
+        whole = self.grid.scale == shrink and self.resample == "area"
         try:
-            region = self.reader.region(x0, y0, x1 - x0, y1 - y0)
+            region = self.reader.region(x0, y0, x1 - x0, y1 - y0, shrink if whole else 1)
         except DataError as error:
             return CellTiles(number, rows, None, str(error))
-        return CellTiles(number, rows, cell_tiles(region, self.grid, wanted, self.resample), pixels=region.size // 3)
+        cut = area_tiles if self.resample == "area" else bicubic_tiles
+        return CellTiles(number, rows, cut(region, self.grid, wanted), pixels=(x1 - x0) * (y1 - y0))
+
+    def close(self) -> None:
+        """Close the slide's files."""
+        self.reader.close()
+        self.slide.close()
 
 
 def plan_slide(path: Path, config: PreprocessConfig, mpp_table: dict[str, float]) -> SlidePlan:
@@ -94,12 +102,14 @@ def plan_slide(path: Path, config: PreprocessConfig, mpp_table: dict[str, float]
         grid = make_grid(mask, slide.size_px, scale, config.magnifications, config.min_tissue)
         if not len(grid.cells):
             raise DataError(f"{path}: no tissue was found.", "Look at the slide, or give a mask.")
+        corners = [(int(x), int(y)) for x, y in grid.edge_px_level0(grid.cells, grid.names[-1])]
+        reader = choose_reader(slide, corners)
     except BaseException:
         slide.close()
         raise
     by_name = {name: _rows_by_cell(grid, name) for name in grid.names}
     cell_rows = [{name: rows[number] for name, rows in by_name.items()} for number in range(len(grid.cells))]
-    return SlidePlan(slide, grid, OpenSlideReader(slide), config.resample, cell_rows)
+    return SlidePlan(slide, grid, reader, config.resample, cell_rows)
 
 
 def _rows_by_cell(grid: Grid, name: str) -> list[np.ndarray]:

@@ -8,8 +8,13 @@ whole.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
+import random
+import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +30,14 @@ CHUNK_ROWS = 1024
 """Rows of a chunk; measured: 1024 reads a whole bag and a random quarter of it fastest."""
 
 SUFFIX = ".zarr"
+
+RACES = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR})
+"""What the system answers where two processes put the same slide in place at once."""
+
+RACE_ATTEMPTS = 8
+
+ABANDONED_S = 6 * 3600
+"""Age at which a temporary is taken as left by a process that was killed."""
 
 
 class FeatureStore:
@@ -146,24 +159,34 @@ def write_slide(store_root: str | os.PathLike[str], features: SlideFeatures) -> 
     check_features(features)
     store = FeatureStore(Path(store_root) / checked_name(str(features.attrs["encoder"])))
     target = store.group_path(features.slide_id)
-    digests = {key: array_digest(array) for key, array in _arrays(features)}
-    try:
-        with atomic_path(target) as temporary:
-            group = zarr.open_group(temporary, mode="w", zarr_format=3)
-            for key, array in _arrays(features):
-                rows = (CHUNK_ROWS, *array.shape[1:])
-                group.create_array(key, data=array, chunks=rows, compressors=None, filters=None)
-            group.attrs.update({**features.attrs, "digests": digests})
-    except OSError as error:
-        if not _written_by_another(store, features):
-            raise DataError(f"{target}: cannot be written ({error.strerror or error}).") from error
+    for attempt in range(RACE_ATTEMPTS):
+        try:
+            _put(target, features)
+            break
+        except OSError as error:
+            if error.errno not in RACES or attempt == RACE_ATTEMPTS - 1:
+                raise DataError(f"{target}: cannot be written ({error.strerror or error}).") from error
+            time.sleep(random.random() * 0.1)
+    _sweep(target)
     return target
 
 
-def _written_by_another(store: FeatureStore, features: SlideFeatures) -> bool:
-    """Whether another process has just put the same slide in place: both made the same, so either will do."""
-    digest = features.attrs.get("config_digest")
-    return digest is not None and store.is_done(features.slide_id, str(digest))
+def _sweep(target: Path) -> None:
+    """Remove what a killed or overtaken writer of this slide left behind."""
+    for left in target.parent.glob(f".{target.name}.*"):
+        with contextlib.suppress(OSError):
+            if left.suffix == ".old" or time.time() - left.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _put(target: Path, features: SlideFeatures) -> None:
+    digests = {key: array_digest(array) for key, array in _arrays(features)}
+    with atomic_path(target) as temporary:
+        group = zarr.open_group(temporary, mode="w", zarr_format=3)
+        for key, array in _arrays(features):
+            rows = (CHUNK_ROWS, *array.shape[1:])
+            group.create_array(key, data=array, chunks=rows, compressors=None, filters=None)
+        group.attrs.update({**features.attrs, "digests": digests})
 
 
 def check_features(features: SlideFeatures) -> None:
