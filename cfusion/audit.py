@@ -199,13 +199,9 @@ def _doubts(cohort: Cohort) -> list[Finding]:
     """Signs of flipped polarity and of a wrong unit, which only a person can settle."""
     doubts = []
     times, event = cohort.cases["time_months"], cohort.cases["event"]
-    dead, censored = times[event], times[~event]
-    if min(len(dead), len(censored)) >= POLARITY_MINIMUM and dead.median() > censored.median():
-        doubts.append(Finding(
-            "polarity", cohort.name, "doubted",
-            f"events have a longer median follow-up ({dead.median():.1f} months) than censored patients "
-            f"({censored.median():.1f} months); check that 1 means what the table's column says",
-        ))  # fmt: skip
+    doubt = polarity_doubt(cohort.name, times, event)
+    if doubt is not None:
+        doubts.append(doubt)
     if event.mean() > 0.9 and len(event) >= POLARITY_MINIMUM:
         doubts.append(Finding("polarity", cohort.name, "doubted", f"{event.mean():.0%} of the patients have the event"))
     if not event.any():
@@ -217,6 +213,18 @@ def _doubts(cohort: Cohort) -> list[Finding]:
         message = f"the longest follow-up is {times.max():.1f} months; are the times in years?"
         doubts.append(Finding("unit", cohort.name, "doubted", message))
     return doubts
+
+
+def polarity_doubt(cohort: str, time_months: pd.Series, event: pd.Series) -> Finding | None:
+    """Whether events have longer follow-up than censored patients, the mark of a flipped column."""
+    dead, censored = time_months[event], time_months[~event]
+    if min(len(dead), len(censored)) < POLARITY_MINIMUM or dead.median() <= censored.median():
+        return None
+    return Finding(
+        "polarity", cohort, "doubted",
+        f"events have a longer median follow-up ({dead.median():.1f} months) than censored patients "
+        f"({censored.median():.1f} months); check that 1 means what the table's column says",
+    )  # fmt: skip
 
 
 def _clean_split(clean: Cohort, split: Split, findings: list[Finding]) -> Split:

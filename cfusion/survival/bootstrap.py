@@ -14,10 +14,13 @@ from numpy.typing import ArrayLike
 
 from cfusion.errors import UndefinedMetricError
 
+TIED_RISK = 1e-8
+"""Risks this close are tied and count half, as in scikit-survival."""
+
 _BLOCK_ENTRIES = 1 << 23
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Resamples:
     """One set of bootstrap draws over the patients of a cohort, shared by all models so that they compare in pairs.
 
@@ -25,61 +28,64 @@ class Resamples:
         time: [case], months.
         event: [case], true where the event happened.
         counts: [replicate, case], how often each patient was drawn.
-        stratum: [case] or None; with it, pairs count within a stratum (a fold) alone.
     """
 
     time: np.ndarray
     event: np.ndarray
     counts: np.ndarray
-    stratum: np.ndarray | None = None
-    _comparable: np.ndarray = field(init=False, repr=False)
+    _comparable: dict[bytes, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def draw(
         cls, time: ArrayLike, event: ArrayLike, *, replicates: int, seed: int, stratum: ArrayLike | None = None
     ) -> Resamples:
-        """Draw the replicates; within strata, so that every fold keeps its size."""
+        """Draw the replicates; with strata (folds) within each, so that every one keeps its size."""
         time, event = np.asarray(time, dtype=float), np.asarray(event, dtype=bool)
-        strata = np.zeros(len(time), dtype=int) if stratum is None else np.unique(stratum, return_inverse=True)[1]
+        strata = np.zeros(len(time), dtype=int) if stratum is None else np.asarray(stratum)
         generator = np.random.default_rng(seed)
         counts = np.zeros((replicates, len(time)), dtype=np.float32)
         for level in np.unique(strata):
             rows = np.flatnonzero(strata == level)
             counts[:, rows] = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=replicates)
-        return cls(time, event, counts, None if stratum is None else strata)
+        return cls(time, event, counts)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_comparable", self._weighted_pairs(None))
+    def cindex(self, risk: ArrayLike, within: ArrayLike | None = None) -> np.ndarray:
+        """[replicate], Harrell's C of each replicate; NaN where it has no comparable pair.
 
-    def cindex(self, risk: ArrayLike) -> np.ndarray:
-        """[replicate], Harrell's C of each replicate; NaN where it has no comparable pair."""
+        Args:
+            risk: [case], higher is worse.
+            within: [case] or None; with it, pairs count within an equal value (a fold) alone.
+        """
+        groups = None if within is None else np.unique(within, return_inverse=True)[1]
+        key = b"" if groups is None else groups.tobytes()
+        if key not in self._comparable:
+            self._comparable[key] = self._weighted_pairs(None, groups)
         with np.errstate(invalid="ignore", divide="ignore"):
-            return self._weighted_pairs(np.asarray(risk, dtype=float)) / self._comparable
+            return self._weighted_pairs(np.asarray(risk, dtype=float), groups) / self._comparable[key]
 
-    def _weighted_pairs(self, risk: np.ndarray | None) -> np.ndarray:
+    def _weighted_pairs(self, risk: np.ndarray | None, groups: np.ndarray | None) -> np.ndarray:
         """Concordant pairs of every replicate, or comparable ones without risks."""
         total = np.zeros(len(self.counts))
-        rows = np.flatnonzero(self.event)
-        step = max(1, _BLOCK_ENTRIES // max(len(self.time), 1))
-        for start in range(0, len(rows), step):
-            block = rows[start : start + step]
-            pairs = self._pairs(block)
-            if risk is not None:
-                difference = risk[block, None] - risk[None, :]
-                # 1e-8 is scikit-survival's tolerance for ties
-                pairs = pairs * np.where(
-                    np.abs(difference) <= 1e-8, np.float32(0.5), (difference > 0).astype(np.float32)
-                )
-            total += np.einsum("rb,rb->r", self.counts @ pairs.T, self.counts[:, block], dtype=float)
+        for level in (None,) if groups is None else np.unique(groups):
+            members = np.arange(len(self.time)) if level is None else np.flatnonzero(groups == level)
+            rows = members[self.event[members]]
+            step = max(1, _BLOCK_ENTRIES // max(len(members), 1))
+            for start in range(0, len(rows), step):
+                block = rows[start : start + step]
+                pairs = self._pairs(block, members, risk)
+                drawn = self.counts[:, members] @ pairs.T
+                total += np.einsum("rb,rb->r", drawn, self.counts[:, block], dtype=float)
         return total
 
-    def _pairs(self, rows: np.ndarray) -> np.ndarray:
-        later = self.time[rows, None] < self.time[None, :]
-        tied_censored = (self.time[rows, None] == self.time[None, :]) & ~self.event[None, :]
-        pairs = later | tied_censored
-        if self.stratum is not None:
-            pairs &= self.stratum[rows, None] == self.stratum[None, :]
-        return pairs.astype(np.float32)
+    def _pairs(self, rows: np.ndarray, members: np.ndarray, risk: np.ndarray | None) -> np.ndarray:
+        """[row, member], 1 where the pair is comparable (and concordant, ½ where tied, with risks)."""
+        earlier, later = self.time[rows, None], self.time[None, members]
+        comparable = (earlier < later) | ((earlier == later) & ~self.event[None, members])
+        if risk is None:
+            return comparable.astype(np.float32)
+        difference = risk[rows, None] - risk[None, members]
+        concordant = (difference > TIED_RISK) + np.float32(0.5) * (np.abs(difference) <= TIED_RISK)
+        return concordant.astype(np.float32) * comparable
 
 
 def percentile_interval(replicates: np.ndarray, level: float = 0.95) -> tuple[float, float]:
@@ -100,7 +106,7 @@ def percentile_interval(replicates: np.ndarray, level: float = 0.95) -> tuple[fl
 def bootstrap_cindex(
     time: ArrayLike, event: ArrayLike, risk: ArrayLike, *, replicates: int, seed: int, fold: ArrayLike | None = None
 ) -> tuple[float, float]:
-    """95% percentile interval of Harrell's C over resampled patients.
+    """95% percentile interval of Harrell's C over resampled patients (Efron, Annals of Statistics 7, 1979).
 
     Args:
         time: [case], months.
@@ -114,4 +120,4 @@ def bootstrap_cindex(
         UndefinedMetricError: Most replicates have no comparable pair.
     """
     resamples = Resamples.draw(time, event, replicates=replicates, seed=seed, stratum=fold)
-    return percentile_interval(resamples.cindex(risk))
+    return percentile_interval(resamples.cindex(risk, within=fold))

@@ -1,25 +1,37 @@
 """Discrimination and error of survival predictions: Harrell, Uno, Brier, time-dependent AUC.
 
-scikit-survival computes; this module is its door. It checks the input once, fixes what is estimated from training
-patients (censoring model, truncation), and gives a score that does not exist as an error, never as 0 or 0.5.
+scikit-survival computes; this module is its door. It checks the input once, takes what has to be estimated (censoring
+model, truncation time, Kaplan–Meier null) from training patients alone, and gives a score that does not exist as an
+error or NaN, never as 0 or 0.5.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 from sksurv.exceptions import NoComparablePairException
-from sksurv.metrics import concordance_index_censored
+from sksurv.metrics import (
+    brier_score,
+    concordance_index_censored,
+    concordance_index_ipcw,
+    cumulative_dynamic_auc,
+)
+from sksurv.nonparametric import kaplan_meier_estimator
+from sksurv.util import Surv
 
 from cfusion.errors import DataError, UndefinedMetricError
-from cfusion.survival.bootstrap import bootstrap_cindex
+from cfusion.survival.bootstrap import TIED_RISK, bootstrap_cindex
 
-__all__ = ["Concordance", "bootstrap_cindex", "checked", "concordance"]
+__all__ = [
+    "Concordance", "Training", "auc_at", "bootstrap_cindex", "brier_times", "checked", "concordance",
+    "integrated_brier", "uno_cindex",
+]  # fmt: skip
 
-TIED_RISK = 1e-8
-"""Risks this close are tied and count half."""
+SMALLEST_CENSORING_SURVIVAL = 0.1
+"""IPCW stops where fewer than 10% would still be uncensored: beyond, one patient weighs as much as a hundred."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,42 @@ class Concordance:
     discordant: int
     tied_risk: int
     tied_time: int
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """Outcomes of a fold's training patients, and what scores take from them.
+
+    Attributes:
+        time: [case], months.
+        event: [case], true where the event happened.
+    """
+
+    time: np.ndarray
+    event: np.ndarray
+
+    @functools.cached_property
+    def outcomes(self) -> np.ndarray:
+        """As scikit-survival's structured array."""
+        return Surv.from_arrays(self.event, self.time)
+
+    @functools.cached_property
+    def truncation_months(self) -> float:
+        """The last time with at least 10% of the censoring distribution left; IPCW scores look no further."""
+        if self.event.all():
+            return float(self.time.max())
+        times, uncensored = kaplan_meier_estimator(~self.event, self.time)
+        return float(times[uncensored >= SMALLEST_CENSORING_SURVIVAL].max(initial=times[0]))
+
+    def survival_at(self, times: ArrayLike) -> np.ndarray:
+        """[time], Kaplan–Meier survival of the training patients."""
+        steps, survival = kaplan_meier_estimator(self.event, self.time)
+        return np.concatenate([[1.0], survival])[np.searchsorted(steps, np.asarray(times, dtype=float), side="right")]
+
+    def truncated(self, time: np.ndarray, event: np.ndarray) -> np.ndarray:
+        """Outcomes censored at the truncation time, so that none lies beyond the training patients' follow-up."""
+        limit = self.truncation_months
+        return Surv.from_arrays(event & (time <= limit), np.minimum(time, limit))
 
 
 def checked(time: ArrayLike, event: ArrayLike, *values: ArrayLike) -> tuple[np.ndarray, ...]:
@@ -75,9 +123,80 @@ def concordance(time: ArrayLike, event: ArrayLike, risk: ArrayLike) -> Concordan
         UndefinedMetricError: There is no comparable pair.
     """
     time, event, risk = checked(time, event, risk)
-    if not event.any() or len(time) < 2:
+    first = time[event].min(initial=np.inf)
+    if not ((time > first) | ((time == first) & ~event)).any():
         raise UndefinedMetricError(f"no comparable pair among {len(time)} patients with {int(event.sum())} events.")
+    cindex, *pairs = concordance_index_censored(event, time, risk, tied_tol=TIED_RISK)
+    return Concordance(float(cindex), *(int(count) for count in pairs))
+
+
+def uno_cindex(training: Training, time: np.ndarray, event: np.ndarray, risk: np.ndarray) -> float:
+    """Uno's concordance index (Statistics in Medicine 30, 2011), censoring model and truncation from training.
+
+    Returns:
+        0 … 1; NaN where no pair is comparable before the truncation time.
+    """
+    limit = training.truncation_months
+    test = training.truncated(time, event)
+    if not (event & (time < limit)).any():
+        return float("nan")
     try:
-        return Concordance(*concordance_index_censored(event, time, risk, tied_tol=TIED_RISK))
-    except NoComparablePairException as error:
-        raise UndefinedMetricError(f"no comparable pair among {len(time)} patients.") from error
+        return float(concordance_index_ipcw(training.outcomes, test, risk, tau=limit, tied_tol=TIED_RISK)[0])
+    except NoComparablePairException:
+        return float("nan")
+
+
+def auc_at(training: Training, time: np.ndarray, event: np.ndarray, risk: np.ndarray, times: ArrayLike) -> np.ndarray:
+    """Cumulative/dynamic AUC at given times (Uno et al., JASA 102, 2007; Hung and Chiang, 2010).
+
+    Args:
+        training: Gives the censoring model and the truncation time.
+        time: [case], months.
+        event: [case], true where the event happened.
+        risk: [case], higher is worse.
+        times: [time], months, in any order.
+
+    Returns:
+        [time], 0 … 1; NaN at times without both a patient who had the event and one still followed, or beyond the
+        truncation time.
+    """
+    # scikit-survival answers in sorted order
+    wanted, back = np.unique(np.asarray(times, dtype=float), return_inverse=True)
+    limit = training.truncation_months
+    test = training.truncated(time, event)
+    cases = np.array([(event & (time <= t)).any() for t in wanted], dtype=bool)
+    controls = np.array([(np.minimum(time, limit) > t).any() for t in wanted], dtype=bool)
+    defined = cases & controls & (wanted < limit)
+    result = np.full(len(wanted), np.nan)
+    if defined.any():
+        result[defined] = cumulative_dynamic_auc(training.outcomes, test, risk, wanted[defined], tied_tol=TIED_RISK)[0]
+    return result[back]
+
+
+def brier_times(training: Training, time: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """The right edges (months) inside the follow-up of both test and training patients, where S is predicted."""
+    followed = np.minimum(time, training.truncation_months)
+    return edges[(edges >= followed.min()) & (edges < followed.max())]
+
+
+def integrated_brier(
+    training: Training, time: np.ndarray, event: np.ndarray, survival: np.ndarray, times: np.ndarray
+) -> float:
+    """Integrated Brier score (Graf et al., Statistics in Medicine 18, 1999) by the trapezoidal rule.
+
+    Args:
+        training: Gives the censoring model and the truncation time.
+        time: [case], months.
+        event: [case], true where the event happened.
+        survival: [case, time], predicted survival; one row stands for all cases, as the Kaplan–Meier null does.
+        times: [time], months, from `brier_times`.
+
+    Returns:
+        0 (best) … 1; NaN with fewer than two times.
+    """
+    if len(times) < 2:
+        return float("nan")
+    test = training.truncated(time, event)
+    predicted = np.broadcast_to(survival, (len(time), len(times)))
+    scores = brier_score(training.outcomes, test, predicted, times)[1]
+    return float(np.trapezoid(scores, times) / (times[-1] - times[0]))

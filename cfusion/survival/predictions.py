@@ -16,7 +16,9 @@ UNIT = ["cohort", "model", "protocol"]
 """What one row of the summary stands for."""
 
 _DEFAULTS: dict[str, str | int] = {"protocol": "unknown", "seed": 0, "repeat": 0}
-_KEYS = [*UNIT, "seed", "repeat", "fold"]
+FOLD = [*UNIT, "seed", "repeat", "fold"]
+"""What one row of the scores per fold stands for."""
+
 _REQUIRED = ("model", "cohort", "fold", "case_id", "risk", "survival_months")
 _CURVE = re.compile(r"(survival|edge)_\d+")
 
@@ -25,7 +27,7 @@ def read_predictions(path: Path) -> pd.DataFrame:
     """Read a CSV of out-of-fold predictions.
 
     Columns: `model, cohort, fold, case_id, risk, survival_months` and `event` (1 = happened) or `censorship` (1 =
-    censored); optional `protocol, seed, repeat, slide_id, cutoff` and `survival_1..K` with `edge_1..K` (months).
+    censored); optional `protocol, seed, repeat, slide_id, risk_cutoff` and `survival_1..K` with `edge_1..K` (months).
 
     Raises:
         DataError: The file is no such table, or its values contradict each other; see `checked_predictions`.
@@ -45,7 +47,7 @@ def read_predictions(path: Path) -> pd.DataFrame:
     else:
         event = coded_events(table["event"], path)
     table["event"] = event
-    for name in ("risk", "survival_months", "fold", "seed", "repeat", "cutoff", *_curve_names(table)):
+    for name in ("risk", "survival_months", "fold", "seed", "repeat", "risk_cutoff", *_curve_names(table)):
         if name in table.columns:
             table[name] = numbers(table[name], path)
     return checked_predictions(table, str(path))
@@ -84,10 +86,13 @@ def checked_predictions(table: pd.DataFrame, source: str = "predictions") -> pd.
 
 
 def _one_row_per_patient(frame: pd.DataFrame, source: str) -> pd.DataFrame:
-    keys = [*_KEYS, "case_id"]
+    keys = [*FOLD, "case_id"]
     if "slide_id" in frame.columns and frame.duplicated(keys).any():
         frame = frame.drop_duplicates([*keys, "slide_id"])
-        rule = {name: "mean" if name == "risk" or _CURVE.fullmatch(name) else "first" for name in frame.columns}
+        rule = {
+            name: "mean" if name in ("risk", "risk_cutoff") or _CURVE.fullmatch(name) else "first"
+            for name in frame.columns
+        }
         frame = frame.groupby(keys, sort=False, as_index=False).agg({k: v for k, v in rule.items() if k not in keys})
     for columns, what in ((keys, "twice in one fold"), ([k for k in keys if k != "fold"], "in two folds")):
         twice = frame.duplicated(columns)

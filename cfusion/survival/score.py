@@ -1,19 +1,35 @@
-"""From predictions to scores: per fold, over the folds, pooled, with intervals."""
+"""From predictions to scores: per fold, over the folds, pooled over patients, with intervals.
+
+The risks of different folds come from different models. `cindex_pooled` compares them as they are, which is what MCAT
+published; `cindex_within` compares patients of the same fold alone, and is the better claim where models differ in
+scale. Both intervals resample patients within folds.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
+from joblib import Parallel, delayed
 
-from cfusion.errors import UndefinedMetricError
+from cfusion.audit import polarity_doubt
+from cfusion.errors import DataError
 from cfusion.survival.bootstrap import Resamples, percentile_interval
+from cfusion.survival.foldscores import FoldScores, References, score_fold
 from cfusion.survival.metrics import concordance
+from cfusion.survival.patients import PatientScores, score_patients
 from cfusion.survival.predictions import UNIT, checked_predictions
 from cfusion.types import Cohort, Split
 
 _SEED = 7
+_PARALLEL_FROM = 60
+"""Models × cohorts from which processes are started; below, starting them costs more than it saves."""
+
+Key = tuple[str, str, str]
+"""Cohort, model, protocol."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +38,17 @@ class Scores:
 
     Attributes:
         predictions: The checked predictions, a row per patient.
-        folds: A row per model, cohort, protocol, seed and fold.
-        summary: A row per model, cohort and protocol.
+        folds: A row per cohort, model, protocol, seed, repeat and fold.
+        summary: A row per cohort, model and protocol.
+        patients: Curves, groups and calibration, by cohort, model and protocol.
+        notes: What a reader must know, such as risks that are all equal.
     """
 
     predictions: pd.DataFrame
     folds: pd.DataFrame
     summary: pd.DataFrame
+    patients: dict[Key, PatientScores]
+    notes: tuple[str, ...] = ()
 
 
 def score(
@@ -41,39 +61,128 @@ def score(
 ) -> Scores:
     """Score out-of-fold predictions, patient by patient.
 
+    Args:
+        predictions: See `cfusion.survival.predictions.read_predictions` for the columns.
+        cohort: Its outcomes are the truth that predictions are checked against, and, with `splits`, the training
+            patients' outcomes.
+        splits: Folds; without them a fold's training patients are taken to be those of the other folds.
+        bootstrap: Replicates of each interval; 0: none.
+        horizons: Months of the time-dependent AUC and of the calibration.
+
+    Returns:
+        The scores. A score that does not exist for a fold (a horizon past its follow-up, no survival columns) is NaN.
+
     Raises:
-        DataError: The predictions contradict themselves; see `checked_predictions`.
+        DataError: The predictions contradict themselves, the cohort or the splits.
         UndefinedMetricError: A fold has no comparable pair; cohort and fold are named.
     """
     frame = checked_predictions(predictions)
-    folds = pd.DataFrame([_fold(keys, rows) for keys, rows in frame.groupby([*UNIT, "seed", "repeat", "fold"])])
-    summary = pd.DataFrame([
-        _summary(keys, rows, folds[(folds[UNIT] == list(keys)).all(axis=1)], bootstrap)
-        for keys, rows in frame.groupby(UNIT)
-    ])  # fmt: skip
-    return Scores(frame, folds, summary)
+    if cohort is not None:
+        _check_against(frame, cohort)
+    references = References(cohort, {(split.repeat, split.fold): split for split in splits or ()})
+    groups = [((str(c), str(m), str(p)), rows) for (c, m, p), rows in frame.groupby(UNIT, sort=False)]
+    if len(groups) < _PARALLEL_FROM:
+        results = _score_groups(groups, references, bootstrap, tuple(horizons))
+    else:
+        jobs = min(len(os.sched_getaffinity(0)), 4)
+        chunks = [groups[i::jobs] for i in range(jobs)]
+        run = delayed(_score_groups)
+        parts = Parallel(n_jobs=jobs)(run(chunk, references, bootstrap, tuple(horizons)) for chunk in chunks)
+        results = {key: value for part in parts for key, value in part.items()}
+    ordered = [results[name] for name, _ in groups]
+    folds = pd.DataFrame([row for result in ordered for row in result[0]])
+    summary = pd.DataFrame([result[1] for result in ordered])
+    patients = {name: results[name][2] for name, _ in groups}
+    return Scores(frame, folds, summary, patients, _notes(frame, folds))
 
 
-def _fold(keys: tuple, rows: pd.DataFrame) -> dict[str, object]:
-    named = dict(zip([*UNIT, "seed", "repeat", "fold"], keys, strict=True))
-    try:
-        harrell = concordance(rows["survival_months"], rows["event"], rows["risk"])
-    except UndefinedMetricError as error:
-        raise UndefinedMetricError(
-            f"{named['model']}, {named['cohort']}, fold {named['fold']}: {error.message}", "Draw folds with events."
-        ) from error
-    return {**named, "n": len(rows), "events": int(rows["event"].sum()), "harrell_c": harrell.cindex}
+def _check_against(frame: pd.DataFrame, cohort: Cohort) -> None:
+    mine = frame.drop_duplicates("case_id").set_index("case_id")
+    unknown = mine.index.difference(cohort.cases.index)
+    if len(unknown):
+        raise DataError(f"predictions: {len(unknown)} patients are not in cohort {cohort.name}, such as {unknown[0]}.")
+    truth = cohort.cases.loc[mine.index]
+    wrong = (mine["event"] != truth["event"]) | ~np.isclose(mine["survival_months"], truth["time_months"])
+    if wrong.any():
+        raise DataError(
+            f"predictions: {int(wrong.sum())} patients have another outcome than in cohort {cohort.name}, such as "
+            f"{wrong.index[wrong][0]}.", "Check the unit of the times and the polarity of the events.",
+        )  # fmt: skip
 
 
-def _summary(keys: tuple, rows: pd.DataFrame, folds: pd.DataFrame, bootstrap: int) -> dict[str, object]:
-    named = dict(zip(UNIT, keys, strict=True))
-    time, event, risk = rows["survival_months"], rows["event"], rows["risk"]
-    out = {
-        **named, "n": rows["case_id"].nunique(), "events": int(rows.drop_duplicates("case_id")["event"].sum()),
+def _notes(frame: pd.DataFrame, folds: pd.DataFrame) -> tuple[str, ...]:
+    notes = []
+    for name, rows in frame.groupby("cohort", sort=False):
+        cases = rows.drop_duplicates("case_id")
+        doubt = polarity_doubt(str(name), cases["survival_months"], cases["event"])
+        if doubt is not None:
+            notes.append(f"{doubt.subject}: {doubt.message}.")
+    for words, rows in folds[folds["note"] != ""].groupby(["cohort", "model", "note"], sort=False):
+        notes.append(f"{words[0]}, {words[1]}: {words[2]} in {len(rows)} of its folds.")
+    return tuple(notes)
+
+
+Result = tuple[list[dict[str, object]], dict[str, object], PatientScores]
+
+
+def _score_groups(
+    groups: Sequence[tuple[Key, pd.DataFrame]], references: References, bootstrap: int, horizons: tuple[float, ...]
+) -> dict[Key, Result]:
+    draws: dict[tuple, Resamples] = {}
+    return {key: _score_group(rows, references, draws, bootstrap, horizons) for key, rows in groups}
+
+
+def _score_group(
+    rows: pd.DataFrame, references: References, draws: dict, bootstrap: int, horizons: tuple[float, ...]
+) -> Result:
+    """All seeds and repeats of one cohort, model and protocol."""
+    happened = rows.loc[rows["event"], "survival_months"]
+    grid = np.linspace(happened.quantile(0.05), happened.quantile(0.9), 25) if len(happened) else np.zeros(0)
+    folds: list[FoldScores] = []
+    pooled, within, spreads = [], [], []
+    for _, run in rows.groupby(["seed", "repeat"]):
+        resamples = _draw(run, draws, bootstrap)
+        for fold in sorted(run["fold"].unique()):
+            counts = resamples.counts[:, (run["fold"] == fold).to_numpy()] if resamples else None
+            folds.append(score_fold(run, int(fold), references, counts, horizons, grid))
+        risk, of_fold = run["risk"].to_numpy(), run["fold"].to_numpy()
+        once = Resamples(run["survival_months"].to_numpy(), run["event"].to_numpy(), np.ones((1, len(run)), np.float32))
+        pooled.append(concordance(run["survival_months"], run["event"], risk).cindex)
+        within.append(float(once.cindex(risk, within=of_fold)[0]))
+        if resamples:
+            spreads.append((resamples.cindex(risk), resamples.cindex(risk, within=of_fold)))
+    table = pd.DataFrame([fold.row for fold in folds])
+    patients = score_patients(rows, horizons, grid, np.array([fold.auc_curve for fold in folds]))
+    summary = _summary(rows, table, pooled, within, spreads) | patients.columns()
+    return [fold.row for fold in folds], summary, patients
+
+
+def _draw(run: pd.DataFrame, draws: dict, bootstrap: int) -> Resamples | None:
+    """The same draws for every model that scores the same patients in the same folds."""
+    if not bootstrap:
+        return None
+    key = (tuple(run["case_id"]), run["fold"].to_numpy().tobytes())
+    if key not in draws:
+        draws[key] = Resamples.draw(
+            run["survival_months"], run["event"], replicates=bootstrap, seed=_SEED, stratum=run["fold"]
+        )
+    return draws[key]
+
+
+def _summary(
+    rows: pd.DataFrame, folds: pd.DataFrame, pooled: list[float], within: list[float], spreads: list[tuple]
+) -> dict[str, object]:
+    """Means over folds, seeds and repeats; an interval is of the replicates' mean over seeds and repeats."""
+    cases = rows.drop_duplicates("case_id")
+    limits = [(float("nan"), float("nan"))] * 2
+    if spreads:
+        limits = [percentile_interval(np.mean([spread[i] for spread in spreads], axis=0)) for i in range(2)]
+    means = folds[[c for c in folds.columns if c in ("uno_c", "ibs", "ibs_null") or c.startswith("auc_")]].mean()
+    return {
+        **{name: rows[name].iloc[0] for name in UNIT}, "n": len(cases), "events": int(cases["event"].sum()),
+        "folds": len(folds), "seeds": rows["seed"].nunique(),
         "cindex_mean": folds["harrell_c"].mean(), "cindex_std": folds["harrell_c"].std(ddof=0),
-        "cindex_pooled": concordance(time, event, risk).cindex, "cindex_low": float("nan"), "cindex_high": float("nan"),
+        "cindex_pooled": float(np.mean(pooled)), "cindex_low": limits[0][0], "cindex_high": limits[0][1],
+        "cindex_within": float(np.mean(within)), "within_low": limits[1][0], "within_high": limits[1][1],
+        **{str(name): float(value) for name, value in means.items()},
     }  # fmt: skip
-    if bootstrap:
-        resamples = Resamples.draw(time, event, replicates=bootstrap, seed=_SEED, stratum=rows["fold"])
-        out["cindex_low"], out["cindex_high"] = percentile_interval(resamples.cindex(risk))
-    return out

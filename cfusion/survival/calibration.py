@@ -1,0 +1,125 @@
+"""Whether predicted survival is what happens: D-calibration, calibration slope, and predicted against observed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import chi2
+
+from cfusion.errors import UndefinedMetricError
+from cfusion.survival.groups import hazard_ratio, kaplan_meier
+
+_DECILES = 10
+
+
+@dataclass(frozen=True)
+class CalibrationPoint:
+    """Predicted against observed survival in one group of patients with similar predictions.
+
+    Attributes:
+        predicted: Mean predicted survival at the horizon.
+        observed: Kaplan–Meier survival at the horizon, with its 95% interval in `low` and `high`.
+        low: Lower limit.
+        high: Upper limit.
+        size: Patients in the group.
+    """
+
+    predicted: float
+    observed: float
+    low: float
+    high: float
+    size: int
+
+
+def survival_at(survival: np.ndarray, edges: np.ndarray, months: np.ndarray) -> np.ndarray:
+    """Predicted survival of each case at its own time.
+
+    S_k holds at the right edge of bin k and S is 1 at 0; between, it is interpolated linearly (constant density,
+    Kvamme and Borgan, 2021). Past the last edge it stays what it was there.
+
+    Args:
+        survival: [case, bin].
+        edges: [case, bin], right edges in months, increasing.
+        months: [case].
+    """
+    start = np.zeros((len(survival), 1))
+    x, y = np.hstack([start, edges]), np.hstack([start + 1, survival])
+    inside = np.clip(months, 0, x[:, -1])
+    right = np.clip((x <= inside[:, None]).sum(axis=1), 1, x.shape[1] - 1)
+    row = np.arange(len(x))
+    x0, x1, y0, y1 = x[row, right - 1], x[row, right], y[row, right - 1], y[row, right]
+    return y0 + (y1 - y0) * (inside - x0) / (x1 - x0)
+
+
+def d_calibration(event: np.ndarray, survival_at_time: np.ndarray) -> float:
+    """P-value of D-calibration (Haider et al., JMLR 21, 2020): small where predicted probabilities are off.
+
+    Predicted survival at the patients' own times should be uniform; a censored patient is spread over the tenths at
+    or below the survival at censoring.
+
+    Args:
+        event: [case], true where the event happened.
+        survival_at_time: [case], predicted survival at each patient's own follow-up time.
+    """
+    lower = np.arange(_DECILES) / _DECILES
+    upper = lower + 1 / _DECILES
+    reached = np.clip(survival_at_time, 1e-12, 1)[:, None]
+    holds = (reached > lower) & (reached <= upper)
+    # below the censored value, all of a tenth is left; in its own tenth, the part under it
+    share = np.clip(np.minimum(reached, upper) - lower, 0, None) / reached
+    counts = np.where(event[:, None], holds, share).sum(axis=0)
+    expected = len(event) / _DECILES
+    return float(chi2.sf(((counts - expected) ** 2 / expected).sum(), df=_DECILES - 1))
+
+
+def calibration_slope(
+    time: np.ndarray, event: np.ndarray, survival: np.ndarray, fold: np.ndarray
+) -> tuple[float, float, float]:
+    """Cox coefficient of the predicted log cumulative hazard, and its 95% interval; 1 is ideal, less is overconfident.
+
+    Args:
+        time: [case], months.
+        event: [case], true where the event happened.
+        survival: [case], predicted survival at one horizon.
+        fold: [case]; each fold keeps its own baseline hazard.
+
+    Raises:
+        UndefinedMetricError: The predictions are all equal.
+    """
+    clipped = np.clip(survival, 1e-7, 1 - 1e-7)
+    fitted = hazard_ratio(time, event, np.log(-np.log(clipped)), fold)
+    margin = 1.959964 * fitted.error
+    return fitted.coefficient, fitted.coefficient - margin, fitted.coefficient + margin
+
+
+def calibration_points(
+    time: np.ndarray, event: np.ndarray, predicted: np.ndarray, horizon_months: float, groups: int = 5
+) -> list[CalibrationPoint]:
+    """Predicted and observed survival at a horizon in groups of rising prediction.
+
+    Args:
+        time: [case], months.
+        event: [case], true where the event happened.
+        predicted: [case], predicted survival at the horizon.
+        horizon_months: The horizon.
+        groups: How many groups; fewer where predictions are tied.
+
+    Raises:
+        UndefinedMetricError: Nobody is followed up to the horizon.
+    """
+    if time.max() < horizon_months:
+        raise UndefinedMetricError(f"calibration: nobody is followed for {horizon_months:g} months.")
+    cuts = np.unique(np.quantile(predicted, np.arange(1, groups) / groups))
+    label = np.searchsorted(cuts, predicted, side="right")
+    points = []
+    for group in np.unique(label):
+        rows = label == group
+        if time[rows].max() < horizon_months:
+            continue
+        curve = kaplan_meier(time[rows], event[rows])
+        at = int(np.searchsorted(curve.months, horizon_months, side="right")) - 1
+        points.append(CalibrationPoint(
+            float(predicted[rows].mean()), curve.survival[at], curve.low[at], curve.high[at], int(rows.sum())
+        ))  # fmt: skip
+    return points

@@ -1,0 +1,157 @@
+"""Scores of one fold, with everything that has to be estimated taken from its training patients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from cfusion.errors import DataError, UndefinedMetricError
+from cfusion.survival.bootstrap import Resamples, percentile_interval
+from cfusion.survival.metrics import (
+    Training,
+    auc_at,
+    brier_times,
+    concordance,
+    integrated_brier,
+    uno_cindex,
+)
+from cfusion.survival.predictions import FOLD, survival_columns
+from cfusion.types import Cohort, Split
+
+
+@dataclass
+class References:
+    """Training patients of each fold, and what is the same for all models that share them.
+
+    Attributes:
+        cohort: Outcomes of all patients, or None: then a fold's training patients are those of the other folds.
+        splits: Folds of `cohort` by (repeat, fold).
+    """
+
+    cohort: Cohort | None = None
+    splits: dict[tuple[int, int], Split] = field(default_factory=dict)
+    _trainings: dict[tuple[str, ...], Training] = field(default_factory=dict, repr=False)
+    _nulls: dict[tuple, float] = field(default_factory=dict, repr=False)
+
+    def training(self, run: pd.DataFrame, fold: int) -> tuple[Training, str]:
+        """Training outcomes of a fold of a run (one model, seed and repeat), and a remark where they are a makeshift.
+
+        Raises:
+            DataError: The fold is not among the splits, or scores patients it trained on.
+        """
+        inside = run["fold"] == fold
+        if self.cohort is not None and self.splits:
+            split = self._split(int(run["repeat"].iloc[0]), fold, run.loc[inside, "case_id"])
+            return self._cached(split.train, self.cohort.cases.rename(columns={"time_months": "survival_months"})), ""
+        rows, remark = (run[~inside], "") if not inside.all() else (run, "censoring model from the scored patients")
+        return self._cached(tuple(rows["case_id"]), rows.set_index("case_id")), remark
+
+    def _split(self, repeat: int, fold: int, scored: pd.Series) -> Split:
+        split = self.splits.get((repeat, fold))
+        if split is None:
+            raise DataError(f"fold {fold} of repeat {repeat} is in the predictions, not in the splits.")
+        learnt = set(split.train) & set(scored)
+        if learnt:
+            raise DataError(
+                f"fold {fold}: {len(learnt)} scored patients are training patients, such as {min(learnt)}.",
+                "Score each patient with a model that never saw it.",
+            )
+        return split
+
+    def _cached(self, case_ids: tuple[str, ...], outcomes: pd.DataFrame) -> Training:
+        if case_ids not in self._trainings:
+            rows = outcomes.loc[list(case_ids)]
+            self._trainings[case_ids] = Training(rows["survival_months"].to_numpy(float), rows["event"].to_numpy(bool))
+        return self._trainings[case_ids]
+
+    def null_brier(self, training: Training, time: np.ndarray, event: np.ndarray, times: np.ndarray) -> float:
+        """Integrated Brier score of the training patients' Kaplan–Meier curve."""
+        key = (id(training), time.tobytes(), times.tobytes())
+        if key not in self._nulls:
+            self._nulls[key] = integrated_brier(training, time, event, training.survival_at(times), times)
+        return self._nulls[key]
+
+
+@dataclass(frozen=True)
+class FoldScores:
+    """One fold's row of `scores.csv`, and its time-dependent AUC over the grid."""
+
+    row: dict[str, object]
+    auc_curve: np.ndarray
+
+
+def score_fold(
+    run: pd.DataFrame,
+    fold: int,
+    references: References,
+    counts: np.ndarray | None,
+    horizons: Sequence[float],
+    grid: np.ndarray,
+) -> FoldScores:
+    """Score one fold of one run.
+
+    Args:
+        run: Checked predictions of one cohort, model, protocol, seed and repeat.
+        fold: Which fold.
+        references: Training outcomes.
+        counts: [replicate, patient of the fold], bootstrap draws, or None for no interval.
+        horizons: Months of the AUC columns.
+        grid: [time], months of the AUC curve.
+
+    Raises:
+        UndefinedMetricError: The fold has no comparable pair; model, cohort and fold are named.
+        DataError: The predicted survival curves cannot be used.
+    """
+    rows = run[run["fold"] == fold]
+    named = {name: rows[name].iloc[0] for name in FOLD}
+    where = f"{named['model']}, {named['cohort']}, fold {fold}"
+    time, event, risk = (rows[c].to_numpy() for c in ("survival_months", "event", "risk"))
+    try:
+        harrell = concordance(time, event, risk)
+    except UndefinedMetricError as error:
+        raise UndefinedMetricError(f"{where}: {error.message}", "Draw folds that hold events.") from error
+    training, remark = references.training(run, fold)
+    notes = [remark] if remark else []
+    if np.ptp(risk) == 0:
+        notes.append("all risks are equal")
+    low, high = _interval(time, event, risk, counts)
+    times = np.concatenate([horizons, grid])
+    auc = auc_at(training, time, event, risk, times)
+    row = {
+        **named, "n": len(rows), "events": int(event.sum()), "harrell_c": harrell.cindex, "harrell_low": low,
+        "harrell_high": high, "concordant": harrell.concordant, "discordant": harrell.discordant,
+        "tied_risk": harrell.tied_risk, "uno_c": uno_cindex(training, time, event, risk),
+        "truncation_months": training.truncation_months, **_brier(rows, training, references, where),
+        **{f"auc_{h:g}": auc[i] for i, h in enumerate(horizons)}, "note": "; ".join(notes),
+    }  # fmt: skip
+    return FoldScores(row, auc[len(horizons) :])
+
+
+def _interval(time: np.ndarray, event: np.ndarray, risk: np.ndarray, counts: np.ndarray | None) -> tuple[float, float]:
+    if counts is None:
+        return float("nan"), float("nan")
+    try:
+        return percentile_interval(Resamples(time, event, counts).cindex(risk))
+    except UndefinedMetricError:
+        return float("nan"), float("nan")
+
+
+def _brier(rows: pd.DataFrame, training: Training, references: References, where: str) -> dict[str, float]:
+    columns = survival_columns(rows)
+    if columns is None:
+        return {"ibs": float("nan"), "ibs_null": float("nan")}
+    survival, edges = columns
+    if (edges != edges[0]).any() or (np.diff(edges[0]) <= 0).any():
+        raise DataError(f"{where}: edge_1, edge_2, … must increase and be the same for all patients of a fold.")
+    if ((survival < 0) | (survival > 1)).any() or (np.diff(survival, axis=1) > 1e-6).any():
+        raise DataError(f"{where}: survival_1, survival_2, … must lie between 0 and 1 and not increase.")
+    time, event = rows["survival_months"].to_numpy(), rows["event"].to_numpy()
+    times = brier_times(training, time, edges[0])
+    predicted = survival[:, np.isin(edges[0], times)]
+    return {
+        "ibs": integrated_brier(training, time, event, predicted, times),
+        "ibs_null": references.null_brier(training, time, event, times),
+    }

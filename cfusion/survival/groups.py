@@ -1,0 +1,163 @@
+"""Risk groups: Kaplan–Meier curves, log-rank tests and hazard ratios, each also stratified by fold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import chi2
+from sksurv.compare import compare_survival
+from sksurv.nonparametric import kaplan_meier_estimator
+from sksurv.util import Surv
+
+from cfusion.errors import UndefinedMetricError
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Kaplan–Meier survival of a group (Kaplan and Meier, JASA 53, 1958).
+
+    Attributes:
+        months: Times of the steps, from 0.
+        survival: Survival from each step on, with its 95% interval (log-log) in `low` and `high`.
+        low: Lower limit.
+        high: Upper limit.
+        size: Patients in the group.
+        events: Events among them.
+    """
+
+    months: tuple[float, ...]
+    survival: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    size: int
+    events: int
+
+
+@dataclass(frozen=True)
+class HazardRatio:
+    """Exponentiated Cox coefficient of a covariate with its 95% Wald interval.
+
+    Attributes:
+        ratio: exp(coefficient).
+        low: Lower limit.
+        high: Upper limit.
+        coefficient: On the log scale.
+        error: Standard error of the coefficient.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    coefficient: float
+    error: float
+
+
+def kaplan_meier(time: np.ndarray, event: np.ndarray) -> Curve:
+    """The Kaplan–Meier curve of a group.
+
+    Args:
+        time: [case], months.
+        event: [case], true where the event happened.
+    """
+    months, survival, limits = kaplan_meier_estimator(event, time, conf_type="log-log")
+    steps = np.flatnonzero(np.diff(survival, prepend=1.0) != 0)
+    if not len(steps) or steps[-1] != len(months) - 1:
+        steps = np.append(steps, len(months) - 1)
+    # The log-log interval does not exist where survival is 0 or still 1.
+    low, high = np.nan_to_num(limits[0], nan=0.0), np.nan_to_num(limits[1], nan=1.0)
+    low = np.where(survival == 1, 1.0, low)
+    high = np.where(survival == 0, 0.0, high)
+
+    def steps_of(start: float, values: np.ndarray) -> tuple[float, ...]:
+        return (start, *values[steps].tolist())
+
+    return Curve(
+        months=steps_of(0.0, months), survival=steps_of(1.0, survival), low=steps_of(1.0, low),
+        high=steps_of(1.0, high), size=len(time), events=int(event.sum()),
+    )  # fmt: skip
+
+
+def at_risk(time: np.ndarray, months: Sequence[float]) -> list[int]:
+    """Patients still followed at each of the given months."""
+    return [int((time >= month).sum()) for month in months]
+
+
+def log_rank(time: np.ndarray, event: np.ndarray, group: np.ndarray, stratum: np.ndarray | None = None) -> float:
+    """P-value of the log-rank test (Mantel, 1966) that two groups survive alike; with strata, within each.
+
+    Args:
+        time: [case], months.
+        event: [case], true where the event happened.
+        group: [case], true in one of the groups.
+        stratum: [case] or None, such as the fold.
+
+    Raises:
+        UndefinedMetricError: No stratum holds both groups and an event.
+    """
+    strata = np.zeros(len(time), dtype=int) if stratum is None else stratum
+    difference = variance = 0.0
+    for level in np.unique(strata):
+        rows = strata == level
+        if len(np.unique(group[rows])) < 2 or not event[rows].any():
+            continue
+        outcomes = Surv.from_arrays(event[rows], time[rows])
+        _, _, table, covariance = compare_survival(outcomes, group[rows].astype(int), return_stats=True)
+        difference += float(table["statistic"].iloc[0])
+        variance += float(covariance[0, 0])
+    if variance <= 0:
+        raise UndefinedMetricError("log-rank: no fold holds both risk groups and an event.")
+    return float(chi2.sf(difference**2 / variance, df=1))
+
+
+def hazard_ratio(
+    time: np.ndarray, event: np.ndarray, covariate: np.ndarray, stratum: np.ndarray | None = None
+) -> HazardRatio:
+    """Cox regression on one covariate, ties after Breslow, the baseline hazard of each stratum its own.
+
+    Args:
+        time: [case], months.
+        event: [case], true where the event happened.
+        covariate: [case], such as membership in the high-risk group.
+        stratum: [case] or None, such as the fold.
+
+    Raises:
+        UndefinedMetricError: The covariate is constant, or separates events from the rest, so that no finite
+            coefficient exists.
+    """
+    value = np.asarray(covariate, dtype=float)
+    scale = value.std()
+    if not scale > 0:
+        raise UndefinedMetricError("hazard ratio: the covariate is constant.")
+    strata = np.zeros(len(time), dtype=int) if stratum is None else stratum
+    parts = [_risk_sets(time[strata == s], event[strata == s], value[strata == s] / scale) for s in np.unique(strata)]
+    beta = 0.0
+    for _ in range(50):
+        gradient, information = np.sum([_score(part, beta) for part in parts], axis=0)
+        if not information > 1e-10:
+            break
+        step = float(np.clip(gradient / information, -2, 2))
+        beta += step
+        if abs(step) < 1e-9:
+            coefficient, error = float(beta / scale), float(1 / np.sqrt(information) / scale)
+            low, high = coefficient - 1.959964 * error, coefficient + 1.959964 * error
+            return HazardRatio(float(np.exp(coefficient)), float(np.exp(low)), float(np.exp(high)), coefficient, error)
+    raise UndefinedMetricError("hazard ratio: no finite estimate exists; a group has no event.")
+
+
+def _risk_sets(time: np.ndarray, event: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values by decreasing time, and for each event its value and the size of its risk set."""
+    order = np.argsort(-time, kind="stable")
+    time, event, value = time[order], event[order], value[order]
+    last = np.searchsorted(-time, -time, side="right")
+    return value, value[event], last[event]
+
+
+def _score(part: tuple[np.ndarray, np.ndarray, np.ndarray], beta: float) -> tuple[float, float]:
+    """Gradient and information of the log partial likelihood at `beta`."""
+    value, happened, size = part
+    weight = np.exp(beta * value - np.max(beta * value, initial=0.0))
+    sums = [np.cumsum(weight * value**power)[size - 1] for power in range(3)]
+    mean = sums[1] / sums[0]
+    return float((happened - mean).sum()), float((sums[2] / sums[0] - mean**2).sum())

@@ -1,0 +1,171 @@
+"""Scores of all out-of-fold patients together: risk groups, calibration, AUC over time.
+
+With several seeds or repeats the first one is taken, so that every patient counts once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+import pandas as pd
+
+from cfusion.errors import UndefinedMetricError
+from cfusion.survival.calibration import (
+    CalibrationPoint,
+    calibration_points,
+    calibration_slope,
+    d_calibration,
+    survival_at,
+)
+from cfusion.survival.groups import Curve, HazardRatio, at_risk, hazard_ratio, kaplan_meier, log_rank
+from cfusion.survival.predictions import survival_columns
+
+_NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Predicted against observed survival.
+
+    Attributes:
+        points: By horizon in months, groups of rising predicted survival.
+        slope: Cox coefficient of the predicted log cumulative hazard at the median event time; 1 is ideal.
+        slope_low: Lower 95% limit.
+        slope_high: Upper 95% limit.
+        d_calibration_p: P-value of D-calibration; small where predictions are off.
+    """
+
+    points: dict[float, list[CalibrationPoint]]
+    slope: float
+    slope_low: float
+    slope_high: float
+    d_calibration_p: float
+
+
+@dataclass(frozen=True)
+class PatientScores:
+    """What the report shows of one cohort, model and protocol beyond the table.
+
+    Attributes:
+        low: Kaplan–Meier curve of the low-risk group; None where all risks are on one side.
+        high: Of the high-risk group.
+        risk_months: Times of the numbers at risk.
+        low_at_risk: Patients of the low-risk group still followed at those times.
+        high_at_risk: Of the high-risk group.
+        cutoff_rule: How the groups were formed.
+        ratio: Hazard ratio of high against low risk, stratified by fold.
+        log_rank_p: Of the groups, stratified by fold.
+        median_split_p: Unstratified, of the split at the median of the pooled risks (risk ≥ median is high), which is
+            the rule behind MCAT's published p-values.
+        calibration: None without survival columns.
+        auc_months: Times of the AUC curve.
+        auc: Mean over folds of the time-dependent AUC, NaN where no fold has one.
+    """
+
+    low: Curve | None
+    high: Curve | None
+    risk_months: tuple[float, ...]
+    low_at_risk: tuple[int, ...]
+    high_at_risk: tuple[int, ...]
+    cutoff_rule: str
+    ratio: HazardRatio | None
+    log_rank_p: float
+    median_split_p: float
+    calibration: Calibration | None
+    auc_months: tuple[float, ...]
+    auc: tuple[float, ...]
+
+    def columns(self) -> dict[str, object]:
+        """The scores among them, as columns of the summary."""
+        ratio, calibration = self.ratio, self.calibration
+        return {
+            "logrank_p": self.median_split_p,
+            "logrank_by_fold_p": self.log_rank_p,
+            "hazard_ratio": ratio.ratio if ratio else _NAN,
+            "hazard_ratio_low": ratio.low if ratio else _NAN,
+            "hazard_ratio_high": ratio.high if ratio else _NAN,
+            "calibration_slope": calibration.slope if calibration else _NAN,
+            "calibration_slope_low": calibration.slope_low if calibration else _NAN,
+            "calibration_slope_high": calibration.slope_high if calibration else _NAN,
+            "d_calibration_p": calibration.d_calibration_p if calibration else _NAN,
+        }
+
+
+def score_patients(
+    rows: pd.DataFrame, horizons: Sequence[float], grid: np.ndarray, auc_curves: np.ndarray
+) -> PatientScores:
+    """Compute them from the predictions of one cohort, model and protocol.
+
+    Args:
+        rows: Checked predictions.
+        horizons: Months of the calibration.
+        grid: [time], months of the AUC curves.
+        auc_curves: [fold, time].
+    """
+    first = rows[(rows["seed"] == rows["seed"].iloc[0]) & (rows["repeat"] == rows["repeat"].iloc[0])]
+    time, event, risk = (first[c].to_numpy() for c in ("survival_months", "event", "risk"))
+    fold = first["fold"].to_numpy()
+    median_high = risk >= np.median(risk)
+    high, rule = median_high, "median of the pooled risks"
+    if "risk_cutoff" in first.columns and first["risk_cutoff"].notna().all():
+        high, rule = risk >= first["risk_cutoff"].to_numpy(float), "median risk of the training patients of each fold"
+    both = high.any() and not high.all()
+    months = tuple(float(m) for m in np.linspace(0, _round_up(time.max()), 6))
+    known = np.isfinite(auc_curves).any(axis=0) if len(grid) else np.zeros(0, dtype=bool)
+    return PatientScores(
+        low=kaplan_meier(time[~high], event[~high]) if both else None,
+        high=kaplan_meier(time[high], event[high]) if both else None,
+        risk_months=months,
+        low_at_risk=tuple(at_risk(time[~high], months)),
+        high_at_risk=tuple(at_risk(time[high], months)),
+        cutoff_rule=rule,
+        ratio=_or_none(hazard_ratio, time, event, high, fold) if both else None,
+        log_rank_p=_or_nan(log_rank, time, event, high, fold),
+        median_split_p=_or_nan(log_rank, time, event, median_high),
+        calibration=_calibration(first, time, event, fold, horizons),
+        auc_months=tuple(float(m) for m in grid),
+        auc=tuple(float(np.nanmean(auc_curves[:, i])) if known[i] else _NAN for i in range(len(grid))),
+    )
+
+
+def _calibration(
+    first: pd.DataFrame, time: np.ndarray, event: np.ndarray, fold: np.ndarray, horizons: Sequence[float]
+) -> Calibration | None:
+    columns = survival_columns(first)
+    if columns is None:
+        return None
+    survival, edges = columns
+    middle = np.full(len(time), np.median(time[event]))
+    slope = _or_none(calibration_slope, time, event, survival_at(survival, edges, middle), fold)
+    value, low, high = slope or (_NAN, _NAN, _NAN)
+    points = {}
+    for horizon in horizons:
+        predicted = survival_at(survival, edges, np.full(len(time), horizon))
+        found = _or_none(calibration_points, time, event, predicted, horizon)
+        if found:
+            points[float(horizon)] = found
+    return Calibration(points, value, low, high, d_calibration(event, survival_at(survival, edges, time)))
+
+
+def _round_up(months: float) -> float:
+    step = next(s for s in (1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000) if months <= 5 * s or s == 1000)
+    return 5.0 * step
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _or_none(function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T | None:
+    try:
+        return function(*arguments, **named)
+    except UndefinedMetricError:
+        return None
+
+
+def _or_nan(function: Callable[_P, float], *arguments: _P.args, **named: _P.kwargs) -> float:
+    value = _or_none(function, *arguments, **named)
+    return _NAN if value is None else value
