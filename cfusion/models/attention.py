@@ -7,6 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cfusion.models.dropped_attention import DroppedAttention
+
 
 def attend(
     query: Float[Tensor, "bag head query dim"],
@@ -24,6 +26,9 @@ def attend(
         mask: True where a key is real; None where every key is.
         dropout: Share of the attention weights set to zero, the others scaled up.
     """
+    if dropout and query.device.type == "cpu":
+        bias = None if mask is None else torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+        return DroppedAttention.apply(query, key, value, bias, dropout)
     where = None if mask is None else mask[:, None, None, :]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=where, dropout_p=dropout)
 

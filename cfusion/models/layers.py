@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfusion.models.attention import CrossAttention, SelfAttention
+from cfusion.models.dropout import Dropout
 from cfusion.models.grid import TokenGrid
 
 
@@ -31,7 +32,7 @@ class FeedForward(nn.Sequential):
 
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__(
-            nn.Linear(dim, 2 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * dim, dim), nn.Dropout(dropout)
+            nn.Linear(dim, 2 * dim), nn.GELU(), Dropout(dropout), nn.Linear(2 * dim, dim), Dropout(dropout)
         )
 
 

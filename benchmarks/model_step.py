@@ -1,0 +1,160 @@
+"""One training step of CrossFusion against its plain transcription: seconds and peak memory.
+
+    python -m benchmarks.model_step --tiles 1024 4096 16384 --json model_step.json
+    python -m benchmarks.model_step --slide 100000
+
+Both sides run forward and backward on the same bag, each in processes of its own that take turns, so that a busy
+machine slows both; the fastest of each is shown. `theirs` has the published dropouts; `ours` has them (`published`) or
+the default recipe, without dropout of attention weights. Arithmetic is f32, on CUDA bf16 under autocast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.published_model import PublishedCrossFusion
+from benchmarks.table import Row, save, show
+from cfusion.models import build_model
+
+DIM, BACKBONE_DIM, HEADS, BINS = 512, 1024, 4, 4
+SIDES = ("theirs", "default", "published")
+
+
+def build(side: str) -> nn.Module:
+    """The transcription, or our model with the default or the published dropouts."""
+    if side == "theirs":
+        return PublishedCrossFusion(BACKBONE_DIM, BINS, DIM, HEADS, 1)
+    return build_model(
+        "crossfusion", backbone_dim=BACKBONE_DIM, n_bins=BINS, embed_dim=DIM, num_heads=HEADS,
+        published=side == "published",
+    )  # fmt: skip
+
+
+def bag(tiles: int) -> list[Tensor]:
+    """One bag [1, N_m, d] at 5x, 10x and 20x, with `tiles` tiles at 20x."""
+    return [torch.randn(1, -(-tiles // share), BACKBONE_DIM) for share in (16, 4, 1)]
+
+
+def step(model: nn.Module, bags: list[Tensor], device: str) -> None:
+    """Forward and backward."""
+    mixed = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+    with mixed:
+        output = model(*bags)
+    (output if isinstance(output, Tensor) else output.logits).square().sum().backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(side: str, tiles: int, device: str, repeats: int, optimizer: bool) -> dict[str, float]:
+    """Seconds of the fastest step and peak memory in GB of this process, or on CUDA of the device."""
+    torch.manual_seed(0)
+    model = build(side).to(device).train()
+    adam = torch.optim.AdamW(model.parameters()) if optimizer else None
+    bags = [b.to(device) for b in bag(tiles)]
+    step(model, bags if device == "cuda" else [b[:, :16] for b in bags], device)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        step(model, bags, device)
+        if adam is not None:
+            adam.step()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": min(seconds), "peak": peak_memory(device)}
+
+
+def peak_memory(device: str) -> float:
+    """Peak memory in GB."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")) / 1e9
+
+
+def flops(tiles: int) -> float:
+    """Floating-point operations of a step of our model, matrix products and convolutions, counted without data."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        step(build("default"), bag(tiles), "meta")
+    return float(counter.get_total_flops())
+
+
+def matrix_peak(device: str) -> float:
+    """Operations a second of a large matrix product in the arithmetic of the step."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        _ = a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def child(side: str, tiles: int, arguments: argparse.Namespace, optimizer: bool = False) -> dict[str, float]:
+    """`measure` in a fresh process."""
+    command = [
+        sys.executable, "-m", "benchmarks.model_step", "--child", side, "--tiles", str(tiles), "--device",
+        arguments.device, "--threads", str(arguments.threads), "--repeats", str(arguments.repeats),
+    ]  # fmt: skip
+    command += ["--optimizer"] if optimizer else []
+    run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    return json.loads(run.stdout)
+
+
+def compare(tiles: int, arguments: argparse.Namespace) -> list[Row]:
+    """Rows of one bag size."""
+    runs = [{side: child(side, tiles, arguments) for side in SIDES} for _ in range(arguments.rounds)]
+    best = {s: {k: min(run[s][k] for run in runs) for k in ("seconds", "peak")} for s in SIDES}
+    rows = [
+        Row(f"{tiles} tiles, {side} dropouts: {what}", best[side][key], best["theirs"][key], unit)
+        for side in ("default", "published")
+        for what, key, unit in (("time", "seconds", "s"), ("peak memory", "peak", "GB"))
+    ]
+    rate, peak = flops(tiles) / best["default"]["seconds"], matrix_peak(arguments.device)
+    return [*rows, Row(f"{tiles} tiles: arithmetic, theirs = matrix product", rate / 1e9, peak / 1e9, "GFLOP/s")]
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--tiles", type=int, nargs="+", default=[1024, 4096, 16384], help="tiles at 20x")
+    parser.add_argument("--slide", type=int, help="also: one step with AdamW on a slide of so many tiles, ours alone")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each side and size")
+    parser.add_argument("--repeats", type=int, default=2, help="steps timed in each process")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--optimizer", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.child:
+        tiles = arguments.tiles[0]
+        one = measure(arguments.child, tiles, arguments.device, arguments.repeats, arguments.optimizer)
+        print(json.dumps(one))
+        return
+    rows = [row for tiles in arguments.tiles for row in compare(tiles, arguments)]
+    if arguments.slide:
+        whole = child("default", arguments.slide, arguments, optimizer=True)
+        rows += [
+            Row(f"{arguments.slide} tiles with AdamW: time", whole["seconds"], None, "s"),
+            Row(f"{arguments.slide} tiles with AdamW: peak memory", whole["peak"], None, "GB"),
+        ]
+    show("One step of CrossFusion, D = 512, embeddings of 1024", rows)
+    if arguments.json:
+        save(arguments.json, rows)
+
+
+if __name__ == "__main__":
+    main()
