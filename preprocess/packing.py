@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
-import io
 import json
 import logging
 import os
 import re
-import tarfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -24,8 +20,6 @@ from pydantic import BaseModel, ConfigDict
 from cfusion.console import progress
 from cfusion.data.shard_index import (
     INDEX_NAME,
-    META,
-    STORED_DTYPES,
     Member,
     Sample,
     Shard,
@@ -37,12 +31,10 @@ from cfusion.data.shard_index import (
 )  # fmt: skip
 from cfusion.errors import DataError
 from cfusion.files import atomic_path, digest_json, write_text
-from cfusion.types import SlideFeatures, magnification_value
+from cfusion.types import SlideFeatures
+from preprocess.samples import BLOCK, EncodedSlide, TarStream, encode
 
 logger = logging.getLogger(__name__)
-
-_BLOCK = 512
-_REEXTRACT = "Extract or import this slide again, or remove it from the store."
 
 
 class FeatureSource(Protocol):
@@ -85,22 +77,6 @@ class _Plan:
         return digest_json(dataclasses.asdict(self))
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """One slide as tar members, before it has a place; `refusal` instead of members where it cannot be packed."""
-
-    slide_id: str
-    members: dict[str, tuple[bytes, np.ndarray]] = dataclasses.field(default_factory=dict)
-    checksums: dict[str, int] = dataclasses.field(default_factory=dict)
-    error: dict[str, float] = dataclasses.field(default_factory=dict)
-    tile_px_level0: dict[str, float] = dataclasses.field(default_factory=dict)
-    refusal: str = ""
-
-    def tar_bytes(self) -> int:
-        sizes = (len(header) + array.nbytes for header, array in self.members.values())
-        return sum(_BLOCK - (-size // _BLOCK) * _BLOCK for size in sizes)
-
-
 def pack_store(
     store: FeatureSource,
     out_dir: str | os.PathLike[str],
@@ -141,7 +117,8 @@ def pack_store(
         bar.advance(done)
         feed = _Feed(_encode_ahead(store, plan.order[done:], dtype, workers))
         while feed.next is not None:
-            part = _write_part(out, len(parts), feed, plan)
+            reference = next((sample for part in parts for sample in part.samples), None)
+            part = _write_part(out, len(parts), feed, plan, reference)
             parts.append(part)
             bar.advance(len(part.samples) + len(part.refused))
     return _assemble(out, plan, parts)
@@ -210,124 +187,68 @@ def _resume(out: Path, plan: _Plan) -> list[_Part]:
 class _Feed:
     """An iterator that shows its next item."""
 
-    def __init__(self, items: Iterator[_Encoded]) -> None:
+    def __init__(self, items: Iterator[EncodedSlide]) -> None:
         self._items = items
         self.next = next(items, None)
 
-    def take(self) -> _Encoded:
+    def take(self) -> EncodedSlide:
         assert self.next is not None
         item, self.next = self.next, next(self._items, None)
         return item
 
 
-def _encode_ahead(store: FeatureSource, order: Sequence[str], dtype: StoredDtype, workers: int) -> Iterator[_Encoded]:
+def _encode_ahead(
+    store: FeatureSource, order: Sequence[str], dtype: StoredDtype, workers: int
+) -> Iterator[EncodedSlide]:
     """Encode slides in threads, at most two a worker ahead, and yield them in order."""
     with ThreadPoolExecutor(workers, "pack") as pool:
-        pending: collections.deque[Future[_Encoded]] = collections.deque()
+        pending: collections.deque[Future[EncodedSlide]] = collections.deque()
         remaining = iter(order)
         while True:
             while len(pending) < 2 * workers and (slide_id := next(remaining, None)) is not None:
-                pending.append(pool.submit(_encode, store, slide_id, dtype))
+                pending.append(pool.submit(encode, store.read, slide_id, dtype))
             if not pending:
                 return
             yield pending.popleft().result()
 
 
-def _encode(store: FeatureSource, slide_id: str, dtype: StoredDtype) -> _Encoded:
-    try:
-        slide = store.read(slide_id)
-        arrays, error = _arrays(slide, dtype)
-    except DataError as problem:
-        return _Encoded(slide_id, refusal=str(problem))
-    meta = json.dumps({"slide_id": slide_id, "attrs": slide.attrs}, sort_keys=True, default=str).encode()
-    members = {name: (_npy_header(array), array) for name, array in arrays.items()}
-    members[META] = (b"", np.frombuffer(meta, np.uint8))
-    checksums = {name: zlib.crc32(array.data, zlib.crc32(header)) for name, (header, array) in members.items()}
-    tile_px = {name: float(side) for name, side in dict(slide.attrs.get("tile_px_level0", {})).items()}
-    return _Encoded(slide_id, members, checksums, error, tile_px)
-
-
-def _arrays(slide: SlideFeatures, dtype: StoredDtype) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    names = sorted(slide.features, key=magnification_value, reverse=True)
-    arrays: dict[str, np.ndarray] = {}
-    error: dict[str, float] = {}
-    for name in names:
-        features = slide.features[name]
-        _check_features(slide.slide_id, name, features)
-        if dtype == "int8":
-            arrays[f"{name}.npy"], arrays[f"scale_{name}.npy"], error[name] = quantise(features)
-        else:
-            with np.errstate(over="ignore"):
-                arrays[f"{name}.npy"] = np.ascontiguousarray(features, STORED_DTYPES[dtype])
-            if not np.isfinite(arrays[f"{name}.npy"]).all():
-                raise DataError(
-                    f"slide {slide.slide_id}, {name}: values beyond the range of f16.", "Pack with --dtype f32."
-                )
-    # What training reads lies together, so that a slide is one read.
-    for prefix, table in (("coords", slide.coords), ("parent", slide.parents)):
-        for name in names:
-            if name in table and len(table[name]):
-                arrays[f"{prefix}_{name}.npy"] = np.ascontiguousarray(table[name], "<i4")
-    return arrays, error
-
-
-def _check_features(slide_id: str, name: str, features: np.ndarray) -> None:
-    if features.ndim != 2 or not len(features):
-        raise DataError(f"slide {slide_id}, {name}: no tiles (shape {features.shape}).", _REEXTRACT)
-    finite = np.isfinite(features).all(axis=1)
-    if not finite.all():
-        row = int(np.flatnonzero(~finite)[0])
-        raise DataError(f"slide {slide_id}, {name}: row {row} holds a value that is not finite.", _REEXTRACT)
-
-
-def quantise(features: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Round embeddings to int8 with one scale per channel.
-
-    Args:
-        features: [tile, dim], finite.
-
-    Returns:
-        int8 [tile, dim], f32 [dim] with `features ≈ int8 * scale`, and the root mean square of the difference over
-        the root mean square of the values.
-    """
-    values = features.astype(np.float32)
-    scale = np.abs(values).max(axis=0) / 127
-    scale[scale == 0] = 1
-    rounded = np.rint(values / scale).astype(np.int8)
-    size = float(np.sqrt(np.mean(values**2, dtype=np.float64)))
-    difference = float(np.sqrt(np.mean((values - rounded * scale) ** 2, dtype=np.float64)))
-    return rounded, scale, difference / size if size else 0.0
-
-
-def _npy_header(array: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
-    return stream.getvalue()
-
-
-def _write_part(out: Path, number: int, feed: _Feed, plan: _Plan) -> _Part:
+def _write_part(out: Path, number: int, feed: _Feed, plan: _Plan, reference: Sample | None) -> _Part:
     """Write the next tar: slides until it would grow beyond the target."""
     name = f"shard-{number:06d}.tar"
     samples: list[Sample] = []
     refused: dict[str, str] = {}
     with atomic_path(out / name) as temporary, temporary.open("wb") as stream:
-        tar = _TarStream(stream)
+        tar = TarStream(stream)
         while feed.next is not None:
-            if samples and tar.offset + feed.next.tar_bytes() + 2 * _BLOCK > plan.target_bytes:
+            if samples and tar.offset + feed.next.tar_bytes() + 2 * BLOCK > plan.target_bytes:
                 break
             slide = feed.take()
             if slide.refusal:
                 logger.warning("left out: %s", slide.refusal)
                 refused[slide.slide_id] = slide.refusal
                 continue
-            samples.append(_write_sample(tar, slide, number, plan))
+            sample = _write_sample(tar, slide, number, plan)
+            samples.append(sample)
+            _check_alike(reference or samples[0], sample)
         shard = Shard(name=name, size=tar.close(), sha256=tar.digest.hexdigest())
     part = _Part(settings=plan.digest, shard=shard, samples=tuple(samples), refused=refused)
     write_text(_part_path(out, number), part.model_dump_json())
     return part
 
 
-def _write_sample(tar: _TarStream, slide: _Encoded, shard: int, plan: _Plan) -> Sample:
+def _check_alike(first: Sample, sample: Sample) -> None:
+    for what, of_first, of_this in (
+        ("magnifications", list(first.tiles), list(sample.tiles)),
+        ("width", *({s.members[f"{name}.npy"].shape[1] for name in s.tiles} for s in (first, sample))),
+    ):
+        if of_first != of_this:
+            raise DataError(
+                f"slides {first.slide_id} and {sample.slide_id} differ in {what}: {of_first} and {of_this}.",
+                "Extract the wrong one again, or remove it from the store.",
+            )
+
+
+def _write_sample(tar: TarStream, slide: EncodedSlide, shard: int, plan: _Plan) -> Sample:
     key = tar_key(slide.slide_id)
     members = {}
     for name, (header, array) in slide.members.items():
@@ -342,36 +263,6 @@ def _write_sample(tar: _TarStream, slide: _Encoded, shard: int, plan: _Plan) -> 
     )  # fmt: skip
 
 
-class _TarStream:
-    """A tar written front to back; tarfile makes the headers, the offsets and the digest are ours."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.offset = 0
-        self.digest = hashlib.sha256()
-
-    def _write(self, data: Any) -> None:
-        self._stream.write(data)
-        self.digest.update(data)
-        self.offset += memoryview(data).nbytes
-
-    def add(self, name: str, size: int, header: bytes, array: np.ndarray) -> int:
-        """Append a file and give the offset of its first byte."""
-        info = tarfile.TarInfo(name)
-        info.size, info.mode, info.mtime = size, 0o644, 0
-        self._write(info.tobuf(tarfile.GNU_FORMAT))
-        offset = self.offset
-        self._write(header)
-        self._write(array.data)
-        self._write(bytes(-size % _BLOCK))
-        return offset
-
-    def close(self) -> int:
-        """End the tar and give its length."""
-        self._write(bytes(2 * _BLOCK))
-        return self.offset
-
-
 def _assemble(out: Path, plan: _Plan, parts: Sequence[_Part]) -> ShardIndex:
     samples = [sample for part in parts for sample in part.samples]
     refused = {slide_id: reason for part in parts for slide_id, reason in part.refused.items()}
@@ -381,10 +272,17 @@ def _assemble(out: Path, plan: _Plan, parts: Sequence[_Part]) -> ShardIndex:
     first = samples[0]
     names = tuple(first.tiles)
     index = ShardIndex(
-        encoder=plan.encoder, provenance=plan.provenance, dtype=plan.dtype,
-        dim=first.members[f"{names[0]}.npy"].shape[1], magnifications=names, seed=plan.seed, target_bytes=plan.target_bytes, shards=tuple(part.shard for part in parts),
-        samples=tuple(samples), refused=refused,
-    )  # fmt: skip
+        encoder=plan.encoder,
+        provenance=plan.provenance,
+        dtype=plan.dtype,
+        dim=first.members[f"{names[0]}.npy"].shape[1],
+        magnifications=names,
+        seed=plan.seed,
+        target_bytes=plan.target_bytes,
+        shards=tuple(part.shard for part in parts),
+        samples=tuple(samples),
+        refused=refused,
+    )
     index.write(out)
     for number in range(len(parts)):
         _part_path(out, number).unlink()

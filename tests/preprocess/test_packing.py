@@ -94,3 +94,70 @@ def test_a_slide_with_nan_is_left_out_and_named(store, tmp_path):
     assert list(index.refused) == ["TCGA-03.DX1.7B2F"]
     assert "x10: row 2 holds a value that is not finite" in index.refused["TCGA-03.DX1.7B2F"]
     assert len(index.samples) == 8
+
+
+def test_slides_of_two_widths_are_refused_by_name_and_no_index_is_written(store, tmp_path):
+    store.slides["TCGA-03.DX1.7B2F"] = make_slide("TCGA-03.DX1.7B2F", dim=9)
+    with pytest.raises(DataError, match=r"differ in width: .*Extract"):
+        pack_store(store, tmp_path / "out")
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_a_slide_without_a_magnification_is_refused_by_name(store, tmp_path):
+    del store.slides["TCGA-03.DX1.7B2F"].features["x10"]
+    del store.slides["TCGA-03.DX1.7B2F"].parents["x20"]
+    with pytest.raises(DataError, match=r"TCGA-03.*differ in magnifications"):
+        pack_store(store, tmp_path / "out")
+
+
+def test_parents_that_point_nowhere_are_refused(store, tmp_path):
+    store.slides["TCGA-03.DX1.7B2F"].parents["x20"][0] = 99
+    assert "parents" in pack_store(store, tmp_path).refused["TCGA-03.DX1.7B2F"]
+
+
+def test_no_slide_at_all_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="no slides"):
+        pack_store(MemoryStore([]), tmp_path)
+    bad = make_slide("bad")
+    bad.features["x20"][0] = np.inf
+    with pytest.raises(DataError, match="None of the 1 slides could be packed; the first: slide bad, x20: row 0"):
+        pack_store(MemoryStore([bad]), tmp_path)
+
+
+def test_slide_names_cannot_leave_the_tar_folder(tmp_path):
+    slides = [make_slide(name) for name in ("../evil", "/abs", "a/b", "..", "x\\..\\y", "naïve ~ (1)%")]
+    index = pack_store(MemoryStore(slides), tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"index.json", "shard-000000.tar"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    dataset = ShardDataset.open(tmp_path / "out")
+    for slide in slides:
+        np.testing.assert_array_equal(dataset.read(slide.slide_id, ["x5"])["x5"], slide.features["x5"])
+    keys = {
+        s["__key__"] for s in webdataset.WebDataset(str(tmp_path / "out" / index.shards[0].name), shardshuffle=False)
+    }
+    assert len(keys) == len(slides)
+    assert not any("/" in key or "." in key for key in keys)
+
+
+def test_int8_error_is_measured_and_bounded_by_half_a_step(store, tmp_path):
+    index = pack_store(store, tmp_path, dtype="int8")
+    dataset = ShardDataset.open(tmp_path)
+    for sample in index.samples:
+        read = dataset.read(sample.slide_id, ["x20", "scale_x20"])
+        values = store.slides[sample.slide_id].features["x20"].astype(np.float64)
+        difference = np.abs(read["x20"] * read["scale_x20"].astype(np.float64) - values)
+        assert (difference <= read["scale_x20"] * 0.5001).all()
+        measured = np.sqrt((difference**2).mean() / (values**2).mean())
+        assert sample.error["x20"] == pytest.approx(measured, rel=1e-4)
+        assert 0 < sample.error["x20"] < 0.01
+
+
+def test_f32_is_kept_exactly_and_f16_refuses_what_it_cannot_hold(tmp_path):
+    slide = make_slide("big", dtype="<f4")
+    slide.features["x20"][3, 2] = 1e6
+    index = pack_store(MemoryStore([slide, make_slide("small")]), tmp_path / "f16")
+    assert "beyond the range of f16" in index.refused["big"]
+    assert "--dtype f32" in index.refused["big"]
+    pack_store(MemoryStore([slide]), tmp_path / "f32", dtype="f32")
+    read = ShardDataset.open(tmp_path / "f32").read("big", ["x20"])
+    np.testing.assert_array_equal(read["x20"], slide.features["x20"])
