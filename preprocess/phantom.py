@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from cfusion.console import progress
-from cfusion.errors import DataError
+from cfusion.errors import ConfigError, DataError
 from cfusion.files import atomic_path, digest_json, read_json, write_json, write_text
 from preprocess.phantom_tissue import Stain, atlas, draw_tissue
 
@@ -61,12 +61,26 @@ class PhantomSpec:
     censoring_months: float = 90.0
     stain: Stain = dataclasses.field(default_factory=Stain)
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be drawn.
+
+        Raises:
+            ConfigError: A number is out of its range.
+        """
+        ranges = {
+            "patients": (1, 10_000), "share_40x": (0, 1), "two_slides": (0, self.patients),
+            "architecture_weight": (0, 1),
+        }  # fmt: skip
+        for key, (low, high) in ranges.items():
+            if not low <= getattr(self, key) <= high:
+                raise ConfigError(f"{self.name}: {key}={getattr(self, key)} is not within {low} … {high}.")
+
 
 PHANTOMS = (
     PhantomSpec("phantom-a", seed=1),
     PhantomSpec(
         "phantom-b",
-        seed=2,
+        seed=8,
         architecture_weight=0.8,
         median_months=45.0,
         censoring_months=130.0,
@@ -107,7 +121,7 @@ class PhantomCohort:
 
     Attributes:
         slides: Folder of the slides.
-        table: Clinical table, CSV `case_id, slide_id, survival_months, event`, one row per slide.
+        table: Clinical table, CSV `patient, slide, time, event` (months), one row per slide.
         truth: CSV `case_id, architecture, nuclei, log_hazard`.
     """
 
@@ -177,7 +191,7 @@ def draw_cohort(spec: PhantomSpec, out_dir: str | os.PathLike[str], workers: int
     _write_tables(patients, cohort)
     jobs = [(patient, number) for patient in patients for number in range(len(patient.slides))]
     with progress(f"Drawing {spec.name}", len(jobs)) as bar, ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(lambda job: _draw_slide(spec, *job, cohort.slides), jobs):
+        for _ in pool.map(lambda job: _draw_slide(spec, job[0], job[1], cohort.slides), jobs):
             bar.advance()
     return cohort
 
@@ -201,7 +215,7 @@ def _write_tables(patients: tuple[Patient, ...], cohort: PhantomCohort) -> None:
         for slide in patient.slides
     ]
     truth = [(p.case_id, f"{p.architecture:.6f}", f"{p.nuclei:.6f}", f"{p.log_hazard:.6f}") for p in patients]
-    _write_csv(cohort.table, ("case_id", "slide_id", "survival_months", "event"), outcomes)
+    _write_csv(cohort.table, ("patient", "slide", "time", "event"), outcomes)
     _write_csv(cohort.truth, ("case_id", "architecture", "nuclei", "log_hazard"), truth)
 
 

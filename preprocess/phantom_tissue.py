@@ -1,7 +1,7 @@
 """Made-up tissue that looks like H&E and hides two measurable things, one at 5x and one at 20x.
 
 Glands are oblong and all alike; what differs is whether neighbours lie in one direction or in all. A 5x tile shows
-some fifteen of them, a 20x tile a part of one, the same in every patient. Nuclei carry chromatin grains, one pixel
+some eight of them, a 20x tile a part of one, the same in every patient. Nuclei carry chromatin grains, one pixel
 large, whose sum over every 2 × 2 block is zero: the first area average, from 20x to 10x, removes them whole.
 """
 
@@ -17,9 +17,9 @@ from scipy.ndimage import gaussian_filter
 
 FIELD_STEP_PX = 8
 """Shapes are computed on a grid of this step and interpolated."""
-_GLAND_PITCH_PX = 270.0
-_GLAND_RADII_PX = (118.0, 52.0)
-_WAVINESS_PX = 10.0
+_GLAND_PITCH_PX = 405.0
+_GLAND_RADII_PX = (177.0, 78.0)
+_WAVINESS_PX = 12.0
 _BASAL_DEPTH, _LUMEN_DEPTH = 0.6, 0.72
 
 # Palette: every pixel is drawn as one byte, kind of tissue and tone together, and coloured last.
@@ -243,7 +243,7 @@ def _palette(stain: Stain, rng: np.random.Generator) -> UInt8[np.ndarray, "256 3
     ramps = [
         (_GLASS, _STROMA, light(0, 0), light(0, 0)),
         (_STROMA, _CYTOPLASM, light(0.08, 0.62), light(0.05, 0.22)),
-        (_CYTOPLASM, _NUCLEUS, light(0.01, 0.03), light(0.34, 0.42)),
+        (_CYTOPLASM, _NUCLEUS, light(0.02, 0.10), light(0.34, 0.42)),
         (_NUCLEUS, _END, light(2.1, 0.75), light(0.62, 0.22)),
     ]
     palette = np.empty((256, 3))
