@@ -1,0 +1,269 @@
+"""Shards on a server: range reads that survive cuts and busy answers, a bounded cache, streaming of whole tars."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import logging
+import os
+import re
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from cfusion.data.shard_index import INDEX_NAME, Member, Shard, ShardIndex, parse, tar_key
+from cfusion.data.shards import OpenFile
+from cfusion.errors import DataError, MissingExtraError
+from cfusion.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+_PIECE = 8 << 20
+_AT_ONCE = 4
+_ATTEMPTS = 6
+_FIRST_PAUSE_SECONDS = 0.1
+_SILENCE_SECONDS = 60.0
+_OWN = re.compile(r"[0-9a-f]{16}-\d+-\d+|\.[0-9a-f]{16}-\d+-\d+\.\w+\.tmp")
+
+
+def open_remote(
+    url: str, cache_directory: str | os.PathLike[str] | None, cache_bytes: int
+) -> tuple[RemoteFiles, ShardIndex]:
+    """Read the index at a URL, and the shards' place.
+
+    Raises:
+        DataError: The URL cannot be reached, or holds no valid index.
+        MissingExtraError: The package for this kind of URL is not installed.
+    """
+    source = RangeSource(url)
+    index = parse(ShardIndex, source.read_all(INDEX_NAME), f"{source.where}/{INDEX_NAME}")
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cfusion" / "shards"
+    cache = DiskCache(Path(cache_directory or default), cache_bytes)
+    return RemoteFiles(source, cache, index.digest[:16]), index
+
+
+class RangeSource:
+    """Byte ranges of the files under a URL, through fsspec.
+
+    A range that fails or comes short is asked for again, what came whole is kept, with growing pauses.
+    """
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        parts = urlsplit(url)
+        # Credentials in a URL must not reach a log or an error.
+        self.where = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="")).rstrip("/")
+        options: dict[str, Any] = {}
+        if parts.scheme in ("http", "https"):
+            import aiohttp
+
+            limits = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE_SECONDS, sock_read=_SILENCE_SECONDS)
+            options = {"client_kwargs": {"timeout": limits}}
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(url.rstrip("/"), **options)
+        except ImportError as error:
+            package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}.get(parts.scheme, f"fsspec[{parts.scheme}]")
+            raise MissingExtraError(package, "remote", f"Reading {parts.scheme}:// shards") from error
+        except ValueError as error:
+            raise DataError(f"{self.where}: {error}.", "Give a folder, or an https://, s3:// or gs:// URL.") from error
+
+    def read_all(self, name: str) -> bytes:
+        """A whole small file."""
+        for pause in _pauses():
+            try:
+                return bytes(self._fs.cat_file(f"{self._root}/{name}"))
+            except FileNotFoundError:
+                raise DataError(f"{self.where}/{name}: is not there.", "Check the URL in data.shards.") from None
+            except Exception as error:  # noqa: BLE001 - every file system of fsspec has its own errors
+                self._wait(name, error, pause)
+        raise AssertionError
+
+    def read(self, name: str, start: int, size: int) -> bytes:
+        """`size` bytes from `start` of a file.
+
+        Raises:
+            DataError: It is not there, or still fails after all attempts.
+        """
+        edges = list(range(start, start + size, _PIECE))
+        pieces: dict[int, bytes] = {}
+        for pause in _pauses():
+            missing = [edge for edge in edges if edge not in pieces]
+            ends = [min(edge + _PIECE, start + size) for edge in missing]
+            problem: object = None
+            for edge, end, data in zip(missing, ends, self._ranges(name, missing, ends), strict=True):
+                if isinstance(data, bytes) and len(data) == end - edge:
+                    pieces[edge] = data
+                else:
+                    problem = self._explain(name, data, end - edge)
+            if problem is None:
+                return b"".join(pieces[edge] for edge in edges)
+            self._wait(name, problem, pause)
+        raise AssertionError
+
+    def _ranges(self, name: str, starts: list[int], ends: list[int]) -> Sequence[object]:
+        path = f"{self._root}/{name}"
+        try:
+            return self._fs.cat_ranges([path] * len(starts), starts, ends, on_error="return", batch_size=_AT_ONCE)
+        except Exception as error:  # noqa: BLE001 - as above
+            return [error] * len(starts)
+
+    def _explain(self, name: str, data: object, size: int) -> object:
+        if isinstance(data, FileNotFoundError):
+            raise DataError(f"{self.where}/{name}: is not there.", "Copy the shards and their index together.")
+        if isinstance(data, bytes) and len(data) > size:
+            raise DataError(
+                f"{self.where}/{name}: {len(data)} bytes came where {size} were asked for.",
+                "The server must answer range requests; copy the shards to a folder or another server.",
+            )
+        return f"{len(data)} of {size} bytes came" if isinstance(data, bytes) else data
+
+    def _wait(self, name: str, problem: object, pause: float | None) -> None:
+        what = f"{type(problem).__name__}: {problem}" if isinstance(problem, Exception) else problem
+        if pause is None:
+            raise DataError(
+                f"{self.where}/{name}: failed {_ATTEMPTS} times, the last time: {what}.",
+                "Check the server and the network; the same command goes on from what is cached.",
+            )
+        logger.info("%s/%s: %s; trying again in %.1f s", self.where, name, what, pause)
+        time.sleep(pause)
+
+
+def _pauses() -> Iterator[float | None]:
+    """Seconds to wait after each failed attempt; None after the last."""
+    for attempt in range(_ATTEMPTS - 1):
+        yield _FIRST_PAUSE_SECONDS * 2**attempt
+    yield None
+
+
+class DiskCache:
+    """Files in a folder, the least recently used deleted so that they never take more than `limit` bytes.
+
+    Processes may share the folder.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder = folder
+        self._limit = limit
+
+    def get(self, name: str) -> OpenFile | None:
+        """Open a file; None where it is not there."""
+        path = self.folder / name
+        try:
+            os.utime(path)
+            return OpenFile(path)
+        except FileNotFoundError:
+            return None
+
+    def put(self, name: str, data: bytes) -> OpenFile:
+        """Keep `data`, and open it; what is larger than the whole cache is given unkept."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self._make_room(len(data)):
+                with atomic_path(self.folder / name) as temporary:
+                    temporary.write_bytes(data)
+                    return OpenFile(temporary)
+        with tempfile.NamedTemporaryFile(dir=self.folder) as stream:
+            stream.write(data)
+            stream.flush()
+            return OpenFile(stream.name)
+
+    def drop(self, name: str) -> bool:
+        """Delete a file; true where it was there."""
+        try:
+            (self.folder / name).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _make_room(self, size: int) -> bool:
+        if size > self._limit:
+            return False
+        own = [path for path in self.folder.iterdir() if _OWN.fullmatch(path.name)]
+        status = {path: path.stat() for path in own}
+        used = sum(s.st_size for s in status.values())
+        # Only the holder of the lock writes, so temporaries are what a killed process left: they go first.
+        for path in sorted(own, key=lambda path: (not path.name.startswith("."), status[path].st_mtime_ns)):
+            if used + size <= self._limit and not path.name.startswith("."):
+                break
+            path.unlink(missing_ok=True)
+            used -= status[path].st_size
+        return True
+
+
+class RemoteFiles:
+    """Shards under a URL; a member is fetched whole, checked, and kept in the cache."""
+
+    remote = True
+
+    def __init__(self, source: RangeSource, cache: DiskCache, prefix: str) -> None:
+        self.where = source.where
+        self._source = source
+        self._cache = cache
+        self._prefix = prefix
+
+    def _name(self, number: int, member: Member) -> str:
+        return f"{self._prefix}-{number}-{member.offset}"
+
+    def open(self, number: int, shard: Shard, member: Member) -> tuple[OpenFile, int]:
+        """A file with one member at its start."""
+        name = self._name(number, member)
+        file = self._cache.get(name)
+        if file is None:
+            file = self._cache.put(name, self._fetch(shard, member))
+        return file, -member.offset
+
+    def _fetch(self, shard: Shard, member: Member) -> bytes:
+        for _ in range(2):
+            data = self._source.read(shard.name, member.offset, member.size)
+            if zlib.crc32(data) == member.crc32:
+                return data
+        raise DataError(
+            f"{self.where}/{shard.name}: {member.size} bytes from {member.offset} are not those that were packed.",
+            "Copy the shard to the server again, together with its index.",
+        )
+
+    def discard(self, number: int, member: Member) -> bool:
+        """Delete the cached copy."""
+        return self._cache.drop(self._name(number, member))
+
+    def samples(self, index: ShardIndex, number: int, wanted: frozenset[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """Stream a shard front to back through webdataset."""
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
+        shard = index.shards[number]
+        slides = {tar_key(sample.slide_id): sample.slide_id for sample in index.samples if sample.shard == number}
+        stream = io.BufferedReader(_Stream(self._source, shard), _PIECE)
+        for sample in group_by_keys(tar_file_expander([{"url": shard.name, "stream": stream}])):
+            slide_id = slides.get(sample["__key__"])
+            if slide_id in wanted:
+                yield slide_id, {name: data for name, data in sample.items() if not name.startswith("__")}
+
+
+class _Stream(io.RawIOBase):
+    """A remote file read front to back, a few pieces at a time."""
+
+    def __init__(self, source: RangeSource, shard: Shard) -> None:
+        super().__init__()
+        self._source = source
+        self._shard = shard
+        self._at = 0
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._ready and self._at < self._shard.size:
+            size = min(_AT_ONCE * _PIECE, self._shard.size - self._at)
+            self._ready = memoryview(self._source.read(self._shard.name, self._at, size))
+            self._at += size
+        count = min(len(self._ready), len(buffer))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count

@@ -1,0 +1,253 @@
+"""Shards over loopback HTTP, with the faults of a real network."""
+
+from __future__ import annotations
+
+import http.server
+import re
+import threading
+
+import numpy as np
+import pytest
+from made_up_slides import MemoryStore, make_slide
+
+from cfusion.config import DataConfig
+from cfusion.data import remote
+from cfusion.data.bags import make_bags
+from cfusion.data.loader import BagLoader
+from cfusion.data.shards import ShardDataset
+from cfusion.errors import DataError, MissingExtraError
+from preprocess.packing import pack_store
+
+NAMES = ["x20", "x10", "x5", "coords_x20"]
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves a folder by ranges; the server's `faults` are taken by its requests, one each, first come first served."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        with self.server.lock:
+            fault = self.server.faults.pop(0) if self.server.faults else ""
+            self.server.requests.append((self.path, self.headers.get("Range"), fault))
+        path = self.server.folder / self.path.lstrip("/")
+        if fault == "busy" or not path.is_file():
+            self.send_response(503 if fault == "busy" else 404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        data = path.read_bytes()
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if found and not self.server.ignores_ranges:
+            data = data[int(found[1]) : int(found[2]) + 1]
+            self.send_response(206)
+        else:
+            self.send_response(200)
+        if fault == "flip":
+            data = data[:200] + bytes([data[200] ^ 1]) + data[201:]
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if fault == "cut":
+            self.wfile.write(data[: len(data) // 2])
+            self.close_connection = True
+        elif fault == "silent":
+            self.wfile.write(data[: len(data) // 2])
+            self.wfile.flush()
+            self.server.released.wait(20)
+            self.close_connection = True
+        elif body:
+            self.wfile.write(data)
+
+
+@pytest.fixture
+def slides():
+    return {s.slide_id: s for s in [make_slide(f"s{i}.A", cells=4, seed=i) for i in range(9)]}
+
+
+@pytest.fixture
+def server(slides, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "_FIRST_PAUSE_SECONDS", 0.01)
+    pack_store(MemoryStore(slides.values()), tmp_path / "served", target_bytes=20_000)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.folder, server.faults, server.requests, server.lock = tmp_path / "served", [], [], threading.Lock()
+    server.ignores_ranges, server.released = False, threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield server
+    server.released.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def assert_same(dataset, slides):
+    for slide_id, slide in slides.items():
+        read = dataset.read(slide_id, NAMES)
+        for name in ("x20", "x10", "x5"):
+            np.testing.assert_array_equal(read[name], slide.features[name])
+        np.testing.assert_array_equal(read["coords_x20"], slide.coords["x20"])
+
+
+@pytest.mark.parametrize("faults", [[], ["busy"] * 3, ["cut"] * 5, ["busy", "cut", "", "cut", "flip", "busy"]])
+def test_the_same_bytes_come_through_faults(server, slides, tmp_path, faults):
+    dataset = ShardDataset.open(server.url, cache_directory=tmp_path / "cache")
+    server.faults.extend(faults)
+    assert_same(dataset, slides)
+    assert [fault for _, _, fault in server.requests if fault] == [fault for fault in faults if fault]
+    assert all(span is not None for path, span, _ in server.requests if path.endswith(".tar"))
+
+
+def test_a_silent_server_is_asked_again(server, slides, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "_SILENCE_SECONDS", 0.3)
+    dataset = ShardDataset.open(server.url, cache_directory=tmp_path / "cache")
+    server.faults.extend(["", "silent"])
+    assert_same(dataset, slides)
+    assert "silent" in {fault for _, _, fault in server.requests}
+
+
+def test_what_is_cached_is_not_asked_for_again(server, slides, tmp_path):
+    assert_same(ShardDataset.open(server.url, cache_directory=tmp_path / "cache"), slides)
+    server.requests.clear()
+    dataset = ShardDataset.open(server.url, cache_directory=tmp_path / "cache")
+    assert_same(dataset, slides)
+    assert [path for path, _, _ in server.requests if path.endswith(".tar")] == []
+
+
+def test_the_cache_keeps_to_its_bound_and_to_its_own_files(server, slides, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "thesis.tex").write_bytes(bytes(50_000))
+    (cache / f".{'0' * 16}-0-512.ab.tmp").write_bytes(bytes(5_000))
+    dataset = ShardDataset.open(server.url, cache_directory=cache, cache_bytes=6_000)
+    for slide_id in slides:
+        assert_same(dataset, {slide_id: slides[slide_id]})
+        own = [p for p in cache.iterdir() if p.name not in ("thesis.tex", ".lock")]
+        assert sum(p.stat().st_size for p in own) <= 6_000
+        assert own
+        assert not any(p.name.startswith(".") for p in own)
+    assert (cache / "thesis.tex").stat().st_size == 50_000
+
+
+def test_a_cache_smaller_than_a_member_still_reads(server, slides, tmp_path):
+    dataset = ShardDataset.open(server.url, cache_directory=tmp_path / "cache", cache_bytes=10)
+    assert_same(dataset, slides)
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_a_damaged_cached_file_is_fetched_anew(server, slides, tmp_path):
+    assert_same(ShardDataset.open(server.url, cache_directory=tmp_path / "cache"), slides)
+    for path in (tmp_path / "cache").glob("[0-9a-f]*"):
+        path.write_bytes(path.read_bytes()[:-1] + b"\x07")
+    assert_same(ShardDataset.open(server.url, cache_directory=tmp_path / "cache"), slides)
+
+
+def test_a_server_that_stays_down_is_named(server, tmp_path):
+    dataset = ShardDataset.open(server.url, cache_directory=tmp_path / "cache")
+    server.faults.extend(["busy"] * 50)
+    with pytest.raises(DataError, match=r"127\.0\.0\.1.*shard-0000\d\d\.tar: failed 6 times.*503.*Check the server"):
+        dataset.read("s0.A", ["x20"])
+
+
+def test_a_shard_that_is_wrong_on_the_server_is_named(server, tmp_path):
+    dataset = ShardDataset.open(server.url, cache_directory=tmp_path / "cache")
+    server.faults.extend(["flip"] * 2)
+    with pytest.raises(DataError, match="are not those that were packed"):
+        dataset.read("s0.A", ["x20"])
+
+
+def test_a_server_without_ranges_is_told_so(server, tmp_path):
+    dataset = ShardDataset.open(server.url, cache_directory=tmp_path / "cache")
+    server.ignores_ranges = True
+    with pytest.raises(DataError, match="must answer range requests"):
+        dataset.read("s0.A", ["x20"])
+
+
+def test_missing_shards_and_indexes_are_named(server, tmp_path):
+    with pytest.raises(DataError, match=r"nowhere/index\.json: is not there"):
+        ShardDataset.open(f"{server.url}/nowhere")
+    dataset = ShardDataset.open(server.url, cache_directory=tmp_path / "cache")
+    for path in server.folder.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"shard-0000\d\d\.tar: is not there.*Copy the shards and their index"):
+        dataset.read("s0.A", ["x20"])
+
+
+def test_credentials_in_a_url_reach_no_message(server):
+    url = server.url.replace("http://", "http://user:secret@")
+    with pytest.raises(DataError) as caught:
+        ShardDataset.open(f"{url}/nowhere")
+    assert "secret" not in str(caught.value)
+
+
+def test_an_index_with_a_path_writes_nothing(server, tmp_path):
+    index = server.folder / "index.json"
+    index.write_text(index.read_text().replace("shard-000000.tar", "../evil.tar"))
+    with pytest.raises(DataError, match="plain file name"):
+        ShardDataset.open(server.url, cache_directory=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_whole_epoch_is_streamed_once_through_webdataset(server, slides, tmp_path):
+    dataset = ShardDataset.open(server.url, cache_directory=tmp_path / "cache")
+    server.faults.extend(["", "cut", "busy"])
+    seen = dict(dataset.samples())
+    assert list(seen) == list(dataset.slide_ids)
+    for slide_id, slide in slides.items():
+        np.testing.assert_array_equal(seen[slide_id]["x20"], slide.features["x20"])
+        np.testing.assert_array_equal(seen[slide_id]["parent_x10"], slide.parents["x10"])
+    tars = [path for path, _, fault in server.requests if path.endswith(".tar") and fault != "busy" and fault != "cut"]
+    assert len(tars) == len(dataset.index.shards)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_flipped_bit_in_a_stream_is_named(server, tmp_path):
+    dataset = ShardDataset.open(server.url, cache_directory=tmp_path / "cache")
+    sample = dataset.index.samples[0]
+    path = server.folder / dataset.index.shards[0].name
+    data = bytearray(path.read_bytes())
+    data[sample.members["x10.npy"].offset + 200] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=rf"slide {sample.slide_id}, member x10\.npy: its checksum"):
+        list(dataset.samples())
+
+
+def test_training_reads_remote_bags_like_local_ones(server, slides, tmp_path):
+    cases = {"a": ["s0.A", "s1.A"], "b": ["s2.A"]}
+    batches = []
+    for where, cache in ((server.folder, "page"), (server.url, "page"), (server.url, "ram")):
+        dataset = ShardDataset.open(where, cache_directory=tmp_path / cache)
+        bags = make_bags(dataset, cases, "case", (20.0, 10.0, 5.0))
+        config = DataConfig(cache=cache, max_tiles=70)
+        loader = BagLoader(dataset, bags, config, magnifications=(20.0, 10.0, 5.0), seed=1)
+        batches.append(list(loader.stream([[1], [0, 1]], epoch=3, training=True)))
+    for local, other in zip(batches[0] * 2, batches[1] + batches[2], strict=True):
+        for name in ("x20", "x10", "x5"):
+            np.testing.assert_array_equal(local.features[name].numpy(), other.features[name].numpy())
+            np.testing.assert_array_equal(local.positions[name].numpy(), other.positions[name].numpy())
+
+
+def test_a_kind_of_url_without_its_package_names_the_extra(monkeypatch):
+    import fsspec
+
+    def absent(*_, **__):
+        raise ImportError("s3fs")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", absent)
+    with pytest.raises(MissingExtraError, match=r"s3fs.*cfusion\[remote\]"):
+        ShardDataset.open("s3://bucket/shards")
+
+
+def test_an_unknown_kind_of_url_is_refused():
+    with pytest.raises(DataError, match="nonsense"):
+        ShardDataset.open("nonsense://bucket/shards")
