@@ -1,0 +1,86 @@
+"""The table of a report: every score with what a signal-free model scores under the same protocol beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from cfusion.report.context import Key, ReportContext
+from cfusion.survival.null import Null, Outcomes, simulate_null
+from cfusion.survival.predictions import UNIT
+from cfusion.survival.score import Scores
+
+_REPETITIONS = 100
+SCORED_FOLD_CHOOSES = ("published", "unknown")
+"""Protocols for which the null assumes that the epoch was chosen on the scored fold; unknown means the worst."""
+
+
+@dataclass(frozen=True)
+class CohortNull:
+    """Nulls of one cohort under one protocol.
+
+    Attributes:
+        independent: Risks new in every epoch.
+        correlated: Risks that change slowly between epochs (AR(1), 0.9); the same where no epoch is chosen on them.
+    """
+
+    independent: Null
+    correlated: Null
+
+
+def nulls(scores: Sequence[Scores]) -> dict[Key, CohortNull]:
+    """The closed simulation for every row of the summaries; folds that are the same are simulated once."""
+    known: dict[tuple, CohortNull] = {}
+    found = {}
+    for part in scores:
+        for key, rows in part.predictions.groupby(UNIT, sort=False):
+            cohort, model, protocol = (str(word) for word in key)
+            folds, digest = _first_run(rows)
+            chosen = protocol in SCORED_FOLD_CHOOSES
+            if (digest, chosen) not in known:
+                known[digest, chosen] = _simulate(folds, chosen)
+            found[cohort, model, protocol] = known[digest, chosen]
+    return found
+
+
+def _first_run(rows: pd.DataFrame) -> tuple[list[Outcomes], tuple]:
+    run = rows[(rows["seed"] == rows["seed"].iloc[0]) & (rows["repeat"] == rows["repeat"].iloc[0])]
+    folds = []
+    for _, fold in run.groupby("fold"):
+        ordered = fold.sort_values(["survival_months", "event"])
+        folds.append((ordered["survival_months"].to_numpy(float), ordered["event"].to_numpy(bool)))
+    return folds, tuple(part.tobytes() for fold in folds for part in fold)
+
+
+def _simulate(folds: list[Outcomes], chosen: bool) -> CohortNull:
+    independent = simulate_null(folds, chosen_on_scored_fold=chosen, repetitions=_REPETITIONS)
+    if not chosen:
+        return CohortNull(independent, independent)
+    correlated = simulate_null(folds, chosen_on_scored_fold=True, autocorrelation=0.9, repetitions=_REPETITIONS)
+    return CohortNull(independent, correlated)
+
+
+def evidence_table(scores: Sequence[Scores], context: ReportContext) -> pd.DataFrame:
+    """The summaries with nulls, permuted and oracle C, and the optimism gap.
+
+    Adds `null_mean, null_low, null_high` (95% range over signal-free cross-validations), `null_correlated_mean`,
+    `permuted`, `oracle`, and `optimism_gap`: the C under `published` minus that under `strict`, on rows of models
+    that have both.
+    """
+    table = pd.concat([part.summary for part in scores], ignore_index=True)
+    simulated = nulls(scores)
+    keys = [(str(c), str(m), str(p)) for c, m, p in table[UNIT].itertuples(index=False)]
+    table["null_mean"] = [simulated[key].independent.mean for key in keys]
+    table["null_low"] = [min(simulated[key].independent.low, simulated[key].correlated.low) for key in keys]
+    table["null_high"] = [simulated[key].independent.high for key in keys]
+    table["null_correlated_mean"] = [simulated[key].correlated.mean for key in keys]
+    table["permuted"] = [context.permuted.get(key, np.nan) for key in keys]
+    table["oracle"] = [context.oracle.get(key, np.nan) for key in keys]
+    means = {key: float(value) for key, value in zip(keys, table["cindex_mean"], strict=True)}
+    table["optimism_gap"] = [
+        means.get((c, m, "published"), np.nan) - means.get((c, m, "strict"), np.nan) for c, m, _ in keys
+    ]
+    return table

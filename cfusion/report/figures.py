@@ -1,0 +1,197 @@
+"""The figures of the report, each with a text alternative that says what it shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from cfusion.report.svg import Plot, nice_ticks, number
+from cfusion.survival.groups import Curve
+from cfusion.survival.patients import PatientScores
+
+
+def p_text(p: float) -> str:
+    """A p-value for a reader."""
+    if math.isnan(p):
+        return "p not defined"
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def kaplan_meier(scores: PatientScores, where: str) -> str:
+    """Survival of the two risk groups, with numbers at risk and the log-rank test."""
+    if scores.low is None or scores.high is None:
+        return ""
+    end = scores.risk_months[-1]
+    plot = Plot((0, end), (0, 1), height=312, margins=(52, 12, 14, 92))
+    plot.axes("months", "survival", x_ticks=scores.risk_months)
+    for curve, css in ((scores.low, "low"), (scores.high, "high")):
+        plot.step_band(curve.months, curve.low, curve.high, f"band {css}")
+        plot.steps(curve.months, curve.survival, f"line {css}")
+    plot.text(plot.px(end), 20, f"log-rank by fold {p_text(scores.log_rank_p)}", "note", "end")
+    if scores.ratio is not None:
+        ratio = scores.ratio
+        words = f"hazard ratio {ratio.ratio:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+        plot.text(plot.px(end), 34, words, "note", "end")
+    plot.text(4, 262, "at risk", "tick", "start")
+    for y, name, counts in ((278, "low", scores.low_at_risk), (294, "high", scores.high_at_risk)):
+        plot.text(4, y, name, f"tick {name}", "start")
+        for month, count in zip(scores.risk_months, counts, strict=True):
+            plot.text(plot.px(month), y, str(count), f"tick {name}")
+    return plot.finish(f"Kaplan–Meier, {where}", _km_words(scores.low, scores.high, scores))
+
+
+def _km_words(low: Curve, high: Curve, scores: PatientScores) -> str:
+    return (
+        f"{low.size} low-risk patients with {low.events} events end at survival {low.survival[-1]:.2f}; {high.size} "
+        f"high-risk patients with {high.events} events end at {high.survival[-1]:.2f}; groups by the "
+        f"{scores.cutoff_rule}; log-rank stratified by fold {p_text(scores.log_rank_p)}."
+    )
+
+
+def calibration(scores: PatientScores, where: str) -> str:
+    """Predicted against observed survival at the first three horizons."""
+    if scores.calibration is None or not scores.calibration.points:
+        return ""
+    plot = Plot((0, 1), (0, 1), height=280)
+    plot.axes("predicted survival", "observed survival")
+    plot.segment((0, 0), (1, 1), "rule")
+    words = []
+    for number_, (horizon, points) in enumerate(list(scores.calibration.points.items())[:3]):
+        css = f"series{number_}"
+        for point in points:
+            plot.segment((point.predicted, point.low), (point.predicted, point.high), f"whisker {css}")
+            tip = f"{horizon:g} months: predicted {point.predicted:.2f}, observed {point.observed:.2f}, n={point.size}"
+            plot.dot(point.predicted, point.observed, f"dot {css}", tip=tip)
+        plot.line([(point.predicted, point.observed) for point in points], f"line thin {css}")
+        plot.text(plot.px(1), plot.py(0.02 + 0.07 * number_), f"{horizon:g} months", f"note {css}", "end")
+        pairs = ", ".join(f"{p.predicted:.2f} against {p.observed:.2f}" for p in points)
+        words.append(f"at {horizon:g} months predicted against observed {pairs}")
+    return plot.finish(f"Calibration, {where}", "; ".join(words) + ".")
+
+
+def auc_over_time(scores: PatientScores, where: str) -> str:
+    """Time-dependent AUC, mean over the folds."""
+    known = [(m, a) for m, a in zip(scores.auc_months, scores.auc, strict=True) if not math.isnan(a)]
+    if len(known) < 2:
+        return ""
+    values = [a for _, a in known]
+    plot = Plot((0, known[-1][0]), (min(0.4, *values) - 0.02, max(0.8, *values) + 0.02), height=240)
+    plot.axes("months", "AUC", y_format="{:.2f}".format)
+    plot.segment((0, 0.5), (known[-1][0], 0.5), "rule")
+    plot.line(zip(scores.auc_months, scores.auc, strict=True), "line series0")
+    return plot.finish(
+        f"Time-dependent AUC, {where}",
+        f"Between {known[0][0]:.0f} and {known[-1][0]:.0f} months the AUC lies between {min(values):.2f} and "
+        f"{max(values):.2f}; chance is 0.5.",
+    )
+
+
+def fold_points(folds: pd.DataFrame, null: tuple[float, float] | None, where: str) -> str:
+    """Harrell's C of every fold with its interval, over the range of signal-free models."""
+    rows = folds.reset_index(drop=True)
+    values = rows[["harrell_c", "harrell_low", "harrell_high"]].to_numpy().ravel()
+    finite = [float(v) for v in values if not math.isnan(v)]
+    plot = Plot((-0.6, len(rows) - 0.4), (min(0.4, *finite) - 0.02, max(0.75, *finite) + 0.02), height=240)
+    plot.axes("fold", "C-index", x_ticks=[], y_format="{:.2f}".format)
+    if null is not None:
+        top, bottom = plot.py(null[1]), plot.py(null[0])
+        plot.add(
+            f'<rect class="null" x="{number(plot.px(plot.x[0]))}" y="{number(top)}" '
+            f'width="{number(plot.px(plot.x[1]) - plot.px(plot.x[0]))}" height="{number(max(bottom - top, 1))}"/>'
+        )
+    plot.segment((plot.x[0], 0.5), (plot.x[1], 0.5), "rule")
+    for i, row in rows.iterrows():
+        at = float(str(i))
+        if not math.isnan(row["harrell_low"]):
+            plot.segment((at, row["harrell_low"]), (at, row["harrell_high"]), "whisker series0")
+        tip = f"fold {row['fold']}, seed {row['seed']}: {row['harrell_c']:.3f}, {row['events']} events of {row['n']}"
+        plot.dot(at, row["harrell_c"], "dot series0", tip=tip)
+        if len(rows) <= 12:
+            plot.text(plot.px(at), plot.height - 24, str(row["fold"]))
+    mean = rows["harrell_c"].mean()
+    plot.segment((plot.x[0], mean), (plot.x[1], mean), "mean")
+    told = ", ".join(f"{c:.3f}" for c in rows["harrell_c"])
+    return plot.finish(f"C-index by fold, {where}", f"{told}; mean {mean:.3f}.")
+
+
+def learning_curves(curves: pd.DataFrame, where: str) -> str:
+    """Validation C-index by epoch, a line a fold; the training loss where nothing was validated."""
+    metric = next((m for m in ("validation_cindex", "validation_loss", "train_loss") if m in curves.columns), None)
+    if metric is None or curves[metric].notna().sum() < 2:
+        return ""
+    table = curves[["fold", "epoch", metric]].dropna()
+    low, high = float(table[metric].min()), float(table[metric].max())
+    pad = max((high - low) * 0.06, 1e-3)
+    plot = Plot((0, max(float(table["epoch"].max()), 1)), (low - pad, high + pad), height=240)
+    plot.axes("epoch", metric.replace("_", " "), y_format="{:.2f}".format)
+    for i, (_, fold) in enumerate(table.groupby("fold")):
+        rows = fold.sort_values("epoch")
+        plot.line(zip(rows["epoch"], rows[metric], strict=True), f"line thin series{i % 6}")
+    last = table.sort_values("epoch").groupby("fold")[metric].last()
+    return plot.finish(
+        f"Learning curves, {where}",
+        f"{metric.replace('_', ' ')} over {int(table['epoch'].max()) + 1} epochs in {len(last)} folds, ending between "
+        f"{last.min():.2f} and {last.max():.2f}.",
+    )
+
+
+def forest(rows: Sequence[Mapping[str, object]], where: str) -> str:
+    """C-index of every model of a cohort with its interval, over the range of signal-free models."""
+    values = [
+        float(str(v)) for row in rows for v in (row["low"], row["high"], row["null_low"], row["null_high"], row["c"])
+    ]
+    finite = [v for v in values if not math.isnan(v)]
+    left = 8 + 6.4 * max(len(str(row["label"])) for row in rows)
+    plot = Plot(
+        (min(0.45, *finite) - 0.01, max(0.7, *finite) + 0.01), (0, len(rows)), width=720, height=26 * len(rows) + 46,
+        margins=(left, 6, 130, 38),
+    )  # fmt: skip
+    base = plot.height - 38
+    for tick in nice_ticks(*plot.x):
+        plot.segment((tick, 0), (tick, len(rows)), "grid")
+        plot.text(plot.px(tick), base + 15, f"{tick:g}")
+    plot.text((plot.px(plot.x[0]) + plot.px(plot.x[1])) / 2, base + 31, "C-index, pooled over patients", "label")
+    for i, row in enumerate(rows):
+        _forest_row(plot, row, len(rows) - i - 0.5, left)
+    plot.segment((0.5, 0), (0.5, len(rows)), "rule")
+    words = "; ".join(f"{row['label']} {row['c']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in rows)
+    return plot.finish(f"C-index of all models, {where}", f"{words}. Shaded: 95% range of signal-free models.")
+
+
+def _forest_row(plot: Plot, row: Mapping[str, object], y: float, left: float) -> None:
+    c, low, high, null_low, null_high = (float(str(row[k])) for k in ("c", "low", "high", "null_low", "null_high"))
+    if not math.isnan(null_low):
+        x = plot.px(null_low)
+        plot.add(
+            f'<rect class="null" x="{number(x)}" y="{number(plot.py(y) - 8)}" width="{number(plot.px(null_high) - x)}" '
+            f'height="16"/>'
+        )
+    if not math.isnan(low):
+        plot.segment((low, y), (high, y), "whisker series0 thick")
+    plot.dot(c, y, "dot series0", 4.5, f"{row['label']}: {c:.3f}")
+    plot.text(left - 10, plot.py(y) + 4, str(row["label"]), "row", "end")
+    interval = "" if math.isnan(low) else f" ({low:.3f}–{high:.3f})"
+    plot.text(plot.width - 4, plot.py(y) + 4, f"{c:.3f}{interval}", "value", "end")
+
+
+def flow(steps: Sequence[Mapping[str, object]], dropped: Mapping[str, int], where: str) -> str:
+    """Cohort flow diagram: from the tables to the patients that are scored."""
+    height = 62
+    plot = Plot((0, 1), (0, 1), width=560, height=height * len(steps) - 10)
+    for i, step in enumerate(steps):
+        top = i * height + 2
+        plot.add(f'<rect class="box" x="2" y="{top}" width="270" height="42" rx="5"/>')
+        plot.text(16, top + 18, str(step["step"]), "row", "start")
+        plot.text(16, top + 34, f"{step['patients']} patients, {step['slides']} slides", "tick", "start")
+        if i + 1 < len(steps):
+            plot.add(f'<path class="axis" d="M60 {top + 42}v17m-4 -5l4 5l4 -5"/>')
+            lost_patients = int(str(step["patients"])) - int(str(steps[i + 1]["patients"]))
+            lost_slides = int(str(step["slides"])) - int(str(steps[i + 1]["slides"]))
+            if lost_patients or lost_slides:
+                plot.add(f'<path class="axis" d="M60 {top + 51}h226"/>')
+                plot.text(292, top + 55, f"− {lost_patients} patients, {lost_slides} slides", "tick", "start")
+    words = "; ".join(f"{step['step']}: {step['patients']} patients, {step['slides']} slides" for step in steps)
+    reasons = ", ".join(f"{count} {kind}" for kind, count in dropped.items())
+    return plot.finish(f"Cohort flow, {where}", f"{words}. {'Findings: ' + reasons + '.' if reasons else ''}")

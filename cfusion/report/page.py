@@ -1,0 +1,140 @@
+"""From scores to the page's text: what each section shows, in the order a reader asks."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+
+import cfusion
+from cfusion.report import figures
+from cfusion.report.context import Key, ReportContext
+from cfusion.survival.predictions import UNIT
+from cfusion.survival.score import Scores
+
+_OPEN_DETAILS = 6
+"""Figures of so many models stand open; more are folded."""
+
+PROTOCOLS = {
+    "strict": "The epoch is chosen on an inner validation split of the training patients; the outer fold is scored "
+    "once.",
+    "fixed-epoch": "The number of epochs is set before; nothing is chosen; the outer fold is scored once.",
+    "published": "OPTIMISTIC: the epoch is chosen on the same fold that is scored. This reproduces the papers' tables "
+    "and is no claim; signal-free risks score well above 0.5 in this way.",
+    "unknown": "The predictions do not say how the epoch was chosen. The null assumes the worst: on the scored fold.",
+}
+
+
+def _number(value: Any, digits: int = 3) -> str:
+    return "–" if value is None or (isinstance(value, float) and math.isnan(value)) else f"{value:.{digits}f}"
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cfusion.report"), autoescape=jinja2.select_autoescape(["html"]),
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters.update(num=_number, p=figures.p_text)
+    environment.globals["version"] = cfusion.__version__
+    return environment
+
+
+def render_page(
+    scores: Sequence[Scores],
+    summary: pd.DataFrame,
+    folds: pd.DataFrame,
+    comparisons: pd.DataFrame,
+    context: ReportContext,
+) -> str:
+    """The whole page as one HTML text without a link to anywhere."""
+    rows = [dict(zip(summary.columns, values, strict=True)) for values in summary.itertuples(index=False)]
+    patients = {key: value for part in scores for key, value in part.patients.items()}
+    details = _details(rows, folds, patients, context)
+    environment = _environment()
+    return environment.get_template("page.html.j2").render(
+        title=context.title,
+        notes=[*context.notes, *(note for part in scores for note in part.notes)],
+        rows=rows,
+        horizons=[c for c in summary.columns if c.startswith("auc_")],
+        cohorts=[_cohort(name, rows, folds, context) for name in dict.fromkeys(str(row["cohort"]) for row in rows)],
+        protocols={str(row["protocol"]): PROTOCOLS.get(str(row["protocol"]), "") for row in rows},
+        details=details,
+        open_details=len(details) <= _OPEN_DETAILS,
+        comparisons=comparisons.to_dict("records"),
+        provenance=_flat_provenance(context),
+        style=Markup(environment.get_template("style.css").render()),  # noqa: S704 - our own style sheet
+        show={name: bool(summary[name].notna().any()) for name in ("permuted", "oracle", "optimism_gap", "ibs")},
+    )
+
+
+def render_card(summary: pd.DataFrame, context: ReportContext) -> str:
+    """The model card (Mitchell et al., FAT* 2019) as Markdown."""
+    rows = [dict(zip(summary.columns, values, strict=True)) for values in summary.itertuples(index=False)]
+    return _environment().get_template("model_card.md.j2").render(
+        title=context.title, rows=rows, notes=context.notes, audits=context.audits,
+        protocols={str(row["protocol"]): PROTOCOLS.get(str(row["protocol"]), "") for row in rows},
+        provenance=_flat_provenance(context),
+    )  # fmt: skip
+
+
+def _cohort(name: str, rows: list[dict], folds: pd.DataFrame, context: ReportContext) -> dict[str, Any]:
+    """A cohort's flow, audit and forest plot."""
+    mine = [row for row in rows if row["cohort"] == name]
+    audit = context.audits.get(name)
+    findings = audit["findings"] if audit else []
+    counts = dict(Counter(finding["kind"] for finding in findings).most_common())
+    forest = figures.forest(
+        [
+            {
+                "label": f"{row['model']} ({row['protocol']})", "c": row["cindex_pooled"], "low": row["cindex_low"],
+                "high": row["cindex_high"], "null_low": row["null_low"], "null_high": row["null_high"],
+            }
+            for row in mine
+        ],
+        name,
+    )  # fmt: skip
+    first = folds[(folds[UNIT] == [mine[0][unit] for unit in UNIT]).all(axis=1)]
+    first = first[(first["seed"] == first["seed"].iloc[0]) & (first["repeat"] == first["repeat"].iloc[0])]
+    return {
+        "name": name, "n": mine[0]["n"], "events": mine[0]["events"],
+        "forest": Markup(forest),  # noqa: S704 - figures escape their words
+        "flow": Markup(figures.flow(audit["flow"], counts, name)) if audit and audit["flow"] else "",  # noqa: S704
+        "audited": audit is not None, "counts": counts,
+        "findings": [{**f, "rest": counts[f["kind"]] - 1} for f in {f["kind"]: f for f in findings[::-1]}.values()],
+        "folds": first[["fold", "n", "events"]].to_dict("records"),
+    }  # fmt: skip
+
+
+def _details(
+    rows: list[dict], folds: pd.DataFrame, patients: dict[Key, Any], context: ReportContext
+) -> list[dict[str, Any]]:
+    """The figures of every cohort, model and protocol."""
+    by_key = dict(list(folds.groupby(UNIT, sort=False)))
+    curves = dict(list(context.curves.groupby(UNIT, sort=False))) if context.curves is not None else {}
+    details = []
+    for row in rows:
+        key = (row["cohort"], row["model"], row["protocol"])
+        where = ", ".join(key)
+        drawn = [
+            figures.kaplan_meier(patients[key], where),
+            figures.fold_points(by_key[key], (row["null_low"], row["null_high"]), where),
+            figures.auc_over_time(patients[key], where),
+            figures.calibration(patients[key], where),
+            figures.learning_curves(curves[key], where) if key in curves else "",
+        ]
+        details.append({**row, "scores": patients[key], "figures": [Markup(f) for f in drawn if f]})  # noqa: S704
+    return details
+
+
+def _flat_provenance(context: ReportContext) -> dict[str, dict[str, str]]:
+    """Per run, dotted names and plain values."""
+    flat = {}
+    for run, values in context.provenance.items():
+        table = pd.json_normalize(dict(values)).iloc[0]
+        flat[str(run)] = {str(name): str(value) for name, value in table.items()}
+    return flat
