@@ -221,8 +221,20 @@ class PreprocessConfig(Section):
     """Filter of the coarser magnifications."""
     min_tissue: float = Field(0.25, gt=0, le=1)
     """Share of a finest tile's area that must be tissue."""
+    masks: Path | None = None
+    """Folder of tissue masks (`SLIDE_ID.png`) or GeoJSON (`SLIDE_ID.geojson`, level-0 px); they win over the method."""
+    sheets: bool = True
+    """Write each slide's tissue mask, its contours as GeoJSON and a sheet to look at."""
     batch_size: int = Field(64, ge=1)
     """Tiles that an encoder takes at once, over slides."""
+    weights: Path | None = None
+    """Folder of encoder checkpoints, `ENCODER.safetensors` or `.pth`; none: from the hub, or its cache."""
+    offline: bool = False
+    """Never ask the network for weights."""
+    precision: Literal["f32", "bf16", "f16"] = "f32"
+    """Arithmetic of the encoders."""
+    devices: tuple[str, ...] = ()
+    """Devices that encode, each with its own encoders, such as `cuda:0`; none: all GPUs, or else the CPU."""
     threads: int = Field(2, ge=1)
     """Reading threads."""
 

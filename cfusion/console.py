@@ -27,7 +27,7 @@ class Progress:
         self.done += count
         self.note = note or self.note
         now = time.monotonic()
-        if now - self._last_line >= 15 and self.done < self.total:
+        if now - self._last_line >= 15 and 0 < self.done < self.total:
             self._last_line = now
             left = (now - self._start) / self.done * (self.total - self.done)
             logger.info("%s: %d of %d, about %.0f s left %s", self.description, self.done, self.total, left, self.note)

@@ -1,0 +1,63 @@
+"""The command `cfusion`: its subjects, and how errors reach the shell.
+
+Modules here import nothing heavy at the top, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import typer
+
+from cfusion.cli import demo, doctor, evidence, preprocess, sweep, train
+from cfusion.errors import CfusionError
+
+HELP = """Survival prediction from whole-slide images, from slides to numbers a reviewer can trust.
+
+The five commands most people need:
+
+  cfusion demo                                  the whole path on a phantom cohort, in minutes
+  cfusion preprocess run SLIDES --store FEATURES   slides to embeddings at 20x, 10x and 5x
+  cfusion preprocess shard FEATURES --out SHARDS   embeddings to WebDataset shards
+  cfusion train CONFIG.yaml [section.key=value]    cross-validate a model; also under torchrun
+  cfusion score --predictions FILE --out DIR       score anyone's predictions
+
+Exit codes: 0 done, 2 bad input (one line says what), 3 done but for named parts, 75 stopped and saved, run it again.
+"""
+
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(preprocess.app, name="preprocess")
+for module in (demo, doctor, train, sweep, evidence):
+    module.register(app)
+
+
+@app.callback()
+def _common(
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log every step."),
+    quiet: bool = typer.Option(False, "--quiet", "-q", help="Log warnings alone."),
+) -> None:
+    rank_zero = os.environ.get("RANK", "0") == "0"
+    level = logging.DEBUG if verbose else logging.WARNING if quiet or not rank_zero else logging.INFO
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    for name in ("cfusion", "preprocess", "launch"):
+        logging.getLogger(name).setLevel(level)
+
+
+def run() -> None:
+    """Run the command line; errors a user can act on become one line and an exit code."""
+    try:
+        app()
+    except CfusionError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on from here\n")
+        sys.exit(130)

@@ -1,0 +1,233 @@
+"""A whole run: cohort, audit, splits, every fold once, scores, tracking, report, in one folder.
+
+A fold's folder appears whole or not at all, so a run that was stopped or killed goes on with the folds that are
+missing and ends with the numbers it would have had. A fold that fails fails the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+
+import cfusion
+from cfusion.audit import Audit, audit
+from cfusion.cohort import read_cohort
+from cfusion.config import Config
+from cfusion.console import Progress, progress
+from cfusion.data.shards import ShardDataset
+from cfusion.errors import ConfigError
+from cfusion.files import atomic_path, digest_file, digest_json, read_json, write_json, write_text
+from cfusion.splits import make_splits, splits_digest, write_splits
+from cfusion.survival.score import Scores, score
+from cfusion.tracking import TrackedRun, register_ensemble
+from cfusion.training.folds import FoldRun, fit, open_shards
+from cfusion.training.interruption import graceful_stop
+from cfusion.training.runtime import Runtime
+from cfusion.types import Cohort, Split, magnification_name
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """What a run will do, before anything is trained.
+
+    Attributes:
+        config: Its configuration.
+        audit: The patients and folds that are left, and every finding.
+        dataset: The shards.
+        provenance: Digests, versions and seeds that say what the numbers came from.
+    """
+
+    config: Config
+    audit: Audit
+    dataset: ShardDataset
+    provenance: dict[str, Any]
+
+    @property
+    def cohort(self) -> Cohort:
+        """The patients that are left after the audit."""
+        return self.audit.cohort
+
+    @property
+    def splits(self) -> list[Split]:
+        """The folds that are left after the audit."""
+        return list(self.audit.splits)
+
+    @property
+    def identity(self) -> str:
+        """Digest of all that decides the numbers."""
+        return digest_json({k: v for k, v in self.provenance.items() if k not in {"platform", "packages"}})
+
+
+def prepare(config: Config) -> PreparedRun:
+    """Read cohort, shards and splits of a run and audit them.
+
+    Raises:
+        ConfigError, DataError: Something cannot be read, or `evaluation.strict` is set and the audit found something.
+    """
+    cohort = read_cohort(config.cohort)
+    dataset = open_shards(config)
+    names = [magnification_name(m) for m in config.data.magnifications]
+    found = audit(
+        cohort,
+        make_splits(cohort, config.splits, config.evaluation.protocol),
+        available={slide: {n for n, count in dataset.tiles(slide).items() if count} for slide in dataset.slide_ids},
+        magnifications=names,
+        n_bins=config.evaluation.n_bins,
+    )
+    if config.evaluation.strict:
+        found.raise_if_strict()
+    if config.evaluation.permute_outcomes is not None:
+        found = dataclasses.replace(found, cohort=permuted(found.cohort, config.evaluation.permute_outcomes))
+    provenance = {
+        "program": cfusion.__version__,
+        "config": config.model_dump(mode="json", exclude={"output", "tracking"}),
+        "table_sha256": digest_file(config.cohort.table),
+        "shards_digest": dataset.index.digest,
+        "splits_digest": splits_digest(found.splits),
+        "packages": {"python": platform.python_version(), "torch": torch.__version__},
+        "platform": platform.platform(),
+    }
+    return PreparedRun(config, found, dataset, provenance)
+
+
+def describe(run: PreparedRun) -> str:
+    """What a run will do, as text for the terminal."""
+    lines = [
+        f"{run.cohort.name}: {len(run.cohort.cases)} patients, {int(run.cohort.cases['event'].sum())} events, "
+        f"{len(run.cohort.slides)} slides, embeddings of {run.dataset.index.encoder} ({run.dataset.index.dim} wide)"
+    ]
+    lines += [f"audit: {finding.message}" for finding in run.audit.findings]
+    lines += [
+        f"fold {split.fold}: {len(split.train)} train, {len(split.validation)} choose, {len(split.test)} are scored"
+        for split in run.splits
+    ]
+    return "\n".join(lines)
+
+
+def permuted(cohort: Cohort, seed: int) -> Cohort:
+    """The cohort with each outcome (time and event together) dealt to a patient at random: nothing can be learnt."""
+    order = np.random.default_rng(seed).permutation(len(cohort.cases))
+    outcomes = cohort.cases[["time_months", "event"]].to_numpy()[order]
+    cases = cohort.cases.assign(time_months=outcomes[:, 0].astype(float), event=outcomes[:, 1].astype(bool))
+    return dataclasses.replace(cohort, cases=cases)
+
+
+def cross_validate(config: Config, *, quiet: bool = False) -> Scores:
+    """Train, predict and score every fold, and leave predictions, scores and a report in `config.output`.
+
+    Started again on the same folder it does what is missing. Under `torchrun` every rank calls it.
+
+    Raises:
+        ConfigError: The folder holds another run, or ranks disagree on the configuration.
+        RequeueError: The process was asked to stop and has saved its state.
+    """
+    runtime = Runtime.start(config.parallel)
+    run = prepare(config)
+    runtime.agree("configuration, data or program version", run.identity)
+    if runtime.is_main:
+        _claim(run)
+    runtime.barrier()
+    parent = _tracked(runtime, run)
+    try:
+        with graceful_stop(), progress(f"{run.cohort.name} {config.model.name}", len(run.splits)) as bar:
+            frames = [_fold(runtime, run, split, parent, bar) for split in run.splits]
+    except BaseException:
+        parent.close("FAILED")
+        raise
+    scores = score(
+        pd.concat(frames, ignore_index=True), run.cohort, run.splits,
+        bootstrap=config.evaluation.bootstrap, horizons=config.evaluation.horizons_months,
+    )  # fmt: skip
+    if runtime.is_main:
+        _finish(run, scores, parent, quiet=quiet)
+    runtime.barrier()
+    return scores
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a finished run lies in `folder`; its marker is written last."""
+    return (folder / "done.json").is_file()
+
+
+def _claim(run: PreparedRun) -> None:
+    """Take the output folder for this run, or refuse the folder of another."""
+    folder = run.config.output
+    marker = folder / "run.json"
+    if marker.exists():
+        other = read_json(marker)
+        if other["identity"] != run.identity:
+            changed = [k for k in run.provenance if other["provenance"].get(k) != run.provenance[k]]
+            raise ConfigError(
+                f"{folder}: holds a run that differs in {', '.join(changed)}.",
+                "Give another output=..., or delete the folder.",
+            )
+        return
+    write_text(folder / "config.yaml", yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
+    write_json(folder / "audit.json", run.audit.to_json())
+    write_splits(run.splits, folder / "splits")
+    write_json(marker, {"identity": run.identity, "provenance": run.provenance})
+
+
+def _tracked(runtime: Runtime, run: PreparedRun) -> TrackedRun:
+    config = run.config
+    flat = pd.json_normalize(config.model_dump(mode="json", exclude={"output", "tracking"})).iloc[0].to_dict()
+    params = flat | {k: run.provenance[k] for k in ("shards_digest", "splits_digest", "table_sha256")}
+    tracking = config.tracking if runtime.is_main else config.tracking.model_copy(update={"enabled": False})
+    return TrackedRun(tracking, config.output, f"{run.cohort.name}-{config.model.name}", params)
+
+
+def _fold(runtime: Runtime, run: PreparedRun, split: Split, parent: TrackedRun, bar: Progress) -> pd.DataFrame:
+    name = f"fold_{split.fold}" if run.config.splits.repeats == 1 else f"repeat_{split.repeat}_fold_{split.fold}"
+    folder = run.config.output / name
+    if not folder.is_dir():
+        child = parent.child(name, {"fold": split.fold, "repeat": split.repeat})
+        try:
+            result = fit(
+                run.config, run.cohort, split, runtime=runtime, folder=run.config.output / "checkpoints" / name,
+                on_epoch=lambda epoch, metrics: child.log(metrics, epoch),
+            )  # fmt: skip
+        except BaseException:
+            child.close("FAILED")
+            raise
+        if runtime.is_main:
+            _write_fold(folder, result)
+            child.artifacts(folder)
+        child.close()
+        runtime.barrier()
+    bar.advance(note=name)
+    return pd.read_csv(folder / "predictions.csv", dtype={"case_id": str}, float_precision="round_trip")
+
+
+def _write_fold(folder: Path, result: FoldRun) -> None:
+    with atomic_path(folder) as temporary:
+        result.model.save(temporary / "model")
+        result.predictions.to_csv(temporary / "predictions.csv", index=False)
+        result.history.to_csv(temporary / "history.csv", index=False)
+        write_json(temporary / "fold.json", {"best_epoch": result.best_epoch, "fold": result.split.fold})
+
+
+def _finish(run: PreparedRun, scores: Scores, parent: TrackedRun, *, quiet: bool) -> None:
+    folder = run.config.output
+    scores.predictions.to_csv(folder / "predictions.csv", index=False)
+    scores.folds.to_csv(folder / "scores.csv", index=False)
+    scores.summary.to_csv(folder / "summary.csv", index=False)
+    row = scores.summary.iloc[0]
+    parent.log({k: float(row[k]) for k in ("cindex_pooled", "cindex_mean", "cindex_std", "cindex_low", "cindex_high")})
+    for name in ("config.yaml", "audit.json", "run.json", "predictions.csv", "scores.csv", "summary.csv"):
+        parent.artifact(folder / name)
+    version = None
+    if run.config.tracking.register_as:
+        version = register_ensemble(parent, folder, run.config.tracking.register_as, "candidate")
+    parent.close()
+    write_json(folder / "done.json", {"identity": run.identity, "registered_version": version})

@@ -1,0 +1,33 @@
+"""What MLflow serves: a fold ensemble that answers a bag with risk and survival curve.
+
+MLflow keeps this file with the model and runs it to load it, so no pickled object is stored.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlflow.models
+import numpy as np
+import pandas as pd
+from mlflow.pyfunc import PythonModel
+
+from cfusion.predict import FoldEnsemble
+
+
+class ServedEnsemble(PythonModel):
+    """A fold ensemble behind MLflow's generic interface."""
+
+    def load_context(self, context: Any) -> None:
+        """Read the fold models among the run's artifacts."""
+        self.ensemble = FoldEnsemble.load(Path(context.artifacts["folds"]))
+
+    def predict(
+        self, context: Any, model_input: dict[str, np.ndarray], params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """Risk and survival of one bag: f32 [tile, dim] per magnification name (see `FoldEnsemble.predict_bag`)."""
+        return self.ensemble.predict_bag(model_input)
+
+
+mlflow.models.set_model(ServedEnsemble())

@@ -1,0 +1,99 @@
+"""A trained model with all that is needed to use it: weights, shape, time bins, and the embeddings it reads."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cfusion.config import ModelConfig, validate
+from cfusion.errors import DataError
+from cfusion.files import atomic_path, read_json, write_json
+from cfusion.models import build_model
+from cfusion.survival.bins import TimeBins
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model is and what it may be given.
+
+    Attributes:
+        model: The `model` section it was built from.
+        backbone_dim: Width of the embeddings it reads.
+        magnifications: Those it reads, finest first.
+        edges_months: Edges of its time bins, K + 1 of them.
+        encoder: Encoder of the embeddings, as the shards name it.
+        cohort: Cohort it was trained on.
+        endpoint: What its event is.
+        fold: Fold it belongs to.
+        risk_cutoff: Median risk of its training patients; above it is the high-risk group.
+    """
+
+    model: dict[str, Any]
+    backbone_dim: int
+    magnifications: tuple[float, ...]
+    edges_months: tuple[float, ...]
+    encoder: str
+    cohort: str
+    endpoint: str
+    fold: int
+    risk_cutoff: float
+
+
+@dataclass(frozen=True)
+class FittedModel:
+    """A module and its card."""
+
+    module: nn.Module
+    card: ModelCard
+
+    @property
+    def bins(self) -> TimeBins:
+        """The time bins of its survival curve."""
+        return TimeBins(self.card.edges_months)
+
+    def save(self, folder: Path) -> None:
+        """Write `model.safetensors` and `model.json`, atomically."""
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            save_file({k: t.contiguous() for k, t in self.module.state_dict().items()}, temporary / "model.safetensors")
+            write_json(temporary / "model.json", asdict(self.card))
+
+    @classmethod
+    def load(cls, folder: Path) -> FittedModel:
+        """Read what `save` wrote, in evaluation mode.
+
+        Raises:
+            DataError: A file is missing or damaged, or the weights do not fit the card.
+        """
+        values = read_json(folder / "model.json")
+        try:
+            card = ModelCard(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except TypeError as error:
+            raise DataError(f"{folder / 'model.json'}: is not a model card ({error}).") from error
+        config = validate(ModelConfig, card.model, str(folder / "model.json"))
+        module = build(config, card.backbone_dim, len(card.edges_months) - 1, card.magnifications)
+        try:
+            module.load_state_dict(load_file(folder / "model.safetensors"))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise DataError(f"{folder}: the weights do not load ({' '.join(str(error).split())[:200]}).") from error
+        return cls(module.eval(), card)
+
+
+def build(model: ModelConfig, backbone_dim: int, n_bins: int, magnifications: tuple[float, ...]) -> nn.Module:
+    """The network of a `model` section."""
+    return build_model(
+        model.name,
+        backbone_dim=backbone_dim,
+        n_bins=n_bins,
+        embed_dim=model.embed_dim,
+        num_heads=model.num_heads,
+        num_layers=model.num_layers,
+        magnifications=magnifications,
+        source=model.source,
+        **model.options,
+    )

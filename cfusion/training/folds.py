@@ -1,0 +1,210 @@
+"""Training of one fold, and of all folds of a cross-validation, each once and none half."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from cfusion.config import Config
+from cfusion.data.shards import ShardDataset
+from cfusion.errors import DataError
+from cfusion.files import digest_json
+from cfusion.survival.bins import TimeBins
+from cfusion.survival.losses import LOSSES
+from cfusion.training.fitted import FittedModel, ModelCard, build
+from cfusion.training.inference import BagSet, patient_survival, predict_logits, prediction_frame
+from cfusion.training.loop import FoldJob, train_fold
+from cfusion.training.runtime import Runtime
+from cfusion.training.schedule import make_optimizer
+from cfusion.training.step import Stepper
+from cfusion.types import Cohort, Split
+
+logger = logging.getLogger(__name__)
+
+EpochCallback = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class FoldRun:
+    """What training one fold gives.
+
+    Attributes:
+        model: The chosen model with its card.
+        predictions: Of the test patients, one row each: `model, cohort, protocol, seed, fold, case_id, risk,
+            survival_months, event, risk_cutoff, survival_1…K, edge_1…K`.
+        history: One row of metrics per epoch.
+        best_epoch: The epoch whose parameters were chosen.
+        split: The patients.
+    """
+
+    model: FittedModel
+    predictions: pd.DataFrame
+    history: pd.DataFrame
+    best_epoch: int
+    split: Split
+
+
+def fit(
+    config: Config,
+    cohort: Cohort,
+    split: Split,
+    *,
+    runtime: Runtime | None = None,
+    folder: Path | None = None,
+    on_epoch: EpochCallback | None = None,
+) -> FoldRun:
+    """Train on one fold, choose the epoch as the protocol says, and predict its test patients.
+
+    The same call on 1 process or 64: every rank makes it and gets the same result.
+
+    Args:
+        config: The run.
+        cohort: Patients with slides in the shards.
+        split: Which of them train, choose and are scored.
+        runtime: The processes; none: as launched.
+        folder: Where checkpoints go; none: nothing is kept, and an interrupted training starts anew.
+        on_epoch: Called on rank 0 after each epoch.
+
+    Raises:
+        DataError: The shards are of another encoder or lack a slide, or a loss is not finite.
+        RequeueError: The process was asked to stop; the state is in `folder`.
+    """
+    runtime = runtime or Runtime.start(config.parallel)
+    dataset = open_shards(config)
+    bins = TimeBins.fit(*_outcomes(cohort, split.train), config.evaluation.n_bins)
+    sets = {
+        part: _bag_set(config, cohort, dataset, runtime, patients)
+        for part, patients in (("train", split.train), ("validation", split.validation), ("test", split.test))
+    }
+    train_set, test_set = sets["train"], sets["test"]
+    assert train_set is not None
+    assert test_set is not None
+    _seed("initial weights", config.seed, split)
+    network = build(config.model, dataset.index.dim, config.evaluation.n_bins, config.data.magnifications)
+    with tempfile.TemporaryDirectory() as scratch:
+        job = FoldJob(
+            config=config,
+            train=train_set,
+            validation=sets["validation"],
+            cases=cohort.cases,
+            bins=bins,
+            sampling_weights=_sampling_weights(config, cohort, train_set, bins),
+            seed=_derived_seed("order of bags", config.seed, split),
+            identity=digest_json(
+                [config.model_dump(mode="json", exclude={"output", "tracking"}), split.__dict__, dataset.index.digest]
+            ),
+            folder=(folder or Path(scratch)) / "checkpoint",
+            on_epoch=on_epoch or (lambda epoch, metrics: None),
+        )
+        return _train(runtime, job, network, cohort, split, test_set, dataset)
+
+
+def _train(
+    runtime: Runtime,
+    job: FoldJob,
+    network: nn.Module,
+    cohort: Cohort,
+    split: Split,
+    test: BagSet,
+    dataset: ShardDataset,
+) -> FoldRun:
+    config, train = job.config, job.config.train
+    optimizer = make_optimizer(network, train)
+    model, optimizer = runtime.prepare(network, optimizer)
+    _seed("dropout", config.seed, split, runtime.rank)
+    stepper = Stepper(runtime, model, optimizer, LOSSES[train.loss], train.alpha, train.clip_norm)
+    state = train_fold(runtime, job, network, stepper)
+    training_risks = -patient_survival(predict_logits(runtime, network, job.train, train.micro_batch), job.train).sum(
+        axis=1
+    )
+    card = ModelCard(
+        model=config.model.model_dump(mode="json"),
+        backbone_dim=dataset.index.dim,
+        magnifications=config.data.magnifications,
+        edges_months=tuple(job.bins.edges),
+        encoder=dataset.index.encoder,
+        cohort=cohort.name,
+        endpoint=cohort.endpoint,
+        fold=split.fold,
+        risk_cutoff=float(training_risks.median()),
+    )
+    frame = prediction_frame(predict_logits(runtime, network, test, train.micro_batch), test, job.bins)
+    runtime.release()
+    return FoldRun(
+        model=FittedModel(network.eval(), card),
+        predictions=_with_outcomes(frame, config, cohort, split, card),
+        history=pd.DataFrame(state.history).sort_index(axis=1).assign(fold=split.fold),
+        best_epoch=state.best_epoch,
+        split=split,
+    )
+
+
+def open_shards(config: Config) -> ShardDataset:
+    """The shards of a run, refused where they carry another encoder or lack a magnification."""
+    dataset = ShardDataset.open(config.data.shards)
+    wanted = config.data.encoder
+    if wanted is not None and dataset.index.encoder != wanted:
+        raise DataError(
+            f"{config.data.shards}: holds embeddings of {dataset.index.encoder}, not of data.encoder={wanted}.",
+            "Point data.shards at the shards of that encoder.",
+        )
+    return dataset
+
+
+def _bag_set(
+    config: Config, cohort: Cohort, dataset: ShardDataset, runtime: Runtime, patients: tuple[str, ...]
+) -> BagSet | None:
+    if not patients:
+        return None
+    slides = cohort.slides_of(patients)
+    return BagSet.open(
+        dataset, slides, config.data, runtime, magnifications=config.data.magnifications, seed=config.seed
+    )
+
+
+def _outcomes(cohort: Cohort, patients: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    rows = cohort.cases.loc[list(patients)]
+    return rows["time_months"].to_numpy(dtype=float), rows["event"].to_numpy(dtype=bool)
+
+
+def _sampling_weights(config: Config, cohort: Cohort, bags: BagSet, bins: TimeBins) -> np.ndarray | None:
+    """1 / size of each bag's (time bin × censoring) class, under `sampling: weighted` (the published recipe)."""
+    if config.train.sampling == "all":
+        return None
+    rows = cohort.cases.loc[[bag.case_id for bag in bags.bags]]
+    classes = pd.Series(list(zip(bins.label(rows["time_months"].to_numpy()), rows["event"], strict=True)))
+    return 1 / classes.map(classes.value_counts()).to_numpy(dtype=float)
+
+
+def _with_outcomes(frame: pd.DataFrame, config: Config, cohort: Cohort, split: Split, card: ModelCard) -> pd.DataFrame:
+    cases = cohort.cases.loc[frame["case_id"]]
+    told = {
+        "model": config.model.name,
+        "cohort": cohort.name,
+        "protocol": config.evaluation.protocol,
+        "seed": config.seed,
+        "repeat": split.repeat,
+        "fold": split.fold,
+        "case_id": frame["case_id"],
+        "risk": frame["risk"],
+        "survival_months": cases["time_months"].to_numpy(),
+        "event": cases["event"].to_numpy(),
+        "risk_cutoff": card.risk_cutoff,
+    }
+    return pd.concat([pd.DataFrame(told), frame.drop(columns=["case_id", "risk"])], axis=1)
+
+
+def _derived_seed(purpose: str, seed: int, split: Split, rank: int = 0) -> int:
+    return int(digest_json([purpose, seed, split.repeat, split.fold, rank])[:15], 16)
+
+
+def _seed(purpose: str, seed: int, split: Split, rank: int = 0) -> None:
+    torch.manual_seed(_derived_seed(purpose, seed, split, rank))

@@ -1,0 +1,89 @@
+"""From a model and bags to predictions, one row per patient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from cfusion.config import DataConfig
+from cfusion.data.bags import BagEntry, make_bags
+from cfusion.data.loader import BagLoader
+from cfusion.data.partition import bag_cost, evaluation_slices
+from cfusion.data.shards import ShardDataset
+from cfusion.survival.bins import TimeBins
+from cfusion.training.runtime import Runtime
+from cfusion.types import SurvivalOutput
+
+
+@dataclass(frozen=True)
+class BagSet:
+    """Bags of some patients and how they are read."""
+
+    bags: tuple[BagEntry, ...]
+    loader: BagLoader
+
+    @classmethod
+    def open(
+        cls,
+        dataset: ShardDataset,
+        slides_of_case: Mapping[str, Sequence[str]],
+        data: DataConfig,
+        runtime: Runtime,
+        *,
+        magnifications: Sequence[float],
+        seed: int,
+    ) -> BagSet:
+        """The bags of the given patients, read from `dataset`."""
+        bags = make_bags(dataset, slides_of_case, data.unit, magnifications)
+        loader = BagLoader(
+            dataset, bags, data, magnifications=magnifications, seed=seed, device=runtime.device, dtype=runtime.dtype
+        )
+        return cls(bags, loader)
+
+    def __len__(self) -> int:
+        return len(self.bags)
+
+    @property
+    def costs(self) -> np.ndarray:
+        """Work that each bag makes, for sharing it evenly."""
+        return np.array([bag_cost(bag.tiles) for bag in self.bags])
+
+
+def predict_logits(runtime: Runtime, model: nn.Module, bags: BagSet, micro_batch: int) -> Tensor:
+    """Logits [bag, bin] in f64 of every bag, each computed once, the same on every rank; dropout is off."""
+    mine = evaluation_slices(bags.costs, runtime.world_size)[runtime.rank]
+    slices = [mine[start : start + micro_batch] for start in range(0, len(mine), micro_batch)]
+    was_training = model.training
+    model.eval()
+    rows: list[tuple[int, list[float]]] = []
+    with torch.inference_mode():
+        for indices, batch in zip(slices, bags.loader.stream(slices, epoch=0, training=False), strict=True):
+            output: SurvivalOutput = model(batch)
+            rows += zip([int(i) for i in indices], output.logits.double().tolist(), strict=True)
+    model.train(was_training)
+    gathered = dict(runtime.gather(rows))
+    return torch.tensor([gathered[i] for i in range(len(bags))], dtype=torch.float64)
+
+
+def patient_survival(logits: Tensor, bags: BagSet) -> pd.DataFrame:
+    """Survival past each time bin, columns 0 … K − 1, one row per patient in the order of the bags.
+
+    Where a patient has several bags their curves are averaged, which averages their risks too.
+    """
+    survival = pd.DataFrame(SurvivalOutput.from_logits(logits).survival.numpy())
+    return survival.groupby([bag.case_id for bag in bags.bags], sort=False).mean()
+
+
+def prediction_frame(logits: Tensor, bags: BagSet, bins: TimeBins) -> pd.DataFrame:
+    """One row per patient: `case_id, risk, survival_1…K, edge_1…K` (right edges of the time bins, in months)."""
+    survival = patient_survival(logits, bags)
+    frame = survival.rename(columns=lambda k: f"survival_{k + 1}")
+    frame.insert(0, "risk", -survival.sum(axis=1))
+    for k, edge in enumerate(bins.right_edges_months):
+        frame[f"edge_{k + 1}"] = edge
+    return frame.rename_axis("case_id").reset_index()

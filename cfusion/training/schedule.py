@@ -1,0 +1,33 @@
+"""The learning rate as a pure function of the position in training, so that a resumed run needs no schedule state."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from cfusion.config import TrainConfig
+
+PUBLISHED_HALF_PERIOD = 10
+"""Epochs from the peak to 0 in the published program (`T_max` of its cosine annealing)."""
+
+
+def learning_rate(train: TrainConfig, *, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of optimizer step `step` (from 0, over the whole training)."""
+    total = train.epochs * steps_per_epoch
+    warmup = math.ceil(train.warmup_fraction * total)
+    if step < warmup:
+        return train.lr * (step + 1) / warmup
+    if train.schedule == "constant":
+        return train.lr
+    if train.schedule == "published":
+        epoch = step // steps_per_epoch
+        return train.lr * (1 + math.cos(math.pi * epoch / PUBLISHED_HALF_PERIOD)) / 2
+    position = (step - warmup) / max(1, total - 1 - warmup)
+    return train.lr * (train.final_lr + (1 - train.final_lr) * (1 + math.cos(math.pi * position)) / 2)
+
+
+def make_optimizer(model: torch.nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of `train`; its learning rate is set before every step from `learning_rate`."""
+    kind = torch.optim.AdamW if train.optimizer == "adamw" else torch.optim.Adam
+    return kind(model.parameters(), lr=train.lr, weight_decay=train.weight_decay)

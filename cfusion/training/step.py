@@ -1,0 +1,172 @@
+"""One optimizer step over a global batch, whatever the number of processes.
+
+The loss is the mean over the *global* number of cases, so a step is the same on 1 process or 64, and a last, smaller
+batch weighs what it holds. Losses over sets of cases (Cox, ranking) need the logits of the whole global batch: a first
+pass without gradients collects them from all ranks, and a second one sends their gradient through the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cfusion.errors import DataError
+from cfusion.survival.losses import Loss
+from cfusion.training.runtime import Runtime
+from cfusion.types import BagBatch, SurvivalOutput, Targets
+
+
+@dataclass(frozen=True)
+class Share:
+    """A process's share of a global batch, for one forward pass.
+
+    Attributes:
+        batch: The bags.
+        targets: Their outcomes.
+        weights: [bag], 1, or 0 for a bag that only keeps this rank in step with the others.
+    """
+
+    batch: BagBatch
+    targets: Targets
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What every process knows after a step.
+
+    Attributes:
+        loss: Mean loss over the global batch.
+        gradient_norm: Norm of the gradient before clipping.
+        stop: Some process was asked to stop.
+    """
+
+    loss: float
+    gradient_norm: float
+    stop: bool
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """A model with what it takes to move it one step.
+
+    Attributes:
+        runtime: The processes.
+        model: As `Runtime.prepare` gave it.
+        optimizer: As `Runtime.prepare` gave it.
+        loss: From the loss registry.
+        alpha: Weight of uncensored cases in the loss.
+        clip_norm: Largest gradient norm; none: no clipping.
+    """
+
+    runtime: Runtime
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Loss
+    alpha: float
+    clip_norm: float | None
+
+    def step(self, micro_batches: Sequence[Share], *, cases: int, lr: float, stop: bool = False) -> StepReport:
+        """Move the parameters by the gradient of the mean loss over the global batch.
+
+        Args:
+            micro_batches: This process's share, as many on every rank.
+            cases: Bags of the global batch over all processes.
+            lr: Learning rate of this step.
+            stop: This process wants to stop after the step.
+
+        Raises:
+            DataError: The loss or its gradient is not finite, on any rank; the bags are named, and no parameter moved.
+        """
+        surrogates = self._set_wise_gradients(micro_batches) if self.loss.set_wise else None
+        local_loss = 0.0
+        for number, micro in enumerate(micro_batches):
+            with self.runtime.accumulate(self.model, last=number == len(micro_batches) - 1):
+                output = self.model(micro.batch)
+                if surrogates is None:
+                    loss = (self.loss(output, micro.targets, alpha=self.alpha) * micro.weights).sum()
+                    local_loss += loss.item()
+                else:
+                    loss = (_heads(output) * surrogates.gradients[number]).sum()
+                self.runtime.backward(loss * (self.runtime.world_size / cases))
+        if surrogates is not None:
+            local_loss = surrogates.loss / self.runtime.world_size
+        total, bad, stops = self.runtime.sum([local_loss, float(not math.isfinite(local_loss)), float(stop)])
+        if bad:
+            self._refuse(micro_batches, "loss")
+        norm = self.runtime.clip(self.model, self.clip_norm)
+        if not math.isfinite(norm):
+            self._refuse(micro_batches, "gradient")
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepReport(total / cases, norm, bool(stops))
+
+    def _refuse(self, micro_batches: Sequence[Share], what: str) -> None:
+        cases = self.runtime.gather([case for micro in micro_batches for case in micro.batch.case_ids])
+        raise DataError(
+            f"The {what} of a step is not finite. Its bags: {', '.join(dict.fromkeys(cases))}.",
+            "Look for NaN or huge values in their embeddings (cfusion preprocess verify), or lower train.lr.",
+        )
+
+    def _set_wise_gradients(self, micro_batches: Sequence[Share]) -> _SetWise:
+        """Gradient of a set-wise loss with respect to the logits of each local micro-batch."""
+        device = self.runtime.device
+        before = _random_state(device)
+        with torch.no_grad():
+            local = [_heads(self.model(micro.batch)).double().cpu() for micro in micro_batches]
+        _set_random_state(device, before)
+        rows = [
+            (
+                heads[i],
+                micro.targets.label[i].item(),
+                micro.targets.event[i].item(),
+                micro.targets.time_months[i].item(),
+            )
+            for micro, heads in zip(micro_batches, local, strict=True)
+            for i in torch.nonzero(micro.weights).flatten().tolist()
+        ]
+        counts = self.runtime.gather([len(rows)])
+        everyone = self.runtime.gather(rows)
+        heads = torch.stack([row[0] for row in everyone]).requires_grad_()
+        targets = Targets(
+            torch.tensor([row[1] for row in everyone]),
+            torch.tensor([row[2] for row in everyone], dtype=torch.bool),
+            torch.tensor([row[3] for row in everyone], dtype=torch.float64),
+        )
+        losses = [self.loss.over_logits(logits, targets, alpha=self.alpha).sum() for logits in heads.unbind(dim=1)]
+        loss = torch.stack(losses).mean()
+        (gradient,) = torch.autograd.grad(loss, heads)
+        mine = iter(gradient[sum(counts[: self.runtime.rank]) :])
+        gradients = []
+        for micro, own in zip(micro_batches, local, strict=True):
+            kept = [next(mine) if weight > 0 else torch.zeros(own.shape[1:]) for weight in micro.weights]
+            gradients.append(torch.stack(kept).to(device=device, dtype=self.runtime.dtype))
+        return _SetWise(loss.item(), gradients)
+
+
+def _heads(output: SurvivalOutput) -> Tensor:
+    """All logits that the loss is taken of, [bag, head, bin]."""
+    heads = [output.logits] if output.instance_logits is None else [output.logits, output.instance_logits]
+    return torch.stack(heads, dim=1)
+
+
+@dataclass(frozen=True)
+class _SetWise:
+    loss: float
+    gradients: list[Tensor]
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

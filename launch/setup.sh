@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Makes .venv with pinned packages, and only what is missing of it. Sourced by quickstart.sh and test.sh.
+# usage: setup_environment EXTRA     (EXTRA: "" or "dev")
+#
+# torch is pinned first and alone, so that pip takes one build of it: PyPI's, which is the CUDA build on Linux, or the
+# one of CFUSION_TORCH_INDEX (an index URL such as PyTorch's CPU index) where that is set.
+
+setup_environment() {
+    local extra=$1 python=${PYTHON:-python3} want have
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "error: $("$python" --version) is too old; set PYTHON to a Python of 3.11 or newer" >&2
+        return 2
+    }
+    want=$(cat constraints.txt pyproject.toml | sha256sum | cut -d' ' -f1)-$extra
+    have=$(cat .venv/.installed 2>/dev/null || true)
+    case "$have" in "$want"|"${want%-*}-dev") return 0 ;; esac
+    echo "setting up .venv (a few minutes, once)"
+    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    local pip=(.venv/bin/python -m pip --disable-pip-version-check -q)
+    "${pip[@]}" install ${CFUSION_TORCH_INDEX:+--index-url "$CFUSION_TORCH_INDEX"} -c constraints.txt torch
+    "${pip[@]}" install -c constraints.txt -e ".${extra:+[$extra]}"
+    printf '%s\n' "$want" > .venv/.installed
+}

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# From a fresh clone to a checked one: lint, types and tests. Options go to pytest; --slow adds the slow tests.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/setup.sh
+setup_environment dev
+marker="not slow"
+options=()
+for option in "$@"; do
+    if [ "$option" = --slow ]; then marker=""; else options+=("$option"); fi
+done
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+exec .venv/bin/python -m pytest -n auto -m "$marker" "${options[@]}"

@@ -1,0 +1,99 @@
+"""The same model at the end, whatever the number of processes."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from factories import CohortFiles, make_cohort
+from safetensors.torch import load_file
+from spawn import run_world
+
+import cfusion
+from cfusion.config import Config
+from cfusion.errors import ConfigError
+from cfusion.training.folds import fit
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
+    return make_cohort(tmp_path_factory.mktemp("cohort"), patients=36)
+
+
+def fit_and_save(configs: dict[str, Config], folder: Path) -> None:
+    """In a worker: train the first fold of each configuration; each rank writes what it got."""
+    rank = os.environ["RANK"]
+    for name, config in configs.items():
+        cohort = cfusion.read_cohort(config.cohort)
+        run = fit(config, cohort, cfusion.make_splits(cohort, config.splits, config.evaluation.protocol)[0])
+        run.model.save(folder / name / f"model_{rank}")
+        run.predictions.to_csv(folder / name / f"predictions_{rank}.csv", index=False)
+
+
+VARIANTS: dict[str, dict[str, dict[str, object]]] = {
+    "every bag once": {},
+    "weighted sampling": {"train": {"sampling": "weighted"}},
+    "cox over ranks": {"train": {"loss": "cox"}},
+    "partial last window": {"parallel": {"global_batch": 20}, "train": {"epochs": 14}},
+    "packed bags": {"train": {"micro_batch": 3}, "model": {"name": "mean_mil"}},
+}
+
+
+def configuration(files: CohortFiles, output: Path, variant: dict[str, dict[str, object]]) -> Config:
+    """20 steps and more in f64, bags of any length, one bag a forward pass unless told otherwise."""
+    sections: dict[str, dict[str, object]] = {
+        "parallel": {"precision": "f64", "global_batch": 4},
+        "model": {"name": "amil"},
+        "train": {"epochs": 4, "micro_batch": 1},
+        "evaluation": {"protocol": "fixed-epoch", "bootstrap": 0},
+    }
+    return files.config(output, **{k: v | variant.get(k, {}) for k, v in sections.items()})
+
+
+@pytest.fixture(scope="module")
+def worlds(files, tmp_path_factory) -> Path:
+    """All variants trained on 1, 2 and 4 processes."""
+    folder = tmp_path_factory.mktemp("worlds")
+    configs = {name: configuration(files, folder, variant) for name, variant in VARIANTS.items()}
+    for world in (1, 2, 4):
+        run_world(world, fit_and_save, folder / str(world), configs, folder / str(world))
+    return folder
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_number_of_processes_gives_the_same_parameters(worlds, world, variant):
+    alone = load_file(worlds / "1" / variant / "model_0" / "model.safetensors")
+    predictions = pd.read_csv(worlds / "1" / variant / "predictions_0.csv")
+    for rank in range(world):
+        shared = load_file(worlds / str(world) / variant / f"model_{rank}" / "model.safetensors")
+        for name, tensor in alone.items():
+            torch.testing.assert_close(shared[name], tensor, atol=1e-9, rtol=1e-9)
+        gathered = pd.read_csv(worlds / str(world) / variant / f"predictions_{rank}.csv")
+        assert list(gathered["case_id"]) == list(predictions["case_id"]), "every case once, in the same order"
+        np.testing.assert_allclose(gathered["risk"], predictions["risk"], atol=1e-9)
+
+
+def disagree(config: Config) -> None:
+    """In a worker: the last rank comes with another seed."""
+    from cfusion.crossval import cross_validate
+
+    seed = 7 + int(os.environ["RANK"] == "1")
+    with pytest.raises(ConfigError, match=r"Ranks \[1\] have another configuration"):
+        cross_validate(config.model_copy(update={"seed": seed}))
+
+
+def test_ranks_that_disagree_stop_before_training(files, tmp_path):
+    run_world(2, disagree, tmp_path / "world", files.config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def indivisible(config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"global_batch=7 cannot be shared by 2 processes.*global_batch=8"):
+        fit_and_save({"run": config}, Path())
+
+
+def test_a_global_batch_that_does_not_divide_names_the_nearest_that_does(files, tmp_path):
+    run_world(2, indivisible, tmp_path / "world", files.config(tmp_path, parallel={"global_batch": 7}))
