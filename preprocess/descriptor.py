@@ -27,6 +27,15 @@ _DENSITY = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)
 _COLOUR = 9 + 2
 DIM = _COLOUR + 2 * _OCTAVES + 2 * 2 * _ORIENTED + _ORIENTED
 """Numbers per tile."""
+_CENTRE = np.array([
+    0.20, 0.48, 0.24, 0.20, 0.23, 0.95, 0.24, 0.48, 0.87, 0.58, 0.19,
+    0.52, -0.82, 0.65, -0.76, 0.71, -0.71, 0.61, -0.65, 0.46, -0.54, 0.34, -0.39, 0.14,
+    -0.34, 0.07, 0.08, 1.12, -0.28, 0.08, 0.11, 1.26, -0.24, 0.12, 0.20, 1.29, -0.27,
+    0.27, 0.38, 1.18, -0.32, 0.46, 0.62, 1.01, -0.30, 0.79, 0.81, 0.87, -0.27,
+    0.00, -0.01, -0.03, -0.05, -0.09, -0.11,
+])  # fmt: skip
+_GAIN = 5.0
+# Means over tiles of both phantom cohorts, the three magnifications alike; one over a typical standard deviation.
 
 
 def describe(tiles: UInt8[np.ndarray, "tile 256 256 3"]) -> Float32[np.ndarray, "tile dim"]:
@@ -36,7 +45,10 @@ def describe(tiles: UInt8[np.ndarray, "tile 256 256 3"]) -> Float32[np.ndarray, 
     machine's number of cores.
 
     Returns:
-        [tile, DIM], of order one.
+        [tile, DIM]: means of the densities in red, green and blue, of both dyes, of both where haematoxylin is dense,
+        shares of dense pixels and of tissue, spreads of both dyes; energies of both dyes in 7 octaves, finest first;
+        coherence and energy of the gradients of both dyes at 6 scales; correlation of the dyes at 6 scales. Centred
+        and scaled to order one by constants.
 
     Raises:
         DataError: The tiles are not u8 [n, 256, 256, 3].
@@ -45,11 +57,11 @@ def describe(tiles: UInt8[np.ndarray, "tile 256 256 3"]) -> Float32[np.ndarray, 
         raise DataError(f"{NAME}: expected tiles u8 [n, 256, 256, 3], found {tiles.dtype} {list(tiles.shape)}.")
     rows = np.empty((len(tiles), DIM), np.float32)
     for row, tile in zip(rows, tiles, strict=True):
-        row[:] = _describe_tile(tile)
+        row[:] = _GAIN * (_measure(tile) - _CENTRE)
     return rows
 
 
-def _describe_tile(tile: UInt8[np.ndarray, "256 256 3"]) -> Float[np.ndarray, " dim"]:
+def _measure(tile: UInt8[np.ndarray, "256 256 3"]) -> Float[np.ndarray, " dim"]:
     density = np.ascontiguousarray(_DENSITY.take(tile.reshape(-1, 3), mode="clip").T)
     planes = np.empty((3, TILE_PX, TILE_PX), np.float32)
     np.matmul(_UNMIX, density, out=planes[:2].reshape(2, -1))
