@@ -126,7 +126,7 @@ def audit(
         )
     cases = cohort.cases.loc[kept].astype({"event": bool})
     clean = dataclasses.replace(cohort, cases=cases, slides=slides[slides["case_id"].isin(kept)])
-    flow.append(("with features", len(clean.cases), len(clean.slides)))
+    flow.append(("with slides" if available is None else "with features", len(clean.cases), len(clean.slides)))
     findings += _doubts(clean)
     named = dict.fromkeys(case for split in splits for case in (*split.train, *split.validation, *split.test))
     strangers = [case for case in named if case not in cohort.cases.index]

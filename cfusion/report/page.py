@@ -17,7 +17,7 @@ from cfusion.report.context import Key, ReportContext
 from cfusion.survival.predictions import UNIT
 from cfusion.survival.score import Scores
 
-_OPEN_DETAILS = 6
+_OPEN_DETAILS = 12
 """Figures of so many models stand open; more are folded."""
 
 PROTOCOLS = {
@@ -58,7 +58,7 @@ def render_page(
     environment = _environment()
     return environment.get_template("page.html.j2").render(
         title=context.title,
-        notes=[*context.notes, *(note for part in scores for note in part.notes)],
+        notes=list(dict.fromkeys([*context.notes, *(note for part in scores for note in part.notes)])),
         rows=rows,
         horizons=[c for c in summary.columns if c.startswith("auc_")],
         cohorts=[_cohort(name, rows, folds, context) for name in dict.fromkeys(str(row["cohort"]) for row in rows)],
@@ -120,14 +120,17 @@ def _details(
     for row in rows:
         key = (row["cohort"], row["model"], row["protocol"])
         where = ", ".join(key)
-        drawn = [
-            figures.kaplan_meier(patients[key], where),
-            figures.fold_points(by_key[key], (row["null_low"], row["null_high"]), where),
-            figures.auc_over_time(patients[key], where),
-            figures.calibration(patients[key], where),
-            figures.learning_curves(curves[key], where) if key in curves else "",
-        ]
-        details.append({**row, "scores": patients[key], "figures": [Markup(f) for f in drawn if f]})  # noqa: S704
+        drawn = {
+            "Kaplan–Meier curves of the risk groups": figures.kaplan_meier(patients[key], where),
+            "C-index by fold, with the range of signal-free models": figures.fold_points(
+                by_key[key], (row["null_low"], row["null_high"]), where
+            ),
+            "AUC over time, mean of the folds": figures.auc_over_time(patients[key], where),
+            "Calibration in fifths of the patients": figures.calibration(patients[key], where),
+            "Learning curves, a line a fold": figures.learning_curves(curves[key], where) if key in curves else "",
+        }
+        svg = {caption: Markup(figure) for caption, figure in drawn.items() if figure}  # noqa: S704
+        details.append({**row, "scores": patients[key], "figures": svg})
     return details
 
 

@@ -151,8 +151,9 @@ def _calibration(
 
 
 def _round_up(months: float) -> float:
-    step = next(s for s in (1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000) if months <= 5 * s or s == 1000)
-    return 5.0 * step
+    """A length that divides into five round steps."""
+    steps = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 20, 24, 30, 36, 40, 48, 60, 80, 100, 120)
+    return 5.0 * next(step for step in steps if months <= 5 * step or step == steps[-1])
 
 
 _P = ParamSpec("_P")
