@@ -1,13 +1,29 @@
-"""Scaled dot-product attention over tiles."""
+"""Scaled dot-product attention over tiles, and how its weights can be looked at."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cfusion.models.dropped_attention import DroppedAttention
+from cfusion.models.dropped_attention import DroppedAttention, attention_weights, query_chunks
+
+Visit = Callable[[slice, Tensor], None]
+"""Called with a range of queries and their weights [bag, head, query, key]."""
+
+
+class Attention(nn.Module):
+    """Anything that weighs tiles.
+
+    Attributes:
+        visit: Where it is set, the weights of every forward pass are shown to it, a few queries at a time: they are
+            the very weights the output is made of.
+    """
+
+    visit: Visit | None = None
 
 
 def attend(
@@ -16,8 +32,9 @@ def attend(
     value: Float[Tensor, "bag head key dim"],
     mask: Bool[Tensor, "bag key"] | None,
     dropout: float = 0.0,
+    visit: Visit | None = None,
 ) -> Float[Tensor, "bag head query dim"]:
-    """Softmax(QKᵀ/√dim)·V over the real keys.
+    """Softmax(QKᵀ/√dim)·V over the real keys, without an N×N tensor.
 
     Args:
         query: Queries.
@@ -25,15 +42,24 @@ def attend(
         value: Values.
         mask: True where a key is real; None where every key is.
         dropout: Share of the attention weights set to zero, the others scaled up.
+        visit: Shown the weights; dropout must be 0 then.
     """
-    if dropout and query.device.type == "cpu":
-        bias = None if mask is None else torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+    if visit is None and (not dropout or query.device.type != "cpu"):
+        where = None if mask is None else mask[:, None, None, :]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=where, dropout_p=dropout)
+    bias = None if mask is None else torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+    if visit is None:
         return DroppedAttention.apply(query, key, value, bias, dropout)
-    where = None if mask is None else mask[:, None, None, :]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=where, dropout_p=dropout)
+    out = []
+    for rows in query_chunks(query.shape[2], key.shape[2], query.shape[0] * query.shape[1]):
+        scaled = query[:, :, rows] * query.shape[3] ** -0.5
+        weights = attention_weights(scaled, key, None if bias is None else bias[:, None, None])
+        visit(rows, weights)
+        out.append(weights @ value)
+    return torch.cat(out, dim=2)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Attention):
     """Multi-head self-attention, query, key and value by one linear map.
 
     Args:
@@ -55,11 +81,11 @@ class SelfAttention(nn.Module):
         """What each token found among the real tokens."""
         heads = self.query_key_value(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = heads.unbind(0)
-        found = attend(query, key, value, mask, self.dropout if self.training else 0.0)
+        found = attend(query, key, value, mask, self.dropout if self.training else 0.0, self.visit)
         return self.out(found.transpose(1, 2).flatten(2))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Attention):
     """Multi-head attention of source tokens over context tokens, one learned vector added to both.
 
     Args:
@@ -85,4 +111,23 @@ class CrossAttention(nn.Module):
         query = self.query(source + self.scale_embedding).unflatten(2, (self.heads, -1)).transpose(1, 2)
         key_value = self.key_value(context + self.scale_embedding)
         key, value = key_value.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.out(attend(query, key, value, mask).transpose(1, 2).flatten(2))
+        found = attend(query, key, value, mask, visit=self.visit)
+        return self.out(found.transpose(1, 2).flatten(2))
+
+
+class AttentionPooling(Attention):
+    """Weighted sums of tiles, the weights a softmax of given scores over the real tiles."""
+
+    def forward(
+        self,
+        scores: Float[Tensor, "bag row tile"],
+        tiles: Float[Tensor, "bag tile dim"],
+        mask: Bool[Tensor, "bag tile"] | None,
+    ) -> Float[Tensor, "bag row dim"]:
+        """One sum for each row of scores; `mask` is true where a tile is real."""
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, :], -torch.inf)
+        weights = F.softmax(scores, dim=2)
+        if self.visit is not None:
+            self.visit(slice(0, weights.shape[1]), weights[:, None])
+        return weights @ tiles

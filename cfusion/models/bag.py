@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from cfusion.errors import ConfigError, DataError
+from cfusion.models.grid import TokenGrid
 from cfusion.types import BagBatch, SurvivalOutput, magnification_name
+
+
+@dataclass(frozen=True)
+class TileView:
+    """Which tiles the keys of an attention block are.
+
+    Attributes:
+        magnification: Whose tiles.
+        summaries: The first so many queries are not tiles: class tokens, or rows of a pooling.
+        grid: Keys are the tokens of this grid of one bag, after any class tokens; none: keys are tiles.
+        tiles: Number of tiles on the grid.
+    """
+
+    magnification: str
+    summaries: int = 0
+    grid: TokenGrid | None = None
+    tiles: int = 0
+
+    def fold(self, weights: Float[Tensor, "head query key"]) -> Float[Tensor, "head query tile"]:
+        """Weights by tile: class tokens left out, places with the same tile added up."""
+        if self.grid is None:
+            return weights
+        tokens = weights[..., weights.shape[2] - self.grid.size :]
+        folded = tokens[..., : self.tiles].clone()
+        folded[..., : self.grid.size - self.tiles] += tokens[..., self.tiles :]
+        return folded
 
 
 class BagModel(nn.Module):
@@ -43,6 +72,10 @@ class BagModel(nn.Module):
 
     def survival(self, features: dict[str, Tensor], batch: BagBatch) -> SurvivalOutput:
         """The output for checked bags, `features` in the model's own dtype."""
+        raise NotImplementedError
+
+    def tile_view(self, block: str, bag: BagBatch) -> TileView:
+        """How to read the attention weights of a block, by its module's name, over one unpadded bag."""
         raise NotImplementedError
 
     def _batch_of(self, bags: tuple[Tensor, ...]) -> BagBatch:

@@ -8,14 +8,20 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from cfusion.models.bag import BagModel, check_magnifications
+from cfusion.models.attention import AttentionPooling
+from cfusion.models.bag import BagModel, TileView, check_magnifications
 from cfusion.types import BagBatch, SurvivalOutput
 
 
 class FinestBagModel(BagModel):
-    """A model that reads the finest of the offered magnifications."""
+    """A model that reads the finest of the offered magnifications.
+
+    Attributes:
+        summaries: Queries of its attention that stand for the whole bag.
+    """
+
+    summaries = 1
 
     def __init__(self, backbone_dim: int, magnifications: Sequence[float]) -> None:
         check_magnifications(magnifications)
@@ -25,6 +31,10 @@ class FinestBagModel(BagModel):
         """See `BagModel.forward`."""
         (name,) = self.magnification_names
         return self.survival_of(features[name], None if batch.masks is None else batch.masks[name])
+
+    def tile_view(self, block: str, bag: BagBatch) -> TileView:
+        """See `BagModel`."""
+        return TileView(self.magnification_names[0], self.summaries)
 
     def survival_of(
         self, tiles: Float[Tensor, "bag tile dim"], mask: Bool[Tensor, "bag tile"] | None
@@ -72,6 +82,7 @@ class AMIL(FinestBagModel):
         self.embed = nn.Sequential(nn.Linear(backbone_dim, embed_dim), nn.ReLU())
         self.gate = nn.Linear(embed_dim, 2 * (embed_dim // 2))
         self.score = nn.Linear(embed_dim // 2, 1)
+        self.pool = AttentionPooling()
         self.head = nn.Linear(embed_dim, n_bins)
 
     def survival_of(self, tiles: Tensor, mask: Tensor | None) -> SurvivalOutput:
@@ -79,8 +90,7 @@ class AMIL(FinestBagModel):
         hidden = self.embed(tiles)
         content, gate = self.gate(hidden).chunk(2, dim=2)
         scores = self.score(content.tanh() * gate.sigmoid()).transpose(1, 2)
-        weights = masked_softmax(scores, mask)
-        return SurvivalOutput.from_logits(self.head((weights @ hidden).squeeze(1)))
+        return SurvivalOutput.from_logits(self.head(self.pool(scores, hidden, mask).squeeze(1)))
 
 
 class DSMIL(FinestBagModel):
@@ -100,8 +110,10 @@ class DSMIL(FinestBagModel):
     def __init__(self, *, backbone_dim: int, n_bins: int, magnifications: Sequence[float], published: bool) -> None:
         super().__init__(backbone_dim, magnifications)
         self.published = published
+        self.summaries = n_bins
         self.instance = nn.Linear(backbone_dim, n_bins).requires_grad_(not published)
         self.query = nn.Sequential(nn.Linear(backbone_dim, 128), nn.ReLU(), nn.Linear(128, 128), nn.Tanh())
+        self.pool = AttentionPooling()
         self.head = nn.Conv1d(n_bins, n_bins, kernel_size=backbone_dim)
 
     def survival_of(self, tiles: Tensor, mask: Tensor | None) -> SurvivalOutput:
@@ -113,15 +125,5 @@ class DSMIL(FinestBagModel):
         query = self.query(tiles)
         critical_query = query.gather(1, critical[..., None].expand(-1, -1, query.shape[2]))
         scores = critical_query @ query.transpose(1, 2) / query.shape[2] ** 0.5
-        weights = masked_softmax(scores, mask)
-        output = SurvivalOutput.from_logits(self.head(weights @ tiles).squeeze(2))
+        output = SurvivalOutput.from_logits(self.head(self.pool(scores, tiles, mask)).squeeze(2))
         return output if self.published else dataclasses.replace(output, instance_logits=top)
-
-
-def masked_softmax(
-    scores: Float[Tensor, "bag row tile"], mask: Bool[Tensor, "bag tile"] | None
-) -> Float[Tensor, "bag row tile"]:
-    """Softmax over the real tiles; the others weigh exactly 0."""
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, None, :], torch.finfo(scores.dtype).min)
-    return F.softmax(scores, dim=2)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cfusion.errors import ConfigError, DataError
-from cfusion.models.bag import BagModel, check_magnifications
+from cfusion.models.bag import BagModel, TileView, check_magnifications
 from cfusion.models.grid import TokenGrid, file_grid, spatial_grid
 from cfusion.models.layers import ConcatMixer, ConvMixer, CrossBlock, PadTransformer, init_linear
 from cfusion.types import BagBatch, SurvivalOutput, magnification_name
@@ -91,6 +91,14 @@ class CrossFusion(BagModel):
         class_token = self.class_token.to(tokens.dtype).expand(len(tokens), 1, -1)
         tokens = self.final(torch.cat([class_token, tokens], dim=1), grid)
         return SurvivalOutput.from_logits(self.head(tokens[:, 0]))
+
+    def tile_view(self, block: str, bag: BagBatch) -> TileView:
+        """See `BagModel`."""
+        part, _, rest = block.partition(".")
+        if part == "cross":
+            return TileView(next(name for name in self.contexts if module_name(name) == rest))
+        tiles = bag.features[self.source].shape[1]
+        return TileView(self.source, int(part == "final"), self._grid(bag, None), tiles)
 
     def _grid(self, batch: BagBatch, mask: Tensor | None) -> TokenGrid:
         bags, tiles = batch.features[self.source].shape[:2]

@@ -75,7 +75,8 @@ class _Dropped(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _drop(grad, *ctx.saved_tensors, ctx.share), None
+        row_key, column_key = ctx.saved_tensors
+        return _drop(grad, row_key, column_key, ctx.share), None
 
 
 def _drop(values: Tensor, row_key: Tensor, column_key: Tensor, share: float) -> Tensor:

@@ -35,7 +35,7 @@ class DroppedAttention(torch.autograd.Function):
         rows_of_bias = None if bias is None else bias.repeat_interleave(heads, dim=0)[:, None]
         out = query.new_empty(bags, queries, heads, dim)
         for rows in query_chunks(queries, key.shape[2], bags * heads):
-            weights = _weights(q[:, rows], k, rows_of_bias)
+            weights = attention_weights(q[:, rows], k, rows_of_bias)
             kept = clear_dropped(weights, keep_mask(row_key[:, rows], column_key, dropout, weights.dtype))
             part = torch.bmm(kept, v).mul_(1 / (1 - dropout))
             out[:, rows] = part.unflatten(0, (bags, heads)).transpose(1, 2)
@@ -54,7 +54,7 @@ class DroppedAttention(torch.autograd.Function):
         delta = (grad * out.transpose(1, 2)).sum(dim=3, keepdim=True).flatten(0, 1)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for rows in query_chunks(q.shape[1], k.shape[1], bags * heads):
-            weights = _weights(q[:, rows], k, rows_of_bias)
+            weights = attention_weights(q[:, rows], k, rows_of_bias)
             mask = keep_mask(row_key[:, rows], column_key, ctx.dropout, weights.dtype)
             grad_rows = grad_out[:, rows]
             grad_scores = clear_dropped(torch.bmm(grad_rows, v.transpose(1, 2)), mask)
@@ -72,6 +72,7 @@ def query_chunks(queries: int, keys: int, matrices: int) -> list[slice]:
     return [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
 
 
-def _weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
-    scores = torch.bmm(query, key.transpose(1, 2))
-    return F.softmax(scores if bias is None else scores.add_(bias), dim=2)
+def attention_weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax over the keys of scaled queries times keys, plus `bias` where a key is to be left out."""
+    scores = query @ key.transpose(-2, -1)
+    return F.softmax(scores if bias is None else scores.add_(bias), dim=-1)

@@ -100,11 +100,13 @@ class MultiScaleKernel(nn.Module):
     def forward(self) -> tuple[Tensor, Tensor]:
         """The summed kernel [outputs, inputs, k, k] and bias [outputs]."""
         largest = self.weights[0].shape[-1]
-        kernel = self.weights[0]
-        for weight in list(self.weights)[1:]:
-            margin = (largest - weight.shape[-1]) // 2
-            kernel = kernel + F.pad(weight, (margin,) * 4)
-        return kernel, torch.stack(list(self.biases)).sum(dim=0)
+        kernel, bias = self.weights[0], self.biases[0]
+        for i in range(1, len(self.weights)):
+            margin = (largest - self.weights[i].shape[-1]) // 2
+            kernel = kernel + F.pad(self.weights[i], (margin,) * 4)
+            # Not stack and sum: their gradients would share memory, and accumulation over bags would count them thrice.
+            bias = bias + self.biases[i]
+        return kernel, bias
 
 
 def depthwise(

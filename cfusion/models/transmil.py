@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfusion.errors import ConfigError
-from cfusion.models.attention import attend
+from cfusion.models.attention import Attention, Visit, attend
+from cfusion.models.bag import TileView
 from cfusion.models.baselines import FinestBagModel
+from cfusion.models.dropped_attention import attention_weights, query_chunks
 from cfusion.models.grid import TokenGrid, file_grid
 from cfusion.models.layers import PositionEncoding
-from cfusion.types import SurvivalOutput
+from cfusion.types import BagBatch, SurvivalOutput
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class LandmarkLayout:
         return sums[:, :, :-1] / self.length[:, None, None, None]
 
 
-class NystromAttention(nn.Module):
+class NystromAttention(Attention):
     """Self-attention through landmarks (Nyströmformer, section 3), with a convolution of the values beside it.
 
     Args:
@@ -97,9 +99,20 @@ class NystromAttention(nn.Module):
         scale = query.shape[3] ** -0.5
         between = F.softmax(query_marks @ key_marks.transpose(2, 3) * scale, dim=3)
         seen = layout.segment < layout.landmarks
-        summary = pseudo_inverse(between) @ attend(query_marks, key, value, seen)
+        inverse = pseudo_inverse(between)
+        summary = inverse @ attend(query_marks, key, value, seen)
         found = attend(query, key_marks, summary, None) + self.value_conv(value)
+        if self.visit is not None:
+            bias = torch.zeros_like(seen, dtype=key.dtype).masked_fill_(~seen, -torch.inf)[:, None, None]
+            read = inverse @ attention_weights(query_marks * scale, key, bias)
+            own = layout.collect(query.transpose(1, 2).flatten(2)).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            self._show(self.visit, own * scale, key_marks, read)
         return self.dropout(self.out(layout.collect(found.transpose(1, 2).flatten(2))))
+
+    def _show(self, visit: Visit, query: Tensor, key_marks: Tensor, read: Tensor) -> None:
+        """The weights of tokens over places that the landmarks amount to."""
+        for rows in query_chunks(query.shape[2], read.shape[3], query.shape[0] * query.shape[1]):
+            visit(rows, attention_weights(query[:, :, rows], key_marks, None) @ read)
 
 
 def pseudo_inverse(matrix: Float[Tensor, "bag head row col"], iterations: int = 6) -> Float[Tensor, "bag head row col"]:
@@ -140,6 +153,12 @@ class TransMIL(FinestBagModel):
         self.position = PositionEncoding(embed_dim)
         self.norm = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, n_bins)
+
+    def tile_view(self, block: str, bag: BagBatch) -> TileView:
+        """See `BagModel`."""
+        (name,) = self.magnification_names
+        tiles = bag.features[name].shape[1]
+        return TileView(name, self.summaries, file_grid(1, tiles, None), tiles)
 
     def survival_of(self, tiles: Tensor, mask: Tensor | None) -> SurvivalOutput:
         """See `FinestBagModel`."""

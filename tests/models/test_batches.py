@@ -1,49 +1,16 @@
-"""Bags of different length share a batch and do not notice each other."""
+"""Bags of different length share a batch and do not notice each other; bags of any size work; bad ones are named."""
+
+import dataclasses
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_up_bags import WIDTH, bag, build, pad
 
-from cfusion.models import MODELS, build_model
+from cfusion.errors import DataError
+from cfusion.models import MODELS
 from cfusion.types import BagBatch
-
-MAGNIFICATIONS = {"x20": 4, "x10": 2, "x5": 1}
-
-
-def bag(seed: int, tiles: int, dim: int = 12) -> BagBatch:
-    generator = torch.Generator().manual_seed(seed)
-    features, positions = {}, {}
-    for name, factor in MAGNIFICATIONS.items():
-        count = max(1, tiles * factor // 2)
-        features[name] = torch.randn(1, count, dim, generator=generator)
-        cells = torch.randperm(4 * count, generator=generator)[:count]
-        positions[name] = torch.stack([cells % (2 * count), cells // (2 * count)], dim=1)[None]
-    return BagBatch(features, None, positions, (f"case-{seed}",))
-
-
-def pad(bags: list[BagBatch], extra: int = 0) -> BagBatch:
-    features, masks, positions = {}, {}, {}
-    for name in MAGNIFICATIONS:
-        longest = max(b.features[name].shape[1] for b in bags) + extra
-        features[name] = torch.zeros(len(bags), longest, bags[0].features[name].shape[2])
-        masks[name] = torch.zeros(len(bags), longest, dtype=torch.bool)
-        positions[name] = torch.zeros(len(bags), longest, 2, dtype=torch.long)
-        for row, one in enumerate(bags):
-            count = one.features[name].shape[1]
-            features[name][row, :count] = one.features[name][0]
-            masks[name][row, :count] = True
-            positions[name][row, :count] = one.positions[name][0]
-    return BagBatch(features, masks, positions, tuple(b.case_ids[0] for b in bags))
-
-
-def build(name: str, **options) -> torch.nn.Module:
-    torch.manual_seed(3)
-    model = build_model(name, backbone_dim=12, embed_dim=16, num_heads=2, **options).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
 
 CONFIGURATIONS = [(name, {}) for name in MODELS] + [
     (name, {"grid": "spatial"}) for name in MODELS if name.startswith("crossfusion")
@@ -64,3 +31,90 @@ def test_risk_does_not_depend_on_batch_companions(name: str, options: dict):
         torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
     check()
+
+
+@pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
+def test_padding_may_stand_anywhere_and_hold_anything(name: str, options: dict):
+    model = build(name, **options)
+    one = bag(5, 7)
+    scattered = {"features": {}, "masks": {}, "positions": {}}
+    for key, tiles in one.features.items():
+        count = tiles.shape[1]
+        places = torch.randperm(count + 4, generator=torch.Generator().manual_seed(1))[:count].sort().values
+        scattered["features"][key] = torch.full((1, count + 4, WIDTH), 1e3).index_copy(1, places, tiles)
+        scattered["masks"][key] = torch.zeros(1, count + 4, dtype=torch.bool).index_fill(1, places, True)
+        places_of = torch.zeros(1, count + 4, 2, dtype=torch.long)
+        scattered["positions"][key] = places_of.index_copy(1, places, one.positions[key])
+    with torch.no_grad():
+        risk = model(BagBatch(**scattered)).risk
+        torch.testing.assert_close(risk, model(one).risk, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_a_padded_batch_are_those_of_its_bags(name: str):
+    model = build(name, dtype=torch.float64)
+    bags = [bag(seed, size) for seed, size in enumerate((9, 1, 4))]
+    model(pad(bags)).risk.sum().backward()
+    together = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for one in bags:
+        model(one).risk.sum().backward()
+    for key, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(together[key], p.grad, atol=1e-9, rtol=1e-7, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_bags_of_very_few_tiles(name: str, tiles: int):
+    model = build(name)
+    output = model(*(torch.randn(1, tiles, WIDTH) for _ in range(3)))
+    assert output.logits.shape == (1, 4)
+    assert torch.isfinite(output.risk).all()
+
+
+def test_output_is_a_survival_distribution():
+    output = build("crossfusion")(pad([bag(1, 5), bag(2, 8)]))
+    assert ((output.hazards > 0) & (output.hazards < 1)).all()
+    assert (output.survival.diff(dim=1) <= 0).all()
+    torch.testing.assert_close(output.risk, -output.survival.sum(dim=1))
+    torch.testing.assert_close(output.survival, torch.cumprod(1 - output.hazards, dim=1))
+
+
+def test_a_bag_without_tiles_is_named():
+    batch = pad([bag(1, 5), bag(2, 8)])
+    masks = {**batch.masks, "x10": batch.masks["x10"].clone()}
+    masks["x10"][1] = False
+    with pytest.raises(DataError, match=r"No tile at x10 in bag case-2; every bag needs at least one"):
+        build("crossfusion")(dataclasses.replace(batch, masks=masks))
+    assert torch.isfinite(build("amil")(dataclasses.replace(batch, masks=masks)).risk).all()
+    with pytest.raises(DataError, match=r"No tile at x20 in bag number 0"):
+        build("amil")(torch.zeros(1, 2, WIDTH), torch.zeros(1, 2, WIDTH), torch.zeros(1, 0, WIDTH))
+
+
+def test_bags_that_do_not_fit_the_model_are_refused():
+    one = bag(1, 5)
+    coarse = dataclasses.replace(one, features={"x5": one.features["x5"]})
+    with pytest.raises(DataError, match="The model reads x20, but the bags carry x5"):
+        build("crossfusion")(coarse)
+    with pytest.raises(DataError, match="Embeddings at x20 are 13 wide; the model was built for 12"):
+        build("amil")(torch.zeros(1, 3, 13))
+    with pytest.raises(DataError, match="was given 2 bags; it reads x20, x10, x5"):
+        build("crossfusion")(torch.zeros(1, 3, WIDTH), torch.zeros(1, 3, WIDTH))
+
+
+def test_baselines_read_the_finest_magnification_of_all():
+    model, one = build("amil"), bag(1, 5)
+    assert model.magnification_names == ("x20",)
+    risk = model(one).risk
+    assert torch.equal(risk, model(one.features["x20"]).risk)
+    assert torch.equal(risk, model(one.features["x5"], one.features["x10"], one.features["x20"]).risk)
+
+
+def test_half_precision_features_are_taken_as_they_come():
+    model, one = build("crossfusion"), bag(1, 5)
+    half = {key: tiles.half() for key, tiles in one.features.items()}
+    whole = {key: tiles.float() for key, tiles in half.items()}
+    assert torch.equal(
+        model(dataclasses.replace(one, features=half)).risk, model(dataclasses.replace(one, features=whole)).risk
+    )

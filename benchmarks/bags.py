@@ -1,0 +1,191 @@
+"""Bags a second: shards read by threads against three `.pt` files a slide read by DataLoader workers.
+
+Run `python -m benchmarks.bags --out bags.json`. It writes about 8 GB to a temporary folder and measures, with files in
+the page cache (warm) and dropped from it (cold):
+
+- f16 shards through `BagLoader`, features delivered as stored and as f32;
+- the published layout: x20, x10 and x5 as f32 `.pt` files, `torch.load` in a DataLoader of 4 workers;
+- one thread that reads the same shard bytes into a reused buffer and does nothing else;
+- a random quarter of the tiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.table import Row, save, show
+from cfusion.config import DataConfig
+from cfusion.data.bags import BagEntry, make_bags
+from cfusion.data.loader import BagLoader
+from cfusion.data.shards import ShardDataset
+from cfusion.types import SlideFeatures
+from preprocess.packing import pack_store
+
+MAGNIFICATIONS = (20.0, 10.0, 5.0)
+NAMES = ("x20", "x10", "x5")
+DIM = 1536
+
+
+class Slides:
+    """Made-up slides of 12 to 16 thousand tiles at 20x, laid out in rows as slides are."""
+
+    def __init__(self, count: int) -> None:
+        self._cells = {f"slide-{i:03d}": 768 + (i * 97) % 257 for i in range(count)}
+
+    def slide_ids(self) -> list[str]:
+        """All slides."""
+        return list(self._cells)
+
+    def attrs(self, slide_id: str) -> dict[str, Any]:
+        """Provenance."""
+        return {
+            "encoder": "made-up",
+            "cells": self._cells[slide_id],
+            "tile_px_level0": {"x20": 256, "x10": 512, "x5": 1024},
+        }
+
+    def read(self, slide_id: str) -> SlideFeatures:
+        """A slide whose tiles lie in rows 32 cells wide."""
+        cells = self._cells[slide_id]
+        generator = np.random.default_rng(cells)
+        block = generator.standard_normal((997, DIM), dtype=np.float32).astype(np.float16)
+        at = {"x5": np.stack([np.arange(cells) // 32, np.arange(cells) % 32], axis=1)}
+        for name, coarser in (("x10", "x5"), ("x20", "x10")):
+            children = (at[coarser][:, None] * 2 + np.array([[0, 0], [0, 1], [1, 0], [1, 1]])).reshape(-1, 2)
+            at[name] = children[np.lexsort((children[:, 1], children[:, 0]))]
+        parents = {}
+        for name, coarser in (("x10", "x5"), ("x20", "x10")):
+            rows = {tuple(place): row for row, place in enumerate(at[coarser].tolist())}
+            parents[name] = np.array([rows[y // 2, x // 2] for y, x in at[name].tolist()], np.int32)
+        side = {"x20": 256, "x10": 512, "x5": 1024}
+        features = {n: block[(np.arange(len(at[n])) * 31 + cells) % 997] for n in NAMES}
+        coords = {n: (at[n][:, ::-1] * side[n]).astype(np.int32) for n in NAMES}
+        return SlideFeatures(slide_id, features, coords, parents, self.attrs(slide_id))
+
+
+class PtFiles(Dataset[dict[str, torch.Tensor]]):
+    """The published layout."""
+
+    def __init__(self, folder: Path, slide_ids: Sequence[str]) -> None:
+        self._folder = folder
+        self._slide_ids = slide_ids
+
+    def __len__(self) -> int:
+        return len(self._slide_ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {n: torch.load(self._folder / f"{self._slide_ids[index]}.{n}.pt", weights_only=True) for n in NAMES}
+
+
+def write_pt_files(slides: Slides, folder: Path) -> None:
+    """Each slide as three f32 tensors."""
+    folder.mkdir()
+    for slide_id in slides.slide_ids():
+        for name, features in slides.read(slide_id).features.items():
+            torch.save(torch.from_numpy(features.astype(np.float32)), folder / f"{slide_id}.{name}.pt")
+
+
+def drop_from_page_cache(files: Iterable[Path]) -> None:
+    """Write the files back and ask the kernel to forget them."""
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def bags_per_second(read: Callable[[], Iterable[object]], files: Sequence[Path], cold: bool, repeats: int) -> float:
+    """Median over repeats of bags delivered a second."""
+    rates = []
+    for _ in range(repeats):
+        if cold:
+            drop_from_page_cache(files)
+        start = time.perf_counter()
+        count = sum(1 for _ in read())
+        rates.append(count / (time.perf_counter() - start))
+    return float(np.median(rates))
+
+
+def raw_reads(dataset: ShardDataset, folder: Path, bags: Sequence[BagEntry]) -> Iterator[int]:
+    """One thread reading each bag's features by its offsets into one buffer."""
+    buffer = memoryview(bytearray(max(dataset.bytes_of(bag.slide_ids) for bag in bags)))
+    buffer[:] = bytes(len(buffer))
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context((folder / s.name).open("rb", buffering=0)) for s in dataset.index.shards]
+        for bag in bags:
+            for slide in bag.slide_ids:
+                sample = dataset.sample(slide)
+                for member in (sample.members[f"{name}.npy"] for name in NAMES):
+                    os.preadv(streams[sample.shard].fileno(), [buffer[: member.size]], member.offset)
+            yield 1
+
+
+def measure(folder: Path, count: int, repeats: int) -> list[Row]:
+    """All rows, from files made in `folder`."""
+    slides = Slides(count)
+    pack_store(slides, folder / "shards")
+    write_pt_files(slides, folder / "pt")
+    dataset = ShardDataset.open(folder / "shards")
+    bags = make_bags(dataset, {s: [s] for s in slides.slide_ids()}, "slide", MAGNIFICATIONS)
+    order = [[i] for i in range(count)]
+    quarter = round(np.mean([bag.tiles["x20"] for bag in bags]) / 4)
+
+    def ours(dtype: torch.dtype | None, **config: Any) -> Callable[[], Iterable[object]]:
+        loader = BagLoader(dataset, bags, DataConfig(**config), magnifications=MAGNIFICATIONS, seed=7, dtype=dtype)
+        return lambda: loader.stream(order, epoch=0, training=True)
+
+    workers = DataLoader(
+        PtFiles(folder / "pt", slides.slide_ids()), batch_size=None, num_workers=4, persistent_workers=True
+    )
+    tars, pts = sorted((folder / "shards").glob("*.tar")), sorted((folder / "pt").iterdir())
+    readers: list[tuple[str, Callable[[], Iterable[object]], list[Path]]] = [
+        ("pt", lambda: workers, pts),
+        ("raw", lambda: raw_reads(dataset, folder / "shards", bags), tars),
+        ("stored", ours(None), tars),
+        ("f32", ours(torch.float32), tars),
+        ("quarter", ours(None, max_tiles=quarter), tars),
+    ]
+    rows = []
+    for cold in (False, True):
+        state = "cold" if cold else "warm"
+        rates = {}
+        for name, read, files in readers:
+            sum(1 for _ in read())
+            rates[name] = bags_per_second(read, files, cold, repeats)
+        rows += [
+            Row(f"{state}: f16 shards against .pt, 4 workers", rates["stored"], rates["pt"], "bags/s"),
+            Row(f"{state}: f16 shards, delivered as f32, against .pt", rates["f32"], rates["pt"], "bags/s"),
+            Row(f"{state}: f16 shards against one thread's raw read", rates["stored"], rates["raw"], "bags/s"),
+            Row(f"{state}: a random quarter of the tiles against all", rates["quarter"], rates["stored"], "bags/s"),
+        ]
+    return rows
+
+
+def main() -> None:
+    """Measure, print, and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bags", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="Where the temporary folder is made; default: the system's.")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        rows = measure(Path(folder), options.bags, options.repeats)
+    show(f"{options.bags} bags of 12–16k + 4k + 1k tiles × {DIM}", rows)
+    if options.out:
+        save(options.out, rows)
+
+
+if __name__ == "__main__":
+    main()

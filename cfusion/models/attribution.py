@@ -1,0 +1,147 @@
+"""What a model looked at: the attention of every block, and each tile's share in the risk."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cfusion.models.attention import Attention
+from cfusion.models.bag import BagModel
+from cfusion.types import BagBatch
+
+BlockVisit = Callable[[str, slice, Tensor], None]
+"""Called with a block's name, a range of its queries and their weights [bag, head, query, key]."""
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """Attention of one block over the tiles of one bag.
+
+    Attributes:
+        magnification: Whose tiles these are.
+        received: [head, tile], mean weight that a tile received from all queries of the block. It sums to 1, less what
+            a class token or TransMIL's zeros received; TransMIL's approximated weights may be negative.
+        summary: [head, tile], weights by which a summary of the bag read the tiles: those of the class token, or of a
+            pooling, with a head for each of its rows; None where all queries are tiles.
+    """
+
+    magnification: str
+    received: Float[Tensor, "head tile"]
+    summary: Float[Tensor, "head tile"] | None
+
+
+@torch.no_grad()
+def visit_attention(model: nn.Module, batch: BagBatch, visit: BlockVisit) -> None:
+    """Show the attention weights of every block to `visit`, a few queries at a time.
+
+    They are the very weights that the output is made of in evaluation. No N×N tensor is made: of a large bag, a call
+    holds at least 32 queries and about a million weights.
+
+    Args:
+        model: Any model built of `cfusion.models.attention.Attention` modules.
+        batch: Bags; queries and keys are the block's own tokens, padding included.
+        visit: Called in the order of the forward pass.
+    """
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
+
+    def visitor(name: str) -> Callable[[slice, Tensor], None]:
+        return lambda rows, weights: visit(name, rows, weights)
+
+    try:
+        for name, module in blocks.items():
+            module.visit = visitor(name.removesuffix(".attention"))
+        with evaluating(model):
+            model(batch)
+    finally:
+        for module in blocks.values():
+            module.visit = None
+
+
+def attention_maps(model: BagModel, batch: BagBatch) -> list[dict[str, AttentionMap]]:
+    """Attention over the tiles of each bag, by block.
+
+    Blocks of CrossFusion are named `cross.x20` (source tiles look at 20x tiles), `transformers.x20.pre.0` (the same
+    stream's self-attention, over source tiles) and `final.post.0`. A tile that also fills the end of the square grid
+    has the weights of both places.
+
+    Args:
+        model: From `build_model`; a model without attention has no maps.
+        batch: Bags; each is looked at without its padding.
+    """
+    return [_maps_of_one(model, bag) for bag in split_bags(batch)]
+
+
+def _maps_of_one(model: BagModel, bag: BagBatch) -> dict[str, AttentionMap]:
+    maps: dict[str, AttentionMap] = {}
+    queries: dict[str, int] = {}
+
+    def visit(block: str, rows: slice, weights: Tensor) -> None:
+        view = model.tile_view(block, bag)
+        tiles = view.fold(weights[0])
+        queries[block] = queries.get(block, 0) + tiles.shape[1]
+        received = tiles.sum(dim=1)
+        if block in maps:
+            before = maps[block]
+            maps[block] = dataclasses.replace(before, received=before.received + received)
+            return
+        summary = tiles[:, : view.summaries].flatten(0, 1) if view.summaries else None
+        maps[block] = AttentionMap(view.magnification, received, summary)
+
+    visit_attention(model, bag, visit)
+    return {block: dataclasses.replace(m, received=m.received / queries[block]) for block, m in maps.items()}
+
+
+def input_times_gradient(model: nn.Module, batch: BagBatch) -> dict[str, Float[Tensor, "bag tile"]]:
+    """Each tile's share in the risk: its embedding times the gradient of the risk (Shrikumar et al., ICML 2017).
+
+    A positive share raises the risk. The sum over tiles is the change of risk, to first order, from an all-zero bag.
+
+    Args:
+        model: Any model of bags; its parameters' gradients are left alone.
+        batch: Bags.
+
+    Returns:
+        For each magnification that the model read, [bag, tile]; 0 where padded.
+    """
+    features = {name: tiles.detach().clone().requires_grad_() for name, tiles in batch.features.items()}
+    with evaluating(model), torch.enable_grad():
+        risk = model(dataclasses.replace(batch, features=features)).risk
+        gradients = torch.autograd.grad(risk.sum(), list(features.values()), allow_unused=True)
+    return {
+        name: (tiles.detach() * gradient).sum(dim=2)
+        for (name, tiles), gradient in zip(features.items(), gradients, strict=True)
+        if gradient is not None
+    }
+
+
+def split_bags(batch: BagBatch) -> list[BagBatch]:
+    """The bags of a batch one by one, without padding."""
+
+    def of(tensors: dict[str, Tensor] | None, bag: int) -> dict[str, Tensor] | None:
+        if tensors is None:
+            return None
+        masks = batch.masks
+        return {k: (t[bag] if masks is None else t[bag][masks[k][bag]])[None] for k, t in tensors.items()}
+
+    return [
+        BagBatch(of(batch.features, bag) or {}, None, of(batch.positions, bag), batch.case_ids[bag : bag + 1])
+        for bag in range(len(batch))
+    ]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off within the block; each module's own mode comes back after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

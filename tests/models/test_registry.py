@@ -1,0 +1,140 @@
+"""Building models by name, and what holds for every model that can be built."""
+
+import pytest
+import torch
+from made_up_bags import WIDTH, bag, build, pad
+from torch import nn
+
+from cfusion.errors import ConfigError
+from cfusion.models import MODELS, build_model
+from cfusion.models.dropout import Dropout
+from cfusion.survival.losses import LOSSES
+from cfusion.types import SurvivalOutput, Targets
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("crossfusion", 22_963_720), ("crossfusion_concat", 23_575_044), ("crossfusion_single", 9_206_276)],
+)
+def test_published_numbers_of_parameters(name: str, parameters: int):
+    with torch.device("meta"):
+        model = build_model(name, backbone_dim=1024)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_trained_parameter_has_a_gradient_in_every_step(name: str, published: bool):
+    model = build(name, published=published).train()
+    targets = Targets(torch.tensor([1, 2]), torch.tensor([True, False]), torch.tensor([3.0, 4.0]))
+    LOSSES["nll"](model(pad([bag(1, 1), bag(2, 6)])), targets).sum().backward()
+    without = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_evaluation_is_bitwise_repeatable_and_has_no_dropout(name: str):
+    model = build(name, published=True)
+    batch = pad([bag(1, 30), bag(2, 11)])
+    risks = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        risks.append(model(batch).risk)
+        assert torch.equal(torch.get_rng_state(), state), "evaluation drew random numbers"
+    assert torch.equal(risks[0], risks[1])
+    assert torch.equal(risks[0], risks[2])
+
+
+@pytest.mark.parametrize("name", ["crossfusion", "crossfusion_concat", "crossfusion_single", "transmil"])
+def test_training_has_dropout_and_repeats_with_its_seed(name: str):
+    model = build(name, published=True).train()
+    batch = pad([bag(1, 30), bag(2, 11)])
+
+    def risk(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return model(batch).risk
+
+    assert torch.equal(risk(1), risk(1))
+    assert not torch.equal(risk(1), risk(2))
+
+
+def test_published_dropouts_are_an_option():
+    def attention_dropout(**options) -> set[float]:
+        return {block.attention.dropout for block in build("crossfusion", **options).final.pre}
+
+    assert attention_dropout() == {0.0}
+    assert attention_dropout(published=True) == {0.2}
+    assert attention_dropout(attention_dropout=0.1, published=True) == {0.1}
+    shares = {m.share for m in build("crossfusion", dropout=0.5).modules() if isinstance(m, Dropout)}
+    assert shares == {0.5}
+
+
+def test_initial_weights_are_the_published_ones():
+    torch.manual_seed(0)
+    model = build_model("crossfusion", backbone_dim=1024)
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    for linear in linears:
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1)
+        assert not linear.bias.any()
+    kernel = model.final.position.kernels.weights[0]
+    assert kernel.std().item() == pytest.approx((2 / (512 * 49)) ** 0.5, rel=0.05)
+    assert model.class_token.std().item() == pytest.approx(1e-6, rel=0.2)
+    assert model.cross["x20"].attention.scale_embedding.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("magnifications", "source"),
+    [((20, 10), 10), ((40, 10, 2.5), 10), ((20, 10, 5), 20), ((40, 20, 10, 5), 10), ((10,), 10)],
+)
+@pytest.mark.parametrize("name", ["crossfusion", "crossfusion_concat"])
+def test_other_magnifications(name: str, magnifications: tuple[float, ...], source: float):
+    model = build(name, magnifications=magnifications, source=source)
+    assert model.magnification_names == tuple(f"x{m:g}" for m in sorted(magnifications, reverse=True))
+    bags = [torch.randn(2, 3 + 4 * i, WIDTH, requires_grad=True) for i in range(len(magnifications))]
+    model(*bags).risk.sum().backward()
+    assert all(b.grad.abs().sum() > 0 for b in bags)
+    assert {key for key, _ in model.named_parameters() if "2.5" in key} == set()
+
+
+def test_one_magnification_is_the_single_scale_variant():
+    alone, single = build("crossfusion", magnifications=(20,), source=20), build("crossfusion_single")
+    x20 = torch.randn(1, 7, WIDTH)
+    assert torch.equal(alone(x20).risk, single(x20).risk)
+
+
+def test_a_users_model_joins_by_an_assignment(monkeypatch: pytest.MonkeyPatch):
+    class Mine(nn.Module):
+        def __init__(self, *, backbone_dim: int, n_bins: int, bias: bool = True) -> None:
+            super().__init__()
+            self.head = nn.Linear(backbone_dim, n_bins, bias=bias)
+
+        def forward(self, batch):
+            return SurvivalOutput.from_logits(self.head(batch.features["x20"].mean(dim=1)))
+
+    monkeypatch.setitem(MODELS, "mine", Mine)
+    model = build_model("mine", backbone_dim=WIDTH, bias=False)
+    assert model.head.bias is None
+    assert model(bag(1, 4)).risk.shape == (1,)
+    with pytest.raises(ConfigError, match=r"model.options.bais: mine has no such option. Did you mean bias\?"):
+        build_model("mine", backbone_dim=WIDTH, bais=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("crosfusion", {}, r"model.name='crosfusion': no such model. Did you mean crossfusion\?"),
+        ("crossfusion", {"gird": "file"}, r"model.options.gird: crossfusion has no such option. Did you mean grid\?"),
+        ("amil", {"grid": "file"}, r"amil has no such option. Known: none"),
+        ("crossfusion", {"grid": "round"}, "grid='round': expected file or spatial"),
+        ("crossfusion", {"dropout": 1.0}, r"dropout=1.0: expected a number in \[0, 1\)"),
+        ("crossfusion", {"source": 40}, r"model.source=40 is not among the magnifications \[20, 10, 5\]"),
+        ("crossfusion", {"magnifications": (20, 10, 10)}, r"\[20, 10, 10\]: expected one or more different, positive"),
+        ("amil", {"magnifications": ()}, r"magnifications=\[\]: expected one or more"),
+        ("crossfusion", {"embed_dim": 30, "num_heads": 4}, "embed_dim=30 must be even and divisible by num_heads=4"),
+        ("transmil", {"embed_dim": 20}, "embed_dim=20: transmil has 8 heads"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(name: str, options: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        build_model(name, **{"backbone_dim": WIDTH, "embed_dim": 32, **options})
