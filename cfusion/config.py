@@ -231,8 +231,8 @@ class PreprocessConfig(Section):
     """Folder of encoder checkpoints, `ENCODER.safetensors` or `.pth`; none: from the hub, or its cache."""
     offline: bool = False
     """Never ask the network for weights."""
-    precision: Literal["f32", "bf16", "f16"] = "f32"
-    """Arithmetic of the encoders."""
+    precision: Literal["card", "f32", "bf16", "f16"] = "card"
+    """Arithmetic of the encoders; `card`: what the model card runs it in, on a CPU f32."""
     devices: tuple[str, ...] = ()
     """Devices that encode, each with its own encoders, such as `cuda:0`; none: all GPUs, or else the CPU."""
     threads: int = Field(2, ge=1)

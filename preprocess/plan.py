@@ -11,12 +11,13 @@ import numpy as np
 
 from cfusion.config import PreprocessConfig
 from cfusion.errors import DataError
+from preprocess.annotation import find_mask, read_mask, write_sheets
 from preprocess.grid import Grid, make_grid
 from preprocess.readers import Reader, choose_reader
 from preprocess.resample import area_tiles, bicubic_tiles
 from preprocess.resolution import finest_scale
 from preprocess.slides import Slide, open_slide
-from preprocess.tissue import tissue_mask
+from preprocess.tissue import METHOD, tissue_mask
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class SlidePlan:
         grid: Its tiles.
         reader: What reads it.
         resample: Filter of the coarser magnifications.
+        tissue: What told the tissue: the name of the method, or of the user's mask.
         cell_rows: For each cell, per magnification name, the rows of its tiles.
     """
 
@@ -54,6 +56,7 @@ class SlidePlan:
     grid: Grid
     reader: Reader
     resample: Literal["area", "bicubic"]
+    tissue: str
     cell_rows: list[dict[str, np.ndarray]] = field(repr=False)
 
     def cells(self) -> Iterator[int]:
@@ -98,18 +101,27 @@ def plan_slide(path: Path, config: PreprocessConfig, mpp_table: dict[str, float]
     try:
         scale = finest_scale(slide.slide_id, slide.resolution.mpp, config.magnifications[0], config.resolution)
         overview = slide.overview()
-        mask = tissue_mask(overview, overview.px_level0[0] * slide.resolution.mpp)
+        own = find_mask(config.masks, slide.slide_id) if config.masks else None
+        if own is None:
+            mask = tissue_mask(overview, overview.px_level0[0] * slide.resolution.mpp)
+        else:
+            mask = read_mask(own, overview.rgb.shape[:2], overview.px_level0) & overview.scanned
         grid = make_grid(mask, slide.size_px, scale, config.magnifications, config.min_tissue)
         if not len(grid.cells):
-            raise DataError(f"{path}: no tissue was found.", "Look at the slide, or give a mask.")
+            raise DataError(f"{path}: no tissue was found.", "Look at the slide; --masks takes a mask of your own.")
+        if config.sheets:
+            write_sheets(config.store / "sheets", slide.slide_id, overview, mask, grid)
         corners = [(int(x), int(y)) for x, y in grid.edge_px_level0(grid.cells, grid.names[-1])]
         reader = choose_reader(slide, corners)
+    except OSError as error:
+        slide.close()
+        raise DataError(f"{path}: {error.strerror or error} ({error.filename}).") from error
     except BaseException:
         slide.close()
         raise
     by_name = {name: _rows_by_cell(grid, name) for name in grid.names}
     cell_rows = [{name: rows[number] for name, rows in by_name.items()} for number in range(len(grid.cells))]
-    return SlidePlan(slide, grid, reader, config.resample, cell_rows)
+    return SlidePlan(slide, grid, reader, config.resample, METHOD if own is None else own.name, cell_rows)
 
 
 def _rows_by_cell(grid: Grid, name: str) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""`cfusion preprocess`: slides to a feature store."""
+"""`cfusion preprocess`: slides to a feature store, and what can be asked of a store."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from cfusion.errors import ConfigError, DataError, PartialResultError
+
 if TYPE_CHECKING:
-    from preprocess.extraction import Summary
+    from preprocess.outcome import Summary
 
 
 class _RunByDefault(TyperGroup):
@@ -34,36 +36,115 @@ def run(
     slides: Annotated[Path, typer.Argument(help="A slide, or a folder that is searched for slides.")],
     store: Annotated[Path, typer.Option(help="Feature store to write.")] = Path("features"),
     encoder: Annotated[
-        list[str] | None, typer.Option(help="Encoder; several share one decoding of the slides.")
+        list[str] | None, typer.Option(help="Encoder; several share one decoding of the slides. Default stain-texture.")
     ] = None,
     magnifications: Annotated[str, typer.Option(help="Finest first, each half the one before.")] = "20,10,5",
-    resolution: Annotated[
-        str, typer.Option(help="nominal: as scanners say (40x, 20x); exact: true µm/px.")
-    ] = "nominal",
+    resolution: Annotated[str, typer.Option(help="nominal: 40x/20x/10x, as CLAM; exact: the true µm/px.")] = "nominal",
     default_mpp: Annotated[float | None, typer.Option(help="µm/px of slides whose files do not tell.")] = None,
     mpp_table: Annotated[Path | None, typer.Option(help="CSV slide_id,mpp for such slides.")] = None,
-    resample: Annotated[str, typer.Option(help="area or bicubic.")] = "area",
+    masks: Annotated[Path | None, typer.Option(help="Folder of tissue masks (.png) or .geojson; they win.")] = None,
+    resample: Annotated[str, typer.Option(help="area, or bicubic as PIL's default.")] = "area",
+    min_tissue: Annotated[float, typer.Option(help="Share of a finest tile that must be tissue.")] = 0.25,
+    sheets: Annotated[bool, typer.Option(help="Write masks, contours and sheets to look at.")] = True,
+    batch_size: Annotated[int, typer.Option(help="Tiles an encoder takes at once.")] = 64,
+    weights: Annotated[Path | None, typer.Option(help="Folder of encoder checkpoints, ENCODER.safetensors.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network for weights.")] = False,
+    precision: Annotated[str, typer.Option(help="card, f32, bf16 or f16.")] = "card",
+    device: Annotated[list[str] | None, typer.Option(help="cpu, cuda:0, …; default all GPUs.")] = None,
     threads: Annotated[int, typer.Option(help="Reading threads.")] = 2,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first slide that fails.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo slides made with other settings.")] = False,
+    executor: Annotated[str, typer.Option(help="local, slurm or ray.")] = "local",
+    tasks: Annotated[int, typer.Option(help="Shares of the slides, one task each, on slurm or ray.")] = 1,
+    gpus: Annotated[int, typer.Option(help="GPUs of a task, on slurm or ray.")] = 0,
+    partition: Annotated[str, typer.Option(help="SLURM partition.")] = "",
 ) -> None:
     """Extract the features of slides; run it again and it does what is left."""
     from cfusion.config import PreprocessConfig, validate
+    from preprocess.executors import FanOut, fan_out
     from preprocess.extraction import preprocess_slides
 
     values = {
-        "slides": slides, "store": store, "encoders": tuple(encoder or ["stain-texture"]),
-        "magnifications": _numbers(magnifications),
-        "resolution": resolution, "default_mpp": default_mpp, "mpp_table": mpp_table, "resample": resample,
+        "slides": slides, "store": store, "encoders": tuple(encoder or ["stain-texture"]), "masks": masks,
+        "magnifications": _numbers(magnifications), "resolution": resolution, "default_mpp": default_mpp,
+        "mpp_table": mpp_table, "resample": resample, "min_tissue": min_tissue, "sheets": sheets, "weights": weights,
+        "offline": offline, "batch_size": batch_size, "precision": precision, "devices": tuple(device or ()),
         "threads": threads,
     }  # fmt: skip
     config = validate(PreprocessConfig, values, "cfusion preprocess")
-    _tell(preprocess_slides(config, strict=strict or slides.is_file(), overwrite=overwrite))
+    if executor not in ("local", "slurm", "ray"):
+        raise ConfigError(f"--executor {executor}: expected local, slurm or ray.")
+    if executor == "local":
+        summary = preprocess_slides(config, strict=strict or slides.is_file(), overwrite=overwrite)
+    else:
+        plan = FanOut(executor=executor, tasks=tasks, gpus=gpus, partition=partition)  # type: ignore[arg-type]
+        summary = fan_out(config, plan, overwrite=overwrite)
+    _tell(summary)
+
+
+@app.command()
+def verify(
+    store: Annotated[Path, typer.Argument(help="Feature store.")],
+    encoder: Annotated[str | None, typer.Option(help="One encoder alone.")] = None,
+) -> None:
+    """Read every array again and compare shapes and digests with what was written."""
+    from preprocess.inspection import list_store, verify_store
+
+    wrong = verify_store(store, encoder)
+    for slide, why in wrong.items():
+        typer.echo(f"WRONG   {slide}: {why}")
+    if wrong:
+        raise DataError(f"{store}: {len(wrong)} slides are not what was written.", "Delete them and extract again.")
+    typer.echo(f"{store}: {len(list_store(store, encoder))} slides are what was written.")
+
+
+@app.command()
+def inspect(
+    store: Annotated[Path, typer.Argument(help="Feature store.")],
+    slide: Annotated[str | None, typer.Option(help="Draw this slide.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="One encoder alone.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Picture to write; default SLIDE.png.")] = None,
+) -> None:
+    """Show a store as a table, or one slide as a picture."""
+    from preprocess.inspection import draw_slide, list_store
+
+    if slide is not None:
+        from cfusion.data.store import FeatureStore
+
+        target = out or Path(f"{slide}.png")
+        draw_slide(FeatureStore.open(store, encoder).read(slide), target)
+        typer.echo(str(target))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("encoder", "slide", "tiles", "width", "µm/px", "unreadable", box=None)
+    for row in list_store(store, encoder):
+        tiles = " ".join(f"{name}:{count}" for name, count in row.tiles.items())
+        table.add_row(row.encoder, row.slide_id, tiles, str(row.dim), row.mpp, str(row.unreadable or ""))
+    Console().print(table)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="Folder of features that another program made.")],
+    store: Annotated[Path, typer.Option(help="Feature store to write.")] = Path("features"),
+    layout: Annotated[str, typer.Option("--from", help="auto, published, clam, trident or stamp.")] = "auto",
+    encoder: Annotated[str | None, typer.Option(help="Name of the encoder, where the files do not tell.")] = None,
+) -> None:
+    """Take over features made by the published program, CLAM, TRIDENT or STAMP."""
+    from preprocess.importers import import_features
+
+    report = import_features(source, store, layout, encoder)
+    typer.echo(f"{report.layout}: {report.alignment}")
+    for name, why in report.refused.items():
+        typer.echo(f"refused {name}: {why}")
+    typer.echo(f"{len(report.imported)} slides imported into {store}, {len(report.refused)} refused")
+    if report.refused:
+        raise PartialResultError(f"{len(report.refused)} of the slides were not imported.", "See above.")
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    from cfusion.errors import ConfigError
-
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -71,13 +152,18 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _tell(summary: Summary) -> None:
-    from cfusion.errors import PartialResultError
-
     for outcome in summary.of("failed") + summary.of("stale"):
         typer.echo(f"{outcome.status:<8}{outcome.slide_id}: {outcome.why}")
     counts = ", ".join(f"{len(summary.of(s))} {s}" for s in ("done", "skipped", "stale", "failed"))
-    tiles = sum(o.tiles for o in summary.outcomes)
-    typer.echo(f"{counts}; {tiles} tiles in {summary.seconds:.1f} s; {summary.table}")
+    speed = summary.tiles / max(1e-9, summary.seconds)
+    typer.echo(
+        f"{counts}; {summary.tiles} tiles in {summary.seconds:.1f} s ({speed:.0f} tiles/s, "
+        f"{summary.pixels * 3 / 1e9 / max(1e-9, summary.seconds):.2f} GB/s, "
+        f"encoders idle {summary.encoder_idle:.0%}); {summary.table}"
+    )
+    partly = [o for o in summary.of("done") if o.why]
+    for outcome in partly:
+        typer.echo(f"partly  {outcome.slide_id}: {outcome.why}")
     lost = len(summary.of("failed")) + len(summary.of("stale"))
     if lost:
         raise PartialResultError(f"{lost} of {len(summary.outcomes)} slides have no features.", f"See {summary.table}.")

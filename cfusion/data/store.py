@@ -108,6 +108,12 @@ class FeatureStore:
             slide_id, arrays["features"], arrays["coords"], arrays["parent"], dict(group.attrs.items())
         )
 
+    def shapes(self, slide_id: str) -> dict[str, tuple[int, int]]:
+        """Tiles and width of each magnification, finest first, without reading the features."""
+        group = self._group(slide_id)
+        names = sorted(group.group_keys(), key=magnification_value, reverse=True)
+        return {name: tuple(group[name]["features"].shape) for name in names}
+
     def is_done(self, slide_id: str, config_digest: str) -> bool:
         """Whether the slide is there, made with the configuration of this digest."""
         attrs = self.attrs_if_whole(slide_id)

@@ -1,13 +1,15 @@
-"""Encoders: what turns a tile into an embedding."""
+"""Encoders: what turns a tile into an embedding. A name decides everything but where it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from cfusion.config import PreprocessConfig
 from cfusion.errors import ConfigError
+from preprocess.encoders.cards import CARDS
 
 
 class Encoder(Protocol):
@@ -16,7 +18,7 @@ class Encoder(Protocol):
     Attributes:
         name: Name in the registry.
         dim: Width of an embedding.
-        identity: What the embeddings depend on: version, weight digest, transform, precision. JSON values.
+        identity: What the embeddings depend on, as JSON values: version, weight digest, transform, precision.
     """
 
     name: str
@@ -29,7 +31,7 @@ class Encoder(Protocol):
 
 
 class StainTexture:
-    """The untrained default: fixed statistics of stain and texture, no weights, nothing to download."""
+    """The untrained default: fixed statistics of stain and texture; no weights, nothing to download."""
 
     name = "stain-texture"
 
@@ -38,23 +40,57 @@ class StainTexture:
 
         self._describe = descriptor.describe
         self.dim: int = descriptor.DIM
-        self.identity: dict[str, Any] = {"version": str(descriptor.VERSION), "weights": "none", "transform": "none"}
+        self.identity: dict[str, Any] = {
+            "version": str(descriptor.VERSION), "weights": "none (untrained)", "transform": "none", "precision": "f32",
+        }  # fmt: skip
 
     def encode(self, tiles: np.ndarray, mpp: float) -> np.ndarray:
         """See `Encoder.encode`."""
         return self._describe(tiles)
 
 
-ENCODERS: dict[str, Callable[[], Encoder]] = {"stain-texture": StainTexture}
-"""Loaders by name."""
+def encoder_names() -> list[str]:
+    """Every name the registry knows; besides, any `timm:NAME` and `hf:OWNER/NAME`."""
+    return [StainTexture.name, *CARDS]
 
 
-def load_encoder(name: str) -> Encoder:
-    """The encoder of this name, ready to encode.
+def load_encoder(name: str, config: PreprocessConfig, device: str = "cpu") -> Encoder:
+    """The encoder of this name, with its weights, ready on `device`.
 
     Raises:
         ConfigError: There is none of this name.
+        DataError: Its weights cannot be had; the message tells licence, gate and remedy.
+        MissingExtraError: timm is not installed.
     """
-    if name not in ENCODERS:
-        raise ConfigError(f"encoder {name!r} is not known.", f"Known: {', '.join(ENCODERS)}.")
-    return ENCODERS[name]()
+    if name == StainTexture.name:
+        return StainTexture()
+    if name not in CARDS and not name.startswith(("timm:", "hf:")):
+        raise ConfigError(
+            f"encoder {name!r} is not known.",
+            f"Known: {', '.join(encoder_names())}; or timm:NAME, or hf:OWNER/NAME.",
+        )
+    from preprocess.encoders.networks import load_network
+
+    return load_network(name, config, device)
+
+
+def load_slots(config: PreprocessConfig) -> list[list[Encoder]]:
+    """The encoders of `config`, once for each device that encodes at the same time.
+
+    Without a network among them they run in `config.threads` threads, as they use one core each.
+    """
+    if len(set(config.encoders)) != len(config.encoders) or not config.encoders:
+        raise ConfigError(f"encoders {list(config.encoders)}: expected one or more different names.")
+    if set(config.encoders) == {StainTexture.name}:
+        return [[StainTexture()]] * config.threads
+    return [[load_encoder(name, config, device) for name in config.encoders] for device in _devices(config.devices)]
+
+
+def _devices(wanted: Sequence[str]) -> Sequence[str]:
+    import torch
+
+    present = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    for device in wanted:
+        if device != "cpu" and device not in present:
+            raise ConfigError(f"device {device!r} is not here.", f"Here: {', '.join(['cpu', *present])}.")
+    return wanted or present or ["cpu"]

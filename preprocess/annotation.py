@@ -1,0 +1,137 @@
+"""Tissue as people exchange it: masks, GeoJSON contours in level-0 px, and a sheet to look at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from skimage.draw import polygon
+
+from cfusion.errors import DataError
+from cfusion.files import atomic_path, write_text
+from preprocess.grid import Grid
+from preprocess.slides import Overview
+
+MASK_SUFFIXES = (".geojson", ".json", ".png", ".tif", ".tiff")
+"""Endings of a user's masks, in the order in which they are looked for."""
+
+
+def find_mask(folder: Path, slide_id: str) -> Path | None:
+    """The user's mask or GeoJSON of a slide; None where there is none."""
+    return next((p for s in MASK_SUFFIXES if (p := folder / f"{slide_id}{s}").is_file()), None)
+
+
+def read_mask(path: Path, shape: tuple[int, int], px_level0: tuple[float, float]) -> np.ndarray:
+    """A user's tissue mask on the overview's grid.
+
+    Args:
+        path: A picture of the whole slide at any scale, where tissue is not 0; or GeoJSON polygons in level-0 px.
+        shape: Height and width of the overview.
+        px_level0: Level-0 px per pixel of the overview, in x and y.
+
+    Returns:
+        bool [h, w].
+
+    Raises:
+        DataError: The file cannot be read, or holds no polygon.
+    """
+    if path.suffix in (".geojson", ".json"):
+        return _rasterised(path, shape, px_level0)
+    try:
+        with Image.open(path) as image:
+            mask = image.convert("L").resize((shape[1], shape[0]), Image.Resampling.NEAREST)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: is not a readable mask ({error}).", "Expected a PNG or TIFF picture.") from error
+    return np.asarray(mask) > 0
+
+
+def contours_geojson(mask: np.ndarray, px_level0: tuple[float, float]) -> dict[str, Any]:
+    """Outlines of a mask as a GeoJSON FeatureCollection of polygons with holes, in level-0 px."""
+    padded = np.pad(mask.astype(np.uint8), 1)
+    # Twice as large, pixel edges fall on whole numbers, so a polygon encloses its pixels instead of their centres.
+    doubled: Any = np.kron(padded, np.ones((2, 2), np.uint8))
+    outlines, tree = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    polygons: dict[int, list[list[list[float]]]] = {}
+    for number, outline in enumerate(outlines):
+        parent = int(tree[0][number][3])
+        ring = ((outline[:, 0] + 1) // 2 - 1) * np.asarray(px_level0)
+        if len(ring) >= 3:
+            points = [[round(float(x), 1), round(float(y), 1)] for x, y in [*ring, ring[0]]]
+            polygons.setdefault(number if parent < 0 else parent, []).append(points)
+    features = [
+        {"type": "Feature", "properties": {"classification": {"name": "Tissue"}},
+         "geometry": {"type": "Polygon", "coordinates": rings}}
+        for rings in polygons.values()
+    ]  # fmt: skip
+    return {"type": "FeatureCollection", "features": features}
+
+
+def write_sheets(folder: Path, slide_id: str, overview: Overview, mask: np.ndarray, grid: Grid) -> None:
+    """Write what a person looks at: `{slide_id}.jpg`, and the tissue as `.png` mask and `.geojson` contours."""
+    write_text(folder / f"{slide_id}.geojson", json.dumps(contours_geojson(mask, overview.px_level0)) + "\n")
+    with atomic_path(folder / f"{slide_id}.png") as temporary:
+        Image.fromarray(mask.astype(np.uint8) * 255).save(temporary, "PNG")
+    with atomic_path(folder / f"{slide_id}.jpg") as temporary:
+        Image.fromarray(draw_sheet(overview, mask, grid)).save(temporary, "JPEG", quality=85)
+
+
+def draw_sheet(overview: Overview, mask: np.ndarray, grid: Grid, min_side_px: int = 512) -> np.ndarray:
+    """The overview with the tissue's contours in green and the kept cells in blue, u8 [h, w, 3]."""
+    zoom = max(1, round(min_side_px / max(mask.shape)))
+    sheet = np.ascontiguousarray(np.kron(overview.rgb, np.ones((zoom, zoom, 1), np.uint8)))
+    large: Any = np.kron(mask.astype(np.uint8), np.ones((zoom, zoom), np.uint8))
+    outlines, _ = cv2.findContours(large, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    coarsest = grid.names[-1]
+    scale = zoom / np.asarray(overview.px_level0)
+    for cell in grid.cells:
+        first, last = (np.rint(grid.edge_px_level0(c, coarsest) * scale).astype(int) for c in (cell, cell + 1))
+        cv2.rectangle(sheet, first.tolist(), (last - 1).tolist(), (30, 90, 220), 1)
+    cv2.drawContours(sheet, outlines, -1, (0, 160, 60), 1)
+    return sheet
+
+
+def _rasterised(path: Path, shape: tuple[int, int], px_level0: tuple[float, float]) -> np.ndarray:
+    try:
+        found = _polygons(json.loads(path.read_text(encoding="utf-8")))
+        rings = [[np.asarray(ring, np.float64)[:, :2] for ring in rings] for rings in found]
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise DataError(f"{path}: is not readable GeoJSON ({error}).", "Expected polygons in level-0 px.") from error
+    if not rings:
+        raise DataError(f"{path}: holds no polygon.", "Expected polygons in level-0 px.")
+    mask = np.zeros(shape, bool)
+    for outline, *holes in rings:
+        piece = _inside(outline, shape, px_level0)
+        for hole in holes:
+            piece &= ~_inside(hole, shape, px_level0)
+        mask |= piece
+    return mask
+
+
+def _inside(ring: np.ndarray, shape: tuple[int, int], px_level0: tuple[float, float]) -> np.ndarray:
+    """Pixels of the overview whose centres a ring encloses."""
+    column, row = (ring / px_level0 - 0.5).T
+    inside = np.zeros(shape, bool)
+    inside[polygon(row, column, shape)] = True
+    return inside
+
+
+def _polygons(node: dict[str, Any]) -> Iterator[list[Any]]:
+    """The polygons of a GeoJSON object, each a list of rings, the holes after the outline."""
+    kind = node["type"]
+    if kind == "FeatureCollection":
+        for feature in node["features"]:
+            yield from _polygons(feature)
+    elif kind == "Feature":
+        yield from _polygons(node["geometry"])
+    elif kind == "GeometryCollection":
+        for geometry in node["geometries"]:
+            yield from _polygons(geometry)
+    elif kind == "MultiPolygon":
+        yield from node["coordinates"]
+    elif kind == "Polygon":
+        yield node["coordinates"]

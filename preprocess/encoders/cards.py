@@ -1,0 +1,141 @@
+"""What each published encoder is, as its model card says: architecture, transform, pooling, precision, licence.
+
+The card's address stands with each entry. An entry is data alone: `networks` builds and loads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+OPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
+HIBOU = ((0.7068, 0.5755, 0.7220), (0.1950, 0.2316, 0.1816))
+
+SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}
+"""Gated feed-forward layers; the names are resolved when the network is built."""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """One encoder.
+
+    Attributes:
+        dim: Width of an embedding.
+        architecture: Name of the architecture in timm.
+        repo: Repository on the Hugging Face hub.
+        source: Address of the model card.
+        licence: SPDX name, or what the card says.
+        gated: Whether the licence must be accepted there before a download.
+        options: Arguments of the architecture.
+        file: Weights file in the repository.
+        layout: Names of the weights: timm's own, Hugging Face's DINOv2, open_clip's image tower, or CONCH's.
+        pool: `token`: what the network pools itself; `token+mean`: class token beside the mean of the patch tokens;
+            `map`: mean of the last feature map; `attention`: one learned query, as CoCa has it.
+        prefix_tokens: Class and register tokens before the patch tokens.
+        resize_px: Side to which a tile is resized.
+        image_px: Side that is cut from its centre and seen by the network.
+        filter: Filter of the resizing.
+        colours: Mean and standard deviation per channel.
+        precision: Arithmetic that the card runs it in.
+    """
+
+    dim: int
+    architecture: str
+    repo: str
+    source: str
+    licence: str
+    gated: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+    file: str = "pytorch_model.bin"
+    layout: Literal["timm", "dinov2", "open_clip", "conch"] = "timm"
+    pool: Literal["token", "token+mean", "map", "attention"] = "token"
+    prefix_tokens: int = 1
+    resize_px: int = 224
+    image_px: int = 224
+    filter: Literal["bilinear", "bicubic"] = "bicubic"
+    colours: tuple[tuple[float, float, float], tuple[float, float, float]] = IMAGENET
+    precision: Literal["f32", "bf16", "f16"] = "f32"
+
+
+_VIRCHOW: dict[str, Any] = {"mlp_ratio": 5.3375, "init_values": 1e-5, "global_pool": "", **SWIGLU}
+_OPTIMUS: dict[str, Any] = {
+    "img_size": 224, "init_values": 1e-5, "dynamic_img_size": False, "global_pool": "token",
+}  # fmt: skip
+
+CARDS: dict[str, ModelCard] = {
+    "resnet50": ModelCard(
+        1024, "resnet50", "timm/resnet50.tv_in1k", "https://huggingface.co/timm/resnet50.tv_in1k", "BSD-3-Clause",
+        gated=False, options={"features_only": True, "out_indices": (3,)}, file="model.safetensors", pool="map",
+        filter="bilinear",
+    ),
+    "resnet50-2048": ModelCard(
+        2048, "resnet50", "timm/resnet50.tv_in1k", "https://huggingface.co/timm/resnet50.tv_in1k", "BSD-3-Clause",
+        gated=False, file="model.safetensors", filter="bilinear",
+    ),
+    "uni": ModelCard(
+        1024, "vit_large_patch16_224", "MahmoodLab/UNI", "https://huggingface.co/MahmoodLab/UNI", "CC-BY-NC-ND-4.0",
+        options={"init_values": 1e-5, "dynamic_img_size": True}, filter="bilinear", precision="f16",
+    ),
+    "uni2-h": ModelCard(
+        1536, "vit_giant_patch14_224", "MahmoodLab/UNI2-h", "https://huggingface.co/MahmoodLab/UNI2-h",
+        "CC-BY-NC-ND-4.0", filter="bilinear", precision="bf16", prefix_tokens=9,
+        options={
+            "img_size": 224, "patch_size": 14, "depth": 24, "num_heads": 24, "init_values": 1e-5, "embed_dim": 1536,
+            "mlp_ratio": 2.66667 * 2, "no_embed_class": True, "reg_tokens": 8, "dynamic_img_size": True, **SWIGLU,
+        },
+    ),
+    "conch": ModelCard(
+        512, "vit_base_patch16_224", "MahmoodLab/CONCH", "https://huggingface.co/MahmoodLab/CONCH", "CC-BY-NC-ND-4.0",
+        options={"img_size": 448, "dynamic_img_size": True}, layout="conch", pool="attention", resize_px=448,
+        image_px=448,
+    ),
+    "conch-v1.5": ModelCard(
+        768, "vit_large_patch16_224", "MahmoodLab/conchv1_5", "https://huggingface.co/MahmoodLab/conchv1_5",
+        "CC-BY-NC-ND-4.0", options={"img_size": 448, "dynamic_img_size": True, "init_values": 1.0},
+        file="pytorch_model_vision.bin", layout="conch", pool="attention", resize_px=448, image_px=448,
+        filter="bilinear", precision="f16",
+    ),
+    "quiltnet": ModelCard(
+        512, "vit_base_patch32_clip_quickgelu_224", "wisdomik/QuiltNet-B-32",
+        "https://huggingface.co/wisdomik/QuiltNet-B-32", "MIT", gated=False, options={"num_classes": 512},
+        file="open_clip_pytorch_model.bin", layout="open_clip", colours=CLIP,
+    ),
+    "prov-gigapath": ModelCard(
+        1536, "vit_giant_patch14_dinov2", "prov-gigapath/prov-gigapath",
+        "https://huggingface.co/prov-gigapath/prov-gigapath", "Apache-2.0 with the card's terms of use",
+        options={"img_size": 224, "patch_size": 16, "init_values": 1e-5, "global_pool": "token"}, resize_px=256,
+        precision="f16",
+    ),
+    "virchow": ModelCard(
+        2560, "vit_huge_patch14_224", "paige-ai/Virchow", "https://huggingface.co/paige-ai/Virchow", "Apache-2.0",
+        options=_VIRCHOW, pool="token+mean", precision="f16",
+    ),
+    "virchow2": ModelCard(
+        2560, "vit_huge_patch14_224", "paige-ai/Virchow2", "https://huggingface.co/paige-ai/Virchow2",
+        "CC-BY-NC-ND-4.0", options={**_VIRCHOW, "reg_tokens": 4}, pool="token+mean", prefix_tokens=5, precision="f16",
+    ),
+    "h-optimus-0": ModelCard(
+        1536, "vit_giant_patch14_reg4_dinov2", "bioptimus/H-optimus-0", "https://huggingface.co/bioptimus/H-optimus-0",
+        "Apache-2.0", options=_OPTIMUS, colours=OPTIMUS, filter="bilinear", precision="f16", prefix_tokens=5,
+    ),
+    "h-optimus-1": ModelCard(
+        1536, "vit_giant_patch14_reg4_dinov2", "bioptimus/H-optimus-1", "https://huggingface.co/bioptimus/H-optimus-1",
+        "CC-BY-NC-ND-4.0", options=_OPTIMUS, colours=OPTIMUS, filter="bilinear", precision="f16", prefix_tokens=5,
+    ),
+    "phikon-v2": ModelCard(
+        1024, "vit_large_patch16_224", "owkin/phikon-v2", "https://huggingface.co/owkin/phikon-v2",
+        "Owkin non-commercial licence", gated=False, options={"init_values": 1.0}, file="model.safetensors",
+        layout="dinov2",
+    ),
+    "hibou-b": ModelCard(
+        768, "vit_base_patch14_reg4_dinov2", "histai/hibou-b", "https://huggingface.co/histai/hibou-b", "Apache-2.0",
+        options={"img_size": 224}, file="model.safetensors", layout="dinov2", colours=HIBOU, prefix_tokens=5,
+    ),
+    "hibou-l": ModelCard(
+        1024, "vit_large_patch14_reg4_dinov2", "histai/hibou-L", "https://huggingface.co/histai/hibou-L", "Apache-2.0",
+        options={"img_size": 224}, file="model.safetensors", layout="dinov2", colours=HIBOU, prefix_tokens=5,
+    ),
+}  # fmt: skip
+"""Published encoders by name."""

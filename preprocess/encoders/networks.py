@@ -1,0 +1,191 @@
+"""Builds the networks behind the cards, loads their weights and runs them: the one door to timm."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cfusion.config import PreprocessConfig
+from cfusion.errors import ConfigError, DataError, MissingExtraError
+from cfusion.files import digest_file
+from preprocess.encoders.cards import CARDS, ModelCard
+from preprocess.encoders.weights import find_weights, read_weights, to_network_names
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+class NetworkEncoder:
+    """A network with its transform and pooling, on one device. See `Encoder`.
+
+    Args:
+        name: Name in the registry.
+        card: What the network is.
+        network: The network, with its weights.
+        weights_digest: SHA-256 of the weights file.
+        device: Where it runs.
+        precision: Arithmetic of the network; its result is f32.
+    """
+
+    def __init__(
+        self, name: str, card: ModelCard, network: nn.Module, weights_digest: str, device: str, precision: str
+    ) -> None:
+        self.name, self.dim, self._card = name, card.dim, card
+        self._device, self._dtype = torch.device(device), DTYPES[precision]
+        self._network = network.eval().to(self._device, self._dtype)
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in card.colours)
+        self._mean, self._std = mean.to(self._device), std.to(self._device)
+        self.identity: dict[str, Any] = {
+            "version": card.repo, "weights": weights_digest, "source": card.source, "precision": precision,
+            "pool": card.pool,
+            "transform": f"resize {card.resize_px} {card.filter}, crop {card.image_px}, mean {card.colours[0]}, "
+            f"std {card.colours[1]}",
+        }  # fmt: skip
+
+    @torch.inference_mode()
+    def encode(self, tiles: np.ndarray, mpp: float) -> np.ndarray:
+        """See `Encoder.encode`."""
+        pixels = torch.from_numpy(tiles).to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+        return self.pooled(self.transformed(pixels).to(self._dtype)).float().cpu().numpy()
+
+    def transformed(self, pixels: Tensor) -> Float[Tensor, "tile 3 y x"]:
+        """What the network sees of tiles u8 [n, 3, 256, 256]: resized as PIL does it, cut, and normalised."""
+        card = self._card
+        values = pixels.float()
+        if values.shape[-1] != card.resize_px:
+            size = (card.resize_px, card.resize_px)
+            values = F.interpolate(values, size, mode=card.filter, antialias=True, align_corners=False)
+            values = values.round().clamp(0, 255)
+        margin = (card.resize_px - card.image_px) // 2
+        values = values[..., margin : margin + card.image_px, margin : margin + card.image_px]
+        return (values / 255 - self._mean) / self._std
+
+    def pooled(self, pixels: Tensor) -> Float[Tensor, "tile dim"]:
+        """One embedding a tile from what the network returns."""
+        out: Any = self._network(pixels)
+        if self._card.pool == "map":
+            return out[-1].mean(dim=(2, 3))
+        if self._card.pool == "token+mean":
+            return torch.cat([out[:, 0], out[:, self._card.prefix_tokens :].mean(dim=1)], dim=1)
+        return out
+
+
+class AttentionPooled(nn.Module):
+    """A trunk whose tokens one learned query pools (CoCa, Yu et al. 2022, section 3.2; CONCH, Lu et al. 2024)."""
+
+    def __init__(self, trunk: Any, dim: int, heads: int = 8) -> None:
+        super().__init__()
+        width = trunk.num_features
+        self.trunk = trunk
+        self.query = nn.Parameter(torch.zeros(1, dim))
+        self.attn = nn.MultiheadAttention(dim, heads, kdim=width, vdim=width, batch_first=True)
+        self.ln_q, self.ln_k, self.ln_out = nn.LayerNorm(dim), nn.LayerNorm(width), nn.LayerNorm(dim)
+
+    def forward(self, pixels: Float[Tensor, "tile 3 y x"]) -> Float[Tensor, "tile dim"]:
+        """The pooled token of each tile, before the projection that serves text alone."""
+        tokens = self.ln_k(self.trunk.forward_features(pixels))
+        query = self.ln_q(self.query).expand(len(tokens), -1, -1)
+        return self.ln_out(self.attn(query, tokens, tokens, need_weights=False)[0])[:, 0]
+
+
+def load_network(name: str, config: PreprocessConfig, device: str) -> NetworkEncoder:
+    """Build an encoder and load its weights.
+
+    Raises:
+        ConfigError: `timm:NAME` is not known to timm.
+        DataError: The weights cannot be had, or are not of this network.
+        MissingExtraError: timm is not installed.
+    """
+    card = card_of(name)
+    network = build_network(card)
+    path = find_weights(name, card, config.weights, config.offline)
+    load_weights(network, card, path)
+    precision = config.precision
+    if precision == "card":
+        precision = "f32" if device == "cpu" else card.precision
+    return NetworkEncoder(name, card, network, digest_file(path), device, precision)
+
+
+def card_of(name: str) -> ModelCard:
+    """The card of a name; that of `timm:NAME` and `hf:OWNER/NAME` is what timm knows of the model."""
+    if name in CARDS:
+        return CARDS[name]
+    timm = import_timm()
+    kind, _, rest = name.partition(":")
+    try:
+        network = timm.create_model(f"hf-hub:{rest}" if kind == "hf" else rest, pretrained=False, num_classes=0)
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        raise ConfigError(f"encoder {name!r}: timm cannot build it ({error}).", "Check the name.") from error
+    told = network.pretrained_cfg
+    image_px = told["input_size"][-1]
+    repo = rest if kind == "hf" else told.get("hf_hub_id") or ""
+    return ModelCard(
+        network.num_features, f"hf-hub:{rest}" if kind == "hf" else rest, repo, f"https://huggingface.co/{repo}",
+        told.get("license") or "see its card", gated=False, file="model.safetensors",
+        resize_px=round(image_px / (told.get("crop_pct") or 1)), image_px=image_px,
+        filter="bilinear" if told.get("interpolation") == "bilinear" else "bicubic",
+        colours=(tuple(told["mean"]), tuple(told["std"])),
+    )  # fmt: skip
+
+
+def build_network(card: ModelCard) -> nn.Module:
+    """The network of a card, with random weights."""
+    timm = import_timm()
+    options = {"num_classes": 0, **card.options}
+    if options.get("features_only"):
+        options.pop("num_classes")
+    if "mlp_layer" in options:
+        options["mlp_layer"] = getattr(timm.layers, options["mlp_layer"])
+        options["act_layer"] = getattr(nn, options["act_layer"])
+    network = timm.create_model(card.architecture, pretrained=False, **options)
+    return AttentionPooled(network, card.dim) if card.pool == "attention" else network
+
+
+def load_weights(network: nn.Module, card: ModelCard, path: Path) -> None:
+    """Load a checkpoint into a network, every weight of which it must hold.
+
+    Raises:
+        DataError: The file cannot be read, lacks weights, or their shapes differ.
+    """
+    weights = to_network_names(read_weights(path), card.layout)
+    own = network.state_dict()
+    missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
+    wrong = [key for key in own if key in weights and own[key].shape != weights[key].shape]
+    if missing or wrong:
+        what = f"has no {missing[0]}" if missing else f"has {wrong[0]} of shape {list(weights[wrong[0]].shape)}"
+        raise DataError(
+            f"{path}: is no checkpoint of {card.repo or card.architecture}: it {what}"
+            f" ({len(missing)} weights are missing, {len(wrong)} have another shape).",
+            f"Fetch {card.file} from {card.source}.",
+        )
+    network.load_state_dict({key: weights[key] for key in own if key in weights}, strict=False)
+
+
+def import_timm() -> Any:
+    """timm, imported so that it also works beside a torch without CUDA.
+
+    torchvision's wheels look up two operators of a CUDA build while they are imported; here only their names are told.
+
+    Raises:
+        MissingExtraError: timm is not installed.
+    """
+    if importlib.util.find_spec("timm") is None:
+        raise MissingExtraError("timm", "encoders", "A pretrained encoder")
+    if not torch.cuda.is_available() and not hasattr(torch.ops.torchvision, "nms"):
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _KEPT.append(library)
+    import timm
+
+    return timm
+
+
+_KEPT: list[torch.library.Library] = []
+"""A library's definitions last as long as the object."""

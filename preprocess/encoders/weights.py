@@ -1,0 +1,174 @@
+"""Weights of encoders: where they are, how they are read without running code, what their entries are called."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cfusion.errors import DataError, MissingExtraError
+from preprocess.encoders.cards import ModelCard
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+"""Endings of a local checkpoint, in the order in which they are looked for."""
+
+
+def find_weights(name: str, card: ModelCard, folder: Path | None, offline: bool) -> Path:
+    """The checkpoint of an encoder: a local file, or the hub's cache, or the hub.
+
+    Args:
+        name: The encoder's name; a local file is called so.
+        card: Its card.
+        folder: Folder of local checkpoints; none: the hub alone.
+        offline: Take what the hub's cache has, and ask no network.
+
+    Raises:
+        DataError: It cannot be had; the message tells licence, gate and remedy.
+        MissingExtraError: huggingface-hub is not installed.
+    """
+    stem = name.replace(":", "_").replace("/", "_")
+    if folder is not None:
+        for suffix in SUFFIXES:
+            if (path := folder / f"{stem}{suffix}").is_file():
+                return path
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise MissingExtraError("huggingface-hub", "encoders", f"Fetching the weights of {name}") from error
+    local = f"or put the file at {folder or 'WEIGHTS'}/{stem}{Path(card.file).suffix} (--weights)."
+    try:
+        return Path(hf_hub_download(card.repo, card.file, local_files_only=offline))
+    except GatedRepoError as error:
+        raise DataError(
+            f"encoder {name}: {card.repo} is gated (licence: {card.licence}).",
+            f"Accept its terms at {card.source} and log in with `hf auth login`, {local}",
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        where = "are not in the hub's cache" if offline else f"cannot be fetched from {card.repo}"
+        gate = f"accept the terms at {card.source} (gated, {card.licence})" if card.gated else f"see {card.source}"
+        raise DataError(
+            f"encoder {name}: its weights {where} (licence: {card.licence}).",
+            f"On a machine with a network, {gate} and download {card.file} once, {local}",
+        ) from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint; nothing but tensors is unpickled.
+
+    Raises:
+        DataError: The file cannot be read, or holds something else.
+    """
+    try:
+        loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise DataError(f"{path}: is no readable checkpoint ({error}).", "Fetch it again.") from error
+    for wrapper in ("state_dict", "model", "teacher"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise DataError(f"{path}: holds something other than named tensors.", "Export its state_dict.")
+    return {str(key).removeprefix("module."): value for key, value in loaded.items()}
+
+
+def to_network_names(weights: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """A checkpoint's tensors under the names of our network.
+
+    Args:
+        weights: Tensors as the checkpoint names them.
+        layout: See `ModelCard.layout`.
+    """
+    if layout == "dinov2" and any(key.startswith("encoder.layer.") for key in weights):
+        return _from_dinov2(weights)
+    if layout == "open_clip":
+        return _from_open_clip(weights)
+    if layout == "conch":
+        return _from_conch(weights)
+    return dict(weights)
+
+
+_DINOV2 = (
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
+    (r"^encoder\.layer\.(\d+)\.layer_scale(\d)\.lambda1$", r"blocks.\1.ls\2.gamma"),
+    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
+    (r"^layernorm\.", "norm."),
+)
+
+
+def _from_dinov2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face's DINOv2: queries, keys and values apart; timm's: one matrix, no position for the class token."""
+    named: dict[str, Tensor] = {}
+    for key, value in weights.items():
+        if ".attention.attention." in key:
+            continue
+        for pattern, name in _DINOV2:
+            key, found = re.subn(pattern, name, key)
+            if found:
+                break
+        named[key] = value
+    layers = {m[1] for key in weights if (m := re.match(r"encoder\.layer\.(\d+)\.", key))}
+    for layer in layers:
+        for kind in ("weight", "bias"):
+            parts = [
+                weights[f"encoder.layer.{layer}.attention.attention.{p}.{kind}"] for p in ("query", "key", "value")
+            ]
+            named[f"blocks.{layer}.attn.qkv.{kind}"] = torch.cat(parts)
+    if "reg_token" in named:
+        # With registers timm has no position for the class token: the two are only ever added.
+        named["cls_token"] = named["cls_token"] + named["pos_embed"][:, :1]
+        named["pos_embed"] = named["pos_embed"][:, 1:]
+    return named
+
+
+_OPEN_CLIP = (
+    (r"^class_embedding$", "cls_token"),
+    (r"^positional_embedding$", "pos_embed"),
+    (r"^conv1\.", "patch_embed.proj."),
+    (r"^ln_pre\.", "norm_pre."),
+    (r"^ln_post\.", "norm."),
+    (r"^transformer\.resblocks\.(\d+)\.ln_(\d)\.", r"blocks.\1.norm\2."),
+    (r"^transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$", r"blocks.\1.attn.qkv.\2"),
+    (r"^transformer\.resblocks\.(\d+)\.attn\.out_proj\.", r"blocks.\1.attn.proj."),
+    (r"^transformer\.resblocks\.(\d+)\.mlp\.c_fc\.", r"blocks.\1.mlp.fc1."),
+    (r"^transformer\.resblocks\.(\d+)\.mlp\.c_proj\.", r"blocks.\1.mlp.fc2."),
+)
+
+
+def _from_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """open_clip's image tower; its last projection is a head without bias."""
+    named: dict[str, Tensor] = {}
+    for key, value in weights.items():
+        if not key.startswith("visual."):
+            continue
+        key = key.removeprefix("visual.")
+        for pattern, name in _OPEN_CLIP:
+            key, found = re.subn(pattern, name, key)
+            if found:
+                break
+        named[key] = value
+    if "proj" in named:
+        named["head.weight"] = named.pop("proj").T.contiguous()
+        named["head.bias"] = torch.zeros(len(named["head.weight"]))
+        named["cls_token"] = named["cls_token"].view(1, 1, -1)
+        named["pos_embed"] = named["pos_embed"].unsqueeze(0)
+    return named
+
+
+def _from_conch(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CONCH's image tower, alone or within the whole model."""
+    named = {}
+    for key, value in weights.items():
+        key = key.removeprefix("visual.")
+        key = re.sub(r"^attn_pool_contrast\.", "", key)
+        named[re.sub(r"^ln_contrast\.", "ln_out.", key)] = value
+    return named

@@ -1,0 +1,139 @@
+"""What a feature store holds: a table of its slides, a picture of one, and whether its bytes are what was written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from cfusion.console import progress
+from cfusion.data.store import FeatureStore, array_digest, check_features, encoders_in
+from cfusion.errors import DataError
+from cfusion.files import atomic_path
+from cfusion.types import SlideFeatures
+
+
+@dataclass(frozen=True)
+class StoredSlide:
+    """One row of a store's table.
+
+    Attributes:
+        encoder: Name of the encoder.
+        slide_id: File stem of the slide.
+        tiles: Per magnification name, how many.
+        dim: Width of the embeddings.
+        mpp: µm per level-0 px, and where the number comes from.
+        unreadable: Cells that could not be read.
+        program: Version of the program that wrote it.
+    """
+
+    encoder: str
+    slide_id: str
+    tiles: dict[str, int]
+    dim: int
+    mpp: str
+    unreadable: int
+    program: str
+
+
+def list_store(root: Path, encoder: str | None = None) -> list[StoredSlide]:
+    """The slides of a store, of one encoder or of all.
+
+    Raises:
+        DataError: There is no store, or a group in it cannot be read.
+    """
+    rows = []
+    for name in [encoder] if encoder else encoders_in(root):
+        store = FeatureStore.open(root, name)
+        for slide_id in store.slide_ids():
+            attrs, shapes = store.attrs(slide_id), store.shapes(slide_id)
+            mpp = attrs.get("mpp")
+            told = f"{mpp:g} ({attrs.get('mpp_source', '?')})" if mpp else "unknown"
+            tiles = {magnification: shape[0] for magnification, shape in shapes.items()}
+            dim = next(iter(shapes.values()), (0, 0))[1]
+            bad = len(attrs.get("unreadable_cells", []))
+            rows.append(StoredSlide(name, slide_id, tiles, dim, told, bad, str(attrs.get("program_version", "?"))))
+    return rows
+
+
+def verify_store(root: Path, encoder: str | None = None) -> dict[str, str]:
+    """Read every array of a store and compare it with the digest that was written.
+
+    Returns:
+        What is wrong, by `encoder/slide_id`; empty where nothing is.
+
+    Raises:
+        DataError: There is no store.
+    """
+    wrong: dict[str, str] = {}
+    stores = [FeatureStore.open(root, name) for name in ([encoder] if encoder else encoders_in(root))]
+    slides = [(store, slide_id) for store in stores for slide_id in store.slide_ids()]
+    with progress("Verifying", len(slides)) as bar:
+        for store, slide_id in slides:
+            try:
+                _verify(store.read(slide_id))
+            except DataError as error:
+                wrong[f"{store.encoder}/{slide_id}"] = str(error)
+            bar.advance()
+    return wrong
+
+
+def _verify(slide: SlideFeatures) -> None:
+    check_features(slide)
+    digests = slide.attrs.get("digests")
+    if not isinstance(digests, dict):
+        raise DataError("it has no digests.")
+    kinds = {"features": slide.features, "coords": slide.coords, "parent": slide.parents}
+    found = {f"{name}/{kind}": array_digest(a) for kind, arrays in kinds.items() for name, a in arrays.items()}
+    for key in sorted(digests.keys() | found.keys()):
+        if digests.get(key) != found.get(key):
+            state = "is missing" if key not in found else "is not what was written"
+            raise DataError(f"{key} {state}.", "Delete the group and extract the slide again.")
+
+
+def draw_slide(slide: SlideFeatures, target: Path) -> None:
+    """Draw a slide's features: tiles of each magnification in place, coloured by their first three components.
+
+    Args:
+        slide: The features.
+        target: Picture to write; its ending says the format, such as PNG.
+
+    Raises:
+        DataError: The slide has no coordinates.
+    """
+    names = [name for name in slide.features if slide.coords.get(name) is not None and len(slide.coords[name])]
+    if not names:
+        raise DataError(f"slide {slide.slide_id}: has no coordinates, so no tile has a place.")
+    figure = Figure(figsize=(5 * len(names), 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    for axis, name in zip(axes, names, strict=True):
+        coords = slide.coords[name]
+        side = slide.attrs.get("tile_px_level0", {}).get(name, 1)
+        axis.imshow(_as_picture(coords, side, _components(slide.features[name])))
+        axis.set_title(f"{name}: {len(coords)} tiles")
+        axis.set_axis_off()
+    figure.suptitle(f"{slide.slide_id} · {slide.attrs.get('encoder', '')}: first three principal components")
+    with atomic_path(target) as temporary:
+        figure.savefig(temporary, format=target.suffix.lstrip(".") or "png", dpi=110)
+
+
+def _components(features: np.ndarray) -> np.ndarray:
+    """First three principal components, each spread over 0 to 1; f32 [N, 3]."""
+    centred = features.astype(np.float32) - features.astype(np.float32).mean(axis=0)
+    values = np.zeros((len(centred), 3), np.float32)
+    found = np.linalg.svd(centred, full_matrices=False)
+    count = min(3, len(found.S))
+    values[:, :count] = found.U[:, :count] * found.S[:count]
+    low, high = np.percentile(values, [2, 98], axis=0)
+    return np.clip((values - low) / np.maximum(high - low, 1e-9), 0, 1)
+
+
+def _as_picture(coords: np.ndarray, side: float, colours: np.ndarray) -> np.ndarray:
+    places = np.rint((coords - coords.min(axis=0)) / side).astype(int)
+    picture = np.ones((*(places.max(axis=0)[::-1] + 1), 3), np.float32)
+    picture[places[:, 1], places[:, 0]] = colours
+    return picture

@@ -1,0 +1,260 @@
+"""The folders of other programs: what lies where, and what its numbers mean."""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cfusion.errors import DataError, MissingExtraError
+from cfusion.types import magnification_name
+
+MAGNIFICATION_FOLDER = re.compile(r"x(5|10|20|40|2\.5|1\.25)")
+TRIDENT_FOLDER = re.compile(r"(\d+(?:\.\d+)?)x_(\d+)px_(\d+)px_overlap")
+
+
+@dataclass(frozen=True)
+class Level:
+    """One slide's features at one magnification, as a layout has them.
+
+    Attributes:
+        features: [N, d].
+        coords: i64 [N, 2], top-left corners in level-0 px; None where the layout has none.
+        side_px: Side of a tile in level-0 px; None where it is not known.
+    """
+
+    features: np.ndarray
+    coords: np.ndarray | None = None
+    side_px: float | None = None
+
+    def subset(self, keep: np.ndarray) -> Level:
+        """The level with the tiles of `keep`, bool [N], alone."""
+        return Level(self.features[keep], None if self.coords is None else self.coords[keep], self.side_px)
+
+
+@dataclass
+class Found:
+    """What a layout holds.
+
+    Attributes:
+        encoder: Name of the encoder, where the files tell.
+        files: Per slide and magnification name, what reads the level.
+        alignment: `grid`: children lie in their parents; `centre`: linked by the parent that contains a tile's centre;
+            `none`: no coordinates, so no parents.
+    """
+
+    encoder: str | None
+    files: dict[str, dict[str, Callable[[], Level]]] = field(default_factory=dict)
+    alignment: str = "none"
+
+
+def find_published(source: Path) -> Found:
+    """`{pt_dir}/{backbone}/x{5,10,20}/pt_files/{slide}.pt`: f32 [N, d], no coordinates.
+
+    `source` is `pt_dir` with one backbone, or the backbone's folder.
+    """
+    folders = [p for p in sorted(source.glob("*/pt_files")) if MAGNIFICATION_FOLDER.fullmatch(p.parent.name)]
+    if not folders:
+        folders = [p for p in sorted(source.glob("*/*/pt_files")) if MAGNIFICATION_FOLDER.fullmatch(p.parent.name)]
+    backbones = {p.parent.parent for p in folders}
+    if len(backbones) > 1:
+        names = ", ".join(sorted(p.name for p in backbones))
+        raise DataError(f"{source}: holds the backbones {names}.", "Give the folder of one.")
+    found = Found(next(iter(backbones)).name if backbones else None)
+    for folder in folders:
+        for path in sorted(folder.glob("*.pt")):
+            read = partial(_plain, path)
+            found.files.setdefault(path.stem, {})[folder.parent.name] = read
+    return found
+
+
+def find_clam(source: Path) -> Found:
+    """CLAM: `patches/{slide}.h5` beside `h5_files/{slide}.h5` or `pt_files/{slide}.pt`.
+
+    One run has one magnification. Several runs stand in folders named after their magnification, `x20`, `x10`, `x5`.
+    CLAM's grids begin at the corner of each contour, so those of different runs are not aligned.
+    """
+    found = Found(None, alignment="centre")
+    runs = {p.name: p for p in sorted(source.iterdir()) if MAGNIFICATION_FOLDER.fullmatch(p.name) and p.is_dir()}
+    for name, run in (runs or {"x20": source}).items():
+        for patches in sorted((run / "patches").glob("*.h5")):
+            features = run / "h5_files" / patches.name
+            tensor = run / "pt_files" / f"{patches.stem}.pt"
+            if features.is_file() or tensor.is_file():
+                read = partial(_clam, patches, features if features.is_file() else tensor)
+                found.files.setdefault(patches.stem, {})[name] = read
+    return found
+
+
+def find_trident(source: Path) -> Found:
+    """TRIDENT: `{mag}x_{px}px_{overlap}px_overlap/features_{encoder}/{slide}.h5`, on grids from the slide's corner."""
+    encoders: set[str] = set()
+    overlaps: set[int] = set()
+    found = Found(None)
+    for folder in sorted(p for p in source.iterdir() if p.is_dir()):
+        if not (match := TRIDENT_FOLDER.fullmatch(folder.name)):
+            continue
+        overlaps.add(int(match[3]))
+        for features in sorted(folder.glob("features_*")):
+            encoders.add(features.name.removeprefix("features_"))
+            for path in sorted(features.glob("*.h5")):
+                patches = folder / "patches" / f"{path.stem}_patches.h5"
+                read = partial(_trident, path, patches)
+                found.files.setdefault(path.stem, {})[magnification_name(float(match[1]))] = read
+    if len(encoders) > 1:
+        raise DataError(f"{source}: holds the encoders {', '.join(sorted(encoders))}.", "Keep one in the folder.")
+    found.encoder = next(iter(encoders), None)
+    found.alignment = "grid" if overlaps <= {0} else "centre"
+    return found
+
+
+def find_stamp(source: Path) -> Found:
+    """STAMP: `{slide}.h5` with `coords` f32 in µm, `feats` f16 and the attributes `unit`, `tile_size_um`."""
+    found = Found(None, alignment="centre")
+    for path in sorted(source.glob("*.h5")):
+        try:
+            with _opened(path) as file:
+                if "feats" not in file or "tile_size_um" not in file.attrs:
+                    continue
+                found.encoder = found.encoder or _text(file.attrs.get("extractor"))
+                side_um, side_px = float(file.attrs["tile_size_um"]), float(file.attrs.get("tile_size_px", 256))
+        except DataError as error:
+            found.files[path.stem] = {"x20": partial(_refused, error)}
+            continue
+        name = magnification_name(round(10 / (side_um / side_px), 3))
+        found.files[path.stem] = {name: partial(_stamp, path)}
+    return found
+
+
+def _refused(error: DataError) -> Level:
+    raise error
+
+
+def _plain(path: Path) -> Level:
+    return Level(read_tensor(path))
+
+
+def _clam(patches: Path, features: Path) -> Level:
+    with _opened(patches) as file:
+        dataset = _dataset(file, patches, "coords")
+        coords = dataset[:]
+        try:
+            # `patch_size` counts pixels of `patch_level`; coordinates count pixels of level 0.
+            side = float(dataset.attrs["patch_size"]) * float(np.mean(dataset.attrs["downsample"]))
+        except KeyError as error:
+            raise DataError(f"{patches}: its coords lack the attribute {error}.") from None
+    if features.suffix == ".pt":
+        values = read_tensor(features)
+    else:
+        with _opened(features) as file:
+            values = _dataset(file, features, "features")[:]
+            if "coords" in file and not np.array_equal(file["coords"][:], coords):
+                raise DataError(f"{features}: its coords are not those of {patches}.")
+    return _checked(features, values, coords, side)
+
+
+def _trident(path: Path, patches: Path) -> Level:
+    with _opened(path) as file:
+        values, dataset = _dataset(file, path, "features")[:], _dataset(file, path, "coords")
+        coords, attrs = dataset[:], {k: _none(v) for k, v in dataset.attrs.items()}
+    side = attrs.get("patch_size_level0")
+    if side is None and patches.is_file():
+        with _opened(patches) as file:
+            side = _none(_dataset(file, patches, "coords").attrs.get("patch_size_level0"))
+    if side is None:
+        raise DataError(f"{path}: does not tell patch_size_level0.", f"Put {patches.name} beside it, in patches/.")
+    return _checked(path, values.reshape(len(values), -1), coords.reshape(-1, 2), float(side))
+
+
+def _stamp(path: Path) -> Level:
+    with _opened(path) as file:
+        unit = _text(file.attrs.get("unit")) or "um"
+        if unit != "um":
+            raise DataError(f"{path}: its coordinates are in {unit!r}, expected um.")
+        values, coords = _dataset(file, path, "feats")[:], _dataset(file, path, "coords")[:]
+        side_um, side_px = float(file.attrs["tile_size_um"]), float(file.attrs.get("tile_size_px", 256))
+    # Pixels of the tile's own resolution stand in for level-0 px, which STAMP does not keep.
+    return _checked(path, values, np.rint(coords * (side_px / side_um)).astype(np.int64), side_px)
+
+
+def _checked(path: Path, values: np.ndarray, coords: np.ndarray, side: float) -> Level:
+    if values.ndim == 3 and values.shape[0] == 1:
+        values = values[0]
+    if len(values) == 0:
+        raise DataError(f"{path}: has no tiles.")
+    if values.ndim != 2 or coords.shape != (len(values), 2):
+        raise DataError(
+            f"{path}: features {list(values.shape)} and coords {list(coords.shape)} do not belong together."
+        )
+    if side <= 0:
+        raise DataError(f"{path}: tiles have the side {side:g} px.")
+    return Level(values, coords.astype(np.int64), side)
+
+
+def read_tensor(path: Path) -> np.ndarray:
+    """A tensor [N, d] from a `.pt` file; nothing but tensors is unpickled.
+
+    Raises:
+        DataError: The file cannot be read, or holds something else.
+    """
+    try:
+        tensor = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{path}: is a pickled object, not a plain tensor, and is not opened.",
+            "Import the .h5 files beside it, or save it again with torch.save(torch.as_tensor(features), path).",
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}).") from None
+    if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2:
+        kind = f"a tensor {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise DataError(f"{path}: holds {kind}, expected a tensor [N, d].")
+    return tensor.float().numpy()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if importlib.util.find_spec("h5py") is None:
+        raise MissingExtraError("h5py", "import", f"Reading {path.name}")
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{path}: is no readable HDF5 file ({error}).") from None
+
+
+def _dataset(file: Any, path: Path, name: str) -> Any:
+    if name not in file:
+        raise DataError(f"{path}: has no dataset {name!r}, only {', '.join(file)}.")
+    return file[name]
+
+
+def _none(value: Any) -> Any:
+    """TRIDENT writes None as the string 'None'."""
+    return None if _text(value) == "None" else value
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, bytes):
+        return value.decode()
+    return value if isinstance(value, str) else None
+
+
+LAYOUTS: dict[str, Callable[[Path], Found]] = {
+    "published": find_published,
+    "trident": find_trident,
+    "clam": find_clam,
+    "stamp": find_stamp,
+}
+"""Finders by layout."""

@@ -1,0 +1,84 @@
+"""What became of each slide: the summary that a person reads, and its table."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from cfusion.errors import DataError
+from cfusion.files import atomic_path
+
+
+@dataclass(frozen=True)
+class SlideOutcome:
+    """What became of one slide.
+
+    Attributes:
+        slide_id: File stem.
+        status: `done`; `skipped`: it was there already; `stale`: it is there, made with another configuration or from
+            another file; `failed`.
+        why: The reason, where it is not `done`; else what is worth knowing, such as cells that cannot be read.
+        tiles: Tiles over all magnifications.
+        seconds: From opening the slide to the written features; slides overlap.
+        mpp: µm per level-0 px.
+        mpp_source: Where that number comes from.
+        reader: What read its pixels.
+        path: The slide's file.
+    """
+
+    slide_id: str
+    status: Literal["done", "skipped", "stale", "failed"]
+    why: str = ""
+    tiles: int = 0
+    seconds: float = 0.0
+    mpp: float | None = None
+    mpp_source: str = ""
+    reader: str = ""
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of all slides.
+
+    Attributes:
+        outcomes: One per slide, in the order of their paths.
+        seconds: Of the whole run.
+        pixels: Level-0 pixels that were read.
+        encoder_idle: Share of the time in which the encoders had no work, 0 to 1.
+        table: The CSV file with `outcomes`.
+    """
+
+    outcomes: tuple[SlideOutcome, ...]
+    seconds: float
+    pixels: int
+    encoder_idle: float
+    table: Path
+
+    def of(self, status: str) -> list[SlideOutcome]:
+        """The slides of one status."""
+        return [o for o in self.outcomes if o.status == status]
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that this run has encoded."""
+        return sum(o.tiles for o in self.outcomes)
+
+
+def write_summary(target: Path, outcomes: Sequence[SlideOutcome]) -> Path:
+    """Write one row per slide as CSV.
+
+    Raises:
+        DataError: The file cannot be written.
+    """
+    try:
+        with atomic_path(target) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, [f.name for f in fields(SlideOutcome)])
+            writer.writeheader()
+            writer.writerows({**asdict(o), "seconds": f"{o.seconds:.2f}"} for o in outcomes)
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written ({error.strerror or error}).") from error
+    return target
