@@ -64,7 +64,7 @@ class Audit:
         counts = ", ".join(f"{count} {kind}" for kind, count in self.counts().items())
         raise DataError(
             f"cohort {self.cohort.name}: the audit has {len(self.findings)} findings ({counts}); first: "
-            f"{self.findings[0].subject}: {self.findings[0].message}",
+            f"{self.findings[0].subject} {self.findings[0].message}.",
             "Correct the tables, or set evaluation.strict=false to go on without what was dropped.",
         )
 

@@ -50,7 +50,7 @@ def make_splits(cohort: Cohort, config: SplitsConfig, protocol: Protocol = "stri
 
 def _outer(cohort: Cohort, config: SplitsConfig) -> list[Split]:
     if config.directory is not None:
-        return _read(config.directory)
+        return read_splits(config.directory)
     if config.test_cases is not None:
         return _external(cohort, config.test_cases, config.repeats)
     return [
@@ -149,7 +149,15 @@ def _external(cohort: Cohort, path: Path, repeats: int) -> list[Split]:
     return [Split(0, train, (), test, repeat) for repeat in range(repeats)]
 
 
-def _read(directory: Path) -> list[Split]:
+def read_splits(directory: Path) -> list[Split]:
+    """Read `splits_K.csv` or `splits_R_K.csv`: columns train and val (scored), or train, val and test (scored).
+
+    A file whose val and test are the same, as `published` writes it, has no validation of its own.
+
+    Raises:
+        ConfigError: The folder holds no such file.
+        DataError: A file lacks the columns, or a side is empty.
+    """
     files = [(match, path) for path in directory.glob("*.csv") if (match := _FILE.fullmatch(path.name))]
     if not files:
         raise ConfigError(f"{directory}: holds no splits_K.csv.", "Set splits.directory to a folder of split files.")
@@ -161,7 +169,9 @@ def _read(directory: Path) -> list[Split]:
         nested = "test" in table.columns and table["test"].notna().any()
         sides = ("train", "val", "test") if nested else ("train", "val")
         patients = [_patients(table[side]) for side in sides]
-        validation = patients[1] if nested else ()
+        validation = patients[1] if nested and set(patients[1]) != set(patients[2]) else ()
+        if not patients[0] or not patients[-1]:
+            raise DataError(f"{path}: the {'train' if not patients[0] else sides[-1]} column names nobody.")
         splits.append(Split(int(match[2]), patients[0], validation, patients[-1], int(match[1] or 0)))
     return splits
 

@@ -27,13 +27,13 @@ class References:
     """Training patients of each fold, and what is the same for all models that share them.
 
     Attributes:
-        cohort: Outcomes of all patients, or None: then a fold's training patients are those of the other folds.
-        splits: Folds of `cohort` by (repeat, fold).
+        cohort: Outcomes of all patients; None: those that the predictions hold.
+        splits: Folds by (repeat, fold); none: a fold's training patients are those of the other folds.
     """
 
     cohort: Cohort | None = None
     splits: dict[tuple[int, int], Split] = field(default_factory=dict)
-    _trainings: dict[tuple[str, ...], Training] = field(default_factory=dict, repr=False)
+    _trainings: dict[tuple[str, tuple[str, ...]], Training] = field(default_factory=dict, repr=False)
     _nulls: dict[tuple, float] = field(default_factory=dict, repr=False)
 
     def training(self, run: pd.DataFrame, fold: int) -> tuple[Training, str]:
@@ -42,12 +42,18 @@ class References:
         Raises:
             DataError: The fold is not among the splits, or scores patients it trained on.
         """
-        inside = run["fold"] == fold
-        if self.cohort is not None and self.splits:
+        name, inside = str(run["cohort"].iloc[0]), run["fold"] == fold
+        if self.splits:
             split = self._split(int(run["repeat"].iloc[0]), fold, run.loc[inside, "case_id"])
-            return self._cached(split.train, self.cohort.cases.rename(columns={"time_months": "survival_months"})), ""
+            if self.cohort is not None:
+                return self._cached(name, split.train, self.cohort.cases), ""
+            outcomes = run.set_index("case_id").rename(columns={"survival_months": "time_months"})
+            known = tuple(case for case in split.train if case in outcomes.index)
+            if known:
+                return self._cached(name, known, outcomes), ""
         rows, remark = (run[~inside], "") if not inside.all() else (run, "censoring model from the scored patients")
-        return self._cached(tuple(rows["case_id"]), rows.set_index("case_id")), remark
+        outcomes = rows.set_index("case_id").rename(columns={"survival_months": "time_months"})
+        return self._cached(name, tuple(rows["case_id"]), outcomes), remark
 
     def _split(self, repeat: int, fold: int, scored: pd.Series) -> Split:
         split = self.splits.get((repeat, fold))
@@ -61,11 +67,12 @@ class References:
             )
         return split
 
-    def _cached(self, case_ids: tuple[str, ...], outcomes: pd.DataFrame) -> Training:
-        if case_ids not in self._trainings:
+    def _cached(self, cohort: str, case_ids: tuple[str, ...], outcomes: pd.DataFrame) -> Training:
+        key = (cohort, case_ids)
+        if key not in self._trainings:
             rows = outcomes.loc[list(case_ids)]
-            self._trainings[case_ids] = Training(rows["survival_months"].to_numpy(float), rows["event"].to_numpy(bool))
-        return self._trainings[case_ids]
+            self._trainings[key] = Training(rows["time_months"].to_numpy(float), rows["event"].to_numpy(bool))
+        return self._trainings[key]
 
     def null_brier(self, training: Training, time: np.ndarray, event: np.ndarray, times: np.ndarray) -> float:
         """Integrated Brier score of the training patients' Kaplan–Meier curve."""

@@ -63,8 +63,8 @@ def score(
 
     Args:
         predictions: See `cfusion.survival.predictions.read_predictions` for the columns.
-        cohort: Its outcomes are the truth that predictions are checked against, and, with `splits`, the training
-            patients' outcomes.
+        cohort: Its outcomes are the truth that predictions are checked against, and the training patients' outcomes;
+            without it, those that the predictions hold.
         splits: Folds; without them a fold's training patients are taken to be those of the other folds.
         bootstrap: Replicates of each interval; 0: none.
         horizons: Months of the time-dependent AUC and of the calibration.
