@@ -57,8 +57,9 @@ def sample_tiles(
     total = sum(dataset.tiles(slide)[names[0]] for slide in slide_ids)
     levels = dataset.index.magnifications[dataset.index.magnifications.index(names[0]) :]
     if all(dataset.has(slide, f"parent_{name}") for slide in slide_ids for name in levels[:-1]):
-        families = [_ancestors(dataset, slide, levels) for slide in slide_ids]
-        return _draw_families(families, names, levels, max_tiles, _random(seed, epoch, 0, key, 2 * total))
+        above = _ancestors(dataset, slide_ids, levels)
+        drawn = _draw_families(above[levels[-1]], max_tiles, _random(seed, epoch, 0, key, 2 * total))
+        return {name: drawn if name == names[0] else _distinct(above[name][drawn]) for name in names}
     rows = {}
     for number, name in enumerate(names):
         size = sum(dataset.tiles(slide)[name] for slide in slide_ids)
@@ -67,24 +68,39 @@ def sample_tiles(
     return rows
 
 
-def _ancestors(dataset: ShardDataset, slide_id: str, levels: Sequence[str]) -> dict[str, np.ndarray]:
-    """For each tile of the finest level, the row of the tile above it at every level."""
-    steps = dataset.read(slide_id, [f"parent_{name}" for name in levels[:-1]])
-    rows = {levels[0]: np.arange(dataset.tiles(slide_id)[levels[0]])}
-    for finer, coarser in itertools.pairwise(levels):
-        rows[coarser] = steps[f"parent_{finer}"][rows[finer]]
-    return rows
+def _ancestors(
+    dataset: ShardDataset, slide_ids: Sequence[str], levels: Sequence[str]
+) -> dict[str, Int[np.ndarray, " tile"]]:
+    """For each tile of a bag at the finest level, the row in the bag of the tile above it at every level."""
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in levels}
+    starts = dict.fromkeys(levels, 0)
+    for slide_id in slide_ids:
+        steps, tiles = dataset.read(slide_id, [f"parent_{name}" for name in levels[:-1]]), dataset.tiles(slide_id)
+        rows = np.arange(tiles[levels[0]])
+        parts[levels[0]].append(rows + starts[levels[0]])
+        for finer, coarser in itertools.pairwise(levels):
+            rows = steps[f"parent_{finer}"][rows]
+            parts[coarser].append(rows + starts[coarser])
+        starts = {name: start + tiles[name] for name, start in starts.items()}
+    return {name: np.concatenate(rows) for name, rows in parts.items()}
 
 
 def _draw_families(
-    slides: list[dict[str, np.ndarray]], names: Sequence[str], levels: Sequence[str], max_tiles: int, raw: np.ndarray
-) -> Rows:
-    whole = {}
-    for name in levels:
-        starts = np.cumsum([0, *(int(slide[name].max()) + 1 for slide in slides)])
-        whole[name] = np.concatenate([slide[name] + start for slide, start in zip(slides, starts, strict=False)])
-    family = whole[levels[-1]]
-    # Families in random order, and the tiles of each in random order: the first are drawn.
-    order = np.lexsort((raw[: len(family)], raw[len(family) :][family]))
-    drawn = np.sort(order[:max_tiles])
-    return {name: drawn if name == levels[0] else np.unique(whole[name][drawn]) for name in names}
+    family: Int[np.ndarray, " tile"], max_tiles: int, raw: Int[np.ndarray, " draw"]
+) -> Int[np.ndarray, " kept"]:
+    """Tiles of families taken in random order; of the last one a random part."""
+    sizes = np.bincount(family)
+    order = np.argsort(raw[: len(sizes)], kind="stable")
+    whole = int(np.searchsorted(np.cumsum(sizes[order]), max_tiles))
+    chosen = np.zeros(len(sizes), bool)
+    chosen[order[:whole]] = True
+    drawn = np.flatnonzero(chosen[family])
+    cut = np.flatnonzero(family == order[whole])
+    cut = cut[np.argsort(raw[len(sizes) :][: len(cut)], kind="stable")][: max_tiles - len(drawn)]
+    return np.sort(np.concatenate([drawn, cut]))
+
+
+def _distinct(rows: Int[np.ndarray, " tile"]) -> Int[np.ndarray, " row"]:
+    flags = np.zeros(int(rows.max()) + 1, bool)
+    flags[rows] = True
+    return np.flatnonzero(flags)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
+import mmap
 import os
 import threading
 import zlib
@@ -25,6 +26,19 @@ class OpenFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    @functools.cached_property
+    def map(self) -> mmap.mmap:
+        """The whole file as memory."""
+        return mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ)
+
+    def read_ahead(self, start: int, width: int, rows: np.ndarray) -> None:
+        """Have the kernel fetch runs of rows all at once, which cold disks need; cheap where they are cached."""
+        edges = np.flatnonzero(np.diff(rows) != 1) + 1
+        firsts = rows[np.concatenate([[0], edges])] if len(rows) else rows
+        counts = np.diff(np.concatenate([[0], edges, [len(rows)]]))
+        for first, count in zip(firsts.tolist(), counts.tolist(), strict=False):
+            os.posix_fadvise(self.descriptor, start + first * width, count * width, os.POSIX_FADV_WILLNEED)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -303,17 +317,16 @@ class ShardDataset:
             raise self._bad(slide_id, name, problem)
 
     def _read_rows(self, slide_id: str, name: str, rows: np.ndarray, out: np.ndarray) -> None:
+        """Gather rows from a memory map: one call for all, where positioned reads would take one a run of rows."""
         sample, member = self.sample(slide_id), self._member(slide_id, name)
         file, shift = self._files.open(sample.shard, self.index.shards[sample.shard], member)
-        width = member.payload // max(member.shape[0], 1)
         start = member.offset + member.header + shift
-        view = _bytes(out)
-        edges = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
-        firsts = rows[edges[:-1]].tolist() if len(rows) else []
-        for (first, last), row in zip(itertools.pairwise(edges), firsts, strict=False):
-            piece = view[first * width : last * width]
-            if os.preadv(file.descriptor, [piece], start + row * width) != piece.nbytes:
-                raise self._bad(slide_id, name, "the shard ends before it does")
+        # Touching a map beyond the end of its file would kill the process.
+        if os.fstat(file.descriptor).st_size < start + member.payload:
+            raise self._bad(slide_id, name, "the shard ends before it does")
+        table = np.frombuffer(file.map, member.dtype, member.payload // out.itemsize, start).reshape(member.shape)
+        file.read_ahead(start, table.strides[0], rows)
+        np.take(table, rows, axis=0, out=out, mode="clip")
 
     def _bad(self, slide_id: str, name: str, what: str) -> DataError:
         shard = self.index.shards[self.sample(slide_id).shard].name

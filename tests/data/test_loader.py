@@ -7,6 +7,8 @@ from made_up_slides import MemoryStore, make_slide
 
 from cfusion.config import DataConfig
 from cfusion.data.bags import make_bags
+from cfusion.data.buffers import Buffers
+from cfusion.data.cache import choose_cache
 from cfusion.data.loader import BagLoader
 from cfusion.data.shards import ShardDataset
 from cfusion.errors import DataError
@@ -75,3 +77,216 @@ def test_slides_without_the_magnification_or_outside_the_shards_are_named(datase
 def test_slides_as_bags_keep_their_case(dataset):
     bags = make_bags(dataset, {"c": ["s1", "s0"]}, "slide", (20.0,))
     assert [(bag.key, bag.case_id, bag.slide_ids) for bag in bags] == [("s1", "c", ("s1",)), ("s0", "c", ("s0",))]
+
+
+def stream(dataset, bags, batches, *, epoch=0, training=True, seed=0, dtype=torch.float32, **config):
+    loader = BagLoader(dataset, bags, DataConfig(**config), magnifications=MAGNIFICATIONS, seed=seed, dtype=dtype)
+    return list(loader.stream(batches, epoch=epoch, training=training))
+
+
+def assert_equal(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.case_ids == b.case_ids
+        assert (a.masks is None) == (b.masks is None)
+        for name in a.features:
+            assert torch.equal(a.features[name], b.features[name])
+            assert a.masks is None or torch.equal(a.masks[name], b.masks[name])
+            assert (a.positions is None) == (b.positions is None)
+            assert a.positions is None or torch.equal(a.positions[name], b.positions[name])
+
+
+BATCHES = [[0, 3], [5], [1, 2, 4], [3], [0]]
+
+
+@pytest.mark.parametrize("config", [{}, {"max_tiles": 40}, {"feature_dropout": 0.25}, {"max_tiles": 9}])
+def test_neither_threads_nor_memory_nor_caches_change_a_batch(dataset, bags, config, monkeypatch):
+    expected = stream(dataset, bags, BATCHES, read_threads=1, **config)
+    assert_equal(expected, stream(dataset, bags, BATCHES, read_threads=4, **config))
+    assert_equal(expected, stream(dataset, bags, BATCHES, read_threads=3, buffer_bytes=1 << 20, **config))
+    held = ShardDataset.open(dataset.directory)
+    for _ in range(2):
+        assert_equal(expected, stream(held, bags, BATCHES, cache="ram", **config))
+    monkeypatch.setattr("cfusion.data.loader.free_device_bytes", lambda _: 1 << 40)
+    assert_equal(expected, stream(dataset, bags, BATCHES, cache="gpu", **config))
+
+
+def test_sampled_tiles_keep_their_parents_and_their_number(dataset, bags):
+    whole = stream(dataset, bags, [[i] for i in range(6)])
+    drawn = stream(dataset, bags, [[i] for i in range(6)], max_tiles=40)
+    for full, part in zip(whole, drawn, strict=True):
+        assert part.features["x20"].shape[1] == 40
+        for name in ("x20", "x10", "x5"):
+            # Each kept row is a row of the whole bag, at its own place, and in the bag's order.
+            rows = [
+                (full.features[name][0] == row).all(dim=1).nonzero()[:, 0].tolist() for row in part.features[name][0]
+            ]
+            assert all(len(found) == 1 for found in rows)
+            order = [found[0] for found in rows]
+            assert order == sorted(order)
+            assert torch.equal(full.positions[name][0, order], part.positions[name][0])
+        above = {tuple(p) for p in (part.positions["x20"][0] // 2).tolist()}
+        assert above == {tuple(p) for p in part.positions["x10"][0].tolist()}
+        above = {tuple(p) for p in (part.positions["x10"][0] // 2).tolist()}
+        assert above == {tuple(p) for p in part.positions["x5"][0].tolist()}
+
+
+def test_tiles_are_drawn_anew_each_epoch_and_not_in_evaluation(dataset, bags):
+    first, again = (stream(dataset, bags, [[0]], max_tiles=20, epoch=1)[0].features["x20"] for _ in range(2))
+    other = stream(dataset, bags, [[0]], max_tiles=20, epoch=2)[0].features["x20"]
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert (
+        stream(dataset, bags, [[0]], max_tiles=20, training=False)[0].features["x20"].shape[1] == bags[0].tiles["x20"]
+    )
+
+
+def test_every_tile_is_drawn_about_equally_often(dataset, bags):
+    total, most = bags[0].tiles["x20"], 24
+    counts = torch.zeros(total)
+    whole = stream(dataset, bags, [[0]])[0].positions["x20"][0]
+    places = {tuple(place): row for row, place in enumerate(whole.tolist())}
+    epochs = 400
+    for epoch in range(epochs):
+        (batch,) = stream(dataset, bags, [[0]], max_tiles=most, epoch=epoch)
+        for place in batch.positions["x20"][0].tolist():
+            counts[places[tuple(place)]] += 1
+    share = most / total
+    # Families are drawn together, so a tile's count is binomial; five standard deviations.
+    assert (counts / epochs - share).abs().max() < 5 * (share * (1 - share) / epochs) ** 0.5
+
+
+def test_tiles_without_parents_are_drawn_in_the_same_proportion(tmp_path):
+    pack_store(MemoryStore([make_slide("s", cells=10, coords=False)]), tmp_path)
+    dataset = ShardDataset.open(tmp_path)
+    bags = make_bags(dataset, {"c": ["s"]}, "case", MAGNIFICATIONS)
+    (batch,) = stream(dataset, bags, [[0]], max_tiles=40)
+    assert {name: table.shape[1] for name, table in batch.features.items()} == {"x20": 40, "x10": 10, "x5": 2}
+    assert batch.positions is None
+
+
+def test_feature_dropout_zeroes_the_same_channels_of_a_whole_bag_and_keeps_the_mean(dataset, bags):
+    whole = stream(dataset, bags, [[0, 1]])[0]
+    share, epochs = 0.25, 300
+    kept = torch.zeros(epochs, 2, 8)
+    for epoch in range(epochs):
+        (batch,) = stream(dataset, bags, [[0, 1]], feature_dropout=share, epoch=epoch)
+        for bag in range(2):
+            for name in ("x20", "x10", "x5"):
+                rows = batch.masks[name][bag]
+                zero = (batch.features[name][bag][rows] == 0).all(dim=0)
+                kept[epoch, bag] = (~zero).float()
+                factor = torch.where(zero, 0.0, 1 / (1 - share))
+                torch.testing.assert_close(batch.features[name][bag], whole.features[name][bag] * factor)
+            assert torch.equal((batch.features["x20"][bag] == 0).all(dim=0), zero)
+    assert abs(kept.mean().item() - (1 - share)) < 0.03
+    assert not torch.equal(kept[:, 0], kept[:, 1])
+    assert torch.equal(
+        stream(dataset, bags, [[0]], feature_dropout=share, training=False)[0].features["x20"],
+        stream(dataset, bags, [[0]])[0].features["x20"],
+    )
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float64, torch.bfloat16])
+def test_features_come_in_the_asked_type(dataset, bags, slides, dtype):
+    (batch,) = stream(dataset, bags, [[0]], dtype=dtype)
+    expected = np.concatenate([slides[s].features["x10"] for s in bags[0].slide_ids])
+    assert batch.features["x10"].dtype == (dtype or torch.float16)
+    assert torch.equal(batch.features["x10"][0], torch.from_numpy(expected).to(dtype or torch.float16))
+
+
+@pytest.mark.parametrize("cache", ["page", "gpu"])
+def test_int8_bags_are_scaled_slide_by_slide(slides, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr("cfusion.data.loader.free_device_bytes", lambda _: 1 << 40)
+    pack_store(MemoryStore(slides.values()), tmp_path, dtype="int8")
+    dataset = ShardDataset.open(tmp_path)
+    bags = make_bags(dataset, {"a": ["s0", "s1"], "b": ["s2"]}, "case", MAGNIFICATIONS)
+    (batch,) = stream(dataset, bags, [[0, 1]], cache=cache)
+    for bag, slide_ids in enumerate((["s0", "s1"], ["s2"])):
+        expected = np.concatenate([slides[s].features["x20"] for s in slide_ids]).astype(np.float32)
+        got = batch.features["x20"][bag].numpy()
+        scale = max(np.abs(slides[s].features["x20"]).max() for s in slide_ids) / 127
+        np.testing.assert_allclose(got[: len(expected)], expected, atol=float(scale) * 0.51)
+        assert not got[len(expected) :].any()
+    (drawn,) = stream(dataset, bags, [[0, 1]], cache=cache, max_tiles=20)
+    assert drawn.features["x20"].shape[1] == 20
+
+
+def test_read_ahead_keeps_to_its_bytes(dataset, bags, monkeypatch):
+    held, most = [0], [0]
+    size = BagLoader(dataset, bags, DataConfig(), magnifications=MAGNIFICATIONS, seed=0)._bytes([0])
+    config = DataConfig.model_construct(**DataConfig().model_dump() | {"buffer_bytes": int(2.5 * size)})
+    loader = BagLoader(dataset, bags, config, magnifications=MAGNIFICATIONS, seed=0)
+    submit = loader._threads.submit
+
+    def counted(read, batch):
+        held[0] += 1
+        most[0] = max(most[0], held[0])
+        return submit(read, batch)
+
+    monkeypatch.setattr(loader._threads, "submit", counted)
+    for _ in loader.stream([[0]] * 20, epoch=0, training=True):
+        held[0] -= 1
+    assert held[0] == 0
+    assert most[0] == 2
+
+
+def test_a_bag_larger_than_the_bound_is_still_read(dataset, bags):
+    config = DataConfig.model_construct(**DataConfig().model_dump() | {"buffer_bytes": 1})
+    loader = BagLoader(dataset, bags, config, magnifications=MAGNIFICATIONS, seed=0)
+    assert len(list(loader.stream([[0], [1], [2]], epoch=0, training=True))) == 3
+
+
+def test_kept_batches_are_not_overwritten_by_later_ones(tmp_path):
+    slides = [make_slide(f"s{i}", cells=40, dim=300, seed=i) for i in range(4)]
+    pack_store(MemoryStore(slides), tmp_path)
+    dataset = ShardDataset.open(tmp_path)
+    bags = make_bags(dataset, {f"c{i}": [f"s{i}"] for i in range(4)}, "case", MAGNIFICATIONS)
+    kept = stream(dataset, bags, [[0], [1], [2], [3]] * 3, dtype=None)
+    for number, batch in enumerate(kept):
+        np.testing.assert_array_equal(batch.features["x20"][0].numpy(), slides[number % 4].features["x20"])
+
+
+def test_memory_is_used_again_once_a_batch_is_gone():
+    buffers = Buffers(1 << 24, pinned=False)
+    first = buffers.empty((1 << 20,), torch.float32)
+    address = first.data_ptr()
+    view = first[:10]
+    del first
+    assert buffers.empty((1 << 20,), torch.float32).data_ptr() != address
+    del view
+    assert buffers.empty((1 << 21,), torch.float16).data_ptr() == address
+
+
+def test_a_reader_that_stops_early_leaves_nothing_running(dataset, bags):
+    loader = BagLoader(dataset, bags, DataConfig(), magnifications=MAGNIFICATIONS, seed=0)
+    batches = loader.stream([[0]] * 50, epoch=0, training=True)
+    next(batches)
+    batches.close()
+    assert len(list(loader.stream([[1]], epoch=0, training=True))) == 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "needed", "ram", "gpu", "place"),
+    [
+        ("page", 1, 100, 100, "page"),
+        ("ram", 80, 100, 0, "ram"),
+        ("ram", 81, 100, 0, "page"),
+        ("gpu", 50, 0, 100, "gpu"),
+        ("gpu", 51, 100, 100, "ram"),
+        ("gpu", 90, 100, 100, "page"),
+        ("gpu", 10, 100, 0, "ram"),
+    ],
+)
+def test_a_cache_is_chosen_by_what_fits(wanted, needed, ram, gpu, place):
+    chosen, why = choose_cache(wanted, needed, ram, gpu)
+    assert chosen == place
+    assert why.startswith(f"cache {place}: ")
+
+
+def test_the_chosen_cache_is_logged_with_its_bytes(dataset, bags, caplog, monkeypatch):
+    monkeypatch.setattr("cfusion.data.loader.free_ram_bytes", lambda: 10)
+    with caplog.at_level("INFO", logger="cfusion.data.loader"):
+        stream(dataset, bags, [[0]], cache="ram")
+    assert "cache page: " in caplog.text
+    assert "GB of bags do not fit" in caplog.text
