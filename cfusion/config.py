@@ -87,6 +87,12 @@ class DataConfig(Section):
     """Threads that read bags ahead of the model."""
     buffer_bytes: int = Field(1 << 30, ge=1 << 20)
     """Memory that bags read ahead may take, in bytes."""
+    token_budget: int | None = Field(None, ge=1)
+    """Bags share a forward pass while bags × tiles of the longest stay within this; replaces train.micro_batch."""
+    cache_directory: Path | None = None
+    """Folder for what is fetched of remote shards; none: `cfusion/shards` in the user's cache folder."""
+    cache_bytes: int = Field(64 << 30, ge=0)
+    """Most bytes kept there; the least recently used go first."""
 
 
 class ModelConfig(Section):

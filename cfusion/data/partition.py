@@ -30,7 +30,7 @@ class MicroBatch:
     weights: tuple[int, ...]
 
 
-def bag_cost(tiles: Mapping[str, int], source: str = "x10") -> float:
+def bag_cost(tiles: Mapping[str, int], source: str = "x10", max_tiles: int | None = None) -> float:
     """Relative cost of a bag: what every tile costs, and the attention of CrossFusion over its source tokens.
 
     In multiply-adds over the width: 4.5 per tile for the projection and the context's keys and values; per source
@@ -40,10 +40,12 @@ def bag_cost(tiles: Mapping[str, int], source: str = "x10") -> float:
     Args:
         tiles: Number of tiles per magnification name.
         source: Magnification whose tokens attend.
+        max_tiles: Most tiles that are drawn at the finest magnification; None: all are read.
     """
     width = 512
-    tokens = tiles.get(source, 0)
-    context = sum(count for name, count in tiles.items() if name != source)
+    share = 1.0 if max_tiles is None else min(1.0, max_tiles / max(tiles.values()))
+    tokens = tiles.get(source, 0) * share
+    context = sum(count for name, count in tiles.items() if name != source) * share
     linear = 4.5 * width * (tokens + context) + 120 * width * tokens
     return linear + 2.0 * tokens * (8 * tokens + context)
 
@@ -92,7 +94,7 @@ def deal(
     world_size: int,
     micro_batch: int = 1,
     *,
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | Int[np.ndarray, " bag"] | None = None,
     token_budget: int | None = None,
 ) -> list[list[MicroBatch]]:
     """Deal one global batch to the ranks, so that their costs are even.
@@ -104,9 +106,10 @@ def deal(
     Args:
         costs: Cost of each bag of the batch, such as `bag_cost`.
         world_size: Number of ranks.
-        micro_batch: Most bags in a micro-batch.
-        lengths: Tiles of each bag, where `token_budget` is given.
-        token_budget: Close a micro-batch before bags × longest length exceeds this; a longer bag goes alone.
+        micro_batch: Most bags in a micro-batch, where there is no `token_budget`.
+        lengths: Tiles of each bag, where there is one.
+        token_budget: Bags share a micro-batch while their number × the longest stays within this; a longer bag goes
+            alone.
 
     Returns:
         Per rank, its micro-batches in order, the costliest first.
@@ -114,27 +117,24 @@ def deal(
     cost = np.asarray(costs, np.float64)
     if not len(cost):
         return [[] for _ in range(world_size)]
-    budget = None if token_budget is None else (np.asarray(lengths, np.int64), token_budget)
-    shares = _balance(cost, world_size, micro_batch)
-    dealt = [_micro_batches(share, cost, micro_batch, budget) for share in shares]
+    if token_budget is None:
+        length, most, budget = np.zeros(len(cost), np.int64), micro_batch, 0
+    else:
+        length, most, budget = np.asarray(lengths, np.int64), len(cost), token_budget
+    dealt = [_micro_batches(share, cost, length, most, budget) for share in _balance(cost, world_size, most)]
     rounds = max(len(batches) for batches in dealt)
     padding = MicroBatch((int(np.argmin(cost)),), (0,))
     return [batches + [padding] * (rounds - len(batches)) for batches in dealt]
 
 
-def _micro_batches(
-    share: list[int], cost: np.ndarray, micro_batch: int, budget: tuple[np.ndarray, int] | None
-) -> list[MicroBatch]:
-    lengths, tokens = budget if budget is not None else (None, 0)
+def _micro_batches(share: list[int], cost: np.ndarray, length: np.ndarray, most: int, budget: int) -> list[MicroBatch]:
     groups: list[list[int]] = []
     longest = 0
     for bag in sorted(share, key=lambda i: (-cost[i], i)):
-        length = 0 if lengths is None else int(lengths[bag])
-        longest = max(longest, length)
-        full = not groups or len(groups[-1]) == micro_batch or (len(groups[-1]) + 1) * longest > tokens > 0
-        if full:
+        longest = max(longest, int(length[bag]))
+        if not groups or len(groups[-1]) == most or (len(groups[-1]) + 1) * longest > budget > 0:
             groups.append([])
-            longest = length
+            longest = int(length[bag])
         groups[-1].append(bag)
     return [MicroBatch(tuple(group), (1,) * len(group)) for group in groups]
 

@@ -88,15 +88,45 @@ def test_evaluation_slices_hold_every_bag_once(costs, world):
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 9), st.integers(20, 200))
 def test_micro_batches_keep_to_the_token_budget(lengths, world, budget):
-    dealt = deal([float(n) for n in lengths], world, micro_batch=1000, lengths=lengths, token_budget=budget)
+    dealt = deal([float(n) for n in lengths], world, lengths=lengths, token_budget=budget)
     assert len({len(batches) for batches in dealt}) == 1
+    counted = [i for share in dealt for m in share for i, w in zip(m.indices, m.weights, strict=True) if w]
+    assert sorted(counted) == list(range(len(lengths)))
     for micro in (micro for batches in dealt for micro in batches):
         assert len(micro.indices) == 1 or len(micro.indices) * max(lengths[i] for i in micro.indices) <= budget
 
 
-def test_dealing_by_cost_is_evener_than_any_order_of_arrival():
-    tiles = np.random.default_rng(0).lognormal(9, 0.7, size=512)
-    costs = np.array([bag_cost({"x20": int(n), "x10": int(n / 4), "x5": int(n / 16)}) for n in tiles])
-    loads = [sum(costs[i] for micro in batches for i in micro.indices) for batches in deal(costs, 16)]
-    in_order = costs.reshape(16, -1).sum(axis=1)
-    assert max(loads) / np.mean(loads) < 1.03 < in_order.max() / in_order.mean()
+def cost_of(tiles):
+    return bag_cost({"x20": int(tiles), "x10": int(tiles / 4), "x5": int(tiles / 16)})
+
+
+@pytest.mark.parametrize(("world", "bags"), [(8, 8), (64, 8), (64, 32), (512, 8)])
+def test_dealing_by_cost_loses_at_most_three_percent_where_random_loses_far_more(world, bags):
+    tiles = np.random.default_rng(world).lognormal(np.log(9000), 0.5, size=world * bags)
+    costs = np.array([cost_of(min(n, 24_000)) for n in tiles])
+    loads = [sum(costs[i] for micro in batches for i in micro.indices) for batches in deal(costs, world)]
+    at_random = costs.reshape(world, bags).sum(axis=1)
+    assert max(loads) / np.mean(loads) < 1.03
+    assert at_random.max() / at_random.mean() > 1.2
+
+
+def test_cost_grows_with_the_square_of_source_tokens_and_with_every_tile():
+    assert cost_of(80_000) > 4 * cost_of(20_000)
+    assert bag_cost({"x20": 100}) * 2 == bag_cost({"x20": 200})
+    assert bag_cost({"x20": 100, "x10": 25}) < bag_cost({"x20": 101, "x10": 25}) < bag_cost({"x20": 100, "x10": 26})
+
+
+def test_cost_counts_the_tiles_that_are_drawn():
+    tiles = {"x20": 4000, "x10": 1000, "x5": 250}
+    assert bag_cost(tiles, max_tiles=400) == bag_cost({"x20": 400, "x10": 100, "x5": 25})
+    assert bag_cost(tiles, max_tiles=5000) == bag_cost(tiles)
+
+
+def test_an_empty_batch_has_nothing_to_deal():
+    assert deal([], 3) == [[], [], []]
+
+
+def test_fewer_bags_than_ranks_are_padded_with_weight_zero():
+    dealt = deal([5.0, 1.0], 4)
+    assert sorted(batches[0].weights for batches in dealt) == [(0,), (0,), (1,), (1,)]
+    assert {batches[0].indices for batches in dealt if batches[0].weights == (0,)} == {(1,)}
