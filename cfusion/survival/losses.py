@@ -76,11 +76,11 @@ def cox(
     at_risk = torch.logcumsumexp(eta, dim=0)[last][group]
     tied = torch.zeros_like(size).index_add_(0, group, died.long())[group].clamp_min(1)
     rank = died.long().cumsum(0) - died.long() - _before_group(died.long(), size)[group]
-    share = torch.where(died, rank, 0) / tied
+    share = torch.where(died, rank, 0).to(eta.dtype) / tied
     tied_deaths = _group_logsumexp(eta, died, group, len(size))[group]
     # log(R − share · D), R the risk set's sum and D that of the deaths at this time: Efron's correction.
     reduced = torch.where(died, tied_deaths, at_risk) - at_risk
-    terms = torch.where(died, at_risk + torch.log1p(-share.to(eta.dtype) * reduced.exp().clamp_max(1)) - eta, 0)
+    terms = torch.where(died, at_risk + torch.log1p(-share * reduced.exp().clamp_max(1)) - eta, 0)
     return torch.zeros_like(terms).index_copy(0, order, terms)
 
 
