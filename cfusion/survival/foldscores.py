@@ -42,20 +42,18 @@ class References:
         Raises:
             DataError: The fold is not among the splits, or scores patients it trained on.
         """
-        name, inside = str(run["cohort"].iloc[0]), run["fold"] == fold
-        if self.splits:
-            split = self._split(int(run["repeat"].iloc[0]), fold, run.loc[inside, "case_id"])
-            if self.cohort is not None:
-                return self._cached(name, split.train, self.cohort.cases), ""
-            outcomes = run.set_index("case_id").rename(columns={"survival_months": "time_months"})
-            known = tuple(case for case in split.train if case in outcomes.index)
-            if known:
-                return self._cached(name, known, outcomes), ""
-        rows, remark = (run[~inside], "") if not inside.all() else (run, "censoring model from the scored patients")
-        outcomes = rows.set_index("case_id").rename(columns={"survival_months": "time_months"})
-        return self._cached(name, tuple(rows["case_id"]), outcomes), remark
+        name, inside = str(run["cohort"].iloc[0]), (run["fold"] == fold).to_numpy()
+        case_ids = run["case_id"].to_numpy()
+        if not self.splits:
+            rows, remark = (~inside, "") if not inside.all() else (inside, "censoring model from the scored patients")
+            return self._cached(name, tuple(case_ids[rows]), run), remark
+        split = self._split(int(run["repeat"].iloc[0]), fold, case_ids[inside])
+        if self.cohort is not None:
+            return self._cached(name, split.train, None), ""
+        known = set(split.train) & set(case_ids)
+        return self._cached(name, tuple(case for case in split.train if case in known), run), ""
 
-    def _split(self, repeat: int, fold: int, scored: pd.Series) -> Split:
+    def _split(self, repeat: int, fold: int, scored: np.ndarray) -> Split:
         split = self.splits.get((repeat, fold))
         if split is None:
             raise DataError(f"fold {fold} of repeat {repeat} is in the predictions, not in the splits.")
@@ -67,10 +65,18 @@ class References:
             )
         return split
 
-    def _cached(self, cohort: str, case_ids: tuple[str, ...], outcomes: pd.DataFrame) -> Training:
+    def _cached(self, cohort: str, case_ids: tuple[str, ...], run: pd.DataFrame | None) -> Training:
+        """Outcomes of the given patients, from the run or else from the cohort, looked up once."""
         key = (cohort, case_ids)
         if key not in self._trainings:
+            if run is not None:
+                outcomes = run.set_index("case_id").rename(columns={"survival_months": "time_months"})
+            else:
+                assert self.cohort is not None
+                outcomes = self.cohort.cases
             rows = outcomes.loc[list(case_ids)]
+            if rows.empty:
+                raise DataError(f"{cohort}: no outcome of a training patient is known.", "Give the cohort.")
             self._trainings[key] = Training(rows["time_months"].to_numpy(float), rows["event"].to_numpy(bool))
         return self._trainings[key]
 

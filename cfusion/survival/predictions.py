@@ -120,7 +120,7 @@ def _curve_names(frame: pd.DataFrame) -> list[str]:
 
 def survival_columns(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray] | None:
     """Predicted survival [case, bin] and the right edges [case, bin] in months, or None where there are none."""
-    names = sorted((c for c in frame.columns if re.fullmatch(r"survival_\d+", c)), key=lambda c: int(c[9:]))
+    names = sorted((c for c in _curve_names(frame) if c.startswith("survival_")), key=lambda c: int(c[9:]))
     names = [name for name in names if f"edge_{name[9:]}" in frame.columns]
     if not names:
         return None

@@ -25,6 +25,7 @@ from cfusion.survival.predictions import UNIT, checked_predictions
 from cfusion.types import Cohort, Split
 
 _SEED = 7
+_GRID = 15
 _PARALLEL_FROM = 60
 """Models × cohorts from which processes are started; below, starting them costs more than it saves."""
 
@@ -137,7 +138,7 @@ def _score_group(
 ) -> Result:
     """All seeds and repeats of one cohort, model and protocol."""
     happened = rows.loc[rows["event"], "survival_months"]
-    grid = np.linspace(happened.quantile(0.05), happened.quantile(0.9), 25) if len(happened) else np.zeros(0)
+    grid = np.linspace(happened.quantile(0.05), happened.quantile(0.9), _GRID) if len(happened) else np.zeros(0)
     folds: list[FoldScores] = []
     pooled, within, spreads = [], [], []
     for _, run in rows.groupby(["seed", "repeat"]):
