@@ -17,7 +17,7 @@ from cfusion.data.npy import check_header
 from cfusion.data.shard_index import Member, Sample, Shard, ShardIndex, read_index
 from cfusion.errors import DataError
 
-_REPAIR = "Copy or pack the shards again; `cfusion preprocess verify` lists the slides that are whole."
+_REPAIR = "Copy or pack the shards again; `cfusion preprocess verify-shards` lists the slides that are whole."
 _GAP = 8192
 
 
