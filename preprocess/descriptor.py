@@ -14,6 +14,7 @@ from cfusion.errors import DataError
 NAME = "stain-texture"
 VERSION = "1"
 TILE_PX = 256
+_BLOCK = 8
 _GLASS = 0.25
 _DENSE = 0.5
 _OCTAVES = 7
@@ -58,43 +59,56 @@ def describe(tiles: UInt8[np.ndarray, "tile 256 256 3"]) -> Float32[np.ndarray, 
     if tiles.dtype != np.uint8 or tiles.shape[1:] != (TILE_PX, TILE_PX, 3):
         raise DataError(f"{NAME}: expected tiles u8 [n, 256, 256, 3], found {tiles.dtype} {list(tiles.shape)}.")
     rows = np.empty((len(tiles), DIM), np.float32)
-    for row, tile in zip(rows, tiles, strict=True):
-        row[:] = _GAIN * (_measure(tile) - _CENTRE)
+    for first in range(0, len(tiles), _BLOCK):
+        block = slice(first, first + _BLOCK)
+        rows[block] = _GAIN * (_measure(tiles[block]) - _CENTRE)
     return rows
 
 
-def _measure(tile: UInt8[np.ndarray, "256 256 3"]) -> Float[np.ndarray, " dim"]:
+def _measure(tiles: UInt8[np.ndarray, "tile 256 256 3"]) -> Float[np.ndarray, "tile dim"]:
+    colours, finest, halves = zip(*(_measure_full(tile) for tile in tiles), strict=True)
+    pyramid = [np.stack(halves)]
+    while len(pyramid) < _OCTAVES:
+        pyramid.append(_halve(pyramid[-1]))
+    moments = np.stack([np.stack(finest), *(_moments(level[:, 0], level[:, 1]) for level in pyramid)], axis=1)
+    squares = moments[..., [0, 2]]
+    octaves = np.maximum(squares[:, :-1] - squares[:, 1:], 0)
+    oriented = [_orientation(level[:, :2], level[:, 2:]) for level in pyramid[:_ORIENTED]]
+    spread = np.sqrt(squares[:, :_CORRELATED].prod(axis=2))
+    return np.concatenate(
+        [
+            np.stack(colours),
+            2 * np.sqrt(squares[:, 0]),
+            _log_energy(octaves).reshape(len(tiles), -1),
+            *(numbers for coherence, energy in oriented for numbers in (2 * coherence, _log_energy(energy))),
+            moments[:, :_CORRELATED, 1] / (spread + 1e-4),
+        ],
+        axis=1,
+    )
+
+
+def _measure_full(
+    tile: UInt8[np.ndarray, "256 256 3"],
+) -> tuple[Float[np.ndarray, "9"], Float[np.ndarray, "3"], Float[np.ndarray, "3 128 128"]]:
+    """What is seen at full resolution: colour, moments, and haematoxylin, eosin and tissue at half the resolution."""
     density = np.ascontiguousarray(_DENSITY.take(tile.reshape(-1, 3), mode="clip").T)
     planes = np.empty((3, TILE_PX, TILE_PX), np.float32)
     np.matmul(_UNMIX, density, out=planes[:2].reshape(2, -1))
     np.greater(density[0] + density[1] + density[2], _GLASS, out=planes[2].reshape(-1), casting="unsafe")
     colour = _colour(density, planes)
     planes[:2] -= planes[:2].mean(axis=(1, 2), keepdims=True)
-    pyramid = [planes]
-    while len(pyramid) <= _OCTAVES:
-        pyramid.append(_halve(pyramid[-1]))
-    moments = np.array([_moments(level[0], level[1]) for level in pyramid])
-    octaves = np.maximum(moments[:-1, [0, 2]] - moments[1:, [0, 2]], 0)
-    oriented = [_orientation(level[:2], level[2]) for level in pyramid[1 : 1 + _ORIENTED]]
-    return np.concatenate(
-        [
-            colour,
-            2 * np.sqrt(moments[0, [0, 2]]),
-            _log_energy(octaves).ravel(),
-            *(np.concatenate([2 * coherence, _log_energy(energy)]) for coherence, energy in oriented),
-            moments[:_CORRELATED, 1] / (np.sqrt(moments[:_CORRELATED, 0] * moments[:_CORRELATED, 2]) + 1e-4),
-        ]
-    )
+    return colour, _moments(planes[0], planes[1]), _halve(planes)
 
 
-def _moments(a: Float[np.ndarray, "y x"], b: Float[np.ndarray, "y x"]) -> Float[np.ndarray, "3"]:
-    """Means of a², ab and b²."""
-    return np.array([np.einsum("yx,yx->", p, q) for p, q in ((a, a), (a, b), (b, b))]) / a.size
+def _moments(a: Float[np.ndarray, "*tile y x"], b: Float[np.ndarray, "*tile y x"]) -> Float[np.ndarray, "*tile 3"]:
+    """Means of a², ab and b², each tile's summed in the same order whatever its companions."""
+    products = ((p * q).reshape(*p.shape[:-2], -1) for p, q in ((a, a), (a, b), (b, b)))
+    return np.stack([product.mean(axis=-1) for product in products], axis=-1)
 
 
-def _halve(planes: Float[np.ndarray, "plane y x"]) -> Float[np.ndarray, "plane y2 x2"]:
-    rows = planes[:, 0::2] + planes[:, 1::2]
-    return (rows[:, :, 0::2] + rows[:, :, 1::2]) * np.float32(0.25)
+def _halve(planes: Float[np.ndarray, "*plane y x"]) -> Float[np.ndarray, "*plane y2 x2"]:
+    rows = planes[..., 0::2, :] + planes[..., 1::2, :]
+    return (rows[..., 0::2] + rows[..., 1::2]) * np.float32(0.25)
 
 
 def _log_energy(energy: np.ndarray) -> np.ndarray:
@@ -111,24 +125,21 @@ def _colour(density: Float[np.ndarray, "3 pixel"], planes: Float[np.ndarray, "3 
 
 
 def _orientation(
-    dyes: Float[np.ndarray, "dye y x"], tissue: Float[np.ndarray, "y x"]
-) -> tuple[Float[np.ndarray, " dye"], Float[np.ndarray, " dye"]]:
+    dyes: Float[np.ndarray, "tile dye y x"], tissue: Float[np.ndarray, "tile 1 y x"]
+) -> tuple[Float[np.ndarray, "tile dye"], Float[np.ndarray, "tile dye"]]:
     """Coherence of the structure tensor over the tissue, 0 (no direction) … 1 (one direction), and its trace.
 
     Gradients are the two diagonal differences of 2 × 2 pixels, which share no pixel, so that noise has no direction.
     The border of tissue and glass is left out: it is the strongest edge of a tile and says nothing of the tissue.
     """
-    inside = (tissue > 0.9).astype(np.float32)
-    inside = inside[:-1, :-1] * inside[:-1, 1:] * inside[1:, :-1] * inside[1:, 1:]
-    falling, rising = dyes[:, 1:, 1:] - dyes[:, :-1, :-1], dyes[:, :-1, 1:] - dyes[:, 1:, :-1]
-    falling *= inside
-    rising *= inside
-    area = inside.sum() + 1
-    aa, bb, ab = (
-        np.einsum("dyx,dyx->d", p, q) / area for p, q in ((falling, falling), (rising, rising), (falling, rising))
-    )
-    trace = (aa + bb) / 2
-    return np.hypot(aa - bb, 2 * ab) / (2 * trace + 1e-5), trace
+    inside = tissue > 0.9
+    inside = inside[..., :-1, :-1] & inside[..., :-1, 1:] & inside[..., 1:, :-1] & inside[..., 1:, 1:]
+    falling = (dyes[..., 1:, 1:] - dyes[..., :-1, :-1]) * inside
+    rising = (dyes[..., :-1, 1:] - dyes[..., 1:, :-1]) * inside
+    aa, ab, bb = np.moveaxis(_moments(falling, rising), -1, 0)
+    share = inside.mean(axis=(2, 3)) + 1e-4
+    trace = (aa + bb) / share / 2
+    return np.hypot(aa - bb, 2 * ab) / share / (2 * trace + 1e-5), trace
 
 
 __all__ = ["DIM", "NAME", "TILE_PX", "VERSION", "describe"]
