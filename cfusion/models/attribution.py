@@ -27,13 +27,13 @@ class AttentionMap:
         magnification: Whose tiles these are.
         received: [head, tile], mean weight that a tile received from all queries of the block. It sums to 1, less what
             a class token or TransMIL's zeros received; TransMIL's approximated weights may be negative.
-        summary: [head, tile], weights by which a summary of the bag read the tiles: those of the class token, or of a
-            pooling, with a head for each of its rows; None where all queries are tiles.
+        summary: [row, tile], weights by which a summary of the bag read the tiles: those of the class token, a row
+            for each head, or those of a pooling; None where all queries are tiles.
     """
 
     magnification: str
     received: Float[Tensor, "head tile"]
-    summary: Float[Tensor, "head tile"] | None
+    summary: Float[Tensor, "row tile"] | None
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ class CrossFusion(BagModel):
         source: float,
         offered: Sequence[float],
         mixer: Literal["conv", "concat"] = "conv",
-        grid: Literal["file", "spatial"] = "file",
+        grid: str = "file",
         dropout: float = 0.3,
         attention_dropout: float = 0.0,
     ) -> None:

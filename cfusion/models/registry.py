@@ -84,7 +84,7 @@ def _crossfusion(mixer: Literal["conv", "concat"], finest_alone: bool = False) -
         magnifications: Sequence[float],
         source: float,
         published: bool,
-        grid: Literal["file", "spatial"] = "file",
+        grid: str = "file",
         dropout: float = 0.3,
         attention_dropout: float | None = None,
         **shape: Any,
