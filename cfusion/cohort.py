@@ -28,7 +28,7 @@ LONGEST_FOLLOW_UP_MONTHS = 600.0
 
 _MONTHS = {"months": 1.0, "days": 1 / DAYS_PER_MONTH, "years": 12.0}
 _BARCODE = re.compile(r"TCGA-(\w{2})-\w{4}")
-_SLIDE_SUFFIX = re.compile(r"\.(svs|ndpi|tiff?|mrxs|scn|vms|vmu|bif|svslide|dcm|h5|pt|zarr)$", re.IGNORECASE)
+_SLIDE_SUFFIX = re.compile(r"\.(?:svs|ndpi|tiff?|mrxs|scn|vms|vmu|bif|svslide|dcm|h5|pt|zarr)$", re.IGNORECASE)
 _COVARIATES = ("age", "is_female", "oncotree_code", "grade", "stage")
 
 
