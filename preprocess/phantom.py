@@ -186,10 +186,16 @@ def draw_cohort(spec: PhantomSpec, out_dir: str | os.PathLike[str], workers: int
     cohort.slides.mkdir(exist_ok=True)
     for left_over in cohort.slides.glob(f".{spec.name}-*.svs.*.tmp"):
         left_over.unlink()
-    atlas(spec.cells[1] * CELL_PX, spec.cells[0] * CELL_PX)
     patients = plan_patients(spec)
     _write_tables(patients, cohort)
-    jobs = [(patient, number) for patient in patients for number in range(len(patient.slides))]
+    jobs = [
+        (patient, number)
+        for patient in patients
+        for number, slide in enumerate(patient.slides)
+        if not (cohort.slides / f"{slide}.svs").exists()
+    ]
+    if jobs:
+        atlas(spec.cells[1] * CELL_PX, spec.cells[0] * CELL_PX)  # once, before threads ask for it at the same time
     with progress(f"Drawing {spec.name}", len(jobs)) as bar, ThreadPoolExecutor(workers) as pool:
         for _ in pool.map(lambda job: _draw_slide(spec, job[0], job[1], cohort.slides), jobs):
             bar.advance()
@@ -229,8 +235,6 @@ def _write_csv(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
 
 def _draw_slide(spec: PhantomSpec, patient: Patient, number: int, folder: Path) -> None:
     path = folder / f"{patient.slides[number]}.svs"
-    if path.exists():
-        return
     rng = np.random.default_rng([spec.seed, _VERSION, int(patient.case_id.rsplit("-", 1)[1]), number])
     columns, rows = spec.cells
     image = draw_tissue(rows * CELL_PX, columns * CELL_PX, patient.architecture, patient.nuclei, spec.stain, rng)
