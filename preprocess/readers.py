@@ -11,6 +11,7 @@ from typing import Protocol
 
 import imagecodecs
 import numpy as np
+import simplejpeg
 import tifffile
 
 from cfusion.errors import DataError
@@ -27,6 +28,9 @@ CACHE_BYTES = 48 << 20
 
 JPEG, APERIO_JPEG2000_RGB = 7, 33005
 """TIFF compressions whose tiles are decoded here."""
+
+SOI = b"\xff\xd8"
+"""Start of a JPEG stream."""
 
 
 class Reader(Protocol):
@@ -89,9 +93,8 @@ class RawTileReader:
                 raise DataError(f"{slide.path}: its first image is not level 0.")
             if page.compression not in (JPEG, APERIO_JPEG2000_RGB) or page.bitspersample != 8:
                 raise DataError(f"{slide.path}: tiles of compression {page.compression} are not read raw.")
-            self._jpeg = page.compression == JPEG
-            self._colours = "RGB" if page.photometric == tifffile.PHOTOMETRIC.RGB else "YCBCR"
-            self._tables = page.jpegtables
+            rgb = page.photometric == tifffile.PHOTOMETRIC.RGB
+            self._jpeg_head = _jpeg_head(page.jpegtables, rgb) if page.compression == JPEG else b""
             self._tile = (page.tilewidth, page.tilelength)
             self._across = -(-page.imagewidth // page.tilewidth)
             self._offsets, self._counts = page.dataoffsets, page.databytecounts
@@ -107,7 +110,7 @@ class RawTileReader:
         """See `Reader.region`."""
         try:
             return self._region(x_px, y_px, width_px, height_px, shrink)
-        except (_UndecodedError, imagecodecs.DelayedImportError, RuntimeError, ValueError, OSError) as error:
+        except (_UndecodedError, RuntimeError, ValueError, OSError) as error:
             logger.debug("%s: the region at %d, %d goes to OpenSlide (%s)", self._slide.path, x_px, y_px, error)
             return self._reference.region(x_px, y_px, width_px, height_px, shrink)
 
@@ -154,11 +157,17 @@ class RawTileReader:
     def _decode(self, data: bytes) -> np.ndarray:
         if not data:
             raise _UndecodedError("the tile is missing")
-        if not self._jpeg:
+        if not self._jpeg_head:
             return imagecodecs.jpeg2k_decode(data)
-        if data[-2:] != b"\xff\xd9":
-            raise _UndecodedError("the tile has no end")
-        return imagecodecs.jpeg8_decode(data, tables=self._tables, colorspace=self._colours, outcolorspace="RGB")
+        if data[:2] != SOI:
+            raise _UndecodedError("the tile is no JPEG stream")
+        return simplejpeg.decode_jpeg(self._jpeg_head + data[2:], colorspace="RGB")
+
+
+def _jpeg_head(tables: bytes | None, rgb: bool) -> bytes:
+    """What stands before a tile's own data: the tables, and an Adobe marker that tells the colours, as TIFF does."""
+    adobe = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + (b"\x00" if rgb else b"\x01")
+    return SOI + adobe + (tables[2:-2] if tables else b"")
 
 
 class _UndecodedError(Exception):

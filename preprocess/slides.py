@@ -25,6 +25,12 @@ SLIDE_SUFFIXES = (
 MAX_BLOCK_PX = 2048
 """Side of the blocks in which an overview is read: what bounds its memory on a slide with one level."""
 
+MIN_BLOCK_PX = 256
+"""A block that cannot be read is split no further than this."""
+
+MAX_SPLITS = 400
+"""Blocks of one overview that are split; a slide of which more is broken is not worth the reads."""
+
 
 class Slide:
     """An open slide. Reading is safe from several threads.
@@ -176,28 +182,50 @@ def _background(properties: Mapping[str, str]) -> tuple[int, int, int]:
 
 def _read_overview(slide: Slide, level: int, width: int, height: int) -> Overview:
     level_width, level_height = slide.level_sizes_px[level]
+    overview = Overview(
+        np.empty((height, width, 3), np.uint8),
+        np.zeros((height, width), bool),
+        np.zeros((height, width), bool),
+        (slide.size_px[0] / width, slide.size_px[1] / height),
+    )
     fx, fy = level_width / width, level_height / height
-    rgb = np.empty((height, width, 3), np.uint8)
-    scanned = np.zeros((height, width), bool)
-    unread = np.zeros((height, width), bool)
-    step = max(1, int(MAX_BLOCK_PX / max(fx, fy)))
-    for top in range(0, height, step):
-        for left in range(0, width, step):
-            bottom, right = min(top + step, height), min(left + step, width)
-            block = (slice(top, bottom), slice(left, right))
-            x0, y0 = math.floor(left * fx), math.floor(top * fy)
-            x1, y1 = math.ceil(right * fx), math.ceil(bottom * fy)
-            down = slide.downsamples[level]
-            try:
-                rgba = slide.read_rgba(round(x0 * down), round(y0 * down), x1 - x0, y1 - y0, level)
-            except DataError as error:
-                logger.warning("%s", error)
-                rgb[block], unread[block] = slide.background, True
+    side = max(1, int(MAX_BLOCK_PX / max(fx, fy)))
+    blocks = [
+        (left, top, min(left + side, width), min(top + side, height))
+        for top in range(0, height, side)
+        for left in range(0, width, side)
+    ]
+    splits = MAX_SPLITS
+    while blocks:
+        left, top, right, bottom = block = blocks.pop()
+        try:
+            _read_block(slide, level, (fx, fy), block, overview)
+        except DataError as error:
+            # A block with a broken tile is read in quarters, so that no more than the tile is lost.
+            if splits and max((right - left) * fx, (bottom - top) * fy) > MIN_BLOCK_PX:
+                splits -= 1
+                x, y = (left + right + 1) // 2, (top + bottom + 1) // 2
+                quarters = [(a, c, b, d) for a, b in ((left, x), (x, right)) for c, d in ((top, y), (y, bottom))]
+                blocks += [q for q in quarters if q[0] < q[2] and q[1] < q[3]]
                 continue
-            box = (left * fx - x0, top * fy - y0, min(right * fx, x1) - x0, min(bottom * fy, y1) - y0)
-            size = (right - left, bottom - top)
-            picture = Image.fromarray(slide.composite(rgba)).resize(size, Image.Resampling.BOX, box)
-            rgb[block] = np.asarray(picture)
-            alpha = Image.fromarray(np.ascontiguousarray(rgba[..., 3])).resize(size, Image.Resampling.BOX, box)
-            scanned[block] = np.asarray(alpha) > 127
-    return Overview(rgb, scanned, unread, (slide.size_px[0] / width, slide.size_px[1] / height))
+            logger.warning("%s", error)
+            overview.rgb[top:bottom, left:right] = slide.background
+            overview.unread[top:bottom, left:right] = True
+    return overview
+
+
+def _read_block(
+    slide: Slide, level: int, factor: tuple[float, float], block: tuple[int, int, int, int], overview: Overview
+) -> None:
+    """Read the pixels `block` (left, top, right, bottom) of an overview; `factor` px of `level` make one."""
+    (left, top, right, bottom), (fx, fy) = block, factor
+    x0, y0 = math.floor(left * fx), math.floor(top * fy)
+    x1, y1 = math.ceil(right * fx), math.ceil(bottom * fy)
+    down = slide.downsamples[level]
+    rgba = slide.read_rgba(round(x0 * down), round(y0 * down), x1 - x0, y1 - y0, level)
+    box = (left * fx - x0, top * fy - y0, min(right * fx, x1) - x0, min(bottom * fy, y1) - y0)
+    size = (right - left, bottom - top)
+    picture = Image.fromarray(slide.composite(rgba)).resize(size, Image.Resampling.BOX, box)
+    alpha = Image.fromarray(np.ascontiguousarray(rgba[..., 3])).resize(size, Image.Resampling.BOX, box)
+    overview.rgb[top:bottom, left:right] = np.asarray(picture)
+    overview.scanned[top:bottom, left:right] = np.asarray(alpha) > 127

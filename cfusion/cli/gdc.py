@@ -1,0 +1,56 @@
+"""`cfusion gdc`: slides from the Genomic Data Commons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cfusion.errors import PartialResultError
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Slides from the Genomic Data Commons (TCGA).")
+
+Source = Annotated[str, typer.Argument(help="A manifest file, or a cohort such as tcga_blca.")]
+Api = Annotated[str, typer.Option(help="GDC endpoint.")]
+
+
+@app.command()
+def manifest(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="Manifest to write.")] = Path("gdc_manifest.tsv"),
+    folder: Annotated[Path, typer.Option(help="Folder of the slides, in the call that is printed.")] = Path("slides"),
+    api: Api = "https://api.gdc.cancer.gov",
+) -> None:
+    """Write a manifest that gdc-client reads, and print the call that downloads it."""
+    import shlex
+
+    from preprocess.gdc import client_call, query_manifest, read_manifest, write_manifest
+
+    rows = read_manifest(Path(source)) if Path(source).is_file() else query_manifest(source, api)
+    write_manifest(out, rows)
+    typer.echo(f"{out}: {len(rows)} slides, {sum(r.size for r in rows) / 1e12:.2f} TB")
+    typer.echo(shlex.join(client_call(out, folder)))
+
+
+@app.command()
+def download(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="Folder for the slides.")] = Path("slides"),
+    first: Annotated[int | None, typer.Option(help="Only the first so many.", min=1)] = None,
+    client: Annotated[str | None, typer.Option(help="gdc-client to do the transfers; default none.")] = None,
+    threads: Annotated[int, typer.Option(help="Files at the same time.", min=1)] = 4,
+    api: Api = "https://api.gdc.cancer.gov",
+) -> None:
+    """Download slides and check their MD5 sums; run it again and it goes on where it stopped."""
+    from preprocess.gdc import download as fetch
+    from preprocess.gdc import query_manifest, read_manifest
+
+    rows = read_manifest(Path(source)) if Path(source).is_file() else query_manifest(source, api)
+    rows = rows[:first]
+    failed = fetch(rows, out, api=api, client=client, threads=threads)
+    for name, why in failed.items():
+        typer.echo(f"failed  {name}: {why}")
+    typer.echo(f"{out}: {len(rows) - len(failed)} of {len(rows)} slides are there")
+    if failed:
+        raise PartialResultError(f"{len(failed)} slides were not downloaded.", "Run the same command again.")

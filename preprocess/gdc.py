@@ -1,0 +1,231 @@
+"""Slides from the Genomic Data Commons: manifests, and downloads that resume and are checked.
+
+A slide has its name only once its MD5 sum is right; until then it is `NAME.part`, and the next call goes on from there.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import http.client
+import json
+import logging
+import shutil
+import subprocess
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from cfusion.console import progress
+from cfusion.data.store import checked_name
+from cfusion.errors import ConfigError, DataError
+from cfusion.files import write_text
+
+logger = logging.getLogger(__name__)
+
+API = "https://api.gdc.cancer.gov"
+"""The public endpoint; https://docs.gdc.cancer.gov/API/Users_Guide/Downloading_Files/ tells its calls."""
+
+COLUMNS = ("id", "filename", "md5", "size", "state")
+PROJECTS = {"gbmlgg": ("TCGA-GBM", "TCGA-LGG"), "coadread": ("TCGA-COAD", "TCGA-READ")}
+"""Cohorts of more than one project."""
+
+BLOCK_BYTES = 1 << 20
+TIMEOUT_S = 60
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """One file of a manifest: its UUID, name, MD5 sum, size in bytes and state."""
+
+    id: str
+    filename: str
+    md5: str
+    size: int
+    state: str = "released"
+
+
+def read_manifest(path: Path) -> list[ManifestRow]:
+    """Read a GDC manifest, tab separated.
+
+    Raises:
+        DataError: The file cannot be read, lacks a column, or a row is not one of a manifest.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}).", "Expected a GDC manifest.") from error
+    return parse_manifest(text, str(path))
+
+
+def parse_manifest(text: str, source: str) -> list[ManifestRow]:
+    """The rows of a manifest's text; `source` names it in errors."""
+    reader = csv.DictReader(text.splitlines(), delimiter="\t")
+    missing = [c for c in COLUMNS[:4] if c not in (reader.fieldnames or ())]
+    if missing:
+        raise DataError(f"{source}: has no column {missing[0]}.", f"Expected, tab separated: {' '.join(COLUMNS)}.")
+    rows = []
+    for number, row in enumerate(reader, start=2):
+        md5, size = (row["md5"] or "").lower(), row["size"] or ""
+        if len(md5) != 32 or not set(md5) <= set("0123456789abcdef") or not size.isdigit():
+            raise DataError(f"{source}, line {number}: md5 {md5!r} and size {size!r} are not those of a file.")
+        rows.append(
+            ManifestRow(checked_name(row["id"]), checked_name(row["filename"]), md5, int(size), row.get("state") or "")
+        )
+    if not rows:
+        raise DataError(f"{source}: names no file.")
+    return rows
+
+
+def write_manifest(path: Path, rows: Sequence[ManifestRow]) -> None:
+    """Write a manifest that gdc-client reads."""
+    lines = ["\t".join(COLUMNS), *("\t".join((r.id, r.filename, r.md5, str(r.size), r.state)) for r in rows)]
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def query_manifest(cohort: str, api: str = API) -> list[ManifestRow]:
+    """Ask the GDC for the diagnostic slides of a TCGA cohort, such as `tcga_blca` or `gbmlgg`.
+
+    Raises:
+        DataError: The GDC cannot be reached or has no such slides.
+    """
+    short = cohort.lower().removeprefix("tcga").lstrip("_-")
+    if not short.isalpha():
+        raise ConfigError(f"cohort {cohort!r}: expected a manifest file or a name such as tcga_blca.")
+    projects = PROJECTS.get(short, (f"TCGA-{short.upper()}",))
+    wanted = {
+        "cases.project.project_id": list(projects),
+        "data_type": ["Slide Image"],
+        "experimental_strategy": ["Diagnostic Slide"],
+    }
+    terms = [{"op": "in", "content": {"field": f"{key}", "value": value}} for key, value in wanted.items()]
+    query = {"filters": json.dumps({"op": "and", "content": terms}), "return_type": "manifest", "size": "20000"}
+    with _request(f"{api}/files?{urllib.parse.urlencode(query)}") as answer:
+        return parse_manifest(answer.read().decode("utf-8"), f"{api}: {', '.join(projects)}")
+
+
+def client_call(manifest: Path, folder: Path, client: str = "gdc-client") -> list[str]:
+    """The call of gdc-client that downloads a manifest, as an argument list."""
+    return [client, "download", "--manifest", str(manifest), "--dir", str(folder)]
+
+
+def download(
+    rows: Sequence[ManifestRow], folder: Path, *, api: str = API, client: str | None = None, threads: int = 4
+) -> dict[str, str]:
+    """Download the files of a manifest into a folder; what is there already is left alone.
+
+    Args:
+        rows: Files.
+        folder: Where they go, each under its own name.
+        api: Endpoint, where no client is used.
+        client: gdc-client, which then does the transfers; none: they are done here, and go on where they broke off.
+        threads: Files at the same time.
+
+    Returns:
+        Why a file is not there, by file name; empty where all are.
+
+    Raises:
+        DataError: The client does not run, or the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    left = [row for row in rows if not _is_there(folder / row.filename, row)]
+    if client is not None and left:
+        return _by_client(left, folder, client)
+    failed: dict[str, str] = {}
+    with progress("Downloading", len(left)) as bar, ThreadPoolExecutor(threads) as pool:
+        for row, why in zip(left, pool.map(lambda r: _fetch(r, folder, api), left), strict=True):
+            if why:
+                failed[row.filename] = why
+            bar.advance(note=row.filename)
+    return failed
+
+
+def _is_there(path: Path, row: ManifestRow) -> bool:
+    return path.is_file() and path.stat().st_size == row.size
+
+
+def _fetch(row: ManifestRow, folder: Path, api: str) -> str:
+    """Fetch one file; returns why it failed, or nothing."""
+    target = folder / row.filename
+    part = folder / f"{row.filename}.part"
+    why = ""
+    for _ in range(ATTEMPTS):
+        try:
+            _transfer(f"{api}/data/{row.id}", part, row.size)
+        except DataError as error:
+            why = str(error)
+            continue
+        found = _md5(part)
+        if found == row.md5:
+            part.replace(target)
+            return ""
+        why = f"MD5 is {found}, expected {row.md5}"
+        part.unlink()
+    return why
+
+
+def _transfer(url: str, part: Path, size: int) -> None:
+    """Bring `part` to its whole size, from where it stands."""
+    there = part.stat().st_size if part.exists() else 0
+    if there > size:
+        part.unlink()
+        there = 0
+    if there == size:
+        return
+    headers = {"Range": f"bytes={there}-"} if there else {}
+    with _request(url, headers) as answer:
+        mode = "ab" if answer.status == 206 else "wb"
+        try:
+            with part.open(mode) as stream:
+                shutil.copyfileobj(answer, stream, BLOCK_BYTES)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{part}: the transfer broke off ({error}).") from error
+    if part.stat().st_size != size:
+        raise DataError(f"{part}: has {part.stat().st_size} of {size} bytes.")
+
+
+def _request(url: str, headers: dict[str, str] | None = None) -> http.client.HTTPResponse:
+    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        raise ConfigError(f"{url}: expected an http or https address.")
+    try:
+        return urllib.request.urlopen(urllib.request.Request(url, headers=headers or {}), timeout=TIMEOUT_S)  # noqa: S310
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise DataError(f"{url}: the server answers {error.code} {error.reason}.") from error
+    except (urllib.error.URLError, OSError) as error:
+        raise DataError(f"{url}: cannot be reached ({error}).", "Is there a network?") from error
+
+
+def _by_client(rows: Sequence[ManifestRow], folder: Path, client: str) -> dict[str, str]:
+    """Let gdc-client fetch into `folder/.gdc/{id}/{filename}`, then check and move."""
+    work = folder / ".gdc"
+    work.mkdir(exist_ok=True)
+    write_manifest(work / "manifest.tsv", rows)
+    try:
+        subprocess.run(client_call(work / "manifest.tsv", work, client), check=False)
+    except OSError as error:
+        raise DataError(
+            f"{client}: does not run ({error.strerror}).", "Install gdc-client, or leave it out."
+        ) from error
+    failed = {}
+    for row in rows:
+        path = work / row.id / row.filename
+        if not path.is_file():
+            failed[row.filename] = "gdc-client did not fetch it"
+        elif (found := _md5(path)) != row.md5:
+            failed[row.filename] = f"MD5 is {found}, expected {row.md5}"
+            path.unlink()
+        else:
+            path.replace(folder / row.filename)
+            shutil.rmtree(path.parent, ignore_errors=True)
+    return failed
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -1,0 +1,280 @@
+"""What hospitals' slides, disks, processes and encoders do to an extraction: told, listed, and never invented over."""
+
+import errno
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from slide_factory import break_tile, tissue_picture, write_slide
+
+from cfusion.config import PreprocessConfig
+from cfusion.data import store as feature_store
+from cfusion.data.store import FeatureStore
+from cfusion.errors import DataError
+from preprocess.extraction import preprocess_slides
+
+SIDE = 1700
+
+
+class MeanColour:
+    """An encoder whose embeddings can be told from the pixels: the mean of each channel."""
+
+    name = "mean-colour"
+
+    def __init__(self, dim: int = 3, returns=None) -> None:
+        self.dim, self.identity, self._returns = dim, {"version": "1"}, returns
+
+    def encode(self, tiles: np.ndarray, mpp: float) -> np.ndarray:
+        means = tiles.mean(axis=(1, 2), dtype=np.float32)
+        return means if self._returns is None else self._returns(means)
+
+
+def extract(slides: Path, store: Path, encoder=None, strict=False, overwrite=False, **settings):
+    config = PreprocessConfig(slides=slides, store=store, **settings)
+    return preprocess_slides(config, slots=[[encoder or MeanColour()]], strict=strict, overwrite=overwrite)
+
+
+def read(store: Path, slide_id: str):
+    return FeatureStore.open(store, "mean-colour").read(slide_id)
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("written")
+    for number in range(3):
+        write_slide(folder / f"s{number}.svs", tissue_picture(SIDE, SIDE, seed=number))
+    return folder
+
+
+@pytest.fixture
+def slides(written: Path, tmp_path: Path) -> Path:
+    """Three slides of two by two cells, of seven by seven JPEG tiles."""
+    return Path(shutil.copytree(written, tmp_path / "slides"))
+
+
+def test_no_resolution_is_one_line_that_names_the_options(tmp_path: Path):
+    path = write_slide(tmp_path / "a.svs", tissue_picture(1100, 1100), mpp=None)
+    with pytest.raises(DataError, match=r"slide a: .*resolution.*--default-mpp, or --mpp-table"):
+        extract(path, tmp_path / "store", strict=True)
+    table = tmp_path / "mpp.csv"
+    table.write_text("slide_id,mpp\na,0.5\n")
+    outcome = extract(path, tmp_path / "store", mpp_table=table).outcomes[0]
+    assert (outcome.status, outcome.mpp, outcome.mpp_source) == ("done", 0.5, "table")
+
+
+def test_a_slide_at_265_nm_is_not_a_slide_at_250(tmp_path: Path):
+    path = write_slide(tmp_path / "a.svs", tissue_picture(2300, 2300), mpp=0.265)
+    extract(path, tmp_path / "nominal")
+    extract(path, tmp_path / "exact", resolution="exact")
+    nominal, exact = read(tmp_path / "nominal", "a"), read(tmp_path / "exact", "a")
+    assert nominal.attrs["tile_px_level0"]["x20"] == 512
+    assert exact.attrs["tile_px_level0"]["x20"] == pytest.approx(256 * 0.5 / 0.265)
+    assert {nominal.attrs["mpp"], exact.attrs["mpp"]} == {0.265}
+
+
+@pytest.mark.parametrize("size", [(4443, 1783), (1200, 1000), (600, 500)], ids=["odd", "one level", "below a cell"])
+def test_pyramids_and_sizes(tmp_path: Path, size):
+    levels = ((2221, 891),) if size[0] == 4443 else ()
+    picture = tissue_picture(*size, share=0.95)
+    path = write_slide(tmp_path / "a.svs", picture, level_sizes=levels)
+    outcome = extract(path, tmp_path / "store").outcomes[0]
+    assert outcome.status == "done"
+    slide = read(tmp_path / "store", "a")
+    for (x, y), mean in zip(slide.coords["x20"], slide.features["x20"], strict=True):
+        patch = np.full((256, 256, 3), 255.0)
+        own = picture[y : y + 256, x : x + 256]
+        patch[: own.shape[0], : own.shape[1]] = own
+        np.testing.assert_allclose(mean, patch.mean(axis=(0, 1)), atol=1.5)
+
+
+def test_no_tissue_and_all_pen_are_listed_with_the_reason(tmp_path: Path):
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    glass = np.full((1500, 1500, 3), 243, np.uint8)
+    pen = glass.copy()
+    pen[200:1300, 300:500] = (30, 120, 60)
+    write_slide(slides / "glass.svs", glass)
+    write_slide(slides / "pen.svs", pen)
+    write_slide(slides / "tissue.svs", tissue_picture(1500, 1500))
+    summary = extract(slides, tmp_path / "store")
+    assert [(o.slide_id, o.status) for o in summary.outcomes] == [
+        ("glass", "failed"), ("pen", "failed"), ("tissue", "done"),
+    ]  # fmt: skip
+    assert all("no tissue was found" in o.why for o in summary.of("failed"))
+    assert summary.table.read_text().count("no tissue was found") == 2
+
+
+def test_alpha_0_is_background_and_not_black(tmp_path: Path):
+    path = write_slide(tmp_path / "a.svs", tissue_picture(1300, 1300, share=1.5))
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "a.png")
+    extract(path, tmp_path / "store", masks=tmp_path, min_tissue=0.001)
+    slide = read(tmp_path / "store", "a")
+    assert slide.attrs["tissue"] == "a.png"
+    edge = slide.features["x20"][(slide.coords["x20"] == [1280, 1280]).all(axis=1)]
+    assert len(edge) == 1
+    # 20 × 20 of its 256 × 256 px are on the slide, the rest is background.
+    assert edge.min() > 250
+
+
+def test_a_truncated_file_is_listed_and_the_rest_goes_on(slides: Path, tmp_path: Path):
+    whole = (slides / "s1.svs").read_bytes()
+    (slides / "s1.svs").write_bytes(whole[: len(whole) // 3])
+    (slides / "s2.svs").write_bytes(b"")
+    summary = extract(slides, tmp_path / "store")
+    assert [o.status for o in summary.outcomes] == ["done", "failed", "failed"]
+    assert "s1.svs" in summary.outcomes[1].why
+    with pytest.raises(DataError, match=r"s1\.svs"):
+        extract(slides, tmp_path / "other", strict=True)
+
+
+def test_one_broken_tile_is_recorded_and_masked_and_the_rest_is_exact(slides: Path, tmp_path: Path):
+    extract(slides, tmp_path / "whole")
+    break_tile(slides / "s1.svs", 7 * 2 + 2)
+    summary = extract(slides, tmp_path / "broken")
+    assert [o.status for o in summary.outcomes] == ["done"] * 3
+    assert summary.outcomes[1].why == "1 of 4 cells cannot be read"
+    whole, broken = read(tmp_path / "whole", "s1"), read(tmp_path / "broken", "s1")
+    assert broken.attrs["unreadable_cells"] == [[0, 0]]
+    for name in ("x20", "x10", "x5"):
+        good = (whole.coords[name] >= 1024).any(axis=1)
+        assert 0 < good.sum() < len(good)
+        np.testing.assert_array_equal(broken.features[name], whole.features[name][good])
+        np.testing.assert_array_equal(broken.coords[name], whole.coords[name][good])
+
+
+def test_a_slide_of_broken_tiles_fails(slides: Path, tmp_path: Path):
+    for number in range(49):
+        break_tile(slides / "s1.svs", number)
+    outcome = extract(slides, tmp_path / "store").outcomes[1]
+    assert outcome.status == "failed"
+    assert "none of its 4 cells can be read" in outcome.why
+
+
+def test_the_same_name_in_two_folders_is_told_for_both(slides: Path, tmp_path: Path):
+    (slides / "sub").mkdir()
+    write_slide(slides / "sub" / "s1.svs", tissue_picture(1100, 1100))
+    summary = extract(slides, tmp_path / "store")
+    assert [o.status for o in summary.outcomes] == ["done", "failed", "done", "failed"]
+    for outcome in summary.of("failed"):
+        assert "2 slides have this name" in outcome.why
+        assert str(slides / "s1.svs") in outcome.why
+        assert str(slides / "sub" / "s1.svs") in outcome.why
+
+
+def test_a_full_disk_stops_the_run_in_one_line_and_leaves_no_part(slides: Path, tmp_path: Path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(feature_store.zarr, "open_group", full)
+    with pytest.raises(DataError, match=r"cannot be written .No space left on device"):
+        extract(slides, tmp_path / "store")
+    assert not list((tmp_path / "store" / "mean-colour").iterdir())
+
+
+def test_nan_and_infinity_of_an_encoder_fail_the_slide(slides: Path, tmp_path: Path):
+    for bad in (np.nan, np.inf, 1e6):
+        encoder = MeanColour(returns=lambda means, bad=bad: np.where(means > 0, bad, means))
+        summary = extract(slides, tmp_path / "store", encoder)
+        assert [o.status for o in summary.outcomes] == ["failed"] * 3
+        assert "the features of tile 0 are not finite" in summary.outcomes[0].why
+    assert not list((tmp_path / "store").rglob("*.zarr"))
+
+
+def test_a_wrong_width_stops_the_run(slides: Path, tmp_path: Path):
+    with pytest.raises(DataError, match=r"encoder mean-colour: returned \[\d+, 2\], expected \[\d+, 3\]"):
+        extract(slides, tmp_path / "store", MeanColour(returns=lambda means: means[:, :2]))
+
+
+def test_a_changed_configuration_says_which_slides_are_stale(slides: Path, tmp_path: Path):
+    extract(slides, tmp_path / "store")
+    assert {o.status for o in extract(slides, tmp_path / "store").outcomes} == {"skipped"}
+    changed = extract(slides, tmp_path / "store", min_tissue=0.9)
+    assert {o.status for o in changed.outcomes} == {"stale"}
+    assert "--overwrite" in changed.outcomes[0].why
+    again = extract(slides, tmp_path / "store", min_tissue=0.9, overwrite=True)
+    assert {o.status for o in again.outcomes} == {"done"}
+    write_slide(slides / "s0.svs", tissue_picture(1500, 1500))
+    replaced = extract(slides, tmp_path / "store", min_tissue=0.9)
+    assert [o.status for o in replaced.outcomes] == ["stale", "skipped", "skipped"]
+
+
+def test_batches_threads_and_devices_do_not_change_the_features(slides: Path, tmp_path: Path):
+    extract(slides, tmp_path / "a", batch_size=7, threads=1)
+    config = PreprocessConfig(slides=slides, store=tmp_path / "b", batch_size=100, threads=4)
+    preprocess_slides(config, slots=[[MeanColour()], [MeanColour()], [MeanColour()]])
+    for slide_id in ("s0", "s1", "s2"):
+        one, other = read(tmp_path / "a", slide_id), read(tmp_path / "b", slide_id)
+        for name in one.features:
+            np.testing.assert_array_equal(one.features[name], other.features[name])
+
+
+SLOW = """
+import sys, time
+sys.path[:0] = [{tests!r}]
+from pathlib import Path
+from preprocess.test_bad_input import MeanColour, extract
+class Slow(MeanColour):
+    def encode(self, tiles, mpp):
+        time.sleep(0.05)
+        return super().encode(tiles, mpp)
+print("ready", flush=True)
+extract(Path({slides!r}), Path({store!r}), Slow(), batch_size=1)
+"""
+
+
+def start_slow(slides: Path, store: Path) -> subprocess.Popen:
+    code = SLOW.format(tests=str(Path(__file__).parents[1]), slides=str(slides), store=str(store))
+    code = code.replace("from preprocess.test_bad_input", "from test_bad_input")
+    code = code.replace("sys.path[:0] = [", f"sys.path[:0] = [{str(Path(__file__).parent)!r}, ")
+    root = str(Path(__file__).parents[2])
+    return subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened in time"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
+def test_an_interrupted_run_leaves_whole_slides_and_the_same_call_does_the_rest(slides: Path, tmp_path: Path, kill):
+    store = tmp_path / "store"
+    process = start_slow(slides, store)
+    try:
+        wait_for(lambda: list(store.glob("mean-colour/[!.]*.zarr")) or process.poll() is not None)
+        process.send_signal(kill)
+        process.wait(60)
+    finally:
+        process.kill()
+        process.communicate()
+    there = FeatureStore.open(store).slide_ids()
+    assert 1 <= len(there) < 3
+    summary = extract(slides, store)
+    assert [o.status for o in summary.outcomes].count("skipped") == len(there)
+    extract(slides, tmp_path / "undisturbed")
+    for slide_id in ("s0", "s1", "s2"):
+        one, other = read(store, slide_id), read(tmp_path / "undisturbed", slide_id)
+        for name in one.features:
+            np.testing.assert_array_equal(one.features[name], other.features[name])
+
+
+def test_two_processes_on_the_same_slides_both_end_well(slides: Path, tmp_path: Path):
+    store = tmp_path / "store"
+    processes = [start_slow(slides, store) for _ in range(2)]
+    codes = []
+    for process in processes:
+        try:
+            _, errors = process.communicate(timeout=120)
+            codes.append((process.returncode, errors.decode()[-500:]))
+        finally:
+            process.kill()
+    assert [code for code, _ in codes] == [0, 0], codes
+    assert sorted(p.name for p in (store / "mean-colour").iterdir()) == ["s0.zarr", "s1.zarr", "s2.zarr"]
+    assert {o.status for o in extract(slides, store).outcomes} == {"skipped"}
