@@ -37,6 +37,9 @@ from preprocess.samples import BLOCK, EncodedSlide, TarStream, encode
 logger = logging.getLogger(__name__)
 
 
+_OWN = re.compile(r"shard-\d{6}\.(tar|part\.json)|\.shard-\d{6}\.(tar|part\.json)\.\w+\.tmp")
+
+
 class FeatureSource(Protocol):
     """What is packed: a feature store, or anything that reads slides like one."""
 
@@ -176,9 +179,11 @@ def _resume(out: Path, plan: _Plan) -> list[_Part]:
             break
         parts.append(part)
     kept = {part.shard.name for part in parts} | {_part_path(out, i).name for i in range(len(parts))}
-    for path in sorted(out.glob("shard-*")):
-        if path.name not in kept and re.fullmatch(r"shard-\d{6}\.(tar|part\.json)", path.name):
-            path.unlink()
+    stale = [p for p in out.iterdir() if p.name not in kept and _OWN.fullmatch(p.name)]
+    for path in stale:
+        path.unlink()
+    if stale:
+        logger.info("%s: removed %d files of another or an unfinished packing", out, len(stale))
     if parts:
         logger.info("%s: going on behind %d finished shards", out, len(parts))
     return parts

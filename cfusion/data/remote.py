@@ -12,11 +12,11 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit, urlunsplit
 
-from cfusion.data.shard_index import INDEX_NAME, Member, Shard, ShardIndex, parse, tar_key
-from cfusion.data.shards import OpenFile
+from cfusion.data.shard_files import OpenFile
+from cfusion.data.shard_index import INDEX_NAME, Member, Shard, ShardIndex, parse
 from cfusion.errors import DataError, MissingExtraError
 from cfusion.files import atomic_path
 
@@ -232,17 +232,9 @@ class RemoteFiles:
         """Delete the cached copy."""
         return self._cache.drop(self._name(number, member))
 
-    def samples(self, index: ShardIndex, number: int, wanted: frozenset[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """Stream a shard front to back through webdataset."""
-        from webdataset.tariterators import group_by_keys, tar_file_expander
-
-        shard = index.shards[number]
-        slides = {tar_key(sample.slide_id): sample.slide_id for sample in index.samples if sample.shard == number}
-        stream = io.BufferedReader(_Stream(self._source, shard), _PIECE)
-        for sample in group_by_keys(tar_file_expander([{"url": shard.name, "stream": stream}])):
-            slide_id = slides.get(sample["__key__"])
-            if slide_id in wanted:
-                yield slide_id, {name: data for name, data in sample.items() if not name.startswith("__")}
+    def stream(self, shard: Shard) -> BinaryIO:
+        """The shard in large ranges, a few at a time."""
+        return io.BufferedReader(_Stream(self._source, shard), _PIECE)
 
 
 class _Stream(io.RawIOBase):

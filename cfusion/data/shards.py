@@ -2,101 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import mmap
 import os
-import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from cfusion.data.npy import check_header
-from cfusion.data.shard_index import Member, Sample, Shard, ShardIndex, read_index
+from cfusion.data.shard_files import REPAIR, LocalFiles, OpenFile, ShardFiles, array_bytes, read_pieces
+from cfusion.data.shard_index import Member, Sample, ShardIndex, read_index, tar_key
 from cfusion.errors import DataError
-
-_REPAIR = "Copy or pack the shards again; `cfusion preprocess verify-shards` lists the slides that are whole."
-_GAP = 8192
-
-
-class OpenFile:
-    """A descriptor that closes when its last reader lets go of it."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    @functools.cached_property
-    def map(self) -> mmap.mmap:
-        """The whole file as memory."""
-        return mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ)
-
-    def read_ahead(self, start: int, width: int, rows: np.ndarray) -> None:
-        """Have the kernel fetch runs of rows all at once, which cold disks need; cheap where they are cached."""
-        edges = np.flatnonzero(np.diff(rows) != 1) + 1
-        firsts = rows[np.concatenate([[0], edges])] if len(rows) else rows
-        counts = np.diff(np.concatenate([[0], edges, [len(rows)]]))
-        for first, count in zip(firsts.tolist(), counts.tolist(), strict=False):
-            os.posix_fadvise(self.descriptor, start + first * width, count * width, os.POSIX_FADV_WILLNEED)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
-class ShardFiles(Protocol):
-    """Where the bytes of the tars are."""
-
-    where: str
-    """Folder or URL, for messages."""
-    remote: bool
-    """Whether reading goes over a network."""
-
-    def open(self, number: int, shard: Shard, member: Member) -> tuple[OpenFile, int]:
-        """A file that holds a member, and what to add to an offset in the shard to find it there."""
-
-    def discard(self, number: int, member: Member) -> bool:
-        """Forget a damaged local copy of a member; true where there was one, so that another try can help."""
-
-    def samples(self, index: ShardIndex, number: int, wanted: frozenset[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """The members of the wanted slides of one shard, read front to back."""
-
-
-class LocalFiles:
-    """Shards in a folder."""
-
-    remote = False
-
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = Path(directory)
-        self.where = str(directory)
-        self._open: dict[int, OpenFile] = {}
-        self._lock = threading.Lock()
-
-    def open(self, number: int, shard: Shard, member: Member) -> tuple[OpenFile, int]:
-        """The shard itself, which stays open: at most 256 at a time."""
-        file = self._open.get(number)
-        if file is not None:
-            return file, 0
-        path = self.directory / shard.name
-        try:
-            file = OpenFile(path)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be opened ({error.strerror}).", _REPAIR) from error
-        with self._lock:
-            while len(self._open) >= 256:
-                del self._open[next(iter(self._open))]
-            self._open[number] = file
-        return file, 0
-
-    def discard(self, number: int, member: Member) -> bool:
-        """There is no copy."""
-        return False
-
-    def samples(self, index: ShardIndex, number: int, wanted: frozenset[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """A local shard is read by offset, not front to back."""
-        raise NotImplementedError
 
 
 class ShardDataset:
@@ -145,11 +62,11 @@ class ShardDataset:
         for shard in index.shards:
             path = Path(directory) / shard.name
             if not path.is_file():
-                raise DataError(f"{path}: the shard is missing.", _REPAIR)
+                raise DataError(f"{path}: the shard is missing.", REPAIR)
             if path.stat().st_size != shard.size:
                 raise DataError(
                     f"{path}: {path.stat().st_size} bytes, the index says {shard.size}: cut short, or another's index.",
-                    _REPAIR,
+                    REPAIR,
                 )
         return cls(LocalFiles(directory), index)
 
@@ -235,18 +152,26 @@ class ShardDataset:
     def samples(self, slide_ids: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         """Slides with all their arrays, once each in the order of the shards.
 
-        Remote shards are streamed front to back through webdataset, which asks the server for little and caches
-        nothing: the way to read a whole epoch once.
+        Shards are read front to back through webdataset, and nothing is cached: the way to read a whole remote epoch.
+
+        Raises:
+            DataError: A shard holds something else than its index says.
         """
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
         wanted = frozenset(self.slide_ids if slide_ids is None else slide_ids)
-        for number in range(len(self.index.shards)):
-            inside = frozenset(s.slide_id for s in self.index.samples if s.shard == number) & wanted
-            if self._files.remote and inside:
-                for slide_id, members in self._files.samples(self.index, number, inside):
-                    yield slide_id, self._arrays(slide_id, members)
-            elif inside:
-                for slide_id in (s for s in self.slide_ids if s in inside):
-                    yield slide_id, self.read(slide_id, self._array_names(slide_id))
+        for number, shard in enumerate(self.index.shards):
+            keys = {tar_key(s.slide_id): s.slide_id for s in self.index.samples if s.shard == number}
+            if wanted.isdisjoint(keys.values()):
+                continue
+            with self._files.stream(shard) as stream:
+                for members in group_by_keys(tar_file_expander([{"url": shard.name, "stream": stream}])):
+                    slide_id = keys.get(members["__key__"])
+                    if slide_id is None:
+                        key = members["__key__"]
+                        raise DataError(f"{self.directory}/{shard.name}: {key} is not in the index.", REPAIR)
+                    if slide_id in wanted:
+                        yield slide_id, self._arrays(slide_id, members)
 
     def _array_names(self, slide_id: str) -> list[str]:
         return [name.removesuffix(".npy") for name in self.sample(slide_id).members if name.endswith(".npy")]
@@ -293,9 +218,12 @@ class ShardDataset:
             member = self._member(slide_id, name)
             file, shift = self._files.open(sample.shard, shard, member)
             pieces = spans.setdefault(id(file), (file, []))[1]
-            pieces += [(member.offset + shift, headers[name]), (member.offset + shift + member.header, _bytes(array))]
+            pieces += [
+                (member.offset + shift, headers[name]),
+                (member.offset + shift + member.header, array_bytes(array)),
+            ]
         for file, pieces in spans.values():
-            if not _read_pieces(file, pieces):
+            if not read_pieces(file, pieces):
                 raise self._bad(slide_id, next(iter(out)), "the shard ends before it does")
         for name, array in out.items():
             if (slide_id, name) not in self._checked:
@@ -303,7 +231,7 @@ class ShardDataset:
 
     def _check(self, slide_id: str, name: str, header: bytearray, array: np.ndarray) -> None:
         sample, member = self.sample(slide_id), self._member(slide_id, name)
-        if zlib.crc32(_bytes(array), zlib.crc32(header)) != member.crc32:
+        if zlib.crc32(array_bytes(array), zlib.crc32(header)) != member.crc32:
             if not self._files.discard(sample.shard, member):
                 raise self._bad(slide_id, name, "its checksum is not the one it was packed with")
             return self._read_whole(slide_id, {name: array})
@@ -330,40 +258,4 @@ class ShardDataset:
 
     def _bad(self, slide_id: str, name: str, what: str) -> DataError:
         shard = self.index.shards[self.sample(slide_id).shard].name
-        return DataError(f"{self.directory}/{shard}: slide {slide_id}, member {name}.npy: {what}.", _REPAIR)
-
-
-def _bytes(array: np.ndarray) -> memoryview:
-    return array.reshape(-1).view(np.uint8).data
-
-
-def _read_pieces(file: OpenFile, pieces: list[tuple[int, Any]]) -> bool:
-    """Read pieces of a file, those that lie close together in one call; false where the file ends before they do."""
-    pieces.sort(key=lambda piece: piece[0])
-    start = end = pieces[0][0]
-    buffers: list[memoryview] = []
-    for offset, buffer in pieces:
-        if offset - end > _GAP:
-            if not _preadv(file, buffers, start):
-                return False
-            buffers, start, end = [], offset, offset
-        if offset > end:
-            buffers.append(memoryview(bytearray(offset - end)))
-        buffers.append(memoryview(buffer))
-        end = offset + buffers[-1].nbytes
-    return _preadv(file, buffers, start)
-
-
-def _preadv(file: OpenFile, buffers: list[memoryview], offset: int) -> bool:
-    buffers = [buffer for buffer in buffers if buffer.nbytes]
-    while buffers:
-        count = os.preadv(file.descriptor, buffers, offset)
-        if not count:
-            return False
-        offset += count
-        # The kernel gives at most 2 GiB a call: go on in the buffer where it stopped.
-        while buffers and count >= buffers[0].nbytes:
-            count -= buffers.pop(0).nbytes
-        if count:
-            buffers[0] = buffers[0][count:]
-    return True
+        return DataError(f"{self.directory}/{shard}: slide {slide_id}, member {name}.npy: {what}.", REPAIR)

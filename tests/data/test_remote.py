@@ -222,6 +222,14 @@ def test_a_flipped_bit_in_a_stream_is_named(server, tmp_path):
         list(dataset.samples())
 
 
+def test_a_stream_of_another_tar_is_refused(server, tmp_path):
+    dataset = ShardDataset.open(server.url, cache_directory=tmp_path / "cache")
+    first, second = (server.folder / shard.name for shard in dataset.index.shards[:2])
+    first.write_bytes(second.read_bytes().ljust(first.stat().st_size, b"\0"))
+    with pytest.raises(DataError, match="is not in the index"):
+        list(dataset.samples())
+
+
 def test_training_reads_remote_bags_like_local_ones(server, slides, tmp_path):
     cases = {"a": ["s0.A", "s1.A"], "b": ["s2.A"]}
     batches = []

@@ -82,6 +82,30 @@ def test_a_stopped_run_goes_on_behind_the_last_finished_tar(store, tmp_path):
     assert tar_bytes(tmp_path / "resumed") == tar_bytes(tmp_path / "whole")
 
 
+def test_leftovers_of_other_packings_go_and_foreign_files_stay(store, tmp_path):
+    pack_store(store, tmp_path, target_bytes=10_000)
+    (tmp_path / ".shard-000000.tar.deadbeef.tmp").write_bytes(b"half")
+    (tmp_path / "shard-notes.txt").write_text("mine")
+    index = pack_store(store, tmp_path, dtype="int8")
+    assert {p.name for p in tmp_path.iterdir()} == {s.name for s in index.shards} | {"index.json", "shard-notes.txt"}
+
+
+def test_a_changed_slide_is_packed_anew(store, tmp_path):
+    first = pack_store(store, tmp_path)
+    changed = make_slide("TCGA-03.DX1.7B2F", seed=99)
+    store.slides[changed.slide_id] = changed
+    assert pack_store(store, tmp_path).digest != first.digest
+    read = ShardDataset.open(tmp_path).read(changed.slide_id, ["x20"])
+    np.testing.assert_array_equal(read["x20"], changed.features["x20"])
+
+
+def test_a_finished_set_with_a_lost_tar_is_packed_anew(store, tmp_path):
+    index = pack_store(store, tmp_path, target_bytes=30_000)
+    (tmp_path / index.shards[1].name).unlink()
+    assert pack_store(store, tmp_path, target_bytes=30_000) == index
+    assert (tmp_path / index.shards[1].name).exists()
+
+
 def test_slides_of_two_encoders_are_refused(store, tmp_path):
     store.slides["TCGA-03.DX1.7B2F"].attrs["encoder"] = "other"
     with pytest.raises(DataError, match=r"differ in encoder: .*other"):

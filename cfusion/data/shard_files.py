@@ -1,0 +1,133 @@
+"""Open shards: descriptors that close themselves, positioned reads, memory maps."""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import os
+import threading
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+from cfusion.data.shard_index import Member, Shard
+from cfusion.errors import DataError
+
+REPAIR = "Copy or pack the shards again; `cfusion preprocess verify-shards` lists the slides that are whole."
+_GAP = 8192
+
+
+class OpenFile:
+    """A descriptor that closes when its last reader lets go of it."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    @functools.cached_property
+    def map(self) -> mmap.mmap:
+        """The whole file as memory."""
+        return mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ)
+
+    def read_ahead(self, start: int, width: int, rows: np.ndarray) -> None:
+        """Have the kernel fetch runs of rows all at once, which cold disks need; cheap where they are cached."""
+        edges = np.flatnonzero(np.diff(rows) != 1) + 1
+        firsts = rows[np.concatenate([[0], edges])] if len(rows) else rows
+        counts = np.diff(np.concatenate([[0], edges, [len(rows)]]))
+        for first, count in zip(firsts.tolist(), counts.tolist(), strict=False):
+            os.posix_fadvise(self.descriptor, start + first * width, count * width, os.POSIX_FADV_WILLNEED)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class ShardFiles(Protocol):
+    """Where the bytes of the tars are."""
+
+    where: str
+    """Folder or URL, for messages."""
+    remote: bool
+    """Whether reading goes over a network."""
+
+    def open(self, number: int, shard: Shard, member: Member) -> tuple[OpenFile, int]:
+        """A file that holds a member, and what to add to an offset in the shard to find it there."""
+
+    def discard(self, number: int, member: Member) -> bool:
+        """Forget a damaged local copy of a member; true where there was one, so that another try can help."""
+
+    def stream(self, shard: Shard) -> BinaryIO:
+        """A tar, to be read front to back."""
+
+
+class LocalFiles:
+    """Shards in a folder."""
+
+    remote = False
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        self.where = str(directory)
+        self._open: dict[int, OpenFile] = {}
+        self._lock = threading.Lock()
+
+    def open(self, number: int, shard: Shard, member: Member) -> tuple[OpenFile, int]:
+        """The shard itself, which stays open: at most 256 at a time."""
+        file = self._open.get(number)
+        if file is not None:
+            return file, 0
+        path = self.directory / shard.name
+        try:
+            file = OpenFile(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be opened ({error.strerror}).", REPAIR) from error
+        with self._lock:
+            while len(self._open) >= 256:
+                del self._open[next(iter(self._open))]
+            self._open[number] = file
+        return file, 0
+
+    def discard(self, number: int, member: Member) -> bool:
+        """There is no copy."""
+        return False
+
+    def stream(self, shard: Shard) -> BinaryIO:
+        """The shard itself."""
+        return (self.directory / shard.name).open("rb")
+
+
+def array_bytes(array: np.ndarray) -> memoryview:
+    """The memory of a C-contiguous array."""
+    return array.reshape(-1).view(np.uint8).data
+
+
+def read_pieces(file: OpenFile, pieces: list[tuple[int, Any]]) -> bool:
+    """Read pieces of a file, those that lie close together in one call; false where the file ends before they do."""
+    pieces.sort(key=lambda piece: piece[0])
+    start = end = pieces[0][0]
+    buffers: list[memoryview] = []
+    for offset, buffer in pieces:
+        if offset - end > _GAP:
+            if not _preadv(file, buffers, start):
+                return False
+            buffers, start, end = [], offset, offset
+        if offset > end:
+            buffers.append(memoryview(bytearray(offset - end)))
+        buffers.append(memoryview(buffer))
+        end = offset + buffers[-1].nbytes
+    return _preadv(file, buffers, start)
+
+
+def _preadv(file: OpenFile, buffers: list[memoryview], offset: int) -> bool:
+    buffers = [buffer for buffer in buffers if buffer.nbytes]
+    while buffers:
+        count = os.preadv(file.descriptor, buffers, offset)
+        if not count:
+            return False
+        offset += count
+        # The kernel gives at most 2 GiB a call: go on in the buffer where it stopped.
+        while buffers and count >= buffers[0].nbytes:
+            count -= buffers.pop(0).nbytes
+        if count:
+            buffers[0] = buffers[0][count:]
+    return True
