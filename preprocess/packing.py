@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -57,7 +58,7 @@ class _Part(BaseModel):
     """A finished tar and its samples, kept beside it until the whole set is there."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    settings: str
+    plan: str
     shard: Shard
     samples: tuple[Sample, ...]
     refused: dict[str, str]
@@ -75,7 +76,7 @@ class _Plan:
     seed: int
     target_bytes: int
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         return digest_json(dataclasses.asdict(self))
 
@@ -152,12 +153,7 @@ def _finished(out: Path, plan: _Plan) -> ShardIndex | None:
     if not (out / INDEX_NAME).exists():
         return None
     index = read_index(out)
-    same = (
-        (index.dtype, index.seed, index.target_bytes) == (plan.dtype, plan.seed, plan.target_bytes)
-        and {s.slide_id for s in index.samples} | set(index.refused) == set(plan.order)
-        and all(plan.sources[s.slide_id] == s.source for s in index.samples)
-        and all(_is_whole(out, shard) for shard in index.shards)
-    )
+    same = index.plan == plan.digest and all(_is_whole(out, shard) for shard in index.shards)
     return index if same else None
 
 
@@ -175,7 +171,7 @@ def _resume(out: Path, plan: _Plan) -> list[_Part]:
     parts: list[_Part] = []
     while (path := _part_path(out, len(parts))).exists():
         part = parse(_Part, path.read_bytes(), str(path))
-        if part.settings != plan.digest or not _is_whole(out, part.shard):
+        if part.plan != plan.digest or not _is_whole(out, part.shard):
             break
         parts.append(part)
     kept = {part.shard.name for part in parts} | {_part_path(out, i).name for i in range(len(parts))}
@@ -236,7 +232,7 @@ def _write_part(out: Path, number: int, feed: _Feed, plan: _Plan, reference: Sam
             samples.append(sample)
             _check_alike(reference or samples[0], sample)
         shard = Shard(name=name, size=tar.close(), sha256=tar.digest.hexdigest())
-    part = _Part(settings=plan.digest, shard=shard, samples=tuple(samples), refused=refused)
+    part = _Part(plan=plan.digest, shard=shard, samples=tuple(samples), refused=refused)
     write_text(_part_path(out, number), part.model_dump_json())
     return part
 
@@ -263,7 +259,7 @@ def _write_sample(tar: TarStream, slide: EncodedSlide, shard: int, plan: _Plan) 
             offset=offset, size=size, dtype=array.dtype.str, shape=array.shape, crc32=slide.checksums[name]
         )
     return Sample(
-        slide_id=slide.slide_id, shard=shard, source=plan.sources[slide.slide_id], members=members,
+        slide_id=slide.slide_id, shard=shard, members=members,
         tile_px_level0=slide.tile_px_level0, error=slide.error,
     )  # fmt: skip
 
@@ -278,6 +274,7 @@ def _assemble(out: Path, plan: _Plan, parts: Sequence[_Part]) -> ShardIndex:
     names = tuple(first.tiles)
     index = ShardIndex(
         encoder=plan.encoder,
+        plan=plan.digest,
         provenance=plan.provenance,
         dtype=plan.dtype,
         dim=first.members[f"{names[0]}.npy"].shape[1],

@@ -86,7 +86,6 @@ class Sample(_Entry):
     Attributes:
         slide_id: File stem of the slide.
         shard: Number of its tar in `ShardIndex.shards`.
-        source: Digest of the store's attributes of this slide, to tell whether a shard is up to date.
         tile_px_level0: Per magnification name, side of a tile in level-0 px; empty where unknown.
         members: By name.
         error: int8 only: per magnification name, root mean square of the rounding error over that of the values.
@@ -94,7 +93,6 @@ class Sample(_Entry):
 
     slide_id: str
     shard: int = Field(ge=0)
-    source: str
     tile_px_level0: dict[str, float] = {}
     members: dict[str, Member]
     error: dict[str, float] = {}
@@ -123,6 +121,7 @@ class ShardIndex(_Entry):
     Attributes:
         format: Version of this schema.
         encoder: Name of the encoder whose embeddings these are.
+        plan: Digest of all that decided the shards: slides, their attributes in the store, order, dtype, target.
         provenance: Attributes that all slides share: weight digest, transform, resample filter, …
         dtype: How embeddings are stored.
         dim: Width of an embedding.
@@ -136,6 +135,7 @@ class ShardIndex(_Entry):
 
     format: Literal["cfusion-shards-1"] = "cfusion-shards-1"
     encoder: str
+    plan: str
     provenance: dict[str, Any] = {}
     dtype: StoredDtype
     dim: int = Field(ge=1)

@@ -99,6 +99,15 @@ def test_a_changed_slide_is_packed_anew(store, tmp_path):
     np.testing.assert_array_equal(read["x20"], changed.features["x20"])
 
 
+def test_a_refused_slide_that_was_mended_is_packed(store, tmp_path):
+    good = store.slides["TCGA-03.DX1.7B2F"]
+    store.slides[good.slide_id] = make_slide(good.slide_id, seed=4)
+    store.slides[good.slide_id].features["x20"][0] = np.nan
+    assert list(pack_store(store, tmp_path).refused) == [good.slide_id]
+    store.slides[good.slide_id] = good
+    assert not pack_store(store, tmp_path).refused
+
+
 def test_a_finished_set_with_a_lost_tar_is_packed_anew(store, tmp_path):
     index = pack_store(store, tmp_path, target_bytes=30_000)
     (tmp_path / index.shards[1].name).unlink()
