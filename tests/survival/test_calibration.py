@@ -1,0 +1,63 @@
+"""Calibration: right predictions pass, wrong ones are found out."""
+
+import numpy as np
+import pytest
+
+from cfusion.errors import UndefinedMetricError
+from cfusion.survival.calibration import calibration_points, calibration_slope, d_calibration, survival_at
+
+
+def drawn(size: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Times, events and the true hazard rate of each patient."""
+    generator = np.random.default_rng(seed)
+    rate = np.exp(generator.normal(size=size)) / 30
+    happens, leaves = generator.exponential(1 / rate), generator.exponential(60, size)
+    return np.minimum(happens, leaves), happens < leaves, rate
+
+
+def test_interpolation() -> None:
+    survival, edges = np.array([[0.8, 0.4]]), np.array([[10.0, 30.0]])
+    for months, expected in ((0, 1.0), (5, 0.9), (10, 0.8), (20, 0.6), (30, 0.4), (99, 0.4)):
+        assert survival_at(survival, edges, np.array([months]))[0] == pytest.approx(expected)
+
+
+def test_d_calibration_by_hand() -> None:
+    """Ten events, one in each tenth, are perfectly calibrated; ten in the same tenth are not."""
+    uniform = (np.arange(10) + 0.5) / 10
+    assert d_calibration(np.ones(10, bool), uniform) == pytest.approx(1.0)
+    assert d_calibration(np.ones(100, bool), np.full(100, 0.55)) < 1e-12
+    # a patient censored at survival 1 is spread evenly
+    assert d_calibration(np.zeros(7, bool), np.ones(7)) == pytest.approx(1.0)
+
+
+def test_d_calibration_finds_overconfidence() -> None:
+    rejected = 0
+    for seed in range(60):
+        time, event, rate = drawn(300, seed)
+        rejected += d_calibration(event, np.exp(-rate * time)) < 0.05
+        assert d_calibration(event, np.exp(-3 * rate * time)) < 0.01
+    assert rejected <= 6
+
+
+def test_slope_is_one_for_the_truth_and_less_for_extremes() -> None:
+    time, event, rate = drawn(2000, 1)
+    fold = np.arange(2000) % 5
+    slope, low, high = calibration_slope(time, event, np.exp(-rate * 20), fold)
+    assert low < 1 < high
+    assert abs(slope - 1) < 0.15
+    extreme = np.exp(-20 / 30 * (30 * rate) ** 2)
+    assert calibration_slope(time, event, extreme, fold)[2] < 0.7
+    with pytest.raises(UndefinedMetricError):
+        calibration_slope(time, event, np.full(2000, 0.5), fold)
+
+
+def test_points_lie_on_the_diagonal_for_the_truth() -> None:
+    time, event, rate = drawn(3000, 2)
+    points = calibration_points(time, event, np.exp(-rate * 24), 24.0)
+    assert len(points) == 5
+    assert sum(point.size for point in points) == 3000
+    for point in points:
+        assert point.low - 0.02 < point.predicted < point.high + 0.02
+    assert len(calibration_points(time, event, np.full(3000, 0.5), 24.0)) == 1
+    with pytest.raises(UndefinedMetricError, match="nobody is followed for 9999 months"):
+        calibration_points(time, event, np.exp(-rate * 24), 9999.0)

@@ -1,0 +1,96 @@
+"""Paired comparisons: a real difference is found, none is invented, and Holm corrects."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cfusion.errors import DataError
+from cfusion.survival.comparison import compare, holm
+from cfusion.survival.predictions import checked_predictions
+
+
+def predictions(noise: dict[str, float], size: int = 300, seeds: int = 1, seed: int = 0) -> pd.DataFrame:
+    """Models that see the true risk under more or less noise."""
+    generator = np.random.default_rng(seed)
+    truth = generator.normal(size=size)
+    happens, leaves = generator.exponential(30 * np.exp(-truth)), generator.exponential(40, size)
+    base = pd.DataFrame({
+        "cohort": "c", "case_id": [f"p{i}" for i in range(size)], "fold": np.arange(size) % 5,
+        "survival_months": np.minimum(happens, leaves), "event": happens < leaves,
+    })  # fmt: skip
+    frames = [
+        base.assign(model=model, seed=s, risk=truth + level * generator.normal(size=size))
+        for model, level in noise.items()
+        for s in range(seeds)
+    ]
+    return checked_predictions(pd.concat(frames, ignore_index=True))
+
+
+def test_a_worse_model_is_found() -> None:
+    (row,) = compare(predictions({"good": 0.1, "bad": 4.0}), replicates=300).to_dict("records")
+    assert (row["model"], row["reference"], row["patients"]) == ("bad", "good", 300)
+    assert row["low"] < row["difference"] < row["high"] < 0
+    assert row["p"] < 1e-4
+    (swapped,) = compare(predictions({"good": 0.1, "bad": 4.0}), reference="bad", replicates=300).to_dict("records")
+    assert swapped["difference"] == pytest.approx(-row["difference"], abs=1e-12)
+
+
+def test_the_same_model_does_not_differ() -> None:
+    table = predictions({"a": 1.0})
+    twin = pd.concat([table, table.assign(model="b")], ignore_index=True)
+    (row,) = compare(twin, replicates=100).to_dict("records")
+    assert row["difference"] == row["low"] == row["high"] == 0
+    assert row["p"] == 1
+
+
+def test_pairing_beats_two_separate_intervals() -> None:
+    table = predictions({"a": 0.5})
+    risk = table["risk"] + np.random.default_rng(1).normal(size=len(table)) * 0.05
+    both = pd.concat([table, table.assign(model="b", risk=risk)], ignore_index=True)
+    (row,) = compare(both, replicates=300).to_dict("records")
+    assert row["high"] - row["low"] < 0.02
+
+
+def test_chance_is_rejected_as_often_as_it_says() -> None:
+    rejected = sum(
+        compare(predictions({"a": 1.5, "b": 1.5}, size=150, seed=s), replicates=200)["p"].iloc[0] < 0.05
+        for s in range(60)
+    )
+    assert rejected <= 8
+
+
+def test_seeds_are_paired_and_counted() -> None:
+    table = predictions({"a": 0.5, "b": 2.0}, seeds=3)
+    (row,) = compare(table, replicates=100).to_dict("records")
+    assert row["seeds"] == 3
+    fewer = table[(table["model"] == "a") | (table["seed"] < 2)]
+    assert compare(fewer, replicates=100)["seeds"].tolist() == [2]
+    apart = table[(table["model"] == "a") == (table["seed"] == 0)]
+    with pytest.raises(DataError, match="c, b against a: the two share no seed"):
+        compare(apart, replicates=100)
+
+
+def test_unknown_reference_and_single_model() -> None:
+    table = predictions({"a": 0.5})
+    assert compare(table).empty
+    with pytest.raises(DataError, match="reference z is not among the models a"):
+        compare(table, reference="z")
+
+
+def test_holm_by_hand() -> None:
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    with pytest.raises(DataError, match="between 0 and 1"):
+        holm([0.1, np.nan])
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_holm_never_lowers_and_keeps_the_order(p: list[float]) -> None:
+    adjusted = holm(p)
+    assert (adjusted >= np.array(p)).all()
+    assert (adjusted <= 1).all()
+    assert (adjusted <= np.minimum(np.array(p) * len(p), 1) + 1e-15).all()
+    order = np.argsort(p, kind="stable")
+    assert (np.diff(adjusted[order]) >= 0).all()

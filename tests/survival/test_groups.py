@@ -1,0 +1,81 @@
+"""Risk groups against lifelines, an independent program."""
+
+import lifelines
+import numpy as np
+import pandas as pd
+import pytest
+from lifelines.statistics import logrank_test
+from sksurv.linear_model import CoxPHSurvivalAnalysis
+from sksurv.util import Surv
+
+from cfusion.errors import UndefinedMetricError
+from cfusion.survival.groups import at_risk, hazard_ratio, kaplan_meier, log_rank
+
+
+@pytest.fixture(scope="module")
+def data() -> pd.DataFrame:
+    generator = np.random.default_rng(4)
+    risk = generator.normal(size=240)
+    fold = generator.integers(0, 4, 240)
+    happens = generator.exponential(30 * np.exp(-risk + fold / 2)).round() + 1
+    leaves = generator.exponential(40, 240).round() + 1
+    return pd.DataFrame({
+        "time": np.minimum(happens, leaves), "event": happens <= leaves, "high": risk > 0, "risk": risk, "fold": fold,
+    })  # fmt: skip
+
+
+def arrays(data: pd.DataFrame, *names: str) -> list[np.ndarray]:
+    return [data[name].to_numpy() for name in names]
+
+
+def test_kaplan_meier(data: pd.DataFrame) -> None:
+    time, event = arrays(data, "time", "event")
+    curve = kaplan_meier(time, event)
+    oracle = lifelines.KaplanMeierFitter().fit(time, event)
+    np.testing.assert_allclose(curve.survival, oracle.predict(curve.months), atol=1e-6)
+    limits = oracle.confidence_interval_.loc[list(curve.months[1:-1])]
+    np.testing.assert_allclose(curve.low[1:-1], limits.iloc[:, 0], atol=1e-4)
+    np.testing.assert_allclose(curve.high[1:-1], limits.iloc[:, 1], atol=1e-4)
+    assert curve.months[-1] == time.max()
+    assert (curve.size, curve.events) == (240, event.sum())
+    assert at_risk(time, [0, 10.5]) == [240, (time > 10.5).sum()]
+
+
+def test_log_rank(data: pd.DataFrame) -> None:
+    time, event, high, fold = arrays(data, "time", "event", "high", "fold")
+    expected = logrank_test(time[high], time[~high], event[high], event[~high]).p_value
+    assert log_rank(time, event, high) == pytest.approx(expected, rel=1e-9)
+    assert log_rank(time, event, high, np.zeros(240)) == pytest.approx(expected, rel=1e-9)
+    assert log_rank(time, event, ~high, fold) == pytest.approx(log_rank(time, event, high, fold), rel=1e-9)
+    # the score test of a stratified Cox model without ties is the stratified log-rank test
+    jittered = time + np.random.default_rng(0).uniform(0, 0.5, 240)
+    frame = data.assign(time=jittered)[["time", "event", "high", "fold"]].astype(float)
+    fitted = lifelines.CoxPHFitter().fit(frame, "time", "event", strata=["fold"])
+    assert np.log(log_rank(jittered, event, high, fold)) == pytest.approx(
+        np.log(fitted.log_likelihood_ratio_test().p_value), rel=0.15
+    )
+
+
+def test_hazard_ratio(data: pd.DataFrame) -> None:
+    time, event, high, risk, fold = arrays(data, "time", "event", "high", "risk", "fold")
+    breslow = CoxPHSurvivalAnalysis(ties="breslow").fit(risk[:, None], Surv.from_arrays(event, time))
+    assert hazard_ratio(time, event, risk).coefficient == pytest.approx(breslow.coef_[0], abs=1e-6)
+    jittered = time + np.random.default_rng(0).uniform(0, 0.5, 240)
+    frame = data.assign(time=jittered)[["time", "event", "high", "fold"]].astype(float)
+    fitter = lifelines.CoxPHFitter().fit(frame, "time", "event", strata=["fold"], fit_options={"precision": 1e-12})
+    oracle = fitter.summary.loc["high"]
+    found = hazard_ratio(jittered, event, high, fold)
+    assert found.ratio == pytest.approx(oracle["exp(coef)"], rel=1e-5)
+    assert found.error == pytest.approx(oracle["se(coef)"], rel=1e-4)
+    assert found.low == pytest.approx(oracle["exp(coef) lower 95%"], rel=1e-4)
+    assert found.high == pytest.approx(oracle["exp(coef) upper 95%"], rel=1e-4)
+
+
+def test_groups_that_cannot_be_compared() -> None:
+    time, event = np.arange(1.0, 11), np.ones(10, dtype=bool)
+    with pytest.raises(UndefinedMetricError, match="no fold holds both risk groups"):
+        log_rank(time, event, np.zeros(10, dtype=bool))
+    with pytest.raises(UndefinedMetricError, match="covariate is constant"):
+        hazard_ratio(time, event, np.ones(10))
+    with pytest.raises(UndefinedMetricError, match="no finite estimate"):
+        hazard_ratio(time, time < 6, time < 6)

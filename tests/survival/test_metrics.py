@@ -1,0 +1,211 @@
+"""Metrics against oracles: published pairs, lifelines, closed forms; and no score where none exists."""
+
+import lifelines
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from lifelines.utils import concordance_index
+from sksurv.datasets import load_whas500
+from sksurv.metrics import integrated_brier_score
+from sksurv.util import Surv
+
+from cfusion.errors import DataError, UndefinedMetricError
+from cfusion.survival.bootstrap import Resamples, bootstrap_cindex
+from cfusion.survival.metrics import (
+    Training,
+    auc_at,
+    brier_times,
+    concordance,
+    integrated_brier,
+    uno_cindex,
+)
+
+Data = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def cohort(size: int, seed: int = 0, censoring: float = 40.0, decimals: int = 8) -> Data:
+    generator = np.random.default_rng(seed)
+    risk = generator.normal(size=size)
+    happens = generator.exponential(30 * np.exp(-risk))
+    leaves = generator.exponential(censoring, size)
+    return np.minimum(happens, leaves).round(decimals), happens < leaves, risk
+
+
+WHAS500_WEIGHTS = {
+    "afb": 0.032495112, "age": 0.011509087, "av3": 0.263353411, "bmi": -0.016266486, "chf": 0.147272116,
+    "cvd": -0.083079717, "diasbp": -0.007779131, "gender": -0.089521275, "hr": 0.005718328, "los": -0.01306119,
+    "miord": -0.131019301, "mitype": -0.036162819, "sho": 0.278858294, "sysbp": 0.002440193,
+}  # fmt: skip
+"""The linear risk behind scikit-survival's own reference for the Worcester heart attack study."""
+
+
+def test_whas500() -> None:
+    x, y = load_whas500()
+    risk = x.astype(float)[list(WHAS500_WEIGHTS)].to_numpy() @ np.array(list(WHAS500_WEIGHTS.values()))
+    found = concordance(y["lenfol"], y["fstat"], risk)
+    assert (found.concordant, found.discordant, found.tied_risk, found.tied_time) == (57849, 17300, 0, 14)
+    assert found.cindex == pytest.approx(0.7697907, abs=5e-8)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10_000), size=st.integers(4, 60), decimals=st.integers(-1, 2))
+def test_harrell_equals_lifelines_ties_included(seed: int, size: int, decimals: int) -> None:
+    time, event, risk = cohort(size, seed, decimals=decimals)
+    time, risk = np.abs(time), risk.round(1)
+    try:
+        expected = concordance_index(time, -risk, event)
+    except ZeroDivisionError:
+        with pytest.raises(UndefinedMetricError):
+            concordance(time, event, risk)
+        return
+    assert concordance(time, event, risk).cindex == pytest.approx(expected, abs=1e-12)
+
+
+def test_uno_equals_harrell_without_censoring() -> None:
+    time, _, risk = cohort(150)
+    event = np.ones(150, dtype=bool)
+    assert uno_cindex(Training(time, event), time, event, risk) == pytest.approx(
+        concordance(time, event, risk).cindex, abs=1e-12
+    )
+
+
+def test_uno_does_not_depend_on_censoring_as_harrell_does() -> None:
+    time, _, risk = cohort(4000, seed=3, censoring=1e9)
+    truth = concordance(time, np.ones(4000, bool), risk).cindex
+    seen, event, risk = cohort(4000, seed=3, censoring=25.0)
+    training = Training(seen, event)
+    uno = uno_cindex(training, seen, event, risk)
+    assert abs(uno - truth) < abs(concordance(seen, event, risk).cindex - truth)
+
+
+def test_auc_is_the_same_in_any_order_and_without_censoring_plain() -> None:
+    time, _, risk = cohort(300)
+    event = np.ones(300, dtype=bool)
+    training = Training(time, event)
+    months = [36.0, 12.0, 60.0, 5.0]
+    found = auc_at(training, time, event, risk, months)
+    plain = [np.mean(risk[time <= m][:, None] > risk[time > m][None, :]) for m in months]
+    np.testing.assert_allclose(found, plain, atol=1e-12)
+    np.testing.assert_allclose(auc_at(training, time, event, risk, sorted(months)), np.array(found)[[3, 1, 0, 2]])
+
+
+def test_times_beyond_training_follow_up_have_a_rule() -> None:
+    time, event, risk = cohort(200)
+    early = time < 20
+    training = Training(time[early], event[early])
+    limit = training.truncation_months
+    assert limit <= 20
+    assert np.isfinite(uno_cindex(training, time, event, risk))
+    auc = auc_at(training, time, event, risk, [limit / 2, limit, 60.0])
+    assert np.isfinite(auc[0])
+    assert np.isnan(auc[1:]).all()
+    assert brier_times(training, time, np.array([limit / 2, 30.0, 60.0])).tolist() == [limit / 2]
+
+
+def test_brier_is_scikit_survivals_inside_the_follow_up() -> None:
+    time, event, risk = cohort(300)
+    training = Training(time, event)
+    edges = np.array([5.0, 10.0, 20.0])
+    survival = np.exp(-np.outer(np.exp(risk), edges / 30))
+    times = brier_times(training, time, edges)
+    np.testing.assert_array_equal(times, edges)
+    expected = integrated_brier_score(Surv.from_arrays(event, time), training.truncated(time, event), survival, edges)
+    found = integrated_brier(training, time, event, survival, times)
+    assert found == pytest.approx(expected, abs=1e-12)
+    null = integrated_brier(training, time, event, training.survival_at(times), times)
+    assert found < null
+    curve = lifelines.KaplanMeierFitter().fit(time, event)
+    np.testing.assert_allclose(training.survival_at(times), curve.predict(times), atol=1e-6)
+    assert np.isnan(integrated_brier(training, time, event, survival[:, :1], times[:1]))
+
+
+@pytest.mark.parametrize(
+    ("time", "event", "risk"),
+    [
+        ([1, 2, 3], [0, 0, 0], [1, 2, 3]),
+        ([5, 5, 5], [1, 1, 1], [1, 2, 3]),
+        ([1, 2, 3], [0, 0, 1], [1, 2, 3]),
+        ([4], [1], [1]),
+        ([], [], []),
+    ],
+)
+def test_no_comparable_pair_is_an_error(time: list, event: list, risk: list) -> None:
+    with pytest.raises(UndefinedMetricError, match="no comparable pair"):
+        concordance(time, event, risk)
+
+
+@pytest.mark.parametrize(
+    ("time", "event", "risk", "message"),
+    [
+        ([1, 2], [1, 0], [np.nan, 1], "1 of 2 values of risk are not finite"),
+        ([1, np.inf], [1, 0], [0, 1], "values of time are not finite"),
+        ([-1, 2], [1, 0], [0, 1], "a time is negative"),
+        ([1, 2], [1, 2], [0, 1], "events hold values other than 0 and 1"),
+        ([1, 2, 3], [1, 0], [0, 1], "differ in length"),
+    ],
+)
+def test_bad_arrays(time: list, event: list, risk: list, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        concordance(time, event, risk)
+
+
+def test_constant_risk_counts_every_pair_as_tied() -> None:
+    time, event, _ = cohort(50)
+    found = concordance(time, event, np.zeros(50))
+    assert found.cindex == 0.5
+    assert found.concordant == found.discordant == 0
+    assert found.tied_risk > 0
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10_000), size=st.integers(5, 40), folds=st.integers(1, 3))
+def test_bootstrap_replicates_are_exact(seed: int, size: int, folds: int) -> None:
+    """Every replicate equals the C-index of the patients it drew, one by one."""
+    time, event, risk = cohort(size, seed, decimals=0)
+    risk = risk.round(1)
+    assume(event.any() and np.ptp(time) > 0)
+    fold = np.arange(size) % folds
+    resamples = Resamples.draw(time, event, replicates=10, seed=seed, stratum=fold)
+    for counts, value in zip(resamples.counts, resamples.cindex(risk), strict=True):
+        assert counts.sum() == size
+        rows = np.repeat(np.arange(size), counts.astype(int))
+        if np.isnan(value):
+            with pytest.raises(UndefinedMetricError):
+                concordance(time[rows], event[rows], risk[rows])
+        else:
+            assert concordance(time[rows], event[rows], risk[rows]).cindex == pytest.approx(value, abs=1e-12)
+
+
+def test_pairs_within_folds() -> None:
+    time, event, risk = cohort(90)
+    fold = np.arange(90) % 3
+    once = Resamples(time, event, np.ones((1, 90), dtype=np.float32))
+    parts = [concordance(time[fold == k], event[fold == k], risk[fold == k]) for k in range(3)]
+    pairs = [p.concordant + p.discordant + p.tied_risk for p in parts]
+    expected = np.average([p.cindex for p in parts], weights=pairs)
+    assert once.cindex(risk, within=fold)[0] == pytest.approx(expected, abs=1e-12)
+    # scales of the folds do not matter within, and do when pooled
+    assert once.cindex(risk + 10 * fold, within=fold)[0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_interval_covers_and_repeats() -> None:
+    time, event, risk = cohort(300)
+    low, high = bootstrap_cindex(time, event, risk, replicates=400, seed=1)
+    assert low < concordance(time, event, risk).cindex < high
+    assert (low, high) == bootstrap_cindex(time, event, risk, replicates=400, seed=1)
+    wide = bootstrap_cindex(time[:60], event[:60], risk[:60], replicates=400, seed=1)
+    assert wide[1] - wide[0] > high - low
+    with pytest.raises(UndefinedMetricError, match="have no comparable pair"):
+        bootstrap_cindex([1.0, 1.0], [True, True], [0.0, 1.0], replicates=20, seed=1)
+
+
+def test_a_nominal_interval_covers_the_truth_as_often_as_it_says() -> None:
+    time, event, risk = cohort(20_000, seed=9)
+    truth = concordance(time[:4000], event[:4000], risk[:4000]).cindex
+    hits = 0
+    for start in range(0, 20_000, 200):
+        part = slice(start, start + 200)
+        low, high = bootstrap_cindex(time[part], event[part], risk[part], replicates=200, seed=start)
+        hits += low <= truth <= high
+    assert 86 <= hits <= 100

@@ -1,0 +1,78 @@
+"""The null: the published simulation returns, and where nothing is chosen it is one half."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cfusion.cohort import read_cohort
+from cfusion.config import CohortConfig, SplitsConfig
+from cfusion.errors import DataError, UndefinedMetricError
+from cfusion.splits import make_splits
+from cfusion.survival.metrics import concordance
+from cfusion.survival.null import Outcomes, scored_outcomes, simulate_null
+from cfusion.survival.predictions import read_predictions
+
+TABLE = {
+    "blca": ("slide", 0.606, 0.572), "coad": ("slide", 0.662, 0.610), "luad": ("slide", 0.610, 0.578),
+    "ucec": ("slide", 0.669, 0.621), "gbmlgg": ("case", 0.615, 0.580),
+}  # fmt: skip
+
+
+def reproduces(folds: list[Outcomes], independent: float, correlated: float) -> None:
+    settings = {"chosen_on_scored_fold": True, "repetitions": 40}
+    assert simulate_null(folds, **settings).mean == pytest.approx(independent, abs=0.01)
+    assert simulate_null(folds, autocorrelation=0.9, **settings).mean == pytest.approx(correlated, abs=0.01)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_measured_null_of_the_published_protocol(shared: Path, name: str) -> None:
+    unit, independent, correlated = TABLE[name]
+    cohort = read_cohort(CohortConfig(name=name, table=shared / f"tcga/clinical/tcga_{name}.csv"))
+    splits = make_splits(cohort, SplitsConfig(directory=shared / f"tcga/splits/tcga_{name}"), "published")
+    reproduces(scored_outcomes(cohort, splits, unit), independent, correlated)
+
+
+def test_measured_null_of_brca(shared: Path) -> None:
+    """The clinical table covers 871 of BRCA's 956 cases; the published predictions hold all outcomes."""
+    table = read_predictions(shared / "published/mcat_iccv2021/predictions.csv")
+    rows = table[(table["cohort"] == "brca") & (table["model"] == "AMIL")]
+    folds = [(f["survival_months"].to_numpy(), f["event"].to_numpy()) for _, f in rows.groupby("fold")]
+    reproduces(folds, 0.649, 0.606)
+
+
+def fold(size: int = 80, seed: int = 0) -> Outcomes:
+    generator = np.random.default_rng(seed)
+    return generator.exponential(30, size), generator.random(size) < 0.3
+
+
+def test_without_choice_the_null_is_one_half() -> None:
+    null = simulate_null([fold(seed=k) for k in range(5)], chosen_on_scored_fold=False, repetitions=2000)
+    assert null.mean == pytest.approx(0.5, abs=0.003)
+    assert null.low < 0.5 < null.high
+    assert null == simulate_null([fold(seed=k) for k in range(5)], chosen_on_scored_fold=False, repetitions=2000)
+
+
+def test_choosing_on_fewer_rows_from_more_epochs_is_more_optimistic() -> None:
+    small = simulate_null([fold(40)], chosen_on_scored_fold=True)
+    large = simulate_null([fold(160)], chosen_on_scored_fold=True)
+    short = simulate_null([fold(40)], chosen_on_scored_fold=True, epochs=10)
+    assert 0.5 < large.mean < small.mean
+    assert short.mean < small.mean
+    slow = simulate_null([fold(40)], chosen_on_scored_fold=True, autocorrelation=0.99)
+    assert slow.mean < small.mean
+
+
+def test_one_epoch_is_plain_concordance() -> None:
+    """With a single draw the simulated C is Harrell's C of that draw."""
+    time, event = fold(50)
+    null = simulate_null([(time, event)], chosen_on_scored_fold=False, repetitions=2, seed=3)
+    draws = np.random.default_rng(3).standard_normal((2, 1, 50), dtype=np.float32)[:, 0]
+    assert null.mean == pytest.approx(np.mean([concordance(time, event, draw).cindex for draw in draws]), abs=1e-12)
+
+
+def test_folds_without_pairs() -> None:
+    with pytest.raises(UndefinedMetricError, match="fold 0 has no comparable pair"):
+        simulate_null([(np.array([1.0, 2.0]), np.array([False, False]))], chosen_on_scored_fold=True)
+    with pytest.raises(DataError, match="at least one fold"):
+        simulate_null([], chosen_on_scored_fold=True)

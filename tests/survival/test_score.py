@@ -1,0 +1,249 @@
+"""Scores: the published oracle, every rule for bad input, and nothing of the test patients in training."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cfusion.config import SplitsConfig
+from cfusion.errors import DataError, UndefinedMetricError
+from cfusion.splits import make_splits
+from cfusion.survival.bins import TimeBins
+from cfusion.survival.foldscores import References
+from cfusion.survival.predictions import checked_predictions, read_predictions
+from cfusion.survival.score import Scores, score
+from cfusion.types import Cohort
+
+MCAT = "published/mcat_iccv2021"
+
+
+@pytest.fixture(scope="module")
+def mcat(shared: Path) -> Scores:
+    return score(read_predictions(shared / MCAT / "predictions.csv"), bootstrap=50)
+
+
+def test_published_folds_return(shared: Path, mcat: Scores) -> None:
+    published = pd.read_csv(shared / MCAT / "cindex_per_fold.csv", float_precision="round_trip")
+    both = mcat.folds.merge(published, on=["model", "cohort", "fold"], validate="one_to_one")
+    assert len(both) == 50
+    np.testing.assert_allclose(both["harrell_c"], both["cindex"], rtol=0, atol=1e-9)
+
+
+def test_published_summary_returns(shared: Path, mcat: Scores) -> None:
+    published = pd.read_csv(shared / MCAT / "summary.csv", float_precision="round_trip")
+    both = mcat.summary.merge(published, on=["model", "cohort"], suffixes=("", "_published"), validate="one_to_one")
+    assert len(both) == 10
+    for column in ("cindex_mean", "cindex_std", "cindex_pooled"):
+        np.testing.assert_allclose(both[column], both[f"{column}_published"], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(both["logrank_p"], both["logrank_p_published"], rtol=0.01)
+
+
+def test_constant_risks_are_told(mcat: Scores) -> None:
+    assert any("DeepSets: all risks are equal in 5 of its folds" in note for note in mcat.notes)
+    told = mcat.folds[(mcat.folds["harrell_c"] == 0.5)]
+    assert (told["note"] == "all risks are equal").all()
+
+
+def cohort(size: int = 200, seed: int = 0) -> Cohort:
+    generator = np.random.default_rng(seed)
+    index = pd.Index([f"p{i}" for i in range(size)], name="case_id")
+    truth = generator.normal(size=size)
+    happens, leaves = generator.exponential(30 * np.exp(-truth)), generator.exponential(40, size)
+    cases = pd.DataFrame(
+        {"time_months": np.minimum(happens, leaves), "event": happens < leaves, "truth": truth}, index=index
+    )
+    slides = pd.DataFrame({"case_id": index}, index=pd.Index([f"{c}-s" for c in index], name="slide_id"))
+    return Cohort("made_up", cases, slides)
+
+
+def predicted(cohort: Cohort, config: SplitsConfig | None = None, protocol: str = "strict") -> pd.DataFrame:
+    """A model that sees the true risk, with its discrete survival curve."""
+    frames = []
+    for split in make_splits(cohort, config or SplitsConfig(), protocol):
+        train = cohort.cases.loc[list(split.train)]
+        bins = TimeBins.fit(train["time_months"], train["event"], 4)
+        test = cohort.cases.loc[list(split.test)]
+        edges = np.array(bins.right_edges_months)
+        survival = np.exp(-np.outer(np.exp(test["truth"]), edges / 30))
+        frame = pd.DataFrame({
+            "model": "m", "cohort": cohort.name, "protocol": protocol, "seed": 7, "repeat": split.repeat,
+            "fold": split.fold, "case_id": test.index, "risk": -survival.sum(axis=1), "risk_cutoff": -2.0,
+            "survival_months": test["time_months"].to_numpy(), "event": test["event"].to_numpy(),
+        })  # fmt: skip
+        for k in range(4):
+            frame[f"survival_{k + 1}"], frame[f"edge_{k + 1}"] = survival[:, k], edges[k]
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def test_a_right_model_scores_well_everywhere() -> None:
+    whole = cohort()
+    scores = score(predicted(whole), whole, make_splits(whole, SplitsConfig()), bootstrap=200)
+    row = scores.summary.iloc[0]
+    assert row["cindex_low"] < row["cindex_pooled"] < row["cindex_high"]
+    assert row["within_low"] < row["cindex_within"] < row["within_high"]
+    assert row["cindex_mean"] > 0.65
+    assert row["uno_c"] > 0.65
+    assert row["ibs"] < row["ibs_null"]
+    assert row["calibration_slope_low"] < 1 < row["calibration_slope_high"]
+    assert row["d_calibration_p"] > 0.05
+    assert row["hazard_ratio"] > 1.5
+    assert row["logrank_by_fold_p"] < 1e-3
+    assert row[["auc_12", "auc_36"]].min() > 0.65
+    assert (scores.folds["harrell_low"] <= scores.folds["harrell_c"]).all()
+    details = scores.patients["made_up", "m", "strict"]
+    assert details.cutoff_rule == "median risk of the training patients of each fold"
+    assert details.low_at_risk[0] + details.high_at_risk[0] == 200
+
+
+def test_the_same_scores_in_processes_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = predicted(cohort(80))
+    models = pd.concat([table.assign(model=f"m{i}", risk=table["risk"] * (i + 1)) for i in range(3)])
+    alone = score(models, bootstrap=20)
+    monkeypatch.setattr("cfusion.survival.score._PARALLEL_FROM", 1)
+    spread = score(models, bootstrap=20)
+    pd.testing.assert_frame_equal(alone.summary, spread.summary)
+    pd.testing.assert_frame_equal(alone.folds, spread.folds)
+
+
+def test_test_outcomes_leave_training_untouched() -> None:
+    """Changed outcomes of the test patients change no split, bin, cut-off, censoring model or truncation time."""
+    before = cohort()
+    for protocol in ("strict", "fixed-epoch"):
+        split = make_splits(before, SplitsConfig(), protocol)[0]
+        cases = before.cases.copy()
+        test = list(split.test)
+        cases.loc[test, "time_months"] = cases.loc[test, "time_months"] * 3 + 1
+        cases.loc[test, "event"] = ~cases.loc[test, "event"]
+        after = dataclasses.replace(before, cases=cases)
+        sides = [list(split.train), list(split.validation)]
+        for side in sides:
+            pd.testing.assert_frame_equal(before.cases.loc[side], after.cases.loc[side])
+        fitted = [
+            TimeBins.fit(c.cases.loc[sides[0], "time_months"], c.cases.loc[sides[0], "event"], 4)
+            for c in (before, after)
+        ]
+        assert fitted[0] == fitted[1]
+        table = checked_predictions(predicted(before, protocol=protocol))
+        trainings = [References(c, {(0, 0): split}).training(table, 0)[0] for c in (before, after)]
+        np.testing.assert_array_equal(trainings[0].outcomes, trainings[1].outcomes)
+        assert trainings[0].truncation_months == trainings[1].truncation_months
+        np.testing.assert_array_equal(trainings[0].survival_at([6, 24]), trainings[1].survival_at([6, 24]))
+
+
+def test_inner_validation_does_not_look_at_the_outer_fold(tmp_path: Path) -> None:
+    """With the outer folds given, changed outcomes of a test side leave its inner validation as it was."""
+    before = cohort()
+    outer = make_splits(before, SplitsConfig(), "fixed-epoch")
+    for split in outer:
+        table = pd.DataFrame({"train": pd.Series(split.train), "val": pd.Series(split.test)})
+        table.to_csv(tmp_path / f"splits_{split.fold}.csv")
+    config = SplitsConfig(directory=tmp_path)
+    first = make_splits(before, config)[0]
+    cases = before.cases.copy()
+    cases.loc[list(first.test), "time_months"] *= 5
+    cases.loc[list(first.test), "event"] = True
+    again = make_splits(dataclasses.replace(before, cases=cases), config)[0]
+    assert first == again
+
+
+def test_repeats_and_seeds_are_averaged() -> None:
+    whole = cohort(120)
+    config = SplitsConfig(repeats=2)
+    table = predicted(whole, config)
+    scores = score(table, whole, make_splits(whole, config), bootstrap=50)
+    assert len(scores.folds) == 10
+    assert scores.summary["n"].tolist() == [120]
+    assert scores.summary["cindex_mean"].iloc[0] == pytest.approx(scores.folds["harrell_c"].mean())
+
+
+def test_slides_of_a_patient_are_averaged() -> None:
+    table = predicted(cohort(80)).drop(columns=["risk_cutoff"])
+    shifted = [table.assign(slide_id=f"s{k}", risk=table["risk"] + k) for k in (-1, 1)]
+    pooled = score(pd.concat(shifted, ignore_index=True), bootstrap=0)
+    assert pooled.summary["n"].tolist() == [80]
+    assert pooled.summary["cindex_pooled"].iloc[0] == pytest.approx(
+        score(table, bootstrap=0).summary["cindex_pooled"].iloc[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda t: t.assign(risk=t["risk"].where(t["case_id"] != "p3")), DataError,
+         r"1 values of risk are missing or not finite; first m, made_up, fold \d, case p3"),
+        (lambda t: t.assign(risk=np.inf), DataError, "80 values of risk are missing or not finite"),
+        (lambda t: t.assign(survival_months=-t["survival_months"]), DataError, "has a follow-up of -"),
+        (lambda t: pd.concat([t, t.iloc[:1]]), DataError, "is scored twice in one fold"),
+        (lambda t: pd.concat([t, t.iloc[:1].assign(fold=99)]), DataError, "is scored in two folds"),
+        (lambda t: pd.concat([t, t.assign(model="n", survival_months=t["survival_months"] + 1)]), DataError,
+         "has two different outcomes"),
+        (lambda t: t.assign(event=t["event"] & (t["fold"] != 2)), UndefinedMetricError,
+         "m, made_up, fold 2: no comparable pair among 16 patients with 0 events"),
+        (lambda t: t.assign(event=False), UndefinedMetricError, "no comparable pair"),
+        (lambda t: t.assign(survival_months=5.0, event=True), UndefinedMetricError, "no comparable pair"),
+        (lambda t: t.assign(survival_2=t["survival_1"] + 0.1), DataError, "must lie between 0 and 1 and not increase"),
+        (lambda t: t.assign(edge_2=t["edge_1"] - 1), DataError, "must increase and be the same"),
+    ],
+)  # fmt: skip
+def test_bad_predictions(change, error: type, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(error, match=message):
+        score(change(predicted(cohort(80))), bootstrap=0)
+
+
+def test_predictions_against_cohort_and_splits() -> None:
+    whole = cohort(80)
+    table, splits = predicted(whole), make_splits(whole, SplitsConfig())
+    flipped = dataclasses.replace(whole, cases=whole.cases.assign(event=~whole.cases["event"]))
+    with pytest.raises(DataError, match="80 patients have another outcome than in cohort made_up"):
+        score(table, flipped, splits, bootstrap=0)
+    with pytest.raises(DataError, match="1 patients are not in cohort made_up, such as p0"):
+        score(table, whole.subset([c for c in whole.cases.index if c != "p0"]), bootstrap=0)
+    leaking = [dataclasses.replace(split, train=split.train + split.test[:1]) for split in splits]
+    with pytest.raises(DataError, match="1 scored patients are training patients"):
+        score(table, whole, leaking, bootstrap=0)
+    with pytest.raises(DataError, match="fold 4 of repeat 0 is in the predictions, not in the splits"):
+        score(table, whole, splits[:4], bootstrap=0)
+
+
+def test_flipped_polarity_is_told_with_both_medians() -> None:
+    table = predicted(cohort(200))
+    late = table["survival_months"] > table["survival_months"].median()
+    scores = score(table.assign(event=late), bootstrap=0)
+    assert any("made_up: events have a longer median follow-up" in note for note in scores.notes)
+
+
+def test_scores_that_do_not_exist_are_missing_and_one_fold_is_told() -> None:
+    table = predicted(cohort(80))
+    scores = score(table, bootstrap=0, horizons=(12.0, 9999.0))
+    assert scores.folds["auc_9999"].isna().all()
+    assert scores.summary["cindex_low"].isna().all()
+    bare = table.loc[:, ~table.columns.str.match(r"(survival|edge)_\d")]
+    assert score(bare, bootstrap=0).folds["ibs"].isna().all()
+    single = score(bare.assign(fold=0), bootstrap=0)
+    assert single.folds["note"].tolist() == ["censoring model from the scored patients"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model,cohort,fold,case_id,survival_months,event\nm,c,0,a,3,1\n", "lacks the columns risk"),
+        ("model,cohort,fold,case_id,risk,survival_months\nm,c,0,a,1,3\n", "lacks the columns event or censorship"),
+        (
+            "model,cohort,fold,case_id,risk,survival_months,event\nm,c,0,a,high,3,1\n",
+            "row 2: risk is 'high', expected a finite number",
+        ),
+        (
+            "model,cohort,fold,case_id,risk,survival_months,event,censorship\nm,c,0,a,1,3,1,1\n",
+            "event and censorship contradict",
+        ),
+        ("model,cohort,fold,case_id,risk,survival_months,event\nm,c,0,a,1,soon,1\n", "survival_months is 'soon'"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "predictions.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        read_predictions(path)
