@@ -82,7 +82,7 @@ class SelfBlock(nn.Module):
 
 
 class MultiScaleKernel(nn.Module):
-    """Depthwise kernels of several sizes, used as their sum.
+    """Kernels of several sizes that are used as their sum.
 
     Args:
         outputs: Output channels.
@@ -92,20 +92,22 @@ class MultiScaleKernel(nn.Module):
 
     def __init__(self, outputs: int, inputs: int, sizes: tuple[int, ...]) -> None:
         super().__init__()
-        self.weights = nn.ParameterList(nn.Parameter(torch.empty(outputs, inputs, k, k)) for k in sizes)
-        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(outputs)) for _ in sizes)
-        for weight in self.weights:
+        self.sizes = sizes
+        # Parameters of this very module, not of a list in it: ZeRO-3 gathers those of the modules it sees called.
+        for size in sizes:
+            weight = torch.empty(outputs, inputs, size, size)
             nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+            self.register_parameter(f"weight_{size}", nn.Parameter(weight))
+            self.register_parameter(f"bias_{size}", nn.Parameter(torch.zeros(outputs)))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The summed kernel [outputs, inputs, k, k] and bias [outputs]."""
-        largest = self.weights[0].shape[-1]
-        kernel, bias = self.weights[0], self.biases[0]
-        for i in range(1, len(self.weights)):
-            margin = (largest - self.weights[i].shape[-1]) // 2
-            kernel = kernel + F.pad(self.weights[i], (margin,) * 4)
+        largest = self.sizes[0]
+        kernel, bias = self.get_parameter(f"weight_{largest}"), self.get_parameter(f"bias_{largest}")
+        for size in self.sizes[1:]:
+            kernel = kernel + F.pad(self.get_parameter(f"weight_{size}"), ((largest - size) // 2,) * 4)
             # Not stack and sum: their gradients would share memory, and accumulation over bags would count them thrice.
-            bias = bias + self.biases[i]
+            bias = bias + self.get_parameter(f"bias_{size}")
         return kernel, bias
 
 

@@ -134,13 +134,13 @@ def _transformer(model: CrossFusion, ours: str, theirs: str) -> Names:
             yield from _both(f"{block}.attention.out", f"{layer}.1.out_proj")
             yield from _both(f"{block}.feed_forward_norm", f"{layer}.2")
             yield from _feed_forward(f"{block}.feed_forward", f"{layer}.3")
-    yield from _kernels(f"{ours}.position.kernels", f"{theirs}.ppeg", ("proj", "proj1", "proj2"))
+    yield from _kernels(f"{ours}.position.kernels", f"{theirs}.ppeg")
 
 
-def _kernels(ours: str, theirs: str, convolutions: tuple[str, ...]) -> Names:
-    for number, convolution in enumerate(convolutions):
-        yield f"{ours}.weights.{number}", (f"{theirs}.{convolution}.weight",)
-        yield f"{ours}.biases.{number}", (f"{theirs}.{convolution}.bias",)
+def _kernels(ours: str, theirs: str) -> Names:
+    for size, convolution in ((7, "proj"), (5, "proj1"), (3, "proj2")):
+        yield f"{ours}.weight_{size}", (f"{theirs}.{convolution}.weight",)
+        yield f"{ours}.bias_{size}", (f"{theirs}.{convolution}.bias",)
 
 
 def _mixer(model: CrossFusion) -> Names:
@@ -151,7 +151,9 @@ def _mixer(model: CrossFusion) -> Names:
     if model.contexts:
         yield "mixer.mix_weight", ("conv_processor.conv3d.weight",)
         yield "mixer.mix_bias", ("conv_processor.conv3d.bias",)
-    yield from _kernels("mixer.kernels", "conv_processor.conv_block.0", ("proj", "proj1", "proj2", "x_proj"))
+    yield from _kernels("mixer.kernels", "conv_processor.conv_block.0")
+    for kind in ("weight", "bias"):
+        yield f"mixer.kernels.{kind}_1", (f"conv_processor.conv_block.0.x_proj.{kind}",)
     yield from _both("mixer.linear", "conv_processor.linear.0")
     yield from _both("mixer.norm", "conv_processor.linear.1")
 
@@ -181,7 +183,7 @@ _DSMIL: dict[str, tuple[str, ...]] = dict([
 _TRANSMIL: dict[str, tuple[str, ...]] = dict([
     ("class_token", ("cls_token",)),
     *_both("embed.0", "_fc1.0"),
-    *_kernels("position.kernels", "pos_layer", ("proj", "proj1", "proj2")),
+    *_kernels("position.kernels", "pos_layer"),
     *[pair for i in range(2) for pair in (
         *_both(f"norms.{i}", f"layer{i + 1}.norm"),
         (f"attentions.{i}.query_key_value.weight", (f"layer{i + 1}.attn.to_qkv.weight",)),

@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from made_up_bags import bag, build, pad
 
 from cfusion.errors import DataError
+from cfusion.models import build_model
 from cfusion.models.grid import file_grid, spatial_grid, square_side
 from cfusion.models.layers import depthwise
+from cfusion.survival.losses import LOSSES
+from cfusion.types import BagBatch, Targets
 
 
 @settings(deadline=None, database=None)
@@ -86,3 +89,42 @@ def test_spatial_grid_needs_positions_that_do_not_collide():
     collided = {**batch.positions, "x10": torch.zeros_like(batch.positions["x10"])}
     with pytest.raises(DataError, match="two tiles of one bag at the same position"):
         model(dataclasses.replace(batch, positions=collided))
+
+
+def clustered_or_scattered(generator: torch.Generator, bags: int) -> tuple[BagBatch, Targets]:
+    """Bags of 24 tiles on a 9×9 field, in random order, 6 of them marked: side by side in those who die early."""
+    early = torch.rand(bags, generator=generator) < 0.5
+    tiles = 0.3 * torch.randn(bags, 24, 8, generator=generator)
+    positions = torch.empty(bags, 24, 2, dtype=torch.long)
+    for b in range(bags):
+        cells = torch.randperm(81, generator=generator)[:24]
+        positions[b] = torch.stack([cells % 9, cells // 9], dim=1)
+        jitter = torch.rand(24, generator=generator)
+        distance = (positions[b] - positions[b, 0]).abs().sum(dim=1)
+        tiles[b, (distance * early[b] + jitter).argsort()[:6], 0] += 2
+        order = torch.randperm(24, generator=generator)
+        tiles[b], positions[b] = tiles[b, order], positions[b, order]
+    targets = Targets(torch.where(early, 0, 3), early, torch.where(early, 1.0, 9.0))
+    return BagBatch({"x20": tiles}, None, {"x20": positions}), targets
+
+
+def area_after_training(grid: str) -> float:
+    torch.manual_seed(0)
+    model = build_model("crossfusion_single", backbone_dim=8, embed_dim=32, num_heads=2, grid=grid, dropout=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(400):
+        batch, targets = clustered_or_scattered(generator, 32)
+        optimizer.zero_grad()
+        LOSSES["nll"](model(batch), targets).mean().backward()
+        optimizer.step()
+    batch, targets = clustered_or_scattered(torch.Generator().manual_seed(2), 500)
+    with torch.no_grad():
+        risk = model.eval()(batch).risk
+    return (risk[targets.event][:, None] > risk[~targets.event]).double().mean().item()
+
+
+@pytest.mark.slow
+def test_spatial_grid_learns_a_planted_geometry_that_file_order_cannot_show():
+    assert area_after_training("spatial") > 0.9
+    assert area_after_training("file") < 0.65

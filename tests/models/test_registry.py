@@ -77,7 +77,7 @@ def test_initial_weights_are_the_published_ones():
     for linear in linears:
         assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1)
         assert not linear.bias.any()
-    kernel = model.final.position.kernels.weights[0]
+    kernel = model.final.position.kernels.weight_7
     assert kernel.std().item() == pytest.approx((2 / (512 * 49)) ** 0.5, rel=0.05)
     assert model.class_token.std().item() == pytest.approx(1e-6, rel=0.2)
     assert model.cross["x20"].attention.scale_embedding.std().item() == pytest.approx(0.02, rel=0.2)
