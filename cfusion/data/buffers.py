@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ class Buffers:
     """Gives tensors whose memory returns here when the last view of them is gone.
 
     Args:
-        limit: Most bytes to keep for later.
+        limit: Memory is kept for later while it and what is in use are no more than so many bytes.
         pinned: Whether tensors are page-locked, for copies to a GPU.
     """
 
@@ -25,12 +26,14 @@ class Buffers:
         self._limit = limit
         self._pinned = pinned
         self._free: dict[int, list[Tensor]] = {}
-        self._kept = 0
-        self._lock = threading.Lock()
+        # Re-entrant: a collection inside the lock may end the life of another buffer.
+        self._lock = threading.RLock()
+        self.kept = 0
+        self.in_use = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor on the CPU with undefined content."""
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         if self._pinned or size < _SMALL:
             # torch's pinned allocator reuses blocks itself, and knows when a copy from them has ended.
             return torch.empty(tuple(shape), dtype=dtype, pin_memory=self._pinned)
@@ -38,7 +41,8 @@ class Buffers:
         with self._lock:
             free = self._free.get(capacity)
             block = free.pop() if free else None
-            self._kept -= capacity if block is not None else 0
+            self.kept -= capacity if block is not None else 0
+            self.in_use += capacity
         if block is None:
             block = torch.empty(capacity, dtype=torch.uint8)
         # All views of the tensor hold this array, so it dies with the last of them.
@@ -48,9 +52,10 @@ class Buffers:
 
     def _give_back(self, capacity: int, block: Tensor) -> None:
         with self._lock:
-            if self._kept + capacity <= self._limit:
+            self.in_use -= capacity
+            if self.in_use + self.kept + capacity <= self._limit:
                 self._free.setdefault(capacity, []).append(block)
-                self._kept += capacity
+                self.kept += capacity
 
 
 def _size_class(size: int) -> int:

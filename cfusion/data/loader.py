@@ -66,7 +66,7 @@ class BagLoader:
         slides = list(dict.fromkeys(slide for bag in self.bags for slide in bag.slide_ids))
         needed = self.dataset.bytes_of(slides) - self.dataset.held_bytes(slides)
         place, why = choose_cache(self._config.cache, needed, free_ram_bytes(), free_device_bytes(self._device))
-        logger.info("%s", why)
+        logger.log(logging.DEBUG if self._config.cache == "page" else logging.INFO, "%s", why)
         if place == "ram":
             self.dataset.hold(slides)
         return place

@@ -25,8 +25,9 @@ def bag_positions(
     for corners, side in zip(coords, sides, strict=True):
         cell = max(side[name] for name in corners)
         # Corners are whole px, rounded from a grid whose step need not be: one px more never reaches the next tile.
-        lowest = np.min([xy.min(axis=0) for xy in corners.values()], axis=0) + 1
-        origin = np.floor(lowest / cell) * cell - 1
+        origin = [
+            np.floor((min(xy[:, axis].min() for xy in corners.values()) + 1) / cell) * cell - 1 for axis in (0, 1)
+        ]
         end = 0
         for name, xy in corners.items():
             grid = ((xy - origin) * (1 / side[name])).astype(np.int64)

@@ -231,6 +231,21 @@ def test_read_ahead_keeps_to_its_bytes(dataset, bags, monkeypatch):
     assert most[0] == 2
 
 
+def test_memory_of_bags_keeps_to_the_bound(tmp_path):
+    pack_store(MemoryStore([make_slide(f"s{i}", cells=30, dim=256, seed=i) for i in range(3)]), tmp_path)
+    dataset = ShardDataset.open(tmp_path)
+    bags = make_bags(dataset, {f"c{i}": [f"s{i}"] for i in range(3)}, "case", MAGNIFICATIONS)
+    bound = 4 << 20
+    config = DataConfig(buffer_bytes=bound, read_threads=4)
+    loader = BagLoader(dataset, bags, config, magnifications=MAGNIFICATIONS, seed=0)
+    one = loader._bytes([0])
+    assert 2 * one < bound < 8 * one
+    for batch in loader.stream([[0], [1], [2]] * 20, epoch=0, training=True):
+        # Size classes round up by at most an eighth; the delivered batch is the caller's.
+        assert loader._buffers.in_use + loader._buffers.kept <= (bound + one) * 9 / 8
+        del batch
+
+
 def test_a_bag_larger_than_the_bound_is_still_read(dataset, bags):
     config = DataConfig.model_construct(**DataConfig().model_dump() | {"buffer_bytes": 1})
     loader = BagLoader(dataset, bags, config, magnifications=MAGNIFICATIONS, seed=0)
