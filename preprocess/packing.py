@@ -152,7 +152,11 @@ def _plan(store: FeatureSource, dtype: StoredDtype, seed: int, target_bytes: int
 def _finished(out: Path, plan: _Plan) -> ShardIndex | None:
     if not (out / INDEX_NAME).exists():
         return None
-    index = read_index(out)
+    try:
+        index = read_index(out)
+    except DataError as error:
+        logger.warning("packing anew: %s", error.message)
+        return None
     same = index.plan == plan.digest and all(_is_whole(out, shard) for shard in index.shards)
     return index if same else None
 
@@ -170,7 +174,10 @@ def _resume(out: Path, plan: _Plan) -> list[_Part]:
     """The finished tars of an interrupted run with the same plan; tars of any other run are removed."""
     parts: list[_Part] = []
     while (path := _part_path(out, len(parts))).exists():
-        part = parse(_Part, path.read_bytes(), str(path))
+        try:
+            part = parse(_Part, path.read_bytes(), str(path))
+        except DataError:
+            break
         if part.plan != plan.digest or not _is_whole(out, part.shard):
             break
         parts.append(part)

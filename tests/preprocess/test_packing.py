@@ -90,6 +90,13 @@ def test_leftovers_of_other_packings_go_and_foreign_files_stay(store, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {s.name for s in index.shards} | {"index.json", "shard-notes.txt"}
 
 
+def test_a_damaged_index_is_replaced(store, tmp_path):
+    index = pack_store(store, tmp_path)
+    (tmp_path / "index.json").write_text("{")
+    (tmp_path / "shard-000000.part.json").write_text("[]")
+    assert pack_store(store, tmp_path) == index == ShardDataset.open(tmp_path).index
+
+
 def test_a_changed_slide_is_packed_anew(store, tmp_path):
     first = pack_store(store, tmp_path)
     changed = make_slide("TCGA-03.DX1.7B2F", seed=99)
