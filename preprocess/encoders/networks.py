@@ -16,7 +16,7 @@ from cfusion.config import PreprocessConfig
 from cfusion.errors import ConfigError, DataError, MissingExtraError
 from cfusion.files import digest_file
 from preprocess.encoders.cards import CARDS, ModelCard
-from preprocess.encoders.weights import find_weights, read_weights, to_network_names
+from preprocess.encoders.weights import file_name, find_weights, read_weights, to_network_names
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -25,7 +25,7 @@ class NetworkEncoder:
     """A network with its transform and pooling, on one device. See `Encoder`.
 
     Args:
-        name: Name in the registry.
+        name: Name in the registry; the store's folder is called so, with `_` for `:` and `/`.
         card: What the network is.
         network: The network, with its weights.
         weights_digest: SHA-256 of the weights file.
@@ -36,7 +36,7 @@ class NetworkEncoder:
     def __init__(
         self, name: str, card: ModelCard, network: nn.Module, weights_digest: str, device: str, precision: str
     ) -> None:
-        self.name, self.dim, self._card = name, card.dim, card
+        self.name, self.dim, self._card = file_name(name), card.dim, card
         self._device, self._dtype = torch.device(device), DTYPES[precision]
         self._network = network.eval().to(self._device, self._dtype)
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in card.colours)

@@ -32,7 +32,7 @@ def find_weights(name: str, card: ModelCard, folder: Path | None, offline: bool)
         DataError: It cannot be had; the message tells licence, gate and remedy.
         MissingExtraError: huggingface-hub is not installed.
     """
-    stem = name.replace(":", "_").replace("/", "_")
+    stem = file_name(name)
     if folder is not None:
         for suffix in SUFFIXES:
             if (path := folder / f"{stem}{suffix}").is_file():
@@ -57,6 +57,11 @@ def find_weights(name: str, card: ModelCard, folder: Path | None, offline: bool)
             f"encoder {name}: its weights {where} (licence: {card.licence}).",
             f"On a machine with a network, {gate} and download {card.file} once, {local}",
         ) from error
+
+
+def file_name(name: str) -> str:
+    """An encoder's name as a file's: `hf:OWNER/NAME` → `hf_OWNER_NAME`."""
+    return name.replace(":", "_").replace("/", "_")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
