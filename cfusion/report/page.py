@@ -36,7 +36,7 @@ def _number(value: Any, digits: int = 3) -> str:
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cfusion.report"), autoescape=jinja2.select_autoescape(["html"]),
+        loader=jinja2.PackageLoader("cfusion.report"), autoescape=jinja2.select_autoescape(["html.j2"]),
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters.update(num=_number, p=figures.p_text)

@@ -1,0 +1,75 @@
+"""The commands score, null and audit, as a user types them."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from cfusion.cli import evidence
+from cfusion.errors import CfusionError, ConfigError, DataError
+
+app = typer.Typer()
+evidence.register(app)
+
+
+def run(*arguments: str | Path) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=True)
+    if isinstance(result.exception, CfusionError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def config(shared: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "coad.yaml"
+    path.write_text(
+        f"cohort: {{name: tcga_coad, table: {shared}/tcga/clinical/tcga_coad.csv}}\n"
+        f"splits: {{directory: {shared}/tcga/splits/tcga_coad}}\n"
+    )
+    return path
+
+
+def test_score_writes_the_published_numbers(shared: Path, tmp_path: Path) -> None:
+    source = shared / "published/mcat_iccv2021/predictions.csv"
+    table = pd.read_csv(source)
+    small = tmp_path / "predictions.csv"
+    table[table["cohort"] == "ucec"].to_csv(small, index=False)
+    output = run("score", "--predictions", small, "--out", tmp_path / "out", "--bootstrap", "20")
+    assert "ucec\tAMIL\tmean C 0.625 ± 0.057" in output
+    folds = pd.read_csv(tmp_path / "out/scores.csv")
+    assert {"model", "cohort", "fold", "n", "events", "harrell_c"} <= set(folds.columns)
+    summary = pd.read_csv(tmp_path / "out/summary.csv")
+    assert {"cindex_mean", "cindex_std", "cindex_pooled", "logrank_p", "cindex_low", "cindex_high"} <= set(summary)
+    assert (tmp_path / "out/index.html").stat().st_size > 20_000
+    with pytest.raises(ConfigError, match="expected increasing months"):
+        run("score", "--predictions", small, "--out", tmp_path / "out", "--horizons", "60,12")
+
+
+def test_a_failed_score_leaves_nothing(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.csv"
+    bad.write_text("model,cohort,fold,case_id,risk,survival_months,event\nm,c,0,a,nan,3,1\n")
+    with pytest.raises(DataError, match="values of risk are missing"):
+        run("score", "--predictions", bad, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_null(config: Path) -> None:
+    rows = [line.split("\t") for line in run("null", config, "--unit", "slide").splitlines()[1:]]
+    assert [row[1] for row in rows] == ["strict, fixed-epoch", "published", "published"]
+    assert float(rows[0][3]) == pytest.approx(0.5, abs=0.02)
+    assert float(rows[1][3]) == pytest.approx(0.662, abs=0.01)
+    assert float(rows[2][3]) == pytest.approx(0.610, abs=0.01)
+    with pytest.raises(ConfigError, match="expected case or slide"):
+        run("null", config, "--unit", "tile")
+
+
+def test_audit_names_what_it_drops_and_stops_when_strict(config: Path) -> None:
+    output = run("audit", config)
+    assert output.count("[zero_time]") == 23
+    assert "in the tables: 416 patients, 424 slides" in output
+    with pytest.raises(DataError, match=r"23 findings \(23 zero_time\)"):
+        run("audit", config, "--strict")
+    assert "[zero_time]" not in run("audit", config, "cohort.keep_zero_times=true")

@@ -1,0 +1,258 @@
+"""The report: one offline page whose figures say in words what they show, and tables that read back."""
+
+import dataclasses
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from cfusion.audit import audit
+from cfusion.config import Config, SplitsConfig, validate
+from cfusion.errors import ConfigError, DataError
+from cfusion.files import write_json, write_text
+from cfusion.report import ReportContext, write_report
+from cfusion.report.runs import report_runs
+from cfusion.splits import make_splits, write_splits
+from cfusion.survival.bins import TimeBins
+from cfusion.survival.predictions import read_predictions
+from cfusion.survival.score import Scores, score
+from cfusion.types import Cohort, Split
+
+
+def cohort(size: int = 120, seed: int = 0) -> Cohort:
+    generator = np.random.default_rng(seed)
+    index = pd.Index([f"p{i}" for i in range(size)], name="case_id")
+    truth = generator.normal(size=size)
+    happens, leaves = generator.exponential(30 * np.exp(-truth)), generator.exponential(40, size)
+    cases = pd.DataFrame(
+        {"time_months": np.minimum(happens, leaves), "event": happens < leaves, "truth": truth}, index=index
+    )
+    slides = pd.DataFrame({"case_id": index}, index=pd.Index([f"{c}-s" for c in index], name="slide_id"))
+    return Cohort("made_up", cases, slides)
+
+
+def predicted(whole: Cohort, splits: list[Split], model: str, protocol: str, noise: float = 0.0) -> pd.DataFrame:
+    generator = np.random.default_rng(len(model))
+    frames = []
+    for split in splits:
+        train, test = whole.cases.loc[list(split.train)], whole.cases.loc[list(split.test)]
+        edges = np.array(TimeBins.fit(train["time_months"], train["event"], 4).right_edges_months)
+        seen = test["truth"].to_numpy() + noise * generator.normal(size=len(test))
+        survival = np.exp(-np.outer(np.exp(np.clip(seen, -9, 9)), edges / 30))
+        frame = pd.DataFrame({
+            "model": model, "cohort": whole.name, "protocol": protocol, "seed": 7, "fold": split.fold,
+            "case_id": test.index, "risk": -survival.sum(axis=1), "risk_cutoff": -2.0,
+            "survival_months": test["time_months"].to_numpy(), "event": test["event"].to_numpy(),
+        })  # fmt: skip
+        columns = {f"survival_{k + 1}": survival[:, k] for k in range(4)} | {
+            f"edge_{k + 1}": edges[k] for k in range(4)
+        }
+        frames.append(frame.assign(**columns))
+    return pd.concat(frames, ignore_index=True)
+
+
+def scored(model: str = "amil", protocol: str = "strict", noise: float = 0.0) -> Scores:
+    whole = cohort()
+    splits = make_splits(whole, SplitsConfig(), protocol)
+    return score(predicted(whole, splits, model, protocol, noise), whole, splits, bootstrap=50)
+
+
+class Page(HTMLParser):
+    """Collects what a page would fetch, its tags and its balance."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in ("meta", "br", "path", "rect", "circle", "link"):
+            self.open.append(tag)
+        self.fetched += [v for k, v in attrs if k in ("src", "href", "data") and v and not v.startswith("#")]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.open:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    whole = cohort()
+    key = ("made_up", "amil", "strict")
+    epochs = [
+        {"cohort": "made_up", "model": "amil", "protocol": "strict", "fold": f, "epoch": e, "validation_cindex": e / 9}
+        for f in range(5) for e in range(5)
+    ]  # fmt: skip
+    dropped = dataclasses.replace(whole, cases=pd.concat([whole.cases, whole.cases.iloc[:1].rename({"p0": "q0"})]))
+    context = ReportContext(
+        title="A <test> & more", oracle={key: 0.8}, permuted={key: 0.49}, notes=["Made up."],
+        audits={"made_up": audit(dropped, make_splits(whole, SplitsConfig())).to_json()},
+        provenance={"run-1": {"program": "0.1.0", "config": {"train": {"lr": 0.1}}}}, curves=pd.DataFrame(epochs),
+    )  # fmt: skip
+    out = tmp_path_factory.mktemp("report")
+    scores = [scored("amil"), scored("amil", "published"), scored("<b>evil</b>", noise=3.0)]
+    assert write_report(scores, out, context=context) == out / "index.html"
+    return out
+
+
+def test_page_is_one_offline_file(folder: Path) -> None:
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.open
+    assert not page.fetched
+    assert not {"script", "img", "link", "iframe"} & set(page.tags)
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "default-src 'none'" in text
+
+
+def test_words_are_escaped(folder: Path) -> None:
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    assert "<b>evil</b>" not in text
+    assert "&lt;b&gt;evil&lt;/b&gt;" in text
+    assert "A &lt;test&gt; &amp; more" in text
+
+
+def test_figures_are_well_formed_and_told_in_words(folder: Path) -> None:
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    figures = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    titles = set()
+    for figure in figures:
+        root = ElementTree.fromstring(figure)
+        assert root.get("role") == "img"
+        assert len(root.get("aria-label") or "") > 40
+        title, description = root.find("title"), root.find("desc")
+        assert title is not None
+        assert description is not None
+        titles.add(str(title.text).split(",")[0])
+        assert "nan" not in figure.lower()
+    assert titles == {
+        "C-index of all models", "Cohort flow", "Kaplan–Meier", "C-index by fold", "Time-dependent AUC", "Calibration",
+        "Learning curves",
+    }  # fmt: skip
+
+
+def test_sections_a_reviewer_looks_for(folder: Path) -> None:
+    words = " ".join(Page((folder / "index.html").read_text(encoding="utf-8")).text)
+    for part in (
+        "Results", "What was done", "Comparisons", "How to read this", "Provenance", "optimism gap", "permuted",
+        "oracle",
+        "no slides", "config.train.lr", "OPTIMISTIC", "at risk", "log-rank", "Made up.", "Not a medical device",
+    ):  # fmt: skip
+        assert part in words, part
+
+
+def test_tables_read_back(folder: Path) -> None:
+    summary = pd.read_csv(folder / "summary.csv", float_precision="round_trip")
+    expected = scored("amil").summary
+    row = summary[(summary["model"] == "amil") & (summary["protocol"] == "strict")].iloc[0]
+    for column in ("cindex_mean", "cindex_std", "cindex_pooled", "cindex_low", "logrank_p", "ibs", "hazard_ratio"):
+        assert row[column] == expected[column].iloc[0]
+    assert len(pd.read_csv(folder / "scores.csv")) == 15
+    assert len(pd.read_csv(folder / "comparisons.csv")) == 1
+    assert pd.read_csv(folder / "findings.csv")["subject"].tolist() == ["q0"]
+    listed = json.loads((folder / "summary.json").read_text())
+    assert set(listed[0]) == {
+        "cohort", "model", "protocol", "cindex_pooled", "cindex_low", "cindex_high", "oracle", "permuted",
+    }  # fmt: skip
+    assert [entry["oracle"] for entry in listed] == [0.8, None, None]
+
+
+def test_null_and_optimism_gap_stand_beside_the_c(folder: Path) -> None:
+    summary = pd.read_csv(folder / "summary.csv").set_index(["model", "protocol"])
+    strict, published = summary.loc[("amil", "strict")], summary.loc[("amil", "published")]
+    assert strict["null_mean"] == pytest.approx(0.5, abs=0.01)
+    assert published["null_low"] < published["null_mean"] < published["null_high"]
+    assert published["null_mean"] > 0.6
+    assert published["null_correlated_mean"] < published["null_mean"]
+    assert strict["optimism_gap"] == pytest.approx(published["cindex_mean"] - strict["cindex_mean"])
+    assert np.isnan(summary.loc[("<b>evil</b>", "strict"), "optimism_gap"])
+
+
+def test_model_card(folder: Path) -> None:
+    card = (folder / "model_card.md").read_text(encoding="utf-8")
+    for part in (
+        "# Model card",
+        "## Intended use",
+        "## Limits",
+        "| made_up | amil | strict | 120 |",
+        "config.train.lr",
+    ):
+        assert part in card
+
+
+def test_constant_risks_and_unknown_protocol_are_reported(tmp_path: Path) -> None:
+    table = predicted(cohort(), make_splits(cohort(), SplitsConfig()), "flat", "strict")
+    keep = ["model", "cohort", "fold", "case_id", "survival_months", "event"]
+    scores = score(table[keep].assign(risk=1.0), bootstrap=20)
+    text = write_report([scores], tmp_path).read_text(encoding="utf-8")
+    assert "all risks are equal in 5 of its folds" in text
+    assert "do not say how the epoch was chosen" in text
+    assert "nan" not in re.sub(r"<[^>]*>", "", text).lower().replace("provenance", "")
+
+
+def test_nothing_to_report_and_twice_the_same(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at least one set of scores"):
+        write_report([], tmp_path)
+    with pytest.raises(ConfigError, match="made_up, amil, strict is among the scores twice"):
+        write_report([scored(), scored()], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def finished_run(folder: Path, *, seed: int = 7, permuted: int | None = None) -> Path:
+    whole = cohort()
+    splits = make_splits(whole, SplitsConfig())
+    evaluation = {"bootstrap": 20, "permute_outcomes": permuted}
+    values = {"cohort": {"name": "made_up"}, "model": {"name": "amil"}, "seed": seed, "evaluation": evaluation}
+    write_text(folder / "config.yaml", yaml.safe_dump(validate(Config, values, "test").model_dump(mode="json")))
+    noise = 1.0 if permuted is None else 20.0
+    predicted(whole, splits, "amil", "strict", noise).assign(seed=seed).to_csv(folder / "predictions.csv", index=False)
+    write_splits(splits, folder / "splits")
+    write_json(folder / "audit.json", audit(whole, splits).to_json())
+    write_json(folder / "run.json", {"provenance": {"program": "0.1.0", "seed": seed}})
+    for fold in range(5):
+        write_text(folder / f"fold_{fold}" / "history.csv", f"epoch,train_loss,fold\n0,1.0,{fold}\n1,0.5,{fold}\n")
+    write_json(folder / "done.json", {})
+    return folder
+
+
+def test_finished_runs_become_one_report(tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path / f"run-{seed}", seed=seed) for seed in (7, 8)]
+    runs.append(finished_run(tmp_path / "null", permuted=0))
+    page = report_runs(runs, tmp_path / "report", title="Runs", oracle={"made_up": 0.9})
+    (row,) = json.loads((tmp_path / "report" / "summary.json").read_text())
+    assert row["oracle"] == 0.9
+    assert abs(row["permuted"] - 0.5) < 0.1 < row["cindex_pooled"] - 0.5 + 0.1
+    assert pd.read_csv(tmp_path / "report" / "summary.csv")["seeds"].tolist() == [2]
+    assert "Learning curves" in page.read_text(encoding="utf-8")
+
+
+def test_reported_scores_are_those_of_the_run(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    report_runs([run], tmp_path / "report", title="Run")
+    whole, table = cohort(), read_predictions(run / "predictions.csv")
+    direct = score(table, whole, make_splits(whole, SplitsConfig()), bootstrap=20).folds
+    written = pd.read_csv(tmp_path / "report" / "scores.csv", float_precision="round_trip")
+    for column in ("harrell_c", "uno_c", "ibs", "ibs_null", "truncation_months"):
+        np.testing.assert_allclose(written[column], direct[column], rtol=1e-12)
+
+
+def test_runs_that_cannot_be_reported(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no finished run"):
+        report_runs([tmp_path], tmp_path / "report", title="Runs")
+    null = finished_run(tmp_path / "null", permuted=0)
+    with pytest.raises(DataError, match="none of the runs has real outcomes"):
+        report_runs([null], tmp_path / "report", title="Runs")
