@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cfusion.console import progress
 from cfusion.data.store import checked_name
@@ -50,36 +51,50 @@ class ManifestRow:
     state: str = "released"
 
 
-def read_manifest(path: Path) -> list[ManifestRow]:
-    """Read a GDC manifest, tab separated.
+def find_rows(source: str, api: str = API) -> list[ManifestRow]:
+    """The files of a manifest, of a GDC sample sheet, or of a TCGA cohort such as `tcga_blca`.
+
+    A sample sheet names its files without MD5 sums and sizes, and a cohort names none: the GDC is asked.
 
     Raises:
-        DataError: The file cannot be read, lacks a column, or a row is not one of a manifest.
+        ConfigError: The source is neither a file nor like the name of a cohort.
+        DataError: The file is not readable, or the GDC cannot be reached or does not know the files.
     """
+    path = Path(source)
+    if not path.is_file():
+        return query_cohort(source, api)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}).", "Expected a GDC manifest.") from error
+    columns = text.splitlines()[0].split("\t") if text else []
+    if {"id", "filename"} <= set(columns) and "md5" not in columns:
+        return _query_ids([line.split("\t")[columns.index("id")] for line in text.splitlines()[1:]], str(path), api)
     return parse_manifest(text, str(path))
 
 
 def parse_manifest(text: str, source: str) -> list[ManifestRow]:
-    """The rows of a manifest's text; `source` names it in errors."""
+    """The rows of a manifest, each file once; `source` names it in errors.
+
+    Raises:
+        DataError: It lacks a column, or a row is not one of a manifest, or two files have one name.
+    """
     reader = csv.DictReader(text.splitlines(), delimiter="\t")
     missing = [c for c in COLUMNS[:4] if c not in (reader.fieldnames or ())]
     if missing:
         raise DataError(f"{source}: has no column {missing[0]}.", f"Expected, tab separated: {' '.join(COLUMNS)}.")
-    rows = []
+    rows: dict[str, ManifestRow] = {}
     for number, row in enumerate(reader, start=2):
         md5, size = (row["md5"] or "").lower(), row["size"] or ""
         if len(md5) != 32 or not set(md5) <= set("0123456789abcdef") or not size.isdigit():
             raise DataError(f"{source}, line {number}: md5 {md5!r} and size {size!r} are not those of a file.")
-        rows.append(
-            ManifestRow(checked_name(row["id"]), checked_name(row["filename"]), md5, int(size), row.get("state") or "")
-        )
+        name = checked_name(row["filename"])
+        parsed = ManifestRow(checked_name(row["id"]), name, md5, int(size), row.get("state") or "")
+        if rows.setdefault(name, parsed) != parsed:
+            raise DataError(f"{source}, line {number}: another file is named {name} as well.")
     if not rows:
         raise DataError(f"{source}: names no file.")
-    return rows
+    return list(rows.values())
 
 
 def write_manifest(path: Path, rows: Sequence[ManifestRow]) -> None:
@@ -88,25 +103,38 @@ def write_manifest(path: Path, rows: Sequence[ManifestRow]) -> None:
     write_text(path, "\n".join(lines) + "\n")
 
 
-def query_manifest(cohort: str, api: str = API) -> list[ManifestRow]:
+def query_cohort(cohort: str, api: str = API) -> list[ManifestRow]:
     """Ask the GDC for the diagnostic slides of a TCGA cohort, such as `tcga_blca` or `gbmlgg`.
 
     Raises:
+        ConfigError: This is not like the name of a cohort.
         DataError: The GDC cannot be reached or has no such slides.
     """
     short = cohort.lower().removeprefix("tcga").lstrip("_-")
     if not short.isalpha():
-        raise ConfigError(f"cohort {cohort!r}: expected a manifest file or a name such as tcga_blca.")
-    projects = PROJECTS.get(short, (f"TCGA-{short.upper()}",))
+        raise ConfigError(f"{cohort!r}: expected a manifest file, or the name of a cohort such as tcga_blca.")
+    projects = list(PROJECTS.get(short, (f"TCGA-{short.upper()}",)))
     wanted = {
-        "cases.project.project_id": list(projects),
+        "cases.project.project_id": projects,
         "data_type": ["Slide Image"],
         "experimental_strategy": ["Diagnostic Slide"],
     }
-    terms = [{"op": "in", "content": {"field": f"{key}", "value": value}} for key, value in wanted.items()]
-    query = {"filters": json.dumps({"op": "and", "content": terms}), "return_type": "manifest", "size": "20000"}
-    with _request(f"{api}/files?{urllib.parse.urlencode(query)}") as answer:
-        return parse_manifest(answer.read().decode("utf-8"), f"{api}: {', '.join(projects)}")
+    terms = [{"op": "in", "content": {"field": field, "value": value}} for field, value in wanted.items()]
+    return _query({"op": "and", "content": terms}, f"{api}: {', '.join(projects)}", api)
+
+
+def _query_ids(ids: list[str], source: str, api: str) -> list[ManifestRow]:
+    rows = _query({"op": "in", "content": {"field": "files.file_id", "value": ids}}, source, api)
+    unknown = sorted(set(ids) - {row.id for row in rows})
+    if unknown:
+        raise DataError(f"{source}: the GDC does not know {unknown[0]} ({len(unknown)} of {len(set(ids))} files).")
+    return rows
+
+
+def _query(filters: dict[str, Any], source: str, api: str) -> list[ManifestRow]:
+    body = json.dumps({"filters": filters, "return_type": "manifest", "size": 20_000}).encode()
+    with _request(f"{api}/files", {"Content-Type": "application/json"}, body) as answer:
+        return parse_manifest(answer.read().decode("utf-8"), source)
 
 
 def client_call(manifest: Path, folder: Path, client: str = "gdc-client") -> list[str]:
@@ -189,11 +217,12 @@ def _transfer(url: str, part: Path, size: int) -> None:
         raise DataError(f"{part}: has {part.stat().st_size} of {size} bytes.")
 
 
-def _request(url: str, headers: dict[str, str] | None = None) -> http.client.HTTPResponse:
+def _request(url: str, headers: dict[str, str] | None = None, body: bytes | None = None) -> http.client.HTTPResponse:
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise ConfigError(f"{url}: expected an http or https address.")
+    request = urllib.request.Request(url, body, headers or {})  # noqa: S310 (checked above)
     try:
-        return urllib.request.urlopen(urllib.request.Request(url, headers=headers or {}), timeout=TIMEOUT_S)  # noqa: S310
+        return urllib.request.urlopen(request, timeout=TIMEOUT_S)  # noqa: S310 (checked above)
     except urllib.error.HTTPError as error:
         error.close()
         raise DataError(f"{url}: the server answers {error.code} {error.reason}.") from error

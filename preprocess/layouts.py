@@ -62,9 +62,13 @@ def find_published(source: Path) -> Found:
 
     `source` is `pt_dir` with one backbone, or the backbone's folder.
     """
-    folders = [p for p in sorted(source.glob("*/pt_files")) if MAGNIFICATION_FOLDER.fullmatch(p.parent.name)]
-    if not folders:
-        folders = [p for p in sorted(source.glob("*/*/pt_files")) if MAGNIFICATION_FOLDER.fullmatch(p.parent.name)]
+    # CLAM's tensors lie in folders of the same name, beside its patches.
+    folders = [
+        p
+        for pattern in ("*/pt_files", "*/*/pt_files")
+        for p in sorted(source.glob(pattern))
+        if MAGNIFICATION_FOLDER.fullmatch(p.parent.name) and not (p.parent / "patches").is_dir()
+    ]
     backbones = {p.parent.parent for p in folders}
     if len(backbones) > 1:
         names = ", ".join(sorted(p.name for p in backbones))
@@ -80,12 +84,20 @@ def find_published(source: Path) -> Found:
 def find_clam(source: Path) -> Found:
     """CLAM: `patches/{slide}.h5` beside `h5_files/{slide}.h5` or `pt_files/{slide}.pt`.
 
-    One run has one magnification. Several runs stand in folders named after their magnification, `x20`, `x10`, `x5`.
+    A run has one magnification, which its files do not tell: the runs' folders are to be named `x20`, `x10`, `x5`.
     CLAM's grids begin at the corner of each contour, so those of different runs are not aligned.
+
+    Raises:
+        DataError: `source` is itself a run.
     """
+    if (source / "patches").is_dir() and ((source / "h5_files").is_dir() or (source / "pt_files").is_dir()):
+        raise DataError(
+            f"{source}: is a run of CLAM, whose files do not tell their magnification.",
+            "Name its folder after it, such as x20, and give the folder above.",
+        )
     found = Found(None, alignment="centre")
     runs = {p.name: p for p in sorted(source.iterdir()) if MAGNIFICATION_FOLDER.fullmatch(p.name) and p.is_dir()}
-    for name, run in (runs or {"x20": source}).items():
+    for name, run in runs.items():
         for patches in sorted((run / "patches").glob("*.h5")):
             features = run / "h5_files" / patches.name
             tensor = run / "pt_files" / f"{patches.stem}.pt"
@@ -172,7 +184,7 @@ def _trident(path: Path, patches: Path) -> Level:
             side = _none(_dataset(file, patches, "coords").attrs.get("patch_size_level0"))
     if side is None:
         raise DataError(f"{path}: does not tell patch_size_level0.", f"Put {patches.name} beside it, in patches/.")
-    return _checked(path, values.reshape(len(values), -1), coords.reshape(-1, 2), float(side))
+    return _checked(path, values, coords.reshape(-1, 2), float(side))
 
 
 def _stamp(path: Path) -> Level:
@@ -189,7 +201,7 @@ def _stamp(path: Path) -> Level:
 def _checked(path: Path, values: np.ndarray, coords: np.ndarray, side: float) -> Level:
     if values.ndim == 3 and values.shape[0] == 1:
         values = values[0]
-    if len(values) == 0:
+    if values.size == 0:
         raise DataError(f"{path}: has no tiles.")
     if values.ndim != 2 or coords.shape != (len(values), 2):
         raise DataError(

@@ -11,7 +11,7 @@ from cfusion.errors import PartialResultError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Slides from the Genomic Data Commons (TCGA).")
 
-Source = Annotated[str, typer.Argument(help="A manifest file, or a cohort such as tcga_blca.")]
+Source = Annotated[str, typer.Argument(help="A manifest, a sample sheet, or a cohort such as tcga_blca.")]
 Api = Annotated[str, typer.Option(help="GDC endpoint.")]
 
 
@@ -25,9 +25,9 @@ def manifest(
     """Write a manifest that gdc-client reads, and print the call that downloads it."""
     import shlex
 
-    from preprocess.gdc import client_call, query_manifest, read_manifest, write_manifest
+    from preprocess.gdc import client_call, find_rows, write_manifest
 
-    rows = read_manifest(Path(source)) if Path(source).is_file() else query_manifest(source, api)
+    rows = find_rows(source, api)
     write_manifest(out, rows)
     typer.echo(f"{out}: {len(rows)} slides, {sum(r.size for r in rows) / 1e12:.2f} TB")
     typer.echo(shlex.join(client_call(out, folder)))
@@ -44,10 +44,9 @@ def download(
 ) -> None:
     """Download slides and check their MD5 sums; run it again and it goes on where it stopped."""
     from preprocess.gdc import download as fetch
-    from preprocess.gdc import query_manifest, read_manifest
+    from preprocess.gdc import find_rows
 
-    rows = read_manifest(Path(source)) if Path(source).is_file() else query_manifest(source, api)
-    rows = rows[:first]
+    rows = find_rows(source, api)[:first]
     failed = fetch(rows, out, api=api, client=client, threads=threads)
     for name, why in failed.items():
         typer.echo(f"failed  {name}: {why}")
