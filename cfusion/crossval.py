@@ -1,4 +1,4 @@
-"""A whole run: cohort, audit, splits, every fold once, scores, tracking, report, in one folder.
+"""A whole run: cohort, audit, splits, every fold once, scores, tracking, in one folder.
 
 A fold's folder appears whole or not at all, so a run that was stopped or killed goes on with the folds that are
 missing and ends with the numbers it would have had. A fold that fails fails the run.
@@ -123,8 +123,8 @@ def permuted(cohort: Cohort, seed: int) -> Cohort:
     return dataclasses.replace(cohort, cases=cases)
 
 
-def cross_validate(config: Config, *, quiet: bool = False) -> Scores:
-    """Train, predict and score every fold, and leave predictions, scores and a report in `config.output`.
+def cross_validate(config: Config) -> Scores:
+    """Train, predict and score every fold, and leave predictions and scores in `config.output`.
 
     Started again on the same folder it does what is missing. Under `torchrun` every rank calls it.
 
@@ -150,7 +150,7 @@ def cross_validate(config: Config, *, quiet: bool = False) -> Scores:
         bootstrap=config.evaluation.bootstrap, horizons=config.evaluation.horizons_months,
     )  # fmt: skip
     if runtime.is_main:
-        _finish(run, scores, parent, quiet=quiet)
+        _finish(run, scores, parent)
     runtime.barrier()
     return scores
 
@@ -181,8 +181,10 @@ def _claim(run: PreparedRun) -> None:
 
 def _tracked(runtime: Runtime, run: PreparedRun) -> TrackedRun:
     config = run.config
-    flat = pd.json_normalize(config.model_dump(mode="json", exclude={"output", "tracking"})).iloc[0].to_dict()
-    params = flat | {k: run.provenance[k] for k in ("shards_digest", "splits_digest", "table_sha256")}
+    flat = pd.json_normalize(config.model_dump(mode="json", exclude={"output", "tracking"})).iloc[0]
+    params = {str(key): value for key, value in flat.items()} | {
+        k: run.provenance[k] for k in ("shards_digest", "splits_digest", "table_sha256")
+    }
     tracking = config.tracking if runtime.is_main else config.tracking.model_copy(update={"enabled": False})
     return TrackedRun(tracking, config.output, f"{run.cohort.name}-{config.model.name}", params)
 
@@ -217,7 +219,7 @@ def _write_fold(folder: Path, result: FoldRun) -> None:
         write_json(temporary / "fold.json", {"best_epoch": result.best_epoch, "fold": result.split.fold})
 
 
-def _finish(run: PreparedRun, scores: Scores, parent: TrackedRun, *, quiet: bool) -> None:
+def _finish(run: PreparedRun, scores: Scores, parent: TrackedRun) -> None:
     folder = run.config.output
     scores.predictions.to_csv(folder / "predictions.csv", index=False)
     scores.folds.to_csv(folder / "scores.csv", index=False)

@@ -113,6 +113,6 @@ class FoldEnsemble:
         )
 
 
-def _step_curve(edges: np.ndarray, survival: np.ndarray, months: np.ndarray) -> np.ndarray:
+def _step_curve(edges: Sequence[float], survival: np.ndarray, months: np.ndarray) -> np.ndarray:
     """A discrete survival curve at other times: it holds the value of the last bin that has ended, 1 before any."""
     return np.concatenate([[1.0], survival])[np.searchsorted(edges, months, side="right")]

@@ -11,7 +11,7 @@ from typing import Any
 import mlflow.models
 import numpy as np
 import pandas as pd
-from mlflow.pyfunc import PythonModel
+from mlflow.pyfunc.model import PythonModel
 
 from cfusion.predict import FoldEnsemble
 

@@ -90,11 +90,13 @@ class TrackedRun:
 
     def close(self, status: str = "FINISHED") -> None:
         """Send what is pending and end the run as FINISHED, FAILED or KILLED."""
+        self._flush()
         if self.run_id is not None:
-            self._flush()
             self._client.set_terminated(self.run_id, status)
 
     def _flush(self) -> None:
+        if self.run_id is None:
+            return
         pending, self._pending = self._pending, []
         for start in range(0, len(pending), 1000):
             self._client.log_batch(self.run_id, metrics=pending[start : start + 1000])

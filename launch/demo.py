@@ -12,10 +12,10 @@ import pandas as pd
 
 from cfusion.config import PreprocessConfig
 from cfusion.data.store import FeatureStore
+from cfusion.report.runs import report_runs
 from cfusion.survival.metrics import concordance
 from launch.local import run_all
 from launch.plan import PlannedRun, SweepConfig, plan
-from launch.results import report_runs
 from preprocess.extraction import preprocess_slides
 from preprocess.packing import pack_store
 from preprocess.phantom import PHANTOMS, PhantomCohort, PhantomSpec, draw_cohort
@@ -59,7 +59,9 @@ def run_demo(out: Path, *, cases: int, slots: int) -> DemoResult:
         logger.info("%s: the planted risk itself has C %.3f (the oracle)", spec.name, oracle[spec.name])
     runs = plan_demo(out)
     run_all(runs, slots=slots)
-    page = report_runs(runs, out / "report", title="CrossFusion demo on phantom cohorts", oracle=oracle)
+    page = report_runs(
+        [run.config.output for run in runs], out / "report", title="CrossFusion demo on phantom cohorts", oracle=oracle
+    )
     return DemoResult(page, pd.read_json(out / "report" / "summary.json"))
 
 

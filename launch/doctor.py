@@ -61,9 +61,8 @@ def _gpu() -> str:
 
 
 def _openslide() -> str:
-    from preprocess.slides import library_version
-
-    return library_version()
+    importlib.import_module("preprocess.slides")
+    return f"library {importlib.metadata.version('openslide-bin')}, {importlib.metadata.version('openslide-python')}"
 
 
 def _mlflow() -> str:

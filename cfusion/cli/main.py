@@ -11,20 +11,22 @@ import sys
 
 import typer
 
-from cfusion.cli import demo, doctor, evidence, preprocess, sweep, train
+from cfusion.cli import demo, doctor, evidence, gdc, preprocess, shard, sweep, train
 from cfusion.errors import CfusionError
 
 HELP = """Survival prediction from whole-slide images, from slides to numbers a reviewer can trust.
 
+\b
 The five commands most people need:
+  cfusion demo                                the whole path on phantom cohorts
+  cfusion preprocess SLIDES --store FEATURES  slides to embeddings at 20x, 10x, 5x
+  cfusion preprocess shard FEATURES --out DIR embeddings to WebDataset shards
+  cfusion train CONFIG.yaml [section.key=v]   cross-validate; also under torchrun
+  cfusion score --predictions FILE --out DIR  score anyone's predictions
 
-  cfusion demo                                  the whole path on a phantom cohort, in minutes
-  cfusion preprocess run SLIDES --store FEATURES   slides to embeddings at 20x, 10x and 5x
-  cfusion preprocess shard FEATURES --out SHARDS   embeddings to WebDataset shards
-  cfusion train CONFIG.yaml [section.key=value]    cross-validate a model; also under torchrun
-  cfusion score --predictions FILE --out DIR       score anyone's predictions
-
-Exit codes: 0 done, 2 bad input (one line says what), 3 done but for named parts, 75 stopped and saved, run it again.
+\b
+Exit codes: 0 done; 2 bad input, told in one line; 3 done but for named parts;
+75 stopped on request with its state saved: the same command goes on.
 """
 
 app = typer.Typer(
@@ -34,7 +36,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+shard.register(preprocess.app)
 app.add_typer(preprocess.app, name="preprocess")
+app.add_typer(gdc.app, name="gdc")
 for module in (demo, doctor, train, sweep, evidence):
     module.register(app)
 

@@ -48,10 +48,15 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Folder of the report; default: report/ in the sweep's.")] = None,
 ) -> None:
     """Write one report over the finished runs of a sweep."""
+    from cfusion.crossval import is_done
+    from cfusion.errors import DataError
+    from cfusion.report.runs import report_runs
     from launch.plan import load_sweep
     from launch.plan import plan as plan_runs
-    from launch.results import report_runs
 
     settings = load_sweep(file)
-    page = report_runs(plan_runs(settings), out or settings.output / "report", title=settings.name)
+    finished = [run.config.output for run in plan_runs(settings) if is_done(run.config.output)]
+    if not finished:
+        raise DataError(f"{file}: none of its runs is finished.", f"Run: cfusion sweep run {file}")
+    page = report_runs(finished, out or settings.output / "report", title=settings.name)
     typer.echo(f"report: {page}")

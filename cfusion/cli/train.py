@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -42,9 +43,14 @@ def train(
         typer.echo(crossval.describe(crossval.prepare(resolved)))
         return
     scores = crossval.cross_validate(resolved)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from cfusion.report.runs import report_runs
+
     row = scores.summary.iloc[0]
     typer.echo(
         f"{row['cohort']} {row['model']} ({resolved.evaluation.protocol}): pooled C {row['cindex_pooled']:.3f} "
         f"[{row['cindex_low']:.3f}, {row['cindex_high']:.3f}], mean over folds {row['cindex_mean']:.3f}"
     )
-    typer.echo(f"report: {resolved.output / 'report' / 'index.html'}")
+    page = report_runs([resolved.output], resolved.output / "report", title=f"{row['cohort']}: {row['model']}")
+    typer.echo(f"report: {page}")

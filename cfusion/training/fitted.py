@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cfusion.config import ModelConfig, validate
 from cfusion.errors import DataError
-from cfusion.files import atomic_path, read_json, write_json
+from cfusion.files import atomic_path, write_json
 from cfusion.models import build_model
 from cfusion.survival.bins import TimeBins
 
@@ -44,6 +45,9 @@ class ModelCard:
     risk_cutoff: float
 
 
+_CARD = TypeAdapter(ModelCard)
+
+
 @dataclass(frozen=True)
 class FittedModel:
     """A module and its card."""
@@ -70,11 +74,12 @@ class FittedModel:
         Raises:
             DataError: A file is missing or damaged, or the weights do not fit the card.
         """
-        values = read_json(folder / "model.json")
         try:
-            card = ModelCard(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-        except TypeError as error:
-            raise DataError(f"{folder / 'model.json'}: is not a model card ({error}).") from error
+            card = _CARD.validate_json((folder / "model.json").read_text(encoding="utf-8"))
+        except (OSError, ValidationError) as error:
+            raise DataError(
+                f"{folder / 'model.json'}: is not a model card ({' '.join(str(error).split())})."
+            ) from error
         config = validate(ModelConfig, card.model, str(folder / "model.json"))
         module = build(config, card.backbone_dim, len(card.edges_months) - 1, card.magnifications)
         try:

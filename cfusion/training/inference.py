@@ -57,14 +57,14 @@ class BagSet:
 def predict_logits(runtime: Runtime, model: nn.Module, bags: BagSet, micro_batch: int) -> Tensor:
     """Logits [bag, bin] in f64 of every bag, each computed once, the same on every rank; dropout is off."""
     mine = evaluation_slices(bags.costs, runtime.world_size)[runtime.rank]
-    slices = [mine[start : start + micro_batch] for start in range(0, len(mine), micro_batch)]
+    slices = [mine[start : start + micro_batch].tolist() for start in range(0, len(mine), micro_batch)]
     was_training = model.training
     model.eval()
     rows: list[tuple[int, list[float]]] = []
     with torch.inference_mode():
         for indices, batch in zip(slices, bags.loader.stream(slices, epoch=0, training=False), strict=True):
             output: SurvivalOutput = model(batch)
-            rows += zip([int(i) for i in indices], output.logits.double().tolist(), strict=True)
+            rows += zip(indices, output.logits.double().tolist(), strict=True)
     model.train(was_training)
     gathered = dict(runtime.gather(rows))
     return torch.tensor([gathered[i] for i in range(len(bags))], dtype=torch.float64)

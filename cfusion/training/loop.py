@@ -151,7 +151,7 @@ def _shares(
 ) -> Iterator[Share]:
     """This process's shares of all global batches, one after the other, read ahead."""
     micro_batches = [micro for plan in plans for micro in plan]
-    bags = [batch[list(micro.indices)] for batch, plan in zip(batches, plans, strict=True) for micro in plan]
+    bags = [batch[list(micro.indices)].tolist() for batch, plan in zip(batches, plans, strict=True) for micro in plan]
     targets = targets_of(job, job.train)
     stream = job.train.loader.stream(bags, epoch=epoch, training=True)
     for micro, indices, batch in zip(micro_batches, bags, stream, strict=True):
