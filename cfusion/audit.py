@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from cfusion.cohort import patient_of
 from cfusion.errors import DataError
 from cfusion.types import Cohort, Split
 
@@ -100,7 +101,8 @@ def audit(
     Args:
         cohort: As read.
         splits: As read or drawn; patients who are dropped leave every side.
-        available: For each slide that has features, its magnification names; None where features play no part.
+        available: For each slide that has features, its magnification names; None where features play no part. Where
+            the cohort names no slides at all, these are its slides, by the patient in their names (TCGA barcodes).
         magnifications: Names (`x20`) of those every slide must have, with `available`.
         n_bins: Time bins that every training side must be able to fill.
         keep_zero_times: Whether a follow-up of 0 is kept; without, such patients are dropped.
@@ -156,6 +158,9 @@ def _usable_slides(
     findings: list[Finding],
 ) -> pd.DataFrame:
     slides = cohort.slides
+    if slides.empty and available:
+        owners = pd.DataFrame({"case_id": [patient_of(slide) for slide in available]}, index=list(available))
+        slides = owners[owners["case_id"].isin(cohort.cases.index)].rename_axis("slide_id")
     twice = slides.index.duplicated()
     findings += [_dropped("duplicate_slide", s, "is listed twice; one row is kept") for s in slides.index[twice]]
     slides = slides[~twice]

@@ -46,7 +46,7 @@ def _zipped_text(path: Path) -> str:
     with zipfile.ZipFile(path) as archive:
         names = [n for n in archive.namelist() if n.lower().endswith((".csv", ".tsv", ".txt"))]
         if len(names) != 1:
-            raise ValueError(f"holds {len(names)} tables where one was expected")
+            raise ValueError(f"holds {len(names)} tables where one was expected; save a spreadsheet as CSV")
         return archive.read(names[0]).decode("utf-8-sig")
 
 

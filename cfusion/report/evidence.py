@@ -50,12 +50,14 @@ def nulls(scores: Sequence[Scores]) -> dict[Key, CohortNull]:
 
 
 def _first_run(rows: pd.DataFrame) -> tuple[list[Outcomes], tuple]:
-    run = rows[(rows["seed"] == rows["seed"].iloc[0]) & (rows["repeat"] == rows["repeat"].iloc[0])]
-    folds = []
-    for _, fold in run.groupby("fold"):
-        ordered = fold.sort_values(["survival_months", "event"])
-        folds.append((ordered["survival_months"].to_numpy(float), ordered["event"].to_numpy(bool)))
-    return folds, tuple(part.tobytes() for fold in folds for part in fold)
+    """Outcomes of each fold of the first seed and repeat, and what makes two such runs the same."""
+    first = (rows["seed"] == rows["seed"].iloc[0]) & (rows["repeat"] == rows["repeat"].iloc[0])
+    fold, time, event = (rows[name].to_numpy()[first.to_numpy()] for name in ("fold", "survival_months", "event"))
+    order = np.lexsort((event, time, fold))
+    fold, time, event = fold[order], time[order], event[order]
+    cuts = np.flatnonzero(np.diff(fold)) + 1
+    folds = list(zip(np.split(time, cuts), np.split(event, cuts), strict=True))
+    return folds, (cuts.tobytes(), time.tobytes(), event.tobytes())
 
 
 def _simulate(folds: list[Outcomes], chosen: bool) -> CohortNull:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -59,14 +60,21 @@ def compare(
     if reference not in names:
         raise DataError(f"the reference {reference} is not among the models {', '.join(names)}.")
     rows = []
-    for (cohort, protocol), frame in predictions.groupby(["cohort", "protocol"], sort=False):
-        base = frame[frame["model"] == reference]
-        if base.empty:
+    for names_of, frame in predictions.groupby(["cohort", "protocol"], sort=False):
+        cohort, protocol = (str(word) for word in names_of)
+        models = {str(name): rows_of for name, rows_of in frame.groupby("model", sort=False)}
+        if reference not in models:
             continue
-        draws: dict[tuple, Resamples] = {}
-        for model, other in frame[frame["model"] != reference].groupby("model", sort=False):
+        bases: dict[tuple, _Scored] = {}
+        for model, other in models.items():
+            if model == reference:
+                continue
             where = f"{cohort}, {model} against {reference}"
-            result = _paired(base, other, where, draws, replicates, seed)
+            runs, patients = _shared(models[reference], other, where)
+            key = (runs, patients)
+            if key not in bases:
+                bases[key] = _Scored.of(models[reference], runs, patients, replicates, seed, where)
+            result = bases[key].against(other, where)
             rows.append({"cohort": cohort, "protocol": protocol, "model": model, "reference": reference, **result})
     table = pd.DataFrame(rows, columns=[
         "cohort", "protocol", "model", "reference", "patients", "seeds", "difference", "low", "high", "p",
@@ -74,36 +82,61 @@ def compare(
     return table.assign(p_holm=holm(table["p"]) if len(table) else [])
 
 
-def _paired(
-    base: pd.DataFrame, other: pd.DataFrame, where: str, draws: dict[tuple, Resamples], replicates: int, seed: int
-) -> dict[str, object]:
-    runs = sorted(set(_runs(base)) & set(_runs(other)))
-    patients = sorted(set(base["case_id"]) & set(other["case_id"]))
+@dataclass(frozen=True)
+class _Scored:
+    """The reference on shared runs and patients: its C-index within folds and that of every replicate."""
+
+    runs: tuple[tuple[int, int], ...]
+    patients: tuple[str, ...]
+    draws: Resamples
+    once: Resamples
+    value: float
+    replicates: np.ndarray
+
+    @classmethod
+    def of(
+        cls, base: pd.DataFrame, runs: tuple, patients: tuple[str, ...], replicates: int, seed: int, where: str
+    ) -> _Scored:
+        outcomes = base.drop_duplicates("case_id").set_index("case_id").loc[list(patients)]
+        draws = Resamples.draw(outcomes["survival_months"], outcomes["event"], replicates=replicates, seed=seed)
+        once = Resamples(draws.time, draws.event, np.ones((1, len(patients)), dtype=np.float32))
+        value, spread = _within_folds(base, runs, patients, draws, once, where)
+        return cls(runs, patients, draws, once, value, spread)
+
+    def against(self, other: pd.DataFrame, where: str) -> dict[str, object]:
+        value, spread = _within_folds(other, self.runs, self.patients, self.draws, self.once, where)
+        difference, differences = value - self.value, spread - self.replicates
+        error = float(np.nanstd(differences))
+        low, high = percentile_interval(differences)
+        return {
+            "patients": len(self.patients), "seeds": len(self.runs), "difference": difference, "low": low,
+            "high": high, "p": float(2 * norm.sf(abs(difference) / error)) if error > 0 else 1.0,
+        }  # fmt: skip
+
+
+def _shared(base: pd.DataFrame, other: pd.DataFrame, where: str) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
+    """Runs (seed, repeat) and patients that both have."""
+    runs = tuple(sorted(set(_runs(base)) & set(_runs(other))))
+    patients = tuple(sorted(set(base["case_id"]) & set(other["case_id"])))
     if not runs or not patients:
         raise DataError(f"{where}: the two share no {'patient' if runs else 'seed'}.", "Score both on the same splits.")
-    key = tuple(patients)
-    if key not in draws:
-        outcomes = base.drop_duplicates("case_id").set_index("case_id").loc[patients]
-        time, event = outcomes["survival_months"], outcomes["event"]
-        draws[key] = Resamples.draw(time, event, replicates=replicates, seed=seed)
-    once = Resamples(draws[key].time, draws[key].event, np.ones((1, len(patients)), dtype=np.float32))
-    difference = np.zeros(1)
-    spread = np.zeros(replicates)
+    return runs, patients
+
+
+def _within_folds(
+    frame: pd.DataFrame, runs: tuple, patients: tuple[str, ...], draws: Resamples, once: Resamples, where: str
+) -> tuple[float, np.ndarray]:
+    """C-index within folds, mean over the runs, as it is and of every replicate."""
+    value, spread = 0.0, np.zeros(len(draws.counts))
     for run in runs:
-        for sign, frame in ((1, other), (-1, base)):
-            rows = frame[(frame[_RUN] == list(run)).all(axis=1)].set_index("case_id").reindex(patients)
-            if rows["risk"].isna().any():
-                raise DataError(f"{where}: seed {run[0]} does not score every shared patient.")
-            risk, fold = rows["risk"].to_numpy(), rows["fold"].to_numpy()
-            difference += sign * once.cindex(risk, within=fold) / len(runs)
-            spread += sign * draws[key].cindex(risk, within=fold) / len(runs)
-    error = float(np.nanstd(spread))
-    p = float(2 * norm.sf(abs(difference[0]) / error)) if error > 0 else 1.0
-    low, high = percentile_interval(spread)
-    return {
-        "patients": len(patients), "seeds": len(runs), "difference": float(difference[0]), "low": low, "high": high,
-        "p": p,
-    }  # fmt: skip
+        rows = frame[(frame["seed"] == run[0]) & (frame["repeat"] == run[1])]
+        rows = rows.set_index("case_id")[["risk", "fold"]].reindex(list(patients))
+        if rows["risk"].isna().any():
+            raise DataError(f"{where}: seed {run[0]} does not score every shared patient.")
+        risk, fold = rows["risk"].to_numpy(), rows["fold"].to_numpy()
+        value += float(once.cindex(risk, within=fold)[0]) / len(runs)
+        spread += draws.cindex(risk, within=fold) / len(runs)
+    return value, spread
 
 
 def _runs(frame: pd.DataFrame) -> Sequence[tuple[int, int]]:

@@ -25,7 +25,7 @@ from cfusion.survival.predictions import UNIT, checked_predictions
 from cfusion.types import Cohort, Split
 
 _SEED = 7
-_GRID = 15
+_GRID = 12
 _PARALLEL_FROM = 60
 """Models × cohorts from which processes are started; below, starting them costs more than it saves."""
 

@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from lifelines.statistics import logrank_test
+from sksurv.compare import compare_survival
 from sksurv.linear_model import CoxPHSurvivalAnalysis
 from sksurv.util import Surv
 
@@ -46,6 +47,9 @@ def test_log_rank(data: pd.DataFrame) -> None:
     expected = logrank_test(time[high], time[~high], event[high], event[~high]).p_value
     assert log_rank(time, event, high) == pytest.approx(expected, rel=1e-9)
     assert log_rank(time, event, high, np.zeros(240)) == pytest.approx(expected, rel=1e-9)
+    assert log_rank(time, event, high) == pytest.approx(
+        compare_survival(Surv.from_arrays(event, time), high)[1], rel=1e-9
+    )
     assert log_rank(time, event, ~high, fold) == pytest.approx(log_rank(time, event, high, fold), rel=1e-9)
     # the score test of a stratified Cox model without ties is the stratified log-rank test
     jittered = time + np.random.default_rng(0).uniform(0, 0.5, 240)
