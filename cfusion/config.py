@@ -150,7 +150,8 @@ class TrainConfig(Section):
     loss: Literal["nll", "ce", "cox", "ranking"] = "nll"
     """A key of the loss registry."""
     alpha: float = Field(0.0, ge=0, le=1)
-    """Weight of uncensored cases in `nll` and `ce`: censored ones count 1 − alpha. 0 in validation."""
+    """In `nll`, censored cases weigh 1 − alpha; in `ce`, the cross-entropy weighs 1 − alpha and the likelihood of the
+    events alpha. 0 in validation; `cox` and `ranking` have no use for it."""
     sampling: Literal["all", "weighted"] = "all"
     """`all`: every bag once an epoch; `weighted`: with replacement, by 1 / size of its (bin × censoring) class."""
     micro_batch: int = Field(1, ge=1)
@@ -162,7 +163,8 @@ PUBLISHED_RECIPE: dict[str, Any] = {
     "weight_decay": 4e-6, "schedule": "published", "warmup_fraction": 0.0, "clip_norm": None, "ema": None,
     "loss": "nll", "alpha": 0.2, "sampling": "weighted", "micro_batch": 1,
 }  # fmt: skip
-"""The published training (CrossFusion program, `recipe: published`)."""
+"""The published training (CrossFusion program, `recipe: published`); `model.options.published` goes with it, which has
+the published dropouts."""
 
 
 class ParallelConfig(Section):
@@ -278,7 +280,10 @@ class Config(Section):
         for key, value in PUBLISHED_RECIPE.items():
             if train.get(key, value) != value:
                 raise ValueError(f"train.recipe=published sets train.{key}={value}; {train[key]!r} contradicts it")
-        return {**values, "train": {**train, **PUBLISHED_RECIPE}}
+        model = values.get("model", {})
+        model = model if isinstance(model, dict) else model.model_dump()
+        options = {"published": True, **model.get("options", {})}
+        return {**values, "train": {**train, **PUBLISHED_RECIPE}, "model": {**model, "options": options}}
 
     @model_validator(mode="after")
     def _source_is_read(self) -> Config:

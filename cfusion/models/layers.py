@@ -103,7 +103,8 @@ class MultiScaleKernel(nn.Module):
     def forward(self) -> tuple[Tensor, Tensor]:
         """The summed kernel [outputs, inputs, k, k] and bias [outputs]."""
         largest = self.sizes[0]
-        kernel, bias = self.get_parameter(f"weight_{largest}"), self.get_parameter(f"bias_{largest}")
+        kernel: Tensor = self.get_parameter(f"weight_{largest}")
+        bias: Tensor = self.get_parameter(f"bias_{largest}")
         for size in self.sizes[1:]:
             kernel = kernel + F.pad(self.get_parameter(f"weight_{size}"), ((largest - size) // 2,) * 4)
             # Not stack and sum: their gradients would share memory, and accumulation over bags would count them thrice.
