@@ -1,0 +1,66 @@
+"""Every shipped configuration loads, and what is wrong with one is told by key."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cfusion
+from cfusion.config import PUBLISHED_RECIPE, Config
+from cfusion.errors import ConfigError
+from launch.plan import load_sweep, plan
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads(path):
+    config = cfusion.load_config(path)
+    assert config.cohort.name.startswith("tcga_")
+    assert config.output.parts[0] == "runs"
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_sweep_has_distinct_runs(path):
+    runs = plan(load_sweep(path))
+    assert len({run.name for run in runs}) == len(runs) > 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epoch=3", r"unknown key train\.epoch\. Did you mean train\.epochs\?"),
+        ("trian.epochs=3", r"unknown key trian\. Did you mean train\?"),
+        ("model.num_heads=7", r"num_heads=7 does not divide model\.embed_dim=512"),
+        ("train.lr=fast", r"train\.lr='fast'"),
+        ("train.epochs", "reads section.key=value"),
+        ("model.source=40", r"model\.source=40 is not among data\.magnifications"),
+        ("seed.deep=1", "seed"),
+    ],
+)
+def test_a_wrong_setting_is_told_by_its_key(override, message):
+    with pytest.raises(ConfigError, match=message):
+        cfusion.load_config(None, [override])
+
+
+def test_the_published_recipe_sets_its_section_and_refuses_what_contradicts_it():
+    train = cfusion.load_config(None, ["train.recipe=published"]).train
+    assert {key: getattr(train, key) for key in PUBLISHED_RECIPE} == PUBLISHED_RECIPE
+    with pytest.raises(ConfigError, match=r"sets train\.lr=0\.0001; 0\.1 contradicts it"):
+        cfusion.load_config(None, ["train.recipe=published", "train.lr=0.1"])
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "cohort: 5"])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        cfusion.load_config(path)
+
+
+@given(st.integers(1, 500), st.floats(1e-6, 1.0), st.sampled_from(["strict", "fixed-epoch", "published"]))
+def test_a_configuration_survives_being_written(epochs, lr, protocol):
+    config = cfusion.load_config(None, [f"train.epochs={epochs}", f"evaluation.protocol={protocol}"])
+    config = config.model_copy(update={"train": config.train.model_copy(update={"lr": lr})})
+    assert Config.model_validate(config.model_dump(mode="json")) == config
