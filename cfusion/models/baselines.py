@@ -1,4 +1,4 @@
-"""The baselines of the study; all read the finest magnification alone."""
+"""The baselines of the study; all read the finest magnification alone, and start from the weights PyTorch draws."""
 
 from __future__ import annotations
 

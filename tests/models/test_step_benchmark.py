@@ -1,0 +1,38 @@
+"""The benchmark of a training step runs both sides and counts what it says."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import model_step
+from benchmarks.table import Row, save, show
+
+
+@pytest.mark.parametrize("side", model_step.SIDES)
+def test_both_sides_are_measured(side: str):
+    found = model_step.measure(side, 64, "cpu", repeats=1, optimizer=side == "default")
+    assert found["seconds"] > 0
+    assert found["peak"] > 0.1
+
+
+def test_operations_are_those_of_the_matrix_products():
+    small, large = model_step.flops(1024), model_step.flops(4096)
+    # Attention is quadratic in tiles, all else linear.
+    assert 4 < large / small < 16
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in model_step.build("default").parameters() if p.dim() == 2)
+    assert small > 6 * parameters * 1024 / 16
+
+
+def test_rows_are_shown_and_saved(tmp_path, capsys):
+    rows = [Row("one", 1.0, 4.0, "s"), Row("two", 3.0, None, "GB")]
+    show("Title", rows)
+    shown = capsys.readouterr().out
+    assert "Title" in shown
+    assert "0.25" in shown
+    save(tmp_path / "rows.json", rows)
+    assert json.loads((tmp_path / "rows.json").read_text()) == [
+        {"case": "one", "ours": 1.0, "theirs": 4.0, "ratio": 0.25, "unit": "s"},
+        {"case": "two", "ours": 3.0, "theirs": None, "ratio": None, "unit": "GB"},
+    ]
