@@ -151,7 +151,7 @@ class BagLoader:
     def _move(self, raw: RawBatch) -> RawBatch:
         """The batch on the device; on a GPU the copy runs beside what the model is doing."""
         if self._copies is None:
-            return raw
+            return raw.to(self._device)
         with torch.cuda.stream(self._copies):
             moved = raw.to(self._device)
         current = torch.cuda.current_stream(self._device)

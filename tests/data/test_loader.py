@@ -262,6 +262,37 @@ def test_kept_batches_are_not_overwritten_by_later_ones(tmp_path):
         np.testing.assert_array_equal(batch.features["x20"][0].numpy(), slides[number % 4].features["x20"])
 
 
+@pytest.mark.parametrize("config", [{}, {"max_tiles": 40, "feature_dropout": 0.2}])
+def test_batches_for_another_device_are_finished_there(dataset, bags, config):
+    # The meta device has shapes and no data: it stands in for a GPU.
+    loader = BagLoader(dataset, bags, DataConfig(**config), magnifications=MAGNIFICATIONS, seed=0, device="meta")
+    there = list(loader.stream(BATCHES, epoch=0, training=True))
+    for batch, here in zip(there, stream(dataset, bags, BATCHES, **config), strict=True):
+        for moved, stayed in (
+            (batch.features, here.features),
+            (batch.masks, here.masks),
+            (batch.positions, here.positions),
+        ):
+            assert (moved is None) == (stayed is None)
+            for name, tensor in (moved or {}).items():
+                assert tensor.device.type == "meta"
+                assert (tensor.shape, tensor.dtype) == (stayed[name].shape, stayed[name].dtype)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "config", [{}, {"max_tiles": 40}, {"feature_dropout": 0.25}, {"cache": "gpu", "max_tiles": 40}]
+)
+def test_a_gpu_gets_the_same_batches(dataset, bags, config):
+    loader = BagLoader(dataset, bags, DataConfig(**config), magnifications=MAGNIFICATIONS, seed=0, device="cuda")
+    there = [batch.to("cpu") for batch in loader.stream(BATCHES * 20, epoch=0, training=True)]
+    torch.cuda.synchronize()
+    here = stream(dataset, bags, BATCHES * 20, **{k: v for k, v in config.items() if k != "cache"})
+    for batch, expected in zip(there, here, strict=True):
+        for name in batch.features:
+            torch.testing.assert_close(batch.features[name], expected.features[name])
+
+
 def test_memory_is_used_again_once_a_batch_is_gone():
     buffers = Buffers(1 << 24, pinned=False)
     first = buffers.empty((1 << 20,), torch.float32)

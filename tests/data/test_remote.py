@@ -245,6 +245,21 @@ def test_training_reads_remote_bags_like_local_ones(server, slides, tmp_path):
             np.testing.assert_array_equal(local.positions[name].numpy(), other.positions[name].numpy())
 
 
+def test_any_file_system_of_fsspec_serves(slides, tmp_path):
+    import fsspec
+
+    pack_store(MemoryStore(slides.values()), tmp_path / "local")
+    memory = fsspec.filesystem("memory")
+    try:
+        for path in (tmp_path / "local").iterdir():
+            memory.pipe_file(f"/bucket/{path.name}", path.read_bytes())
+        dataset = ShardDataset.open("memory://bucket", cache_directory=tmp_path / "cache")
+        assert_same(dataset, slides)
+        assert len(list(dataset.samples())) == len(slides)
+    finally:
+        memory.rm("/bucket", recursive=True)
+
+
 def test_a_kind_of_url_without_its_package_names_the_extra(monkeypatch):
     import fsspec
 
