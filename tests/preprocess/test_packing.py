@@ -28,6 +28,23 @@ def test_the_same_store_gives_the_same_bytes_whatever_the_threads(store, tmp_pat
     assert tar_bytes(tmp_path / "a") != tar_bytes(tmp_path / "c")
 
 
+def test_tars_are_about_as_large_as_asked(store, tmp_path):
+    index = pack_store(store, tmp_path / "some", target_bytes=40_000)
+    sizes = [(tmp_path / "some" / shard.name).stat().st_size for shard in index.shards]
+    assert sizes == [shard.size for shard in index.shards]
+    assert max(sizes) <= 40_000
+    assert min(sizes[:-1]) > 20_000
+    each = pack_store(store, tmp_path / "each", target_bytes=1)
+    assert len(each.shards) == len(store.slides)
+
+
+def test_the_order_is_shuffled_by_the_seed_alone(store, tmp_path):
+    orders = [[s.slide_id for s in pack_store(store, tmp_path / str(n), seed=n).samples] for n in (7, 8)]
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(store.slides)
+    assert orders[0] != sorted(orders[0])
+
+
 def test_what_is_packed_is_what_is_read(store, tmp_path):
     pack_store(store, tmp_path)
     dataset = ShardDataset.open(tmp_path)
