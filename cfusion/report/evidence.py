@@ -72,11 +72,13 @@ def _simulate(folds: list[Outcomes], chosen: bool) -> CohortNull:
 def evidence_table(scores: Sequence[Scores], context: ReportContext) -> pd.DataFrame:
     """The summaries with nulls, permuted and oracle C, and the optimism gap.
 
-    Adds `null_mean, null_low, null_high` (95% range over signal-free cross-validations), `null_correlated_mean`,
-    `permuted`, `oracle`, and `optimism_gap`: the C under `published` minus that under `strict`, on rows of models
-    that have both.
+    Rows of a cohort stand together. Adds `null_mean, null_low, null_high` (95% range over signal-free
+    cross-validations), `null_correlated_mean`, `permuted`, `oracle`, and `optimism_gap`: the C under `published` minus
+    that under `strict`, on rows of models that have both.
     """
     table = pd.concat([part.summary for part in scores], ignore_index=True)
+    first_seen = {name: order for order, name in enumerate(dict.fromkeys(table["cohort"]))}
+    table = table.sort_values("cohort", key=lambda names: names.map(first_seen), kind="stable", ignore_index=True)
     simulated = nulls(scores)
     keys = [(str(c), str(m), str(p)) for c, m, p in table[UNIT].itertuples(index=False)]
     table["null_mean"] = [simulated[key].independent.mean for key in keys]

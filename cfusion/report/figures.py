@@ -137,17 +137,17 @@ def learning_curves(curves: pd.DataFrame, where: str) -> str:
     )
 
 
-def forest(rows: Sequence[Mapping[str, object]], where: str) -> str:
+def forest_range(rows: Sequence[Mapping[str, object]]) -> tuple[float, float]:
+    """The horizontal range that holds every interval and null of the given rows."""
+    values = [float(str(row[k])) for row in rows for k in ("c", "low", "high", "null_low", "null_high")]
+    finite = [value for value in values if not math.isnan(value)]
+    return min(0.45, *finite) - 0.01, max(0.7, *finite) + 0.01
+
+
+def forest(rows: Sequence[Mapping[str, object]], x: tuple[float, float], where: str) -> str:
     """C-index of every model of a cohort with its interval, over the range of signal-free models."""
-    values = [
-        float(str(v)) for row in rows for v in (row["low"], row["high"], row["null_low"], row["null_high"], row["c"])
-    ]
-    finite = [v for v in values if not math.isnan(v)]
-    left = 8 + 6.4 * max(len(str(row["label"])) for row in rows)
-    plot = Plot(
-        (min(0.45, *finite) - 0.01, max(0.7, *finite) + 0.01), (0, len(rows)), width=720, height=26 * len(rows) + 46,
-        margins=(left, 6, 130, 38),
-    )  # fmt: skip
+    left = 20 + 7.2 * max(len(str(row["label"])) for row in rows)
+    plot = Plot(x, (0, len(rows)), width=720, height=26 * len(rows) + 46, margins=(left, 6, 130, 38))
     base = plot.height - 38
     for tick in nice_ticks(*plot.x):
         plot.segment((tick, 0), (tick, len(rows)), "grid")

@@ -34,12 +34,18 @@ def _number(value: Any, digits: int = 3) -> str:
     return "–" if value is None or (isinstance(value, float) and math.isnan(value)) else f"{value:.{digits}f}"
 
 
+def _interval(row: dict, names: str, digits: int = 3) -> str:
+    """Two columns of a row as `low to high`; nothing where they do not exist."""
+    low, high = (row[name] for name in names.split())
+    return "" if math.isnan(low) else f"{low:.{digits}f} to {high:.{digits}f}"
+
+
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cfusion.report"), autoescape=jinja2.select_autoescape(["html.j2"]),
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.filters.update(num=_number, p=figures.p_text)
+    environment.filters.update(num=_number, p=figures.p_text, to=_interval)
     environment.globals["version"] = cfusion.__version__
     return environment
 
@@ -82,22 +88,21 @@ def render_card(summary: pd.DataFrame, context: ReportContext) -> str:
     )  # fmt: skip
 
 
+def _forest_row(row: dict) -> dict[str, object]:
+    return {
+        "label": f"{row['model']} ({row['protocol']})", "c": row["cindex_pooled"], "low": row["cindex_low"],
+        "high": row["cindex_high"], "null_low": row["null_low"], "null_high": row["null_high"],
+    }  # fmt: skip
+
+
 def _cohort(name: str, rows: list[dict], folds: pd.DataFrame, context: ReportContext) -> dict[str, Any]:
     """A cohort's flow, audit and forest plot."""
     mine = [row for row in rows if row["cohort"] == name]
     audit = context.audits.get(name)
     findings = audit["findings"] if audit else []
     counts = dict(Counter(finding["kind"] for finding in findings).most_common())
-    forest = figures.forest(
-        [
-            {
-                "label": f"{row['model']} ({row['protocol']})", "c": row["cindex_pooled"], "low": row["cindex_low"],
-                "high": row["cindex_high"], "null_low": row["null_low"], "null_high": row["null_high"],
-            }
-            for row in mine
-        ],
-        name,
-    )  # fmt: skip
+    span = figures.forest_range([_forest_row(row) for row in rows])
+    forest = figures.forest([_forest_row(row) for row in mine], span, name)
     first = folds[(folds[UNIT] == [mine[0][unit] for unit in UNIT]).all(axis=1)]
     first = first[(first["seed"] == first["seed"].iloc[0]) & (first["repeat"] == first["repeat"].iloc[0])]
     return {
@@ -105,7 +110,7 @@ def _cohort(name: str, rows: list[dict], folds: pd.DataFrame, context: ReportCon
         "forest": Markup(forest),  # noqa: S704 - figures escape their words
         "flow": Markup(figures.flow(audit["flow"], counts, name)) if audit and audit["flow"] else "",  # noqa: S704
         "audited": audit is not None, "counts": counts,
-        "findings": [{**f, "rest": counts[f["kind"]] - 1} for f in {f["kind"]: f for f in findings[::-1]}.values()],
+        "findings": [{**f, "count": counts[f["kind"]]} for f in {f["kind"]: f for f in findings[::-1]}.values()],
         "folds": first[["fold", "n", "events"]].to_dict("records"),
     }  # fmt: skip
 

@@ -7,13 +7,12 @@ scale. Both intervals resample patients within folds.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed
+from joblib import Parallel, cpu_count, delayed
 
 from cfusion.audit import polarity_doubt
 from cfusion.errors import DataError
@@ -28,6 +27,8 @@ _SEED = 7
 _GRID = 12
 _PARALLEL_FROM = 60
 """Models × cohorts from which processes are started; below, starting them costs more than it saves."""
+
+_MOST_PROCESSES = 8
 
 Key = tuple[str, str, str]
 """Cohort, model, protocol."""
@@ -85,7 +86,7 @@ def score(
     if len(groups) < _PARALLEL_FROM:
         results = _score_groups(groups, references, bootstrap, tuple(horizons))
     else:
-        jobs = min(len(os.sched_getaffinity(0)), 4)
+        jobs = min(cpu_count(), _MOST_PROCESSES)
         chunks = [groups[i::jobs] for i in range(jobs)]
         run = delayed(_score_groups)
         parts = Parallel(n_jobs=jobs)(run(chunk, references, bootstrap, tuple(horizons)) for chunk in chunks)
@@ -118,8 +119,9 @@ def _notes(frame: pd.DataFrame, folds: pd.DataFrame) -> tuple[str, ...]:
         doubt = polarity_doubt(str(name), cases["survival_months"], cases["event"])
         if doubt is not None:
             notes.append(f"{doubt.subject}: {doubt.message}.")
-    for words, rows in folds[folds["note"] != ""].groupby(["cohort", "model", "note"], sort=False):
-        notes.append(f"{words[0]}, {words[1]}: {words[2]} in {len(rows)} of its folds.")
+    for words, rows in folds[folds["note"] != ""].groupby(["model", "note"], sort=False):
+        counts = ", ".join(f"{count} of {cohort}" for cohort, count in rows["cohort"].value_counts(sort=False).items())
+        notes.append(f"{words[0]}: {words[1]} in folds ({counts}).")
     return tuple(notes)
 
 

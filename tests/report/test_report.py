@@ -199,7 +199,7 @@ def test_constant_risks_and_unknown_protocol_are_reported(tmp_path: Path) -> Non
     keep = ["model", "cohort", "fold", "case_id", "survival_months", "event"]
     scores = score(table[keep].assign(risk=1.0), bootstrap=20)
     text = write_report([scores], tmp_path).read_text(encoding="utf-8")
-    assert "all risks are equal in 5 of its folds" in text
+    assert "flat: all risks are equal in folds (5 of made_up)" in text
     assert "do not say how the epoch was chosen" in text
     assert "nan" not in re.sub(r"<[^>]*>", "", text).lower().replace("provenance", "")
 
