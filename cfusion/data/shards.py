@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cfusion.console import progress
 from cfusion.data.npy import check_header
 from cfusion.data.shard_files import REPAIR, LocalFiles, OpenFile, ShardFiles, array_bytes, read_pieces
 from cfusion.data.shard_index import Member, Sample, ShardIndex, read_index, tar_key
@@ -144,10 +145,12 @@ class ShardDataset:
         """Keep slides in memory from their first reading on; remote shards are streamed in whole, at once."""
         new = [slide for slide in slide_ids if slide not in self._held]
         self._held.update(new)
-        if self._files.remote:
+        if not self._files.remote or not new:
+            return
+        with progress("fetching slides", len(new)) as bar:
             for slide_id, arrays in self.samples(new):
-                for name, array in arrays.items():
-                    self._memory[slide_id, name] = array
+                self._memory.update({(slide_id, name): array for name, array in arrays.items()})
+                bar.advance()
 
     def samples(self, slide_ids: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         """Slides with all their arrays, once each in the order of the shards.
