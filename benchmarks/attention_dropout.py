@@ -31,7 +31,7 @@ def pooled_cindex(cohort: Path, out: Path, dropout: float, seed: int) -> float:
         "seed": seed,
         "output": str(out / f"{cohort.name}-{dropout:g}-{seed}"),
     }
-    scores = cross_validate(validate(Config, values, "attention_dropout"), quiet=True)
+    scores = cross_validate(validate(Config, values, "attention_dropout"))
     return float(scores.summary["cindex_pooled"].iloc[0])
 
 

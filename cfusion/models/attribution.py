@@ -109,7 +109,8 @@ def input_times_gradient(model: nn.Module, batch: BagBatch) -> dict[str, Float[T
     Returns:
         For each magnification that the model read, [bag, tile]; 0 where padded.
     """
-    features = {name: tiles.detach().clone().requires_grad_() for name, tiles in batch.features.items()}
+    dtype = next(model.parameters()).dtype
+    features = {name: t.detach().to(dtype, copy=True).requires_grad_() for name, t in batch.features.items()}
     with evaluating(model), torch.enable_grad():
         risk = model(dataclasses.replace(batch, features=features)).risk
         gradients = torch.autograd.grad(risk.sum(), list(features.values()), allow_unused=True)

@@ -118,3 +118,17 @@ def test_half_precision_features_are_taken_as_they_come():
     assert torch.equal(
         model(dataclasses.replace(one, features=half)).risk, model(dataclasses.replace(one, features=whole)).risk
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
+def test_mixed_precision_is_near_the_exact_result(name: str, options: dict, dtype: torch.dtype):
+    model, batch = build(name, published=True, **options), pad([bag(1, 9), bag(2, 4)])
+    exact = model(batch).logits
+    with torch.autocast("cpu", dtype):
+        mixed = model(batch)
+        torch.testing.assert_close(mixed.logits, exact, atol=0.3, rtol=0.1)
+        loss = model.train()(batch).risk.sum()
+    assert mixed.risk.dtype == torch.float32
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
