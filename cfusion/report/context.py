@@ -8,8 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-Key = tuple[str, str, str]
-"""Cohort, model, protocol: what one row of the report stands for."""
+from cfusion.survival.score import Key
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from cfusion.report.context import Key, ReportContext
+from cfusion.report.context import ReportContext
 from cfusion.survival.null import Null, Outcomes, simulate_null
 from cfusion.survival.predictions import UNIT
-from cfusion.survival.score import Scores
+from cfusion.survival.score import Key, Scores
 
 _REPETITIONS = 100
 _CHEAP_REPETITIONS = 1000

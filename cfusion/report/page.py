@@ -13,9 +13,9 @@ from markupsafe import Markup
 
 import cfusion
 from cfusion.report import figures
-from cfusion.report.context import Key, ReportContext
+from cfusion.report.context import ReportContext
 from cfusion.survival.predictions import UNIT
-from cfusion.survival.score import Scores
+from cfusion.survival.score import Key, Scores
 
 _OPEN_DETAILS = 12
 """Figures of so many models stand open; more are folded."""

@@ -12,11 +12,11 @@ import pandas as pd
 from cfusion.config import Config, load_config
 from cfusion.errors import DataError
 from cfusion.files import read_json
-from cfusion.report.context import Key, ReportContext
+from cfusion.report.context import ReportContext
 from cfusion.report.write import write_report
 from cfusion.splits import read_splits
 from cfusion.survival.predictions import read_predictions
-from cfusion.survival.score import Scores, score
+from cfusion.survival.score import Key, Scores, score
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,11 @@ from cfusion.survival.predictions import UNIT, checked_predictions
 from cfusion.types import Cohort, Split
 
 _SEED = 7
+"""Of the bootstrap draws: the same for every model, so that intervals repeat and models compare."""
+
 _GRID = 12
+"""Times of the AUC curve."""
+
 _PARALLEL_FROM = 60
 """Models × cohorts from which processes are started; below, starting them costs more than it saves."""
 
