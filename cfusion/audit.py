@@ -29,13 +29,16 @@ class Finding:
         kind: Stable name of the rule, such as `missing_features`.
         subject: The slide, patient, fold or cohort it concerns.
         action: `dropped`: left out of the run; `doubted`: kept, but a person should look.
-        message: What was found and what it means.
+        message: What was found and what it means; reads on from the subject.
     """
 
     kind: str
     subject: str
     action: Literal["dropped", "doubted"]
     message: str
+
+    def __str__(self) -> str:
+        return f"{self.action}: {self.subject} {self.message} [{self.kind}]"
 
 
 @dataclass(frozen=True)

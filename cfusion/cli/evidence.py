@@ -145,7 +145,7 @@ def audit(
         keep_zero_times=settings.cohort.keep_zero_times,
     )
     for finding in result.findings:
-        typer.echo(f"{finding.action}: {finding.subject} {finding.message} [{finding.kind}]")
+        typer.echo(finding)
     for step, patients, slides in result.flow:
         typer.echo(f"{step}: {patients} patients, {slides} slides")
     if strict or settings.evaluation.strict:

@@ -122,6 +122,8 @@ def hazard_ratio(
 ) -> HazardRatio:
     """Cox regression on one covariate, ties after Breslow, the baseline hazard of each stratum its own.
 
+    scikit-survival's Cox model has neither strata nor standard errors; without strata the coefficients agree.
+
     Args:
         time: [case], months.
         event: [case], true where the event happened.

@@ -1,6 +1,7 @@
 """The commands score, null and audit, as a user types them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -8,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from cfusion.cli import evidence
+from cfusion.config import Config
 from cfusion.errors import CfusionError, ConfigError, DataError
 
 app = typer.Typer()
@@ -73,3 +75,18 @@ def test_audit_names_what_it_drops_and_stops_when_strict(config: Path) -> None:
     with pytest.raises(DataError, match=r"23 findings \(23 zero_time\)"):
         run("audit", config, "--strict")
     assert "[zero_time]" not in run("audit", config, "cohort.keep_zero_times=true")
+
+
+def test_null_trains_on_permuted_outcomes_beside_the_run(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def cross_validate(settings: Config) -> SimpleNamespace:
+        seen.append((settings.evaluation.permute_outcomes, settings.output))
+        return SimpleNamespace(summary=pd.DataFrame([{"cindex_mean": 0.5, "cindex_pooled": 0.49}]))
+
+    monkeypatch.setattr("cfusion.crossval.cross_validate", cross_validate)
+    output = run("null", config, f"output={tmp_path}/run", "--permutations", "2", "--repetitions", "2")
+    assert seen == [(0, tmp_path / "run-permuted-0"), (1, tmp_path / "run-permuted-1")]
+    assert "permuted outcomes, seed 1 (strict): mean C 0.500, pooled C 0.490" in output
