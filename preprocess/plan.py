@@ -119,12 +119,14 @@ def plan_slide(path: Path, config: PreprocessConfig, mpp_table: dict[str, float]
     except BaseException:
         slide.close()
         raise
-    by_name = {name: _rows_by_cell(grid, name) for name in grid.names}
-    cell_rows = [{name: rows[number] for name, rows in by_name.items()} for number in range(len(grid.cells))]
-    return SlidePlan(slide, grid, reader, config.resample, METHOD if own is None else own.name, cell_rows)
+    return SlidePlan(slide, grid, reader, config.resample, METHOD if own is None else own.name, rows_by_cell(grid))
 
 
-def _rows_by_cell(grid: Grid, name: str) -> list[np.ndarray]:
-    cell_of = grid.cell_of(name)
-    order = np.argsort(cell_of, kind="stable")
-    return np.split(order, np.searchsorted(cell_of[order], np.arange(1, len(grid.cells))))
+def rows_by_cell(grid: Grid) -> list[dict[str, np.ndarray]]:
+    """For each cell, per magnification name, the rows of its tiles."""
+    by_name = {}
+    for name in grid.names:
+        cell_of = grid.cell_of(name)
+        order = np.argsort(cell_of, kind="stable")
+        by_name[name] = np.split(order, np.searchsorted(cell_of[order], np.arange(1, len(grid.cells))))
+    return [{name: rows[number] for name, rows in by_name.items()} for number in range(len(grid.cells))]

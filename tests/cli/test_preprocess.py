@@ -1,0 +1,95 @@
+"""`cfusion preprocess` and `cfusion gdc` as a user types them."""
+
+from pathlib import Path
+
+import pytest
+from slide_factory import break_tile, tissue_picture, write_slide
+from typer.testing import CliRunner
+
+from cfusion.cli import gdc, preprocess
+from cfusion.errors import ConfigError, DataError, PartialResultError
+
+
+def call(*arguments: str | Path, app=preprocess.app):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.mark.parametrize("form", [(), ("run",)], ids=["short", "run"])
+def test_slides_become_features_and_are_then_skipped(tmp_path: Path, form):
+    slide = write_slide(tmp_path / "a.svs", tissue_picture(700, 700))
+    first = call(*form, slide, "--store", tmp_path / "store")
+    assert first.exit_code == 0
+    assert "1 done, 0 skipped, 0 stale, 0 failed" in first.output
+    assert (tmp_path / "store/sheets/a.jpg").is_file()
+    assert "0 done, 1 skipped" in call(*form, slide, "--store", tmp_path / "store").output
+
+
+def test_the_real_slides_as_the_readme_has_them(shared: Path, tmp_path: Path):
+    small, large = (shared / "slides" / f"{n}.svs" for n in ("cmu_small_region", "tcga-cr-7395-01a-01-ts1"))
+    assert call(small, "--store", tmp_path).exit_code == 0
+    refused = call(large, "--store", tmp_path)
+    assert isinstance(refused.exception, DataError)
+    assert "does not tell its resolution" in str(refused.exception)
+    assert "--default-mpp" in str(refused.exception)
+    assert call(large, "--store", tmp_path, "--default-mpp", 0.25).exit_code == 0
+    assert "2 slides are what was written" in call("verify", tmp_path).output
+    listed = call("inspect", tmp_path).output
+    assert "0.499 (mpp)" in listed
+    drawn = call("inspect", tmp_path, "--slide", "cmu_small_region", "--out", tmp_path / "a.png")
+    assert drawn.exit_code == 0
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_a_folder_with_a_bad_slide_is_done_in_part(tmp_path: Path):
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    write_slide(slides / "good.svs", tissue_picture(1300, 700, share=1.5))
+    write_slide(slides / "partly.svs", tissue_picture(1300, 700, share=1.5))
+    break_tile(slides / "partly.svs", 0)
+    (slides / "bad.svs").write_bytes(b"nothing")
+    result = call(slides, "--store", tmp_path / "store")
+    assert isinstance(result.exception, PartialResultError)
+    assert "1 of 3 slides have no features" in str(result.exception)
+    assert "failed  bad: " in result.output
+    assert "partly  partly: 1 of 2 cells cannot be read" in result.output
+    assert isinstance(call(slides, "--store", tmp_path / "other", "--strict").exception, DataError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--magnifications", "20,10,6"), "expected each to be half the one before"),
+        (("--magnifications", "fine"), "expected numbers, such as 20,10,5"),
+        (("--resolution", "about"), "resolution='about'"),
+        (("--encoder", "uni9"), "encoder 'uni9' is not known. Known: stain-texture"),
+        (("--executor", "pbs"), "expected local, slurm or ray"),
+        (("--device", "cuda:77", "--encoder", "uni"), "device 'cuda:77' is not here"),
+        (("--threads", "0"), "threads=0"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_is_written(tmp_path: Path, arguments, message):
+    slide = write_slide(tmp_path / "a.svs", tissue_picture(300, 300))
+    result = call(slide, "--store", tmp_path / "store", *arguments)
+    assert isinstance(result.exception, ConfigError)
+    assert message in str(result.exception)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_changed_store_is_found(tmp_path: Path):
+    slide = write_slide(tmp_path / "a.svs", tissue_picture(700, 700))
+    call(slide, "--store", tmp_path / "store")
+    chunk = tmp_path / "store/stain-texture/a.zarr/x20/features/c/0/0"
+    chunk.write_bytes(bytes(len(chunk.read_bytes())))
+    result = call("verify", tmp_path / "store")
+    assert "WRONG   stain-texture/a: x20/features is not what was written" in result.output
+    assert isinstance(result.exception, DataError)
+
+
+def test_a_manifest_becomes_a_call_of_gdc_client(shared: Path, tmp_path: Path):
+    source = shared / "tcga/manifests/gdc_manifest_blca.tsv"
+    result = call("manifest", source, "--out", tmp_path / "m.tsv", "--folder", "some slides", app=gdc.app)
+    assert "926 slides" in result.output
+    assert f"gdc-client download --manifest {tmp_path / 'm.tsv'} --dir 'some slides'" in result.output
+    refused = call("download", source, "--out", tmp_path, "--first", 1, "--api", "http://127.0.0.1:1", app=gdc.app)
+    assert isinstance(refused.exception, PartialResultError)
+    assert "cannot be reached" in refused.output
