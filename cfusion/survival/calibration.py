@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import chi2
 
-from cfusion.errors import UndefinedMetricError
-from cfusion.survival.groups import hazard_ratio, kaplan_meier
+from cfusion.survival.groups import Curve, hazard_ratio, kaplan_meier
 
 _DECILES = 10
 
@@ -94,32 +94,39 @@ def calibration_slope(
 
 
 def calibration_points(
-    time: np.ndarray, event: np.ndarray, predicted: np.ndarray, horizon_months: float, groups: int = 5
-) -> list[CalibrationPoint]:
-    """Predicted and observed survival at a horizon in groups of rising prediction.
+    time: np.ndarray,
+    event: np.ndarray,
+    predicted: Mapping[float, np.ndarray],
+    ranked_by: np.ndarray,
+    groups: int = 5,
+) -> dict[float, list[CalibrationPoint]]:
+    """Predicted and observed survival at each horizon, in groups of rising prediction.
 
     Args:
         time: [case], months.
         event: [case], true where the event happened.
-        predicted: [case], predicted survival at the horizon.
-        horizon_months: The horizon.
+        predicted: By horizon in months, [case], predicted survival.
+        ranked_by: [case], predicted survival that forms the groups, the same at all horizons.
         groups: How many groups; fewer where predictions are tied.
 
-    Raises:
-        UndefinedMetricError: Nobody is followed up to the horizon.
+    Returns:
+        By horizon, the groups that anyone is followed in for so long; horizons without any are left out.
     """
-    if time.max() < horizon_months:
-        raise UndefinedMetricError(f"calibration: nobody is followed for {horizon_months:g} months.")
-    cuts = np.unique(np.quantile(predicted, np.arange(1, groups) / groups))
-    label = np.searchsorted(cuts, predicted, side="right")
-    points = []
-    for group in np.unique(label):
-        rows = label == group
-        if time[rows].max() < horizon_months:
-            continue
-        curve = kaplan_meier(time[rows], event[rows])
-        at = int(np.searchsorted(curve.months, horizon_months, side="right")) - 1
-        points.append(CalibrationPoint(
-            float(predicted[rows].mean()), curve.survival[at], curve.low[at], curve.high[at], int(rows.sum())
-        ))  # fmt: skip
+    cuts = np.unique(np.quantile(ranked_by, np.arange(1, groups) / groups))
+    label = np.searchsorted(cuts, ranked_by, side="right")
+    members = [label == group for group in np.unique(label)]
+    curves = [kaplan_meier(time[rows], event[rows]) for rows in members]
+    points = {}
+    for horizon, survival in predicted.items():
+        found = [
+            _point(survival[rows], curve, horizon)
+            for rows, curve in zip(members, curves, strict=True) if curve.months[-1] >= horizon
+        ]  # fmt: skip
+        if found:
+            points[horizon] = found
     return points
+
+
+def _point(predicted: np.ndarray, curve: Curve, horizon: float) -> CalibrationPoint:
+    at = int(np.searchsorted(curve.months, horizon, side="right")) - 1
+    return CalibrationPoint(float(predicted.mean()), curve.survival[at], curve.low[at], curve.high[at], len(predicted))

@@ -138,15 +138,11 @@ def _calibration(
     if columns is None:
         return None
     survival, edges = columns
-    middle = np.full(len(time), np.median(time[event]))
-    slope = _or_none(calibration_slope, time, event, survival_at(survival, edges, middle), fold)
+    at_median = survival_at(survival, edges, np.full(len(time), np.median(time[event])))
+    slope = _or_none(calibration_slope, time, event, at_median, fold)
     value, low, high = slope or (_NAN, _NAN, _NAN)
-    points = {}
-    for horizon in horizons:
-        predicted = survival_at(survival, edges, np.full(len(time), horizon))
-        found = _or_none(calibration_points, time, event, predicted, horizon)
-        if found:
-            points[float(horizon)] = found
+    predicted = {float(h): survival_at(survival, edges, np.full(len(time), h)) for h in horizons}
+    points = calibration_points(time, event, predicted, at_median)
     return Calibration(points, value, low, high, d_calibration(event, survival_at(survival, edges, time)))
 
 

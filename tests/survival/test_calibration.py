@@ -53,11 +53,18 @@ def test_slope_is_one_for_the_truth_and_less_for_extremes() -> None:
 
 def test_points_lie_on_the_diagonal_for_the_truth() -> None:
     time, event, rate = drawn(3000, 2)
-    points = calibration_points(time, event, np.exp(-rate * 24), 24.0)
-    assert len(points) == 5
-    assert sum(point.size for point in points) == 3000
-    for point in points:
-        assert point.low - 0.02 < point.predicted < point.high + 0.02
-    assert len(calibration_points(time, event, np.full(3000, 0.5), 24.0)) == 1
-    with pytest.raises(UndefinedMetricError, match="nobody is followed for 9999 months"):
-        calibration_points(time, event, np.exp(-rate * 24), 9999.0)
+    predicted = {months: np.exp(-rate * months) for months in (12.0, 24.0, 9999.0)}
+    points = calibration_points(time, event, predicted, predicted[24.0])
+    assert list(points) == [12.0, 24.0]
+    for found in points.values():
+        assert len(found) == 5
+        assert sum(point.size for point in found) == 3000
+        for point in found:
+            assert point.low - 0.02 < point.predicted < point.high + 0.02
+
+
+def test_tied_predictions_form_one_group() -> None:
+    time, event, _ = drawn(300, 2)
+    constant = np.full(300, 0.5)
+    ((point,),) = calibration_points(time, event, {24.0: constant}, constant).values()
+    assert point.size == 300
