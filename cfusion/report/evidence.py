@@ -13,7 +13,7 @@ from cfusion.survival.null import Null, Outcomes, simulate_null
 from cfusion.survival.predictions import UNIT
 from cfusion.survival.score import Key, Scores
 
-_REPETITIONS = 100
+_REPETITIONS = 40
 _CHEAP_REPETITIONS = 1000
 """Of one draw a fold, where no epoch is chosen."""
 
