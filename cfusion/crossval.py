@@ -29,7 +29,7 @@ from cfusion.files import atomic_path, digest_file, digest_json, read_json, writ
 from cfusion.splits import make_splits, splits_digest, write_splits
 from cfusion.survival.score import Scores, score
 from cfusion.tracking import TrackedRun, register_ensemble
-from cfusion.training.folds import FoldRun, fit, open_shards
+from cfusion.training.folds import FoldRun, fit, open_run_shards
 from cfusion.training.interruption import graceful_stop
 from cfusion.training.runtime import Runtime
 from cfusion.types import Cohort, Split, magnification_name
@@ -76,7 +76,7 @@ def prepare(config: Config) -> PreparedRun:
         ConfigError, DataError: Something cannot be read, or `evaluation.strict` is set and the audit found something.
     """
     cohort = read_cohort(config.cohort)
-    dataset = open_shards(config)
+    dataset = open_run_shards(config)
     names = [magnification_name(m) for m in config.data.magnifications]
     found = audit(
         cohort,
@@ -84,6 +84,7 @@ def prepare(config: Config) -> PreparedRun:
         available={slide: {n for n, count in dataset.tiles(slide).items() if count} for slide in dataset.slide_ids},
         magnifications=names,
         n_bins=config.evaluation.n_bins,
+        keep_zero_times=config.cohort.keep_zero_times,
     )
     if config.evaluation.strict:
         found.raise_if_strict()
@@ -107,7 +108,7 @@ def describe(run: PreparedRun) -> str:
         f"{run.cohort.name}: {len(run.cohort.cases)} patients, {int(run.cohort.cases['event'].sum())} events, "
         f"{len(run.cohort.slides)} slides, embeddings of {run.dataset.index.encoder} ({run.dataset.index.dim} wide)"
     ]
-    lines += [f"audit: {finding.message}" for finding in run.audit.findings]
+    lines += [f"audit: {finding}" for finding in run.audit.findings]
     lines += [
         f"fold {split.fold}: {len(split.train)} train, {len(split.validation)} choose, {len(split.test)} are scored"
         for split in run.splits

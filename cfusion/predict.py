@@ -11,10 +11,9 @@ import pandas as pd
 import torch
 
 from cfusion.config import DataConfig, ParallelConfig
-from cfusion.data.shards import ShardDataset
 from cfusion.errors import DataError
 from cfusion.training.fitted import FittedModel
-from cfusion.training.inference import BagSet, predict_logits, prediction_frame
+from cfusion.training.inference import BagSet, open_shards, predict_logits, prediction_frame
 from cfusion.training.runtime import Runtime
 from cfusion.types import BagBatch, magnification_name
 
@@ -37,7 +36,7 @@ def predict(
     Raises:
         DataError: The shards are of another encoder or width, or a patient has no slide in them.
     """
-    dataset = ShardDataset.open(data.shards)
+    dataset = open_shards(data)
     if (dataset.index.encoder, dataset.index.dim) != (model.card.encoder, model.card.backbone_dim):
         raise DataError(
             f"{data.shards}: holds embeddings of {dataset.index.encoder} ({dataset.index.dim} wide), but the model "

@@ -50,8 +50,8 @@ class PhantomSpec:
 
     name: str
     seed: int
-    patients: int = 130
-    cells: tuple[int, int] = (3, 2)
+    patients: int = 240
+    cells: tuple[int, int] = (2, 2)
     share_40x: float = 0.08
     two_slides: int = 1
     architecture_weight: float = 0.71

@@ -88,7 +88,7 @@ def make_cohort(
 ) -> CohortFiles:
     """A cohort whose first embedding channel carries the log-hazard; about half of it censored."""
     rng = np.random.default_rng(seed)
-    log_hazard = rng.normal(size=patients) * 1.7
+    log_hazard = rng.normal(size=patients) * 2.5
     death = rng.exponential(size=patients) * 20 * np.exp(-log_hazard)
     censoring = rng.exponential(size=patients) * 30
     rows, slides = [], []

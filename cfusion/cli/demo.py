@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of everything the demo makes.")] = Path("runs/demo"),
-    cases: Annotated[int, typer.Option(help="Patients per cohort.", min=40)] = 130,
+    cases: Annotated[int, typer.Option(help="Patients per cohort.", min=40)] = 240,
     slots: Annotated[
         int | None, typer.Option(help="Trainings at the same time; default: one a core, at most 4.")
     ] = None,

@@ -20,7 +20,7 @@ from cfusion.files import digest_json
 from cfusion.survival.bins import TimeBins
 from cfusion.survival.losses import LOSSES
 from cfusion.training.fitted import FittedModel, ModelCard, build
-from cfusion.training.inference import BagSet, patient_survival, predict_logits, prediction_frame
+from cfusion.training.inference import BagSet, open_shards, patient_survival, predict_logits, prediction_frame
 from cfusion.training.loop import FoldJob, train_fold
 from cfusion.training.runtime import Runtime
 from cfusion.training.schedule import make_optimizer
@@ -78,7 +78,7 @@ def fit(
         RequeueError: The process was asked to stop; the state is in `folder`.
     """
     runtime = runtime or Runtime.start(config.parallel)
-    dataset = open_shards(config)
+    dataset = open_run_shards(config)
     bins = TimeBins.fit(*_outcomes(cohort, split.train), config.evaluation.n_bins)
     sets = {
         part: _bag_set(config, cohort, dataset, runtime, patients)
@@ -147,9 +147,9 @@ def _train(
     )
 
 
-def open_shards(config: Config) -> ShardDataset:
-    """The shards of a run, refused where they carry another encoder or lack a magnification."""
-    dataset = ShardDataset.open(config.data.shards)
+def open_run_shards(config: Config) -> ShardDataset:
+    """The shards of a run, refused where they carry another encoder."""
+    dataset = open_shards(config.data)
     wanted = config.data.encoder
     if wanted is not None and dataset.index.encoder != wanted:
         raise DataError(

@@ -22,10 +22,11 @@ from cfusion.types import SurvivalOutput
 
 @dataclass(frozen=True)
 class BagSet:
-    """Bags of some patients and how they are read."""
+    """Bags of some patients, how they are read, and the most tiles of one that training sees."""
 
     bags: tuple[BagEntry, ...]
     loader: BagLoader
+    max_tiles: int | None
 
     @classmethod
     def open(
@@ -43,15 +44,25 @@ class BagSet:
         loader = BagLoader(
             dataset, bags, data, magnifications=magnifications, seed=seed, device=runtime.device, dtype=runtime.dtype
         )
-        return cls(bags, loader)
+        return cls(bags, loader, data.max_tiles)
 
     def __len__(self) -> int:
         return len(self.bags)
 
     @property
+    def lengths(self) -> np.ndarray:
+        """Tiles of each bag over all magnifications."""
+        return np.array([sum(bag.tiles.values()) for bag in self.bags])
+
+    @property
     def costs(self) -> np.ndarray:
-        """Work that each bag makes, for sharing it evenly."""
-        return np.array([bag_cost(bag.tiles) for bag in self.bags])
+        """Work that each bag makes in training, for sharing it evenly."""
+        return np.array([bag_cost(bag.tiles, max_tiles=self.max_tiles) for bag in self.bags])
+
+
+def open_shards(data: DataConfig) -> ShardDataset:
+    """The shards of a `data` section, local or remote."""
+    return ShardDataset.open(data.shards, cache_directory=data.cache_directory, cache_bytes=data.cache_bytes)
 
 
 def predict_logits(runtime: Runtime, model: nn.Module, bags: BagSet, micro_batch: int) -> Tensor:

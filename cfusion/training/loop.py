@@ -123,11 +123,20 @@ def _train_epoch(
     runtime: Runtime, job: FoldJob, state: TrainState, snapshot: Snapshot, stepper: Stepper, checkpoints: Checkpoints
 ) -> float:
     """The rest of the epoch that `state` stands in; returns the last learning rate."""
-    config, costs = job.config, job.train.costs
+    config, costs, lengths = job.config, job.train.costs, job.train.lengths
     order = epoch_order(len(job.train), seed=job.seed, epoch=state.epoch, weights=job.sampling_weights)
     steps_per_epoch = math.ceil(len(order) / config.parallel.global_batch)
     batches = global_batches(order[state.samples_seen :], config.parallel.global_batch)
-    plans = [deal(costs[batch], runtime.world_size, config.train.micro_batch)[runtime.rank] for batch in batches]
+    plans = [
+        deal(
+            costs[batch],
+            runtime.world_size,
+            config.train.micro_batch,
+            lengths=lengths[batch],
+            token_budget=config.data.token_budget,
+        )[runtime.rank]
+        for batch in batches
+    ]
     shares = _shares(runtime, job, state.epoch, batches, plans)
     stepper.model.train()
     for batch, plan in zip(batches, plans, strict=True):

@@ -39,12 +39,12 @@ def assert_same(one: FoldRun, other: FoldRun) -> None:
     pd.testing.assert_frame_equal(one.history, other.history, check_exact=True)
 
 
-@pytest.mark.parametrize("model", ["amil", "crossfusion"])
-def test_a_plain_signal_is_learnt(tmp_path, model):
+@pytest.mark.parametrize(("model", "options"), [("amil", {}), ("crossfusion", {"dropout": 0.1})])
+def test_a_plain_signal_is_learnt(tmp_path, model, options):
     config = make_cohort(tmp_path / "cohort", patients=120).config(
         tmp_path,
-        model={"name": model, "embed_dim": 16, "num_heads": 2},
-        train={"epochs": 15, "lr": 5e-3, "monitor": "loss"},
+        model={"name": model, "embed_dim": 16, "num_heads": 2, "options": options},
+        train={"epochs": 15, "lr": 2e-3, "monitor": "loss"},
     )
     run = run_fold(config)
     frame = run.predictions

@@ -1,0 +1,130 @@
+"""The product of axes, names that say what decides the numbers, and a pool that survives its workers."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from factories import CohortFiles, make_cohort
+
+from cfusion.config import validate
+from cfusion.errors import ConfigError, PartialResultError
+from launch.local import run_all
+from launch.plan import SweepConfig, load_sweep, plan
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
+    return make_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+def sweep(files: CohortFiles, output: Path, **more) -> SweepConfig:
+    base = files.config(output).model_dump(mode="json", exclude={"output"})
+    values = {
+        "name": "test",
+        "output": str(output),
+        "base": base,
+        "axes": {
+            "model": {"amil": {"model.name": "amil"}, "mean": {"model.name": "mean_mil"}},
+            "seed": {"7": {"seed": 7}},
+        },
+    }
+    return validate(SweepConfig, {**values, **more}, "test")
+
+
+def test_the_plan_is_the_product_less_what_is_excluded(files, tmp_path):
+    axes = {
+        "model": {"amil": {"model.name": "amil"}, "mean": {"model.name": "mean_mil"}},
+        "seed": {str(s): {"seed": s} for s in range(3)},
+    }
+    runs = plan(sweep(files, tmp_path, axes=axes, exclude=[{"model": "mean", "seed": "2"}]))
+    assert [tuple(run.values.values()) for run in runs] == [
+        ("amil", "0"), ("amil", "1"), ("amil", "2"), ("mean", "0"), ("mean", "1"),
+    ]  # fmt: skip
+    assert runs[1].config.seed == 1
+    assert runs[1].config.output == tmp_path / "runs" / runs[1].name
+
+
+def test_a_name_changes_with_the_configuration_and_the_data_alone(files, tmp_path):
+    names = [run.name for run in plan(sweep(files, tmp_path))]
+    assert names == [run.name for run in plan(sweep(files, tmp_path))]
+    base = files.config(tmp_path, train={"epochs": 9}).model_dump(mode="json", exclude={"output"})
+    assert not set(names) & {run.name for run in plan(sweep(files, tmp_path, base=base))}
+    table = tmp_path / "clinical.csv"
+    table.write_text(files.table.read_text() + "\n")
+    moved = CohortFiles(table, files.shards).config(tmp_path).model_dump(mode="json", exclude={"output"})
+    assert not set(names) & {run.name for run in plan(sweep(files, tmp_path, base=moved))}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"exclude": [{"model": "nobody"}]}, "exclude names model: nobody"),
+        ({"axes": {"a": {"x": {"train.epoch": 1}}}}, r"run x: unknown key train\.epoch\. Did you mean train\.epochs"),
+        ({"axis": {}}, "unknown key axis. Did you mean axes"),
+    ],
+)
+def test_a_wrong_sweep_is_told_by_its_key(files, tmp_path, more, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(sweep(files, tmp_path, **more))
+
+
+def test_a_sweep_file_that_is_missing_is_told(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read"):
+        load_sweep(tmp_path / "none.yaml")
+
+
+def test_what_is_done_is_not_done_again(files, tmp_path):
+    runs = plan(sweep(files, tmp_path))
+    run_all(runs, slots=2)
+    stamps = {run.name: (run.config.output / "done.json").stat().st_mtime_ns for run in runs}
+    run_all(runs, slots=2)
+    assert stamps == {run.name: (run.config.output / "done.json").stat().st_mtime_ns for run in runs}
+
+
+def test_a_run_that_fails_is_told_with_its_cause_and_the_others_are_done(files, tmp_path):
+    axes = {"encoder": {"right": {}, "wrong": {"data.encoder": "uni"}}}
+    runs = plan(sweep(files, tmp_path, axes=axes))
+    with pytest.raises(PartialResultError, match=r"1 of 2 runs failed. wrong-\w+: .*not of data\.encoder=uni"):
+        run_all(runs, slots=1)
+    assert (runs[0].config.output / "done.json").exists()
+    assert "not of data.encoder=uni" in (runs[1].config.output / "run.log").read_text()
+
+
+def test_a_worker_that_is_killed_is_replaced_and_the_numbers_are_the_same(files, tmp_path):
+    undisturbed = plan(sweep(files, tmp_path / "a"))
+    run_all(undisturbed, slots=1)
+    disturbed = plan(sweep(files, tmp_path / "b"))
+    killed = threading.Event()
+    stop = threading.Event()
+
+    def kill_first_worker() -> None:
+        while not stop.is_set() and not killed.is_set():
+            if list(tmp_path.glob("b/runs/*/fold_0/fold.json")):
+                for pid in children(os.getpid()):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.set()
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill_first_worker)
+    killer.start()
+    try:
+        run_all(disturbed, slots=1, retries=1)
+    finally:
+        stop.set()
+        killer.join()
+    assert killed.is_set()
+    for one, other in zip(undisturbed, disturbed, strict=True):
+        frames = [pd.read_csv(run.config.output / "predictions.csv") for run in (one, other)]
+        pd.testing.assert_frame_equal(*frames, check_exact=True)
+
+
+def children(pid: int) -> list[int]:
+    """Worker processes of the pool; the resource tracker of multiprocessing is left alone."""
+    import psutil
+
+    found = psutil.Process(pid).children(recursive=True)
+    return [child.pid for child in found if "spawn_main" in " ".join(child.cmdline())]

@@ -1,0 +1,157 @@
+"""A whole run: every fold once, resumed where it stopped, tracked, registered."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from factories import CohortFiles, make_cohort
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from cfusion import crossval
+from cfusion.config import Config
+from cfusion.crossval import cross_validate, is_done, permuted, prepare
+from cfusion.errors import ConfigError, DataError
+from cfusion.predict import FoldEnsemble
+from cfusion.report.runs import report_runs
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
+    return make_cohort(tmp_path_factory.mktemp("cohort"), patients=60)
+
+
+def tracked(files: CohortFiles, folder, **sections) -> Config:
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    tracking = {"enabled": True, "uri": uri, "experiment": "test", "register_as": "made-up"}
+    return files.config(folder / "run", tracking=tracking, **sections)
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory) -> Config:
+    config = tracked(files, tmp_path_factory.mktemp("finished"))
+    cross_validate(config)
+    return config
+
+
+def test_every_patient_is_predicted_once_by_a_model_that_never_saw_it(files, finished):
+    predictions = pd.read_csv(finished.output / "predictions.csv")
+    assert len(predictions) == predictions["case_id"].nunique() == 60
+    for split in prepare(finished).splits:
+        fold = predictions[predictions["fold"] == split.fold]
+        assert set(fold["case_id"]) == set(split.test)
+        assert not set(split.test) & {*split.train, *split.validation}
+
+
+def test_mlflow_has_a_parent_a_child_a_fold_and_the_registered_model(finished):
+    client = MlflowClient(finished.tracking.uri)
+    experiment = client.get_experiment_by_name("test")
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert len(parents) == 1
+    assert len(runs) == 4
+    assert all(run.info.status == "FINISHED" for run in runs)
+    assert parents[0].data.params["model.name"] == "amil"
+    pooled = pd.read_csv(finished.output / "summary.csv")["cindex_pooled"].iloc[0]
+    assert parents[0].data.metrics["cindex_pooled"] == pytest.approx(pooled)
+    child = next(run for run in runs if run.data.tags.get("mlflow.runName") == "fold_0")
+    history = client.get_metric_history(child.info.run_id, "train_loss")
+    assert [metric.step for metric in history] == [0, 1, 2, 3]
+    version = client.get_model_version_by_alias("made-up", "candidate")
+    assert version.run_id == parents[0].info.run_id
+
+
+def test_the_registered_model_answers_a_bag_as_the_fold_models_do(files, finished):
+    import mlflow
+
+    mlflow.set_tracking_uri(finished.tracking.uri)
+    served = mlflow.pyfunc.load_model("models:/made-up@candidate")
+    rng = np.random.default_rng(0)
+    bag = {name: rng.normal(size=(n, 8)).astype(np.float32) for name, n in (("x20", 16), ("x10", 4), ("x5", 1))}
+    answer = served.predict(bag)
+    pd.testing.assert_frame_equal(answer, FoldEnsemble.load(finished.output).predict_bag(bag))
+    assert answer["survival"].between(0, 1).all()
+    assert answer["survival"].is_monotonic_decreasing
+    with pytest.raises(MlflowException, match="x20"):
+        served.predict({**bag, "x20": bag["x20"].astype(np.float64)})
+
+
+def test_a_run_that_lost_a_fold_does_that_fold_and_ends_with_the_same_bytes(files, tmp_path, monkeypatch):
+    config = files.config(tmp_path / "run")
+    cross_validate(config)
+    before = (config.output / "predictions.csv").read_bytes()
+    for name in ("done.json", "predictions.csv"):
+        (config.output / name).unlink()
+    for path in sorted((config.output / "fold_1").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    (config.output / "fold_1").rmdir()
+    trained = []
+    original = crossval.fit
+    monkeypatch.setattr(crossval, "fit", lambda *a, **k: trained.append(a[2].fold) or original(*a, **k))
+    cross_validate(config)
+    assert trained == [1]
+    assert (config.output / "predictions.csv").read_bytes() == before
+
+
+def test_a_failed_fold_fails_the_run(files, tmp_path, monkeypatch):
+    original = crossval.fit
+
+    def fails(config, cohort, split, **options):
+        if split.fold == 1:
+            raise DataError("fold 1 broke")
+        return original(config, cohort, split, **options)
+
+    monkeypatch.setattr(crossval, "fit", fails)
+    config = tracked(files, tmp_path)
+    with pytest.raises(DataError, match="fold 1 broke"):
+        cross_validate(config)
+    assert not is_done(config.output)
+    assert not (config.output / "summary.csv").exists()
+    assert (config.output / "fold_0" / "fold.json").exists()
+    client = MlflowClient(config.tracking.uri)
+    runs = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+    assert sorted(run.info.status for run in runs) == ["FAILED", "FAILED", "FINISHED"]
+
+
+def test_the_folder_of_another_run_is_refused_and_left_alone(files, tmp_path):
+    config = files.config(tmp_path / "run")
+    cross_validate(config)
+    before = (config.output / "run.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"holds a run that differs in config"):
+        cross_validate(files.config(tmp_path / "run", seed=99))
+    assert (config.output / "run.json").read_bytes() == before
+
+
+def test_permuted_outcomes_are_the_same_outcomes_of_other_patients(files, tmp_path):
+    real = prepare(files.config(tmp_path)).cohort
+    dealt = permuted(real, 3)
+    assert list(dealt.cases.index) == list(real.cases.index)
+    assert not dealt.cases["time_months"].equals(real.cases["time_months"])
+    pairs = [sorted(zip(c.cases["time_months"], c.cases["event"], strict=True)) for c in (real, dealt)]
+    assert pairs[0] == pairs[1]
+
+
+def test_a_report_shows_the_null_of_permuted_outcomes(files, finished, tmp_path):
+    null = files.config(tmp_path / "null", evaluation={"permute_outcomes": 1, "bootstrap": 0})
+    cross_validate(null)
+    report_runs([finished.output, null.output], tmp_path / "report", title="Test", oracle={"made_up": 0.8})
+    rows = json.loads((tmp_path / "report" / "summary.json").read_text())
+    permuted_c = pd.read_csv(null.output / "summary.csv")["cindex_pooled"].iloc[0]
+    assert [row["model"] for row in rows] == ["amil"]
+    assert rows[0]["permuted"] == pytest.approx(permuted_c)
+    assert rows[0]["oracle"] == 0.8
+    assert rows[0]["cindex_low"] < rows[0]["cindex_pooled"] < rows[0]["cindex_high"]
+
+
+def test_a_slide_missing_from_the_shards_is_told_and_stops_under_strict(files, tmp_path):
+    table = tmp_path / "clinical.csv"
+    rows = pd.read_csv(files.table)
+    extra = pd.DataFrame([{"patient": "PT-9999", "slide": "PT-9999-1", "time": 5.0, "event": 1}])
+    pd.concat([rows, extra]).to_csv(table, index=False)
+    config = CohortFiles(table, files.shards).config(tmp_path / "run")
+    run = prepare(config)
+    assert any("PT-9999" in finding.subject or "PT-9999" in finding.message for finding in run.audit.findings)
+    assert "PT-9999" not in run.cohort.cases.index
+    with pytest.raises(DataError, match="PT-9999"):
+        prepare(CohortFiles(table, files.shards).config(tmp_path / "run", evaluation={"strict": True}))
