@@ -25,7 +25,7 @@ from preprocess.outcome import SlideOutcome, Summary, write_summary
 from preprocess.pipeline import Pipeline, Work
 from preprocess.plan import plan_slide
 from preprocess.resolution import read_mpp_table
-from preprocess.slides import find_slides, same_name
+from preprocess.slides import find_slides, same_name, slide_id_of
 from preprocess.tissue import METHOD
 
 logger = logging.getLogger(__name__)
@@ -112,14 +112,16 @@ class _Run:
         todo = []
         for path in paths:
             states = {self._state(path, encoder) for encoder in self.encoders}
-            if path.stem in same:
-                names = ", ".join(str(p) for p in same[path.stem])
-                self._fail(path, DataError(f"{len(same[path.stem])} slides have this name: {names}.", "Rename one."))
+            if slide_id_of(path) in same:
+                names = ", ".join(str(p) for p in same[slide_id_of(path)])
+                self._fail(
+                    path, DataError(f"{len(same[slide_id_of(path)])} slides have this name: {names}.", "Rename one.")
+                )
             elif states == {"done"}:
-                self.outcomes[path] = SlideOutcome(path.stem, "skipped", "it is there already", path=str(path))
+                self.outcomes[path] = SlideOutcome(slide_id_of(path), "skipped", "it is there already", path=str(path))
             elif "stale" in states and not self.overwrite:
                 why = "made with another configuration or from another file; --overwrite extracts it again"
-                self.outcomes[path] = SlideOutcome(path.stem, "stale", why, path=str(path))
+                self.outcomes[path] = SlideOutcome(slide_id_of(path), "stale", why, path=str(path))
             else:
                 todo.append(path)
         return todo
@@ -131,15 +133,15 @@ class _Run:
         self.pipeline.run(paths)
 
     def _state(self, path: Path, encoder: Encoder) -> Literal["done", "stale", "absent"]:
-        attrs = FeatureStore(self.config.store / encoder.name).attrs_if_whole(path.stem)
+        attrs = FeatureStore(self.config.store / encoder.name).attrs_if_whole(slide_id_of(path))
         if attrs is None:
             return "absent"
-        told = {"table": self.mpp_table.get(path.stem), "default": self.config.default_mpp}
+        told = {"table": self.mpp_table.get(slide_id_of(path)), "default": self.config.default_mpp}
         same = (
             attrs.get("config_digest") == self.digests[encoder.name]
             and attrs.get("slide_bytes") == path.stat().st_size
             and attrs.get("mpp") == told.get(str(attrs.get("mpp_source")), attrs.get("mpp"))
-            and attrs.get("mask_digest") == self._mask_digest(path.stem)
+            and attrs.get("mask_digest") == self._mask_digest(slide_id_of(path))
         )
         return "done" if same else "stale"
 
@@ -162,11 +164,11 @@ class _Run:
         for encoder in self.encoders:
             features = {name: array[keep[name]] for name, array in work.features[encoder.name].items()}
             attrs = self._attrs(work, encoder)
-            write_slide(self.config.store, SlideFeatures(work.path.stem, features, coords, parents, attrs))
+            write_slide(self.config.store, SlideFeatures(plan.slide.slide_id, features, coords, parents, attrs))
         why = f"{len(bad)} of {len(plan.grid.cells)} cells cannot be read" if bad else ""
         resolution, tiles = plan.slide.resolution, sum(len(t) for t in grid.tiles.values())
         self.outcomes[work.path] = SlideOutcome(
-            work.path.stem, "done", why, tiles, time.monotonic() - work.start, resolution.mpp, resolution.source,
+            plan.slide.slide_id, "done", why, tiles, time.monotonic() - work.start, resolution.mpp, resolution.source,
             plan.reader.name, str(work.path),
         )  # fmt: skip
         self._advance()
@@ -192,7 +194,7 @@ class _Run:
         if self.strict or (isinstance(cause, OSError) and cause.errno in STORE_IS_LOST):
             raise error
         logger.warning("failed: %s", error)
-        self.outcomes[path] = SlideOutcome(path.stem, "failed", str(error), path=str(path))
+        self.outcomes[path] = SlideOutcome(slide_id_of(path), "failed", str(error), path=str(path))
         self._advance()
 
     def _advance(self) -> None:

@@ -17,7 +17,7 @@ class SlideOutcome:
     """What became of one slide.
 
     Attributes:
-        slide_id: File stem.
+        slide_id: The slide's name.
         status: `done`; `skipped`: it was there already; `stale`: it is there, made with another configuration or from
             another file; `failed`.
         why: The reason, where it is not `done`; else what is worth knowing, such as cells that cannot be read.

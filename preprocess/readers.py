@@ -38,8 +38,10 @@ class Reader(Protocol):
 
     name: str
 
-    def region(self, x_px: int, y_px: int, width_px: int, height_px: int, shrink: int = 1) -> np.ndarray:
-        """A region of level 0, averaged over squares of `shrink` px.
+    def region(
+        self, x_px: int, y_px: int, width_px: int, height_px: int, shrink: int = 1, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """A region of level 0, averaged over squares of `shrink` px; `out` is memory that may hold the result.
 
         Returns:
             RGB u8 [height / shrink, width / shrink, 3], on the slide's background colour.
@@ -62,7 +64,9 @@ class OpenSlideReader:
     def __init__(self, slide: Slide) -> None:
         self._slide = slide
 
-    def region(self, x_px: int, y_px: int, width_px: int, height_px: int, shrink: int = 1) -> np.ndarray:
+    def region(
+        self, x_px: int, y_px: int, width_px: int, height_px: int, shrink: int = 1, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """See `Reader.region`."""
         rgb = self._slide.composite(self._slide.read_rgba(x_px, y_px, width_px, height_px))
         return area_average(rgb, width_px // shrink, height_px // shrink)
@@ -107,19 +111,24 @@ class RawTileReader:
         """See `Reader.close`."""
         os.close(self._file)
 
-    def region(self, x_px: int, y_px: int, width_px: int, height_px: int, shrink: int = 1) -> np.ndarray:
+    def region(
+        self, x_px: int, y_px: int, width_px: int, height_px: int, shrink: int = 1, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """See `Reader.region`."""
         try:
-            return self._region(x_px, y_px, width_px, height_px, shrink)
+            return self._region(x_px, y_px, width_px, height_px, shrink, out)
         except (_UndecodedError, RuntimeError, ValueError, OSError) as error:
             logger.debug("%s: the region at %d, %d goes to OpenSlide (%s)", self._slide.path, x_px, y_px, error)
             return self._reference.region(x_px, y_px, width_px, height_px, shrink)
 
-    def _region(self, x_px: int, y_px: int, width_px: int, height_px: int, shrink: int) -> np.ndarray:
+    def _region(
+        self, x_px: int, y_px: int, width_px: int, height_px: int, shrink: int, out: np.ndarray | None
+    ) -> np.ndarray:
         right, bottom = min(x_px + width_px, self._slide.size_px[0]), min(y_px + height_px, self._slide.size_px[1])
         inside = right == x_px + width_px and bottom == y_px + height_px
         at_once = shrink if inside and not any(v % shrink for v in (x_px, y_px, *self._tile)) else 1
-        picture = np.empty((height_px // at_once, width_px // at_once, 3), np.uint8)
+        shape = (height_px // at_once, width_px // at_once, 3)
+        picture = np.empty(shape, np.uint8) if out is None or out.shape != shape else out
         if not inside:
             picture[:] = self._slide.background
         for row in range(y_px // self._tile[1], -(-bottom // self._tile[1])):

@@ -37,7 +37,7 @@ class Slide:
 
     Attributes:
         path: The file.
-        slide_id: File stem, the slide's name everywhere else.
+        slide_id: The slide's name everywhere else, see `slide_id_of`.
         size_px: Width and height of level 0.
         level_sizes_px: Width and height of each level.
         downsamples: Level-0 pixels per pixel of each level, as floats.
@@ -48,7 +48,7 @@ class Slide:
 
     def __init__(self, path: Path, mpp_table: Mapping[str, float], default_mpp: float | None) -> None:
         self.path = path
-        self.slide_id = path.stem
+        self.slide_id = slide_id_of(path)
         self._lock = threading.Lock()
         self._handle = _open(path)
         self._generation = 0
@@ -142,6 +142,8 @@ def open_slide(path: Path, mpp_table: Mapping[str, float] | None = None, default
 def find_slides(root: Path) -> list[Path]:
     """The slides in a folder and its subfolders, sorted; a path of one slide stands for itself.
 
+    Of the DICOM files of a folder, which are the levels of one slide, the first stands for all.
+
     Raises:
         DataError: Nothing is there, or no file has the ending of a slide.
     """
@@ -151,16 +153,23 @@ def find_slides(root: Path) -> list[Path]:
         raise DataError(f"{root}: there is no such file or folder.", "Give a slide, or a folder of slides.")
     found = sorted(p for p in root.rglob("*") if p.suffix.lower() in SLIDE_SUFFIXES and p.is_file())
     found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+    first = {p.parent: p for p in reversed(found) if p.suffix.lower() == ".dcm"}
+    found = [p for p in found if p.suffix.lower() != ".dcm" or first[p.parent] == p]
     if not found:
         raise DataError(f"{root}: no slides are there.", f"Looked for {' '.join(SLIDE_SUFFIXES)}.")
     return found
+
+
+def slide_id_of(path: Path) -> str:
+    """A slide's name: its file's stem; for DICOM, where a slide is a folder of files, the folder's name."""
+    return path.parent.name if path.suffix.lower() == ".dcm" else path.stem
 
 
 def same_name(paths: Sequence[Path]) -> dict[str, list[Path]]:
     """The slide ids that more than one file bears, with those files."""
     by_id: dict[str, list[Path]] = {}
     for path in paths:
-        by_id.setdefault(path.stem, []).append(path)
+        by_id.setdefault(slide_id_of(path), []).append(path)
     return {slide_id: files for slide_id, files in by_id.items() if len(files) > 1}
 
 

@@ -8,7 +8,7 @@ from slide_factory import GLASS, break_tile, tissue_picture, write_slide
 
 from cfusion.errors import DataError
 from preprocess.resolution import finest_scale, read_mpp_table, resolve
-from preprocess.slides import find_slides, open_slide, same_name
+from preprocess.slides import find_slides, open_slide, same_name, slide_id_of
 
 TOLD = {
     "mpp": {"openslide.mpp-x": "0.24", "openslide.mpp-y": "0.26"},
@@ -157,9 +157,19 @@ def test_finding_slides(tmp_path: Path):
         (tmp_path / name).touch()
     found = find_slides(tmp_path)
     assert [str(p.relative_to(tmp_path)) for p in found] == ["b.svs", "sub/a.TIFF", "sub/b.ndpi"]
+    assert [slide_id_of(p) for p in found] == ["b", "a", "b"]
     assert same_name(found) == {"b": [tmp_path / "b.svs", tmp_path / "sub/b.ndpi"]}
     with pytest.raises(DataError, match="there is no such file or folder"):
         find_slides(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no slides are there. Looked for .*\.svs"):
         find_slides(tmp_path / "empty")
+
+
+def test_the_dicom_files_of_a_folder_are_one_slide(tmp_path: Path):
+    for name in ("case-1/0.dcm", "case-1/1.dcm", "case-2/b.dcm", "case-2/a.DCM", "c.svs"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_slides(tmp_path)
+    assert [str(p.relative_to(tmp_path)) for p in found] == ["c.svs", "case-1/0.dcm", "case-2/a.DCM"]
+    assert [slide_id_of(p) for p in found] == ["c", "case-1", "case-2"]
