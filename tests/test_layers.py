@@ -17,7 +17,15 @@ LAYERS = (
     ("cfusion.cohort", "cfusion.cohort_tables", "cfusion.splits", "cfusion.audit", "cfusion.survival"),
     ("cfusion.data", "cfusion.models"),
     ("cfusion.training",),
-    ("cfusion.tracking", "cfusion.predict", "cfusion.serving", "cfusion.explain", "cfusion.report", "cfusion.crossval"),
+    (
+        "cfusion.tracking",
+        "cfusion.predict",
+        "cfusion.serving",
+        "cfusion.explain",
+        "cfusion.report",
+        "cfusion.crossval",
+        "cfusion.reproduction",
+    ),
     ("launch",),
     ("cfusion.cli",),
 )

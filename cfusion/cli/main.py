@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from cfusion.cli import demo, doctor, evidence, gdc, preprocess, shard, sweep, train
+from cfusion.cli import demo, doctor, evidence, gdc, preprocess, reproduce, shard, sweep, train
 from cfusion.errors import CfusionError
 
 HELP = """Survival prediction from whole-slide images, from slides to numbers a reviewer can trust.
@@ -39,7 +39,7 @@ app = typer.Typer(
 shard.register(preprocess.app)
 app.add_typer(preprocess.app, name="preprocess")
 app.add_typer(gdc.app, name="gdc")
-for module in (demo, doctor, train, sweep, evidence):
+for module in (demo, doctor, train, sweep, evidence, reproduce):
     module.register(app)
 
 
