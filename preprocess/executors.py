@@ -132,7 +132,10 @@ def _on_ray(config: PreprocessConfig, plan: FanOut, shares: list[tuple[int, int]
     import ray
 
     if not ray.is_initialized():
-        ray.init(address="auto", log_to_driver=False)
+        try:
+            ray.init(address="auto", log_to_driver=False)
+        except ConnectionError as error:
+            raise DataError("--executor ray: there is no Ray cluster here.", "Start one: ray start --head.") from error
     task = ray.remote(num_cpus=config.threads, num_gpus=plan.gpus, max_retries=plan.attempts - 1)(_task)
     results: list[Any] = []
     for future in [task.remote(config, share, overwrite) for share in shares]:
