@@ -1,0 +1,123 @@
+"""The command as a user meets it: a process, its text, its exit code."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from factories import CohortFiles, make_cohort
+
+
+def cfusion(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cfusion", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
+    return make_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture
+def config(files: CohortFiles, tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    values = files.config(tmp_path / "run", train={"epochs": 2}).model_dump(mode="json")
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['cfusion', '--help']\n"
+        "from cfusion.cli.main import app\n"
+        "try: app()\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'mlflow', 'pandas', 'numpy', 'zarr', 'sksurv', 'openslide') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip().endswith("[]"), done.stdout[-200:] + done.stderr
+    for command in ("demo", "doctor", "preprocess", "train", "score", "report", "sweep"):
+        assert f"  {command} " in done.stdout
+
+
+def test_what_would_run_is_printed_and_nothing_is_written(config, tmp_path):
+    done = cfusion("train", config, "train.epochs=17", "--print-config")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["train"]["epochs"] == 17
+    done = cfusion("train", config, "--dry-run")
+    assert "made_up: 48 patients" in done.stdout
+    assert "fold 2:" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.epoch=3", "unknown key train.epoch. Did you mean train.epochs?"),
+        ("data.shards=nowhere", "nowhere"),
+        ("cohort.table=nothing.csv", "nothing.csv"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(config, tmp_path, override, told):
+    done = cfusion("train", config, override)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert told in lines[0]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_whole_run_alone_and_under_torchrun_gives_the_same_c(config, tmp_path):
+    alone = cfusion("train", config, "parallel.precision=f64", OMP_NUM_THREADS="1")
+    assert alone.returncode == 0, alone.stderr
+    assert (tmp_path / "run" / "report" / "index.html").is_file()
+    output = tmp_path / "world"
+    launched = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cfusion",
+         "train", str(config), "parallel.precision=f64", f"output={output}"],
+        capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    first = (tmp_path / "run" / "predictions.csv").read_text().splitlines()
+    second = (output / "predictions.csv").read_text().splitlines()
+    assert len(first) == len(second) == 49
+    risks = [
+        [float(line.split(",")[first[0].split(",").index("risk")]) for line in lines[1:]] for lines in (first, second)
+    ]
+    assert risks[1] == pytest.approx(risks[0], abs=1e-9)
+    assert launched.stdout.count("pooled C") == 1, "rank 0 alone speaks"
+
+
+def test_doctor_says_what_is_here():
+    done = cfusion("doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "torch" in done.stdout
+    assert "FAIL" not in done.stdout
+
+
+def test_a_slide_without_resolution_is_told_the_option_that_supplies_it(shared, tmp_path):
+    slide = shared / "slides" / "tcga-cr-7395-01a-01-ts1.svs"
+    done = cfusion("preprocess", slide, "--store", tmp_path / "features")
+    assert done.returncode != 0
+    assert "--default-mpp" in done.stderr + done.stdout
+    assert "tcga-cr-7395" in done.stderr + done.stdout
+    done = cfusion("preprocess", slide, "--store", tmp_path / "features", "--default-mpp", "0.5")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert (tmp_path / "features" / "stain-texture" / f"{slide.stem}.zarr").is_dir()
+
+
+def test_a_real_slide_goes_the_whole_way_to_shards(shared, tmp_path):
+    done = cfusion("preprocess", shared / "slides" / "cmu_small_region.svs", "--store", tmp_path / "features")
+    assert done.returncode == 0, done.stderr + done.stdout
+    done = cfusion("preprocess", "shard", tmp_path / "features", "--out", tmp_path / "shards")
+    assert done.returncode == 0, done.stderr + done.stdout
+    done = cfusion("preprocess", "verify-shards", tmp_path / "shards")
+    assert done.returncode == 0, done.stderr + done.stdout
