@@ -67,7 +67,7 @@ def run_all(runs: Sequence[PlannedRun], *, slots: int, retries: int = 1) -> None
 
 def _pool(runs: list[PlannedRun], slots: int, bar: Progress, failures: list[Failure]) -> set[str]:
     """Run once each; returns the names of those whose worker was killed."""
-    threads = max(1, (os.cpu_count() or 1) // slots)
+    threads = max(1, usable_cores() // slots)
     killed: set[str] = set()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(slots, mp_context=context, initializer=_start_worker, initargs=(threads,)) as pool:
@@ -88,6 +88,11 @@ def _pool(runs: list[PlannedRun], slots: int, bar: Progress, failures: list[Fail
             bar.advance(finished - counted)
             counted = finished
     return killed
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: fewer than the machine has where a scheduler has bound it to some."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start_worker(threads: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -29,8 +28,9 @@ def demo(
     an interruption, it does what is missing and ends with the same numbers.
     """
     from launch.demo import run_demo
+    from launch.local import usable_cores
 
-    result = run_demo(out, cases=cases, slots=slots or min(4, os.cpu_count() or 1))
+    result = run_demo(out, cases=cases, slots=slots or min(4, usable_cores()))
     columns = ["cohort", "model", "protocol", "cindex_pooled", "cindex_low", "cindex_high", "oracle", "permuted"]
     typer.echo(result.summary[columns].to_string(index=False, float_format="{:.3f}".format))
     typer.echo(f"report: {result.page}")
