@@ -28,15 +28,16 @@ SETTINGS: dict[str, Any] = {
     "model": {"embed_dim": 32, "num_heads": 4},
     "data": {"encoder": ENCODER, "cache": "ram"},
     "train": {
-        "epochs": 24,
-        "patience": 8,
+        "epochs": 30,
+        "patience": 10,
         "monitor": "loss",
+        "ema": 0.9,
         "lr": 2e-3,
         "warmup_fraction": 0.1,
         "weight_decay": 0.05,
-        "micro_batch": 16,
+        "micro_batch": 32,
     },
-    "parallel": {"global_batch": 16},
+    "parallel": {"global_batch": 32},
 }
 """A small network, trained briefly: 150 bags a fold bear no more."""
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Float32, UInt8
 from cfusion.errors import DataError
 
 NAME = "stain-texture"
-VERSION = "1"
+VERSION = "2"
 TILE_PX = 256
 _BLOCK = 8
 _GLASS = 0.25
@@ -30,15 +30,22 @@ _COLOUR = 9 + 2
 DIM = _COLOUR + 2 * _OCTAVES + 2 * 2 * _ORIENTED + _CORRELATED
 """Numbers per tile."""
 _CENTRE = np.array([
-    0.20, 0.48, 0.24, 0.20, 0.23, 0.95, 0.24, 0.48, 0.87, 0.58, 0.19,
-    0.52, -0.82, 0.65, -0.76, 0.71, -0.71, 0.61, -0.65, 0.46, -0.54, 0.34, -0.39, 0.14, -0.34,
-    0.08, 0.11, 1.26, -0.24, 0.12, 0.20, 1.29, -0.27, 0.27, 0.38, 1.18, -0.32, 0.46, 0.62, 1.01, -0.30,
-    0.79, 0.81, 0.87, -0.27,
-    0.00, -0.01, -0.03, -0.05, -0.09, -0.11,
+    0.205, 0.493, 0.246, 0.203, 0.232, 0.982, 0.245, 0.486, 0.897, 0.600, 0.177,
+    0.396, -0.877, 0.512, -0.771, 0.713, -0.691, 0.769, -0.687, 0.581, -0.676, 0.368, -0.591, 0.255, -0.457,
+    0.124, 0.109, 1.119, -0.237, 0.130, 0.144, 1.309, -0.208,
+    0.159, 0.262, 1.332, -0.281, 0.341, 0.518, 1.109, -0.373,
+    0.755, 0.837, 0.900, -0.386,
+    0.008, -0.019, -0.033, -0.068, -0.141, -0.222,
 ])  # fmt: skip
-"""Means over tiles of both phantom cohorts, the three magnifications alike."""
-_GAIN = 5.0
-"""One over a typical standard deviation."""
+_SPREAD = np.array([
+    0.039, 0.084, 0.051, 0.057, 0.050, 0.142, 0.022, 0.144, 0.160, 0.120, 0.064,
+    0.213, 0.173, 0.208, 0.105, 0.185, 0.088, 0.220, 0.131, 0.217, 0.261, 0.226, 0.417, 0.334, 0.513,
+    0.089, 0.062, 0.182, 0.086, 0.089, 0.089, 0.157, 0.095,
+    0.109, 0.167, 0.205, 0.115, 0.197, 0.265, 0.184, 0.177,
+    0.336, 0.352, 0.226, 0.317,
+    0.242, 0.252, 0.266, 0.295, 0.356, 0.453,
+])  # fmt: skip
+"""Means and standard deviations over tiles of both phantom cohorts, the three magnifications alike."""
 
 
 def describe(tiles: UInt8[np.ndarray, "tile 256 256 3"]) -> Float32[np.ndarray, "tile dim"]:
@@ -61,7 +68,7 @@ def describe(tiles: UInt8[np.ndarray, "tile 256 256 3"]) -> Float32[np.ndarray, 
     rows = np.empty((len(tiles), DIM), np.float32)
     for first in range(0, len(tiles), _BLOCK):
         block = slice(first, first + _BLOCK)
-        rows[block] = _GAIN * (_measure(tiles[block]) - _CENTRE)
+        rows[block] = (_measure(tiles[block]) - _CENTRE) / _SPREAD
     return rows
 
 

@@ -77,7 +77,7 @@ class PhantomSpec:
 
 
 PHANTOMS = (
-    PhantomSpec("phantom-a", seed=1),
+    PhantomSpec("phantom-a", seed=1, effect=1.55),
     PhantomSpec(
         "phantom-b",
         seed=8,

@@ -1,0 +1,53 @@
+"""The main job, small: killed in the middle and started again, it ends with the numbers of an undisturbed run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "cfusion", "demo", "--cases", "40", "--slots", "2", "--out"]
+
+
+def demo(out: Path) -> None:
+    done = subprocess.run([*COMMAND, str(out)], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def kill_when(out: Path, pattern: str) -> None:
+    """Start the demo and kill it with all its workers as soon as a file of that pattern is there."""
+    process = subprocess.Popen(
+        [*COMMAND, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        while not list(out.glob(pattern)):
+            assert process.poll() is None, f"the demo ended before {pattern} was there"
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_killed_while_drawing_extracting_and_training_it_ends_with_the_same_numbers(tmp_path):
+    demo(tmp_path / "undisturbed")
+    disturbed = tmp_path / "disturbed"
+    for pattern in ("phantom-a/slides/*.svs", "phantom-b/features/*/*.zarr", "runs/*/fold_1/fold.json"):
+        kill_when(disturbed, pattern)
+    demo(disturbed)
+    first, second = (
+        json.loads((tmp_path / n / "report" / "summary.json").read_text()) for n in ("undisturbed", "disturbed")
+    )
+    assert first == second
+    assert {(row["cohort"], row["model"]) for row in first} == {
+        (cohort, model) for cohort in ("phantom-a", "phantom-b") for model in ("crossfusion", "amil")
+    }
+    for row in first:
+        assert row["cindex_low"] <= row["cindex_pooled"] <= row["cindex_high"]
+        assert 0.7 < row["oracle"] < 0.9
+        assert 0 <= row["permuted"] <= 1
