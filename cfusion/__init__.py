@@ -15,7 +15,7 @@ _API = {
     "read_cohort": "cfusion.cohort",
     "make_splits": "cfusion.splits",
     "fit": "cfusion.training.folds",
-    "predict": "cfusion.predict",
+    "predict": "cfusion.prediction",
     "score": "cfusion.survival.score",
     "write_report": "cfusion.report",
 }

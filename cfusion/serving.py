@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from mlflow.pyfunc.model import PythonModel
 
-from cfusion.predict import FoldEnsemble
+from cfusion.prediction import FoldEnsemble
 
 
 class ServedEnsemble(PythonModel):

@@ -165,7 +165,7 @@ def register_ensemble(run: TrackedRun, folds: Path, name: str, alias: str) -> st
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    from cfusion.predict import FoldEnsemble
+    from cfusion.prediction import FoldEnsemble
     from cfusion.types import magnification_name
 
     card = FoldEnsemble.load(folds).models[0].card

@@ -13,7 +13,7 @@ from cfusion import crossval
 from cfusion.config import Config
 from cfusion.crossval import cross_validate, is_done, permuted, prepare
 from cfusion.errors import ConfigError, DataError
-from cfusion.predict import FoldEnsemble
+from cfusion.prediction import FoldEnsemble
 from cfusion.report.runs import report_runs
 
 

@@ -19,7 +19,7 @@ LAYERS = (
     ("cfusion.training",),
     (
         "cfusion.tracking",
-        "cfusion.predict",
+        "cfusion.prediction",
         "cfusion.serving",
         "cfusion.explain",
         "cfusion.report",

@@ -67,6 +67,9 @@ class Runtime:
         if on_cpu:
             # Without this, a process under torchrun on a machine without a GPU believes that it is alone.
             os.environ["ACCELERATE_USE_CPU"] = "true"
+            # The gradient of an indexed tensor is otherwise added up by several threads in whatever order they come.
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
         accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision=parallel.precision if parallel.precision == "fp16" else "no",

@@ -119,7 +119,7 @@ def test_a_worker_that_is_killed_is_replaced_and_the_numbers_are_the_same(files,
     assert killed.is_set()
     for one, other in zip(undisturbed, disturbed, strict=True):
         frames = [pd.read_csv(run.config.output / "predictions.csv") for run in (one, other)]
-        pd.testing.assert_frame_equal(*frames, check_exact=True)
+        pd.testing.assert_frame_equal(*frames, check_exact=True, obj=one.name)
 
 
 def children(pid: int) -> list[int]:

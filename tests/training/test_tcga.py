@@ -68,7 +68,7 @@ def test_five_folds_of_blca_with_bags_of_realistic_size(shared, tmp_path):
     assert list(scores.folds["fold"]) == [0, 1, 2, 3, 4]
 
     small = {"name": "crossfusion", "embed_dim": 16, "num_heads": 2, "options": {"dropout": 0.1}}
-    cross_validate(configuration(shared, tmp_path, small, max_tiles=1024))
+    cross_validate(configuration(shared, tmp_path, small, max_tiles=256))
     predictions = pd.read_csv(tmp_path / "crossfusion" / "predictions.csv")
     assert predictions["case_id"].nunique() == len(predictions) == 373
     assert np.isfinite(predictions["risk"]).all()
