@@ -74,7 +74,8 @@ def test_protocols_share_the_outer_folds(shared: Path) -> None:
 @given(size=st.integers(40, 300), rate=st.floats(0.3, 0.9), folds=st.integers(2, 6), seed=st.integers(0, 99))
 def test_drawn_folds_partition_the_patients(size: int, rate: float, folds: int, seed: int) -> None:
     cohort = made_up(size, rate, seed=seed)
-    assume(cohort.cases["event"].sum() >= 4 * folds)
+    # Below that, an inner validation split has no event for each of its parts, which is refused (tested elsewhere).
+    assume(cohort.cases["event"].sum() >= max(4 * folds, 16))
     drawn = make_splits(cohort, SplitsConfig(folds=folds, seed=seed))
     tested = [case for split in drawn for case in split.test]
     assert sorted(tested) == sorted(cohort.cases.index)

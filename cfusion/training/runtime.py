@@ -69,7 +69,7 @@ class Runtime:
             os.environ["ACCELERATE_USE_CPU"] = "true"
             # The gradient of an indexed tensor is otherwise added up by several threads in whatever order they come.
             torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision=parallel.precision if parallel.precision == "fp16" else "no",
