@@ -238,7 +238,7 @@ def test_survival_can_be_learnt_from_the_slides_and_permuted_survival_cannot(spe
     means = [slide_means(read_at_20x(cohort.slides / f"{p.slides[0]}.svs")) for p in patients]
     x20, x10, x5 = (np.stack(level) for level in zip(*means, strict=True))
     architecture, nuclei = (np.array([getattr(p, key) for p in patients]) for key in ("architecture", "nuclei"))
-    assert cross_validated_r2(x5, architecture) > 0.8
+    assert cross_validated_r2(x5, architecture) > 0.75
     assert cross_validated_r2(x20, architecture) < 0.1
     assert cross_validated_r2(x20, nuclei) > 0.95
     assert max(cross_validated_r2(x10, nuclei), cross_validated_r2(x5, nuclei)) < 0.1
