@@ -78,7 +78,7 @@ def run_demo(out: Path, *, cases: int, slots: int) -> DemoResult:
 
 
 def plan_demo(out: Path) -> list[PlannedRun]:
-    """Two cohorts × two models × real and permuted outcomes."""
+    """Two cohorts × two models × real and permuted outcomes; the models of real outcomes are registered."""
     sweep = SweepConfig(
         name="demo",
         output=out,
@@ -96,7 +96,15 @@ def plan_demo(out: Path) -> list[PlannedRun]:
             "outcomes": {"real": {}, "permuted": {"evaluation.permute_outcomes": 1}},
         },
     )
-    return plan(sweep)
+    return [_registered(run) for run in plan(sweep)]
+
+
+def _registered(run: PlannedRun) -> PlannedRun:
+    if run.config.evaluation.permute_outcomes is not None:
+        return run
+    name = f"{run.config.cohort.name}-{run.config.model.name}"
+    tracking = run.config.tracking.model_copy(update={"register_as": name})
+    return dataclasses.replace(run, config=run.config.model_copy(update={"tracking": tracking}))
 
 
 def _prepare(spec: PhantomSpec, folder: Path, threads: int) -> PhantomCohort:

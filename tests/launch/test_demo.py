@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 COMMAND = [sys.executable, "-m", "cfusion", "demo", "--cases", "40", "--slots", "2", "--out"]
 
@@ -51,3 +52,6 @@ def test_killed_while_drawing_extracting_and_training_it_ends_with_the_same_numb
         assert row["cindex_low"] <= row["cindex_pooled"] <= row["cindex_high"]
         assert 0.7 < row["oracle"] < 0.9
         assert 0 <= row["permuted"] <= 1
+    client = MlflowClient(f"sqlite:///{disturbed / 'mlflow.db'}")
+    assert {model.name for model in client.search_registered_models()} == {f"{r['cohort']}-{r['model']}" for r in first}
+    assert all("candidate" in model.aliases for model in client.search_registered_models())
