@@ -15,11 +15,9 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from pathlib import Path
 
 from cfusion.console import Progress, progress
 from cfusion.errors import CfusionError, PartialResultError
-from cfusion.files import write_text
 from launch.plan import PlannedRun
 
 logger = logging.getLogger(__name__)
@@ -107,7 +105,8 @@ def _work(run: PlannedRun) -> str | None:
     from cfusion.crossval import cross_validate
 
     folder = run.config.output
-    log = logging.FileHandler(_fresh_log(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    log = logging.FileHandler(folder / "run.log")
     root = logging.getLogger("cfusion")
     root.setLevel(logging.INFO)
     root.addHandler(log)
@@ -125,11 +124,3 @@ def _work(run: PlannedRun) -> str | None:
         root.removeHandler(log)
         log.close()
     return None
-
-
-def _fresh_log(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "run.log"
-    if not path.exists():
-        write_text(path, "")
-    return path

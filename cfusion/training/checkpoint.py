@@ -7,7 +7,6 @@ optimizer's moments) and the random state of each rank. It is replaced whole, so
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,11 +132,6 @@ class Checkpoints:
             raise DataError(f"{folder}: cannot be read ({' '.join(str(error).split())[:200]}).", remedy) from error
         _set_random_state(random[str(self.runtime.rank % len(random))])
         return TrainState(**numbers["state"])
-
-    def discard(self) -> None:
-        """Remove the checkpoint of a training that is finished."""
-        if self.runtime.is_main:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def copy_parameters(model: nn.Module) -> dict[str, Tensor]:
