@@ -47,16 +47,20 @@ def costs_of(slides: Sequence[int], cases: int, most_tiles: int, seed: int) -> n
     return np.array(costs)
 
 
+def _steps(costs: np.ndarray, batch: int) -> list[np.ndarray]:
+    return global_batches(epoch_order([str(bag) for bag in range(len(costs))], seed=7, epoch=0), batch)
+
+
 def least_lost(costs: np.ndarray, world: int, batch: int) -> float:
     """Time that any dealing loses: a step takes as long as its costliest bag."""
-    steps = [costs[step] for step in global_batches(epoch_order(len(costs), seed=7, epoch=0), batch)]
+    steps = [costs[step] for step in _steps(costs, batch)]
     return sum(max(step.max(), step.sum() / world) for step in steps) / (costs.sum() / world) - 1
 
 
 def time_lost(costs: np.ndarray, world: int, batch: int, *, balanced: bool) -> float:
     """Share of rank time that is spent waiting, over an epoch."""
     slowest = mean = 0.0
-    for step in global_batches(epoch_order(len(costs), seed=7, epoch=0), batch):
+    for step in _steps(costs, batch):
         if balanced:
             loads = [sum(costs[step[i]] for m in share for i in m.indices) for share in deal(costs[step], world)]
         else:

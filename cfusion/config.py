@@ -81,6 +81,8 @@ class DataConfig(Section):
     """At most so many tiles at the finest magnification, drawn anew each epoch; parents of kept tiles stay."""
     feature_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of embedding channels set to zero in training, the same for a whole bag."""
+    order_seed: int = 7
+    """Seed of the order of bags and of what is drawn of each; runs that differ only in `seed` can share one read."""
     cache: Literal["page", "ram", "gpu"] = "page"
     """`page`: the operating system's page cache; `ram`/`gpu`: the cohort is held where it fits."""
     read_threads: int = Field(2, ge=1)
@@ -267,7 +269,7 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     """MLflow."""
     seed: int = 7
-    """Seed of initialisation, order of bags and dropout."""
+    """Seed of initialisation and dropout."""
     output: Path = Path("runs/run")
     """Folder of the run: checkpoints, predictions, report."""
 

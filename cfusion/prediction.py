@@ -45,7 +45,7 @@ def predict(
         )
     slides = cases if isinstance(cases, Mapping) else slides_by_name(cases, dataset.slide_ids)
     runtime = Runtime.start(ParallelConfig(global_batch=Runtime.launched()))
-    bags = BagSet.open(dataset, slides, data, runtime, magnifications=model.card.magnifications, seed=0)
+    bags = BagSet.open(dataset, slides, data, runtime, magnifications=model.card.magnifications)
     model.module.to(device=runtime.device, dtype=runtime.dtype)
     return prediction_frame(predict_logits(runtime, model.module, bags, micro_batch), bags, model.bins)
 

@@ -7,6 +7,7 @@ global batches from (epoch, samples seen) on.
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,28 +51,34 @@ def bag_cost(tiles: Mapping[str, int], source: str = "x10", max_tiles: int | Non
     return linear + 2.0 * tokens * (8 * tokens + context)
 
 
-def _generator(seed: int, epoch: int, purpose: int) -> np.random.PCG64:
-    return np.random.PCG64(np.random.SeedSequence([seed, epoch, purpose]))
-
-
 def epoch_order(
-    n: int, *, seed: int, epoch: int, weights: Sequence[float] | Float[np.ndarray, " bag"] | None = None
+    keys: Sequence[str], *, seed: int, epoch: int, weights: Sequence[float] | Float[np.ndarray, " bag"] | None = None
 ) -> Int[np.ndarray, " draw"]:
-    """The order in which an epoch visits `n` bags.
+    """The order in which an epoch visits bags.
+
+    Where every bag comes once, its place follows from its own key, so the order of a part is the part's order in the
+    whole: folds that share bags also share one pass over them.
 
     Args:
-        n: Number of bags.
-        seed: Seed of the run.
+        keys: Names of the bags.
+        seed: Seed of the order.
         epoch: Number of the epoch; each has its own order.
-        weights: None: every bag once. Otherwise `n` draws with replacement, in proportion to these (published recipe).
+        weights: None: every bag once. Otherwise as many draws as bags, with replacement, in proportion to these
+            (published recipe).
+
+    Returns:
+        Positions in `keys`.
 
     Raises:
         ConfigError: Weights that are negative, not finite, all zero, or not one a bag.
     """
-    # Raw generator output is the same in every numpy version, so that an order can be repeated years later.
-    raw = _generator(seed, epoch, 0).random_raw(n) if n else np.zeros(0, np.uint64)
+    n = len(keys)
     if weights is None:
-        return np.argsort(raw, kind="stable")
+        salt = f"{seed}/{epoch}/".encode()
+        places = [hashlib.blake2b(key.encode(), digest_size=8, key=salt).digest() for key in keys]
+        return np.array(sorted(range(n), key=places.__getitem__), dtype=np.int64)
+    # Raw generator output is the same in every numpy version, so that draws can be repeated years later.
+    raw = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(n) if n else np.zeros(0, np.uint64)
     share = np.asarray(weights, np.float64)
     if share.shape != (n,) or not np.isfinite(share).all() or (share < 0).any() or not share.sum() > 0:
         raise ConfigError(f"Sampling weights must be {n} finite numbers ≥ 0 with a positive sum; got {share}.")

@@ -97,7 +97,6 @@ def fit(
             cases=cohort.cases,
             bins=bins,
             sampling_weights=_sampling_weights(config, cohort, train_set, bins),
-            seed=_derived_seed("order of bags", config.seed, split),
             identity=digest_json(
                 [config.model_dump(mode="json", exclude={"output", "tracking"}), split.__dict__, dataset.index.digest]
             ),
@@ -165,9 +164,7 @@ def _bag_set(
     if not patients:
         return None
     slides = cohort.slides_of(patients)
-    return BagSet.open(
-        dataset, slides, config.data, runtime, magnifications=config.data.magnifications, seed=config.seed
-    )
+    return BagSet.open(dataset, slides, config.data, runtime, magnifications=config.data.magnifications)
 
 
 def _outcomes(cohort: Cohort, patients: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -202,9 +199,5 @@ def _with_outcomes(frame: pd.DataFrame, config: Config, cohort: Cohort, split: S
     return pd.concat([pd.DataFrame(told), frame.drop(columns=["case_id", "risk"])], axis=1)
 
 
-def _derived_seed(purpose: str, seed: int, split: Split, rank: int = 0) -> int:
-    return int(digest_json([purpose, seed, split.repeat, split.fold, rank])[:15], 16)
-
-
 def _seed(purpose: str, seed: int, split: Split, rank: int = 0) -> None:
-    torch.manual_seed(_derived_seed(purpose, seed, split, rank))
+    torch.manual_seed(int(digest_json([purpose, seed, split.repeat, split.fold, rank])[:15], 16))

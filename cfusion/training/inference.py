@@ -37,12 +37,17 @@ class BagSet:
         runtime: Runtime,
         *,
         magnifications: Sequence[float],
-        seed: int,
     ) -> BagSet:
         """The bags of the given patients, read from `dataset`."""
         bags = make_bags(dataset, slides_of_case, data.unit, magnifications)
         loader = BagLoader(
-            dataset, bags, data, magnifications=magnifications, seed=seed, device=runtime.device, dtype=runtime.dtype
+            dataset,
+            bags,
+            data,
+            magnifications=magnifications,
+            seed=data.order_seed,
+            device=runtime.device,
+            dtype=runtime.dtype,
         )
         return cls(bags, loader, data.max_tiles)
 

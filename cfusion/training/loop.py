@@ -40,7 +40,6 @@ class FoldJob:
         cases: Outcomes by patient: `time_months`, `event`.
         bins: Time bins of the training patients.
         sampling_weights: [bag], for `sampling: weighted`; None otherwise.
-        seed: Seed of the order of bags.
         identity: Digest of all of this, for checkpoints.
         folder: Where checkpoints go.
         on_epoch: Called on rank 0 with each finished epoch's number and metrics.
@@ -52,7 +51,6 @@ class FoldJob:
     cases: pd.DataFrame
     bins: TimeBins
     sampling_weights: np.ndarray | None
-    seed: int
     identity: str
     folder: Path
     on_epoch: Callable[[int, dict[str, float]], None]
@@ -124,7 +122,12 @@ def _train_epoch(
 ) -> float:
     """The rest of the epoch that `state` stands in; returns the last learning rate."""
     config, costs, lengths = job.config, job.train.costs, job.train.lengths
-    order = epoch_order(len(job.train), seed=job.seed, epoch=state.epoch, weights=job.sampling_weights)
+    order = epoch_order(
+        [bag.key for bag in job.train.bags],
+        seed=config.data.order_seed,
+        epoch=state.epoch,
+        weights=job.sampling_weights,
+    )
     steps_per_epoch = math.ceil(len(order) / config.parallel.global_batch)
     batches = global_batches(order[state.samples_seen :], config.parallel.global_batch)
     plans = [

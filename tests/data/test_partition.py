@@ -11,6 +11,10 @@ from cfusion.errors import ConfigError
 COSTS = st.lists(st.floats(1, 1e6), min_size=0, max_size=120)
 
 
+def keys(n):
+    return [f"case-{number}" for number in range(n)]
+
+
 @settings(deadline=None, max_examples=300)
 @given(COSTS, st.integers(1, 33), st.integers(1, 5))
 def test_deal_gives_every_bag_once_in_equally_many_passes(costs, world, micro):
@@ -36,7 +40,7 @@ def test_deal_gives_every_bag_once_in_equally_many_passes(costs, world, micro):
     n=st.integers(0, 200), batch=st.integers(1, 50), seen=st.integers(0, 5), worlds=st.tuples(*[st.integers(1, 16)] * 2)
 )
 def test_resuming_at_another_world_size_repeats_the_global_batches(n, batch, seen, worlds):
-    order = epoch_order(n, seed=3, epoch=2)
+    order = epoch_order(keys(n), seed=3, epoch=2)
     assert sorted(order) == list(range(n))
     whole = global_batches(order, batch)
     resumed = global_batches(order[seen * batch :], batch)
@@ -56,15 +60,23 @@ def test_resuming_at_another_world_size_repeats_the_global_batches(n, batch, see
         assert read[0] == read[1] == sorted(step.tolist())
 
 
+@settings(deadline=None, max_examples=100)
+@given(n=st.integers(1, 60), data=st.data())
+def test_the_order_of_a_part_is_its_order_in_the_whole(n, data):
+    part = data.draw(st.lists(st.sampled_from(keys(n)), unique=True))
+    whole = [keys(n)[i] for i in epoch_order(keys(n), seed=3, epoch=4)]
+    assert [part[i] for i in epoch_order(part, seed=3, epoch=4)] == [key for key in whole if key in part]
+
+
 def test_orders_differ_by_epoch_and_seed_and_are_fixed():
-    assert epoch_order(10, seed=7, epoch=0).tolist() == epoch_order(10, seed=7, epoch=0).tolist()
-    assert epoch_order(50, seed=7, epoch=0).tolist() != epoch_order(50, seed=7, epoch=1).tolist()
-    assert epoch_order(50, seed=7, epoch=0).tolist() != epoch_order(50, seed=8, epoch=0).tolist()
+    assert epoch_order(keys(10), seed=7, epoch=0).tolist() == epoch_order(keys(10), seed=7, epoch=0).tolist()
+    assert epoch_order(keys(50), seed=7, epoch=0).tolist() != epoch_order(keys(50), seed=7, epoch=1).tolist()
+    assert epoch_order(keys(50), seed=7, epoch=0).tolist() != epoch_order(keys(50), seed=8, epoch=0).tolist()
 
 
 def test_weighted_order_draws_in_proportion_and_never_a_weight_of_zero():
     weights = [0, 1, 3, 0]
-    drawn = np.concatenate([epoch_order(4, seed=1, epoch=e, weights=weights) for e in range(3000)])
+    drawn = np.concatenate([epoch_order(keys(4), seed=1, epoch=e, weights=weights) for e in range(3000)])
     share = np.bincount(drawn, minlength=4) / len(drawn)
     assert share[0] == share[3] == 0
     # Four standard errors of 12,000 draws.
@@ -74,7 +86,7 @@ def test_weighted_order_draws_in_proportion_and_never_a_weight_of_zero():
 @pytest.mark.parametrize("weights", [[1, 2], [0, 0, 0], [1, -1, 1], [1, float("nan"), 1]])
 def test_weights_that_cannot_be_drawn_from_are_refused(weights):
     with pytest.raises(ConfigError, match="3 finite numbers"):
-        epoch_order(3, seed=0, epoch=0, weights=weights)
+        epoch_order(keys(3), seed=0, epoch=0, weights=weights)
 
 
 @settings(deadline=None, max_examples=200)
