@@ -10,14 +10,13 @@ last line is the mean of the paired differences with its 95% interval (Student's
 
 from __future__ import annotations
 
-import argparse
 import logging
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
-from benchmarks.table import Row, save, show
+from benchmarks.table import Row, options, present
 from cfusion.config import Config, validate
 from cfusion.crossval import cross_validate
 from launch.demo import SETTINGS
@@ -41,28 +40,29 @@ def pooled_cindex(cohort: Path, out: Path, dropout: float, seed: int) -> float:
 
 def main() -> None:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--demo", type=Path, required=True, help="output folder of `cfusion demo`")
+    parser = options(__doc__)
+    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="output folder of `cfusion demo`")
     parser.add_argument("--out", type=Path, default=Path("runs/attention_dropout"))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
+    cohorts = sorted(arguments.demo.glob("phantom-*"))
+    if not cohorts:
+        raise SystemExit(f"{arguments.demo}: holds no phantom cohort; run: cfusion demo --out {arguments.demo}")
+    seeds = 2 if arguments.quick else arguments.seeds
     rows, differences = [], []
-    for cohort in sorted(arguments.demo.glob("phantom-*")):
+    for cohort in cohorts:
         pairs = [
             tuple(pooled_cindex(cohort, arguments.out, dropout, seed) for dropout in (0.0, 0.2))
-            for seed in range(arguments.seeds)
+            for seed in range(seeds)
         ]
         differences += [ours - theirs for ours, theirs in pairs]
         rows += [Row(f"{cohort.name}, seed {seed}", *pair, "C") for seed, pair in enumerate(pairs)]
         ours, theirs = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
         rows.append(Row(f"{cohort.name}, mean", ours, theirs, "C"))
-    show("C-index without and with dropout of attention weights", rows)
     low, high = stats.t.interval(0.95, len(differences) - 1, np.mean(differences), stats.sem(differences))
     print(f"without − with: {np.mean(differences):+.3f} ({low:+.3f} … {high:+.3f}) over {len(differences)} pairs")
-    if arguments.json:
-        save(arguments.json, rows)
+    present("C-index without (ours) and with (theirs) dropout of attention weights", rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Bags a second: shards read by threads against three `.pt` files a slide read by DataLoader workers.
 
-Run `python -m benchmarks.bags --out bags.json`. It writes about 8 GB to a temporary folder and measures:
+Run `python -m benchmarks.bags [--quick] [--json FILE]`. It writes about 8 GB to a temporary folder and measures:
 
 - f16 shards through `BagLoader`, features delivered as stored and as f32;
 - the published layout: x20, x10 and x5 as f32 `.pt` files, `torch.load` in a DataLoader of 4 workers, one bag a batch,
@@ -14,7 +14,6 @@ includes the checksums.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import tempfile
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.table import Row, save, show
+from benchmarks.table import Row, options, present
 from cfusion.config import DataConfig
 from cfusion.data.bags import BagEntry, make_bags
 from cfusion.data.loader import BagLoader
@@ -191,17 +190,15 @@ def measure(folder: Path, count: int, repeats: int) -> list[Row]:
 
 def main() -> None:
     """Measure, print, and write the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--bags", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="Where the temporary folder is made; default: the system's.")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        rows = measure(Path(folder), options.bags, options.repeats)
-    show(f"{options.bags} bags of 12–16k + 4k + 1k tiles × {DIM}", rows)
-    if options.out:
-        save(options.out, rows)
+    parser.add_argument("--folder", type=Path, help="where the temporary folder is made; default: the system's")
+    chosen = parser.parse_args()
+    bags, repeats = (4, 1) if chosen.quick else (chosen.bags, chosen.repeats)
+    with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
+        rows = measure(Path(folder), bags, repeats)
+    present(f"{bags} bags of 12–16k + 4k + 1k tiles × {DIM}", rows, chosen.json)
 
 
 if __name__ == "__main__":

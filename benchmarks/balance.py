@@ -1,15 +1,16 @@
 """How evenly a global batch's work is dealt to ranks: by cost, and at random.
 
-Run `python -m benchmarks.balance --clinical FOLDER`, FOLDER holding clinical tables with columns case_id and slide_id
-(such as TCGA's), from which the real number of slides per case is taken; slides' sizes are log-normal. Time lost is
-what ranks wait for the slowest of each step, over an epoch: sum of the largest loads over sum of the mean loads, minus
-one. A bag that alone costs more than a rank's share cannot be dealt evenly, so the least possible loss stands beside
-each row; `data.max_tiles` is what removes it. No process is started.
+    python -m benchmarks.balance --clinical FOLDER [--quick] [--json FILE]
+
+FOLDER holds clinical tables with columns case_id and slide_id (such as TCGA's), from which the real number of slides
+per case is taken; slides' sizes are log-normal. Time lost is what ranks wait for the slowest of each step, over an
+epoch: sum of the largest loads over sum of the mean loads, minus one. A bag that alone costs more than a rank's share
+cannot be dealt evenly, so the least possible loss stands beside each row; `data.max_tiles` is what removes it. No
+process is started.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import itertools
 from collections import Counter
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.table import Row, save, show
+from benchmarks.table import Row, options, present
 from cfusion.data.partition import bag_cost, deal, epoch_order, global_batches
 
 MEDIAN_TILES = 9000
@@ -73,24 +74,21 @@ def time_lost(costs: np.ndarray, world: int, batch: int, *, balanced: bool) -> f
 
 def main() -> None:
     """Simulate, print, and write the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clinical", type=Path, required=True)
+    parser = options(__doc__)
+    parser.add_argument("--clinical", type=Path, default=Path("../shared/tcga/clinical"))
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    slides = slides_per_case(options.clinical)
+    chosen = parser.parse_args()
+    slides = slides_per_case(chosen.clinical)
     rows = []
-    for world in (8, 64, 512):
+    for world in (8, 64) if chosen.quick else (8, 64, 512):
         for most, bags in itertools.product((MOST_TILES, 24_000), (8, 32)):
             batch = world * bags
-            costs = costs_of(slides, batch * options.steps, most, seed=world)
+            costs = costs_of(slides, batch * (1 if chosen.quick else chosen.steps), most, seed=world)
             ours, theirs = (100 * time_lost(costs, world, batch, balanced=balanced) for balanced in (True, False))
             least = 100 * least_lost(costs, world, batch)
             what = f"{world} ranks × {bags} bags of at most {most // 1000}k tiles (least possible {least:.1f})"
-            rows.append(Row(what, ours, theirs, "% lost"))
-    show("Dealing by cost (ours) and at random (theirs)", rows)
-    if options.out:
-        save(options.out, rows)
+            rows.append(Row(what, ours, theirs, "% lost", "lower"))
+    present("Dealing by cost (ours) and at random (theirs)", rows, chosen.json)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """One training step of CrossFusion against its plain transcription: seconds and peak memory.
 
-    python -m benchmarks.model_step --tiles 1024 4096 16384 --json model_step.json
+    python -m benchmarks.model_step [--quick] [--json FILE]
     python -m benchmarks.model_step --slide 100000
 
 Both sides run forward and backward on the same bag, each in processes of its own that take turns, so that a busy
-machine slows both; the fastest of each is shown. `theirs` has the published dropouts; `ours` has them (`published`) or
+machine slows both; medians are shown. `theirs` has the published dropouts; `ours` has them (`published`) or
 the default recipe, without dropout of attention weights. Arithmetic is f32, on CUDA bf16 under autocast.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.published_model import PublishedCrossFusion
-from benchmarks.table import Row, save, show
+from benchmarks.table import Row, options, present
 from cfusion.models import build_model
 
 DIM, BACKBONE_DIM, HEADS, BINS = 512, 1024, 4, 4
@@ -115,26 +116,25 @@ def child(side: str, tiles: int, arguments: argparse.Namespace, optimizer: bool 
 def compare(tiles: int, arguments: argparse.Namespace) -> list[Row]:
     """Rows of one bag size."""
     runs = [{side: child(side, tiles, arguments) for side in SIDES} for _ in range(arguments.rounds)]
-    best = {s: {k: min(run[s][k] for run in runs) for k in ("seconds", "peak")} for s in SIDES}
+    middle = {s: {k: statistics.median(run[s][k] for run in runs) for k in ("seconds", "peak")} for s in SIDES}
     rows = [
-        Row(f"{tiles} tiles, {side} dropouts: {what}", best[side][key], best["theirs"][key], unit)
+        Row(f"{tiles} tiles, {side} dropouts: {what}", middle[side][key], middle["theirs"][key], unit, "lower")
         for side in ("default", "published")
         for what, key, unit in (("time", "seconds", "s"), ("peak memory", "peak", "GB"))
     ]
-    rate, peak = flops(tiles) / best["default"]["seconds"], matrix_peak(arguments.device)
+    rate, peak = flops(tiles) / middle["default"]["seconds"], matrix_peak(arguments.device)
     return [*rows, Row(f"{tiles} tiles: arithmetic, theirs = matrix product", rate / 1e9, peak / 1e9, "GFLOP/s")]
 
 
 def main() -> None:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = options(__doc__)
     parser.add_argument("--tiles", type=int, nargs="+", default=[1024, 4096, 16384], help="tiles at 20x")
     parser.add_argument("--slide", type=int, help="also: one step with AdamW on a slide of so many tiles, ours alone")
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each side and size")
-    parser.add_argument("--repeats", type=int, default=2, help="steps timed in each process")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each side and size")
+    parser.add_argument("--repeats", type=int, default=1, help="steps timed in each process")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--optimizer", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -144,16 +144,16 @@ def main() -> None:
         one = measure(arguments.child, tiles, arguments.device, arguments.repeats, arguments.optimizer)
         print(json.dumps(one))
         return
+    if arguments.quick:
+        arguments.tiles, arguments.rounds = [256], 1
     rows = [row for tiles in arguments.tiles for row in compare(tiles, arguments)]
     if arguments.slide:
         whole = child("default", arguments.slide, arguments, optimizer=True)
         rows += [
-            Row(f"{arguments.slide} tiles with AdamW: time", whole["seconds"], None, "s"),
-            Row(f"{arguments.slide} tiles with AdamW: peak memory", whole["peak"], None, "GB"),
+            Row(f"{arguments.slide} tiles with AdamW: time", whole["seconds"], None, "s", "lower"),
+            Row(f"{arguments.slide} tiles with AdamW: peak memory", whole["peak"], None, "GB", "lower"),
         ]
-    show("One step of CrossFusion, D = 512, embeddings of 1024", rows)
-    if arguments.json:
-        save(arguments.json, rows)
+    present("One step of CrossFusion, D = 512, embeddings of 1024", rows, arguments.json)
 
 
 if __name__ == "__main__":

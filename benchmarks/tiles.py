@@ -6,7 +6,7 @@ every tile from level 0 by OpenSlide and resizes it with PIL, as CLAM does. A th
 imagecodecs and does nothing else. The last lines extract the whole JPEG slide in a process of its own, with four
 threads and an encoder that keeps the pace of a GPU, and tell its memory and the encoder's idle share.
 
-    python -m benchmarks.tiles --slides SHARED/slides
+    python -m benchmarks.tiles --slides SHARED/slides [--quick] [--json FILE]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import openslide
 import tifffile
 from PIL import Image
 
-from benchmarks.table import Row, save, show
+from benchmarks.table import Row, options, present
 from cfusion.config import PreprocessConfig
 from preprocess.extraction import preprocess_slides
 from preprocess.grid import Grid, make_grid
@@ -114,10 +114,10 @@ def decoding_alone(page: Any, stream: BinaryIO, grid: Grid, numbers: list[int]) 
     return 21 * len(numbers)
 
 
-def tiles_per_cpu_second(sides: dict[str, Callable[[], int]]) -> dict[str, float]:
+def tiles_per_cpu_second(sides: dict[str, Callable[[], int]], repeats: int) -> dict[str, float]:
     """Median over repeats of each side; the sides take turns, so that a busy machine is busy for all."""
     found: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(REPEATS + 1):
+    for repeat in range(repeats + 1):
         for name, run in sides.items():
             start = time.process_time()
             count = run()
@@ -126,7 +126,7 @@ def tiles_per_cpu_second(sides: dict[str, Callable[[], int]]) -> dict[str, float
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def compare(case: str, path: Path, default_mpp: float | None, cells: int) -> list[Row]:
+def compare(case: str, path: Path, default_mpp: float | None, cells: int, repeats: int) -> list[Row]:
     """The rows of one slide."""
     plan = plan_all(path, default_mpp)
     numbers = np.linspace(0, len(plan.grid.cells) - 1, min(cells, len(plan.grid.cells))).astype(int).tolist()
@@ -137,7 +137,8 @@ def compare(case: str, path: Path, default_mpp: float | None, cells: int) -> lis
                 "ours": lambda: one_reading_per_cell(plan, numbers),
                 "decoding": lambda: decoding_alone(page, stream, plan.grid, numbers),
                 "passes": lambda: one_pass_per_magnification(path, plan.grid, numbers),
-            }
+            },
+            repeats,
         )
     plan.close()
     unit = "tiles / CPU-second"
@@ -180,34 +181,33 @@ def extraction_rows(path: Path, folder: Path) -> list[Row]:
     done = subprocess.run(call, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
     told = json.loads(done.stdout.splitlines()[-1])
     return [
-        Row("peak memory with 4 threads", told["peak"] / 1e9, 1.5, "GB (theirs: the limit)"),
-        Row("idle share of an encoder of 1000 tiles/s", told["idle"], None, "share of the time"),
+        Row("peak memory with 4 threads", told["peak"] / 1e9, 1.5, "GB (theirs: the limit)", "lower"),
+        Row("idle share of an encoder of 1000 tiles/s", told["idle"], None, "share of the time", "lower"),
         Row("whole extraction with that encoder", told["tiles"], PACE_TILES_PER_S, "tiles / s (theirs: its pace)"),
     ]
 
 
 def main() -> None:
     """Run both sides and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--slides", type=Path, default=Path("../shared/slides"))
-    parser.add_argument("--cells", type=int, default=32, help="cells of the JPEG slide that are compared")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--cells", type=int, default=32, help="cells of each slide that are compared")
     parser.add_argument("--extract", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.extract:
-        extract_all(options.extract, options.store)
+    chosen = parser.parse_args()
+    if chosen.extract:
+        extract_all(chosen.extract, chosen.store)
         return
+    cells, repeats = (2, 1) if chosen.quick else (chosen.cells, REPEATS)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pyramid = folder / "pyramid.svs"
-        make_pyramid(options.slides / "cmu_small_region.svs", pyramid)
-        rows = compare("JPEG 40x", pyramid, None, options.cells)
-        rows += compare("JPEG 2000", options.slides / "tcga-cr-7395-01a-01-ts1.svs", 0.25, options.cells)
-        rows += extraction_rows(pyramid, folder)
-    show(f"Tiles at 20x, 10x and 5x, medians of {REPEATS}", rows)
-    if options.json:
-        save(options.json, rows)
+        make_pyramid(chosen.slides / "cmu_small_region.svs", pyramid)
+        rows = compare("JPEG 40x", pyramid, None, cells, repeats)
+        rows += compare("JPEG 2000", chosen.slides / "tcga-cr-7395-01a-01-ts1.svs", 0.25, cells, repeats)
+        if not chosen.quick:
+            rows += extraction_rows(pyramid, folder)
+    present(f"Tiles at 20x, 10x and 5x, medians of {repeats}", rows, chosen.json)
 
 
 if __name__ == "__main__":

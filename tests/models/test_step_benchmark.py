@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import model_step
-from benchmarks.table import Row, save, show
+from benchmarks.table import Row, present
 
 
 @pytest.mark.parametrize("side", model_step.SIDES)
@@ -25,14 +25,14 @@ def test_operations_are_those_of_the_matrix_products():
     assert small > 6 * parameters * 1024 / 16
 
 
-def test_rows_are_shown_and_saved(tmp_path, capsys):
-    rows = [Row("one", 1.0, 4.0, "s"), Row("two", 3.0, None, "GB")]
-    show("Title", rows)
+def test_rows_are_shown_and_saved_with_ratios_above_one_where_ours_is_better(tmp_path, capsys):
+    rows = [Row("one", 1.0, 4.0, "s", "lower"), Row("two", 3.0, None, "GB"), Row("three", 5.0, 4.0, "bags/s")]
+    present("Title", rows, tmp_path / "rows.json")
     shown = capsys.readouterr().out
     assert "Title" in shown
-    assert "0.25" in shown
-    save(tmp_path / "rows.json", rows)
+    assert "1.25" in shown
     assert json.loads((tmp_path / "rows.json").read_text()) == [
-        {"case": "one", "ours": 1.0, "theirs": 4.0, "ratio": 0.25, "unit": "s"},
+        {"case": "one", "ours": 1.0, "theirs": 4.0, "ratio": 4.0, "unit": "s"},
         {"case": "two", "ours": 3.0, "theirs": None, "ratio": None, "unit": "GB"},
+        {"case": "three", "ours": 5.0, "theirs": 4.0, "ratio": 1.25, "unit": "bags/s"},
     ]

@@ -1,0 +1,28 @@
+"""Every benchmark answers to the same command line."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = sorted(
+    path.stem
+    for path in (Path(__file__).parents[1] / "benchmarks").glob("*.py")
+    if "def main(" in path.read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_says_how_it_is_run(name: str, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"benchmarks.{name}").main()
+    assert stopped.value.code == 0
+    told = capsys.readouterr().out
+    assert "--quick" in told
+    assert "--json FILE" in told
+
+
+def test_benchmarks_are_found():
+    assert {"tiles", "bags", "balance", "model_step", "evidence"} <= set(BENCHMARKS)
