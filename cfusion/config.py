@@ -60,6 +60,8 @@ class SplitsConfig(Section):
     """Share of the training patients kept for early stopping and model choice under `strict`."""
     test_cases: Path | None = None
     """Table with a column `case_id`: these patients are a fixed external test, all others train."""
+    fold: int | None = Field(None, ge=0)
+    """Train and score this outer fold alone; none: every fold."""
     within: int | None = Field(None, ge=0)
     """Nested cross-validation: draw the folds inside the training side of this outer fold; none: no nesting."""
     seed: int = 7
@@ -303,9 +305,9 @@ def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
         ConfigError: The file cannot be read, a key is unknown (the nearest valid one is offered), or a value or
             combination is refused.
     """
-    values = _read_yaml(Path(path)) if path is not None else {}
+    values = read_yaml(Path(path)) if path is not None else {}
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     return validate(Config, values, str(path or "command line"))
 
 
@@ -320,7 +322,12 @@ def validate(section: type[SectionT], values: dict[str, Any], source: str) -> Se
         raise ConfigError("\n".join(f"{source}: {_explain(section, item)}" for item in error.errors())) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read the mapping in a YAML file; an empty file is an empty mapping.
+
+    Raises:
+        ConfigError: The file cannot be read, is not YAML, or holds no mapping.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -334,20 +341,35 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> str:
+    """Set one `section.key=value` in nested `values`, the value read as YAML; returns the key.
+
+    Raises:
+        ConfigError: It does not read `section.key=value`, or a part of the key is no section.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r}: an override reads section.key=value.")
+    try:
+        set_key(values, key, yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is not valid YAML.") from error
+    return key
+
+
+def set_key(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set the dotted `key` in nested `values`.
+
+    Raises:
+        ConfigError: A part of the key holds a value, not a section.
+    """
     *sections, last = key.split(".")
     target = values
     for section in sections:
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
-            raise ConfigError(f"{override!r}: {section} is not a section.")
-    try:
-        target[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not valid YAML.") from error
+            raise ConfigError(f"{key}: {section} is not a section.")
+    target[last] = value
 
 
 def _explain(section: type[BaseModel], item: Any) -> str:

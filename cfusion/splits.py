@@ -39,12 +39,14 @@ def make_splits(cohort: Cohort, config: SplitsConfig, protocol: Protocol = "stri
     tissue source sites where the folds are.
 
     Raises:
-        ConfigError: The folder holds no split files, or `within` names no fold.
+        ConfigError: The folder holds no split files, or `within` or `fold` names no fold.
         DataError: A file is not a split, or the cohort has too few events or sites for the folds.
     """
     outer = _outer(cohort, config)
     if config.within is not None:
         outer = _within(cohort, outer, config)
+    if config.fold is not None:
+        outer = _alone(outer, config.fold)
     return [_under_protocol(cohort, split, config, protocol) for split in outer]
 
 
@@ -67,6 +69,13 @@ def _within(cohort: Cohort, outer: Sequence[Split], config: SplitsConfig) -> lis
     known = set(cohort.cases.index)
     side = tuple(c for c in (*chosen[0].train, *chosen[0].validation) if c in known)
     return _draw(cohort, side, config, config.folds, config.seed)
+
+
+def _alone(splits: Sequence[Split], fold: int) -> list[Split]:
+    chosen = [split for split in splits if split.fold == fold]
+    if not chosen:
+        raise ConfigError(f"splits.fold={fold}: there are the folds 0 to {max(split.fold for split in splits)}.")
+    return chosen
 
 
 def _under_protocol(cohort: Cohort, split: Split, config: SplitsConfig, protocol: Protocol) -> Split:

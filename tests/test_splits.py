@@ -196,3 +196,12 @@ def test_bad_split_files(tmp_path: Path, text: str, message: str) -> None:
         read_splits(tmp_path)
     with pytest.raises(ConfigError, match=r"holds no splits_K\.csv"):
         read_splits(tmp_path / "nothing")
+
+
+def test_one_outer_fold_alone_is_that_fold_of_all(shared: Path):
+    cohort = cohort_of(shared, "blca")
+    config = SplitsConfig(directory=shared / "tcga/splits/tcga_blca")
+    whole = make_splits(cohort, config)
+    assert make_splits(cohort, config.model_copy(update={"fold": 3})) == [whole[3]]
+    with pytest.raises(ConfigError, match=r"splits\.fold=5: there are the folds 0 to 4"):
+        make_splits(cohort, config.model_copy(update={"fold": 5}))
