@@ -70,6 +70,7 @@ class Audit:
             f"cohort {self.cohort.name}: the audit has {len(self.findings)} findings ({counts}); first: "
             f"{self.findings[0].subject} {self.findings[0].message}.",
             "Correct the tables, or set evaluation.strict=false to go on without what was dropped.",
+            topic="audit",
         )
 
     def counts(self) -> dict[str, int]:
@@ -128,6 +129,7 @@ def audit(
         raise DataError(
             f"cohort {cohort.name}: the audit leaves no patient ({_first_messages(findings)}).",
             "Check that the slide names of the clinical table and of the features are the same.",
+            topic="audit",
         )
     cases = cohort.cases.loc[kept].astype({"event": bool})
     clean = dataclasses.replace(cohort, cases=cases, slides=slides[slides["case_id"].isin(kept)])
@@ -262,11 +264,14 @@ def _check_fold(cohort: Cohort, split: Split, n_bins: int) -> None:
     for side in ("train", "test"):
         cases = cohort.cases.loc[list(getattr(split, side))]
         if not cases["event"].any():
-            raise DataError(f"{where}: the {side} side has {len(cases)} patients and no event.", "Draw other folds.")
+            raise DataError(
+                f"{where}: the {side} side has {len(cases)} patients and no event.", "Draw other folds.", topic="splits"
+            )
     train = cohort.cases.loc[list(split.train)]
     distinct = train.loc[train["event"], "time_months"].nunique()
     if distinct < n_bins:
         raise DataError(
             f"{where}: {distinct} distinct event times in training cannot fill {n_bins} time bins.",
             f"Set evaluation.n_bins={max(distinct, 2)} or fewer, or draw fewer folds.",
+            topic="splits",
         )

@@ -17,7 +17,7 @@ import pandas as pd
 
 from cfusion.cohort_tables import coded_events, first_column, numbers, read_table
 from cfusion.config import CohortConfig
-from cfusion.errors import ConfigError, DataError
+from cfusion.errors import CohortError, ConfigError
 from cfusion.types import Cohort
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def read_cohort(config: CohortConfig) -> Cohort:
 
     Raises:
         ConfigError: The table lacks the end point or has another layout than declared.
-        DataError: A table cannot be read, a value is not what its column says, or rows of a patient contradict.
+        CohortError: A table cannot be read, a value is not what its column says, or rows of a patient contradict.
     """
     table = read_table(config.table)
     layout = _layout(table, config)
@@ -103,7 +103,7 @@ def _published(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
         event = coded_events(table["event"], config.table)
         same = (event == coded_events(table["censorship"], config.table)).fillna(False).to_numpy(bool)
         if same.any():
-            raise DataError(
+            raise CohortError(
                 f"{config.table}, row {int(same.argmax()) + 2}: event and censorship contradict each other.",
                 "One of them is flipped; correct the table.",
             )
@@ -175,7 +175,7 @@ def _check_plausible(rows: pd.DataFrame, config: CohortConfig) -> None:
     longest = rows["time_months"].max()
     if longest > LONGEST_FOLLOW_UP_MONTHS:
         case = rows["case_id"].iloc[int(rows["time_months"].argmax())]
-        raise DataError(
+        raise CohortError(
             f"{config.table}, case {case}: a follow-up of {longest:g} months is over 50 years.",
             "If the times are in days, set cohort.time_unit=days for a plain table, or convert them.",
         )
@@ -188,7 +188,7 @@ def _one_row_per_case(rows: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
         if (distinct > 1).any():
             case = str(distinct.index[distinct > 1][0])
             values = ", ".join(str(v) for v in rows.loc[rows["case_id"] == case, column].drop_duplicates())
-            raise DataError(
+            raise CohortError(
                 f"{config.table}, case {case}: its rows give different values of {column} ({values}).",
                 "A patient has one outcome; correct the rows.",
             )
@@ -212,7 +212,7 @@ def _read_slides(path: Path) -> pd.DataFrame:
     table = read_table(path)
     name = first_column(table, "slide_id", "File Name", "filename", "file_name")
     if name not in table.columns:
-        raise DataError(f"{path}: names no slides.", "Expected a column slide_id, File Name or filename.")
+        raise CohortError(f"{path}: names no slides.", "Expected a column slide_id, File Name or filename.")
     files = table[name].astype(str)
     slides = table[files.str.contains(_SLIDE_SUFFIX)] if name != "slide_id" else table
     case = first_column(table, "case_id", "Case ID")
@@ -225,5 +225,5 @@ def _slides(names: pd.Series, cases: pd.Series, source: str) -> pd.DataFrame:
     owners = slides.groupby("slide_id")["case_id"].nunique()
     if (owners > 1).any():
         slide = owners.index[owners > 1][0]
-        raise DataError(f"{source}, slide {slide}: stands for more than one patient.", "Correct its rows.")
+        raise CohortError(f"{source}, slide {slide}: stands for more than one patient.", "Correct its rows.")
     return slides.set_index("slide_id")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cfusion.errors import DataError
+from cfusion.errors import CohortError
 
 _MISSING = ["", "'--", "--", "NA", "N/A", "NaN", "nan", "[Not Available]", "[Not Applicable]", "[Unknown]", "#N/A"]
 _TRUE = {"1", "1.0", "true", "yes", "dead", "deceased"}
@@ -23,7 +23,7 @@ def read_table(path: Path) -> pd.DataFrame:
     """Read a CSV, TSV, a CSV or TSV alone in a ZIP file, or a GDC clinical JSON; every cell is text or missing.
 
     Raises:
-        DataError: The file is missing, empty, or not such a table.
+        CohortError: The file is missing, empty, or not such a table.
     """
     try:
         if path.suffix.lower() == ".json":
@@ -33,11 +33,11 @@ def read_table(path: Path) -> pd.DataFrame:
         separator = "\t" if header.count("\t") > header.count(",") else ","
         table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, na_values=_MISSING)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).", "Give the path of a table.") from error
+        raise CohortError(f"{path}: cannot be read ({error.strerror}).", "Give the path of a table.") from error
     except (ValueError, csv.Error, pd.errors.ParserError) as error:
-        raise DataError(f"{path}: is not a table ({' '.join(str(error).split())}).") from error
+        raise CohortError(f"{path}: is not a table ({' '.join(str(error).split())}).") from error
     if table.empty:
-        raise DataError(f"{path}: has no rows.")
+        raise CohortError(f"{path}: has no rows.")
     table.columns = table.columns.str.strip()
     return table.loc[:, ~table.columns.str.fullmatch(r"(Unnamed: \d+)?")]
 
@@ -77,13 +77,13 @@ def numbers(cells: pd.Series, source: Path | str) -> pd.Series:
     """Cells as floats, NaN where missing.
 
     Raises:
-        DataError: A cell is text or infinite; it is named with its row (the header is row 1).
+        CohortError: A cell is text or infinite; it is named with its row (the header is row 1).
     """
     values = pd.to_numeric(cells, errors="coerce").astype(float)
     wrong = (values.isna() & cells.notna()) | np.isinf(values)
     if wrong.any():
         at = int(np.argmax(wrong.to_numpy()))
-        raise DataError(
+        raise CohortError(
             f"{source}, row {cells.index[at] + 2}: {cells.name} is {cells.iloc[at]!r}, expected a finite number."
         )
     return values
@@ -93,12 +93,12 @@ def coded_events(cells: pd.Series, source: Path | str) -> pd.Series:
     """Cells as nullable booleans: 1, true, yes, dead against 0, false, no, alive.
 
     Raises:
-        DataError: A cell is none of these; it is named with its row.
+        CohortError: A cell is none of these; it is named with its row.
     """
     words = cells.astype("string").str.strip().str.lower()
     values = words.map({**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}).astype("boolean")
     wrong = (values.isna() & cells.notna()).to_numpy(bool)
     if wrong.any():
         at = int(np.argmax(wrong))
-        raise DataError(f"{source}, row {cells.index[at] + 2}: {cells.name} is {cells.iloc[at]!r}, expected 0 or 1.")
+        raise CohortError(f"{source}, row {cells.index[at] + 2}: {cells.name} is {cells.iloc[at]!r}, expected 0 or 1.")
     return values

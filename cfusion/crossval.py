@@ -172,6 +172,7 @@ def _claim(run: PreparedRun) -> None:
             raise ConfigError(
                 f"{folder}: holds a run that differs in {', '.join(changed)}.",
                 "Give another output=..., or delete the folder.",
+                topic="checkpoint",
             )
         return
     write_text(folder / "config.yaml", yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))

@@ -1,7 +1,7 @@
 """Errors a user can act on.
 
-The command line prints one of these as a single line, without a traceback, and leaves with its exit code. Anything
-else that escapes is a defect of the program.
+The command line prints one of these as a single line, without a traceback, says which page explains it, and leaves
+with its exit code. Anything else that escapes is a defect of the program.
 """
 
 from __future__ import annotations
@@ -13,30 +13,95 @@ class CfusionError(Exception):
     Args:
         message: What is wrong, with the file, row or key it concerns and what was expected.
         remedy: What to do about it; printed after the message.
+        topic: Heading of `errors.md` that explains it, which `cfusion help TOPIC` shows; none: that of the class.
     """
 
     exit_code = 2
+    topic = "check"
 
-    def __init__(self, message: str, remedy: str = "") -> None:
+    def __init__(self, message: str, remedy: str = "", *, topic: str | None = None) -> None:
         self.message = message
         self.remedy = remedy
+        self.topic = topic or self.topic
         super().__init__(f"{message} {remedy}".strip())
 
 
 class ConfigError(CfusionError):
     """A configuration key or value that cannot be used."""
 
+    topic = "config"
+
 
 class DataError(CfusionError):
     """A table, slide, store, shard or checkpoint that cannot be used."""
+
+    topic = "data"
+
+
+class ResolutionError(DataError):
+    """A slide whose µm/px is unknown, implausible, or too coarse."""
+
+    topic = "resolution"
+
+
+class SlideError(DataError):
+    """A slide that is not there or cannot be read."""
+
+    topic = "slide"
+
+
+class WeightsError(DataError):
+    """Weights of an encoder that cannot be had or are another's."""
+
+    topic = "weights"
+
+
+class LayoutError(DataError):
+    """Features of another program that are not laid out as that program does."""
+
+    topic = "import"
+
+
+class StoreError(DataError):
+    """A feature store, or a slide's group in it, that cannot be used."""
+
+    topic = "store"
+
+
+class ShardsError(DataError):
+    """Shards that are missing, damaged, or do not hold what is asked for."""
+
+    topic = "shards"
+
+
+class CohortError(DataError):
+    """A table of patients, outcomes or slides that cannot be used."""
+
+    topic = "cohort"
+
+
+class PredictionsError(DataError):
+    """A table of predictions that cannot be scored."""
+
+    topic = "predictions"
+
+
+class CheckpointError(DataError):
+    """A checkpoint that is damaged or belongs to another training."""
+
+    topic = "checkpoint"
 
 
 class UndefinedMetricError(CfusionError):
     """A score that does not exist for these patients, such as a C-index without a comparable pair."""
 
+    topic = "undefined-score"
+
 
 class MissingExtraError(CfusionError):
     """An optional dependency that is not installed."""
+
+    topic = "missing-extra"
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(
@@ -49,9 +114,11 @@ class PartialResultError(CfusionError):
     """The work was done except for named parts; what was done is kept."""
 
     exit_code = 3
+    topic = "partial"
 
 
 class RequeueError(CfusionError):
     """The run was asked to stop, has saved its state, and wants to be started again (EX_TEMPFAIL)."""
 
     exit_code = 75
+    topic = "requeue"

@@ -42,6 +42,7 @@ def predict(
             f"{data.shards}: holds embeddings of {dataset.index.encoder} ({dataset.index.dim} wide), but the model "
             f"reads {model.card.encoder} ({model.card.backbone_dim} wide).",
             "Embed the slides with the model's encoder.",
+            topic="encoder",
         )
     slides = cases if isinstance(cases, Mapping) else slides_by_name(cases, dataset.slide_ids)
     runtime = Runtime.start(ParallelConfig(global_batch=Runtime.launched()))
@@ -83,7 +84,7 @@ class FoldEnsemble:
         if not models:
             raise DataError(f"{folder}: holds no model.json.", "Give the folder of a finished run.")
         if len({(m.card.encoder, m.card.backbone_dim, m.card.magnifications) for m in models}) > 1:
-            raise DataError(f"{folder}: its models read different embeddings.")
+            raise DataError(f"{folder}: its models read different embeddings.", topic="encoder")
         return cls(models)
 
     def predict_bag(self, features: Mapping[str, np.ndarray]) -> pd.DataFrame:

@@ -212,22 +212,22 @@ def _transfer(url: str, part: Path, size: int) -> None:
             with part.open(mode) as stream:
                 shutil.copyfileobj(answer, stream, BLOCK_BYTES)
         except (OSError, ValueError) as error:
-            raise DataError(f"{part}: the transfer broke off ({error}).") from error
+            raise DataError(f"{part}: the transfer broke off ({error}).", topic="network") from error
     if part.stat().st_size != size:
-        raise DataError(f"{part}: has {part.stat().st_size} of {size} bytes.")
+        raise DataError(f"{part}: has {part.stat().st_size} of {size} bytes.", topic="network")
 
 
 def _request(url: str, headers: dict[str, str] | None = None, body: bytes | None = None) -> http.client.HTTPResponse:
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-        raise ConfigError(f"{url}: expected an http or https address.")
+        raise ConfigError(f"{url}: expected an http or https address.", topic="network")
     request = urllib.request.Request(url, body, headers or {})  # noqa: S310 (checked above)
     try:
         return urllib.request.urlopen(request, timeout=TIMEOUT_S)  # noqa: S310 (checked above)
     except urllib.error.HTTPError as error:
         error.close()
-        raise DataError(f"{url}: the server answers {error.code} {error.reason}.") from error
+        raise DataError(f"{url}: the server answers {error.code} {error.reason}.", topic="network") from error
     except (urllib.error.URLError, OSError) as error:
-        raise DataError(f"{url}: cannot be reached ({error}).", "Is there a network?") from error
+        raise DataError(f"{url}: cannot be reached ({error}).", "Is there a network?", topic="network") from error
 
 
 def _by_client(rows: Sequence[ManifestRow], folder: Path, client: str) -> dict[str, str]:

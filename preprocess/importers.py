@@ -18,7 +18,7 @@ from scipy.spatial import KDTree
 import cfusion
 from cfusion.console import progress
 from cfusion.data.store import write_slide
-from cfusion.errors import CfusionError, ConfigError, DataError, MissingExtraError
+from cfusion.errors import CfusionError, ConfigError, LayoutError, MissingExtraError
 from cfusion.types import SlideFeatures, magnification_value
 from preprocess.layouts import LAYOUTS, Level
 
@@ -63,17 +63,19 @@ def import_features(source: Path, store: Path, layout: str = "auto", encoder: st
 
     Raises:
         ConfigError: There is no such layout, or the encoder is not told.
-        DataError: The folder is not of the layout.
+        LayoutError: The folder is not of the layout.
     """
     if not source.is_dir():
-        raise DataError(f"{source}: there is no such folder.")
+        raise LayoutError(f"{source}: there is no such folder.")
     if layout != "auto" and layout not in LAYOUTS:
         raise ConfigError(f"layout {layout!r} is not known.", f"Known: auto, {', '.join(LAYOUTS)}.")
     found = {name: LAYOUTS[name](source) for name in ([layout] if layout != "auto" else LAYOUTS)}
     fits = {name: f for name, f in found.items() if f.files}
     if len(fits) != 1:
         told = f"fits the layouts {', '.join(fits)}" if fits else f"has no features of {', '.join(found)}"
-        raise DataError(f"{source}: {told}.", "Give the folder with --from LAYOUT; see `cfusion preprocess import -h`.")
+        raise LayoutError(
+            f"{source}: {told}.", "Give the folder with --from LAYOUT; see `cfusion preprocess import -h`."
+        )
     name, holds = next(iter(fits.items()))
     encoder = encoder or holds.encoder
     if encoder is None:
@@ -100,9 +102,9 @@ def _assemble(
     levels = {name: files[name]() for name in names}
     widths = {level.features.shape[1] for level in levels.values() if len(level.features)}
     if not widths:
-        raise DataError(f"slide {slide_id}: has no tiles.")
+        raise LayoutError(f"slide {slide_id}: has no tiles.")
     if len(widths) > 1:
-        raise DataError(f"slide {slide_id}: its magnifications have embeddings of widths {sorted(widths)}.")
+        raise LayoutError(f"slide {slide_id}: its magnifications have embeddings of widths {sorted(widths)}.")
     parents: dict[str, np.ndarray] = {}
     # From the coarsest down, so that a tile is linked to a parent that is itself kept.
     for coarse, fine in zip(names[::-1], names[-2::-1], strict=False):
@@ -111,7 +113,7 @@ def _assemble(
         parent = find_parents(levels[fine], levels[coarse])
         keep = parent >= 0
         if not keep.any():
-            raise DataError(f"slide {slide_id}: no tile of {fine} lies in a tile of {coarse}.")
+            raise LayoutError(f"slide {slide_id}: no tile of {fine} lies in a tile of {coarse}.")
         if not keep.all():
             logger.info("slide %s: %d tiles of %s have no parent", slide_id, int((~keep).sum()), fine)
         levels[fine] = levels[fine].subset(keep)
@@ -132,7 +134,7 @@ def find_parents(fine: Level, coarse: Level) -> np.ndarray:
     Where coarser tiles overlap, the one whose centre is nearest wins.
     """
     if fine.coords is None or coarse.coords is None or fine.side_px is None or coarse.side_px is None:
-        raise DataError("tiles without coordinates or size have no parents.")
+        raise LayoutError("tiles without coordinates or size have no parents.")
     centres = fine.coords + fine.side_px / 2
     distance, row = KDTree(coarse.coords + coarse.side_px / 2).query(centres, p=np.inf)
     return np.where(distance <= coarse.side_px / 2, row, -1)

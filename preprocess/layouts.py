@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cfusion.errors import DataError, MissingExtraError
+from cfusion.errors import DataError, LayoutError, MissingExtraError
 from cfusion.types import magnification_name
 
 MAGNIFICATION_FOLDER = re.compile(r"x(5|10|20|40|2\.5|1\.25)")
@@ -72,7 +72,7 @@ def find_published(source: Path) -> Found:
     backbones = {p.parent.parent for p in folders}
     if len(backbones) > 1:
         names = ", ".join(sorted(p.name for p in backbones))
-        raise DataError(f"{source}: holds the backbones {names}.", "Give the folder of one.")
+        raise LayoutError(f"{source}: holds the backbones {names}.", "Give the folder of one.")
     found = Found(next(iter(backbones)).name if backbones else None)
     for folder in folders:
         for path in sorted(folder.glob("*.pt")):
@@ -88,10 +88,10 @@ def find_clam(source: Path) -> Found:
     CLAM's grids begin at the corner of each contour, so those of different runs are not aligned.
 
     Raises:
-        DataError: `source` is itself a run.
+        LayoutError: `source` is itself a run.
     """
     if (source / "patches").is_dir() and ((source / "h5_files").is_dir() or (source / "pt_files").is_dir()):
-        raise DataError(
+        raise LayoutError(
             f"{source}: is a run of CLAM, whose files do not tell their magnification.",
             "Name its folder after it, such as x20, and give the folder above.",
         )
@@ -123,7 +123,7 @@ def find_trident(source: Path) -> Found:
                 read = partial(_trident, path, patches)
                 found.files.setdefault(path.stem, {})[magnification_name(float(match[1]))] = read
     if len(encoders) > 1:
-        raise DataError(f"{source}: holds the encoders {', '.join(sorted(encoders))}.", "Keep one in the folder.")
+        raise LayoutError(f"{source}: holds the encoders {', '.join(sorted(encoders))}.", "Keep one in the folder.")
     found.encoder = next(iter(encoders), None)
     found.alignment = "grid" if overlaps <= {0} else "centre"
     return found
@@ -163,14 +163,14 @@ def _clam(patches: Path, features: Path) -> Level:
             # `patch_size` counts pixels of `patch_level`; coordinates count pixels of level 0.
             side = float(dataset.attrs["patch_size"]) * float(np.mean(dataset.attrs["downsample"]))
         except KeyError as error:
-            raise DataError(f"{patches}: its coords lack the attribute {error}.") from None
+            raise LayoutError(f"{patches}: its coords lack the attribute {error}.") from None
     if features.suffix == ".pt":
         values = read_tensor(features)
     else:
         with _opened(features) as file:
             values = _dataset(file, features, "features")[:]
             if "coords" in file and not np.array_equal(file["coords"][:], coords):
-                raise DataError(f"{features}: its coords are not those of {patches}.")
+                raise LayoutError(f"{features}: its coords are not those of {patches}.")
     return _checked(features, values, coords, side)
 
 
@@ -183,7 +183,7 @@ def _trident(path: Path, patches: Path) -> Level:
         with _opened(patches) as file:
             side = _none(_dataset(file, patches, "coords").attrs.get("patch_size_level0"))
     if side is None:
-        raise DataError(f"{path}: does not tell patch_size_level0.", f"Put {patches.name} beside it, in patches/.")
+        raise LayoutError(f"{path}: does not tell patch_size_level0.", f"Put {patches.name} beside it, in patches/.")
     return _checked(path, values, coords.reshape(-1, 2), float(side))
 
 
@@ -191,7 +191,7 @@ def _stamp(path: Path) -> Level:
     with _opened(path) as file:
         unit = _text(file.attrs.get("unit")) or "um"
         if unit != "um":
-            raise DataError(f"{path}: its coordinates are in {unit!r}, expected um.")
+            raise LayoutError(f"{path}: its coordinates are in {unit!r}, expected um.")
         values, coords = _dataset(file, path, "feats")[:], _dataset(file, path, "coords")[:]
         side_um, side_px = float(file.attrs["tile_size_um"]), float(file.attrs.get("tile_size_px", 256))
     # Pixels of the tile's own resolution stand in for level-0 px, which STAMP does not keep.
@@ -202,13 +202,13 @@ def _checked(path: Path, values: np.ndarray, coords: np.ndarray, side: float) ->
     if values.ndim == 3 and values.shape[0] == 1:
         values = values[0]
     if values.size == 0:
-        raise DataError(f"{path}: has no tiles.")
+        raise LayoutError(f"{path}: has no tiles.")
     if values.ndim != 2 or coords.shape != (len(values), 2):
-        raise DataError(
+        raise LayoutError(
             f"{path}: features {list(values.shape)} and coords {list(coords.shape)} do not belong together."
         )
     if side <= 0:
-        raise DataError(f"{path}: tiles have the side {side:g} px.")
+        raise LayoutError(f"{path}: tiles have the side {side:g} px.")
     return Level(values, coords.astype(np.int64), side)
 
 
@@ -216,20 +216,20 @@ def read_tensor(path: Path) -> np.ndarray:
     """A tensor [N, d] from a `.pt` file; nothing but tensors is unpickled.
 
     Raises:
-        DataError: The file cannot be read, or holds something else.
+        LayoutError: The file cannot be read, or holds something else.
     """
     try:
         tensor = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise DataError(
+        raise LayoutError(
             f"{path}: is a pickled object, not a plain tensor, and is not opened.",
             "Import the .h5 files beside it, or save it again with torch.save(torch.as_tensor(features), path).",
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}).") from None
+        raise LayoutError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}).") from None
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2:
         kind = f"a tensor {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise DataError(f"{path}: holds {kind}, expected a tensor [N, d].")
+        raise LayoutError(f"{path}: holds {kind}, expected a tensor [N, d].")
     return tensor.float().numpy()
 
 
@@ -243,12 +243,12 @@ def _opened(path: Path) -> Iterator[Any]:
         with h5py.File(path, "r") as file:
             yield file
     except (OSError, RuntimeError) as error:
-        raise DataError(f"{path}: is no readable HDF5 file ({error}).") from None
+        raise LayoutError(f"{path}: is no readable HDF5 file ({error}).") from None
 
 
 def _dataset(file: Any, path: Path, name: str) -> Any:
     if name not in file:
-        raise DataError(f"{path}: has no dataset {name!r}, only {', '.join(file)}.")
+        raise LayoutError(f"{path}: has no dataset {name!r}, only {', '.join(file)}.")
     return file[name]
 
 

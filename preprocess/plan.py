@@ -139,7 +139,9 @@ def plan_slide(path: Path, config: PreprocessConfig, mpp_table: dict[str, float]
             mask = read_mask(own, overview.rgb.shape[:2], overview.px_level0) & overview.scanned
         grid = make_grid(mask, slide.size_px, scale, config.magnifications, config.min_tissue)
         if not len(grid.cells):
-            raise DataError(f"{path}: no tissue was found.", "Look at the slide; --masks takes a mask of your own.")
+            raise DataError(
+                f"{path}: no tissue was found.", "Look at the slide; --masks takes a mask of your own.", topic="tissue"
+            )
         if config.sheets:
             write_sheets(config.store / "sheets", slide.slide_id, overview, mask, grid)
         corners = [(int(x), int(y)) for x, y in grid.edge_px_level0(grid.cells, grid.names[-1])]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cfusion.errors import DataError
+from cfusion.errors import ResolutionError
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def resolve(
         default: µm/px of slides that nothing else tells of.
 
     Raises:
-        DataError: Nothing tells; the message names the options that do.
+        ResolutionError: Nothing tells; the message names the options that do.
     """
     found = {
         "mpp": _mean(_number(properties, "openslide.mpp-x"), _number(properties, "openslide.mpp-y")),
@@ -58,7 +58,7 @@ def resolve(
     for source, mpp in found.items():
         if mpp is not None and PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]:
             return Resolution(mpp, source)
-    raise DataError(f"slide {slide_id}: its file does not tell its resolution (µm/px).", REMEDY)
+    raise ResolutionError(f"slide {slide_id}: its file does not tell its resolution (µm/px).", REMEDY)
 
 
 def finest_scale(slide_id: str, mpp: float, magnification: float, policy: Literal["nominal", "exact"]) -> float:
@@ -68,14 +68,14 @@ def finest_scale(slide_id: str, mpp: float, magnification: float, policy: Litera
     divides the true resolutions.
 
     Raises:
-        DataError: The slide is coarser than `magnification`, or not near any nominal magnification.
+        ResolutionError: The slide is coarser than `magnification`, or not near any nominal magnification.
     """
     power = UM_PX_AT_1X / mpp
     if policy == "nominal":
         nearest = min(NOMINAL_POWERS, key=lambda p: abs(math.log(power / p)))
         deviation = UM_PX_AT_1X / nearest
         if not 2**-0.5 <= power / nearest <= 2**0.5:
-            raise DataError(
+            raise ResolutionError(
                 f"slide {slide_id}: {mpp:g} µm/px is not near {', '.join(f'{p:g}x' for p in NOMINAL_POWERS)}.",
                 "Use --resolution exact.",
             )
@@ -84,7 +84,7 @@ def finest_scale(slide_id: str, mpp: float, magnification: float, policy: Litera
         power = nearest
     scale = power / magnification
     if scale < 1 - (0.1 if policy == "exact" else 0):
-        raise DataError(
+        raise ResolutionError(
             f"slide {slide_id}: at {mpp:g} µm/px it has no {magnification:g}x pixels.",
             "Leave it out, or choose coarser --magnifications.",
         )
@@ -95,16 +95,16 @@ def read_mpp_table(path: Path) -> dict[str, float]:
     """µm/px by slide from a CSV file with the columns `slide_id, mpp`.
 
     Raises:
-        DataError: The file cannot be read, or a row has no positive number.
+        ResolutionError: The file cannot be read, or a row has no positive number.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
             rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read ({error}).", "Expected a CSV file: slide_id,mpp.") from error
+        raise ResolutionError(f"{path}: cannot be read ({error}).", "Expected a CSV file: slide_id,mpp.") from error
     if not {"slide_id", "mpp"} <= set(reader.fieldnames or ()):
-        raise DataError(f"{path}: has the columns {reader.fieldnames}, expected slide_id and mpp.")
+        raise ResolutionError(f"{path}: has the columns {reader.fieldnames}, expected slide_id and mpp.")
     table = {}
     for number, row in enumerate(rows, start=2):
         try:
@@ -112,7 +112,7 @@ def read_mpp_table(path: Path) -> dict[str, float]:
         except (TypeError, ValueError):
             mpp = math.nan
         if not PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]:
-            raise DataError(
+            raise ResolutionError(
                 f"{path}, line {number}: mpp is {row['mpp']!r}, expected µm/px between "
                 f"{PLAUSIBLE_MPP[0]:g} and {PLAUSIBLE_MPP[1]:g}."
             )

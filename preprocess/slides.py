@@ -12,7 +12,7 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from cfusion.errors import DataError
+from cfusion.errors import DataError, SlideError
 from preprocess.resolution import Resolution, resolve
 
 logger = logging.getLogger(__name__)
@@ -80,14 +80,14 @@ class Slide:
             level: Pyramid level.
 
         Raises:
-            DataError: The region cannot be decoded. The slide stays usable.
+            SlideError: The region cannot be decoded. The slide stays usable.
         """
         handle, generation = self._handle, self._generation
         try:
             return np.asarray(handle.read_region((x_px, y_px), level, (width_px, height_px)))
         except openslide.OpenSlideError as error:
             self._reopen(generation)
-            raise DataError(f"{self.path}: the region at {x_px}, {y_px} cannot be read ({error}).") from error
+            raise SlideError(f"{self.path}: the region at {x_px}, {y_px} cannot be read ({error}).") from error
 
     def _reopen(self, generation: int) -> None:
         """Replace the handle: OpenSlide refuses every read on it after the first error."""
@@ -134,7 +134,7 @@ def open_slide(path: Path, mpp_table: Mapping[str, float] | None = None, default
     """Open a slide and settle its resolution.
 
     Raises:
-        DataError: OpenSlide cannot read the file, or nothing tells its resolution.
+        SlideError: OpenSlide cannot read the file, or nothing tells its resolution.
     """
     return Slide(path, mpp_table or {}, default_mpp)
 
@@ -145,18 +145,18 @@ def find_slides(root: Path) -> list[Path]:
     Of the DICOM files of a folder, which are the levels of one slide, the first stands for all.
 
     Raises:
-        DataError: Nothing is there, or no file has the ending of a slide.
+        SlideError: Nothing is there, or no file has the ending of a slide.
     """
     if root.is_file():
         return [root]
     if not root.is_dir():
-        raise DataError(f"{root}: there is no such file or folder.", "Give a slide, or a folder of slides.")
+        raise SlideError(f"{root}: there is no such file or folder.", "Give a slide, or a folder of slides.")
     found = sorted(p for p in root.rglob("*") if p.suffix.lower() in SLIDE_SUFFIXES and p.is_file())
     found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts)]
     first = {p.parent: p for p in reversed(found) if p.suffix.lower() == ".dcm"}
     found = [p for p in found if p.suffix.lower() != ".dcm" or first[p.parent] == p]
     if not found:
-        raise DataError(f"{root}: no slides are there.", f"Looked for {' '.join(SLIDE_SUFFIXES)}.")
+        raise SlideError(f"{root}: no slides are there.", f"Looked for {' '.join(SLIDE_SUFFIXES)}.")
     return found
 
 
@@ -175,13 +175,13 @@ def same_name(paths: Sequence[Path]) -> dict[str, list[Path]]:
 
 def _open(path: Path) -> openslide.OpenSlide:
     if not path.is_file():
-        raise DataError(f"{path}: there is no such slide.")
+        raise SlideError(f"{path}: there is no such slide.")
     try:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
-        raise DataError(f"{path}: OpenSlide does not know this format.", "Convert it to a pyramidal TIFF.") from error
+        raise SlideError(f"{path}: OpenSlide does not know this format.", "Convert it to a pyramidal TIFF.") from error
     except openslide.OpenSlideError as error:
-        raise DataError(f"{path}: the slide is damaged or truncated ({error}).", "Fetch the file again.") from error
+        raise SlideError(f"{path}: the slide is damaged or truncated ({error}).", "Fetch the file again.") from error
 
 
 def _background(properties: Mapping[str, str]) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from cfusion.cli import demo, doctor, evidence, gdc, preprocess, reproduce, shard, sweep, train
+from cfusion.cli import demo, doctor, evidence, gdc, help, launch, preprocess, reproduce, shard, sweep, train
 from cfusion.errors import CfusionError
 
 HELP = """Survival prediction from whole-slide images, from slides to numbers a reviewer can trust.
@@ -39,7 +39,7 @@ app = typer.Typer(
 shard.register(preprocess.app)
 app.add_typer(preprocess.app, name="preprocess")
 app.add_typer(gdc.app, name="gdc")
-for module in (demo, doctor, train, sweep, evidence, reproduce):
+for module in (demo, doctor, train, launch, sweep, evidence, reproduce, help):
     module.register(app)
 
 
@@ -60,7 +60,7 @@ def run() -> None:
     try:
         app()
     except CfusionError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {error}\n       explained by: cfusion help {error.topic}\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on from here\n")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cfusion.data.shards import ShardDataset
-from cfusion.errors import DataError
+from cfusion.errors import ShardsError
 from cfusion.types import magnification_name
 
 
@@ -43,12 +43,12 @@ def make_bags(
         magnifications: Magnifications that every bag must have.
 
     Raises:
-        DataError: Slides are not in the shards, a patient has no slide, or a magnification is not there.
+        ShardsError: Slides are not in the shards, a patient has no slide, or a magnification is not there.
     """
     names = [magnification_name(m) for m in magnifications]
     absent = [name for name in names if name not in dataset.index.magnifications]
     if absent:
-        raise DataError(
+        raise ShardsError(
             f"{dataset.directory}: no magnification {', '.join(absent)}; the shards hold "
             f"{', '.join(dataset.index.magnifications)}.",
             "Change data.magnifications, or extract and pack the missing ones.",
@@ -56,10 +56,10 @@ def make_bags(
     missing = [slide for slides in cases.values() for slide in slides if slide not in dataset]
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise DataError(f"{dataset.directory}: {len(missing)} slides are not in the shards: {shown}.", "Pack them.")
+        raise ShardsError(f"{dataset.directory}: {len(missing)} slides are not in the shards: {shown}.", "Pack them.")
     empty = [case for case, slides in cases.items() if not slides]
     if empty:
-        raise DataError(f"Patients without a slide: {', '.join(empty[:5])}.", "Leave them out of the cohort.")
+        raise ShardsError(f"Patients without a slide: {', '.join(empty[:5])}.", "Leave them out of the cohort.")
     groups = [
         (case if unit == "case" else group[0], case, tuple(group))
         for case, slides in cases.items()

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from cfusion.data.shard_files import OpenFile
 from cfusion.data.shard_index import INDEX_NAME, Member, Shard, ShardIndex, parse
-from cfusion.errors import DataError, MissingExtraError
+from cfusion.errors import MissingExtraError, ShardsError
 from cfusion.files import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def open_remote(
     """Read the index at a URL, and the shards' place.
 
     Raises:
-        DataError: The URL cannot be reached, or holds no valid index.
+        ShardsError: The URL cannot be reached, or holds no valid index.
         MissingExtraError: The package for this kind of URL is not installed.
     """
     source = RangeSource(url)
@@ -70,7 +70,9 @@ class RangeSource:
             package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}.get(parts.scheme, f"fsspec[{parts.scheme}]")
             raise MissingExtraError(package, "remote", f"Reading {parts.scheme}:// shards") from error
         except ValueError as error:
-            raise DataError(f"{self.where}: {error}.", "Give a folder, or an https://, s3:// or gs:// URL.") from error
+            raise ShardsError(
+                f"{self.where}: {error}.", "Give a folder, or an https://, s3:// or gs:// URL."
+            ) from error
 
     def read_all(self, name: str) -> bytes:
         """A whole small file."""
@@ -78,7 +80,7 @@ class RangeSource:
             try:
                 return bytes(self._fs.cat_file(f"{self._root}/{name}"))
             except FileNotFoundError:
-                raise DataError(f"{self.where}/{name}: is not there.", "Check the URL in data.shards.") from None
+                raise ShardsError(f"{self.where}/{name}: is not there.", "Check the URL in data.shards.") from None
             except Exception as error:  # noqa: BLE001 - every file system of fsspec has its own errors
                 self._wait(name, error, pause)
         raise AssertionError
@@ -87,7 +89,7 @@ class RangeSource:
         """`size` bytes from `start` of a file.
 
         Raises:
-            DataError: It is not there, or still fails after all attempts.
+            ShardsError: It is not there, or still fails after all attempts.
         """
         edges = list(range(start, start + size, _PIECE))
         pieces: dict[int, bytes] = {}
@@ -114,9 +116,9 @@ class RangeSource:
 
     def _explain(self, name: str, data: object, size: int) -> object:
         if isinstance(data, FileNotFoundError):
-            raise DataError(f"{self.where}/{name}: is not there.", "Copy the shards and their index together.")
+            raise ShardsError(f"{self.where}/{name}: is not there.", "Copy the shards and their index together.")
         if isinstance(data, bytes) and len(data) > size:
-            raise DataError(
+            raise ShardsError(
                 f"{self.where}/{name}: {len(data)} bytes came where {size} were asked for.",
                 "The server must answer range requests; copy the shards to a folder or another server.",
             )
@@ -125,7 +127,7 @@ class RangeSource:
     def _wait(self, name: str, problem: object, pause: float | None) -> None:
         what = f"{type(problem).__name__}: {problem}" if isinstance(problem, Exception) else problem
         if pause is None:
-            raise DataError(
+            raise ShardsError(
                 f"{self.where}/{name}: failed {_ATTEMPTS} times, the last time: {what}.",
                 "Check the server and the network; the same command goes on from what is cached.",
             )
@@ -223,7 +225,7 @@ class RemoteFiles:
             data = self._source.read(shard.name, member.offset, member.size)
             if zlib.crc32(data) == member.crc32:
                 return data
-        raise DataError(
+        raise ShardsError(
             f"{self.where}/{shard.name}: {member.size} bytes from {member.offset} are not those that were packed.",
             "Copy the shard to the server again, together with its index.",
         )

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from cfusion.data.shard_index import Member, Shard
-from cfusion.errors import DataError
+from cfusion.errors import ShardsError
 
 REPAIR = "Copy or pack the shards again; `cfusion preprocess verify-shards` lists the slides that are whole."
 _GAP = 8192
@@ -93,7 +93,7 @@ class LocalFiles:
         try:
             file = OpenFile(path)
         except OSError as error:
-            raise DataError(f"{path}: cannot be opened ({error.strerror}).", REPAIR) from error
+            raise ShardsError(f"{path}: cannot be opened ({error.strerror}).", REPAIR) from error
         with self._lock:
             while len(self._open) >= 256:
                 del self._open[next(iter(self._open))]

@@ -18,7 +18,7 @@ from urllib.parse import quote
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cfusion.errors import DataError
+from cfusion.errors import ShardsError
 from cfusion.files import digest_json, write_text
 
 INDEX_NAME = "index.json"
@@ -210,25 +210,25 @@ def parse(schema: type[EntryT], text: str | bytes, source: str) -> EntryT:
     """Read an index, or a part of one, from JSON.
 
     Raises:
-        DataError: It is not JSON, or does not describe a shard set; `source` and the entry are named.
+        ShardsError: It is not JSON, or does not describe a shard set; `source` and the entry are named.
     """
     try:
         return schema.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{source}: {where + ': ' if where else ''}{first['msg']}.", _REPACK) from None
+        raise ShardsError(f"{source}: {where + ': ' if where else ''}{first['msg']}.", _REPACK) from None
 
 
 def read_index(directory: str | os.PathLike[str]) -> ShardIndex:
     """Read `index.json` of a folder of shards.
 
     Raises:
-        DataError: The index is missing or does not describe a shard set.
+        ShardsError: The index is missing or does not describe a shard set.
     """
     path = Path(directory) / INDEX_NAME
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).", _REPACK) from error
+        raise ShardsError(f"{path}: cannot be read ({error.strerror}).", _REPACK) from error
     return parse(ShardIndex, text, str(path))

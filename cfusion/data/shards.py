@@ -14,7 +14,7 @@ from cfusion.console import progress
 from cfusion.data.npy import check_header
 from cfusion.data.shard_files import REPAIR, LocalFiles, OpenFile, ShardFiles, array_bytes, read_pieces
 from cfusion.data.shard_index import Member, Sample, ShardIndex, read_index, tar_key
-from cfusion.errors import DataError
+from cfusion.errors import DataError, ShardsError
 
 
 class ShardDataset:
@@ -52,7 +52,7 @@ class ShardDataset:
             cache_bytes: Most bytes to keep there.
 
         Raises:
-            DataError: There is no index, it is not valid, or a shard is missing or has another length than indexed.
+            ShardsError: There is no index, it is not valid, or a shard is missing or has another length than indexed.
         """
         if "://" in str(directory):
             from cfusion.data.remote import open_remote
@@ -63,9 +63,9 @@ class ShardDataset:
         for shard in index.shards:
             path = Path(directory) / shard.name
             if not path.is_file():
-                raise DataError(f"{path}: the shard is missing.", REPAIR)
+                raise ShardsError(f"{path}: the shard is missing.", REPAIR)
             if path.stat().st_size != shard.size:
-                raise DataError(
+                raise ShardsError(
                     f"{path}: {path.stat().st_size} bytes, the index says {shard.size}: cut short, or another's index.",
                     REPAIR,
                 )
@@ -78,12 +78,12 @@ class ShardDataset:
         """The index entry of a slide.
 
         Raises:
-            DataError: The shards hold no such slide.
+            ShardsError: The shards hold no such slide.
         """
         sample = self._samples.get(slide_id)
         if sample is None:
             reason = self.index.refused.get(slide_id, "it was not in the store when the shards were packed")
-            raise DataError(f"{self.directory}: no slide {slide_id}: {reason}.", "Pack the store again.")
+            raise ShardsError(f"{self.directory}: no slide {slide_id}: {reason}.", "Pack the store again.")
         return sample
 
     def tiles(self, slide_id: str) -> dict[str, int]:
@@ -103,7 +103,7 @@ class ShardDataset:
         """Read whole members, such as `x20` or `coords_x20`, into new arrays of the stored dtype.
 
         Raises:
-            DataError: The slide or a member is missing, or its bytes are not those that were packed.
+            ShardsError: The slide or a member is missing, or its bytes are not those that were packed.
         """
         members = {name: self._member(slide_id, name) for name in names}
         arrays = {name: np.empty(member.shape, member.dtype) for name, member in members.items()}
@@ -123,7 +123,7 @@ class ShardDataset:
             rows: Ascending rows to read of each member; None: all.
 
         Raises:
-            DataError: The slide or a member is missing, or its bytes are not those that were packed.
+            ShardsError: The slide or a member is missing, or its bytes are not those that were packed.
         """
         if slide_id in self._held:
             self._copy(slide_id, out, rows)
@@ -158,7 +158,7 @@ class ShardDataset:
         Shards are read front to back through webdataset, and nothing is cached: the way to read a whole remote epoch.
 
         Raises:
-            DataError: A shard holds something else than its index says.
+            ShardsError: A shard holds something else than its index says.
         """
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -172,7 +172,7 @@ class ShardDataset:
                     slide_id = keys.get(members["__key__"])
                     if slide_id is None:
                         key = members["__key__"]
-                        raise DataError(f"{self.directory}/{shard.name}: {key} is not in the index.", REPAIR)
+                        raise ShardsError(f"{self.directory}/{shard.name}: {key} is not in the index.", REPAIR)
                     if slide_id in wanted:
                         yield slide_id, self._arrays(slide_id, members)
 
@@ -193,7 +193,7 @@ class ShardDataset:
         members = self.sample(slide_id).members
         member = members.get(f"{name}.npy")
         if member is None:
-            raise DataError(
+            raise ShardsError(
                 f"{self.directory}: slide {slide_id} has no member {name}.npy; it has {', '.join(members)}.",
                 "Change data.magnifications, or extract and pack this magnification.",
             )

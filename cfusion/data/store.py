@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from cfusion.errors import DataError
+from cfusion.errors import DataError, StoreError
 from cfusion.files import atomic_path
 from cfusion.types import SlideFeatures, magnification_value
 
@@ -55,16 +55,16 @@ class FeatureStore:
         """The features of `encoder` in the store at `root`; none: of the only encoder there.
 
         Raises:
-            DataError: No store is there, it does not hold the encoder, or it holds several and none was named.
+            StoreError: No store is there, it does not hold the encoder, or it holds several and none was named.
         """
         found = encoders_in(root)
         if encoder is None:
             if len(found) != 1:
                 which = f"holds the encoders {', '.join(found)}" if found else "holds no encoder's features"
-                raise DataError(f"{root}: {which}.", "Name the encoder." if found else "Run `cfusion preprocess`.")
+                raise StoreError(f"{root}: {which}.", "Name the encoder." if found else "Run `cfusion preprocess`.")
             encoder = found[0]
         if encoder not in found:
-            raise DataError(
+            raise StoreError(
                 f"{root}: holds no features of the encoder {encoder!r}.",
                 f"It has: {', '.join(found)}." if found else "Run `cfusion preprocess` first.",
             )
@@ -92,7 +92,7 @@ class FeatureStore:
         """All features of one slide.
 
         Raises:
-            DataError: The slide is not in the store, or its group cannot be read.
+            StoreError: The slide is not in the store, or its group cannot be read.
         """
         group = self._group(slide_id)
         arrays: dict[str, dict[str, np.ndarray]] = {"features": {}, "coords": {}, "parent": {}}
@@ -103,7 +103,7 @@ class FeatureStore:
                         by_name[name] = np.asarray(group[name][key][:])
         except (OSError, ValueError, KeyError) as error:
             path = self.group_path(slide_id)
-            raise DataError(f"{path}: cannot be read ({error}).", "Delete it and extract the slide again.") from error
+            raise StoreError(f"{path}: cannot be read ({error}).", "Delete it and extract the slide again.") from error
         return SlideFeatures(
             slide_id, arrays["features"], arrays["coords"], arrays["parent"], dict(group.attrs.items())
         )
@@ -131,13 +131,13 @@ class FeatureStore:
     def _group(self, slide_id: str) -> Any:
         path = self.group_path(slide_id)
         if not path.is_dir():
-            raise DataError(
+            raise StoreError(
                 f"{self.path}: has no slide {slide_id!r}.", "`cfusion preprocess inspect` lists what is there."
             )
         try:
             return zarr.open_group(path, mode="r")
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(
+            raise StoreError(
                 f"{path}: is not a zarr group ({error}).", "Delete it and extract the slide again."
             ) from error
 
@@ -146,11 +146,11 @@ def encoders_in(root: str | os.PathLike[str]) -> list[str]:
     """Names of the encoders a feature store holds, sorted.
 
     Raises:
-        DataError: There is no folder at `root`.
+        StoreError: There is no folder at `root`.
     """
     root = Path(root)
     if not root.is_dir():
-        raise DataError(f"{root}: there is no feature store.", "Give the folder that `cfusion preprocess` wrote.")
+        raise StoreError(f"{root}: there is no feature store.", "Give the folder that `cfusion preprocess` wrote.")
     return sorted(p.name for p in root.iterdir() if p.is_dir() and any(p.glob(f"[!.]*{SUFFIX}")))
 
 
@@ -160,7 +160,7 @@ def write_slide(store_root: str | os.PathLike[str], features: SlideFeatures) -> 
     `features.attrs["encoder"]` names the encoder. The digest of each array is added to the attributes, for `verify`.
 
     Raises:
-        DataError: An array has the wrong shape, or a value that is not finite in f16.
+        StoreError: An array has the wrong shape, or a value that is not finite in f16.
     """
     check_features(features)
     store = FeatureStore(Path(store_root) / checked_name(str(features.attrs["encoder"])))
@@ -171,7 +171,7 @@ def write_slide(store_root: str | os.PathLike[str], features: SlideFeatures) -> 
             break
         except OSError as error:
             if error.errno not in RACES or attempt == RACE_ATTEMPTS - 1:
-                raise DataError(f"{target}: cannot be written ({error.strerror or error}).") from error
+                raise StoreError(f"{target}: cannot be written ({error.strerror or error}).") from error
             time.sleep(random.random() * 0.1)
     _sweep(target)
     return target
@@ -199,25 +199,25 @@ def check_features(features: SlideFeatures) -> None:
     """Refuse features that no reader could use.
 
     Raises:
-        DataError: Rows do not agree, a parent does not exist, or a value is not finite.
+        StoreError: Rows do not agree, a parent does not exist, or a value is not finite.
     """
     names = sorted(features.features, key=magnification_value, reverse=True)
     for name, coarser in zip(names, [*names[1:], None], strict=True):
         array, coords = features.features[name], features.coords.get(name)
         where = f"slide {features.slide_id}, {name}"
         if array.ndim != 2 or array.dtype != np.float16:
-            raise DataError(f"{where}: features are {array.dtype} {array.shape}, expected float16 [N, d].")
+            raise StoreError(f"{where}: features are {array.dtype} {array.shape}, expected float16 [N, d].")
         if not np.isfinite(array).all():
             row = int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])
-            raise DataError(f"{where}: the features of tile {row} are not finite.")
+            raise StoreError(f"{where}: the features of tile {row} are not finite.")
         if coords is not None and coords.size and coords.shape != (len(array), 2):
-            raise DataError(f"{where}: {len(array)} features and coordinates of shape {coords.shape}.")
+            raise StoreError(f"{where}: {len(array)} features and coordinates of shape {coords.shape}.")
         parents = features.parents.get(name)
         if parents is None or coarser is None:
             continue
         limit = len(features.features[coarser])
         if parents.shape != (len(array),) or (parents.size and not 0 <= parents.min() <= parents.max() < limit):
-            raise DataError(f"{where}: parents do not name rows of {coarser} ({limit} rows).")
+            raise StoreError(f"{where}: parents do not name rows of {coarser} ({limit} rows).")
 
 
 def array_digest(array: np.ndarray) -> str:
@@ -243,8 +243,8 @@ def checked_name(name: str) -> str:
     """`name`, if it is one component of a path that stays in its folder.
 
     Raises:
-        DataError: It is empty, hidden, or leads elsewhere.
+        StoreError: It is empty, hidden, or leads elsewhere.
     """
     if not name or name.startswith(".") or name != Path(name).name or "\\" in name or "\0" in name:
-        raise DataError(f"{name!r}: is not a name for a slide or an encoder.", "Use a plain file name.")
+        raise StoreError(f"{name!r}: is not a name for a slide or an encoder.", "Use a plain file name.")
     return name

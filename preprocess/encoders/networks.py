@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfusion.config import PreprocessConfig
-from cfusion.errors import ConfigError, DataError, MissingExtraError
+from cfusion.errors import ConfigError, MissingExtraError, WeightsError
 from cfusion.files import digest_file
 from preprocess.encoders.cards import CARDS, ModelCard
 from preprocess.encoders.weights import file_name, find_weights, read_weights, to_network_names
@@ -99,7 +99,7 @@ def load_network(name: str, config: PreprocessConfig, device: str) -> NetworkEnc
 
     Raises:
         ConfigError: `timm:NAME` is not known to timm.
-        DataError: The weights cannot be had, or are not of this network.
+        WeightsError: The weights cannot be had, or are not of this network.
         MissingExtraError: timm is not installed.
     """
     card = card_of(name)
@@ -151,7 +151,7 @@ def load_weights(network: nn.Module, card: ModelCard, path: Path) -> None:
     """Load a checkpoint into a network, every weight of which it must hold.
 
     Raises:
-        DataError: The file cannot be read, lacks weights, or their shapes differ.
+        WeightsError: The file cannot be read, lacks weights, or their shapes differ.
     """
     weights = to_network_names(read_weights(path), card.layout)
     own = network.state_dict()
@@ -159,7 +159,7 @@ def load_weights(network: nn.Module, card: ModelCard, path: Path) -> None:
     wrong = [key for key in own if key in weights and own[key].shape != weights[key].shape]
     if missing or wrong:
         what = f"has no {missing[0]}" if missing else f"has {wrong[0]} of shape {list(weights[wrong[0]].shape)}"
-        raise DataError(
+        raise WeightsError(
             f"{path}: is no checkpoint of {card.repo or card.architecture}: it {what}"
             f" ({len(missing)} weights are missing, {len(wrong)} have another shape).",
             f"Fetch {card.file} from {card.source}.",

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cfusion.errors import DataError, MissingExtraError
+from cfusion.errors import MissingExtraError, WeightsError
 from preprocess.encoders.cards import ModelCard
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -29,7 +29,7 @@ def find_weights(name: str, card: ModelCard, folder: Path | None, offline: bool)
         offline: Take what the hub's cache has, and ask no network.
 
     Raises:
-        DataError: It cannot be had; the message tells licence, gate and remedy.
+        WeightsError: It cannot be had; the message tells licence, gate and remedy.
         MissingExtraError: huggingface-hub is not installed.
     """
     stem = file_name(name)
@@ -46,14 +46,14 @@ def find_weights(name: str, card: ModelCard, folder: Path | None, offline: bool)
     try:
         return Path(hf_hub_download(card.repo, card.file, local_files_only=offline))
     except GatedRepoError as error:
-        raise DataError(
+        raise WeightsError(
             f"encoder {name}: {card.repo} is gated (licence: {card.licence}).",
             f"Accept its terms at {card.source} and log in with `hf auth login`, {local}",
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         where = "are not in the hub's cache" if offline else f"cannot be fetched from {card.repo}"
         gate = f"accept the terms at {card.source} (gated, {card.licence})" if card.gated else f"see {card.source}"
-        raise DataError(
+        raise WeightsError(
             f"encoder {name}: its weights {where} (licence: {card.licence}).",
             f"On a machine with a network, {gate} and download {card.file} once, {local}",
         ) from error
@@ -68,17 +68,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint; nothing but tensors is unpickled.
 
     Raises:
-        DataError: The file cannot be read, or holds something else.
+        WeightsError: The file cannot be read, or holds something else.
     """
     try:
         loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise DataError(f"{path}: is no readable checkpoint ({error}).", "Fetch it again.") from error
+        raise WeightsError(f"{path}: is no readable checkpoint ({error}).", "Fetch it again.") from error
     for wrapper in ("state_dict", "model", "teacher"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
     if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise DataError(f"{path}: holds something other than named tensors.", "Export its state_dict.")
+        raise WeightsError(f"{path}: holds something other than named tensors.", "Export its state_dict.")
     return {str(key).removeprefix("module."): value for key, value in loaded.items()}
 
 

@@ -1,0 +1,59 @@
+"""`cfusion help`: the page that explains an error, in the terminal."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from importlib.resources import files
+from typing import Annotated
+
+import typer
+
+from cfusion.errors import ConfigError
+
+_HEADING = re.compile(r"^## (?P<title>.+?) \{#(?P<topic>[a-z-]+)\}$", re.MULTILINE)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command("help")(explain)
+
+
+def topics() -> dict[str, tuple[str, str]]:
+    """The sections of `errors.md`: topic → title and text."""
+    text = files("cfusion").joinpath("errors.md").read_text(encoding="utf-8")
+    headings = list(_HEADING.finditer(text))
+    ends = [heading.start() for heading in headings[1:]] + [len(text)]
+    return {h["topic"]: (h["title"], text[h.end() : end].strip()) for h, end in zip(headings, ends, strict=True)}
+
+
+def _complete(incomplete: str) -> list[tuple[str, str]]:
+    return [(name, title) for name, (title, _) in topics().items() if name.startswith(incomplete)]
+
+
+def explain(
+    topic: Annotated[str | None, typer.Argument(help="As an error names it.", autocompletion=_complete)] = None,
+) -> None:
+    """Explain an error: its causes, and what to do. Without a topic, list them.
+
+    Example: cfusion help resolution
+    """
+    known = topics()
+    if topic is None:
+        for name, (title, _) in known.items():
+            typer.echo(f"{name:<17}{title}")
+        return
+    if topic not in known:
+        near = difflib.get_close_matches(topic, known, n=1, cutoff=0.5)
+        raise ConfigError(
+            f"{topic!r}: there is no such topic.", f"Did you mean {near[0]}?" if near else "`cfusion help` lists them."
+        )
+    title, text = known[topic]
+    if not sys.stdout.isatty():
+        typer.echo(f"{title}\n\n{text}")
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console(width=min(100, Console().width)).print(Markdown(f"# {title}\n\n{text}"))
