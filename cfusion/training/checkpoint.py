@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cfusion.errors import DataError
+from cfusion.errors import CheckpointError
 from cfusion.files import atomic_path, read_json, write_json
 from cfusion.training.runtime import Runtime
 
@@ -110,7 +110,7 @@ class Checkpoints:
         At another number of processes the random states start from those of the ranks that were there, in turn.
 
         Raises:
-            DataError: The checkpoint is damaged, or belongs to another model, data or engine.
+            CheckpointError: The checkpoint is damaged, or belongs to another model, data or engine.
         """
         folder, engine = self.folder, self.runtime.parallel.engine
         if not folder.is_dir():
@@ -118,18 +118,20 @@ class Checkpoints:
         remedy = f"Delete {folder} to train from the start."
         numbers = read_json(folder / "state.json")
         if numbers.get("format") != FORMAT or numbers.get("engine") != engine:
-            raise DataError(
+            raise CheckpointError(
                 f"{folder}: was written by engine {numbers.get('engine')}, format {numbers.get('format')}; this run "
                 f"has engine {engine}, format {FORMAT}.",
                 remedy,
             )
         if numbers["identity"] != self.identity:
-            raise DataError(f"{folder}: belongs to another configuration, fold or data.", remedy)
+            raise CheckpointError(f"{folder}: belongs to another configuration, fold or data.", remedy)
         try:
             tensors = load_file(folder / "tensors.safetensors", device=str(self.runtime.device))
             random = _unpack(tensors, numbers["optimizer"], snapshot)["random"]
         except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
-            raise DataError(f"{folder}: cannot be read ({' '.join(str(error).split())[:200]}).", remedy) from error
+            raise CheckpointError(
+                f"{folder}: cannot be read ({' '.join(str(error).split())[:200]}).", remedy
+            ) from error
         _set_random_state(random[str(self.runtime.rank % len(random))])
         return TrainState(**numbers["state"])
 
