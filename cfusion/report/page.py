@@ -66,7 +66,7 @@ def render_page(
         title=context.title,
         notes=list(dict.fromkeys([*context.notes, *(note for part in scores for note in part.notes)])),
         rows=rows,
-        horizons=[c for c in summary.columns if c.startswith("auc_")],
+        horizons=[c for c in summary.columns if c.startswith("auc_") and c.count("_") == 1],
         cohorts=[_cohort(name, rows, folds, context) for name in dict.fromkeys(str(row["cohort"]) for row in rows)],
         protocols={str(row["protocol"]): PROTOCOLS.get(str(row["protocol"]), "") for row in rows},
         details=details,

@@ -1,4 +1,4 @@
-"""Patient-bootstrap replicates of Harrell's C, exact and vectorised.
+"""Patient-bootstrap replicates of the C-index, exact and vectorised.
 
 A replicate draws as many patients as there are, with replacement. Its C depends on how often each patient was drawn
 alone: with counts w, the concordant pairs are w' S w and the comparable ones w' P w, where P[i, j] says that i's event
@@ -28,11 +28,13 @@ class Resamples:
         time: [case], months.
         event: [case], true where the event happened.
         counts: [replicate, case], how often each patient was drawn.
+        weight: [case], weight of the pairs that a patient's event opens, as Uno's C has it; none: 1, Harrell's C.
     """
 
     time: np.ndarray
     event: np.ndarray
     counts: np.ndarray
+    weight: np.ndarray | None = None
     _comparable: dict[bytes, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -50,7 +52,7 @@ class Resamples:
         return cls(time, event, counts)
 
     def cindex(self, risk: ArrayLike, within: ArrayLike | None = None) -> np.ndarray:
-        """[replicate], Harrell's C of each replicate; NaN where it has no comparable pair.
+        """[replicate], the C-index of each replicate; NaN where it has no comparable pair.
 
         Args:
             risk: [case], higher is worse.
@@ -74,7 +76,8 @@ class Resamples:
                 block = rows[start : start + step]
                 pairs = self._pairs(block, members, risk)
                 drawn = self.counts[:, members] @ pairs.T
-                total += np.einsum("rb,rb->r", drawn, self.counts[:, block], dtype=float)
+                weight = self.counts[:, block] if self.weight is None else self.counts[:, block] * self.weight[block]
+                total += np.einsum("rb,rb->r", drawn, weight, dtype=float)
         return total
 
     def _pairs(self, rows: np.ndarray, members: np.ndarray, risk: np.ndarray | None) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +19,10 @@ from cfusion.survival.metrics import (
     uno_cindex,
 )
 from cfusion.survival.predictions import FOLD, survival_columns
+from cfusion.survival.spreads import auc_replicates, brier_replicates, uno_replicates
 from cfusion.types import Cohort, Split
+
+_NAN = float("nan")
 
 
 @dataclass
@@ -90,10 +93,17 @@ class References:
 
 @dataclass(frozen=True)
 class FoldScores:
-    """One fold's row of `scores.csv`, and its time-dependent AUC over the grid."""
+    """One fold's row of `scores.csv`, its time-dependent AUC over the grid, and what the bootstrap gave.
+
+    Attributes:
+        row: The scores with their intervals.
+        auc_curve: [time].
+        spreads: By score, [replicate]; empty without a bootstrap.
+    """
 
     row: dict[str, object]
     auc_curve: np.ndarray
+    spreads: Mapping[str, np.ndarray]
 
 
 def score_fold(
@@ -130,32 +140,52 @@ def score_fold(
     notes = [remark] if remark else []
     if np.ptp(risk) == 0:
         notes.append("all risks are equal")
-    low, high = _interval(time, event, risk, counts)
     times = np.concatenate([horizons, grid])
     auc = auc_at(training, time, event, risk, times)
+    values = {"harrell": harrell.cindex, "uno": uno_cindex(training, time, event, risk)}
+    values |= {f"auc_{h:g}": auc[i] for i, h in enumerate(horizons)}
+    spreads: dict[str, np.ndarray] = {}
+    if counts is not None:
+        by_horizon = auc_replicates(training, time, event, risk, counts, np.asarray(horizons, dtype=float))
+        spreads = {"harrell": Resamples(time, event, counts).cindex(risk)}
+        spreads |= {"uno": uno_replicates(training, time, event, risk, counts)}
+        spreads |= {f"auc_{h:g}": by_horizon[:, i] for i, h in enumerate(horizons)}
+    brier = _brier(rows, training, references, counts, where)
+    spreads |= brier.spread
+    limits = {name: interval_or_nan(spreads.get(name)) for name in (*values, "ibs")}
     row = {
-        **named, "n": len(rows), "events": int(event.sum()), "harrell_c": harrell.cindex, "harrell_low": low,
-        "harrell_high": high, "concordant": harrell.concordant, "discordant": harrell.discordant,
-        "tied_risk": harrell.tied_risk, "uno_c": uno_cindex(training, time, event, risk),
-        "truncation_months": training.truncation_months, **_brier(rows, training, references, where),
-        **{f"auc_{h:g}": auc[i] for i, h in enumerate(horizons)}, "note": "; ".join(notes),
+        **named, "n": len(rows), "events": int(event.sum()), "harrell_c": harrell.cindex,
+        "harrell_low": limits["harrell"][0], "harrell_high": limits["harrell"][1], "concordant": harrell.concordant,
+        "discordant": harrell.discordant, "tied_risk": harrell.tied_risk, "uno_c": values["uno"],
+        "uno_low": limits["uno"][0], "uno_high": limits["uno"][1], "truncation_months": training.truncation_months,
+        "ibs": brier.value, "ibs_low": limits["ibs"][0], "ibs_high": limits["ibs"][1], "ibs_null": brier.null,
     }  # fmt: skip
-    return FoldScores(row, auc[len(horizons) :])
+    for name in (f"auc_{h:g}" for h in horizons):
+        row |= {name: values[name], f"{name}_low": limits[name][0], f"{name}_high": limits[name][1]}
+    return FoldScores({**row, "note": "; ".join(notes)}, auc[len(horizons) :], spreads)
 
 
-def _interval(time: np.ndarray, event: np.ndarray, risk: np.ndarray, counts: np.ndarray | None) -> tuple[float, float]:
-    if counts is None:
-        return float("nan"), float("nan")
+def interval_or_nan(replicates: np.ndarray | None) -> tuple[float, float]:
+    """The percentile interval, or NaN where there is none to be had."""
     try:
-        return percentile_interval(Resamples(time, event, counts).cindex(risk))
+        return (_NAN, _NAN) if replicates is None else percentile_interval(replicates)
     except UndefinedMetricError:
-        return float("nan"), float("nan")
+        return _NAN, _NAN
 
 
-def _brier(rows: pd.DataFrame, training: Training, references: References, where: str) -> dict[str, float]:
+@dataclass(frozen=True)
+class _Brier:
+    value: float
+    null: float
+    spread: dict[str, np.ndarray]
+
+
+def _brier(
+    rows: pd.DataFrame, training: Training, references: References, counts: np.ndarray | None, where: str
+) -> _Brier:
     columns = survival_columns(rows)
     if columns is None:
-        return {"ibs": float("nan"), "ibs_null": float("nan")}
+        return _Brier(_NAN, _NAN, {})
     survival, edges = columns
     if (edges != edges[0]).any() or (np.diff(edges[0]) <= 0).any():
         raise DataError(f"{where}: edge_1, edge_2, … must increase and be the same for all patients of a fold.")
@@ -164,7 +194,9 @@ def _brier(rows: pd.DataFrame, training: Training, references: References, where
     time, event = rows["survival_months"].to_numpy(), rows["event"].to_numpy()
     times = brier_times(training, time, edges[0])
     predicted = survival[:, np.isin(edges[0], times)]
-    return {
-        "ibs": integrated_brier(training, time, event, predicted, times),
-        "ibs_null": references.null_brier(training, time, event, times),
-    }
+    spread = {} if counts is None else {"ibs": brier_replicates(training, time, event, predicted, counts, times)}
+    return _Brier(
+        integrated_brier(training, time, event, predicted, times),
+        references.null_brier(training, time, event, times),
+        spread,
+    )

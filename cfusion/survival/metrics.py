@@ -19,7 +19,7 @@ from sksurv.metrics import (
     concordance_index_ipcw,
     cumulative_dynamic_auc,
 )
-from sksurv.nonparametric import kaplan_meier_estimator
+from sksurv.nonparametric import CensoringDistributionEstimator, kaplan_meier_estimator
 from sksurv.util import Surv
 
 from cfusion.errors import DataError, UndefinedMetricError
@@ -77,6 +77,14 @@ class Training:
             return float(self.time.max())
         times, uncensored = kaplan_meier_estimator(~self.event, self.time)
         return float(times[uncensored >= SMALLEST_CENSORING_SURVIVAL].max(initial=times[0]))
+
+    def uncensored_at(self, times: np.ndarray) -> np.ndarray:
+        """[time], share of the training patients that censoring has left by then, the G of every IPCW score."""
+        return self._censoring.predict_proba(times)
+
+    @functools.cached_property
+    def _censoring(self) -> CensoringDistributionEstimator:
+        return CensoringDistributionEstimator().fit(self.outcomes)
 
     def survival_at(self, times: ArrayLike) -> np.ndarray:
         """[time], Kaplan–Meier survival of the training patients."""

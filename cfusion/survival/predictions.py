@@ -10,7 +10,7 @@ import pandas as pd
 
 from cfusion.cohort import patient_of
 from cfusion.cohort_tables import coded_events, numbers, read_table
-from cfusion.errors import DataError
+from cfusion.errors import PredictionsError
 
 UNIT = ["cohort", "model", "protocol"]
 """What one row of the summary stands for."""
@@ -30,19 +30,22 @@ def read_predictions(path: Path) -> pd.DataFrame:
     censored); optional `protocol, seed, repeat, slide_id, risk_cutoff` and `survival_1..K` with `edge_1..K` (months).
 
     Raises:
-        DataError: The file is no such table, or its values contradict each other; see `checked_predictions`.
+        PredictionsError: The file is no such table, or its values contradict each other; see `checked_predictions`.
     """
     table = read_table(path)
     missing = [name for name in _REQUIRED if name not in table.columns]
     if missing or not {"event", "censorship"} & set(table.columns):
-        raise DataError(
+        raise PredictionsError(
             f"{path}: lacks the columns {', '.join(missing or ['event or censorship'])}.",
             "Expected model, cohort, fold, case_id, risk, survival_months and event (or censorship).",
         )
     if "censorship" in table.columns:
         event = ~coded_events(table["censorship"], path)
         if "event" in table.columns and (event != coded_events(table["event"], path)).any():
-            raise DataError(f"{path}: event and censorship contradict each other.", "Drop the one that is flipped.")
+            raise PredictionsError(
+                f"{path}: event and censorship contradict each other.",
+                "Drop the one that is flipped.",
+            )
         table = table.drop(columns="censorship")
     else:
         event = coded_events(table["event"], path)
@@ -59,24 +62,26 @@ def checked_predictions(table: pd.DataFrame, source: str = "predictions") -> pd.
     Rows of one patient that differ in `slide_id` are averaged: the unit is the patient.
 
     Raises:
-        DataError: A value is missing or not finite; a patient stands twice, is scored in two folds, or has two
+        PredictionsError: A value is missing or not finite; a patient stands twice, is scored in two folds, or has two
             outcomes within a cohort.
     """
     frame = table.copy()
     for name, value in _DEFAULTS.items():
         if name not in frame.columns:
             frame[name] = value
-    for name in ("risk", "survival_months", "event", *_curve_names(frame)):
+    for name in ("fold", "seed", "repeat", "risk", "survival_months", "event", *_curve_names(frame)):
         wrong = frame[name].isna() if name == "event" else ~np.isfinite(frame[name].astype(float))
         if wrong.any():
             row = frame[wrong].iloc[0]
-            raise DataError(
+            raise PredictionsError(
                 f"{source}: {int(wrong.sum())} values of {name} are missing or not finite; first {row['model']}, "
-                f"{row['cohort']}, fold {row['fold']}, case {row['case_id']}.", "Every patient needs a finite value.",
+                f"{row['cohort']}, fold {row['fold']:g}, case {row['case_id']}.", "Every patient needs a finite value.",
             )  # fmt: skip
     if (frame["survival_months"] < 0).any():
         row = frame[frame["survival_months"] < 0].iloc[0]
-        raise DataError(f"{source}: case {row['case_id']} has a follow-up of {row['survival_months']:g} months.")
+        raise PredictionsError(
+            f"{source}: case {row['case_id']} has a follow-up of {row['survival_months']:g} months.",
+        )
     frame["event"] = frame["event"].astype(bool)
     frame = frame.astype({"fold": int, "seed": int, "repeat": int})
     frame["case_id"] = frame["case_id"].astype(str).map(patient_of)
@@ -99,7 +104,7 @@ def _one_row_per_patient(frame: pd.DataFrame, source: str) -> pd.DataFrame:
         if twice.any():
             row = frame[twice].iloc[0]
             where = f"{row['model']}, {row['cohort']}, fold {row['fold']}"
-            raise DataError(
+            raise PredictionsError(
                 f"{source}: case {row['case_id']} is scored {what} ({where}).",
                 "Give slides of one patient a column slide_id, repetitions a column repeat.",
             )
@@ -111,7 +116,7 @@ def _check_outcomes(frame: pd.DataFrame, source: str) -> None:
     wrong = distinct.index[(distinct > 1).any(axis=1)]
     if len(wrong):
         cohort, case = wrong[0]
-        raise DataError(f"{source}: case {case} of {cohort} has two different outcomes.", "Correct its rows.")
+        raise PredictionsError(f"{source}: case {case} of {cohort} has two different outcomes.", "Correct its rows.")
 
 
 def _curve_names(frame: pd.DataFrame) -> list[str]:

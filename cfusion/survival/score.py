@@ -17,7 +17,7 @@ from joblib import Parallel, cpu_count, delayed
 from cfusion.audit import polarity_doubt
 from cfusion.errors import DataError
 from cfusion.survival.bootstrap import Resamples, percentile_interval
-from cfusion.survival.foldscores import FoldScores, References, score_fold
+from cfusion.survival.foldscores import FoldScores, References, interval_or_nan, score_fold
 from cfusion.survival.metrics import concordance
 from cfusion.survival.patients import PatientScores, score_patients
 from cfusion.survival.predictions import UNIT, checked_predictions
@@ -160,7 +160,7 @@ def _score_group(
             spreads.append((resamples.cindex(risk), resamples.cindex(risk, within=of_fold)))
     table = pd.DataFrame([fold.row for fold in folds])
     patients = score_patients(rows, horizons, grid, np.array([fold.auc_curve for fold in folds]))
-    summary = _summary(rows, table, pooled, within, spreads) | patients.columns()
+    summary = _summary(rows, table, pooled, within, spreads) | _mean_scores(folds) | patients.columns()
     return [fold.row for fold in folds], summary, patients
 
 
@@ -184,12 +184,24 @@ def _summary(
     limits = [(float("nan"), float("nan"))] * 2
     if spreads:
         limits = [percentile_interval(np.mean([spread[i] for spread in spreads], axis=0)) for i in range(2)]
-    means = folds[[c for c in folds.columns if c in ("uno_c", "ibs", "ibs_null") or c.startswith("auc_")]].mean()
     return {
         **{name: rows[name].iloc[0] for name in UNIT}, "n": len(cases), "events": int(cases["event"].sum()),
         "folds": len(folds), "seeds": rows["seed"].nunique(),
         "cindex_mean": folds["harrell_c"].mean(), "cindex_std": folds["harrell_c"].std(ddof=0),
         "cindex_pooled": float(np.mean(pooled)), "cindex_low": limits[0][0], "cindex_high": limits[0][1],
         "cindex_within": float(np.mean(within)), "within_low": limits[1][0], "within_high": limits[1][1],
-        **{str(name): float(value) for name, value in means.items()},
     }  # fmt: skip
+
+
+def _mean_scores(folds: list[FoldScores]) -> dict[str, float]:
+    """Means of the other scores over the folds that have them, each with the interval of that mean's replicates."""
+    table = pd.DataFrame([fold.row for fold in folds])
+    scores = {"uno": "uno_c", "ibs": "ibs"} | {
+        name: name for name in table.columns if name.startswith("auc_") and not name.endswith(("_low", "_high"))
+    }
+    means = {"ibs_null": float(table["ibs_null"].mean())}
+    for name, column in scores.items():
+        known = [fold.spreads[name] for fold in folds if name in fold.spreads and np.isfinite(fold.row[column])]
+        low, high = interval_or_nan(np.mean(known, axis=0) if known else None)
+        means |= {column: float(table[column].mean()), f"{name}_low": low, f"{name}_high": high}
+    return means

@@ -92,7 +92,12 @@ def test_a_right_model_scores_well_everywhere() -> None:
     assert row["hazard_ratio"] > 1.5
     assert row["logrank_by_fold_p"] < 1e-3
     assert row[["auc_12", "auc_36"]].min() > 0.65
+    assert row["ibs_high"] < row["ibs_null"]
+    for name in ("auc_12", "auc_36", "ibs"):
+        assert row[f"{name}_low"] < row[name] < row[f"{name}_high"]
+    assert row["uno_low"] < row["uno_c"] < row["uno_high"]
     assert (scores.folds["harrell_low"] <= scores.folds["harrell_c"]).all()
+    assert (scores.folds["uno_low"] <= scores.folds["uno_c"]).all()
     details = scores.patients["made_up", "m", "strict"]
     assert details.cutoff_rule == "median risk of the training patients of each fold"
     assert details.low_at_risk[0] + details.high_at_risk[0] == 200
@@ -240,6 +245,7 @@ def test_scores_that_do_not_exist_are_missing_and_one_fold_is_told() -> None:
             "model,cohort,fold,case_id,risk,survival_months,event,censorship\nm,c,0,a,1,3,1,1\n",
             "event and censorship contradict",
         ),
+        ("model,cohort,fold,case_id,risk,survival_months,event\nm,c,0,a,,3,1\n", "risk are missing.*fold 0, case a"),
         ("model,cohort,fold,case_id,risk,survival_months,event\nm,c,0,a,1,soon,1\n", "survival_months is 'soon'"),
     ],
 )

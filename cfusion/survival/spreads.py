@@ -1,0 +1,78 @@
+"""Patient-bootstrap replicates of the scores that weigh by censoring: Uno's C, time-dependent AUC, Brier.
+
+The censoring model is the training patients' and does not change with who is drawn for the test, so each score of a
+replicate is a ratio of sums that the draws' counts weigh: exact, and one matrix product for all replicates.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cfusion.survival.bootstrap import TIED_RISK, Resamples
+from cfusion.survival.metrics import Training
+
+
+def uno_replicates(
+    training: Training, time: np.ndarray, event: np.ndarray, risk: np.ndarray, counts: np.ndarray
+) -> np.ndarray:
+    """[replicate], Uno's C of each replicate (see `cfusion.survival.metrics.uno_cindex`); NaN where it has none.
+
+    Args:
+        training: Gives the censoring model and the truncation time.
+        time: [case], months.
+        event: [case], true where the event happened.
+        risk: [case], higher is worse.
+        counts: [replicate, case], how often each patient was drawn.
+    """
+    limit = training.truncation_months
+    seen, followed = event & (time <= limit), np.minimum(time, limit)
+    weight = np.zeros(len(time))
+    early = seen & (followed < limit)
+    weight[early] = training.uncensored_at(followed[early]) ** -2.0
+    return Resamples(followed, seen, counts, weight).cindex(risk)
+
+
+def auc_replicates(
+    training: Training, time: np.ndarray, event: np.ndarray, risk: np.ndarray, counts: np.ndarray, times: np.ndarray
+) -> np.ndarray:
+    """[replicate, time], cumulative/dynamic AUC of each replicate (see `auc_at`); NaN where it has none."""
+    limit = training.truncation_months
+    found = np.full((len(counts), len(times)), np.nan)
+    above = risk[:, None] - risk[None]
+    wins = ((above > TIED_RISK) + 0.5 * (np.abs(above) <= TIED_RISK)).astype(np.float32)
+    for column, month in enumerate(times):
+        case, control = event & (time <= month), np.minimum(time, limit) > month
+        if month >= limit or not case.any() or not control.any():
+            continue
+        drawn = counts[:, case] / training.uncensored_at(time[case])
+        controls = counts[:, control]
+        won = np.einsum("rc,rc->r", drawn, controls @ wins[np.ix_(case, control)].T)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found[:, column] = won / (drawn.sum(axis=1) * controls.sum(axis=1))
+    return found
+
+
+def brier_replicates(
+    training: Training, time: np.ndarray, event: np.ndarray, survival: np.ndarray, counts: np.ndarray, times: np.ndarray
+) -> np.ndarray:
+    """[replicate], integrated Brier score of each replicate (see `integrated_brier`); NaN with fewer than two times.
+
+    Args:
+        training: Gives the censoring model and the truncation time.
+        time: [case], months.
+        event: [case], true where the event happened.
+        survival: [case, time], predicted survival.
+        counts: [replicate, case], how often each patient was drawn.
+        times: [time], months, from `brier_times`.
+    """
+    if len(times) < 2:
+        return np.full(len(counts), np.nan)
+    limit = training.truncation_months
+    seen, followed = event & (time <= limit), np.minimum(time, limit)
+    died = (followed[:, None] <= times) & seen[:, None]
+    alive = followed[:, None] > times
+    # Only the weights of events are used; a censored patient's own time may be one that censoring leaves nobody at.
+    at_death = np.where(seen, training.uncensored_at(np.where(seen, followed, 0.0)), 1.0)
+    errors = survival**2 * died / at_death[:, None] + (1 - survival) ** 2 * alive / training.uncensored_at(times)
+    integrated = np.trapezoid(errors, times, axis=1) / (times[-1] - times[0])
+    return counts @ integrated / counts.sum(axis=1)
