@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from cfusion.cli import demo, doctor, evidence, gdc, help, launch, preprocess, reproduce, shard, sweep, train
+from cfusion.cli import demo, doctor, evidence, gdc, help, launch, preprocess, reproduce, sweep, train
 from cfusion.errors import CfusionError
 
 HELP = """Survival prediction from whole-slide images, from slides to numbers a reviewer can trust.
@@ -36,7 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-shard.register(preprocess.app)
 app.add_typer(preprocess.app, name="preprocess")
 app.add_typer(gdc.app, name="gdc")
 for module in (demo, doctor, train, launch, sweep, evidence, reproduce, help):

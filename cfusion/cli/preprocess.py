@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from cfusion.cli import shard
 from cfusion.errors import ConfigError, DataError, PartialResultError
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Slides to embeddings at 20x, 10x and 5x. `cfusion preprocess SLIDES` is short for `… run SLIDES`.",
 )
+shard.register(app)
 
 
 @app.command()
@@ -84,10 +87,13 @@ def run(
 
 @app.command()
 def verify(
-    store: Annotated[Path, typer.Argument(help="Feature store.")],
-    encoder: Annotated[str | None, typer.Option(help="One encoder alone.")] = None,
+    store: Annotated[Path, typer.Argument(help="Feature store, or folder of shards.")],
+    encoder: Annotated[str | None, typer.Option(help="One encoder of a store alone.")] = None,
 ) -> None:
-    """Read every array again and compare shapes and digests with what was written."""
+    """Read every byte of a store or of shards again, and compare shapes and digests with what was written."""
+    if (store / "index.json").is_file() or any(store.glob("*.tar")):
+        shard.verify_shards(store)
+        return
     from preprocess.inspection import list_store, verify_store
 
     wrong = verify_store(store, encoder)
@@ -116,13 +122,15 @@ def inspect(
         typer.echo(str(target))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("encoder", "slide", "tiles", "width", "µm/px", "unreadable", box=None)
+    # A pipe has no width to fit, and what reads it wants a line a slide.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    table = Table("encoder", Column("slide", overflow="fold"), "tiles", "width", "µm/px", "unreadable", box=None)
     for row in list_store(store, encoder):
         tiles = " ".join(f"{name}:{count}" for name, count in row.tiles.items())
         table.add_row(row.encoder, row.slide_id, tiles, str(row.dim), row.mpp, str(row.unreadable or ""))
-    Console().print(table)
+    console.print(table)
 
 
 @app.command("import")
@@ -154,10 +162,10 @@ def _numbers(text: str) -> tuple[float, ...]:
 def _tell(summary: Summary) -> None:
     for outcome in summary.of("failed") + summary.of("stale"):
         typer.echo(f"{outcome.status:<8}{outcome.slide_id}: {outcome.why}")
-    counts = ", ".join(f"{len(summary.of(s))} {s}" for s in ("done", "skipped", "stale", "failed"))
+    _table(summary)
     speed = summary.tiles / max(1e-9, summary.seconds)
     typer.echo(
-        f"{counts}; {summary.tiles} tiles in {summary.seconds:.1f} s ({speed:.0f} tiles/s, "
+        f"{summary.tiles} tiles in {summary.seconds:.1f} s ({speed:.0f} tiles/s, "
         f"{summary.pixels * 3 / 1e9 / max(1e-9, summary.seconds):.2f} GB/s, "
         f"encoders idle {summary.encoder_idle:.0%}); {summary.table}"
     )
@@ -167,3 +175,14 @@ def _tell(summary: Summary) -> None:
     lost = len(summary.of("failed")) + len(summary.of("stale"))
     if lost:
         raise PartialResultError(f"{lost} of {len(summary.outcomes)} slides have no features.", f"See {summary.table}.")
+
+
+def _table(summary: Summary) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    table = Table("slides", Column("number", justify="right"), Column("tiles", justify="right"), box=None)
+    for status in ("done", "skipped", "stale", "failed"):
+        found = summary.of(status)
+        table.add_row(status, str(len(found)), f"{sum(o.tiles for o in found):,}")
+    Console().print(table)

@@ -1,4 +1,4 @@
-"""`cfusion preprocess shard` and `verify-shards`: features to WebDataset shards, and whether they are whole."""
+"""`cfusion preprocess shard`: features to WebDataset shards; and whether shards are whole."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ class Dtype(enum.StrEnum):
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands to `cfusion preprocess`."""
+    """Add the command to `cfusion preprocess`."""
     app.command("shard")(shard)
-    app.command("verify-shards")(verify_shards)
 
 
 def shard(
@@ -51,8 +50,8 @@ def shard(
         raise PartialResultError(f"{len(index.refused)} slides were left out.", "The others are packed.")
 
 
-def verify_shards(shards: Annotated[Path, typer.Argument(help="Folder of shards.")]) -> None:
-    """Check every byte of a folder of shards against its index."""
+def verify_shards(shards: Path) -> None:
+    """Check every byte of a folder of shards against its index, and tell what is found."""
     from cfusion.data.verify import verify_shards as verify
     from cfusion.errors import DataError
 

@@ -14,7 +14,7 @@ import numpy as np
 from cfusion.data.shard_index import Member, Shard
 from cfusion.errors import ShardsError
 
-REPAIR = "Copy or pack the shards again; `cfusion preprocess verify-shards` lists the slides that are whole."
+REPAIR = "Copy or pack the shards again; `cfusion preprocess verify` lists the slides that are whole."
 _GAP = 8192
 
 

@@ -119,5 +119,5 @@ def test_a_real_slide_goes_the_whole_way_to_shards(shared, tmp_path):
     assert done.returncode == 0, done.stderr + done.stdout
     done = cfusion("preprocess", "shard", tmp_path / "features", "--out", tmp_path / "shards")
     assert done.returncode == 0, done.stderr + done.stdout
-    done = cfusion("preprocess", "verify-shards", tmp_path / "shards")
+    done = cfusion("preprocess", "verify", tmp_path / "shards")
     assert done.returncode == 0, done.stderr + done.stdout

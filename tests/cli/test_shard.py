@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import pytest
-import typer
 from made_up_slides import make_slide
 from typer.testing import CliRunner
 
-from cfusion.cli import shard
+from cfusion.cli import preprocess
 from cfusion.data.shards import ShardDataset
 from cfusion.data.store import write_slide
 from cfusion.errors import ConfigError, DataError, PartialResultError
@@ -19,9 +18,7 @@ def store(tmp_path):
 
 
 def call(*arguments):
-    app = typer.Typer()
-    shard.register(app)
-    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=True)
+    return CliRunner().invoke(preprocess.app, [str(a) for a in arguments], catch_exceptions=True)
 
 
 def test_a_store_is_packed_checked_and_read(store, tmp_path):
@@ -31,7 +28,7 @@ def test_a_store_is_packed_checked_and_read(store, tmp_path):
     dataset = ShardDataset.open(tmp_path / "shards")
     assert dataset.index.encoder == "made-up"
     assert sorted(dataset.slide_ids) == ["s0", "s1", "s2", "s3"]
-    result = call("verify-shards", tmp_path / "shards")
+    result = call("verify", tmp_path / "shards")
     assert (result.exit_code, result.output) == (0, "4 slides, all whole\n")
 
 
@@ -48,7 +45,7 @@ def test_damage_is_listed_with_the_slides_that_are_whole(store, tmp_path):
     with (tmp_path / "shards" / index.shards[0].name).open("r+b") as stream:
         stream.seek(sample.members["x5.npy"].offset + 140)
         stream.write(b"\x55\x55")
-    result = call("verify-shards", tmp_path / "shards")
+    result = call("verify", tmp_path / "shards")
     assert isinstance(result.exception, DataError)
     assert f"shard-000000.tar, {sample.slide_id}, x5.npy: its checksum" in result.output
     assert result.output.count("whole: ") == 3
