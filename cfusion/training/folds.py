@@ -87,7 +87,7 @@ def fit(
     train_set, test_set = sets["train"], sets["test"]
     assert train_set is not None
     assert test_set is not None
-    _seed("initial weights", config.seed, split)
+    torch.manual_seed(int(digest_json(["initial weights", _name(config, split)])[:15], 16))
     network = build(config.model, dataset.index.dim, config.evaluation.n_bins, config.data.magnifications)
     with tempfile.TemporaryDirectory() as scratch:
         job = FoldJob(
@@ -97,6 +97,7 @@ def fit(
             cases=cohort.cases,
             bins=bins,
             sampling_weights=_sampling_weights(config, cohort, train_set, bins),
+            name=_name(config, split),
             identity=digest_json(
                 [config.model_dump(mode="json", exclude={"output", "tracking"}), split.__dict__, dataset.index.digest]
             ),
@@ -118,7 +119,6 @@ def _train(
     config, train = job.config, job.config.train
     optimizer = make_optimizer(network, train)
     model, optimizer = runtime.prepare(network, optimizer)
-    _seed("dropout", config.seed, split, runtime.rank)
     stepper = Stepper(runtime, model, optimizer, LOSSES[train.loss], train.alpha, train.clip_norm)
     state = train_fold(runtime, job, network, stepper)
     training_risks = -patient_survival(predict_logits(runtime, network, job.train, train.micro_batch), job.train).sum(
@@ -199,5 +199,5 @@ def _with_outcomes(frame: pd.DataFrame, config: Config, cohort: Cohort, split: S
     return pd.concat([pd.DataFrame(told), frame.drop(columns=["case_id", "risk"])], axis=1)
 
 
-def _seed(purpose: str, seed: int, split: Split, rank: int = 0) -> None:
-    torch.manual_seed(int(digest_json([purpose, seed, split.repeat, split.fold, rank])[:15], 16))
+def _name(config: Config, split: Split) -> str:
+    return f"seed {config.seed}, repeat {split.repeat}, fold {split.fold}"

@@ -25,7 +25,7 @@ from cfusion.training.inference import BagSet, patient_survival, predict_logits
 from cfusion.training.interruption import stop_requested
 from cfusion.training.runtime import Runtime
 from cfusion.training.schedule import learning_rate
-from cfusion.training.step import Share, Stepper
+from cfusion.training.step import Share, Stepper, dropout_seed
 from cfusion.types import SurvivalOutput, Targets
 
 
@@ -40,6 +40,7 @@ class FoldJob:
         cases: Outcomes by patient: `time_months`, `event`.
         bins: Time bins of the training patients.
         sampling_weights: [bag], for `sampling: weighted`; None otherwise.
+        name: Of the training among those of other seeds and folds; its dropout follows from it.
         identity: Digest of all of this, for checkpoints.
         folder: Where checkpoints go.
         on_epoch: Called on rank 0 with each finished epoch's number and metrics.
@@ -51,6 +52,7 @@ class FoldJob:
     cases: pd.DataFrame
     bins: TimeBins
     sampling_weights: np.ndarray | None
+    name: str
     identity: str
     folder: Path
     on_epoch: Callable[[int, dict[str, float]], None]
@@ -170,7 +172,8 @@ def _shares(
         chosen = torch.as_tensor(indices)
         own = Targets(targets.label[chosen], targets.event[chosen], targets.time_months[chosen])
         weights = torch.tensor(micro.weights, dtype=runtime.dtype, device=runtime.device)
-        yield Share(batch, own.to(runtime.device), weights)
+        seed = dropout_seed(job.name, epoch, [job.train.bags[i].key for i in indices])
+        yield Share(batch, own.to(runtime.device), weights, seed)
 
 
 def _out_of_patience(state: TrainState, patience: int | None) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cfusion.errors import DataError
+from cfusion.files import digest_json
 from cfusion.survival.losses import Loss
 from cfusion.training.runtime import Runtime
 from cfusion.types import BagBatch, SurvivalOutput, Targets
@@ -28,11 +29,27 @@ class Share:
         batch: The bags.
         targets: Their outcomes.
         weights: [bag], 1, or 0 for a bag that only keeps this rank in step with the others.
+        seed: Of the pass's dropout, see `dropout_seed`.
     """
 
     batch: BagBatch
     targets: Targets
     weights: Tensor
+    seed: int
+
+
+def dropout_seed(training: str, epoch: int, keys: Sequence[str]) -> int:
+    """Seed of the dropout of one forward pass in training.
+
+    It hangs on nothing but the training, the epoch and the bags, so that masks are the same in whatever order bags
+    come, on whichever rank, and after a resume.
+
+    Args:
+        training: Name of the training: seed and fold of the run.
+        epoch: From 0.
+        keys: The bags of the pass, in order.
+    """
+    return int(digest_json([training, epoch, list(keys)])[:15], 16)
 
 
 @dataclass(frozen=True)
@@ -86,7 +103,7 @@ class Stepper:
         local_loss = 0.0
         for number, micro in enumerate(micro_batches):
             with self.runtime.accumulate(self.model, last=number == len(micro_batches) - 1):
-                output = self.model(micro.batch)
+                output = self._forward(micro)
                 if surrogates is None:
                     loss = (self.loss(output, micro.targets, alpha=self.alpha) * micro.weights).sum()
                     local_loss += loss.item()
@@ -107,6 +124,10 @@ class Stepper:
         self.optimizer.zero_grad()
         return StepReport(total / cases, norm, bool(stops))
 
+    def _forward(self, micro: Share) -> SurvivalOutput:
+        torch.manual_seed(micro.seed)
+        return self.model(micro.batch)
+
     def _refuse(self, micro_batches: Sequence[Share], what: str) -> None:
         cases = self.runtime.gather([case for micro in micro_batches for case in micro.batch.case_ids])
         raise DataError(
@@ -117,10 +138,8 @@ class Stepper:
     def _set_wise_gradients(self, micro_batches: Sequence[Share]) -> _SetWise:
         """Gradient of a set-wise loss with respect to the logits of each local micro-batch."""
         device = self.runtime.device
-        before = _random_state(device)
         with torch.no_grad():
-            local = [_heads(self.model(micro.batch)).double().cpu() for micro in micro_batches]
-        _set_random_state(device, before)
+            local = [_heads(self._forward(micro)).double().cpu() for micro in micro_batches]
         rows = [
             (
                 heads[i],
@@ -160,13 +179,3 @@ def _heads(output: SurvivalOutput) -> Tensor:
 class _SetWise:
     loss: float
     gradients: list[Tensor]
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
