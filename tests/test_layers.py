@@ -21,7 +21,7 @@ LAYERS = (
         "cfusion.tracking",
         "cfusion.prediction",
         "cfusion.serving",
-        "cfusion.explain",
+        "cfusion.explanation",
         "cfusion.report",
         "cfusion.crossval",
         "cfusion.reproduction",

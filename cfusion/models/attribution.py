@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,7 @@ class AttentionMap:
 
 
 @torch.no_grad()
-def visit_attention(model: nn.Module, batch: BagBatch, visit: BlockVisit) -> None:
+def visit_attention(model: nn.Module, batch: BagBatch, visit: BlockVisit, only: Collection[str] | None = None) -> None:
     """Show the attention weights of every block to `visit`, a few queries at a time.
 
     They are the very weights that the output is made of in evaluation. No N×N tensor is made: of a large bag, a call
@@ -47,20 +47,26 @@ def visit_attention(model: nn.Module, batch: BagBatch, visit: BlockVisit) -> Non
         model: Any model built of `cfusion.models.attention.Attention` modules.
         batch: Bags; queries and keys are the block's own tokens, padding included.
         visit: Called in the order of the forward pass.
+        only: Names of the blocks that are shown; None: all.
     """
-    blocks = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
+    blocks = {name: module for name, module in _blocks(model).items() if only is None or name in only}
 
     def visitor(name: str) -> Callable[[slice, Tensor], None]:
         return lambda rows, weights: visit(name, rows, weights)
 
     try:
         for name, module in blocks.items():
-            module.visit = visitor(name.removesuffix(".attention"))
+            module.visit = visitor(name)
         with evaluating(model):
             model(batch)
     finally:
         for module in blocks.values():
             module.visit = None
+
+
+def _blocks(model: nn.Module) -> dict[str, Attention]:
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
+    return {name.removesuffix(".attention"): module for name, module in found.items()}
 
 
 def attention_maps(model: BagModel, batch: BagBatch) -> list[dict[str, AttentionMap]]:
@@ -95,6 +101,37 @@ def _maps_of_one(model: BagModel, bag: BagBatch) -> dict[str, AttentionMap]:
 
     visit_attention(model, bag, visit)
     return {block: dataclasses.replace(m, received=m.received / queries[block]) for block, m in maps.items()}
+
+
+def tile_attention(model: BagModel, bag: BagBatch) -> dict[str, Float[Tensor, " tile"]]:
+    """The share of each tile in what the model read of one bag, by magnification; a magnification's shares sum to 1.
+
+    Where a summary of the bag reads tiles (a class token, the rows of a pooling), a tile's share is the weight that the
+    summary gave it, a mean over rows, heads and blocks. Where those tiles have read others in turn (CrossFusion's 10x
+    tiles those of 5x and 20x), each passes its share on along its cross-attention, a mean over heads. Self-attention
+    between the tiles, which may carry what one of them showed to another, is left out.
+
+    Args:
+        model: From `build_model`; a model without attention has no shares.
+        bag: One bag without padding.
+    """
+    views = {block: model.tile_view(block, bag) for block in _blocks(model)}
+    shares: dict[str, Tensor] = {}
+
+    def add(block: str, share: Tensor) -> None:
+        name = views[block].magnification
+        shares[name] = shares[name] + share if name in shares else share
+
+    def read(block: str, rows: slice, weights: Tensor) -> None:
+        if rows.start == 0:
+            add(block, views[block].fold(weights[0])[:, : views[block].summaries].mean(dim=(0, 1)))
+
+    visit_attention(model, bag, read, [block for block, view in views.items() if view.summaries])
+    crosses = [block for block, view in views.items() if not view.summaries and view.grid is None]
+    if shares and crosses:
+        (readers,) = shares.values()
+        visit_attention(model, bag, lambda block, rows, w: add(block, readers[rows] @ w[0].mean(dim=0)), crosses)
+    return {name: share / share.sum() for name, share in shares.items()}
 
 
 def input_times_gradient(model: nn.Module, batch: BagBatch) -> dict[str, Float[Tensor, "bag tile"]]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from made_up_bags import WIDTH, bag, build, pad
 
-from cfusion.models import MODELS, attention_maps, input_times_gradient, visit_attention
+from cfusion.models import MODELS, attention_maps, input_times_gradient, tile_attention, visit_attention
 from cfusion.models.attention import SelfAttention
 from cfusion.models.attribution import split_bags
 from cfusion.models.dropped_attention import CHUNK_ELEMENTS
@@ -160,3 +160,26 @@ def test_split_bags_drops_the_padding():
         assert one.features["x20"].shape[2] == WIDTH
         assert all(torch.equal(one.features[n], expected.features[n]) for n in expected.features)
         assert all(torch.equal(one.positions[n], expected.positions[n]) for n in expected.positions)
+
+
+@pytest.mark.parametrize("name", WITH_ATTENTION)
+def test_shares_of_tiles_sum_to_one_at_every_magnification_read(name: str):
+    model, one = build(name), bag(3, 9)
+    shares = tile_attention(model, one)
+    assert set(shares) == set(model.magnification_names)
+    for magnification, share in shares.items():
+        assert share.shape == one.features[magnification].shape[1:2]
+        assert share.sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_shares_are_those_of_the_class_token_passed_on_by_cross_attention():
+    model, one = build("crossfusion"), bag(3, 9)
+    maps = attention_maps(model, one)[0]
+    read = sum(maps[f"final.{half}.0"].summary.mean(dim=0) for half in ("pre", "post"))
+    shares = tile_attention(model, one)
+    torch.testing.assert_close(shares["x10"], read / read.sum())
+    weights = {}
+    visit_attention(model, one, lambda block, rows, w: weights.setdefault(block, []).append(w[0]), ["cross.x20"])
+    assert set(weights) == {"cross.x20"}
+    passed = read @ torch.cat(weights["cross.x20"], dim=1).mean(dim=0)
+    torch.testing.assert_close(shares["x20"], passed / passed.sum())

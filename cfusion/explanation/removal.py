@@ -1,0 +1,114 @@
+"""The risk of a bag without some of its tiles: many subsets, a few bags at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import nn
+
+from cfusion.errors import DataError
+from cfusion.types import BagBatch, SlideFeatures, magnification_value
+
+TOKEN_BUDGET = 16_384
+"""Tiles of one forward pass over all its bags; a bag larger than this goes alone."""
+
+Keep = dict[str, Bool[np.ndarray, " tile"]]
+"""Per magnification name, which tiles of a bag stay."""
+
+
+class Lineage:
+    """Which tiles lie in which: the tiles that go when one is removed.
+
+    Args:
+        slide: Its parents tell; where it has none, a tile goes alone.
+        names: Magnifications of the bag.
+    """
+
+    def __init__(self, slide: SlideFeatures, names: Sequence[str]) -> None:
+        self.names = sorted(names, key=magnification_value, reverse=True)
+        self.counts = {name: len(slide.features[name]) for name in self.names}
+        stored = sorted(slide.features, key=magnification_value, reverse=True)
+        self._ancestor: dict[tuple[str, str], np.ndarray] = {}
+        for fine in self.names:
+            row = np.arange(self.counts[fine])
+            for level, coarser in zip(stored[stored.index(fine) :], stored[stored.index(fine) + 1 :], strict=False):
+                if level not in slide.parents:
+                    break
+                row = slide.parents[level][row]
+                self._ancestor[fine, coarser] = row
+
+    def without(self, name: str, removed: Bool[np.ndarray, " tile"]) -> Keep:
+        """What stays when tiles of magnification `name` go, each with all that lies in it."""
+        keep = {other: np.ones(count, bool) for other, count in self.counts.items()}
+        keep[name] = ~removed
+        for fine in self.names:
+            if (fine, name) in self._ancestor:
+                keep[fine] = ~removed[self._ancestor[fine, name]]
+        return keep
+
+
+def is_bag(keep: Keep) -> bool:
+    """Whether every magnification keeps a tile: without, a model has no answer."""
+    return all(flags.any() for flags in keep.values())
+
+
+@torch.inference_mode()
+def risks_without(
+    model: nn.Module,
+    bag: BagBatch,
+    keeps: Sequence[Callable[[], Keep]],
+    on_done: Callable[[int], None] = lambda count: None,
+) -> Float[np.ndarray, " subset"]:
+    """The risk of one bag reduced to each of several subsets of its tiles.
+
+    Memory is bounded: subsets are made when they are needed, and at most `TOKEN_BUDGET` tiles, or one bag, are in a
+    forward pass.
+
+    Args:
+        model: In evaluation.
+        bag: One bag without padding.
+        keeps: Makers of the subsets.
+        on_done: Told how many subsets are finished.
+
+    Returns:
+        f64; NaN for a subset that leaves a magnification empty.
+
+    Raises:
+        DataError: A risk is not finite.
+    """
+    risks = np.full(len(keeps), np.nan)
+    for first, chunk in _chunks(bag, keeps):
+        whole = [(first + i, keep) for i, keep in enumerate(chunk) if is_bag(keep)]
+        if whole:
+            batch = _select(bag, whole[0][1]) if len(whole) == 1 else _masked(bag, [keep for _, keep in whole])
+            found = model(batch).risk.double().cpu().numpy()
+            if not np.isfinite(found).all():
+                raise DataError(f"bag {', '.join(bag.case_ids)}: a risk is not finite.", "Check its features.")
+            risks[[number for number, _ in whole]] = found
+        on_done(len(chunk))
+    return risks
+
+
+def _chunks(bag: BagBatch, keeps: Sequence[Callable[[], Keep]]) -> Iterator[tuple[int, list[Keep]]]:
+    tiles = sum(features.shape[1] for features in bag.features.values())
+    size = max(1, TOKEN_BUDGET // tiles)
+    for first in range(0, len(keeps), size):
+        yield first, [make() for make in keeps[first : first + size]]
+
+
+def _select(bag: BagBatch, keep: Keep) -> BagBatch:
+    device = next(iter(bag.features.values())).device
+    rows = {name: torch.from_numpy(np.flatnonzero(flags)).to(device) for name, flags in keep.items()}
+    positions = bag.positions and {name: bag.positions[name][:, index] for name, index in rows.items()}
+    return BagBatch({n: bag.features[n][:, index] for n, index in rows.items()}, None, positions, bag.case_ids)
+
+
+def _masked(bag: BagBatch, keeps: Sequence[Keep]) -> BagBatch:
+    count = len(keeps)
+    device = next(iter(bag.features.values())).device
+    masks = {name: torch.from_numpy(np.stack([keep[name] for keep in keeps])).to(device) for name in bag.features}
+    positions = bag.positions and {n: p.expand(count, -1, -1) for n, p in bag.positions.items()}
+    return BagBatch({n: f.expand(count, -1, -1) for n, f in bag.features.items()}, masks, positions, bag.case_ids)

@@ -1,0 +1,226 @@
+"""Scores of every tile of a slide, and the zarr group they are kept in.
+
+`explanation.zarr` is a zarr v3 group. Its attributes:
+
+- `format`: `cfusion-explanation-1`;
+- `slide_id`, `encoder`, `slide_size_px` ([width, height] of level 0, or null), `mpp` (µm per level-0 px, or null);
+- `model` (what was explained, in words), `models` (how many folds), `cohort`, `endpoint`;
+- `risk`, `risk_sd` (over folds; null for one model), `risks` (one a fold), `risk_cutoff` (mean over folds of the median
+  risk of the training patients);
+- `months`, `survival`, `survival_sd`: the curve, mean and spread over folds;
+- `methods`: by name, in the order of the rows of `scores`: `{"unit", "signed", "meaning"}`. `signed` scores are above 0
+  where a tile raises the risk and want a diverging colour scale around 0; the others are not below 0;
+- `magnifications`: names, finest first; `program_version`.
+
+For each magnification a group `x20`, `x10`, … with the attribute `tile_px_level0` (side of a tile in level-0 px) and
+
+- `coords` i32 [tile, 2]: x, y of the top-left corner in level-0 px, in the order of the feature store;
+- `scores` f32 [method, tile]: mean over folds; NaN where a method has no score at this magnification;
+- `sd` f32 [method, tile]: standard deviation over folds; NaN where there is one model;
+- `parent` i32 [tile]: row in the next coarser magnification; absent at the coarsest, and where the source had none.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import zarr
+from jaxtyping import Float32, Int32
+
+import cfusion
+from cfusion.errors import DataError
+from cfusion.files import atomic_path
+from cfusion.types import magnification_value
+
+FORMAT = "cfusion-explanation-1"
+
+ZARR_NAME = "explanation.zarr"
+"""Name of the group in the folder of an explanation."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to score tiles.
+
+    Attributes:
+        unit: Of its scores.
+        signed: Whether scores below 0 mean something: a tile that lowers the risk.
+        meaning: What a score says, as a sentence.
+    """
+
+    unit: str
+    signed: bool
+    meaning: str
+
+
+METHODS = {
+    "attention": Method(
+        "× the mean tile",
+        False,
+        "How much more than the mean tile this one was read by the bag's summary; not whether it raises the risk.",
+    ),
+    "gradient": Method(
+        "risk",
+        True,
+        "Embedding times gradient of the risk: to first order, what the risk would lose with a zero embedding.",
+    ),
+    "occlusion": Method("risk", True, "What the risk loses when the tile and all that lies in it are removed."),
+}
+"""All methods; an explanation holds those that were asked for and that its model has."""
+
+
+@dataclass(frozen=True)
+class TileScores:
+    """The tiles of one magnification and their scores.
+
+    Attributes:
+        coords: Top-left corners in level-0 px.
+        side_px: Side of a tile in level-0 px.
+        mean: Mean over folds; rows are the explanation's methods; NaN where a method has none.
+        sd: Standard deviation over folds; NaN where there is one model.
+        parent: Row in the next coarser magnification; None at the coarsest and where the source has no parents.
+    """
+
+    coords: Int32[np.ndarray, "tile 2"]
+    side_px: float
+    mean: Float32[np.ndarray, "method tile"]
+    sd: Float32[np.ndarray, "method tile"]
+    parent: Int32[np.ndarray, " tile"] | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    """Why a fold ensemble gave a slide its risk.
+
+    Attributes:
+        slide_id: The slide.
+        methods: Keys of `METHODS`, the rows of the scores.
+        levels: Per magnification name, finest first.
+        curve: Columns `months, survival, survival_sd`.
+        risks: One a fold.
+        attrs: What else the zarr group tells: encoder, model, cohort, endpoint, slide size, µm/px, risk cut-off.
+    """
+
+    slide_id: str
+    methods: tuple[str, ...]
+    levels: dict[str, TileScores]
+    curve: pd.DataFrame
+    risks: tuple[float, ...]
+    attrs: dict[str, Any]
+
+    @property
+    def risk(self) -> float:
+        """Mean over folds; higher is worse."""
+        return float(np.mean(self.risks))
+
+    @property
+    def risk_sd(self) -> float:
+        """Standard deviation over folds; NaN for one model."""
+        return float(np.std(self.risks)) if len(self.risks) > 1 else float("nan")
+
+    def scores(self, magnification: str, method: str) -> Float32[np.ndarray, " tile"]:
+        """One method's mean scores of one magnification's tiles."""
+        return self.levels[magnification].mean[self.methods.index(method)]
+
+    def has(self, magnification: str, method: str) -> bool:
+        """Whether the method scored the tiles of this magnification."""
+        return bool(np.isfinite(self.scores(magnification, method)).any())
+
+    def table(self, magnification: str) -> pd.DataFrame:
+        """One row per tile: `x_px, y_px` (level 0), then each method's mean and `METHOD_sd`."""
+        level = self.levels[magnification]
+        columns: dict[str, Any] = {"x_px": level.coords[:, 0], "y_px": level.coords[:, 1]}
+        for row, method in enumerate(self.methods):
+            columns[method], columns[f"{method}_sd"] = level.mean[row], level.sd[row]
+        return pd.DataFrame(columns).rename_axis("tile")
+
+    def summary(self) -> pd.DataFrame:
+        """One row per magnification and method: tiles, range of the scores, and the mean spread over folds."""
+        rows = [
+            {
+                "magnification": name, "method": method, "unit": METHODS[method].unit, "tiles": len(level.coords),
+                "lowest": np.nanmin(level.mean[row]), "highest": np.nanmax(level.mean[row]),
+                "sd_over_folds": level.sd[row].mean(),
+            }
+            for name, level in self.levels.items()
+            for row, method in enumerate(self.methods)
+            if self.has(name, method)
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        tiles = ", ".join(f"{name}: {len(level.coords)}" for name, level in self.levels.items())
+        return (
+            f"Explanation({self.slide_id}: risk {self.risk:.3f}, {len(self.risks)} models, tiles {tiles}, "
+            f"{', '.join(self.methods)})"
+        )
+
+    def _repr_html_(self) -> str:
+        table = self.summary().to_html(index=False, float_format="{:.3g}".format, border=0)
+        spread = f" ± {self.risk_sd:.3f}" if len(self.risks) > 1 else ""
+        return f"<p>{self.slide_id}: risk {self.risk:.3f}{spread} over {len(self.risks)} models</p>{table}"
+
+
+def write_explanation(explanation: Explanation, target: str | os.PathLike[str]) -> None:
+    """Write an explanation as a zarr group, whole or not at all; the module's docstring tells its format."""
+    with atomic_path(target) as temporary:
+        group = zarr.open_group(temporary, mode="w", zarr_format=3)
+        group.attrs.update(
+            {
+                **explanation.attrs,
+                "format": FORMAT,
+                "program_version": cfusion.__version__,
+                "slide_id": explanation.slide_id,
+                "risk": explanation.risk,
+                "risk_sd": explanation.risk_sd if len(explanation.risks) > 1 else None,
+                "risks": list(explanation.risks),
+                "models": len(explanation.risks),
+                **{
+                    name: [None if np.isnan(v) else float(v) for v in explanation.curve[name]]
+                    for name in ("months", "survival", "survival_sd")
+                },
+                "methods": {name: METHODS[name].__dict__ for name in explanation.methods},
+                "magnifications": list(explanation.levels),
+            }
+        )
+        for name, level in explanation.levels.items():
+            arrays = {"coords": level.coords, "scores": level.mean, "sd": level.sd, "parent": level.parent}
+            for key, array in arrays.items():
+                if array is not None:
+                    group.create_array(f"{name}/{key}", data=array)
+            group[name].attrs["tile_px_level0"] = float(level.side_px)
+
+
+def read_explanation(path: str | os.PathLike[str]) -> Explanation:
+    """Read what `write_explanation` wrote; `path` is the group or the folder that holds it.
+
+    Raises:
+        DataError: There is none, or it is of another format.
+    """
+    path = Path(path)
+    path = path if path.suffix == ".zarr" else path / ZARR_NAME
+    try:
+        group: Any = zarr.open_group(path, mode="r")
+        attrs = dict(group.attrs)
+        if attrs.get("format") != FORMAT:
+            raise DataError(f"{path}: its format is {attrs.get('format')!r}, expected {FORMAT!r}.")
+        levels = {
+            name: _read_level(group[name])
+            for name in sorted(attrs["magnifications"], key=magnification_value, reverse=True)
+        }
+        curve = pd.DataFrame({n: np.array(attrs.pop(n), float) for n in ("months", "survival", "survival_sd")})
+        methods, risks = tuple(attrs.pop("methods")), tuple(attrs.pop("risks"))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: is not an explanation ({error}).", "Run `cfusion explain` again.") from error
+    return Explanation(attrs.pop("slide_id"), methods, levels, curve, risks, attrs)
+
+
+def _read_level(group: Any) -> TileScores:
+    coords, mean, sd = (np.asarray(group[key][:]) for key in ("coords", "scores", "sd"))
+    parent = np.asarray(group["parent"][:]) if "parent" in group else None
+    return TileScores(coords, float(group.attrs["tile_px_level0"]), mean, sd, parent)

@@ -1,0 +1,11 @@
+"""One trained ensemble for all tests of explanations."""
+
+import pytest
+from planted_bags import ensemble
+
+from cfusion.prediction import FoldEnsemble
+
+
+@pytest.fixture(scope="session")
+def folds(tmp_path_factory) -> FoldEnsemble:
+    return ensemble(tmp_path_factory.mktemp("ensemble"), epochs=16)
