@@ -1,4 +1,4 @@
-"""`cfusion demo`: the whole path on phantom cohorts."""
+"""`cfusion demo`: the whole path on phantom cohorts; `cfusion phantom`: such a cohort alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command()(demo)
+    app.command()(phantom)
 
 
 def demo(
@@ -34,3 +35,30 @@ def demo(
     columns = ["cohort", "model", "protocol", "cindex_pooled", "cindex_low", "cindex_high", "oracle", "permuted"]
     typer.echo(result.summary[columns].to_string(index=False, float_format="{:.3f}".format))
     typer.echo(f"report: {result.page}")
+
+
+def phantom(
+    out: Annotated[Path, typer.Argument(help="Folder for the slides and the tables.")],
+    cases: Annotated[int, typer.Option(help="Patients.", min=1)] = 40,
+    like: Annotated[str, typer.Option(help="Which of the demo's cohorts: phantom-a or phantom-b.")] = "phantom-a",
+) -> None:
+    """Draw a phantom cohort to try things on: pyramidal slides, and a table of made-up patients.
+
+    Two slides a second; nothing in it is data about people. OUT/slides holds the slides, OUT/cohort.csv the columns
+    patient, slide, time (months) and event, OUT/truth.csv the planted risk.
+
+    Example:
+
+      cfusion phantom study --cases 40
+    """
+    import dataclasses
+
+    from cfusion.errors import ConfigError
+    from preprocess.phantom import PHANTOMS, draw_cohort
+
+    known = {spec.name: spec for spec in PHANTOMS}
+    if like not in known:
+        raise ConfigError(f"--like {like}: expected {' or '.join(known)}.")
+    cohort = draw_cohort(dataclasses.replace(known[like], patients=cases, two_slides=min(1, cases)), out)
+    typer.echo(f"slides: {cohort.slides}")
+    typer.echo(f"table: {cohort.table}")
