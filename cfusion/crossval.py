@@ -26,9 +26,14 @@ from cfusion.console import Progress, progress
 from cfusion.data.shards import ShardDataset
 from cfusion.errors import ConfigError
 from cfusion.files import atomic_path, digest_file, digest_json, read_json, write_json, write_text
+from cfusion.report import figures
+from cfusion.report.standalone import run_figures, write_figures
 from cfusion.splits import make_splits, splits_digest, write_splits
 from cfusion.survival.score import Scores, score
-from cfusion.tracking import TrackedRun, register_ensemble
+from cfusion.tracking import TrackedRun
+from cfusion.tracking.facts import run_inputs, run_name, run_params, run_tags, version_tags
+from cfusion.tracking.machine import write_environment
+from cfusion.tracking.registry import check_registration
 from cfusion.training.folds import FoldRun, fit, open_run_shards
 from cfusion.training.interruption import graceful_stop
 from cfusion.training.runtime import Runtime
@@ -137,21 +142,22 @@ def cross_validate(config: Config) -> Scores:
     run = prepare(config)
     runtime.agree("configuration, data or program version", run.identity)
     if runtime.is_main:
+        check_registration(config, run.dataset.index)
         _claim(run)
     runtime.barrier()
-    parent = _tracked(runtime, run)
-    try:
+    with _tracked(runtime, run) as parent:
         with graceful_stop(), progress(f"{run.cohort.name} {config.model.name}", len(run.splits)) as bar:
             frames = [_fold(runtime, run, split, parent, bar) for split in run.splits]
-    except BaseException:
-        parent.close("FAILED")
-        raise
-    scores = score(
-        pd.concat(frames, ignore_index=True), run.cohort, run.splits,
-        bootstrap=config.evaluation.bootstrap, horizons=config.evaluation.horizons_months,
-    )  # fmt: skip
+        scores = score(
+            pd.concat(frames, ignore_index=True), run.cohort, run.splits,
+            bootstrap=config.evaluation.bootstrap, horizons=config.evaluation.horizons_months,
+        )  # fmt: skip
+        if runtime.is_main:
+            _finish(run, scores, parent)
     if runtime.is_main:
-        _finish(run, scores, parent)
+        name = config.tracking.register_as
+        version = parent.registered(name) if name else None
+        write_json(config.output / "done.json", {"identity": run.identity, "registered_version": version})
     runtime.barrier()
     return scores
 
@@ -182,33 +188,32 @@ def _claim(run: PreparedRun) -> None:
 
 
 def _tracked(runtime: Runtime, run: PreparedRun) -> TrackedRun:
-    config = run.config
-    flat = pd.json_normalize(config.model_dump(mode="json", exclude={"output", "tracking"})).iloc[0]
-    params = {str(key): value for key, value in flat.items()} | {
-        k: run.provenance[k] for k in ("shards_digest", "splits_digest", "table_sha256")
-    }
+    config, encoder = run.config, run.dataset.index.encoder
     tracking = config.tracking if runtime.is_main else config.tracking.model_copy(update={"enabled": False})
-    return TrackedRun(tracking, config.output, f"{run.cohort.name}-{config.model.name}", params)
+    tracked = TrackedRun.begin(
+        tracking,
+        config.output,
+        run_name(config, encoder),
+        run_params(config, run.provenance),
+        run_tags(config, encoder),
+    )
+    tracked.inputs(run_inputs(config, run.cohort, run.dataset.index, run.provenance))
+    return tracked
 
 
 def _fold(runtime: Runtime, run: PreparedRun, split: Split, parent: TrackedRun, bar: Progress) -> pd.DataFrame:
     name = f"fold_{split.fold}" if run.config.splits.repeats == 1 else f"repeat_{split.repeat}_fold_{split.fold}"
     folder = run.config.output / name
-    if not folder.is_dir():
-        child = parent.child(name, {"fold": split.fold, "repeat": split.repeat})
-        try:
+    with parent.child(name, {"fold": split.fold, "repeat": split.repeat}) as child:
+        if not folder.is_dir():
             result = fit(
                 run.config, run.cohort, split, runtime=runtime, folder=run.config.output / "checkpoints" / name,
                 on_epoch=lambda epoch, metrics: child.log(metrics, epoch),
             )  # fmt: skip
-        except BaseException:
-            child.close("FAILED")
-            raise
-        if runtime.is_main:
-            _write_fold(folder, result)
-            child.artifacts(folder)
-        child.close()
-        runtime.barrier()
+            if runtime.is_main:
+                _write_fold(folder, result)
+            runtime.barrier()
+        child.artifacts(folder)
     bar.advance(note=name)
     return pd.read_csv(folder / "predictions.csv", dtype={"case_id": str}, float_precision="round_trip")
 
@@ -218,6 +223,8 @@ def _write_fold(folder: Path, result: FoldRun) -> None:
         result.model.save(temporary / "model")
         result.predictions.to_csv(temporary / "predictions.csv", index=False)
         result.history.to_csv(temporary / "history.csv", index=False)
+        curves = figures.learning_curves(result.history, f"fold {result.split.fold}")
+        write_figures(temporary, {"learning_curves": curves})
         write_json(temporary / "fold.json", {"best_epoch": result.best_epoch, "fold": result.split.fold})
 
 
@@ -226,12 +233,14 @@ def _finish(run: PreparedRun, scores: Scores, parent: TrackedRun) -> None:
     scores.predictions.to_csv(folder / "predictions.csv", index=False)
     scores.folds.to_csv(folder / "scores.csv", index=False)
     scores.summary.to_csv(folder / "summary.csv", index=False)
+    histories = [pd.read_csv(path) for path in sorted(folder.glob("*fold_*/history.csv"))]
+    write_figures(folder / "figures", run_figures(scores, pd.concat(histories, ignore_index=True)))
+    write_environment(folder / "environment")
     row = scores.summary.iloc[0]
     parent.log({k: float(row[k]) for k in ("cindex_pooled", "cindex_mean", "cindex_std", "cindex_low", "cindex_high")})
     for name in ("config.yaml", "audit.json", "run.json", "predictions.csv", "scores.csv", "summary.csv"):
-        parent.artifact(folder / name)
-    version = None
+        parent.artifacts(folder / name)
+    for name in ("figures", "environment", "splits"):
+        parent.artifacts(folder / name, under=name)
     if run.config.tracking.register_as:
-        version = register_ensemble(parent, folder, run.config.tracking.register_as, "candidate")
-    parent.close()
-    write_json(folder / "done.json", {"identity": run.identity, "registered_version": version})
+        parent.register(run.config.tracking.register_as, version_tags(run.config, row))

@@ -80,12 +80,23 @@ class FoldEnsemble:
         Raises:
             DataError: There is none, or they do not read the same embeddings.
         """
-        models = tuple(FittedModel.load(path.parent) for path in sorted(folder.glob("**/model.json")))
+        models = tuple(FittedModel.load(path) for path in cls.folders(folder))
         if not models:
             raise DataError(f"{folder}: holds no model.json.", "Give the folder of a finished run.")
         if len({(m.card.encoder, m.card.backbone_dim, m.card.magnifications) for m in models}) > 1:
             raise DataError(f"{folder}: its models read different embeddings.", topic="encoder")
         return cls(models)
+
+    @staticmethod
+    def folders(folder: Path) -> list[Path]:
+        """The folders of the fold models below `folder`, sorted."""
+        return sorted(path.parent for path in folder.glob("**/model.json"))
+
+    @property
+    def risk_cutoff(self) -> float | None:
+        """Mean of the folds' cut-offs, as its risk is the mean of theirs; above it is the high-risk group."""
+        cutoffs = [model.card.risk_cutoff for model in self.models if model.card.risk_cutoff is not None]
+        return float(np.mean(cutoffs)) if len(cutoffs) == len(self.models) else None
 
     def predict_bag(self, features: Mapping[str, np.ndarray]) -> pd.DataFrame:
         """Risk and survival of one bag.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import mlflow.models
-import numpy as np
 import pandas as pd
 from mlflow.pyfunc.model import PythonModel
 
@@ -23,10 +22,11 @@ class ServedEnsemble(PythonModel):
         """Read the fold models among the run's artifacts."""
         self.ensemble = FoldEnsemble.load(Path(context.artifacts["folds"]))
 
-    def predict(
-        self, context: Any, model_input: dict[str, np.ndarray], params: dict[str, Any] | None = None
-    ) -> pd.DataFrame:
-        """Risk and survival of one bag: f32 [tile, dim] per magnification name (see `FoldEnsemble.predict_bag`)."""
+    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Risk and survival of one bag: f32 [tile, dim] per magnification name (see `FoldEnsemble.predict_bag`).
+
+        The registered signature is the type of the input; MLflow would take an annotation for another one.
+        """
         return self.ensemble.predict_bag(model_input)
 
 

@@ -68,10 +68,13 @@ def _openslide() -> str:
 def _mlflow() -> str:
     from cfusion.config import TrackingConfig
     from cfusion.tracking import TrackedRun
+    from cfusion.tracking.delivery import send
+    from cfusion.tracking.server import tracking_uri
 
     with tempfile.TemporaryDirectory() as folder:
-        run = TrackedRun(TrackingConfig(experiment="doctor"), Path(folder) / "run", "doctor", {})
-        run.close()
+        tracking, output = TrackingConfig(experiment="doctor"), Path(folder) / "run"
+        TrackedRun.begin(tracking, output, "doctor", {}).close()
+        send(output, tracking_uri(tracking, output))
     return f"{importlib.metadata.version('mlflow')}, a run was recorded"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ class ModelCard:
         cohort: Cohort it was trained on.
         endpoint: What its event is.
         fold: Fold it belongs to.
-        risk_cutoff: Median risk of its training patients; above it is the high-risk group.
+        risk_cutoff: Median risk of its training patients; above it is the high-risk group. None where its training
+            did not come to its end.
+        embeddings: How the embeddings were made, as the shards tell it: weight digest, transform, resample filter, …
     """
 
     model: dict[str, Any]
@@ -42,7 +44,8 @@ class ModelCard:
     cohort: str
     endpoint: str
     fold: int
-    risk_cutoff: float
+    risk_cutoff: float | None
+    embeddings: dict[str, Any] = field(default_factory=dict)
 
 
 _CARD = TypeAdapter(ModelCard)

@@ -1,0 +1,244 @@
+"""Brings a run's journal to MLflow: in order, each record once, from wherever the last attempt stopped.
+
+A record is counted as sent after the server took it. Where a process dies between the two it is sent again, which
+changes nothing: a run is found by its id, and MLflow keeps one of several equal metrics, parameters and inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cfusion.errors import ConfigError, DataError
+from cfusion.files import read_json, write_json
+from cfusion.tracking.journal import JOURNAL_NAME, PARENT, Record, read_records
+from cfusion.tracking.server import REFUSALS, connect, experiment_id, public_name, unavailable
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME = "tracking.json"
+
+METRICS_AT_ONCE = 1000
+"""Most metrics that MLflow takes in one request."""
+
+PARAMS_AT_ONCE = 100
+"""Most parameters that MLflow takes in one request."""
+
+
+@dataclass
+class Delivery:
+    """How far a journal has come on one server.
+
+    Attributes:
+        position: Bytes of the journal that are sent.
+        runs: MLflow's run id of each run of the journal.
+        versions: Versions that were registered, by model name.
+        refused: Records that the server understood and did not take, and why.
+    """
+
+    position: int = 0
+    runs: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+
+
+def delivery_of(folder: Path, uri: str) -> Delivery:
+    """How far the journal of a run's folder has come at `uri`."""
+    path = folder / STATE_NAME
+    known = read_json(path) if path.exists() else {}
+    return Delivery(**known.get(public_name(uri), {}))
+
+
+def unsent(folder: Path, uri: str) -> int:
+    """Records of a run's journal that the server has not got."""
+    return sum(1 for _ in read_records(folder / JOURNAL_NAME, delivery_of(folder, uri).position))
+
+
+def send(folder: Path, uri: str) -> Delivery:
+    """Send what a run's journal holds and the server has not got.
+
+    Args:
+        folder: The run's output folder.
+        uri: Tracking server or database; one that has nothing of the run gets all of it.
+
+    Raises:
+        DataError: The folder holds no journal, or another process is sending it.
+        TrackingUnavailableError: The server does not answer; what it took is not sent again.
+        ConfigError: The run's model cannot be registered under its name. All else is sent.
+    """
+    with _alone(folder):
+        client = connect(uri)
+        state = delivery_of(folder, uri)
+        with unavailable(uri):
+            if state.runs and not _is_there(client, state.runs[PARENT]):
+                logger.warning("%s: no longer has this run; all of it is sent again", public_name(uri))
+                state = Delivery()
+        sender = _Sender(client, folder, state)
+        for records, end in _units(folder / JOURNAL_NAME, state.position):
+            with unavailable(uri):
+                sender.take(records)
+            state.position = end
+            _save(folder, uri, state)
+    if sender.name_taken is not None:
+        raise sender.name_taken
+    return state
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    try:
+        journal = (folder / JOURNAL_NAME).open("rb")
+    except OSError as error:
+        raise DataError(
+            f"{folder}: has no {JOURNAL_NAME} ({error.strerror}).", "Give the output folder of a tracked run."
+        ) from error
+    with journal:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{folder}: another process is sending this run.", "Wait until it is done.") from None
+        yield
+
+
+def _save(folder: Path, uri: str, state: Delivery) -> None:
+    path = folder / STATE_NAME
+    known = read_json(path) if path.exists() else {}
+    write_json(path, {**known, public_name(uri): state.__dict__})
+
+
+def _is_there(client: MlflowClient, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+
+
+def _units(journal: Path, position: int) -> Iterator[tuple[list[Record], int]]:
+    """What is sent and counted together: metrics of consecutive records, up to the limit; all else alone."""
+    waiting: list[Record] = []
+    count = 0
+    for record, end in read_records(journal, position):
+        size = len(record["values"]) if record["kind"] == "metrics" else 0
+        if waiting and (not size or count + size > METRICS_AT_ONCE):
+            yield waiting, position
+            waiting, count = [], 0
+        position = end
+        if size:
+            waiting.append(record)
+            count += size
+        else:
+            yield [record], end
+    if waiting:
+        yield waiting, position
+
+
+class _Sender:
+    """Takes records to one server."""
+
+    def __init__(self, client: MlflowClient, folder: Path, state: Delivery) -> None:
+        self.client, self.folder, self.state = client, folder, state
+        self.name_taken: ConfigError | None = None
+        self._takers: dict[str, Callable[[str, Record], None]] = {
+            "start": self._start, "inputs": self._inputs, "artifacts": self._artifacts, "status": self._status,
+            "register": self._register,
+        }  # fmt: skip
+
+    def take(self, records: list[Record]) -> None:
+        """Send records of one kind; what the server refuses is remembered and left behind."""
+        from mlflow.exceptions import MlflowException
+
+        first = records[0]
+        try:
+            if first["kind"] == "metrics":
+                self._metrics(records)
+            else:
+                self._takers[first["kind"]](self.state.runs.get(first["run"], ""), first)
+        except (MlflowException, DataError) as error:
+            if isinstance(error, MlflowException) and error.error_code not in REFUSALS:
+                raise
+            self._refuse(first, " ".join(str(error).split())[:300])
+        except ConfigError as error:
+            self.name_taken = error
+            self._refuse(first, str(error))
+
+    def _refuse(self, record: Record, why: str) -> None:
+        told = f"{record['run'] or 'run'}, {record['kind']}: {why}"
+        logger.warning("not tracked: %s", told)
+        self.state.refused.append(told)
+
+    def _start(self, _: str, record: Record) -> None:
+        """Make the MLflow run, or find it where an earlier attempt made it and died."""
+        from mlflow.entities import Param
+
+        experiment = experiment_id(self.client, record["experiment"])
+        found = self.client.search_runs([experiment], f"tags.`cfusion.id` = '{record['id']}'", max_results=1)
+        if found:
+            run_id = found[0].info.run_id
+        else:
+            tags = {**record["tags"], "cfusion.id": record["id"]}
+            if record["run"] != PARENT:
+                tags["mlflow.parentRunId"] = self.state.runs[PARENT]
+            created = self.client.create_run(experiment, start_time=record["time"], tags=tags, run_name=record["name"])
+            run_id = created.info.run_id
+        self.state.runs[record["run"]] = run_id
+        items = [Param(key, value) for key, value in record["params"].items()]
+        for start in range(0, len(items), PARAMS_AT_ONCE):
+            self.client.log_batch(run_id, params=items[start : start + PARAMS_AT_ONCE])
+
+    def _metrics(self, records: list[Record]) -> None:
+        from mlflow.entities import Metric
+
+        by_run: dict[str, list[Metric]] = {}
+        for record in records:
+            by_run.setdefault(record["run"], []).extend(
+                Metric(name, float(value), record["time"], record["step"]) for name, value in record["values"].items()
+            )
+        for run, metrics in by_run.items():
+            self.client.log_batch(self.state.runs[run], metrics=metrics)
+
+    def _inputs(self, run_id: str, record: Record) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        datasets = [
+            DatasetInput(
+                Dataset(data["name"], data["digest"][:36], data["kind"], data["source"], profile=data["profile"]),
+                [InputTag("mlflow.data.context", data["context"])],
+            )
+            for data in record["datasets"]
+        ]
+        self.client.log_inputs(run_id, datasets=datasets)
+
+    def _artifacts(self, run_id: str, record: Record) -> None:
+        path = self.folder / record["path"]
+        if path.is_dir():
+            self.client.log_artifacts(run_id, str(path), record["under"])
+        elif path.is_file():
+            self.client.log_artifact(run_id, str(path), record["under"])
+        else:
+            raise DataError(f"{path}: is not there any more.")
+
+    def _status(self, run_id: str, record: Record) -> None:
+        if record["status"] == "RUNNING":
+            self.client.update_run(run_id, "RUNNING")
+            return
+        if record["cause"]:
+            self.client.set_tag(run_id, "cause", record["cause"])
+        self.client.set_terminated(run_id, record["status"], end_time=record["time"])
+
+    def _register(self, run_id: str, record: Record) -> None:
+        from cfusion.tracking.registry import register_ensemble
+
+        version = register_ensemble(self.client, run_id, self.folder, record["name"], record["about"])
+        self.state.versions[record["name"]] = version

@@ -1,0 +1,83 @@
+"""What MLflow is told of a run: its name, what it can be searched by, its parameters, its data and its score."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from cfusion.config import Config
+from cfusion.data.shard_index import ShardIndex
+from cfusion.types import Cohort
+
+
+def run_name(config: Config, encoder: str) -> str:
+    """Cohort, encoder, model and seed, as a sweep crosses them; a protocol other than strict is added."""
+    parts = [config.cohort.name, encoder, config.model.name, f"seed{config.seed}"]
+    if config.evaluation.protocol != "strict":
+        parts.append(config.evaluation.protocol)
+    if config.evaluation.permute_outcomes is not None:
+        parts.append(f"permuted{config.evaluation.permute_outcomes}")
+    return "-".join(parts)
+
+
+def run_tags(config: Config, encoder: str) -> dict[str, str]:
+    """What runs are searched and grouped by."""
+    return {
+        "cohort": config.cohort.name,
+        "encoder": encoder,
+        "model": config.model.name,
+        "seed": str(config.seed),
+        "protocol": config.evaluation.protocol,
+        "outcomes": "real" if config.evaluation.permute_outcomes is None else "permuted",
+    }
+
+
+def run_params(config: Config, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting as `section.key`, and the digests of the data."""
+    flat = pd.json_normalize(config.model_dump(mode="json", exclude={"output", "tracking"})).iloc[0]
+    digests = {name: provenance[name] for name in ("shards_digest", "splits_digest", "table_sha256", "program")}
+    return {str(key): value for key, value in flat.items()} | digests
+
+
+def run_inputs(
+    config: Config, cohort: Cohort, index: ShardIndex, provenance: Mapping[str, Any]
+) -> list[dict[str, str]]:
+    """The data as MLflow's inputs: the clinical table, the shards and the folds, each by its digest."""
+    patients = {"patients": len(cohort.cases), "events": int(cohort.cases["event"].sum()), "endpoint": cohort.endpoint}
+    embeddings = {
+        "encoder": index.encoder, "dim": index.dim, "magnifications": index.magnifications, "dtype": index.dtype,
+        "slides": len(index.samples), "bytes": sum(shard.size for shard in index.shards), **index.provenance,
+    }  # fmt: skip
+    return [
+        _input(f"{cohort.name} outcomes", provenance["table_sha256"], str(config.cohort.table), "outcomes", patients),
+        _input(f"{cohort.name} {index.encoder}", provenance["shards_digest"], config.data.shards, "bags", embeddings),
+        _input(
+            f"{cohort.name} folds", provenance["splits_digest"], str(config.splits.directory or "drawn"), "folds",
+            config.splits.model_dump(mode="json"),
+        ),
+    ]  # fmt: skip
+
+
+def _input(name: str, digest: str, source: str, context: str, profile: Mapping[str, Any]) -> dict[str, str]:
+    kind = "http" if "://" in source else "local"
+    return {
+        "name": name, "digest": digest, "kind": kind, "source": json.dumps({"uri": source}), "context": context,
+        "profile": json.dumps(profile, default=str),
+    }  # fmt: skip
+
+
+def version_tags(config: Config, summary: pd.Series) -> dict[str, str]:
+    """What the registry shows of a version: what it was trained for, and how it scored."""
+    told = run_tags(config, "")
+    del told["encoder"]
+    return {
+        **told,
+        "endpoint": config.cohort.endpoint,
+        "patients": str(summary["n"]),
+        "cindex": f"{summary['cindex_pooled']:.4f}",
+        "low": f"{summary['cindex_low']:.4f}",
+        "high": f"{summary['cindex_high']:.4f}",
+    }

@@ -1,0 +1,79 @@
+"""The machine a run is on: how busy it is, under MLflow's names for that, and what is installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from cfusion.files import write_json, write_text
+
+_LAUNCH = (
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "OMP_NUM_THREADS",
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NUM_NODES",
+    "CUDA_VISIBLE_DEVICES",
+)
+
+
+class Machine:
+    """Looks at CPU, memory and GPUs; each look covers the time since the one before."""
+
+    def __init__(self) -> None:
+        psutil.cpu_percent()
+        self._process = psutil.Process()
+
+    def sample(self) -> dict[str, float]:
+        """Metrics by the names of MLflow's system metrics, which its pages draw in a place of their own."""
+        memory = psutil.virtual_memory()
+        return {
+            "system/cpu_utilization_percentage": psutil.cpu_percent(),
+            "system/system_memory_usage_megabytes": round(memory.used / 1e6, 1),
+            "system/system_memory_usage_percentage": memory.percent,
+            "system/process_memory_usage_megabytes": round(self._process.memory_info().rss / 1e6, 1),
+            **_gpus(),
+        }
+
+
+def _gpus() -> dict[str, float]:
+    told: dict[str, float] = {}
+    if not torch.cuda.is_initialized():
+        return told
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        told[f"system/gpu_{i}_memory_usage_megabytes"] = round((total - free) / 1e6, 1)
+        told[f"system/gpu_{i}_memory_usage_percentage"] = round(100 * (1 - free / total), 1)
+        try:
+            told[f"system/gpu_{i}_utilization_percentage"] = float(torch.cuda.utilization(i))
+        except (ModuleNotFoundError, RuntimeError):  # needs nvidia-ml-py and a driver that tells
+            continue
+    return told
+
+
+def write_environment(folder: Path) -> Path:
+    """Write `requirements.txt` (every installed package, pinned) and `environment.json` to `folder`; returns it."""
+    packages = sorted({f"{d.name}=={d.version}" for d in importlib.metadata.distributions()}, key=str.lower)
+    write_text(folder / "requirements.txt", "\n".join(packages) + "\n")
+    write_json(folder / "environment.json", _environment())
+    return folder
+
+
+def _environment() -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        "launch": {name: os.environ[name] for name in _LAUNCH if name in os.environ},
+    }
