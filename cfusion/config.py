@@ -156,6 +156,8 @@ class TrainConfig(Section):
     alpha: float = Field(0.0, ge=0, le=1)
     """In `nll`, censored cases weigh 1 − alpha; in `ce`, the cross-entropy weighs 1 − alpha and the likelihood of the
     events alpha. 0 in validation; `cox` and `ranking` have no use for it."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """So many of a fold's newest checkpoints are kept, beside its best parameters, while it trains."""
     sampling: Literal["all", "weighted"] = "all"
     """`all`: every bag once an epoch; `weighted`: with replacement, by 1 / size of its (bin × censoring) class."""
     micro_batch: int = Field(1, ge=1)

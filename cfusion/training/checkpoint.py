@@ -1,27 +1,33 @@
-"""The state of a training as one explicit object, and as a folder that others can load without pickle.
+"""The state of a training as one explicit object, when it is kept, and which of what was kept is taken up again.
 
-`checkpoint/` holds `state.json` (numbers), `tensors.safetensors` (parameters, best parameters, moving average and the
-optimizer's moments) and the random state of each rank. It is replaced whole, so what is there is never a part.
+A training's folder holds `step_00000120/`, the newest few of them, and `best_epoch_0003/`, the parameters that the
+kept ones call the best. Each is written beside the others and only then replaces an older one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import logging
+import shutil
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from cfusion.errors import CheckpointError
-from cfusion.files import atomic_path, read_json, write_json
-from cfusion.training.runtime import Runtime
+from cfusion.errors import CheckpointError, DataError
+from cfusion.files import read_json
+from cfusion.training.checkpoint_files import NUMBERS, Piece, Stored, open_checkpoint, write_checkpoint
+from cfusion.training.runtime import Part, Runtime
 
-FORMAT = 1
+logger = logging.getLogger(__name__)
+
+FORMAT = 2
 
 INTERVAL_SECONDS = 30.0
 """A checkpoint is written at the first step this long after the one before."""
@@ -29,7 +35,9 @@ INTERVAL_SECONDS = 30.0
 
 @dataclass
 class TrainState:
-    """Where a training stands; with the parameters and random states, all that a resumed one needs.
+    """Where a training stands; with the tensors of `Snapshot`, all that a resumed one needs.
+
+    The learning rate, the order of bags and the dropout of a step follow from these numbers and the configuration.
 
     Attributes:
         epoch: Epoch in progress, from 0.
@@ -52,138 +60,273 @@ class TrainState:
 
 @dataclass
 class Snapshot:
-    """Tensors that belong to a state.
+    """Tensors that belong to a state, as far as this process keeps them.
 
     Attributes:
-        model: The model itself, unwrapped.
-        optimizer: Its optimizer.
+        parts: The parameters and their moments, see `Runtime.parts`.
         best: Parameters of the best epoch; empty before the first.
         average: Moving average of the parameters; empty where it is off.
     """
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    parts: dict[str, Part]
     best: dict[str, Tensor] = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)
 
+    def parameters(self) -> dict[str, Tensor]:
+        """A copy of the parameters."""
+        return {name: part.values.clone() for name, part in self.parts.items()}
+
+    @torch.no_grad()
+    def put(self, values: Mapping[str, Tensor]) -> None:
+        """Give the parameters other values; `Runtime.publish` then has the model compute with them."""
+        for name, part in self.parts.items():
+            part.values.copy_(values[name])
+
 
 class Checkpoints:
-    """The checkpoint folder of one training, shared by all its processes.
+    """The checkpoints of one training, shared by all its processes; all of them call each method.
 
     Args:
-        folder: Replaced whole at each save.
-        identity: Digest of what is trained on what; `load` refuses another.
-        runtime: The processes; all of them call each method, rank 0 writes.
+        folder: Holds them and nothing else.
+        identity: What is trained on what; `load` refuses another and says what differs.
+        runtime: The processes.
+        keep: So many of the newest stay.
+        card: What the model is, for whoever reads a checkpoint without the run.
     """
 
-    def __init__(self, folder: Path, identity: str, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        runtime: Runtime,
+        *,
+        keep: int = 2,
+        card: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder = folder
-        self.identity = identity
+        self.identity = json.loads(json.dumps(identity, default=str))
         self.runtime = runtime
+        self.keep = keep
+        self.card = dict(card or {})
         self._saved = time.monotonic()
+        self._best = -1
 
     def save(self, state: TrainState, snapshot: Snapshot, *, now: bool) -> None:
-        """Write a checkpoint if `now`, or if the one before is `INTERVAL_SECONDS` old."""
+        """Write a checkpoint if `now`, or if the one before is `INTERVAL_SECONDS` old.
+
+        One that cannot be written, as on a full disk, is told of and tried again after the next interval.
+
+        Raises:
+            CheckpointError: It was to be written `now` and cannot be; older ones are as they were.
+        """
         runtime = self.runtime
         if not runtime.from_main(now or time.monotonic() - self._saved > INTERVAL_SECONDS):
             return
-        random = runtime.gather([_random_state()])
-        if runtime.is_main:
-            with atomic_path(self.folder) as temporary:
-                temporary.mkdir()
-                tensors = _pack(snapshot) | {f"random/{rank}": state for rank, state in enumerate(random)}
-                save_file(tensors, temporary / "tensors.safetensors")
-                numbers = {
-                    "format": FORMAT,
-                    "identity": self.identity,
-                    "engine": runtime.parallel.engine,
-                    "state": dataclasses.asdict(state),
-                    "optimizer": _plain(snapshot.optimizer.state_dict()),
-                }
-                write_json(temporary / "state.json", numbers)
-        runtime.barrier()
+        problem = self._write(state, snapshot)
         self._saved = time.monotonic()
+        if problem is None:
+            if runtime.is_main:
+                self._drop_older()
+            return
+        message = f"{_step_folder(self.folder, state.step)}: the checkpoint cannot be written ({problem})."
+        if now:
+            raise CheckpointError(message, "Make room there; the same command goes on from the checkpoint before.")
+        if runtime.is_main:
+            logger.warning("%s Training goes on; the checkpoint before is kept.", message)
+
+    def _write(self, state: TrainState, snapshot: Snapshot) -> str | None:
+        numbers = {
+            "format": FORMAT,
+            "identity": self.identity,
+            "engine": self.runtime.parallel.engine,
+            "world_size": self.runtime.world_size,
+            "card": self.card,
+            "state": dataclasses.asdict(state),
+        }
+        if state.best_epoch not in (-1, self._best):
+            pieces = _pieces(snapshot.parts, {"model": snapshot.best})
+            problem = write_checkpoint(self.runtime, _best_folder(self.folder, state.best_epoch), pieces, numbers)
+            if problem is not None:
+                return problem
+            self._best = state.best_epoch
+        tensors = {"model": {name: part.values for name, part in snapshot.parts.items()}, "average": snapshot.average}
+        pieces = _pieces(snapshot.parts, {group: values for group, values in tensors.items() if values})
+        return write_checkpoint(
+            self.runtime, _step_folder(self.folder, state.step), pieces | _moments(snapshot.parts), numbers
+        )
+
+    def _drop_older(self) -> None:
+        steps = kept_checkpoints(self.folder)
+        for old in steps[self.keep :]:
+            shutil.rmtree(old, ignore_errors=True)
+        best = {_best_folder(self.folder, read_json(s / NUMBERS)["state"]["best_epoch"]) for s in steps[: self.keep]}
+        for folder in self.folder.glob("best_epoch_*"):
+            if folder not in best:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def load(self, snapshot: Snapshot) -> TrainState | None:
-        """Read the checkpoint into `snapshot` and the random generators; None where there is none.
+        """Read the newest checkpoint that is whole into `snapshot`; None where there is none.
 
-        At another number of processes the random states start from those of the ranks that were there, in turn.
+        Damaged ones are passed over with a warning and removed. The number of processes may be another than the one
+        that wrote it.
 
         Raises:
-            CheckpointError: The checkpoint is damaged, or belongs to another model, data or engine.
+            CheckpointError: All are damaged, or the newest belongs to another model, data or engine.
         """
-        folder, engine = self.folder, self.runtime.parallel.engine
-        if not folder.is_dir():
-            return None
-        remedy = f"Delete {folder} to train from the start."
-        numbers = read_json(folder / "state.json")
-        if numbers.get("format") != FORMAT or numbers.get("engine") != engine:
-            raise CheckpointError(
-                f"{folder}: was written by engine {numbers.get('engine')}, format {numbers.get('format')}; this run "
-                f"has engine {engine}, format {FORMAT}.",
-                remedy,
+        problem = ""
+        for folder in self.runtime.from_main(kept_checkpoints(self.folder)):
+            told, state = self._try(folder, snapshot)
+            problem = problem or told
+            if state is not None:
+                self._tidy(newest=folder)
+                return state
+            if self.runtime.is_main:
+                logger.warning("%s The checkpoint before it is taken.", told)
+        if problem:
+            raise CheckpointError(problem, f"No checkpoint is whole. Delete {self.folder} to train from the start.")
+        self._tidy(newest=None)
+        return None
+
+    def _try(self, folder: Path, snapshot: Snapshot) -> tuple[str, TrainState | None]:
+        """What is wrong with a checkpoint, or the state that it holds; the same on every process."""
+        runtime = self.runtime
+        state, problem = None, ""
+        try:
+            with open_checkpoint(folder, turn=runtime.rank, turns=runtime.world_size) as stored:
+                self._check_identity(stored)
+                state = TrainState(**stored.numbers["state"])
+                with self._best_of(state, runtime) as best:
+                    _fill(snapshot, stored, best)
+        except _OtherTrainingError:
+            raise
+        except (DataError, OSError, RuntimeError) as error:
+            problem = " ".join(str(error).split())
+        problem = next((told for told in runtime.gather([problem]) if told), "")
+        if state is not None:
+            self._best = state.best_epoch
+        return problem, None if problem else state
+
+    @contextlib.contextmanager
+    def _best_of(self, state: TrainState, runtime: Runtime) -> Iterator[Stored | None]:
+        if state.best_epoch < 0:
+            yield None
+            return
+        folder = _best_folder(self.folder, state.best_epoch)
+        with open_checkpoint(folder, turn=runtime.rank, turns=runtime.world_size) as best:
+            yield best
+
+    def _check_identity(self, stored: Stored) -> None:
+        numbers, engine = stored.numbers, self.runtime.parallel.engine
+        remedy = f"Delete {self.folder} to train from the start."
+        if numbers.get("format") != FORMAT:
+            raise _OtherTrainingError(
+                f"{stored.folder}: has format {numbers.get('format')}; this program reads {FORMAT}.", remedy
+            )
+        if numbers["engine"] != engine:
+            raise _OtherTrainingError(
+                f"{stored.folder}: was written by parallel.engine={numbers['engine']}; this run has {engine}.", remedy
             )
         if numbers["identity"] != self.identity:
-            raise CheckpointError(f"{folder}: belongs to another configuration, fold or data.", remedy)
-        try:
-            tensors = load_file(folder / "tensors.safetensors", device=str(self.runtime.device))
-            random = _unpack(tensors, numbers["optimizer"], snapshot)["random"]
-        except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"{folder}: cannot be read ({' '.join(str(error).split())[:200]}).", remedy
-            ) from error
-        _set_random_state(random[str(self.runtime.rank % len(random))])
-        return TrainState(**numbers["state"])
+            there, here = _flat(numbers["identity"]), _flat(self.identity)
+            differing = [
+                f"{key} ({there.get(key)} there, {here.get(key)} here)"
+                for key in sorted(there.keys() | here.keys())
+                if there.get(key) != here.get(key)
+            ]
+            raise _OtherTrainingError(
+                f"{stored.folder}: belongs to another training; it differs in {', '.join(differing[:5])}.", remedy
+            )
+
+    def _tidy(self, newest: Path | None) -> None:
+        """Remove what a killed process left half-written, and damaged checkpoints newer than the one taken."""
+        if self.runtime.is_main and self.folder.is_dir():
+            newer = [step for step in kept_checkpoints(self.folder) if newest is not None and step.name > newest.name]
+            for path in [*self.folder.glob(".*.tmp"), *self.folder.glob(".*.old"), *newer]:
+                shutil.rmtree(path, ignore_errors=True)
+        self.runtime.barrier()
 
 
-def copy_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the model's parameters and buffers."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+class _OtherTrainingError(CheckpointError):
+    """A whole checkpoint that is not of this training; an older one would not be either."""
 
 
-def _pack(snapshot: Snapshot) -> dict[str, Tensor]:
-    groups = {"model": snapshot.model.state_dict(), "best": snapshot.best, "average": snapshot.average}
-    packed = {f"{group}/{name}": t.contiguous() for group, tensors in groups.items() for name, t in tensors.items()}
-    for index, moments in snapshot.optimizer.state_dict()["state"].items():
-        packed |= {f"optimizer/{index}/{name}": t.contiguous() for name, t in moments.items()}
-    return packed
+def kept_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a training's folder, the newest first."""
+    return sorted((path for path in folder.glob("step_*") if path.is_dir()), reverse=True)
 
 
-def _plain(optimizer_state: dict[str, Any]) -> list[dict[str, Any]]:
-    """The optimizer's settings as JSON holds them."""
-    groups = optimizer_state["param_groups"]
-    return [{k: list(v) if isinstance(v, tuple) else v for k, v in group.items()} for group in groups]
+def best_of(folder: Path, numbers: Mapping[str, Any]) -> Path | None:
+    """Where the best parameters of a checkpoint of `folder` lie; None before the first."""
+    epoch = numbers["state"]["best_epoch"]
+    return None if epoch < 0 else _best_folder(folder, epoch)
 
 
-def _unpack(
-    tensors: dict[str, Tensor], groups: list[dict[str, Any]], snapshot: Snapshot
-) -> dict[str, dict[str, Tensor]]:
-    by_group: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "average": {}, "optimizer": {}, "random": {}}
-    for key, tensor in tensors.items():
-        group, name = key.split("/", 1)
-        by_group[group][name] = tensor
-    snapshot.model.load_state_dict(by_group["model"])
-    snapshot.best = by_group["best"]
-    snapshot.average = by_group["average"]
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in by_group["optimizer"].items():
-        index, name = key.split("/")
-        moments.setdefault(int(index), {})[name] = tensor.cpu() if name == "step" else tensor
-    snapshot.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    return by_group
+def _step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
 
 
-def _random_state() -> Tensor:
-    """The CPU's generator and, where there is one, the GPU's, one after the other."""
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_available():
-        states.append(torch.cuda.get_rng_state())
-    return torch.cat(states)
+def _best_folder(folder: Path, epoch: int) -> Path:
+    return folder / f"best_epoch_{epoch:04d}"
 
 
-def _set_random_state(states: Tensor) -> None:
-    states = states.cpu()
-    length = torch.get_rng_state().numel()
-    torch.set_rng_state(states[:length])
-    if torch.cuda.is_available() and states.numel() > length:
-        torch.cuda.set_rng_state(states[length:])
+def _pieces(parts: Mapping[str, Part], groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Piece]:
+    return {
+        f"{group}/{name}": Piece(part.shape, part.start, values[name])
+        for group, values in groups.items()
+        for name, part in parts.items()
+        if part.writes and part.values.numel()
+    }
+
+
+def _moments(parts: Mapping[str, Part]) -> dict[str, Piece]:
+    """The moments; of a number that all slices of a parameter share, the first slice writes it."""
+    pieces = {}
+    for name, part in parts.items():
+        if not part.writes or not part.values.numel():
+            continue
+        for moment, values in part.moments.items():
+            if values.ndim:
+                pieces[f"{moment}/{name}"] = Piece(part.shape, part.start, values)
+            elif part.start == 0:
+                pieces[f"{moment}/{name}"] = Piece(values.shape, 0, values)
+    return pieces
+
+
+@torch.no_grad()
+def _fill(snapshot: Snapshot, stored: Stored, best: Stored | None) -> None:
+    """Read every tensor of a snapshot, refusing those of another model."""
+    names = {key.removeprefix("model/") for key in stored.shapes if key.startswith("model/")}
+    parts = snapshot.parts
+    for name in sorted(names ^ parts.keys()):
+        raise _OtherTrainingError(f"{stored.folder}: holds another model: {name} is only {_where(name in names)}.")
+    for name, part in parts.items():
+        there = stored.shapes[f"model/{name}"]
+        if there != part.shape:
+            raise _OtherTrainingError(
+                f"{stored.folder}: holds another model: {name} is {list(there)} there and {list(part.shape)} here."
+            )
+        part.values.copy_(_read(stored, "model", name, part))
+        for moment, values in part.moments.items():
+            if values.ndim:
+                values.copy_(_read(stored, moment, name, part))
+            elif part.values.numel():
+                values.copy_(stored.whole(f"{moment}/{name}"))
+    if snapshot.average:
+        snapshot.average = {name: _read(stored, "average", name, part) for name, part in parts.items()}
+    snapshot.best = {} if best is None else {name: _read(best, "model", name, part) for name, part in parts.items()}
+
+
+def _read(stored: Stored, group: str, name: str, part: Part) -> Tensor:
+    values = stored.read(f"{group}/{name}", part.start, part.values.numel())
+    return values.to(part.values.device, part.values.dtype).view(part.values.shape)
+
+
+def _where(there: bool) -> str:
+    return "there" if there else "here"
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    inner = (_flat(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items())
+    return {key: item for flat in inner for key, item in flat.items()}

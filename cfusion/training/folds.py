@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +89,17 @@ def fit(
     assert test_set is not None
     torch.manual_seed(int(digest_json(["initial weights", _name(config, split)])[:15], 16))
     network = build(config.model, dataset.index.dim, config.evaluation.n_bins, config.data.magnifications)
+    card = ModelCard(
+        model=config.model.model_dump(mode="json"),
+        backbone_dim=dataset.index.dim,
+        magnifications=config.data.magnifications,
+        edges_months=tuple(bins.edges),
+        encoder=dataset.index.encoder,
+        cohort=cohort.name,
+        endpoint=cohort.endpoint,
+        fold=split.fold,
+        risk_cutoff=None,
+    )
     with tempfile.TemporaryDirectory() as scratch:
         job = FoldJob(
             config=config,
@@ -98,13 +109,13 @@ def fit(
             bins=bins,
             sampling_weights=_sampling_weights(config, cohort, train_set, bins),
             name=_name(config, split),
-            identity=digest_json(
-                [config.model_dump(mode="json", exclude={"output", "tracking"}), split.__dict__, dataset.index.digest]
-            ),
-            folder=(folder or Path(scratch)) / "checkpoint",
+            identity=config.model_dump(mode="json", exclude={"output", "tracking"})
+            | {"split": split.__dict__, "shards_digest": dataset.index.digest},
+            card=asdict(card),
+            folder=folder or Path(scratch),
             on_epoch=on_epoch or (lambda epoch, metrics: None),
         )
-        return _train(runtime, job, network, cohort, split, test_set, dataset)
+        return _train(runtime, job, network, cohort, split, test_set, card)
 
 
 def _train(
@@ -114,31 +125,22 @@ def _train(
     cohort: Cohort,
     split: Split,
     test: BagSet,
-    dataset: ShardDataset,
+    card: ModelCard,
 ) -> FoldRun:
     config, train = job.config, job.config.train
     optimizer = make_optimizer(network, train)
     model, optimizer = runtime.prepare(network, optimizer)
     stepper = Stepper(runtime, model, optimizer, LOSSES[train.loss], train.alpha, train.clip_norm)
-    state = train_fold(runtime, job, network, stepper)
+    state, snapshot = train_fold(runtime, job, network, stepper)
     training_risks = -patient_survival(predict_logits(runtime, network, job.train, train.micro_batch), job.train).sum(
         axis=1
     )
-    card = ModelCard(
-        model=config.model.model_dump(mode="json"),
-        backbone_dim=dataset.index.dim,
-        magnifications=config.data.magnifications,
-        edges_months=tuple(job.bins.edges),
-        encoder=dataset.index.encoder,
-        cohort=cohort.name,
-        endpoint=cohort.endpoint,
-        fold=split.fold,
-        risk_cutoff=float(training_risks.median()),
-    )
+    card = replace(card, risk_cutoff=float(training_risks.median()))
     frame = prediction_frame(predict_logits(runtime, network, test, train.micro_batch), test, job.bins)
+    fitted = FittedModel(runtime.bare(network, snapshot.parts).eval(), card)
     runtime.release()
     return FoldRun(
-        model=FittedModel(network.eval(), card),
+        model=fitted,
         predictions=_with_outcomes(frame, config, cohort, split, card),
         history=pd.DataFrame(state.history).sort_index(axis=1).assign(fold=split.fold),
         best_epoch=state.best_epoch,

@@ -74,13 +74,19 @@ def predict_logits(runtime: Runtime, model: nn.Module, bags: BagSet, micro_batch
     """Logits [bag, bin] in f64 of every bag, each computed once, the same on every rank; dropout is off."""
     mine = evaluation_slices(bags.costs, runtime.world_size)[runtime.rank]
     slices = [mine[start : start + micro_batch].tolist() for start in range(0, len(mine), micro_batch)]
+    own = len(slices)
+    if runtime.sharded_forward:
+        # Every pass needs all processes; who has fewer bags goes along with the cheapest, and drops what comes out.
+        slices += [[int(bags.costs.argmin())]] * (max(runtime.gather([own])) - own)
     was_training = model.training
     model.eval()
     rows: list[tuple[int, list[float]]] = []
-    with torch.inference_mode():
-        for indices, batch in zip(slices, bags.loader.stream(slices, epoch=0, training=False), strict=True):
+    with torch.no_grad():
+        stream = bags.loader.stream(slices, epoch=0, training=False)
+        for number, (indices, batch) in enumerate(zip(slices, stream, strict=True)):
             output: SurvivalOutput = model(batch)
-            rows += zip(indices, output.logits.double().tolist(), strict=True)
+            if number < own:
+                rows += zip(indices, output.logits.double().tolist(), strict=True)
     model.train(was_training)
     gathered = dict(runtime.gather(rows))
     return torch.tensor([gathered[i] for i in range(len(bags))], dtype=torch.float64)

@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cfusion.config import Config
 from cfusion.data.partition import MicroBatch, deal, epoch_order, global_batches
@@ -20,7 +21,7 @@ from cfusion.errors import ConfigError, DataError, RequeueError
 from cfusion.survival.bins import TimeBins
 from cfusion.survival.losses import LOSSES
 from cfusion.survival.metrics import concordance
-from cfusion.training.checkpoint import Checkpoints, Snapshot, TrainState, copy_parameters
+from cfusion.training.checkpoint import Checkpoints, Snapshot, TrainState
 from cfusion.training.inference import BagSet, patient_survival, predict_logits
 from cfusion.training.interruption import stop_requested
 from cfusion.training.runtime import Runtime
@@ -41,7 +42,8 @@ class FoldJob:
         bins: Time bins of the training patients.
         sampling_weights: [bag], for `sampling: weighted`; None otherwise.
         name: Of the training among those of other seeds and folds; its dropout follows from it.
-        identity: Digest of all of this, for checkpoints.
+        identity: All of this as plain values, for checkpoints.
+        card: What the model is, for whoever reads a checkpoint without the run.
         folder: Where checkpoints go.
         on_epoch: Called on rank 0 with each finished epoch's number and metrics.
     """
@@ -53,13 +55,14 @@ class FoldJob:
     bins: TimeBins
     sampling_weights: np.ndarray | None
     name: str
-    identity: str
+    identity: dict[str, Any]
+    card: dict[str, Any]
     folder: Path
     on_epoch: Callable[[int, dict[str, float]], None]
 
 
-def train_fold(runtime: Runtime, job: FoldJob, model: nn.Module, stepper: Stepper) -> TrainState:
-    """Train until the epochs or the patience are used up; `model` then holds the chosen parameters.
+def train_fold(runtime: Runtime, job: FoldJob, model: nn.Module, stepper: Stepper) -> tuple[TrainState, Snapshot]:
+    """Train until the epochs or the patience are used up; `model` then computes with the chosen parameters.
 
     Args:
         runtime: The processes.
@@ -68,23 +71,28 @@ def train_fold(runtime: Runtime, job: FoldJob, model: nn.Module, stepper: Steppe
         stepper: The wrapped model with its optimizer and loss.
 
     Returns:
-        The final state, with one row of history per epoch.
+        The final state, with one row of history per epoch, and its tensors.
 
     Raises:
         RequeueError: The process was asked to stop; its state is saved.
     """
     train = job.config.train
-    snapshot = Snapshot(model, stepper.optimizer, average=copy_parameters(model) if train.ema else {})
-    checkpoints = Checkpoints(job.folder, job.identity, runtime)
+    snapshot = Snapshot(runtime.parts(model, stepper.optimizer))
+    if train.ema:
+        snapshot.average = snapshot.parameters()
+    checkpoints = Checkpoints(job.folder, job.identity, runtime, keep=train.keep_checkpoints, card=job.card)
     state = checkpoints.load(snapshot) or TrainState()
-    while state.epoch < train.epochs and not _out_of_patience(state, train.patience):
+    runtime.publish(model, snapshot.parts)
+    while state.epoch < train.epochs and not out_of_patience(state, train.patience):
         started = time.monotonic()
         lr = _train_epoch(runtime, job, state, snapshot, stepper, checkpoints)
         metrics = {"train_loss": state.loss_sum / state.samples_seen, "learning_rate": lr}
-        with _averaged(snapshot):
+        with _averaged(runtime, model, snapshot):
             if job.validation is not None:
-                metrics |= _validate(runtime, job, model, job.validation)
-            _keep_best(state, snapshot, metrics, job)
+                logits = predict_logits(runtime, model, job.validation, train.micro_batch)
+                metrics |= validation_scores(job, job.validation, logits)
+            if is_best(state, metrics, job):
+                snapshot.best = snapshot.parameters()
         state.history.append({"epoch": state.epoch, **metrics})
         if runtime.is_main:
             job.on_epoch(state.epoch, {**metrics, "epoch_seconds": time.monotonic() - started})
@@ -94,8 +102,9 @@ def train_fold(runtime: Runtime, job: FoldJob, model: nn.Module, stepper: Steppe
             f"No epoch was chosen: train.min_epoch={train.min_epoch}, but training ended after {state.epoch} epochs.",
             "Raise train.epochs or lower train.min_epoch.",
         )
-    model.load_state_dict(snapshot.best)
-    return state
+    snapshot.put(snapshot.best)
+    runtime.publish(model, snapshot.parts)
+    return state, snapshot
 
 
 def targets_of(job: FoldJob, bags: BagSet) -> Targets:
@@ -108,15 +117,13 @@ def targets_of(job: FoldJob, bags: BagSet) -> Targets:
     )
 
 
-def _validate(runtime: Runtime, job: FoldJob, model: nn.Module, bags: BagSet) -> dict[str, float]:
+def validation_scores(job: FoldJob, bags: BagSet, logits: Tensor) -> dict[str, float]:
     """C-index over patients, and loss over bags; alpha is 0 here, as in the published program."""
-    train = job.config.train
-    logits = predict_logits(runtime, model, bags, train.micro_batch)
-    loss = LOSSES[train.loss](SurvivalOutput.from_logits(logits), targets_of(job, bags), alpha=0.0).mean().item()
+    loss = LOSSES[job.config.train.loss](SurvivalOutput.from_logits(logits), targets_of(job, bags), alpha=0.0)
     survival = patient_survival(logits, bags)
     cases = job.cases.loc[survival.index]
     scored = concordance(cases["time_months"].to_numpy(), cases["event"].to_numpy(), -survival.sum(axis=1).to_numpy())
-    return {"validation_loss": loss, "validation_cindex": scored.cindex}
+    return {"validation_loss": loss.mean().item(), "validation_cindex": scored.cindex}
 
 
 def _train_epoch(
@@ -176,40 +183,50 @@ def _shares(
         yield Share(batch, own.to(runtime.device), weights, seed)
 
 
-def _out_of_patience(state: TrainState, patience: int | None) -> bool:
+def out_of_patience(state: TrainState, patience: int | None) -> bool:
+    """Whether so many epochs have passed without a better validation score."""
     return patience is not None and state.best_score is not None and state.epoch - 1 - state.best_epoch >= patience
 
 
-def _keep_best(state: TrainState, snapshot: Snapshot, metrics: dict[str, float], job: FoldJob) -> None:
-    """Keep the parameters if they are the best so far, or, where nothing chooses, the latest."""
+def is_best(state: TrainState, metrics: dict[str, float], job: FoldJob) -> bool:
+    """Whether the epoch that `state` stands in is the best so far; where nothing chooses, the latest is.
+
+    Its score is noted in `state`.
+
+    Raises:
+        DataError: The score is not finite.
+    """
     train = job.config.train
     if job.validation is None:
         score = float(state.epoch)
     else:
         score = metrics["validation_cindex"] if train.monitor == "cindex" else -metrics["validation_loss"]
     if not math.isfinite(score):
-        raise DataError(f"The validation score of epoch {state.epoch} is not finite.", "Lower train.lr.")
-    if state.epoch >= train.min_epoch and (state.best_score is None or score > state.best_score):
-        state.best_score, state.best_epoch = score, state.epoch
-        snapshot.best = copy_parameters(snapshot.model)
+        raise DataError(
+            f"The validation score of epoch {state.epoch} is not finite.", "Lower train.lr.", topic="not-finite"
+        )
+    if state.epoch < train.min_epoch or (state.best_score is not None and score <= state.best_score):
+        return False
+    state.best_score, state.best_epoch = score, state.epoch
+    return True
 
 
 def _move_average(snapshot: Snapshot, decay: float | None) -> None:
     if decay is None:
         return
-    for name, tensor in snapshot.model.state_dict().items():
-        snapshot.average[name].lerp_(tensor.detach(), 1 - decay)
+    for name, part in snapshot.parts.items():
+        snapshot.average[name].lerp_(part.values, 1 - decay)
 
 
 @contextlib.contextmanager
-def _averaged(snapshot: Snapshot) -> Iterator[None]:
+def _averaged(runtime: Runtime, model: nn.Module, snapshot: Snapshot) -> Iterator[None]:
     """Evaluate with the moving average of the parameters, where there is one."""
     if not snapshot.average:
         yield
         return
-    trained = copy_parameters(snapshot.model)
-    snapshot.model.load_state_dict(snapshot.average)
-    try:
-        yield
-    finally:
-        snapshot.model.load_state_dict(trained)
+    trained = snapshot.parameters()
+    snapshot.put(snapshot.average)
+    runtime.publish(model, snapshot.parts)
+    yield
+    snapshot.put(trained)
+    runtime.publish(model, snapshot.parts)

@@ -1,4 +1,4 @@
-"""The one door to Accelerate: processes, devices, precision and collectives.
+"""The door to Accelerate: processes, devices, precision and collectives.
 
 Accelerate decides from its environment how many processes it sees, and where it is wrong it trains N separate models
 without a word. `start` asserts that what it sees is what was launched.
@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,24 +22,50 @@ from torch import Tensor, nn
 
 from cfusion.config import ParallelConfig
 from cfusion.errors import ConfigError
+from cfusion.files import digest_file, digest_json
 
 ItemT = TypeVar("ItemT")
 
+TIMEOUT = datetime.timedelta(minutes=10)
+"""A process that waits this long for the others gives up."""
+
 _DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.float32, "fp16": torch.float32}
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this process keeps of one parameter or buffer: elements `start`, `start` + 1, … of its flattened values.
+
+    Attributes:
+        shape: Of the whole.
+        start: First element.
+        values: The elements, to read and to write; in the shape of the whole where all of them are here.
+        moments: What the optimizer keeps of the same elements, by its names for it; to read and to write.
+        writes: Whether this process is the one that writes them to a checkpoint.
+    """
+
+    shape: torch.Size
+    start: int
+    values: Tensor
+    moments: dict[str, Tensor]
+    writes: bool
 
 
 class Runtime:
-    """The processes of a run and what this one is among them.
+    """The processes of a run and what this one is among them; here each of them holds the whole model (DDP).
 
     Attributes:
         rank: Number of this process, from 0.
         world_size: Number of processes.
         device: Where this process computes.
         dtype: Type of parameters and of the features handed to the model.
+        sharded_forward: Whether a forward pass needs all processes, which then have to make equally many.
     """
 
     def __init__(self, accelerator: Accelerator, parallel: ParallelConfig) -> None:
+        self.sharded_forward = False
         self.accelerator = accelerator
         self.parallel = parallel
         self.rank: int = accelerator.process_index
@@ -62,28 +91,56 @@ class Runtime:
         on_cpu = not torch.cuda.is_available()
         if on_cpu and parallel.precision == "fp16":
             raise ConfigError("parallel.precision=fp16 needs a GPU.", "Use f32 or bf16 on a CPU.")
-        if parallel.engine != "ddp":
-            raise ConfigError(f"parallel.engine={parallel.engine} is not available yet.", "Use parallel.engine=ddp.")
         if on_cpu:
-            # Without this, a process under torchrun on a machine without a GPU believes that it is alone.
-            os.environ["ACCELERATE_USE_CPU"] = "true"
             # The gradient of an indexed tensor is otherwise added up by several threads in whatever order they come.
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        kind = Runtime
+        if parallel.engine != "ddp":
+            from cfusion.training.zero import ZeroRuntime
+
+            kind = ZeroRuntime
+        runtime = kind(kind.accelerate(parallel, on_cpu=on_cpu), parallel)
+        for who, seen in runtime.worlds().items():
+            if seen != launched:
+                raise ConfigError(
+                    f"The launcher started {launched} processes, but {who} sees {seen}.",
+                    "Start with torchrun, or with accelerate launch and a file of launch/accelerate.",
+                    topic="world",
+                )
+        runtime.agree("program (its source files, or the version of torch)", program_digest())
+        return runtime
+
+    @staticmethod
+    def accelerate(parallel: ParallelConfig, *, on_cpu: bool) -> Accelerator:
+        """Accelerate for this engine.
+
+        Raises:
+            ConfigError: Accelerate was told of another engine.
+        """
+        if on_cpu:
+            # Without this, a process under torchrun on a machine without a GPU believes that it is alone.
+            os.environ["ACCELERATE_USE_CPU"] = "true"
         accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision=parallel.precision if parallel.precision == "fp16" else "no",
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=10)),
+                InitProcessGroupKwargs(timeout=TIMEOUT),
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
             ],
         )
-        if accelerator.num_processes != launched:
+        if accelerator.distributed_type not in _REPLICATED:
             raise ConfigError(
-                f"The launcher started {launched} processes, but Accelerate sees {accelerator.num_processes}.",
-                "Start with torchrun, or with accelerate launch and a file of launch/accelerate.",
+                f"parallel.engine=ddp was asked for, but Accelerate runs {accelerator.distributed_type.value}.",
+                "Start with torchrun, without ACCELERATE_* variables.",
+                topic="world",
             )
-        return cls(accelerator, parallel)
+        return accelerator
+
+    def worlds(self) -> dict[str, int]:
+        """Number of processes as each library sees it."""
+        torch_sees = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        return {"Accelerate": self.accelerator.num_processes, "torch.distributed": torch_sees}
 
     @property
     def is_main(self) -> bool:
@@ -100,10 +157,6 @@ class Runtime:
         """Drop the references Accelerate holds, so that the next fold starts with free memory."""
         self.accelerator.free_memory()
 
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        """The model without the wrapper of `prepare`."""
-        return self.accelerator.unwrap_model(model)
-
     @contextlib.contextmanager
     def accumulate(self, model: nn.Module, *, last: bool) -> Iterator[None]:
         """One forward and backward of a step: gradients are exchanged in the step's last one alone."""
@@ -119,10 +172,50 @@ class Runtime:
         """Add the gradient of `loss`."""
         self.accelerator.backward(loss)
 
-    def clip(self, model: nn.Module, max_norm: float | None) -> float:
-        """Clip the gradient to `max_norm` and return the norm it had."""
-        limit = float("inf") if max_norm is None else max_norm
-        return float(self.accelerator.clip_grad_norm_(model.parameters(), limit))
+    def advance(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, lr: float, clip_norm: float | None
+    ) -> float:
+        """Clip the gradient to `clip_norm`, move the parameters, and return the norm that the gradient had.
+
+        Where the norm is not finite no parameter moves. In fp16 that also happens where the scale of the loss was too
+        large; it is then halved, and the norm told is 0 until the scale has no room left.
+        """
+        limit = float("inf") if clip_norm is None else clip_norm
+        norm = float(self.accelerator.clip_grad_norm_(model.parameters(), limit))
+        scaler = self.accelerator.scaler
+        if math.isfinite(norm) or scaler is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        optimizer.zero_grad()
+        if not math.isfinite(norm) and scaler is not None and scaler.get_scale() >= 1:
+            return 0.0
+        return norm
+
+    def parts(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Part]:
+        """What this process keeps of the model and of its optimizer, by the names of the parameters."""
+        parameters = dict(model.named_parameters())
+        return {
+            name: Part(
+                tensor.shape,
+                0,
+                tensor.detach(),
+                moments_of(optimizer, parameters[name]) if name in parameters else {},
+                writes=self.is_main,
+            )
+            for name, tensor in model.state_dict(keep_vars=True).items()
+        }
+
+    def publish(self, model: nn.Module, parts: dict[str, Part]) -> None:
+        """Have the model compute with what was written to `parts`, which here are its own parameters."""
+
+    def whole(self, parts: dict[str, Part], values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors like `parts`, of all processes put together, the same on each."""
+        return values
+
+    def bare(self, model: nn.Module, parts: dict[str, Part]) -> nn.Module:
+        """The model as a plain module that needs no other process."""
+        return model
 
     def sum(self, values: list[float]) -> list[float]:
         """Sums of `values` over all processes, the same on each."""
@@ -160,6 +253,7 @@ class Runtime:
             raise ConfigError(
                 f"Ranks {differing} have another {what} than rank 0.",
                 "Start all of them from the same files and the same version of the program.",
+                topic="world",
             )
 
 
@@ -170,4 +264,22 @@ def check_divides(global_batch: int, world_size: int) -> None:
         raise ConfigError(
             f"parallel.global_batch={global_batch} cannot be shared by {world_size} processes.",
             f"The nearest that can is parallel.global_batch={nearest}.",
+            topic="world",
         )
+
+
+def moments_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The moments of Adam and AdamW of a parameter; where there are none yet, those it starts from."""
+    state: dict[str, Tensor] = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.tensor(0.0)
+        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return state
+
+
+def program_digest() -> str:
+    """Digest of the program's source files and of the version of torch that it runs on."""
+    package = Path(__file__).parents[1]
+    files = sorted(path for path in package.rglob("*.py"))
+    return digest_json([torch.__version__, [[str(f.relative_to(package)), digest_file(f)] for f in files]])

@@ -99,6 +99,17 @@ class Stepper:
         Raises:
             DataError: The loss or its gradient is not finite, on any rank; the bags are named, and no parameter moved.
         """
+        loss = self.accumulate(micro_batches, cases=cases)
+        return self.move(
+            loss, [case for m in micro_batches for case in m.batch.case_ids], cases=cases, lr=lr, stop=stop
+        )
+
+    def accumulate(self, micro_batches: Sequence[Share], *, cases: int) -> float:
+        """Add the gradient of this process's share of a global batch of `cases` bags; its last pass exchanges it.
+
+        Returns:
+            The sum of the loss over the share, before it is divided by `cases`.
+        """
         surrogates = self._set_wise_gradients(micro_batches) if self.loss.set_wise else None
         local_loss = 0.0
         for number, micro in enumerate(micro_batches):
@@ -110,29 +121,39 @@ class Stepper:
                 else:
                     loss = (_heads(output) * surrogates.gradients[number]).sum()
                 self.runtime.backward(loss * (self.runtime.world_size / cases))
-        if surrogates is not None:
-            local_loss = surrogates.loss / self.runtime.world_size
-        total, bad, stops = self.runtime.sum([local_loss, float(not math.isfinite(local_loss)), float(stop)])
+        return local_loss if surrogates is None else surrogates.loss / self.runtime.world_size
+
+    def move(self, loss: float, bags: Sequence[str], *, cases: int, lr: float, stop: bool = False) -> StepReport:
+        """Move the parameters by the gradient that was accumulated.
+
+        Args:
+            loss: What `accumulate` returned, summed over a global batch.
+            bags: Patients of this process's share.
+            cases: See `step`, as the others.
+            lr: See `step`.
+            stop: See `step`.
+
+        Raises:
+            DataError: See `step`.
+        """
+        total, bad, stops = self.runtime.sum([loss, float(not math.isfinite(loss)), float(stop)])
         if bad:
-            self._refuse(micro_batches, "loss")
-        norm = self.runtime.clip(self.model, self.clip_norm)
+            self._refuse(bags, "loss")
+        norm = self.runtime.advance(self.model, self.optimizer, lr=lr, clip_norm=self.clip_norm)
         if not math.isfinite(norm):
-            self._refuse(micro_batches, "gradient")
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            self._refuse(bags, "gradient")
         return StepReport(total / cases, norm, bool(stops))
 
     def _forward(self, micro: Share) -> SurvivalOutput:
         torch.manual_seed(micro.seed)
         return self.model(micro.batch)
 
-    def _refuse(self, micro_batches: Sequence[Share], what: str) -> None:
-        cases = self.runtime.gather([case for micro in micro_batches for case in micro.batch.case_ids])
+    def _refuse(self, bags: Sequence[str], what: str) -> None:
+        cases = self.runtime.gather(list(bags))
         raise DataError(
             f"The {what} of a step is not finite. Its bags: {', '.join(dict.fromkeys(cases))}.",
             "Look for NaN or huge values in their embeddings (cfusion preprocess verify), or lower train.lr.",
+            topic="not-finite",
         )
 
     def _set_wise_gradients(self, micro_batches: Sequence[Share]) -> _SetWise:

@@ -1,0 +1,164 @@
+"""A checkpoint on disk: a folder with a safetensors file a process and a JSON, there whole or not at all.
+
+A file holds whole tensors, or slices of flattened ones where several processes share a tensor; its header tells which,
+so that any number of processes can read what any other number wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cfusion.errors import CheckpointError
+from cfusion.files import digest_file, digest_json, read_json, write_json
+from cfusion.training.runtime import Runtime
+
+NUMBERS = "state.json"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements `start`, `start` + 1, … of the flattened values of a tensor of `shape`; or, in that shape, all of it."""
+
+    shape: torch.Size
+    start: int
+    values: Tensor
+
+
+def write_checkpoint(
+    runtime: Runtime, folder: Path, pieces: Mapping[str, Piece], numbers: Mapping[str, Any]
+) -> str | None:
+    """Write `folder` together: every process its own pieces, rank 0 the numbers.
+
+    A folder of that name is replaced. Every process has to call this.
+
+    Returns:
+        What went wrong, the same on every process, and then nothing is left of it; None where all is written.
+    """
+    temporary = runtime.from_main(folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"))
+    name, digest, problem = f"rank_{runtime.rank:05d}.safetensors", "", ""
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        digest = _write_tensors(temporary / name, pieces)
+    except (OSError, SafetensorError) as error:
+        problem = _told(error)
+    told = runtime.gather([(name, digest, problem)])
+    problem = next((failed for _, _, failed in told if failed), "")
+    if runtime.is_main:
+        try:
+            if not problem:
+                _finish(temporary, folder, {**numbers, "files": {file: told_digest for file, told_digest, _ in told}})
+        except OSError as error:
+            problem = _told(error)
+        shutil.rmtree(temporary, ignore_errors=True)
+    return runtime.from_main(problem) or None
+
+
+def _write_tensors(path: Path, pieces: Mapping[str, Piece]) -> str:
+    layout = {key: [piece.start, list(piece.shape)] for key, piece in pieces.items()}
+    save_file({key: piece.values.contiguous() for key, piece in pieces.items()}, path, {"pieces": json.dumps(layout)})
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())
+    return digest_file(path)
+
+
+def _finish(temporary: Path, folder: Path, numbers: dict[str, Any]) -> None:
+    write_json(temporary / NUMBERS, {**numbers, "digest": digest_json(numbers)})
+    if folder.exists():
+        aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
+        folder.rename(aside)
+        temporary.rename(folder)
+        shutil.rmtree(aside)
+    else:
+        temporary.rename(folder)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An open checkpoint.
+
+    Attributes:
+        folder: Where it lies.
+        numbers: What its JSON holds.
+        shapes: Shape of each tensor in it, put together.
+    """
+
+    folder: Path
+    numbers: dict[str, Any]
+    shapes: dict[str, torch.Size]
+    _places: dict[str, list[tuple[Any, int]]]
+
+    def read(self, key: str, start: int, count: int) -> Tensor:
+        """Elements `start` to `start + count` of the flattened values of a tensor, on the CPU.
+
+        Raises:
+            CheckpointError: Some of them are in no file.
+        """
+        found: list[Tensor] = []
+        at = start
+        for file, begin in sorted(self._places.get(key, []), key=lambda place: place[1]):
+            part = file.get_slice(key)
+            shape = part.get_shape()
+            end = begin + (torch.Size(shape).numel())
+            if begin <= at < min(end, start + count):
+                stop = min(end, start + count)
+                values = part[at - begin : stop - begin] if len(shape) == 1 else None
+                found.append(file.get_tensor(key).flatten()[at - begin : stop - begin] if values is None else values)
+                at = stop
+        if at != start + count:
+            raise CheckpointError(f"{self.folder}: elements {at} to {start + count} of {key} are missing.")
+        return torch.cat(found) if found else torch.empty(0)
+
+    def whole(self, key: str) -> Tensor:
+        """A tensor in its own shape."""
+        shape = self.shapes[key]
+        return self.read(key, 0, shape.numel()).view(shape)
+
+
+@contextlib.contextmanager
+def open_checkpoint(folder: Path, *, turn: int = 0, turns: int = 1) -> Iterator[Stored]:
+    """Open a checkpoint and check it: the JSON, and of its files those whose turn it is, against their digests.
+
+    Args:
+        folder: As `write_checkpoint` left it.
+        turn: Number of this process.
+        turns: Number of processes that share the checking.
+
+    Raises:
+        CheckpointError: Something is missing or is not what was written.
+    """
+    numbers = read_json(folder / NUMBERS)
+    if not isinstance(numbers, dict) or numbers.pop("digest", None) != digest_json(numbers):
+        raise CheckpointError(f"{folder / NUMBERS}: is damaged.")
+    shapes: dict[str, torch.Size] = {}
+    places: dict[str, list[tuple[Any, int]]] = {}
+    with contextlib.ExitStack() as stack:
+        for number, (name, digest) in enumerate(sorted(numbers["files"].items())):
+            path = folder / Path(name).name
+            try:
+                if number % turns == turn and digest_file(path) != digest:
+                    raise CheckpointError(f"{path}: is damaged (its SHA-256 is not the one that was written down).")
+                file = stack.enter_context(safe_open(path, framework="pt"))
+                layout = json.loads(file.metadata()["pieces"])
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{path}: cannot be read ({_told(error)}).") from error
+            for key, (start, shape) in layout.items():
+                shapes[key] = torch.Size(shape)
+                places.setdefault(key, []).append((file, start))
+        yield Stored(folder, numbers, shapes, places)
+
+
+def _told(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
