@@ -158,6 +158,8 @@ class TrainConfig(Section):
     events alpha. 0 in validation; `cox` and `ranking` have no use for it."""
     keep_checkpoints: int = Field(2, ge=1)
     """So many of a fold's newest checkpoints are kept, beside its best parameters, while it trains."""
+    folds: Literal["separate", "together"] = "separate"
+    """`separate`: fold after fold; `together`: all folds from one pass over the shards an epoch, each as if alone."""
     sampling: Literal["all", "weighted"] = "all"
     """`all`: every bag once an epoch; `weighted`: with replacement, by 1 / size of its (bin × censoring) class."""
     micro_batch: int = Field(1, ge=1)
@@ -290,6 +292,22 @@ class Config(Section):
         model = model if isinstance(model, dict) else model.model_dump()
         options = {"published": True, **model.get("options", {})}
         return {**values, "train": {**train, **PUBLISHED_RECIPE}, "model": {**model, "options": options}}
+
+    @model_validator(mode="after")
+    def _folds_can_share_a_read(self) -> Config:
+        if self.train.folds == "separate":
+            return self
+        if self.train.sampling == "weighted":
+            raise ValueError(
+                "train.sampling=weighted (train.recipe=published sets it) draws the bags of each fold anew, so "
+                "train.folds=together finds no order that they share; set train.folds=separate or train.sampling=all"
+            )
+        if self.parallel.engine != "ddp" or self.parallel.precision == "fp16":
+            raise ValueError(
+                f"train.folds=together needs parallel.engine=ddp and f32, bf16 or f64; "
+                f"got {self.parallel.engine}, {self.parallel.precision}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _source_is_read(self) -> Config:
