@@ -26,6 +26,7 @@ LAYERS = (
         "cfusion.crossval",
         "cfusion.reproduction",
     ),
+    ("cfusion.view",),
     ("launch",),
     ("cfusion.cli",),
 )
@@ -34,7 +35,9 @@ PREPROCESS_MAY_IMPORT = (
     "cfusion.data.store", "cfusion.data.shard_index", "cfusion.__version__",
 )  # fmt: skip
 DOORS = {
-    "openslide": ("preprocess.slides",),
+    "openslide": ("preprocess.slides", "preprocess.deepzoom"),
+    "starlette": ("cfusion.view",),
+    "uvicorn": ("cfusion.view",),
     "webdataset": ("cfusion.data",),
     "sksurv": ("cfusion.survival",),
     "accelerate": ("cfusion.training.runtime", "cfusion.training.zero"),

@@ -1,0 +1,188 @@
+"""The explanations that are shown over slides, as the page asks for them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cfusion.errors import DataError
+from cfusion.explanation.result import METHODS, ZARR_NAME, Explanation, TileScores, read_explanation
+from cfusion.view.slides import UnknownSlideError
+from preprocess.deepzoom import DeepZoom
+
+logger = logging.getLogger(__name__)
+
+MAX_HELD = 4
+"""Explanations held in memory."""
+
+MPP_TOLERANCE = 0.01
+"""Share by which the µm/px of a slide and of its explanation may differ."""
+
+
+class Explanations:
+    """Explanations of slides, found under a folder.
+
+    Args:
+        root: What `cfusion explain` wrote, or a folder of such folders; None: there are none.
+
+    Raises:
+        DataError: There is no such folder, or no explanation in it.
+    """
+
+    def __init__(self, root: Path | None) -> None:
+        self.paths: dict[str, Path] = {}
+        self._held: OrderedDict[str, Explanation] = OrderedDict()
+        self._lock = threading.Lock()
+        if root is None:
+            return
+        for path in [root] if root.suffix == ".zarr" else sorted(root.rglob(ZARR_NAME)):
+            try:
+                slide_id = read_explanation(path).slide_id
+            except DataError as error:
+                logger.warning("%s", error)
+                continue
+            if slide_id in self.paths:
+                logger.warning("%s is not shown: %s explains the slide too", path, self.paths[slide_id])
+            self.paths.setdefault(slide_id, path)
+        if not self.paths:
+            raise DataError(
+                f"{root}: holds no explanation.", "Give a folder that `cfusion explain` wrote.", topic="viewer"
+            )
+
+    def get(self, slide_id: str, zoom: DeepZoom) -> Explanation | None:
+        """The explanation of a slide; None where there is none.
+
+        Raises:
+            DataError: It was made of another slide of this name, or cannot be read.
+        """
+        if slide_id not in self.paths:
+            return None
+        with self._lock:
+            explanation = self._held.pop(slide_id, None) or read_explanation(self.paths[slide_id])
+            self._held[slide_id] = explanation
+            if len(self._held) > MAX_HELD:
+                self._held.popitem(last=False)
+        _check_same_slide(explanation, zoom)
+        return explanation
+
+
+def _check_same_slide(explanation: Explanation, zoom: DeepZoom) -> None:
+    told, slide = explanation.attrs, zoom.slide
+    different = None
+    if told.get("slide_digest") and slide.quickhash and told["slide_digest"] != slide.quickhash:
+        different = f"its slide had the digest {told['slide_digest'][:12]}…, this one has {slide.quickhash[:12]}…"
+    elif told.get("slide_size_px") and tuple(told["slide_size_px"]) != slide.size_px:
+        different = f"its slide had {_by(told['slide_size_px'])} px, this one has {_by(slide.size_px)}"
+    elif any((level.coords >= slide.size_px).any() for level in explanation.levels.values()):
+        different = "some of its tiles lie outside this one"
+    elif (
+        told.get("mpp")
+        and slide.resolution.source != "default"
+        and abs(told["mpp"] / slide.resolution.mpp - 1) > MPP_TOLERANCE
+    ):
+        different = f"its slide had {told['mpp']:g} µm/px, this one has {slide.resolution.mpp:g}"
+    if different:
+        raise DataError(
+            f"The explanation is of another slide named {explanation.slide_id}: {different}.",
+            "Run `cfusion explain` on this slide.", topic="viewer",
+        )  # fmt: skip
+
+
+def _by(size: Any) -> str:
+    return " × ".join(str(side) for side in size)
+
+
+def described(explanation: Explanation) -> dict[str, Any]:
+    """What the page shows of an explanation before any score is fetched."""
+    return {
+        "model": explanation.attrs.get("model"),
+        "cohort": explanation.attrs.get("cohort"),
+        "models": len(explanation.risks),
+        "risk": explanation.risk,
+        "risk_sd": _or_none(explanation.risk_sd),
+        "risk_cutoff": _or_none(float(explanation.attrs.get("risk_cutoff", np.nan))),
+        "methods": {name: METHODS[name].__dict__ for name in explanation.methods if name in METHODS},
+        "magnifications": {
+            name: {
+                "side_px": level.side_px,
+                "tiles": len(level.coords),
+                "ranges": {
+                    method: score_range(explanation.scores(name, method))
+                    for method in explanation.methods
+                    if explanation.has(name, method)
+                },
+            }
+            for name, level in explanation.levels.items()
+        },
+    }
+
+
+def score_range(scores: np.ndarray) -> dict[str, float]:
+    """Lowest and highest score, and the 1st and 99th percentile, which one odd tile does not move."""
+    finite = scores[np.isfinite(scores)]
+    low, p1, p99, high = np.percentile(finite, [0, 1, 99, 100])
+    return {"low": float(low), "p1": float(p1), "p99": float(p99), "high": float(high)}
+
+
+def level_of(explanation: Explanation | None, magnification: str) -> TileScores:
+    """The tiles of one magnification.
+
+    Raises:
+        UnknownSlideError: The slide is not explained at this magnification.
+    """
+    if explanation is None or magnification not in explanation.levels:
+        raise UnknownSlideError(f"There are no scores at {magnification[:20]}.")
+    return explanation.levels[magnification]
+
+
+def tile_at(level: TileScores, x_px: float, y_px: float) -> int | None:
+    """Row of the tile that holds a point in level-0 px; None where none does."""
+    inside = ((level.coords <= (x_px, y_px)) & (level.coords + level.side_px > (x_px, y_px))).all(axis=1)
+    rows = np.flatnonzero(inside)
+    return int(rows[0]) if len(rows) else None
+
+
+def lineage(
+    explanation: Explanation | None, sides_px: dict[str, float], x_px: float, y_px: float
+) -> list[dict[str, Any]]:
+    """The tile under a point and those that hold it, finest first; where there is no tile, its place on the grid.
+
+    Args:
+        explanation: Whose tiles; None: the places alone.
+        sides_px: Side of a tile in level-0 px, by magnification.
+        x_px: The point, in level-0 px.
+        y_px: The point, in level-0 px.
+
+    Returns:
+        Per magnification `name, side_px, x_px, y_px` (its corner, level-0 px), `tile` (its row, or null) and
+        `scores`: by method `mean` and `sd` (null for one model).
+    """
+    found = []
+    for name in sorted(sides_px, key=lambda n: sides_px[n]):
+        side = sides_px[name]
+        level = explanation.levels.get(name) if explanation is not None else None
+        row = tile_at(level, x_px, y_px) if level is not None else None
+        if level is not None and row is not None:
+            x, y = level.coords[row].tolist()
+        else:
+            x, y = (round(np.floor(at / side) * side) for at in (x_px, y_px))
+        entry = {"name": name, "side_px": side, "x_px": x, "y_px": y, "tile": row, "scores": {}}
+        if explanation is not None and level is not None and row is not None:
+            entry["scores"] = {
+                method: {"mean": float(level.mean[i, row]), "sd": _or_none(float(level.sd[i, row]))}
+                for i, method in enumerate(explanation.methods)
+                if np.isfinite(level.mean[i, row])
+            }
+        found.append(entry)
+        if row is not None:
+            x_px, y_px = x + side / 2, y + side / 2
+    return found
+
+
+def _or_none(value: float) -> float | None:
+    return value if np.isfinite(value) else None

@@ -1,0 +1,116 @@
+"""The viewer's server: slides, scores and survival as the page asks for them, on loopback.
+
+Starlette and uvicorn, which MLflow brings, answer malformed requests, hold the number of reading threads at 40 however
+many requests wait, and shut down in order; the standard library's server does none of these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+
+import uvicorn
+from starlette.applications import Starlette
+
+from cfusion.errors import ConfigError
+from cfusion.view.api import Viewer, routes
+from cfusion.view.guard import LOOPBACK, Guard
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 512
+"""Connections that may wait to be accepted."""
+
+
+def make_app(viewer: Viewer, host: str = "127.0.0.1") -> Guard:
+    """The viewer as an ASGI application.
+
+    Args:
+        viewer: What is shown.
+        host: Name or address, beside those of loopback, under which it may be asked for.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        viewer.slides.start_probe()
+        yield
+        viewer.slides.close()
+
+    return Guard(routes(viewer, lifespan), {*LOOPBACK, host})
+
+
+def serve(viewer: Viewer, host: str, port: int, on_start: Callable[[str], None]) -> None:
+    """Answer until SIGINT or SIGTERM comes.
+
+    Args:
+        viewer: What is shown.
+        host: Name or address to listen on.
+        port: Port; 0: any that is free.
+        on_start: Told the address once connections are accepted.
+
+    Raises:
+        ConfigError: The port is in use or not allowed, or the host is no address of this machine.
+    """
+    with listen(host, port) as listener:
+        address, bound = listener.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+        config = uvicorn.Config(
+            make_app(viewer, host), log_level="warning", access_log=False, server_header=False, http="h11", ws="none",
+            backlog=BACKLOG, timeout_graceful_shutdown=3,
+        )  # fmt: skip
+        server = uvicorn.Server(config)
+
+        def stop(number: int, frame: object) -> None:
+            server.should_exit = True
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            listener.listen(BACKLOG)
+            on_start(f"http://{shown}:{bound}/")
+            # uvicorn raises the signal that stopped it once more when it is done, which is then `stop` again.
+            server.run(sockets=[listener])
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to `host` and `port`.
+
+    Raises:
+        ConfigError: It cannot be bound, or `host` stands for every address of the machine.
+    """
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_unspecified:
+            raise ConfigError(
+                f"--host {host}: would show the slides to every network of this machine.",
+                "Name one address, or keep 127.0.0.1 and use `ssh -L`.", topic="viewer",
+            )  # fmt: skip
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, OverflowError, UnicodeError) as error:
+        raise ConfigError(f"--host {host}: is no address ({error}).", "Use 127.0.0.1.", topic="viewer") from error
+    family, kind, protocol, _, address = found
+    if not ipaddress.ip_address(address[0]).is_loopback:
+        logger.warning("%s is not loopback: everyone who reaches it can see the slides", address[0])
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        number = getattr(error, "errno", None)
+        if number == errno.EADDRINUSE:
+            raise ConfigError(
+                f"--port {port}: is in use by another program.", "Give another, or 0 for any free port.", topic="viewer"
+            ) from error
+        raise ConfigError(
+            f"--host {host} --port {port}: cannot be listened on ({error}).",
+            "Use 127.0.0.1 and a port above 1023, or 0 for any free one.", topic="viewer",
+        ) from error  # fmt: skip
+    return listener

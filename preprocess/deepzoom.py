@@ -1,0 +1,140 @@
+"""A slide as a viewer asks for it: tiles of a deep-zoom pyramid, patches, and a picture of the whole."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+from openslide.deepzoom import DeepZoomGenerator
+from PIL import Image
+
+from cfusion.errors import DataError
+from preprocess.slides import Overview, Slide
+
+TILE_PX = 254
+"""Side of a tile without its overlap; with it, inner tiles are 256 px."""
+
+OVERLAP_PX = 1
+
+DIRECT_SHRINK = 8
+"""A tile is read from the slide where its pixels are averages of at most this many px a side; a coarser one, which a
+slide without a pyramid would make of hundreds of megapixels, is cut from the overview."""
+
+OVERVIEW_PX = 8192
+"""Longest side of the overview."""
+
+MAX_PATCH_PX = 8192
+"""Longest side of a patch, in level-0 px."""
+
+
+class DeepZoom:
+    """Pictures of one slide. Safe from several threads, and in bounded memory whatever the slide's pyramid.
+
+    Attributes:
+        slide: The open slide; `close` closes it.
+        levels: Levels of the deep-zoom pyramid; the last is level 0 of the slide, each coarser one has half its size.
+    """
+
+    def __init__(self, slide: Slide) -> None:
+        self.slide = slide
+        self._generator = DeepZoomGenerator(cast(Any, _Source(slide)), TILE_PX, OVERLAP_PX)
+        self.levels = int(self._generator.level_count)
+        self._overview: Overview | None = None
+        self._lock = threading.Lock()
+        longest = max(slide.size_px)
+        self._shrink = next(s for s in (DIRECT_SHRINK * 2**i for i in range(32)) if longest <= s * OVERVIEW_PX)
+
+    def close(self) -> None:
+        """Close the slide."""
+        self.slide.close()
+
+    def tile(self, level: int, column: int, row: int) -> Image.Image:
+        """A tile of the pyramid, RGB, on the slide's background colour.
+
+        Raises:
+            IndexError: There is no such tile.
+            DataError: Its region cannot be decoded.
+        """
+        if not 0 <= level < self.levels:
+            raise IndexError(f"level {level}: expected 0 to {self.levels - 1}")
+        columns, rows = self._generator.level_tiles[level]
+        if not (0 <= column < columns and 0 <= row < rows):
+            raise IndexError(f"tile {column}, {row} of level {level}: expected below {columns}, {rows}")
+        downsample = 2 ** (self.levels - 1 - level)
+        if downsample / self.slide.downsamples[self._level_for(downsample)] > self._shrink:
+            width, height = self._generator.get_tile_dimensions(level, (column, row))
+            x, y = (i * TILE_PX - min(i, 1) * OVERLAP_PX for i in (column, row))
+            return self._from_overview((x * downsample, y * downsample), (width, height), downsample)
+        picture = self._generator.get_tile(level, (column, row)).convert("RGB")
+        size = self._generator.get_tile_dimensions(level, (column, row))
+        return picture if picture.size == size else picture.resize(size, Image.Resampling.BOX)
+
+    def patch(self, x_px: int, y_px: int, side_px: float, pixels: int = 256) -> Image.Image:
+        """A square of the slide, area-averaged to `pixels` a side as the pipeline does; RGB.
+
+        Args:
+            x_px: Left edge in level-0 px.
+            y_px: Upper edge in level-0 px.
+            side_px: Side in level-0 px.
+            pixels: Side of the picture.
+
+        Raises:
+            DataError: The square is empty, too large or not on the slide, or cannot be decoded.
+        """
+        width, height = self.slide.size_px
+        if not (0 < side_px <= MAX_PATCH_PX and -side_px < x_px < width and -side_px < y_px < height):
+            raise DataError(
+                f"{self.slide.path.name}: a patch of {side_px:g} px at {x_px}, {y_px} cannot be shown.",
+                f"The slide is {width} × {height} px; a side is at most {MAX_PATCH_PX} px.",
+            )
+        level = self._level_for(side_px / pixels)
+        read = max(1, round(side_px / self.slide.downsamples[level]))
+        rgb = self.slide.composite(self.slide.read_rgba(x_px, y_px, read, read, level))
+        return Image.fromarray(rgb).resize((pixels, pixels), Image.Resampling.BOX)
+
+    def whole(self, longest_px: int) -> Image.Image:
+        """The whole slide, its longer side of at most `longest_px`; what cannot be read has the background's colour."""
+        width, height = self.slide.size_px
+        step = max(1.0, max(width, height) / longest_px)
+        picture = Image.fromarray(self.slide.overview(step * self.slide.resolution.mpp).rgb)
+        picture.thumbnail((longest_px, longest_px), Image.Resampling.BOX)
+        return picture
+
+    def _level_for(self, downsample: float) -> int:
+        """The coarsest level of the slide that is fine enough."""
+        fine_enough = [i for i, d in enumerate(self.slide.downsamples) if d <= downsample * 1.001]
+        return max(fine_enough, key=lambda i: self.slide.downsamples[i], default=0)
+
+    def _from_overview(self, corner_px: tuple[int, int], size: tuple[int, int], downsample: int) -> Image.Image:
+        with self._lock:
+            if self._overview is None:
+                self._overview = self.slide.overview(self._shrink * self.slide.resolution.mpp)
+            overview = self._overview
+        fx, fy = overview.px_level0
+        height, width = overview.rgb.shape[:2]
+        (x, y), (w, h) = corner_px, size
+        box = (x / fx, y / fy, min((x + w * downsample) / fx, width), min((y + h * downsample) / fy, height))
+        return Image.fromarray(overview.rgb).resize(size, Image.Resampling.BOX, box)
+
+
+class _Source:
+    """What OpenSlide's generator reads of a slide, through the door that reopens a handle after an error."""
+
+    def __init__(self, slide: Slide) -> None:
+        self._slide = slide
+        self.dimensions = slide.size_px
+        self.level_dimensions = slide.level_sizes_px
+        self.level_downsamples = slide.downsamples
+        self.properties: Mapping[str, str] = {
+            "openslide.background-color": "".join(f"{channel:02x}" for channel in slide.background)
+        }
+
+    def get_best_level_for_downsample(self, downsample: float) -> int:
+        """As OpenSlide does: the coarsest level that is at least as fine."""
+        return max((i for i, d in enumerate(self.level_downsamples) if d <= downsample * 1.001), default=0)
+
+    def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
+        """RGBA of a region; `location` in level-0 px, `size` in px of the level."""
+        return Image.fromarray(np.ascontiguousarray(self._slide.read_rgba(*location, *size, level)), "RGBA")
