@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import platform
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,15 +205,18 @@ def _tracked(runtime: Runtime, run: PreparedRun) -> TrackedRun:
 def _fold(runtime: Runtime, run: PreparedRun, split: Split, parent: TrackedRun, bar: Progress) -> pd.DataFrame:
     name = f"fold_{split.fold}" if run.config.splits.repeats == 1 else f"repeat_{split.repeat}_fold_{split.fold}"
     folder = run.config.output / name
+    checkpoints = run.config.output / "checkpoints" / name
     with parent.child(name, {"fold": split.fold, "repeat": split.repeat}) as child:
         if not folder.is_dir():
             result = fit(
-                run.config, run.cohort, split, runtime=runtime, folder=run.config.output / "checkpoints" / name,
+                run.config, run.cohort, split, runtime=runtime, folder=checkpoints,
                 on_epoch=lambda epoch, metrics: child.log(metrics, epoch),
             )  # fmt: skip
             if runtime.is_main:
                 _write_fold(folder, result)
             runtime.barrier()
+        if runtime.is_main:
+            shutil.rmtree(checkpoints, ignore_errors=True)
         child.artifacts(folder)
     bar.advance(note=name)
     return pd.read_csv(folder / "predictions.csv", dtype={"case_id": str}, float_precision="round_trip")
