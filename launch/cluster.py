@@ -16,10 +16,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from cfusion.config import load_config
-from cfusion.errors import ConfigError, RequeueError
+from cfusion.errors import CfusionError, ConfigError, PartialResultError, RequeueError
 
 REQUEUE = RequeueError.exit_code
 """Exit code of a run that has saved its state and wants to be started again."""
+
+FINAL = (CfusionError.exit_code, PartialResultError.exit_code)
+"""Exit codes of processes that would leave in the same way again."""
 
 WARNING_SECONDS = 120
 """How long before the end of its time a job is told to save and leave."""

@@ -10,8 +10,7 @@ from typing import Any
 import yaml
 
 from cfusion.errors import CfusionError, ConfigError
-from launch.cluster import MAX_RESTARTS, REQUEUE, SHUTDOWN_SECONDS, LaunchPlan
-from launch.torchrun import FINAL
+from launch.cluster import FINAL, MAX_RESTARTS, REQUEUE, SHUTDOWN_SECONDS, LaunchPlan
 
 PORT = 29400
 

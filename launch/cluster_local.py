@@ -10,7 +10,7 @@ import subprocess
 import uuid
 from types import FrameType
 
-from launch.cluster import REQUEUE, LaunchPlan
+from launch.cluster import FINAL, REQUEUE, LaunchPlan
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +52,7 @@ def start_agents(plan: LaunchPlan) -> list[subprocess.Popen[bytes]]:
 
 def run_code(codes: list[int]) -> int:
     """What the nodes' exit codes make of the run; a node that was killed has no say where another ended well."""
-    own = [code for code in codes if code >= 0]
-    if 0 in own:
-        return 0
-    return min((code for code in own if code != 1), default=1) if REQUEUE not in own else REQUEUE
+    return next((code for code in (0, *FINAL, REQUEUE) if code in codes), 1)
 
 
 def free_port() -> int:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from cfusion.errors import CfusionError, ConfigError
 from cfusion.files import write_text
-from launch.cluster import REQUEUE, WARNING_SECONDS, LaunchPlan, one_line, shell
+from launch.cluster import MAX_RESTARTS, REQUEUE, WARNING_SECONDS, LaunchPlan, one_line, shell
 
-MOST_REQUEUES = 100
-"""A job that could not end in so many starts will not in another."""
+MOST_REQUEUES = {REQUEUE: 100, 137: MAX_RESTARTS}
+"""How often a job queues itself again after an exit code: it was asked to, or a node's agent was killed."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,11 @@ def slurm_script(plan: LaunchPlan, options: SlurmOptions) -> str:
             "",
             "# A node that was lost leaves its mark on srun's code, even where the others have ended the run.",
             f"if [ -e {done} ]; then exit 0; fi",
-            f'if [ "$status" -eq {REQUEUE} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {MOST_REQUEUES} ]; then',
-            '    scontrol requeue "$SLURM_JOB_ID"',
-            "fi",
+            'case "$status" in',
+            *(f"    {code}) most={most} ;;" for code, most in MOST_REQUEUES.items()),
+            "    *) most=0 ;;",
+            "esac",
+            'if [ "${SLURM_RESTART_COUNT:-0}" -lt "$most" ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
             'exit "$status"',
             "",
         ]

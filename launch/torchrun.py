@@ -1,7 +1,8 @@
 """torchrun on one node, with the exit code of the run itself.
 
 `python -m launch.torchrun` takes torchrun's arguments. torchrun leaves with 1 whatever its processes left with, so a
-scheduler cannot tell a run to be started again (75) from one whose input is bad (2); this one can.
+scheduler cannot tell a run to be started again (75) from one whose input is bad (2), and it starts even the latter
+again and again; this one does neither.
 """
 
 from __future__ import annotations
@@ -13,42 +14,55 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+import torch.distributed.launcher.api as launcher
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
 from torch.distributed.run import parse_args, run
 
-from cfusion.errors import CfusionError, PartialResultError
-from launch.cluster import REQUEUE
+from launch.cluster import FINAL, REQUEUE
 
 logger = logging.getLogger(__name__)
 
-FINAL = (CfusionError.exit_code, PartialResultError.exit_code)
-"""Exit codes of processes that would leave in the same way again."""
+
+class _Agent(LocalElasticAgent):
+    """An agent that does not start processes again that would leave in the same way."""
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if any(failure.exitcode in FINAL for failure in result.failures.values()):
+            self._remaining_restarts = 0
+        return result
 
 
 def main(arguments: Sequence[str]) -> int:
     """Start this node's processes and watch them.
 
     Returns:
-        0 when they are done; 75 when they were asked to stop, or the nodes could not find each other; 2 or 3 as the
-        processes left; 1 otherwise.
+        0 when they are done; 75 when they were asked to stop, or when too few nodes came; 2 or 3 as the processes left;
+        1 otherwise, also when the first node is lost, whose loss ends the run.
     """
     parsed = parse_args(list(arguments))
     if (host := is_host()) is not None:
         parsed.rdzv_conf = ",".join(filter(None, [parsed.rdzv_conf, f"is_host={str(host).lower()}"]))
+    # torchrun has no argument that names the class of its agent.
+    launcher.LocalElasticAgent = _Agent  # type: ignore[attr-defined]
     # Until torchrun has handlers of its own, a signal that asks for a stop must not look like a crash.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _leave)
     try:
         run(parsed)
     except SignalException as error:
-        return told(f"stopped by {error.sigval.name}", REQUEUE)
+        return _told(f"stopped by {error.sigval.name}", REQUEUE)
+    except RendezvousTimeoutError:
+        return _told("too few nodes came", REQUEUE)
     except RendezvousError as error:
-        return told(f"the nodes did not find each other, or lost the first of them ({error})", REQUEUE)
+        return _told(f"another node has ended the run, or the first is lost ({error})", 1)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        return told(f"processes left with {', '.join(f'{c} (rank {r})' for r, c in codes.items())}", _of(codes))
+        return _told(f"processes left with {', '.join(f'{c} (rank {r})' for r, c in codes.items())}", _of(codes))
     return 0
 
 
@@ -61,7 +75,7 @@ def is_host() -> bool | None:
     return None if number is None else int(number) == 0
 
 
-def told(what: str, code: int) -> int:
+def _told(what: str, code: int) -> int:
     """Say why this node leaves, and hand on the code."""
     logger.warning("node %s: %s; leaving with %d", os.environ.get("NODE_RANK", "-"), what, code)
     return code
@@ -69,7 +83,7 @@ def told(what: str, code: int) -> int:
 
 def _of(codes: dict[int, int]) -> int:
     """One code for a node whose processes have failed."""
-    for code in (REQUEUE, *FINAL):
+    for code in (*FINAL, REQUEUE):
         if code in codes.values():
             return code
     return 1
