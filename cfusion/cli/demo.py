@@ -47,8 +47,6 @@ def phantom(
     Two slides a second; nothing in it is data about people. OUT/slides holds the slides, OUT/cohort.csv the columns
     patient, slide, time (months) and event, OUT/truth.csv the planted risk.
 
-    Example:
-
       cfusion phantom study --cases 40
     """
     import dataclasses

@@ -1,0 +1,218 @@
+"""Pages of the site that are made from the code: commands, settings, modules, errors, changes and figures."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from pydantic.fields import FieldInfo
+
+import cfusion
+from cfusion.cli.main import app
+from cfusion.config import Config, PreprocessConfig, Section
+from launch.plan import SweepConfig
+from preprocess import descriptor
+from preprocess.encoders import StainTexture
+from preprocess.encoders.cards import CARDS
+
+ROOT = Path(__file__).parents[1]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages; called by MkDocs."""
+    pages = {
+        "errors.md": (ROOT / "cfusion" / "errors.md").read_text(encoding="utf-8"),
+        "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+        "figures.md": (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8"),
+        "reference/cli.md": command_reference(),
+        "reference/python.md": python_reference(),
+        "reference/configuration.md": configuration_reference(),
+        "reference/encoders.md": encoder_reference(),
+        **module_pages(),
+    }
+    for path, text in pages.items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def command_reference() -> str:
+    """Every command with its help, arguments and options, as `cfusion COMMAND --help` tells them."""
+    lines = ["# Commands", "", "What `cfusion COMMAND --help` tells, on one page. Exit codes:", ""]
+    lines += [
+        "0", ":   done", "", "2", ":   bad input, told in one line, with the [page that explains it](../errors.md)", "",
+        "3", ":   done but for named parts", "", "75", ":   stopped on request with its state saved; run it again", "",
+    ]  # fmt: skip
+    for path, command in _walk(typer.main.get_command(app), "cfusion"):
+        lines += _describe(path, command)
+    return "\n".join(lines)
+
+
+def _walk(command: Any, path: str) -> Iterator[tuple[str, Any]]:
+    children = getattr(command, "commands", {})
+    if not children:
+        yield path, command
+    for name, child in children.items():
+        yield from _walk(child, f"{path} {name}")
+
+
+def _describe(path: str, command: Any) -> list[str]:
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
+    usage = " ".join([path, *(_placeholder(p) for p in arguments), *(["[OPTIONS]"] if options else [])])
+    lines = [f"## {path}", "", "```text", usage, "```", "", *_prose(command.help or ""), ""]
+    if arguments or options:
+        lines += ["| | meaning | default |", "|---|---|---|"]
+        lines += [f"| `{_placeholder(p)}` | {_cell(p.help)} | {_default(p)} |" for p in arguments]
+        lines += [f"| `{', '.join(p.opts)}` | {_cell(p.help)} | {_default(p)} |" for p in options]
+    return [*lines, ""]
+
+
+def _placeholder(parameter: Any) -> str:
+    name = parameter.name.upper() + ("…" if parameter.nargs == -1 else "")
+    return name if parameter.required else f"[{name}]"
+
+
+def _default(parameter: Any) -> str:
+    if parameter.required:
+        return "required"
+    value = parameter.default
+    return f"`{value}`" if value not in (None, False, "", (), []) else ""
+
+
+def _prose(text: str) -> list[str]:
+    """Help as Markdown: paragraphs that are command lines become a block."""
+    lines: list[str] = []
+    for paragraph in re.split(r"\n\s*\n", text.replace("\b", "").strip()):
+        if re.match(r"\s*(cfusion|torchrun|python|accelerate) ", paragraph):
+            lines += ["```sh", *(line.strip() for line in paragraph.strip().splitlines()), "```", ""]
+        else:
+            lines += [" ".join(paragraph.split()), ""]
+    return lines
+
+
+def _cell(text: str | None) -> str:
+    return " ".join((text or "").split()).replace("|", "\\|")
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def configuration_reference() -> str:
+    """Every setting with its type, default and meaning, from the fields of `cfusion.config`."""
+    lines = [
+        "# Configuration", "",
+        "A run is one YAML file with the sections below; `section.key=value` on the command line overrides one key. "
+        "Unknown keys are errors, with the nearest valid name. `cfusion train CONFIG --print-config` shows what a file "
+        "means with all its defaults.", "", "## The run", "",
+        *_table({k: f for k, f in Config.model_fields.items() if not _is_section(f)}),
+    ]  # fmt: skip
+    for name, field in Config.model_fields.items():
+        if _is_section(field):
+            lines += _section(name, f"{field.annotation.__doc__}", field.annotation)  # type: ignore[union-attr]
+    lines += _section("Preprocessing", "What the options of `cfusion preprocess` set.", PreprocessConfig)
+    lines += _section("Sweep", "The file of `cfusion sweep`.", SweepConfig)
+    return "\n".join(lines)
+
+
+def _is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+
+
+def _section(name: str, told: str, section: Any) -> list[str]:
+    heading = f"## `{name}`" if name.islower() else f"## {name}"
+    return [heading, "", told, "", *_table(section.model_fields)]
+
+
+def _table(fields: dict[str, FieldInfo]) -> list[str]:
+    rows = [
+        f"| `{key}` | {_cell(_type(field.annotation) + _range(field))} | {_cell(_value(field))} | "
+        f"{_cell(field.description)} |"
+        for key, field in fields.items()
+    ]
+    return ["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""]
+
+
+def _type(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("none" if a is type(None) else _type(a) for a in arguments)
+    if origin is tuple:
+        return f"list of {_type(arguments[0])}"
+    names = {"str": "text", "int": "integer", "float": "number", "bool": "true or false", "Path": "path"}
+    name = getattr(origin or annotation, "__name__", str(annotation))
+    return {"dict": "mapping", **names}.get(name, name)
+
+
+def _range(field: FieldInfo) -> str:
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    found = [f"{s} {getattr(m, k):g}" for m in field.metadata for k, s in signs.items() if hasattr(m, k)]
+    return f" ({', '.join(found)})" if found else ""
+
+
+def _value(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    if field.is_required():
+        return "required"
+    if value is None:
+        return "none"
+    shown = (
+        ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value) if isinstance(value, tuple) else value
+    )
+    shown = str(shown).lower() if isinstance(shown, bool) else f"{shown:g}" if isinstance(shown, float) else shown
+    return f"`{shown}`" if shown not in ("", {}) else "empty"
+
+
+# --- encoders ---------------------------------------------------------------------------------------------------------
+
+
+def encoder_reference() -> str:
+    """Every encoder known by name, with width, licence and model card."""
+    rows = [
+        f"| [`{name}`]({card.source}) | {card.dim} | {card.licence}{', gated' if card.gated else ''} |"
+        for name, card in CARDS.items()
+    ]
+    return "\n".join([
+        "# Encoders", "",
+        "Names of `cfusion preprocess --encoder`. Each runs as its model card, which the name leads to, says. Besides, "
+        "`timm:NAME` and `hf:OWNER/NAME` take anything that timm can build.", "",
+        "| name | width | licence |", "|---|---|---|",
+        f"| `{StainTexture.name}` | {descriptor.DIM} | this program's own: nothing learnt |", *rows, "",
+    ])  # fmt: skip
+
+
+# --- modules ----------------------------------------------------------------------------------------------------------
+
+
+def module_pages() -> dict[str, str]:
+    """A page for each package, with the docstrings of its modules; one for the modules right below `cfusion`."""
+    packages = [ROOT / "preprocess", ROOT / "launch"]
+    packages += [folder for folder in (ROOT / "cfusion").iterdir() if (folder / "__init__.py").exists()]
+    pages = {f"reference/api/{p.name}.md": _package_page(p) for p in packages if p.name != "cli"}
+    return {"reference/api/cfusion.md": _package_page(ROOT / "cfusion", deep=False), **pages}
+
+
+def python_reference() -> str:
+    """The hand-written head of the page on Python, and the docstrings of the public names."""
+    head = (ROOT / "docs" / "reference" / "python.head.md").read_text(encoding="utf-8")
+    return "\n".join([head, *(f"::: {module}.{name}\n" for name, module in cfusion._API.items())])
+
+
+def _package_page(folder: Path, deep: bool = True) -> str:
+    name = ".".join(folder.relative_to(ROOT).parts)
+    modules = sorted(folder.rglob("*.py") if deep else folder.glob("*.py"))
+    dotted = [
+        ".".join(m.relative_to(ROOT).with_suffix("").parts) for m in modules if m.stem not in ("__init__", "__main__")
+    ]
+    return "\n".join([f"# {name}", "", *(f"::: {module}\n" for module in dotted)])
