@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["JAXTYPING_DISABLE"] = "0"
+install_import_hook(["cfusion.models", "cfusion.data", "cfusion.survival"], "typechecker.check")
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ from jaxtyping import Int
 
 
 def bag_positions(
-    coords: Sequence[Mapping[str, Int[np.ndarray, "tile 2"]]], sides: Sequence[Mapping[str, float]]
-) -> dict[str, Int[np.ndarray, "tile 2"]]:
+    coords: Sequence[Mapping[str, Int[np.ndarray, "_ 2"]]], sides: Sequence[Mapping[str, float]]
+) -> dict[str, Int[np.ndarray, "_ 2"]]:
     """Column and row of every tile of a bag, per magnification name.
 
     A slide's grid starts at its first cell (tile of the coarsest magnification) with a tile; the next slide starts in

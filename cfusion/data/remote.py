@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from cfusion.data.shard_files import OpenFile
@@ -234,7 +234,7 @@ class RemoteFiles:
         """Delete the cached copy."""
         return self._cache.drop(self._name(number, member))
 
-    def stream(self, shard: Shard) -> BinaryIO:
+    def stream(self, shard: Shard) -> io.IOBase:
         """The shard in large ranges, a few at a time."""
         return io.BufferedReader(_Stream(self._source, shard), _PIECE)
 

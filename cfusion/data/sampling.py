@@ -7,11 +7,11 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt
 
 from cfusion.data.shards import ShardDataset
 
-Rows = dict[str, Int[np.ndarray, " tile"]]
+Rows = dict[str, Int[np.ndarray, " _"]]
 """Per magnification name, ascending rows of a bag, whose slides follow each other."""
 
 
@@ -70,7 +70,7 @@ def sample_tiles(
 
 def _ancestors(
     dataset: ShardDataset, slide_ids: Sequence[str], levels: Sequence[str]
-) -> dict[str, Int[np.ndarray, " tile"]]:
+) -> dict[str, Int[np.ndarray, " _"]]:
     """For each tile of a bag at the finest level, the row in the bag of the tile above it at every level."""
     parts: dict[str, list[np.ndarray]] = {name: [] for name in levels}
     starts = dict.fromkeys(levels, 0)
@@ -86,7 +86,7 @@ def _ancestors(
 
 
 def _draw_families(
-    family: Int[np.ndarray, " tile"], max_tiles: int, raw: Int[np.ndarray, " draw"]
+    family: Int[np.ndarray, " tile"], max_tiles: int, raw: UInt[np.ndarray, " draw"]
 ) -> Int[np.ndarray, " kept"]:
     """Tiles of families taken in random order; of the last one a random part."""
     sizes = np.bincount(family)

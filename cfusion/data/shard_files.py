@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import io
 import mmap
 import os
 import threading
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -55,6 +56,7 @@ class OpenFile:
             os.close(self.descriptor)
 
 
+@runtime_checkable
 class ShardFiles(Protocol):
     """Where the bytes of the tars are."""
 
@@ -69,7 +71,7 @@ class ShardFiles(Protocol):
     def discard(self, number: int, member: Member) -> bool:
         """Forget a damaged local copy of a member; true where there was one, so that another try can help."""
 
-    def stream(self, shard: Shard) -> BinaryIO:
+    def stream(self, shard: Shard) -> io.IOBase:
         """A tar, to be read front to back."""
 
 
@@ -104,7 +106,7 @@ class LocalFiles:
         """There is no copy."""
         return False
 
-    def stream(self, shard: Shard) -> BinaryIO:
+    def stream(self, shard: Shard) -> io.IOBase:
         """The shard itself."""
         return (self.directory / shard.name).open("rb")
 

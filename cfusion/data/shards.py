@@ -179,7 +179,7 @@ class ShardDataset:
     def _array_names(self, slide_id: str) -> list[str]:
         return [name.removesuffix(".npy") for name in self.sample(slide_id).members if name.endswith(".npy")]
 
-    def _arrays(self, slide_id: str, members: Mapping[str, bytes]) -> dict[str, np.ndarray]:
+    def _arrays(self, slide_id: str, members: Mapping[str, Any]) -> dict[str, np.ndarray]:
         arrays = {}
         for name in self._array_names(slide_id):
             member, data = self._member(slide_id, name), members.get(f"{name}.npy", b"")
