@@ -22,10 +22,10 @@ class ServedEnsemble(PythonModel):
         """Read the fold models among the run's artifacts."""
         self.ensemble = FoldEnsemble.load(Path(context.artifacts["folds"]))
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
+    def predict(self, context: Any, model_input, params: Any = None) -> pd.DataFrame:  # type: ignore[no-untyped-def]
         """Risk and survival of one bag: f32 [tile, dim] per magnification name (see `FoldEnsemble.predict_bag`).
 
-        The registered signature is the type of the input; MLflow would take an annotation for another one.
+        `model_input` has no annotation, which MLflow would take for another signature than the registered one.
         """
         return self.ensemble.predict_bag(model_input)
 

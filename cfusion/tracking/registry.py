@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,15 +147,18 @@ def _save_served(ensemble: FoldEnsemble, folder: Path, scratch: Path) -> None:
         magnification_name(m): np.zeros((count, card.backbone_dim), np.float32)
         for m, count in zip(card.magnifications, (16, 4, 1), strict=False)
     }
-    mlflow.pyfunc.save_model(
-        path=str(scratch / MODEL_PATH),
-        python_model=str(SERVED_MODEL),
-        artifacts={FOLDS: str(folds)},
-        signature=_signature(card),
-        input_example=example,
-        metadata=_metadata(ensemble),
-        pip_requirements=["cfusion"],
-    )
+    with warnings.catch_warnings():
+        # MLflow asks for annotations to infer a signature from; this one is given.
+        warnings.filterwarnings("ignore", category=UserWarning, module="mlflow")
+        mlflow.pyfunc.save_model(
+            path=str(scratch / MODEL_PATH),
+            python_model=str(SERVED_MODEL),
+            artifacts={FOLDS: str(folds)},
+            signature=_signature(card),
+            input_example=example,
+            metadata=_metadata(ensemble),
+            pip_requirements=["cfusion"],
+        )
 
 
 def _signature(card: ModelCard) -> ModelSignature:

@@ -1,0 +1,283 @@
+"""From the journal to a database: in order, each record once, whatever stops it in between."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from factories import CohortFiles, make_cohort
+from mlflow import MlflowClient
+
+from cfusion.config import TrackingConfig
+from cfusion.crossval import cross_validate
+from cfusion.errors import ConfigError, DataError, RequeueError
+from cfusion.tracking import TrackedRun, delivery, run
+from cfusion.tracking.delivery import delivery_of, send, unsent
+from cfusion.tracking.journal import Journal
+from cfusion.tracking.server import TrackingUnavailableError, connect, public_name, tracking_uri
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One database for the module; each test has an experiment of its own."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('database') / 'mlflow.db'}"
+    connect(uri)
+    return uri
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
+    return make_cohort(tmp_path_factory.mktemp("cohort"), patients=60)
+
+
+def journal_of(folder: Path, experiment: str, steps: int = 3) -> Journal:
+    journal = Journal(folder / "tracking.jsonl")
+    journal.start("", experiment=experiment, name="parent", params={"lr": "0.1"}, tags={"cohort": "a"})
+    journal.start("fold_0", experiment=experiment, name="fold_0", params={}, tags={})
+    for step in range(steps):
+        journal.metrics("fold_0", {"loss": 1 / (step + 1), "cindex": float("nan")}, step)
+    return journal
+
+
+def runs_of(uri: str, experiment: str) -> dict:
+    client = MlflowClient(uri)
+    found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    return {r.info.run_name: r for r in found}
+
+
+def history(uri: str, run_id: str, name: str = "loss") -> list[int]:
+    return [metric.step for metric in MlflowClient(uri).get_metric_history(run_id, name)]
+
+
+@pytest.mark.parametrize("stops_at", ["create_run", "log_batch", "after the batch"])
+def test_a_sender_that_dies_anywhere_sends_the_rest_once(database, tmp_path, monkeypatch, stops_at):
+    """A run that was made, or metrics that were taken, just before the process died are found again, not doubled."""
+    journal_of(tmp_path, stops_at).close()
+    target = {"create_run": "create_run", "log_batch": "log_batch", "after the batch": "log_batch"}[stops_at]
+    whole = getattr(MlflowClient, target)
+
+    def dies(self, *arguments, **options):
+        if stops_at != "log_batch":
+            whole(self, *arguments, **options)
+        if stops_at == "after the batch" and not options.get("metrics"):
+            return None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MlflowClient, target, dies)
+    with pytest.raises(KeyboardInterrupt):
+        send(tmp_path, database)
+    monkeypatch.undo()
+    send(tmp_path, database)
+    runs = runs_of(database, stops_at)
+    assert sorted(runs) == ["fold_0", "parent"]
+    assert history(database, runs["fold_0"].info.run_id) == [0, 1, 2]
+    assert history(database, runs["fold_0"].info.run_id, "cindex") == [0, 1, 2]
+    assert runs["parent"].data.params == {"lr": "0.1"}
+
+
+def test_thousands_of_metrics_go_in_batches_that_mlflow_takes(database, tmp_path, monkeypatch):
+    journal_of(tmp_path, "many", steps=1300).close()
+    sizes = []
+    whole = MlflowClient.log_batch
+
+    def counted(self, run_id, **options):
+        sizes.append(len(options.get("metrics", [])))
+        whole(self, run_id, **options)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", counted)
+    send(tmp_path, database)
+    assert [size for size in sizes if size] == [1000, 1000, 600]
+
+
+def test_another_server_gets_all_of_a_run_that_was_sent_before(database, tmp_path):
+    journal_of(tmp_path, "moved").close()
+    send(tmp_path, database)
+    other = f"sqlite:///{tmp_path / 'other.db'}"
+    send(tmp_path, other)
+    assert history(other, runs_of(other, "moved")["fold_0"].info.run_id) == [0, 1, 2]
+    (tmp_path / "other.db").unlink()
+    again = f"sqlite:///{tmp_path / 'again.db'}"
+    state = json.loads((tmp_path / "tracking.json").read_text())
+    (tmp_path / "tracking.json").write_text(json.dumps({again: state[other]}))
+    send(tmp_path, again)
+    assert sorted(runs_of(again, "moved")) == ["fold_0", "parent"], "a database made anew gets the run again"
+
+
+def test_what_the_server_refuses_is_told_and_does_not_hold_up_the_rest(database, tmp_path, caplog):
+    journal = journal_of(tmp_path, "refused", steps=0)
+    journal.metrics("fold_0", {"a name that is \\ not allowed?": 1.0}, 0)
+    journal.once("fold_0", "artifacts", path="gone.csv", under=None)
+    journal.metrics("fold_0", {"loss": 1.0}, 1)
+    journal.close()
+    state = send(tmp_path, database)
+    assert unsent(tmp_path, database) == 0
+    assert len(state.refused) == 2
+    assert "gone.csv: is not there any more" in caplog.text
+    assert history(database, runs_of(database, "refused")["fold_0"].info.run_id) == [1]
+
+
+def test_a_locked_database_is_told_in_a_clear_word_and_nothing_is_lost(database, tmp_path, caplog):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    shutil.copy(database.removeprefix("sqlite:///"), tmp_path / "mlflow.db")
+    holder = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    tracking = TrackingConfig(uri=uri, experiment="locked")
+    with caplog.at_level(logging.INFO):
+        parent = TrackedRun.begin(tracking, tmp_path / "run", "parent", {})
+        child = parent.child("fold_0", {})
+        for step in range(5):
+            child.log({"loss": 1.0}, step)
+        child.close()
+        parent.close()
+    assert "mlflow.db: is locked by another process" in caplog.text
+    assert "Traceback" not in caplog.text
+    assert unsent(tmp_path / "run", uri) == 10
+    holder.execute("ROLLBACK")
+    holder.close()
+    send(tmp_path / "run", uri)
+    runs = runs_of(uri, "locked")
+    assert history(uri, runs["fold_0"].info.run_id) == [0, 1, 2, 3, 4]
+    assert {r.info.status for r in runs.values()} == {"FINISHED"}
+
+
+def test_a_training_never_waits_for_a_server(tmp_path, monkeypatch):
+    """Everything but the end of the parent comes back while a request hangs."""
+    answered, asked = threading.Event(), threading.Event()
+
+    def hangs(folder, uri):
+        asked.set()
+        assert answered.wait(60)
+
+    monkeypatch.setattr(run, "SEND_SECONDS", 0.01)
+    monkeypatch.setattr(run, "send", hangs)
+    parent = TrackedRun.begin(TrackingConfig(uri="http://127.0.0.1:9"), tmp_path / "run", "parent", {})
+    assert asked.wait(60)
+    child = parent.child("fold_0", {})
+    for step in range(100):
+        child.log({"loss": 1.0}, step)
+    child.artifacts(tmp_path)
+    child.close()
+    assert not answered.is_set()
+    answered.set()
+    parent.close()
+
+
+@pytest.mark.parametrize(("error", "status"), [(RequeueError("stopped"), "KILLED"), (DataError("broke"), "FAILED")])
+def test_how_a_run_ended_and_why_is_told(database, tmp_path, error, status):
+    tracking = TrackingConfig(uri=database, experiment=f"ends {status}")
+
+    def trains():
+        with TrackedRun.begin(tracking, tmp_path / "run", "parent", {}) as parent:
+            parent.child("fold_0", {})
+            raise error
+
+    with pytest.raises(type(error)):
+        trains()
+    runs = runs_of(database, f"ends {status}")
+    assert {r.info.status for r in runs.values()} == {status}
+    assert runs["parent"].data.tags["cause"] == f"{type(error).__name__}: {error}"
+    with TrackedRun.begin(tracking, tmp_path / "run", "parent", {}) as parent:
+        parent.child("fold_0", {}).close()
+    runs = runs_of(database, f"ends {status}")
+    assert [r.info.status for r in runs.values()] == ["FINISHED", "FINISHED"], "gone on with, not begun again"
+
+
+_KILLED = """
+import os, signal, sys
+from cfusion import crossval
+from cfusion.config import load_config
+from cfusion.tracking import TrackedRun
+from cfusion.tracking.delivery import send
+from cfusion.tracking.server import tracking_uri
+config = load_config(sys.argv[1])
+die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+whole = TrackedRun.log
+def log(self, metrics, step=0):
+    whole(self, metrics, step)
+    if sys.argv[2] == "in an epoch" and self._key == "fold_1" and step == 1:
+        send(config.output, tracking_uri(config.tracking, config.output))
+        die()
+TrackedRun.log = log
+if sys.argv[2] == "behind a fold":
+    TrackedRun.artifacts = die
+crossval.cross_validate(config)
+"""
+
+
+@pytest.mark.parametrize("where", ["in an epoch", "behind a fold"])
+def test_a_run_killed_by_sigkill_goes_on_in_the_same_mlflow_runs(files, database, tmp_path, where):
+    tracking = {"enabled": True, "uri": database, "experiment": where}
+    config = files.config(tmp_path / "run", tracking=tracking, evaluation={"bootstrap": 0})
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(config.model_dump(mode="json")))
+    killed = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(path), where], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    before = delivery_of(config.output, database).runs
+    assert where == "behind a fold" or {
+        r.info.status for n, r in runs_of(database, where).items() if n != "fold_0"
+    } == {"RUNNING"}
+    cross_validate(config)
+    after = delivery_of(config.output, database).runs
+    assert before.items() <= after.items()
+    runs = runs_of(database, where)
+    assert sorted(r.info.run_name for r in runs.values()) == sorted(
+        ["fold_0", "fold_1", "fold_2", "made_up-made-up-amil-seed7"]
+    )
+    assert {r.info.status for r in runs.values()} == {"FINISHED"}
+    for fold in range(3):
+        assert history(database, after[f"fold_{fold}"], "train_loss") == [0, 1, 2, 3]
+        kept = {item.path for item in MlflowClient(database).list_artifacts(after[f"fold_{fold}"])}
+        assert {"predictions.csv", "history.csv"} <= kept
+
+
+def test_two_senders_of_one_run_do_not_meet(database, tmp_path, monkeypatch):
+    journal_of(tmp_path, "two").close()
+    inside = []
+    whole = delivery._Sender.take
+
+    def take(self, records):
+        with pytest.raises(DataError, match="another process is sending this run"):
+            send(tmp_path, database)
+        inside.append(records)
+        whole(self, records)
+
+    monkeypatch.setattr(delivery._Sender, "take", take)
+    send(tmp_path, database)
+    assert inside
+
+
+def test_a_folder_without_a_journal_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"has no tracking\.jsonl"):
+        send(tmp_path, "http://127.0.0.1:9")
+
+
+def test_addresses(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_uri(TrackingConfig(), tmp_path / "run") == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://tracking.example")
+    assert tracking_uri(TrackingConfig(), tmp_path / "run") == "https://tracking.example"
+    assert tracking_uri(TrackingConfig(uri="postgresql+psycopg2://db/x"), tmp_path) == "postgresql+psycopg2://db/x"
+    for wrong in ("mlruns", "file:///mlruns", "ftp://host"):
+        with pytest.raises(ConfigError, match="expected http"):
+            tracking_uri(TrackingConfig(uri=wrong), tmp_path)
+
+
+def test_a_password_in_the_address_is_not_written_down(tmp_path):
+    assert public_name("https://ann:secret@host:5000/x") == "https://host:5000/x"
+    journal_of(tmp_path, "secret").close()
+    with pytest.raises(TrackingUnavailableError) as caught:
+        send(tmp_path, "http://ann:secret@127.0.0.1:9")
+    assert "secret" not in caught.value.message.split("(")[0]
+    assert all("secret" not in path.read_text() for path in tmp_path.glob("tracking.json"))

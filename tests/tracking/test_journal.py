@@ -1,0 +1,125 @@
+"""The journal: nothing twice, nothing half, whatever a kill leaves."""
+
+import json
+import math
+import threading
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cfusion.errors import DataError
+from cfusion.tracking.journal import PARENT, Journal, read_records
+
+
+def records(path, position=0):
+    return [record for record, _ in read_records(path, position)]
+
+
+def test_a_step_is_noted_once_and_a_resumed_run_goes_on_behind_it(tmp_path):
+    path = tmp_path / "tracking.jsonl"
+    journal = Journal(path)
+    journal.start(PARENT, name="run")
+    journal.start("fold_0", name="fold_0")
+    for step in (0, 1):
+        journal.metrics("fold_0", {"loss": 1.0 - step, "cindex": 0.5}, step)
+    journal.close()
+    journal = Journal(path)
+    journal.start(PARENT, name="run")
+    journal.start("fold_0", name="fold_0")
+    for step in (1, 2):
+        journal.metrics("fold_0", {"loss": 1.0 - step, "cindex": 0.5}, step)
+    journal.metrics("fold_0", {"seconds": 3.0}, 1)
+    journal.close()
+    told = records(path)
+    assert [(r["step"], sorted(r["values"])) for r in told if r["kind"] == "metrics"] == [
+        (0, ["cindex", "loss"]), (1, ["cindex", "loss"]), (2, ["cindex", "loss"]), (1, ["seconds"]),
+    ]  # fmt: skip
+    starts = [r for r in told if r["kind"] == "start"]
+    assert [r["run"] for r in starts] == [PARENT, "fold_0"]
+    assert len({r["id"] for r in starts}) == 2
+    assert [r["status"] for r in told if r["kind"] == "status"] == ["RUNNING", "RUNNING"]
+
+
+def test_what_is_finished_is_not_begun_again_and_files_are_told_once(tmp_path):
+    path = tmp_path / "tracking.jsonl"
+    for _ in range(2):
+        journal = Journal(path)
+        journal.start(PARENT, name="run")
+        journal.once(PARENT, "artifacts", path="summary.csv", under=None)
+        journal.once(PARENT, "artifacts", path="summary.csv", under="copy")
+        journal.status(PARENT, "FINISHED")
+        journal.close()
+    assert [r["kind"] for r in records(path)] == ["start", "artifacts", "artifacts", "status"]
+
+
+def test_values_that_are_not_finite_are_kept_as_such_in_valid_json(tmp_path):
+    journal = Journal(tmp_path / "tracking.jsonl")
+    journal.start(PARENT, name="run")
+    journal.metrics(PARENT, {"a": math.nan, "b": -math.inf, "c": 0.1}, 0)
+    journal.close()
+    lines = (tmp_path / "tracking.jsonl").read_text().splitlines()
+    strict = [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON")) for line in lines]
+    a, b, c = (float(strict[-1]["values"][name]) for name in "abc")
+    assert math.isnan(a)
+    assert (b, c) == (-math.inf, 0.1)
+
+
+@given(cut=st.integers(0, 400), more=st.integers(0, 3))
+@settings(deadline=None, max_examples=60)
+def test_cut_anywhere_it_keeps_its_whole_records_and_goes_on(tmp_path_factory, cut, more):
+    path = tmp_path_factory.mktemp("cut") / "tracking.jsonl"
+    journal = Journal(path)
+    journal.start(PARENT, name="run")
+    for step in range(4):
+        journal.metrics(PARENT, {"loss": step / 3}, step)
+    journal.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - cut])
+    kept = records(path)
+    journal = Journal(path)
+    journal.start(PARENT, name="run")
+    for step in range(4 + more):
+        journal.metrics(PARENT, {"loss": step / 3}, step)
+    journal.close()
+    told = records(path)
+    assert told[: len(kept)] == kept
+    assert [r["step"] for r in told if r["kind"] == "metrics"] == list(range(4 + more))
+    assert sum(r["kind"] == "start" for r in told) == 1
+
+
+def test_positions_lead_from_one_record_to_the_next(tmp_path):
+    path = tmp_path / "tracking.jsonl"
+    journal = Journal(path)
+    journal.start(PARENT, name="run")
+    for step in range(5):
+        journal.metrics(PARENT, {"loss": 1.0}, step)
+    journal.close()
+    ends = [end for _, end in read_records(path)]
+    assert ends[-1] == path.stat().st_size
+    for i, end in enumerate(ends):
+        assert len(records(path, end)) == 5 - i
+
+
+def test_threads_may_write_at_the_same_time(tmp_path):
+    journal = Journal(tmp_path / "tracking.jsonl")
+    journal.start(PARENT, name="run")
+
+    def write(name: str) -> None:
+        for step in range(200):
+            journal.metrics(PARENT, {name: float(step)}, step)
+
+    threads = [threading.Thread(target=write, args=(f"m{i}",)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    journal.close()
+    assert len(records(tmp_path / "tracking.jsonl")) == 801
+
+
+def test_a_file_that_is_no_journal_is_told(tmp_path):
+    path = tmp_path / "tracking.jsonl"
+    path.write_text('{"run": "", "kind": "start"}\nnot a record\n')
+    with pytest.raises(DataError, match=r"tracking\.jsonl: the record that ends at byte 42"):
+        Journal(path)
