@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cfusion.config import Config
 from cfusion.data.shards import ShardDataset
@@ -19,6 +19,7 @@ from cfusion.errors import DataError
 from cfusion.files import digest_json
 from cfusion.survival.bins import TimeBins
 from cfusion.survival.losses import LOSSES
+from cfusion.training.checkpoint import TrainState
 from cfusion.training.fitted import FittedModel, ModelCard, build
 from cfusion.training.inference import BagSet, open_shards, patient_survival, predict_logits, prediction_frame
 from cfusion.training.loop import FoldJob, train_fold
@@ -78,15 +79,47 @@ def fit(
         RequeueError: The process was asked to stop; the state is in `folder`.
     """
     runtime = runtime or Runtime.start(config.parallel)
-    dataset = open_run_shards(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        fold = ready_fold(
+            config, cohort, split, open_run_shards(config), runtime, folder=folder or Path(scratch), on_epoch=on_epoch
+        )
+        return _train(runtime, fold)
+
+
+@dataclass(frozen=True)
+class ReadyFold:
+    """A fold before its training.
+
+    Attributes:
+        job: What is trained on what.
+        network: The model with its first weights.
+        card: Of the model; the cut-off comes with the training.
+        cohort: All patients.
+        split: The fold's patients.
+        test: Bags that are scored.
+    """
+
+    job: FoldJob
+    network: nn.Module
+    card: ModelCard
+    cohort: Cohort
+    split: Split
+    test: BagSet
+
+
+def ready_fold(
+    config: Config,
+    cohort: Cohort,
+    split: Split,
+    dataset: ShardDataset,
+    runtime: Runtime,
+    *,
+    folder: Path,
+    on_epoch: EpochCallback | None,
+) -> ReadyFold:
+    """Bags, time bins and first weights of a fold; see `fit`."""
     bins = TimeBins.fit(*_outcomes(cohort, split.train), config.evaluation.n_bins)
-    sets = {
-        part: _bag_set(config, cohort, dataset, runtime, patients)
-        for part, patients in (("train", split.train), ("validation", split.validation), ("test", split.test))
-    }
-    train_set, test_set = sets["train"], sets["test"]
-    assert train_set is not None
-    assert test_set is not None
+    train_set = _bag_set(config, cohort, dataset, runtime, split.train)
     torch.manual_seed(int(digest_json(["initial weights", _name(config, split)])[:15], 16))
     network = build(config.model, dataset.index.dim, config.evaluation.n_bins, config.data.magnifications)
     card = ModelCard(
@@ -100,51 +133,55 @@ def fit(
         fold=split.fold,
         risk_cutoff=None,
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        job = FoldJob(
-            config=config,
-            train=train_set,
-            validation=sets["validation"],
-            cases=cohort.cases,
-            bins=bins,
-            sampling_weights=_sampling_weights(config, cohort, train_set, bins),
-            name=_name(config, split),
-            identity=config.model_dump(mode="json", exclude={"output", "tracking"})
-            | {"split": split.__dict__, "shards_digest": dataset.index.digest},
-            card=asdict(card),
-            folder=folder or Path(scratch),
-            on_epoch=on_epoch or (lambda epoch, metrics: None),
-        )
-        return _train(runtime, job, network, cohort, split, test_set, card)
+    job = FoldJob(
+        config=config,
+        train=train_set,
+        validation=_bag_set(config, cohort, dataset, runtime, split.validation) if split.validation else None,
+        cases=cohort.cases,
+        bins=bins,
+        sampling_weights=_sampling_weights(config, cohort, train_set, bins),
+        name=_name(config, split),
+        identity=config.model_dump(mode="json", exclude={"output", "tracking"})
+        | {"split": split.__dict__, "shards_digest": dataset.index.digest},
+        card=asdict(card),
+        folder=folder,
+        on_epoch=on_epoch or (lambda epoch, metrics: None),
+    )
+    return ReadyFold(job, network, card, cohort, split, _bag_set(config, cohort, dataset, runtime, split.test))
 
 
-def _train(
-    runtime: Runtime,
-    job: FoldJob,
-    network: nn.Module,
-    cohort: Cohort,
-    split: Split,
-    test: BagSet,
-    card: ModelCard,
-) -> FoldRun:
-    config, train = job.config, job.config.train
+def _train(runtime: Runtime, fold: ReadyFold) -> FoldRun:
+    job, network, train = fold.job, fold.network, fold.job.config.train
     optimizer = make_optimizer(network, train)
     model, optimizer = runtime.prepare(network, optimizer)
     stepper = Stepper(runtime, model, optimizer, LOSSES[train.loss], train.alpha, train.clip_norm)
     state, snapshot = train_fold(runtime, job, network, stepper)
-    training_risks = -patient_survival(predict_logits(runtime, network, job.train, train.micro_batch), job.train).sum(
-        axis=1
-    )
-    card = replace(card, risk_cutoff=float(training_risks.median()))
-    frame = prediction_frame(predict_logits(runtime, network, test, train.micro_batch), test, job.bins)
-    fitted = FittedModel(runtime.bare(network, snapshot.parts).eval(), card)
+    training = predict_logits(runtime, network, job.train, train.micro_batch)
+    scored = predict_logits(runtime, network, fold.test, train.micro_batch)
+    module = runtime.bare(network, snapshot.parts)
     runtime.release()
+    return fold_run(fold, module, state, training, scored)
+
+
+def fold_run(fold: ReadyFold, module: nn.Module, state: TrainState, training: Tensor, scored: Tensor) -> FoldRun:
+    """The result of a fold.
+
+    Args:
+        fold: The fold.
+        module: Its model with the chosen parameters.
+        state: Where its training ended.
+        training: Logits [bag, bin] of its training bags, which give the cut-off.
+        scored: Logits [bag, bin] of its test bags.
+    """
+    risks = -patient_survival(training, fold.job.train).sum(axis=1)
+    card = replace(fold.card, risk_cutoff=float(risks.median()))
+    frame = prediction_frame(scored, fold.test, fold.job.bins)
     return FoldRun(
-        model=fitted,
-        predictions=_with_outcomes(frame, config, cohort, split, card),
-        history=pd.DataFrame(state.history).sort_index(axis=1).assign(fold=split.fold),
+        model=FittedModel(module.eval(), card),
+        predictions=_with_outcomes(frame, fold.job.config, fold.cohort, fold.split, card),
+        history=pd.DataFrame(state.history).sort_index(axis=1).assign(fold=fold.split.fold),
         best_epoch=state.best_epoch,
-        split=split,
+        split=fold.split,
     )
 
 
@@ -162,9 +199,7 @@ def open_run_shards(config: Config) -> ShardDataset:
 
 def _bag_set(
     config: Config, cohort: Cohort, dataset: ShardDataset, runtime: Runtime, patients: tuple[str, ...]
-) -> BagSet | None:
-    if not patients:
-        return None
+) -> BagSet:
     slides = cohort.slides_of(patients)
     return BagSet.open(dataset, slides, config.data, runtime, magnifications=config.data.magnifications)
 

@@ -154,7 +154,7 @@ def _train_epoch(
     for batch, plan in zip(batches, plans, strict=True):
         lr = learning_rate(config.train, step=state.step, steps_per_epoch=steps_per_epoch)
         report = stepper.step([next(shares) for _ in plan], cases=len(batch), lr=lr, stop=stop_requested())
-        _move_average(snapshot, config.train.ema)
+        move_average(snapshot, config.train.ema)
         state.step += 1
         state.samples_seen += len(batch)
         state.loss_sum += report.loss * len(batch)
@@ -211,7 +211,8 @@ def is_best(state: TrainState, metrics: dict[str, float], job: FoldJob) -> bool:
     return True
 
 
-def _move_average(snapshot: Snapshot, decay: float | None) -> None:
+def move_average(snapshot: Snapshot, decay: float | None) -> None:
+    """Move the average towards the parameters, where there is one."""
     if decay is None:
         return
     for name, part in snapshot.parts.items():
