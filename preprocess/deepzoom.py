@@ -18,12 +18,12 @@ TILE_PX = 254
 
 OVERLAP_PX = 1
 
-DIRECT_SHRINK = 8
-"""A tile is read from the slide where its pixels are averages of at most this many px a side; a coarser one, which a
-slide without a pyramid would make of hundreds of megapixels, is cut from the overview."""
+DIRECT_PX = 2048
+"""A tile is made of a square of at most this side. A coarser one, which a slide without a pyramid would make of
+hundreds of megapixels, is cut from the overview."""
 
 OVERVIEW_PX = 8192
-"""Longest side of the overview."""
+"""Longest side of the overview, unless it would be finer than the tiles it is for."""
 
 MAX_PATCH_PX = 8192
 """Longest side of a patch, in level-0 px."""
@@ -44,7 +44,8 @@ class DeepZoom:
         self._overview: Overview | None = None
         self._lock = threading.Lock()
         longest = max(slide.size_px)
-        self._shrink = next(s for s in (DIRECT_SHRINK * 2**i for i in range(32)) if longest <= s * OVERVIEW_PX)
+        steps = (DIRECT_PX // TILE_PX * 2**i for i in range(32))
+        self._overview_step = next(step for step in steps if longest <= step * OVERVIEW_PX)
 
     def close(self) -> None:
         """Close the slide."""
@@ -63,7 +64,7 @@ class DeepZoom:
         if not (0 <= column < columns and 0 <= row < rows):
             raise IndexError(f"tile {column}, {row} of level {level}: expected below {columns}, {rows}")
         downsample = 2 ** (self.levels - 1 - level)
-        if downsample / self.slide.downsamples[self._level_for(downsample)] > self._shrink:
+        if self._is_too_much(downsample):
             width, height = self._generator.get_tile_dimensions(level, (column, row))
             x, y = (i * TILE_PX - min(i, 1) * OVERLAP_PX for i in (column, row))
             return self._from_overview((x * downsample, y * downsample), (width, height), downsample)
@@ -102,6 +103,13 @@ class DeepZoom:
         picture.thumbnail((longest_px, longest_px), Image.Resampling.BOX)
         return picture
 
+    def _is_too_much(self, downsample: int) -> bool:
+        """Whether a tile of this downsample would be made of too many pixels, and the overview is fine enough."""
+        level = self._level_for(downsample)
+        side = (TILE_PX + 2 * OVERLAP_PX) * downsample / self.slide.downsamples[level]
+        width, height = (min(side, whole) for whole in self.slide.level_sizes_px[level])
+        return downsample >= self._overview_step and width * height > DIRECT_PX**2
+
     def _level_for(self, downsample: float) -> int:
         """The coarsest level of the slide that is fine enough."""
         fine_enough = [i for i, d in enumerate(self.slide.downsamples) if d <= downsample * 1.001]
@@ -110,7 +118,7 @@ class DeepZoom:
     def _from_overview(self, corner_px: tuple[int, int], size: tuple[int, int], downsample: int) -> Image.Image:
         with self._lock:
             if self._overview is None:
-                self._overview = self.slide.overview(self._shrink * self.slide.resolution.mpp)
+                self._overview = self.slide.overview(self._overview_step * self.slide.resolution.mpp)
             overview = self._overview
         fx, fy = overview.px_level0
         height, width = overview.rgb.shape[:2]

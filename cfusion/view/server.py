@@ -44,6 +44,15 @@ def make_app(viewer: Viewer, host: str = "127.0.0.1") -> Guard:
     return Guard(routes(viewer, lifespan), {*LOOPBACK, host})
 
 
+def make_server(viewer: Viewer, host: str = "127.0.0.1") -> uvicorn.Server:
+    """The server of `make_app`, which waits for a socket."""
+    config = uvicorn.Config(
+        make_app(viewer, host), log_level="warning", access_log=False, server_header=False, http="h11", ws="none",
+        backlog=BACKLOG, timeout_graceful_shutdown=3,
+    )  # fmt: skip
+    return uvicorn.Server(config)
+
+
 def serve(viewer: Viewer, host: str, port: int, on_start: Callable[[str], None]) -> None:
     """Answer until SIGINT or SIGTERM comes.
 
@@ -59,18 +68,13 @@ def serve(viewer: Viewer, host: str, port: int, on_start: Callable[[str], None])
     with listen(host, port) as listener:
         address, bound = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
-        config = uvicorn.Config(
-            make_app(viewer, host), log_level="warning", access_log=False, server_header=False, http="h11", ws="none",
-            backlog=BACKLOG, timeout_graceful_shutdown=3,
-        )  # fmt: skip
-        server = uvicorn.Server(config)
+        server = make_server(viewer, host)
 
         def stop(number: int, frame: object) -> None:
             server.should_exit = True
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            listener.listen(BACKLOG)
             on_start(f"http://{shown}:{bound}/")
             # uvicorn raises the signal that stopped it once more when it is done, which is then `stop` again.
             server.run(sockets=[listener])
@@ -80,7 +84,7 @@ def serve(viewer: Viewer, host: str, port: int, on_start: Callable[[str], None])
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to `host` and `port`.
+    """A socket on which connections to `host` and `port` wait.
 
     Raises:
         ConfigError: It cannot be bound, or `host` stands for every address of the machine.
@@ -102,6 +106,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         listener.close()
         number = getattr(error, "errno", None)
