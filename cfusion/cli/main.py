@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from cfusion.cli import demo, doctor, evidence, gdc, help, launch, preprocess, reproduce, sweep, train, view
+from cfusion.cli import demo, doctor, evidence, explain, gdc, help, launch, preprocess, reproduce, sweep, train, view
 from cfusion.errors import CfusionError
 
 HELP = """Survival prediction from whole-slide images, from slides to numbers a reviewer can trust.
@@ -38,7 +38,7 @@ app = typer.Typer(
 )
 app.add_typer(preprocess.app, name="preprocess")
 app.add_typer(gdc.app, name="gdc")
-for module in (demo, doctor, train, launch, sweep, evidence, reproduce, view, help):
+for module in (demo, doctor, train, launch, sweep, evidence, reproduce, explain, view, help):
     module.register(app)
 
 

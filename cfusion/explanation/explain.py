@@ -78,10 +78,7 @@ def explain(
             found["gradient"].append({n: t[0].cpu().numpy() for n, t in input_times_gradient(network, bag).items()})
             risk = outputs[-1].risk.item()
             found["occlusion"].append(
-                {
-                    name: risk - risks_without(network, bag, single_removals(lineage, name), bar.advance)
-                    for name in removed
-                }
+                {name: risk - risks_without(network, bag, _one_by_one(lineage, name), bar.advance) for name in removed}
             )
             bar.advance()
     methods = tuple(method for method, folds in found.items() if any(folds))
@@ -104,6 +101,7 @@ def slide_bag(slide: SlideFeatures, model: FittedModel, device: torch.device | s
         raise DataError(
             f"{where}: holds embeddings of {encoder or 'an unnamed encoder'}, but the model reads {card.encoder}.",
             f"Preprocess the slide with --encoder {card.encoder}.",
+            topic="encoder",
         )
     for name in network.magnification_names:
         if not len(slide.features.get(name, ())):
@@ -124,10 +122,8 @@ def slide_bag(slide: SlideFeatures, model: FittedModel, device: torch.device | s
     )
 
 
-def single_removals(lineage: Lineage, name: str) -> list[Callable[[], Keep]]:
-    """Makers of the subsets that lack one tile of magnification `name`, in the tiles' order."""
-    rows = np.arange(lineage.counts[name])
-    return [partial(lineage.without, name, rows == row) for row in rows]
+def _one_by_one(lineage: Lineage, name: str) -> list[Callable[[], Keep]]:
+    return [partial(lineage.without_one, name, row) for row in range(lineage.counts[name])]
 
 
 def _network(model: FittedModel) -> BagModel:
@@ -152,6 +148,7 @@ def _check_level(slide: SlideFeatures, name: str, dim: int) -> None:
         raise DataError(
             f"{where}: embeddings are {features.shape[1]} wide; the model was built for {dim}.",
             "Preprocess the slide with the model's encoder.",
+            topic="encoder",
         )
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
@@ -165,6 +162,7 @@ def _check_level(slide: SlideFeatures, name: str, dim: int) -> None:
             f"{where}: its tiles have no coordinates, so no heatmap can be drawn: it {told}.",
             "Import CLAM, TRIDENT or STAMP files, which carry coordinates (`cfusion preprocess import`), or run "
             "`cfusion preprocess` on the slide.",
+            topic="import",
         )
 
 
@@ -202,7 +200,8 @@ def _attrs(models: Sequence[FittedModel], slide: SlideFeatures) -> dict[str, Any
         "encoder": card.encoder, "model": str(card.model.get("name", "")), "cohort": card.cohort,
         "endpoint": card.endpoint, "risk_cutoff": float(np.mean([m.card.risk_cutoff for m in models])),
         "slide_size_px": slide.attrs.get("slide_size_px"), "mpp": slide.attrs.get("mpp"),
+        "slide_digest": slide.attrs.get("slide_digest"),
     }  # fmt: skip
 
 
-__all__ = ["Occlusion", "explain", "single_removals", "slide_bag"]
+__all__ = ["Occlusion", "explain", "slide_bag"]

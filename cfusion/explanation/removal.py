@@ -49,6 +49,10 @@ class Lineage:
                 keep[fine] = ~removed[self._ancestor[fine, name]]
         return keep
 
+    def without_one(self, name: str, row: int) -> Keep:
+        """What stays when one tile goes, with all that lies in it."""
+        return self.without(name, np.arange(self.counts[name]) == row)
+
 
 def is_bag(keep: Keep) -> bool:
     """Whether every magnification keeps a tile: without, a model has no answer."""

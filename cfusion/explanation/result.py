@@ -3,7 +3,8 @@
 `explanation.zarr` is a zarr v3 group. Its attributes:
 
 - `format`: `cfusion-explanation-1`;
-- `slide_id`, `encoder`, `slide_size_px` ([width, height] of level 0, or null), `mpp` (µm per level-0 px, or null);
+- `slide_id`, `encoder`, `slide_size_px` ([width, height] of level 0), `mpp` (µm per level-0 px), `slide_digest`
+  (OpenSlide's quickhash): null where the feature store does not tell;
 - `model` (what was explained, in words), `models` (how many folds), `cohort`, `endpoint`;
 - `risk`, `risk_sd` (over folds; null for one model), `risks` (one a fold), `risk_cutoff` (mean over folds of the median
   risk of the training patients);
@@ -130,6 +131,10 @@ class Explanation:
     def has(self, magnification: str, method: str) -> bool:
         """Whether the method scored the tiles of this magnification."""
         return bool(np.isfinite(self.scores(magnification, method)).any())
+
+    def leading(self, magnification: str) -> str:
+        """The signed method to judge tiles by: occlusion, which asks the model itself, or else input×gradient."""
+        return "occlusion" if "occlusion" in self.methods and self.has(magnification, "occlusion") else "gradient"
 
     def table(self, magnification: str) -> pd.DataFrame:
         """One row per tile: `x_px, y_px` (level 0), then each method's mean and `METHOD_sd`."""

@@ -1,0 +1,70 @@
+"""`cfusion explain`: what raises and lowers a slide's risk, tile by tile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from cfusion.prediction import FoldEnsemble
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command()(explain)
+
+
+def explain(
+    source: Annotated[Path, typer.Argument(help="A slide, a feature store, or one slide's group in it (.zarr).")],
+    model: Annotated[str, typer.Option(help="models:/NAME@ALIAS, or the folder of a run, a fold or a model.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; each slide gets a folder of its own in it.")],
+    slide: Annotated[list[str] | None, typer.Option(help="Of a store, this slide; default all.")] = None,
+    slides: Annotated[Path | None, typer.Option(help="Of a store, where its slides are, for the pictures.")] = None,
+    magnification: Annotated[list[float] | None, typer.Option(help="Report this one; default all read.")] = None,
+    occlusion: Annotated[
+        Literal["cells", "tiles", "none"], typer.Option(help="Remove those of the coarsest magnification, or all.")
+    ] = "cells",
+    faithfulness: Annotated[bool, typer.Option("--faithfulness", help="Also draw deletion curves.")] = False,
+    default_mpp: Annotated[float | None, typer.Option(help="µm/px of slides whose files do not tell.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Of a slide, folder of encoder checkpoints.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network for weights.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda:0, …; default a GPU where there is one.")] = None,
+) -> None:
+    """Score every tile of a slide: attention, input×gradient, occlusion; mean and spread over folds.
+
+    Each slide gets a folder with index.html, explanation.zarr, overlays, a gallery of the tiles that raise and lower
+    the risk most, and GeoJSON that QuPath opens. A slide is preprocessed with the encoder that the model names.
+
+      cfusion explain slide.svs --model models:/phantom-a-crossfusion@champion --out explained
+
+      cfusion explain features --slides slides --model runs/blca --out explained --occlusion tiles
+    """
+    from cfusion.types import magnification_name
+    from launch.explain import checked_device, explain_source, from_slide, from_store
+
+    ensemble = _load_ensemble(model)
+    card = ensemble.models[0].card
+    if source.is_dir():
+        chosen = from_store(source, card, slide or (), slides)
+    else:
+        chosen = from_slide(
+            source, card, out / "features", default_mpp=default_mpp, weights=weights, offline=offline
+        )  # fmt: skip
+    results = explain_source(
+        chosen, ensemble, out, magnifications=[magnification_name(m) for m in magnification or ()] or None,
+        occlusion=occlusion, faithfulness=faithfulness, default_mpp=default_mpp, device=checked_device(device),
+    )  # fmt: skip
+    for done in results:
+        found = done.explanation
+        spread = f" ± {found.risk_sd:.3f}" if len(found.risks) > 1 else ""
+        typer.echo(f"{found.slide_id}: risk {found.risk:.3f}{spread} over {len(found.risks)} models; {done.page}")
+        if done.areas is not None:
+            typer.echo(done.areas.to_string(index=False, float_format="{:.3f}".format))
+
+
+def _load_ensemble(model: str) -> FoldEnsemble:
+    from cfusion.prediction import FoldEnsemble
+
+    return FoldEnsemble.load(Path(model))

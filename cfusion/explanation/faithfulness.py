@@ -1,0 +1,160 @@
+"""Whether scores say what the model uses: the risk as tiles are removed by rank, against removal in random order.
+
+Deletion curves after Samek et al., IEEE TNNLS 2017 (region perturbation) and Petsiuk et al., BMVC 2018 (RISE). Tiles
+are really removed, each with all that lies in it, not blurred or zeroed; the tiles that are said to raise the risk most
+go first, so that the curve of a faithful method falls below that of chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+
+from cfusion.console import progress
+from cfusion.explanation.explain import slide_bag
+from cfusion.explanation.removal import Lineage, risks_without
+from cfusion.explanation.result import METHODS, Explanation
+from cfusion.prediction import FoldEnsemble
+from cfusion.report.svg import Plot, number
+from cfusion.training.fitted import FittedModel
+from cfusion.types import BagBatch, SlideFeatures
+
+RANDOM = "random"
+
+BAND = (5.0, 95.0)
+"""Percentiles of the random orders that the band spans."""
+
+
+def deletion_curves(
+    ensemble: FoldEnsemble,
+    slide: SlideFeatures,
+    explanation: Explanation,
+    *,
+    steps: int = 20,
+    seeds: int = 20,
+    device: torch.device | str = "cpu",
+) -> pd.DataFrame:
+    """The risk of a slide as its tiles are removed.
+
+    Each curve takes a forward pass a step and model, and the random orders `seeds` times as many.
+
+    Args:
+        ensemble: The models that were explained.
+        slide: The slide that was explained.
+        explanation: Scores of its tiles.
+        steps: Points of a curve beside its start, at equal shares of the tiles; the last tile stays.
+        seeds: Random orders.
+        device: Where the models run.
+
+    Returns:
+        One row per point: `magnification, method` (or `random`), `removed` (tiles), `share` (of the tiles), `risk`
+        (mean over models, and over orders where random), `low, high` (band of the random orders; NaN for a method).
+    """
+    bags = [(model, slide_bag(slide, model, device)) for model in ensemble.models]
+    for model in ensemble.models:
+        model.module.to(device=device, dtype=torch.float32).eval()
+    lineage = Lineage(slide, list(bags[0][1].features))
+    orders = {
+        (name, method): [np.argsort(-explanation.scores(name, method), kind="stable")]
+        for name in explanation.levels
+        for method in explanation.methods
+        if np.isfinite(explanation.scores(name, method)).all()
+    }
+    for name, count in lineage.counts.items():
+        if name in explanation.levels and count > 1:
+            orders[name, RANDOM] = [np.random.default_rng([seed]).permutation(count) for seed in range(seeds)]
+    frames = []
+    with progress(f"Removing tiles of {slide.slide_id}", sum(map(len, orders.values()))) as bar:
+        for (name, method), drawn in orders.items():
+            if lineage.counts[name] > 1:
+                counts = np.unique(np.linspace(0, lineage.counts[name] - 1, steps + 1).round().astype(int))
+                risks = np.stack([_risks(bags, lineage, name, order, counts) for order in drawn])
+                frames.append(_frame(name, method, counts, lineage.counts[name], risks))
+            bar.advance(len(drawn))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
+
+
+COLUMNS = ["magnification", "method", "removed", "share", "risk", "low", "high"]
+
+
+def deletion_areas(curves: pd.DataFrame) -> pd.DataFrame:
+    """How far each method's curve runs below chance.
+
+    Returns:
+        One row per magnification and method: `area`, the mean over shares of the random orders' mean risk less the
+        method's risk (in units of the risk; above 0: better than chance), and `below_band`, the share of points below
+        the band of the random orders.
+    """
+    rows = []
+    for name, level in curves.groupby("magnification", sort=False):
+        random = level[level["method"] == RANDOM]
+        for method, curve in level[level["method"] != RANDOM].groupby("method", sort=False):
+            gain = random["risk"].to_numpy() - curve["risk"].to_numpy()
+            share = curve["share"].to_numpy()
+            rows.append(
+                {
+                    "magnification": name, "method": method,
+                    "area": float(np.trapezoid(gain, share) / (share[-1] - share[0])),
+                    "below_band": float((curve["risk"].to_numpy() < random["low"].to_numpy())[1:].mean()),
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows, columns=["magnification", "method", "area", "below_band"])
+
+
+def draw_deletion(curves: pd.DataFrame, magnification: str, where: str) -> str:
+    """The deletion curves of one magnification as SVG, with the band of the random orders."""
+    level = curves[curves["magnification"] == magnification]
+    values = level[["risk", "low", "high"]].to_numpy().ravel()
+    low, high = np.nanmin(values), np.nanmax(values)
+    pad = max((high - low) * 0.06, 1e-6)
+    plot = Plot((0, 1), (low - pad, high + pad), height=280)
+    plot.axes(f"share of {magnification} tiles removed", "risk", y_format="{:.2f}".format)
+    random = level[level["method"] == RANDOM]
+    if len(random):
+        upper = list(zip(random["share"], random["high"], strict=True))
+        lower = list(zip(random["share"], random["low"], strict=True))
+        outline = "L".join(f"{number(plot.px(x))} {number(plot.py(y))}" for x, y in [*upper, *lower[::-1]])
+        plot.add(f'<path class="band high" d="M{outline}Z"/>')
+        plot.line(zip(random["share"], random["risk"], strict=True), "rule")
+    areas = deletion_areas(level).set_index("method")["area"]
+    for place, (method, area) in enumerate(areas.items()):
+        curve, css = level[level["method"] == method], f"series{list(METHODS).index(str(method))}"
+        plot.line(zip(curve["share"], curve["risk"], strict=True), f"line {css}")
+        plot.text(plot.px(1), 22 + 14 * place, f"{method}: area {area:+.3g}", f"note {css}", "end")
+    told = ", ".join(f"{method} {area:+.3g}" for method, area in areas.items())
+    return plot.finish(
+        f"Deletion curves at {magnification}, {where}",
+        f"Mean distance below random removal (dashed, band {BAND[0]:g}% to {BAND[1]:g}% of the orders): {told}.",
+    )
+
+
+def _risks(
+    bags: Sequence[tuple[FittedModel, BagBatch]],
+    lineage: Lineage,
+    name: str,
+    order: Int[np.ndarray, " tile"],
+    counts: Int[np.ndarray, " point"],
+) -> Float[np.ndarray, " point"]:
+    """Mean risk over models with the first tiles of an order removed."""
+    keeps = [partial(_without_first, lineage, name, order, count) for count in counts]
+    return np.mean([risks_without(model.module, bag, keeps) for model, bag in bags], axis=0)
+
+
+def _without_first(lineage: Lineage, name: str, order: np.ndarray, count: int) -> dict[str, np.ndarray]:
+    removed = np.zeros(len(order), bool)
+    removed[order[:count]] = True
+    return lineage.without(name, removed)
+
+
+def _frame(name: str, method: str, counts: np.ndarray, tiles: int, risks: np.ndarray) -> pd.DataFrame:
+    low, high = np.percentile(risks, BAND, axis=0) if method == RANDOM else (np.nan, np.nan)
+    values = (name, method, counts, counts / tiles, risks.mean(axis=0), low, high)
+    return pd.DataFrame(dict(zip(COLUMNS, values, strict=True)))
+
+
+__all__ = ["RANDOM", "deletion_areas", "deletion_curves", "draw_deletion"]

@@ -1,0 +1,111 @@
+"""One page on one slide: risk, survival curve, heatmaps, tiles, faithfulness; a single file without a link."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+from PIL import Image
+
+import cfusion
+from cfusion.explanation.faithfulness import deletion_areas, draw_deletion
+from cfusion.explanation.result import METHODS, Explanation
+from cfusion.report.svg import Plot, number
+
+
+def render_page(
+    explanation: Explanation,
+    overlays: Mapping[str, Mapping[str, bytes]],
+    galleries: Mapping[str, bytes],
+    curves: pd.DataFrame | None,
+) -> str:
+    """The page as HTML.
+
+    Args:
+        explanation: What it is about.
+        overlays: PNG by magnification and method.
+        galleries: PNG by magnification; empty where the slide was not at hand.
+        curves: Deletion curves, where they were made.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cfusion.explanation"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    attrs = explanation.attrs
+    style = files("cfusion.report").joinpath("templates", "style.css").read_text(encoding="utf-8")
+    cutoff = float(attrs["risk_cutoff"])
+    return environment.get_template("page.html.j2").render(
+        style=Markup(style),  # noqa: S704 - our own style sheet
+        slide_id=explanation.slide_id,
+        models=len(explanation.risks),
+        model=attrs["model"],
+        cohort=attrs["cohort"],
+        endpoint=attrs["endpoint"],
+        risk=f"{explanation.risk:.3f}",
+        risk_sd=f"{explanation.risk_sd:.3f}" if len(explanation.risks) > 1 else "",
+        cutoff=f"{cutoff:.3f}",
+        group="high" if explanation.risk > cutoff else "low",
+        curve=Markup(draw_curve(explanation)),  # noqa: S704 - figures escape their words
+        summary=_table(explanation.summary()),
+        overlays={n: {m: _source(png) for m, png in pngs.items()} for n, pngs in overlays.items()},
+        galleries={name: _source(png) for name, png in galleries.items()},
+        deletion=_deletion(explanation, curves),
+        areas=_table(deletion_areas(curves)) if curves is not None else "",
+        methods={name: METHODS[name] for name in explanation.methods},
+        provenance=_provenance(explanation),
+    )
+
+
+def draw_curve(explanation: Explanation) -> str:
+    """The predicted survival curve as SVG, with one standard deviation over folds."""
+    curve = explanation.curve
+    months, survival = curve["months"].tolist(), curve["survival"].to_numpy()
+    plot = Plot((0, months[-1]), (0, 1), height=250)
+    plot.axes("months", "survival")
+    spread = curve["survival_sd"].to_numpy()
+    if np.isfinite(spread).all():
+        low, high = np.clip(survival - spread, 0, 1), np.clip(survival + spread, 0, 1)
+        plot.step_band(months, low.tolist(), high.tolist(), "band low")
+    plot.steps(months, survival.tolist(), "line low")
+    told = ", ".join(f"{number(m)} months {s:.2f}" for m, s in zip(months[1:], survival[1:], strict=True))
+    return plot.finish(f"Predicted survival, {explanation.slide_id}", f"Survival at {told}.")
+
+
+def _table(frame: pd.DataFrame) -> Markup:
+    return Markup(frame.to_html(index=False, float_format="{:.3g}".format, border=0, na_rep="–"))  # noqa: S704 - pandas escapes
+
+
+def _deletion(explanation: Explanation, curves: pd.DataFrame | None) -> list[Markup]:
+    if curves is None:
+        return []
+    names = [name for name in explanation.levels if (curves["magnification"] == name).any()]
+    return [Markup(draw_deletion(curves, name, explanation.slide_id)) for name in names]  # noqa: S704 - escaped
+
+
+def _source(png: bytes) -> str:
+    """A picture within the page: as JPEG, a tenth of the bytes of tissue as PNG."""
+    stream = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").save(stream, "JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _provenance(explanation: Explanation) -> dict[str, Any]:
+    attrs = explanation.attrs
+    size = attrs.get("slide_size_px")
+    return {
+        "encoder": attrs["encoder"],
+        "tiles": ", ".join(f"{len(level.coords)} at {name}" for name, level in explanation.levels.items()),
+        "slide": f"{size[0]} × {size[1]} px" if size else "size not known",
+        "resolution": f"{attrs['mpp']:g} µm/px" if attrs.get("mpp") else "not known",
+        "program": f"cfusion {cfusion.__version__}",
+    }
+
+
+__all__ = ["draw_curve", "render_page"]

@@ -1,0 +1,129 @@
+"""Overlays of scores on the slide, and the tiles that raise and lower the risk most."""
+
+from __future__ import annotations
+
+import io
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from cfusion.explanation.colour import Scale
+from cfusion.explanation.result import METHODS, Explanation, TileScores
+
+OVERVIEW_PX = 1400
+"""Longer side of the slide in an overlay."""
+
+GALLERY_TILES, GALLERY_PX = 6, 224
+"""Tiles a row of the gallery, and the side of each."""
+
+
+class Pictures(Protocol):
+    """Pixels of a slide, from whoever can open it."""
+
+    size_px: tuple[int, int]
+    """Width and height of level 0."""
+
+    def overview(self, side_px: int) -> UInt8[np.ndarray, "y x 3"]:
+        """The whole slide, its longer side at most `side_px`."""
+
+    def region(self, x_px: int, y_px: int, side_px: int, out_px: int) -> UInt8[np.ndarray, "out out 3"]:
+        """A square of level 0 at `out_px` × `out_px`."""
+
+
+def draw_overlay(explanation: Explanation, magnification: str, method: str, pictures: Pictures | None) -> bytes:
+    """PNG of one method's scores over the slide, with a colour bar that tells the unit.
+
+    Without `pictures` the tiles stand on white.
+    """
+    level = explanation.levels[magnification]
+    scores = explanation.scores(magnification, method)
+    scale = Scale.of(method, scores)
+    width, height = pictures.size_px if pictures else _extent(explanation, level)
+    figure = Figure(figsize=(7 * min(1, width / height) + 1.6, 7 * min(1, height / width) + 0.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    if pictures:
+        axis.imshow(pictures.overview(OVERVIEW_PX), extent=(0, width, height, 0))
+    field = _raster(level, scale.colours(scores), (width, height))
+    field[..., 3] *= 0.55 if pictures else 1
+    axis.imshow(field, extent=(0, width, height, 0), interpolation="nearest")
+    axis.set_xlim(0, width)
+    axis.set_ylim(height, 0)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_title(f"{explanation.slide_id} · {method} at {magnification} · mean of {len(explanation.risks)} models")
+    mapped = ScalarMappable(Normalize(scale.low, scale.high), scale.map_name)
+    signed = METHODS[method].signed
+    extend = ("both" if signed else "max") if scale.clipped else "neither"
+    bar = figure.colorbar(mapped, ax=axis, extend=extend, fraction=0.046)
+    meaning = ": red raises the risk, blue lowers it" if signed else ""
+    bar.set_label(f"{method} ({METHODS[method].unit}){meaning}")
+    return _png(figure)
+
+
+def draw_gallery(explanation: Explanation, magnification: str, pictures: Pictures) -> bytes:
+    """PNG of the tiles that raise the risk most, and of those that lower it most, each with its score and spread.
+
+    Tiles are ranked by the leading method; none is shown on the side that its sign denies.
+    """
+    level, method = explanation.levels[magnification], explanation.leading(magnification)
+    scores, spread = explanation.scores(magnification, method), level.sd[explanation.methods.index(method)]
+    figure = Figure(figsize=(GALLERY_TILES * 1.75, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, GALLERY_TILES)
+    sides = (("raises the risk", extreme_tiles(scores)), ("lowers the risk", extreme_tiles(-scores)))
+    for row, (words, tiles) in enumerate(sides):
+        for column, axis in enumerate(axes[row]):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if column >= len(tiles):
+                axis.set_axis_off()
+                continue
+            tile = tiles[column]
+            x, y = (int(v) for v in level.coords[tile])
+            axis.imshow(pictures.region(x, y, round(level.side_px), GALLERY_PX))
+            around = f" ± {spread[tile]:.1g}" if np.isfinite(spread[tile]) else ""
+            axis.set_title(f"{scores[tile]:+.2g}{around}", fontsize=8)
+        axes[row][0].set_ylabel(words)
+    unit = METHODS[method].unit
+    figure.suptitle(f"{explanation.slide_id} at {magnification}: {method} ({unit}, ± sd over folds)", fontsize=9)
+    return _png(figure)
+
+
+def extreme_tiles(scores: Float[np.ndarray, " tile"], count: int = GALLERY_TILES) -> list[int]:
+    """Rows of the highest scores above 0, highest first."""
+    order = np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")[:count]
+    return [int(row) for row in order if scores[row] > 0]
+
+
+def _extent(explanation: Explanation, level: TileScores) -> tuple[float, float]:
+    size = explanation.attrs.get("slide_size_px")
+    if size:
+        return float(size[0]), float(size[1])
+    right, bottom = level.coords.max(axis=0) + level.side_px
+    return float(right), float(bottom)
+
+
+def _raster(level: TileScores, colours: np.ndarray, size_px: tuple[float, float]) -> Float[np.ndarray, "y x 4"]:
+    """Tiles as rectangles of a small picture: bounded memory, however many there are."""
+    scale = OVERVIEW_PX / max(size_px)
+    field = np.zeros((max(1, round(size_px[1] * scale)), max(1, round(size_px[0] * scale)), 4), np.float32)
+    first = np.floor(level.coords * scale).astype(int)
+    last = np.maximum(first + 1, np.floor((level.coords + level.side_px) * scale).astype(int))
+    for (left, top), (right, bottom), colour in zip(first, last, colours, strict=True):
+        field[top:bottom, left:right] = colour
+    return field
+
+
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
+    return stream.getvalue()
+
+
+__all__ = ["Pictures", "draw_gallery", "draw_overlay", "extreme_tiles"]
