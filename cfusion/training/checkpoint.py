@@ -288,7 +288,7 @@ def _moments(parts: Mapping[str, Part]) -> dict[str, Piece]:
             if values.ndim:
                 pieces[f"{moment}/{name}"] = Piece(part.shape, part.start, values)
             elif part.start == 0:
-                pieces[f"{moment}/{name}"] = Piece(values.shape, 0, values)
+                pieces[f"{moment}/{name}"] = Piece(values.shape, 0, values.clone())
     return pieces
 
 

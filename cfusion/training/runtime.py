@@ -126,7 +126,7 @@ class Runtime:
             mixed_precision=parallel.precision if parallel.precision == "fp16" else "no",
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=TIMEOUT),
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
         if accelerator.distributed_type not in _REPLICATED:

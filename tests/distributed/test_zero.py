@@ -1,0 +1,159 @@
+"""ZeRO 1, 2 and 3 train the model that one process trains, stop and go on like it, and refuse like it."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from factories import CohortFiles, make_cohort
+from safetensors.torch import load_file
+from spawn import run_world
+
+import cfusion
+from cfusion.config import Config
+from cfusion.errors import RequeueError
+from cfusion.training.folds import fit
+
+STAGES = ("zero1", "zero2", "zero3")
+STOP_AT = 4
+CANCELLED = ("score.bias",)
+"""Softmax cancels it, so that what moves it is rounding; Adam makes whole steps of that."""
+
+
+def configuration(files: CohortFiles, output: Path, engine: str, **sections: dict[str, Any]) -> Config:
+    """Accumulation over bags of any length, a partial last window, clipping, warm-up, a moving average, a choice."""
+    settings: dict[str, dict[str, Any]] = {
+        "parallel": {"engine": engine, "global_batch": 8},
+        "model": {"name": "amil"},
+        "train": {
+            "epochs": 3,
+            "micro_batch": 1,
+            "clip_norm": 0.05,
+            "ema": 0.8,
+            "warmup_fraction": 0.2,
+            "monitor": "loss",
+        },
+    }
+    return files.config(output, **{key: settings.get(key, {}) | sections.get(key, {}) for key in settings | sections})
+
+
+def train(config: Config, folder: Path | None = None) -> Any:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    cohort = cfusion.read_cohort(config.cohort)
+    return fit(config, cohort, cfusion.make_splits(cohort, config.splits)[0], folder=folder)
+
+
+def save(run: Any, folder: Path) -> None:
+    folder = folder / os.environ["RANK"]
+    run.model.save(folder / "model")
+    run.predictions.to_csv(folder / "predictions.csv", index=False)
+    run.history.to_csv(folder / "history.csv", index=False)
+
+
+def stop_after(steps: int) -> None:
+    """Have every training of this process asked to stop after so many steps; 0: never."""
+    import cfusion.training.loop as loop
+
+    calls = iter(range(1, 1 << 30))
+    loop.stop_requested = lambda: next(calls) == steps
+
+
+def train_stop_and_resume(configs: dict[str, Config], folder: Path) -> None:
+    """In a worker: each configuration undisturbed, and stopped and resumed; a copy of where it stopped stays."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        for name, config in configs.items():
+            stop_after(0)
+            save(train(config), folder / name / "undisturbed")
+            if name.startswith("cox"):
+                continue
+            stop_after(STOP_AT)
+            with pytest.raises(RequeueError):
+                train(config, folder / name / "state")
+            if os.environ["RANK"] == "0":
+                shutil.copytree(folder / name / "state", folder / name / "stopped")
+            stop_after(0)
+            save(train(config, folder / name / "state"), folder / name / "resumed")
+    (folder / f"said_{os.environ['RANK']}.txt").write_text(said.getvalue())
+
+
+def go_on_alone(configs: dict[str, Config], folder: Path) -> None:
+    """In the only worker, started by no launcher: what two processes began."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name)
+    for name, config in configs.items():
+        run = train(config, folder / name / "stopped")
+        os.environ["RANK"] = "0"
+        save(run, folder / name / "alone")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
+    return make_cohort(tmp_path_factory.mktemp("cohort"), patients=26)
+
+
+@pytest.fixture(scope="module")
+def worlds(files, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("worlds")
+    configs = {engine: configuration(files, folder, engine) for engine in ("ddp", *STAGES)}
+    configs["cox"] = configuration(files, folder, "zero3", train={"loss": "cox"})
+    configs["cox alone"] = configuration(files, folder, "ddp", train={"loss": "cox"})
+    run_world(2, train_stop_and_resume, folder / "two", configs, folder / "two", timeout=400)
+    run_world(1, go_on_alone, folder / "one", {e: configs[e] for e in ("zero1", "zero3")}, folder / "two", timeout=200)
+    return folder / "two"
+
+
+def assert_close(one: Path, other: Path, tolerance: float) -> None:
+    ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name in set(ours) - set(CANCELLED):
+        torch.testing.assert_close(ours[name], theirs[name], atol=tolerance, rtol=tolerance, msg=name)
+    for table in ("predictions.csv", "history.csv"):
+        ours, theirs = (pd.read_csv(path / table) for path in (one, other))
+        pd.testing.assert_frame_equal(ours, theirs, atol=max(tolerance, 1e-12), rtol=max(tolerance, 1e-12))
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize(
+    ("engine", "reference"), [("zero1", "ddp"), ("zero2", "ddp"), ("zero3", "ddp"), ("cox", "cox alone")]
+)
+def test_every_stage_trains_the_model_that_ddp_trains(worlds, engine, reference, rank):
+    assert_close(worlds / engine / "undisturbed" / rank, worlds / reference / "undisturbed" / "0", 1e-4)
+
+
+@pytest.mark.parametrize("engine", ["ddp", *STAGES])
+def test_stopped_and_resumed_is_never_stopped_bit_for_bit(worlds, engine):
+    for rank in ("0", "1"):
+        ours, theirs = (worlds / engine / how / rank for how in ("undisturbed", "resumed"))
+        for name in ("model/model.safetensors", "model/model.json", "predictions.csv", "history.csv"):
+            assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero3"])
+def test_one_process_goes_on_where_two_stopped(worlds, engine):
+    assert_close(worlds / engine / "alone" / "0", worlds / engine / "undisturbed" / "0", 1e-4)
+
+
+def test_deepspeed_keeps_quiet(worlds):
+    assert [path.read_text() for path in sorted(worlds.glob("said_*.txt"))] == ["", ""]
+
+
+@pytest.mark.parametrize("engine", STAGES)
+def test_each_process_writes_its_own_part_of_the_moments(worlds, engine):
+    (step,) = (worlds / engine / "stopped").glob("step_*")
+    numbers = json.loads((step / "state.json").read_text())
+    assert numbers["state"]["step"] == STOP_AT
+    assert numbers["world_size"] == 2
+    shards = [load_file(path) for path in sorted(step.glob("rank_*.safetensors"))]
+    moments = [sum(t.numel() for key, t in shard.items() if key.startswith("exp_avg/")) for shard in shards]
+    whole = sum(t.numel() for t in load_file(worlds / engine / "undisturbed/0/model/model.safetensors").values())
+    assert sum(moments) == whole
+    assert max(moments) <= 0.51 * whole
