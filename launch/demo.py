@@ -14,8 +14,8 @@ from cfusion.config import PreprocessConfig
 from cfusion.data.store import FeatureStore
 from cfusion.report.runs import report_runs
 from cfusion.survival.metrics import concordance
-from launch.local import run_all
 from launch.plan import PlannedRun, SweepConfig, plan
+from launch.sweep import Execution, run_all
 from preprocess.extraction import preprocess_slides
 from preprocess.packing import pack_store
 from preprocess.phantom import PHANTOMS, PhantomCohort, PhantomSpec, draw_cohort
@@ -70,7 +70,7 @@ def run_demo(out: Path, *, cases: int, slots: int) -> DemoResult:
         oracle[spec.name] = _oracle(cohort)
         logger.info("%s: the planted risk itself has C %.3f (the oracle)", spec.name, oracle[spec.name])
     runs = plan_demo(out)
-    run_all(runs, slots=slots)
+    run_all(runs, Execution(slots=slots), out)
     page = report_runs(
         [run.config.output for run in runs], out / "report", title="CrossFusion demo on phantom cohorts", oracle=oracle
     )

@@ -1,7 +1,6 @@
-"""Run a plan on this machine: a pool of worker processes, each of which keeps its imports between runs.
+"""Run jobs on this machine: worker processes, each with its cores and GPUs, which keep their imports between runs.
 
-A run that raises is told with its cause and does not stop the others; a worker that is killed takes its run down with
-it, and that run is tried again.
+A worker that is killed takes its own run down and nobody else's; another takes its place.
 """
 
 from __future__ import annotations
@@ -9,83 +8,62 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import time
-import traceback
-from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
 
-from cfusion.console import Progress, progress
-from cfusion.errors import CfusionError, PartialResultError
-from launch.plan import PlannedRun
+import psutil
+
+from cfusion.errors import ConfigError
+from launch.work import Job, Outcome, do, lost
 
 logger = logging.getLogger(__name__)
 
+_TICK_SECONDS = 0.5
+_GRACE_SECONDS = 60.0
+
 
 @dataclass(frozen=True)
-class Failure:
-    """A run that did not finish, and why, in one line."""
+class Slot:
+    """A place for one worker.
 
-    name: str
-    cause: str
+    Attributes:
+        threads: Cores that it computes on.
+        gpus: Its GPUs as `CUDA_VISIBLE_DEVICES` names them; none: as the machine has them.
+        share: Part of each of these GPUs that it may fill.
+    """
+
+    threads: int
+    gpus: str | None = None
+    share: float = 1.0
 
 
-def run_all(runs: Sequence[PlannedRun], *, slots: int, retries: int = 1) -> None:
-    """Do the runs that are not done, `slots` at a time.
+def slots_here(slots: int | None, slots_per_gpu: int, processes: int) -> list[Slot]:
+    """The slots of this machine: `slots` of them over its GPUs in turn, or as many as its GPUs give, or one.
 
     Args:
-        runs: Of `launch.plan.plan`.
-        slots: Worker processes; the machine's cores are shared out among them.
-        retries: How often a run whose worker was killed is tried again.
+        slots: How many; none: `slots_per_gpu` for each GPU, or for each group of `processes` GPUs. The cores are shared
+            out among them; OMP_NUM_THREADS, where it is set, is the most threads of each.
+        slots_per_gpu: Workers on one GPU, each with an equal share of its memory.
+        processes: Processes of a run, each with a GPU of its own where there are GPUs.
 
     Raises:
-        PartialResultError: Some runs failed; each is named with its cause.
+        ConfigError: A run asks for more GPUs than there are.
     """
-    from cfusion.crossval import is_done
-
-    waiting = {run.name: run for run in runs if not is_done(run.config.output)}
-    if len(waiting) < len(runs):
-        logger.info("%d of %d runs are done already", len(runs) - len(waiting), len(runs))
-    failures: list[Failure] = []
-    folds = sum(run.config.splits.folds * run.config.splits.repeats for run in waiting.values())
-    with progress(f"training {len(waiting)} runs, folds", folds) as bar:
-        for attempt in range(retries + 1):
-            killed = _pool(list(waiting.values()), slots, bar, failures)
-            waiting = {name: run for name, run in waiting.items() if name in killed}
-            if not waiting:
-                break
-            if attempt < retries:
-                logger.warning("a worker was killed; trying %s again", ", ".join(waiting))
-    failures += [Failure(name, "its worker process was killed, out of memory perhaps") for name in waiting]
-    if failures:
-        told = "; ".join(f"{failure.name}: {failure.cause}" for failure in failures)
-        raise PartialResultError(f"{len(failures)} of {len(runs)} runs failed. {told}", "See run.log in their folders.")
-
-
-def _pool(runs: list[PlannedRun], slots: int, bar: Progress, failures: list[Failure]) -> set[str]:
-    """Run once each; returns the names of those whose worker was killed."""
-    threads = max(1, usable_cores() // slots)
-    killed: set[str] = set()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(slots, mp_context=context, initializer=_start_worker, initargs=(threads,)) as pool:
-        pending: dict[Future[str | None], PlannedRun] = {pool.submit(_work, run): run for run in runs}
-        counted = 0
-        while pending:
-            done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-            for future in done:
-                run = pending.pop(future)
-                try:
-                    cause = future.result()
-                except BrokenProcessPool:
-                    killed.add(run.name)
-                    continue
-                if cause is not None:
-                    failures.append(Failure(run.name, cause))
-            finished = sum(len(list(run.config.output.glob("*fold_*/fold.json"))) for run in runs)
-            bar.advance(finished - counted)
-            counted = finished
-    return killed
+    gpus = visible_gpus()
+    if gpus and len(gpus) < processes:
+        raise ConfigError(f"--processes {processes}: this machine shows {len(gpus)} GPUs.", "Ask for fewer.")
+    groups = [",".join(gpus[i : i + processes]) for i in range(0, len(gpus) - processes + 1, processes)]
+    count = slots or max(1, len(groups) * slots_per_gpu)
+    threads = max(1, usable_cores() // count)
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        threads = min(threads, max(1, int(os.environ["OMP_NUM_THREADS"])))
+    if not groups:
+        return [Slot(threads)] * count
+    return [Slot(threads, groups[i % len(groups)], min(1.0, len(groups) / count)) for i in range(count)]
 
 
 def usable_cores() -> int:
@@ -93,34 +71,135 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start_worker(threads: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that this process may use."""
     import torch
 
-    torch.set_num_threads(threads)
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+    return names if torch.cuda.is_available() else []
 
 
-def _work(run: PlannedRun) -> str | None:
-    """Do one run in a worker; returns the cause where it fails."""
-    from cfusion.crossval import cross_validate
+def run_local(jobs: Sequence[Job], slots: Sequence[Slot], tick: Callable[[Sequence[Job]], None]) -> Iterator[Outcome]:
+    """Do the jobs, one per slot at a time.
 
-    folder = run.config.output
-    folder.mkdir(parents=True, exist_ok=True)
-    log = logging.FileHandler(folder / "run.log")
-    root = logging.getLogger("cfusion")
-    root.setLevel(logging.INFO)
-    root.addHandler(log)
-    started = time.monotonic()
+    Args:
+        jobs: What is to be done.
+        slots: Where.
+        tick: Called now and then with the jobs at work.
+
+    Yields:
+        How each run went, as it ends. After a request to stop (see `cfusion.training.interruption`) the runs at work
+        save their state and end as `stopped`; the rest is not begun.
+    """
+    from cfusion.training.interruption import stop_requested
+
+    _warn_of_memory(jobs, len(slots))
+    waiting = deque(jobs)
+    workers = [_Worker(slot) for slot in slots[: len(jobs)]]
+    stopping = False
     try:
-        cross_validate(run.config)
-        root.info("done in %.0f s", time.monotonic() - started)
-    except CfusionError as error:
-        root.error("%s", error)
-        return str(error)
-    except Exception as error:  # noqa: BLE001 - a worker tells its cause whatever it is; the sweep then fails
-        root.error("%s", traceback.format_exc())
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        while True:
+            if stop_requested() and not stopping:
+                stopping = True
+                waiting.clear()
+                for worker in workers:
+                    worker.stop()
+            for worker in workers:
+                if waiting and worker.job is None:
+                    worker.start(waiting.popleft())
+            busy = {worker.ready: worker for worker in workers if worker.job is not None}
+            if not busy:
+                return
+            for ready in wait(list(busy), timeout=_TICK_SECONDS):
+                yield from busy[ready].finish(stopping)  # type: ignore[index]
+            tick([worker.job for worker in workers if worker.job is not None])
     finally:
-        root.removeHandler(log)
-        log.close()
-    return None
+        for worker in workers:
+            worker.stop()
+        for worker in workers:
+            worker.close()
+
+
+class _Worker:
+    """A process that does one job after the other; it is started with its first job, and again after it was killed."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.job: Job | None = None
+        self._slot = slot
+        self._process: Any = None
+        self._pipe: Connection | None = None
+
+    @property
+    def ready(self) -> Connection:
+        """Readable when the job has ended, one way or the other."""
+        assert self._pipe is not None
+        return self._pipe
+
+    def start(self, job: Job) -> None:
+        if self._process is None or not self._process.is_alive():
+            context = multiprocessing.get_context("spawn")
+            self._pipe, other = context.Pipe()
+            self._process = context.Process(target=_serve, args=(other, self._slot))
+            self._process.start()
+            other.close()
+        self.job = Job(job.runs, job.processes, self._slot.share)
+        self.ready.send(self.job)
+
+    def finish(self, stopping: bool) -> list[Outcome]:
+        """The outcomes of the job that has ended."""
+        job, self.job = self.job, None
+        assert job is not None
+        try:
+            return self.ready.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            code = self._process.exitcode
+            cause = f"its worker process was killed by signal {-code}" if code < 0 else f"its worker left with {code}"
+            return lost(job, cause + ", out of memory perhaps" * (-code == signal.SIGKILL), stopped=stopping)
+
+    def stop(self) -> None:
+        """Ask the run at work, if there is one, to save its state and end."""
+        if self.job is not None:
+            self._process.terminate()
+
+    def close(self) -> None:
+        """End the process, once it has told how its run went."""
+        if self._process is None:
+            return
+        if self.job is not None and self.ready.poll(_GRACE_SECONDS):
+            self.finish(stopping=True)
+        self.ready.close()
+        self._process.join(_GRACE_SECONDS)
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(pipe: Connection, slot: Slot) -> None:
+    """A worker's life. Ctrl-C is the parent's to answer; the end of the parent is the end of the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["OMP_NUM_THREADS"] = str(slot.threads)
+    if slot.gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpus
+    import torch
+
+    torch.set_num_threads(slot.threads)
+    if slot.share < 1:
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.set_per_process_memory_fraction(slot.share, device)
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(do(job))
+
+
+def _warn_of_memory(jobs: Sequence[Job], slots: int) -> None:
+    ahead = max((run.config.data.buffer_bytes for job in jobs for run in job.runs), default=0)
+    available = psutil.virtual_memory().available
+    if ahead * min(slots, len(jobs)) > available:
+        logger.warning(
+            "%d runs at a time may read %.1f GB ahead (data.buffer_bytes each), %.1f GB of memory are free",
+            slots, ahead * slots / 1e9, available / 1e9,
+        )  # fmt: skip

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 import cfusion
-from cfusion.config import Config, Section, validate
+from cfusion.config import Config, Section, apply_override, read_yaml, set_key, validate
 from cfusion.errors import ConfigError
 from cfusion.files import digest_file, digest_json
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
+_PLACE = re.compile(r"\{(\w[\w.]*)\}")
+
+Settings = dict[str, Any]
+"""`section.key` → value."""
+
+
+def _named_values(axes: Any) -> Any:
+    """An axis may be a list: the values of the one setting that the axis is named after."""
+    if not isinstance(axes, dict):
+        return axes
+    return {
+        axis: {str(value): {axis: value} for value in values} if isinstance(values, list) else values
+        for axis, values in axes.items()
+    }
 
 
 class SweepConfig(Section):
@@ -25,11 +43,27 @@ class SweepConfig(Section):
     output: Path = Path("runs/sweep")
     """Folder of the sweep; each run has a folder below it."""
     base: dict[str, Any] = Field(default_factory=dict)
-    """Settings of every run, in sections as in a run's own file."""
-    axes: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
-    """Axis → value's name → `section.key: value` of that value."""
+    """Settings of every run, in sections as in a run's own file. `{axis}` in a text, here or on an axis, stands for the
+    name of the run's value on that axis."""
+    axes: Annotated[dict[str, dict[str, Settings]], BeforeValidator(_named_values)] = Field(default_factory=dict)
+    """Axis → value's name → `section.key: value` of that value; or, named after one setting, a list of its values, such
+    as `seed: [1, 2, 3]`."""
     exclude: tuple[dict[str, str], ...] = ()
     """Combinations that are left out, as axis: value; a run is left out if it has all values of one entry."""
+    group: int = Field(8, ge=1)
+    """Most runs that share one read of the shards, where `train.folds` is `together`."""
+
+    @model_validator(mode="after")
+    def _names_are_plain(self) -> SweepConfig:
+        for axis, values in self.axes.items():
+            for name in (axis, *values):
+                if not _NAME.fullmatch(name):
+                    raise ValueError(
+                        f"axes.{axis}: {name!r} becomes part of a folder's name: letters, digits and . _ + = - alone"
+                    )
+        if "output" in self.base or any("output" in keys for values in self.axes.values() for keys in values.values()):
+            raise ValueError("output is the sweep's, each run has a folder below it; set it at the top of the file")
+        return self
 
 
 @dataclass(frozen=True)
@@ -37,41 +71,95 @@ class PlannedRun:
     """One run of a sweep.
 
     Attributes:
-        name: Values of its axes and a digest of its configuration, its tables and index, and the program's version.
+        name: Values of its axes and a digest of its configuration, its data and the program's version.
         values: Its value on each axis.
         config: Its resolved configuration, `output` included.
+        absent: What of its data is not there, in a sentence; empty where all is.
     """
 
     name: str
     values: Mapping[str, str]
     config: Config
+    absent: str = ""
 
 
-def load_sweep(path: Path) -> SweepConfig:
-    """Read a sweep file.
+def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """Read a sweep file; `overrides` (`section.key=value`) hold for all its runs, `output=…` moves the sweep.
 
     Raises:
-        ConfigError: It cannot be read, or a key is unknown.
+        ConfigError: It cannot be read, a key is unknown, or an override sets what an axis sets.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())}).") from error
-    return validate(SweepConfig, values if isinstance(values, dict) else {}, str(path))
+    values = read_yaml(path)
+    base = dict(values.get("base") or {})
+    keys = [apply_override(base, override) for override in overrides]
+    if "output" in keys:
+        values["output"] = base.pop("output")
+    sweep = validate(SweepConfig, {**values, "base": base}, str(path))
+    for axis, named in sweep.axes.items():
+        for key in set(keys) & {key for settings in named.values() for key in settings}:
+            raise ConfigError(f"{key}=…: the axis {axis} of {path} sets it.", f"Choose with --only {axis}=VALUE.")
+    return sweep
 
 
-def plan(sweep: SweepConfig) -> list[PlannedRun]:
+def plan(sweep: SweepConfig, only: Sequence[str] = ()) -> list[PlannedRun]:
     """The runs of a sweep, in the order of its axes.
 
+    Args:
+        sweep: The sweep.
+        only: `axis=value`: of this axis, only runs with one of the values so named.
+
     Raises:
-        ConfigError: A value's setting is unknown or refused, or an exclusion names an unknown axis or value.
+        ConfigError: A value's setting is unknown or refused, a model does not exist, or an exclusion or `only` names an
+            unknown axis or value.
     """
     for entry in sweep.exclude:
         for axis, value in entry.items():
-            if value not in sweep.axes.get(axis, {}):
-                raise ConfigError(f"sweep {sweep.name}: exclude names {axis}: {value}, which is on no axis.")
-    digests: dict[Path, str] = {}
-    return [_planned(sweep, values, digests) for values in _combinations(sweep)]
+            _check_value(sweep, axis, value, f"sweep {sweep.name}: exclude names {axis}: {value}")
+    chosen: dict[str, set[str]] = {}
+    for text in only:
+        axis, _, value = text.partition("=")
+        _check_value(sweep, axis, value, f"--only {text}")
+        chosen.setdefault(axis, set()).add(value)
+    data = DataDigests()
+    runs = [
+        _planned(sweep, values, data)
+        for values in _combinations(sweep)
+        if all(values[axis] in names for axis, names in chosen.items())
+    ]
+    _check_models(sweep, {run.config.model.name for run in runs})
+    return runs
+
+
+def _check_value(sweep: SweepConfig, axis: str, value: str, what: str) -> None:
+    if axis not in sweep.axes:
+        raise ConfigError(f"{what}: there is no axis {axis}.", nearest(axis, sweep.axes))
+    if value not in sweep.axes[axis]:
+        raise ConfigError(f"{what}: there is no {value} on the axis {axis}.", nearest(value, sweep.axes[axis]))
+
+
+def _check_models(sweep: SweepConfig, names: set[str]) -> None:
+    from cfusion.models.registry import MODELS
+
+    for name in sorted(names - set(MODELS)):
+        raise ConfigError(f"sweep {sweep.name}: model.name={name!r}: no such model.", nearest(name, MODELS))
+
+
+def check_choice(what: str, word: str, known: Iterable[str]) -> None:
+    """Refuse a word that is not `known`.
+
+    Raises:
+        ConfigError: It is not; the nearest one is offered.
+    """
+    names = list(known)
+    if word not in names:
+        raise ConfigError(f"{what} {word!r}: expected one of {', '.join(names)}.", nearest(word, names))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A remedy for a name that is not `known`: the nearest one, or all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(names) or 'none'}."
 
 
 def _combinations(sweep: SweepConfig) -> Iterator[dict[str, str]]:
@@ -81,27 +169,80 @@ def _combinations(sweep: SweepConfig) -> Iterator[dict[str, str]]:
             yield values
 
 
-def _planned(sweep: SweepConfig, values: Mapping[str, str], digests: dict[Path, str]) -> PlannedRun:
-    settings: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in sweep.base.items()}
-    tracking = settings.setdefault("tracking", {})
-    tracking.setdefault("experiment", sweep.name)
+def _planned(sweep: SweepConfig, values: Mapping[str, str], data: DataDigests) -> PlannedRun:
+    title = "-".join(values.values()) or sweep.name
+    source = f"sweep {sweep.name}, run {title}"
+    settings = copy.deepcopy(sweep.base)
+    settings.setdefault("tracking", {}).setdefault("experiment", sweep.name)
     for axis, value in values.items():
         for key, setting in sweep.axes[axis][value].items():
-            section, _, name = key.rpartition(".")
-            target = settings.setdefault(section, {}) if section else settings
-            target[name] = setting
-    title = "-".join(values.values()) or sweep.name
-    config = validate(Config, settings, f"sweep {sweep.name}, run {title}")
+            set_key(settings, key, setting)
+    config = validate(Config, _filled(settings, values, source), source)
+    digests, absent = data.of(config)
     decides = {
         "config": config.model_dump(mode="json", exclude={"output", "tracking"}),
-        "data": [_digest(path, digests) for path in (config.cohort.table, Path(config.data.shards) / "index.json")],
+        "data": digests,
         "program": cfusion.__version__,
     }
     name = f"{title}-{digest_json(decides)[:10]}"
-    return PlannedRun(name, values, config.model_copy(update={"output": sweep.output / "runs" / name}))
+    return PlannedRun(name, values, config.model_copy(update={"output": sweep.output / "runs" / name}), absent)
 
 
-def _digest(path: Path, known: dict[Path, str]) -> str:
-    if path not in known:
-        known[path] = digest_file(path) if path.is_file() else "absent"
-    return known[path]
+def _filled(setting: Any, values: Mapping[str, str], source: str) -> Any:
+    """The setting with every `{axis}` in its texts replaced."""
+    if isinstance(setting, dict):
+        return {key: _filled(value, values, source) for key, value in setting.items()}
+    if isinstance(setting, list):
+        return [_filled(value, values, source) for value in setting]
+    if not isinstance(setting, str) or "{" not in setting:
+        return setting
+
+    def value_of(place: re.Match[str]) -> str:
+        if place[1] not in values:
+            raise ConfigError(f"{source}: {setting!r} names no axis with {place[0]}.", nearest(place[1], values))
+        return values[place[1]]
+
+    return _PLACE.sub(value_of, setting)
+
+
+@dataclass
+class DataDigests:
+    """Digests of the files that runs are made from, each read once for the whole sweep."""
+
+    _known: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def of(self, config: Config) -> tuple[list[str], str]:
+        """Digests of a run's tables, splits and shards, and what is absent, in a sentence.
+
+        Shards are known by their index, which holds a checksum of every tar.
+        """
+        places = [str(config.cohort.table), *(str(p) for p in (config.cohort.slides, config.splits.test_cases) if p)]
+        if config.splits.directory is not None:
+            places.append(str(config.splits.directory))
+        found = [self._digest(place) for place in (*places, config.data.shards)]
+        return [digest for digest, _ in found], next((sentence for _, sentence in found if sentence), "")
+
+    def _digest(self, place: str) -> tuple[str, str]:
+        if place not in self._known:
+            self._known[place] = _digest_place(place)
+        return self._known[place]
+
+
+def _digest_place(place: str) -> tuple[str, str]:
+    from cfusion.data.shard_index import INDEX_NAME
+
+    if "://" in place:
+        from cfusion.data.remote import RangeSource
+
+        return digest_json(RangeSource(place).read_all(INDEX_NAME).hex()), ""
+    path = Path(place)
+    if path.is_file():
+        return digest_file(path), ""
+    if (path / INDEX_NAME).is_file():
+        return digest_file(path / INDEX_NAME), ""
+    files = sorted(path.glob("splits_*.csv"))
+    if files:
+        return digest_json([(file.name, digest_file(file)) for file in files]), ""
+    beside = [p.name for p in sorted(path.parent.glob("*"))] if path.parent.is_dir() else []
+    holds = "is not there" if not path.exists() else f"holds neither {INDEX_NAME} nor splits_K.csv"
+    return "absent", f"{place}: {holds}. {nearest(path.name, beside) if beside else ''}".strip()

@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and leave: SIGTERM, and SIGUSR1, which SLURM sends before the time is up."""
+"""Signals that ask a run to save and leave: SIGTERM, and SIGUSR1 or SIGUSR2, as SLURM sends before the time is up."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""SLURM sends what its `--signal` says: SIGUSR1 in our scripts, SIGUSR2 in submitit's."""
 
 _requested = threading.Event()
 
@@ -18,7 +21,7 @@ def stop_requested() -> bool:
 
 @contextlib.contextmanager
 def graceful_stop() -> Iterator[None]:
-    """Within the block, SIGTERM and SIGUSR1 ask for a stop after the current step instead of ending the process."""
+    """Within the block, the `SIGNALS` ask for a stop after the current step instead of ending the process."""
 
     def ask(_signal: int, _frame: FrameType | None) -> None:
         _requested.set()
@@ -26,7 +29,7 @@ def graceful_stop() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, ask) for number in SIGNALS}
     try:
         yield
     finally:

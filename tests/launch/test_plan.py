@@ -12,13 +12,23 @@ from factories import CohortFiles, make_cohort
 
 from cfusion.config import validate
 from cfusion.errors import ConfigError, PartialResultError
-from launch.local import run_all
-from launch.plan import SweepConfig, load_sweep, plan
+from launch.plan import PlannedRun, SweepConfig, load_sweep, plan
+from launch.sweep import Execution
+from launch.sweep import run_all as run_sweep
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
     return make_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+def run_all(runs: list[PlannedRun], **how) -> None:
+    run_sweep(runs, Execution(**how), runs[0].config.output.parents[1])
 
 
 def sweep(files: CohortFiles, output: Path, **more) -> SweepConfig:
@@ -62,7 +72,7 @@ def test_a_name_changes_with_the_configuration_and_the_data_alone(files, tmp_pat
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"exclude": [{"model": "nobody"}]}, "exclude names model: nobody"),
+        ({"exclude": [{"model": "nobody"}]}, "exclude names model: nobody: there is no nobody on the axis model"),
         ({"axes": {"a": {"x": {"train.epoch": 1}}}}, r"run x: unknown key train\.epoch\. Did you mean train\.epochs"),
         ({"axis": {}}, "unknown key axis. Did you mean axes"),
     ],

@@ -1,0 +1,90 @@
+"""How a sweep looks in a terminal: its runs as a table, its state as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
+    from launch.status import RunStatus
+
+COLOURS = {"done": "green", "running": "yellow", "failed": "red", "open": "bright_black"}
+_ROWS = 60
+_SQUARES = 16
+
+
+def runs_table(statuses: Sequence[RunStatus], axes: Sequence[str]) -> RenderableType:
+    """The runs, a row each; of many the first, and how to see the others."""
+    from rich.table import Table
+    from rich.text import Text
+
+    caption = f"and {len(statuses) - _ROWS:,} more; pipe the command, or --json, for all" * (len(statuses) > _ROWS)
+    table = Table("state", *axes, "folds", "name", caption=caption or None, caption_justify="left")
+    for status in statuses[:_ROWS]:
+        table.add_row(
+            Text(status.state, COLOURS[status.state]), *(status.values[axis] for axis in axes),
+            f"{status.folds_done}/{status.folds}", Text(status.name, "dim", overflow="ellipsis", no_wrap=True),
+        )  # fmt: skip
+    return table
+
+
+def picture(
+    row_axis: str, column_axis: str | None, cells: Mapping[tuple[str, str], Sequence[RunStatus]]
+) -> RenderableType:
+    """Squares coloured by state, a cell for each pair of values."""
+    from rich.table import Table
+
+    rows = dict.fromkeys(row for row, _ in cells)
+    columns = dict.fromkeys(column for _, column in cells)
+    table = Table(f"{row_axis} \\ {column_axis}" if column_axis else row_axis, *columns, show_lines=False)
+    for row in rows:
+        table.add_row(row, *(_squares(cells.get((row, column), ())) for column in columns))
+    return table
+
+
+def legend(counts: Mapping[str, int]) -> Text:
+    """The states in their colours, with how many runs are in each."""
+    from rich.text import Text
+
+    return Text("   ").join(Text(f"■ {state} {count:,}", COLOURS[state]) for state, count in counts.items())
+
+
+def _squares(runs: Sequence[RunStatus]) -> Text:
+    """A square a run, or, of many, squares in proportion; no state that occurs is left without one."""
+    from rich.text import Text
+
+    counted = {state: sum(1 for run in runs if run.state == state) for state in COLOURS}
+    text = Text()
+    for state, count in counted.items():
+        squares = count if len(runs) <= _SQUARES else round(count / len(runs) * _SQUARES)
+        text.append("■" * max(squares, min(count, 1)), COLOURS[state])
+    text.append(f" {counted['done']}/{len(runs)}" if runs else "–", "dim")
+    return text
+
+
+def words(statuses: Sequence[RunStatus]) -> Iterator[Text]:
+    """Who trains what, and each cause of failure with the runs it stopped and the log of the first."""
+    from rich.text import Text
+
+    for run in (status for status in statuses if status.state == "running"):
+        yield Text.assemble(("running ", COLOURS["running"]), f"{run.name}  {run.folds_done}/{run.folds}, {run.word}")
+    causes: dict[str, list[RunStatus]] = {}
+    for run in (status for status in statuses if status.state == "failed"):
+        causes.setdefault(run.word, []).append(run)
+    for cause, runs in causes.items():
+        more = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
+        yield Text.assemble(("failed  ", COLOURS["failed"]), f"{runs[0].name}{more}: {cause}")
+        if runs[0].log is not None:
+            yield Text(f"        log: {runs[0].log}", "dim")
+
+
+def duration(seconds: float) -> str:
+    """A time span for a person."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
