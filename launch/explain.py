@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -55,32 +56,21 @@ class Explained:
     areas: pd.DataFrame | None
 
 
-def from_slide(
-    slide: Path,
-    card: ModelCard,
-    store: Path,
-    *,
-    default_mpp: float | None = None,
-    weights: Path | None = None,
-    offline: bool = False,
-) -> Source:
+def from_slide(slide: Path, card: ModelCard, store: Path, **settings: Any) -> Source:
     """Extract a slide's features as the model needs them; those that are there already stay.
 
     Args:
         slide: The slide.
         card: Of the model: its encoder and magnifications.
         store: Feature store to write.
-        default_mpp: µm/px where the file does not tell.
-        weights: Folder of encoder checkpoints.
-        offline: Never ask the network for weights.
+        settings: Others of `PreprocessConfig`, such as `default_mpp`.
 
     Raises:
         CfusionError: The slide cannot be read or has no tissue, or the encoder cannot be had.
     """
     config = PreprocessConfig(
-        slides=slide, store=store, encoders=(card.encoder,), magnifications=card.magnifications, weights=weights,
-        offline=offline, default_mpp=default_mpp,
-    )  # fmt: skip
+        slides=slide, store=store, encoders=(card.encoder,), magnifications=card.magnifications, **settings
+    )
     preprocess_slides(config, strict=True, overwrite=True)
     return Source(FeatureStore.open(store, card.encoder), (slide_id_of(slide),), {slide_id_of(slide): slide})
 

@@ -28,6 +28,7 @@ def explain(
     ] = "cells",
     faithfulness: Annotated[bool, typer.Option("--faithfulness", help="Also draw deletion curves.")] = False,
     default_mpp: Annotated[float | None, typer.Option(help="µm/px of slides whose files do not tell.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Of a slide, folder of tissue masks; they win.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Of a slide, folder of encoder checkpoints.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network for weights.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda:0, …; default a GPU where there is one.")] = None,
@@ -49,9 +50,8 @@ def explain(
     if source.is_dir():
         chosen = from_store(source, card, slide or (), slides)
     else:
-        chosen = from_slide(
-            source, card, out / "features", default_mpp=default_mpp, weights=weights, offline=offline
-        )  # fmt: skip
+        settings = {"default_mpp": default_mpp, "masks": masks, "weights": weights, "offline": offline}
+        chosen = from_slide(source, card, out / "features", **settings)
     results = explain_source(
         chosen, ensemble, out, magnifications=[magnification_name(m) for m in magnification or ()] or None,
         occlusion=occlusion, faithfulness=faithfulness, default_mpp=default_mpp, device=checked_device(device),

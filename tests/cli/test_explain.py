@@ -1,0 +1,190 @@
+"""`cfusion explain` on slides and stores, and the bad input it is given."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import slide_features
+from slide_factory import GLASS
+from slide_factory import write_slide as write_tiff
+from typer.testing import CliRunner
+
+from cfusion.cli.main import app
+from cfusion.config import ModelConfig
+from cfusion.data.store import FeatureStore, write_slide
+from cfusion.errors import CfusionError, ConfigError, DataError, PartialResultError
+from cfusion.explanation.result import read_explanation
+from cfusion.training.fitted import FittedModel, ModelCard, build
+from preprocess.descriptor import DIM
+from preprocess.phantom_regions import draw_planted
+
+MAGNIFICATIONS = (20.0, 10.0, 5.0)
+
+
+def save_models(folder: Path, encoder: str, dim: int, magnifications=MAGNIFICATIONS, folds: int = 2) -> Path:
+    """Untrained models of some folds: what they say means nothing, which these tests do not ask."""
+    model = ModelConfig(name="crossfusion", embed_dim=16, num_heads=2)
+    for fold in range(folds):
+        torch.manual_seed(fold)
+        module = build(model, dim, 4, magnifications)
+        card = ModelCard(
+            model.model_dump(mode="json"), dim, magnifications, (0.0, 6.0, 12.0, 24.0, 60.0), encoder, "made_up", "OS",
+            fold, -2.0,
+        )  # fmt: skip
+        FittedModel(module.eval(), card).save(folder / f"fold_{fold}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return save_models(tmp_path_factory.mktemp("run"), "stain-texture", DIM)
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("slides")
+    draw_planted(folder, "planted", np.array([[True, False]]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def explained(run, slides, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("out")
+    result = call(slides / "planted.svs", "--model", run, "--out", out, "--faithfulness")
+    assert result.exit_code == 0, result.output
+    assert "planted: risk " in result.output
+    assert "below_band" in result.output
+    return out
+
+
+@pytest.fixture
+def made_up(tmp_path) -> Path:
+    """A store of three small slides of an encoder that only these tests know, and models that read it."""
+    rng = np.random.default_rng(0)
+    for name, cells in (("a", 2), ("b", 1), ("c", 3)):
+        write_slide(tmp_path / "store", slide_features(name, cells, 8, rng))
+    save_models(tmp_path / "run", "made-up", 8)
+    return tmp_path
+
+
+def call(*arguments: str | Path):
+    return CliRunner().invoke(app, ["explain", *(str(a) for a in arguments)])
+
+
+def refusal(*arguments: str | Path) -> CfusionError:
+    error = call(*arguments).exception
+    assert isinstance(error, CfusionError), error
+    return error
+
+
+def test_a_slide_is_preprocessed_and_explained(explained):
+    found = read_explanation(explained / "planted")
+    assert found.attrs["encoder"] == "stain-texture"
+    assert found.attrs["slide_size_px"] == [2048, 1024]
+    assert len(found.risks) == 2
+    assert {p.name for p in (explained / "planted").iterdir()} == {
+        "explanation.zarr", "x20.geojson", "x10.geojson", "x5.geojson", "overlays", "gallery", "survival.svg",
+        "index.html", "deletion.csv", "deletion-areas.csv", "deletion",
+    }  # fmt: skip
+    ring = json.loads((explained / "planted/x5.geojson").read_text())["features"][1]["geometry"]["coordinates"][0]
+    assert ring[0] == [1024, 0]
+    assert ring[2] == [2048, 1024]
+
+
+def test_a_store_gives_the_same_scores_as_the_slide(explained, run, slides, tmp_path):
+    result = call(explained / "features", "--slides", slides, "--model", run / "fold_0", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    whole, one = read_explanation(explained / "planted"), read_explanation(tmp_path / "planted")
+    assert one.risks == whole.risks[:1]
+    assert (tmp_path / "planted/gallery/x5.png").is_file()
+
+
+def test_slides_of_a_store_are_chosen(made_up):
+    store, model = made_up / "store", made_up / "run"
+    assert call(store, "--model", model, "--out", made_up / "one", "--slide", "c").exit_code == 0
+    assert [p.name for p in (made_up / "one").iterdir()] == ["c"]
+    group = FeatureStore.open(store).group_path("b")
+    assert call(group, "--model", model, "--out", made_up / "group").exit_code == 0
+    assert [p.name for p in (made_up / "group").iterdir()] == ["b"]
+    result = call(store / "made-up", "--model", model, "--out", made_up / "all", "--magnification", "10")
+    assert result.exit_code == 0
+    assert list(read_explanation(made_up / "all" / "a").levels) == ["x10"]
+    assert not (made_up / "all/a/gallery").exists()
+
+
+def test_a_slide_that_cannot_be_explained_does_not_stop_the_others(made_up):
+    poor = dataclasses.replace(slide_features("poor", 2, 8, np.random.default_rng(1)), coords={}, parents={})
+    write_slide(made_up / "store", poor)
+    error = refusal(made_up / "store", "--model", made_up / "run", "--out", made_up / "out")
+    assert isinstance(error, PartialResultError)
+    assert "1 of 4 slides were not explained: poor" in str(error)
+    assert "no coordinates" in str(error)
+    assert sorted(p.name for p in (made_up / "out").iterdir()) == ["a", "b", "c"]
+
+
+def test_another_encoder_is_refused(made_up, run):
+    error = refusal(made_up / "store", "--model", run, "--out", made_up / "out")
+    assert "holds embeddings of made-up, but the model reads stain-texture" in str(error)
+    assert error.topic == "encoder"
+    assert not (made_up / "out").exists()
+
+
+def test_a_magnification_that_the_model_or_the_store_lacks_is_refused(made_up):
+    store = made_up / "store"
+    error = refusal(store, "--model", made_up / "run", "--out", made_up / "out", "--magnification", "40")
+    assert isinstance(error, ConfigError)
+    assert "x40: the model does not read it" in str(error)
+    models = save_models(made_up / "wide", "made-up", 8, (40.0, 20.0, 10.0))
+    error = refusal(store, "--slide", "a", "--model", models, "--out", made_up / "out")
+    assert "has no tiles at x40, which the model reads; it holds x20, x10, x5" in str(error)
+    assert "--magnifications 40,20,10" in str(error)
+
+
+def test_imported_features_without_coordinates_are_told_what_import_has_them(made_up):
+    published = slide_features("p", 2, 8, np.random.default_rng(1))
+    attrs = {"encoder": "made-up", "imported_from": "published"}
+    write_slide(made_up / "imported", dataclasses.replace(published, coords={}, parents={}, attrs=attrs))
+    error = refusal(made_up / "imported", "--model", made_up / "run", "--out", made_up / "out")
+    assert isinstance(error, DataError)
+    assert "no heatmap can be drawn: it was imported from the published layout, which keeps none" in str(error)
+    assert "Import CLAM, TRIDENT or STAMP files" in str(error)
+
+
+def test_a_slide_without_tissue_is_refused(run, tmp_path):
+    blank = write_tiff(tmp_path / "blank.svs", np.full((1024, 1024, 3), GLASS, np.uint8))
+    error = refusal(blank, "--model", run, "--out", tmp_path / "out")
+    assert "blank.svs: no tissue was found" in str(error)
+    assert not (tmp_path / "out" / "blank").exists()
+
+
+def test_pictures_of_another_slide_are_refused(explained, run, tmp_path):
+    draw_planted(tmp_path / "other", "planted", np.array([[True], [False]]))
+    error = refusal(
+        explained / "features", "--slides", tmp_path / "other", "--model", run, "--out", tmp_path / "out"
+    )  # fmt: skip
+    assert "has 1024 × 2048 px, but the features of planted are of a slide of 2048 × 1024 px" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("store", "--slide", "z"), "has no slide z"),
+        (("nothing.svs",), r"nothing\.svs: there is no such file or folder"),
+        (("store", "--device", "abacus"), "--device abacus: cannot be used"),
+    ],
+    ids=["slide", "source", "device"],
+)
+def test_what_is_not_there_is_named(arguments, message, made_up):
+    source, *options = arguments
+    error = refusal(made_up / source, *options, "--model", made_up / "run", "--out", made_up / "out")
+    assert re.search(message, str(error))
+
+
+def test_a_folder_without_a_model_is_refused(made_up):
+    (made_up / "empty").mkdir()
+    error = refusal(made_up / "store", "--model", made_up / "empty", "--out", made_up / "out")
+    assert "holds no model.json" in str(error)
