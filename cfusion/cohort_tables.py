@@ -86,7 +86,8 @@ def numbers(cells: pd.Series, source: Path | str) -> pd.Series:
         raise CohortError(
             f"{source}, row {cells.index[at] + 2}: {cells.name} is {cells.iloc[at]!r}, expected a finite number."
         )
-    return values
+    # pandas reads some texts as a neighbour of the number that was written.
+    return cells.map(float, na_action="ignore").astype(float)
 
 
 def coded_events(cells: pd.Series, source: Path | str) -> pd.Series:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ import pandas as pd
 from cfusion.cohort import patient_of
 from cfusion.cohort_tables import coded_events, numbers, read_table
 from cfusion.errors import PredictionsError
+from cfusion.types import Cohort
 
 UNIT = ["cohort", "model", "protocol"]
 """What one row of the summary stands for."""
@@ -121,6 +124,37 @@ def _check_outcomes(frame: pd.DataFrame, source: str) -> None:
 
 def _curve_names(frame: pd.DataFrame) -> list[str]:
     return [str(name) for name in frame.columns if _CURVE.fullmatch(str(name))]
+
+
+def curve_table(
+    case_ids: Sequence[str], survival: np.ndarray, edges_months: Sequence[float], risk: np.ndarray | None = None
+) -> pd.DataFrame:
+    """One row per patient: `case_id, risk, survival_1…K, edge_1…K`.
+
+    Args:
+        case_ids: The patients.
+        survival: [case, bin], survival past the right edge of each time bin.
+        edges_months: [bin], right edges, the same for all.
+        risk: [case]; none: minus the sum of `survival`, which is every single model's risk.
+    """
+    told = {"case_id": list(case_ids), "risk": -survival.sum(axis=1) if risk is None else risk}
+    curves = {f"survival_{k + 1}": values for k, values in enumerate(survival.T)}
+    return pd.DataFrame({**told, **curves, **{f"edge_{k + 1}": edge for k, edge in enumerate(edges_months)}})
+
+
+def fold_predictions(curves: pd.DataFrame, cohort: Cohort, told: Mapping[str, Any]) -> pd.DataFrame:
+    """The predictions of a fold's test patients with their outcomes, checked as anyone's are.
+
+    Args:
+        curves: Of `curve_table`.
+        cohort: With the outcomes of its patients.
+        told: The columns that all rows share: `model, protocol, seed, repeat, fold, risk_cutoff`.
+    """
+    cases = cohort.cases.loc[curves["case_id"]]
+    outcomes = {"survival_months": cases["time_months"].to_numpy(), "event": cases["event"].to_numpy()}
+    frame = curves.assign(cohort=cohort.name, **told, **outcomes)
+    first = ["model", "cohort", *FOLD[2:], "case_id", "risk", "survival_months", "event", "risk_cutoff"]
+    return checked_predictions(frame[[*first, *_curve_names(frame)]])
 
 
 def survival_columns(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray] | None:

@@ -19,6 +19,7 @@ from cfusion.errors import DataError
 from cfusion.files import digest_json
 from cfusion.survival.bins import TimeBins
 from cfusion.survival.losses import LOSSES
+from cfusion.survival.predictions import fold_predictions
 from cfusion.training.checkpoint import TrainState
 from cfusion.training.fitted import FittedModel, ModelCard, build
 from cfusion.training.inference import BagSet, open_shards, patient_survival, predict_logits, prediction_frame
@@ -132,6 +133,7 @@ def ready_fold(
         endpoint=cohort.endpoint,
         fold=split.fold,
         risk_cutoff=None,
+        embeddings=dict(dataset.index.provenance),
     )
     job = FoldJob(
         config=config,
@@ -176,9 +178,14 @@ def fold_run(fold: ReadyFold, module: nn.Module, state: TrainState, training: Te
     risks = -patient_survival(training, fold.job.train).sum(axis=1)
     card = replace(fold.card, risk_cutoff=float(risks.median()))
     frame = prediction_frame(scored, fold.test, fold.job.bins)
+    config, split = fold.job.config, fold.split
+    told = {
+        "model": config.model.name, "protocol": config.evaluation.protocol, "seed": config.seed,
+        "repeat": split.repeat, "fold": split.fold, "risk_cutoff": card.risk_cutoff,
+    }  # fmt: skip
     return FoldRun(
         model=FittedModel(module.eval(), card),
-        predictions=_with_outcomes(frame, fold.job.config, fold.cohort, fold.split, card),
+        predictions=fold_predictions(frame, fold.cohort, told),
         history=pd.DataFrame(state.history).sort_index(axis=1).assign(fold=fold.split.fold),
         best_epoch=state.best_epoch,
         split=fold.split,
@@ -216,24 +223,6 @@ def _sampling_weights(config: Config, cohort: Cohort, bags: BagSet, bins: TimeBi
     rows = cohort.cases.loc[[bag.case_id for bag in bags.bags]]
     classes = pd.Series(list(zip(bins.label(rows["time_months"].to_numpy()), rows["event"], strict=True)))
     return 1 / classes.map(classes.value_counts()).to_numpy(dtype=float)
-
-
-def _with_outcomes(frame: pd.DataFrame, config: Config, cohort: Cohort, split: Split, card: ModelCard) -> pd.DataFrame:
-    cases = cohort.cases.loc[frame["case_id"]]
-    told = {
-        "model": config.model.name,
-        "cohort": cohort.name,
-        "protocol": config.evaluation.protocol,
-        "seed": config.seed,
-        "repeat": split.repeat,
-        "fold": split.fold,
-        "case_id": frame["case_id"],
-        "risk": frame["risk"],
-        "survival_months": cases["time_months"].to_numpy(),
-        "event": cases["event"].to_numpy(),
-        "risk_cutoff": card.risk_cutoff,
-    }
-    return pd.concat([pd.DataFrame(told), frame.drop(columns=["case_id", "risk"])], axis=1)
 
 
 def _name(config: Config, split: Split) -> str:

@@ -16,6 +16,7 @@ from cfusion.data.loader import BagLoader
 from cfusion.data.partition import bag_cost, evaluation_slices
 from cfusion.data.shards import ShardDataset
 from cfusion.survival.bins import TimeBins
+from cfusion.survival.predictions import curve_table
 from cfusion.training.runtime import Runtime
 from cfusion.types import SurvivalOutput
 
@@ -104,8 +105,4 @@ def patient_survival(logits: Tensor, bags: BagSet) -> pd.DataFrame:
 def prediction_frame(logits: Tensor, bags: BagSet, bins: TimeBins) -> pd.DataFrame:
     """One row per patient: `case_id, risk, survival_1…K, edge_1…K` (right edges of the time bins, in months)."""
     survival = patient_survival(logits, bags)
-    frame = survival.rename(columns=lambda k: f"survival_{k + 1}")
-    frame.insert(0, "risk", -survival.sum(axis=1))
-    for k, edge in enumerate(bins.right_edges_months):
-        frame[f"edge_{k + 1}"] = edge
-    return frame.rename_axis("case_id").reset_index()
+    return curve_table(list(survival.index), survival.to_numpy(), bins.right_edges_months)
