@@ -136,7 +136,7 @@ class ZeroRuntime(Runtime):
             self._engine.optimizer.update_lp_params()
             return
         # Parameters that were gathered for the last forward pass would be taken for the next one too.
-        self._engine.empty_partition_cache()
+        self._engine.optimizer.parameter_offload.partition_all_parameters()
         for name, parameter in model.named_parameters():
             values = parts[name].values
             parameter.ds_tensor.data.view(-1)[: values.numel()].copy_(values)  # type: ignore[attr-defined]
