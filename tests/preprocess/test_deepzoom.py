@@ -38,10 +38,10 @@ def test_tiles_are_those_of_openslides_generator(pyramid: Path):
             for address in np.ndindex(columns, rows):
                 want, found = expected.get_tile(level, address), zoom.tile(level, *address)
                 assert found.size == expected.get_tile_dimensions(level, address)
-                if want.size == found.size:  # at levels of a few px the generator rounds a side to one px less
+                if want.size == found.size:  # the generator keeps a small picture's shape and may lose a px of a side
                     np.testing.assert_array_equal(np.asarray(found), np.asarray(want))
                 else:
-                    assert max(found.size) <= 2
+                    assert max(np.subtract(found.size, want.size)) == 1
 
 
 def test_a_slide_from_a_scanner(shared: Path):

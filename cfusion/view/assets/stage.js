@@ -32,7 +32,9 @@ export class DeepStage {
     this.viewer.addHandler("resize", on.change);
     this.viewer.addHandler("open", on.open);
     this.viewer.addHandler("open-failed", on.fail);
-    this.viewer.addHandler("tile-load-failed", (event) => /abort/i.test(event.message) || on.fail());
+    this.viewer.addHandler("tile-load-failed", (event) => {
+      if (event.message !== "Image load aborted.") on.fail(); // a tile that is no longer wanted is no trouble
+    });
     this.viewer.addHandler("canvas-click", (event) => {
       if (event.quick) on.click(event.position.x, event.position.y);
     });

@@ -1,0 +1,373 @@
+"""The viewer's page in a headless Chromium, as a hand, a keyboard and an eye meet it."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+from made_up_viewer import DAMAGED, EXPLAINED, PLAIN, SIZE, Client, Files, explanation, make_files, running
+
+from cfusion.explanation.result import write_explanation
+from cfusion.view import openseadragon
+from cfusion.view.api import Viewer, load_deep_zoom
+from cfusion.view.explanations import Explanations
+from cfusion.view.slides import SlideFolder
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")
+deep = pytest.mark.skipif(
+    not openseadragon.package_path().is_file(), reason="OpenSeadragon was not fetched: cfusion view --fetch"
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return make_files(tmp_path_factory.mktemp("page"))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Window:
+    """A page on a viewer, with all it asked for and complained of."""
+
+    page: "sync_api.Page"
+    client: Client
+    asked: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+    def open(self, slide: str = EXPLAINED) -> "sync_api.Page":
+        self.page.goto(f"{self.client.address}#{self.client.keys()[slide]}")
+        self.page.wait_for_selector("#stage[data-state=open]")
+        if slide == EXPLAINED:
+            self.page.wait_for_selector("#stage[data-shown]")
+        return self.page
+
+    def colour(self, right: int = 0, down: int = 0) -> list[int]:
+        """RGBA of the heatmap so many CSS px from the middle of the stage."""
+        return self.page.evaluate(
+            """([right, down]) => {
+                const canvas = document.getElementById('overlay'), { clientWidth, clientHeight } = canvas;
+                const ratio = canvas.width / clientWidth;
+                const at = [clientWidth / 2 + right, clientHeight / 2 + down].map(v => Math.round(v * ratio));
+                return [...canvas.getContext('2d').getImageData(...at, 1, 1).data];
+            }""",
+            [right, down],
+        )
+
+
+def windows(browser, viewer: Viewer, **options) -> Iterator[Window]:
+    with running(viewer) as client:
+        options = {"viewport": {"width": 1280, "height": 800}, "reduced_motion": "reduce", **options}
+        context = browser.new_context(**options)
+        window = Window(context.new_page(), client)
+        window.page.on("request", lambda request: window.asked.append(request.url))
+        window.page.on("pageerror", lambda error: window.complaints.append(str(error)))
+        window.page.on("console", lambda said: window.complaints.append(said.text) if said.type == "error" else None)
+        yield window
+        context.close()
+        assert window.asked
+        assert {url.split("/")[2] for url in window.asked if not url.startswith(("blob:", "data:"))} == {
+            f"127.0.0.1:{client.port}"
+        }
+
+
+def shown(files: Files) -> Viewer:
+    viewer = files.viewer()
+    load_deep_zoom(viewer)
+    return viewer
+
+
+@pytest.fixture
+def window(browser, files: Files) -> Iterator[Window]:
+    for window in windows(browser, shown(files)):
+        yield window
+        assert not window.complaints
+
+
+@deep
+def test_a_click_reads_the_tile(window: Window, tmp_path):
+    page = window.open()
+    page.locator("#stage").click(position={"x": page.locator("#stage").bounding_box()["width"] / 2 - 60, "y": 360})
+    page.wait_for_selector("#tile-body table")
+    point = re.search(r"(\d+), (\d+) px", page.locator("#tile-body .facts").inner_text())
+    assert 400 < int(point[1]) < SIZE[0] / 2
+    patches = page.locator("#tile-body img")
+    assert patches.count() == 3
+    page.wait_for_function("[...document.querySelectorAll('#tile-body img')].every(i => i.naturalWidth === 256)")
+    assert page.locator("#tile-body figcaption").all_inner_texts() == ["20x: 128 µm", "10x: 256 µm", "5x: 512 µm"]
+    rows = page.locator("#tile-body tbody tr").all_inner_texts()
+    assert [re.split(r"\s+", row) for row in rows] == [
+        ["20x", "1.5", "±", "0.15", "0.1", "±", "0.01", "–"],
+        ["10x", "1.5", "±", "0.15", "0.1", "±", "0.01", "–"],
+        ["5x", "1.5", "±", "0.15", "0.1", "±", "0.01", "0.2", "±", "0.02"],
+    ]
+    page.screenshot(path=tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 50_000
+
+
+@deep
+def test_zoom_brings_finer_tiles_and_goes_home(window: Window):
+    page = window.open()
+    page.wait_for_function("document.getElementById('scale-words').textContent")
+    levels = lambda: {int(m[1]) for url in window.asked if (m := re.search(r"/tiles/(\d+)/", url))}  # noqa: E731
+    before, scale = max(levels()), page.locator("#scale-words").inner_text()
+    page.get_by_role("button", name="Zoom in").click()
+    page.get_by_role("button", name="Zoom in").click()
+    page.wait_for_function(f"document.getElementById('scale-words').textContent !== '{scale}'")
+    page.wait_for_load_state("networkidle")
+    assert max(levels()) > before
+    page.keyboard.press("0")
+    page.wait_for_function(f"document.getElementById('scale-words').textContent === '{scale}'")
+    page.locator("#stage").focus()
+    at = window.colour(-100)
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("document.getElementById('overlay').getContext('2d').getImageData(5, 5, 1, 1)")
+    assert window.colour(-100) != at
+
+
+@deep
+def test_the_heatmap_switches(window: Window):
+    page = window.open()
+    assert page.locator("#stage").get_attribute("data-shown") == "x20/attention/viridis"
+    left, right = window.colour(-120), window.colour(120)
+    assert left[3] == right[3] == 153  # 60% of 255
+    assert left[1] > right[1]  # viridis: more attention is yellow, less is violet
+    page.get_by_text("gradient", exact=True).first.click()
+    page.wait_for_selector("#stage[data-shown='x20/gradient/coolwarm']")
+    left, right = window.colour(-120), window.colour(120)
+    assert left[0] > left[2], "raises the risk: red"
+    assert right[2] > right[0], "lowers the risk: blue"
+    assert [page.locator(f"#colour-{end}").inner_text() for end in ("low", "mid", "high")] == ["−0.1", "0", "0.1"]
+    assert "raises" in page.locator("#colour-unit").inner_text()
+    page.get_by_text("5x", exact=True).first.click()
+    page.wait_for_selector("#stage[data-shown='x5/gradient/coolwarm']")
+    page.locator("#palette").select_option("PuOr_r")
+    page.wait_for_selector("#stage[data-shown='x5/gradient/PuOr_r']")
+    assert window.colour(-120) != left
+    page.locator("#range").select_option("full")
+    page.get_by_label("Show over the slide").uncheck()
+    assert window.colour(-120)[3] == 0
+
+
+@deep
+def test_a_score_that_a_magnification_lacks_cannot_be_chosen(window: Window):
+    page = window.open()
+    occlusion = page.get_by_role("radio", name="occlusion")
+    assert occlusion.is_disabled()
+    page.get_by_text("5x", exact=True).first.click()
+    page.wait_for_selector("#stage[data-shown^='x5/']")
+    assert occlusion.is_enabled()
+    page.get_by_text("occlusion", exact=True).first.click()
+    page.wait_for_selector("#stage[data-shown='x5/occlusion/coolwarm']")
+    page.get_by_text("20x", exact=True).first.click()
+    page.wait_for_selector("#stage[data-shown='x20/attention/viridis']")
+
+
+@deep
+def test_everything_works_from_the_keyboard(window: Window):
+    page = window.open()
+    keys = page.keyboard
+    keys.press("m")
+    page.wait_for_selector("#stage[data-shown='x10/attention/viridis']")
+    keys.press("s")
+    page.wait_for_selector("#stage[data-shown='x10/gradient/coolwarm']")
+    keys.press("c")
+    page.wait_for_selector("#stage[data-shown='x10/gradient/PuOr_r']")
+    for _ in range(3):
+        keys.press("[")
+    assert page.locator("#opacity-words").inner_text() == "30%"
+    assert window.colour(-120)[3] == pytest.approx(0.3 * 255, abs=1)
+    keys.press("]")
+    assert page.locator("#opacity-words").inner_text() == "40%"
+    keys.press("h")
+    assert window.colour(-120)[3] == 0
+    assert not page.get_by_label("Show over the slide").is_checked()
+    keys.press("h")
+    page.locator("#stage").focus()
+    keys.press("Enter")
+    page.wait_for_selector("#tile-body table")
+    keys.press("Escape")
+    page.wait_for_selector("#tile-body table", state="detached")
+    keys.press("?")
+    assert page.get_by_role("dialog", name="Keyboard").is_visible()
+    keys.press("Escape")
+    assert not page.get_by_role("dialog", name="Keyboard").is_visible()
+    keys.press("n")
+    page.wait_for_function(f"document.getElementById('slide-name').textContent === '{PLAIN}'")
+    keys.press("p")
+    page.wait_for_function(f"document.getElementById('slide-name').textContent === '{EXPLAINED}'")
+
+
+@deep
+def test_the_focus_is_seen_and_every_control_has_a_name(window: Window):
+    page = window.open()
+    seen = []
+    for _ in range(25):
+        page.keyboard.press("Tab")
+        name, outline = page.evaluate(
+            """() => {
+                const at = document.activeElement, box = at.closest('.segments') ?? at;
+                const name = at === document.body ? '' : at.id || at.name || at.className || at.tagName;
+                return [name, getComputedStyle(box).outlineStyle];
+            }"""
+        )
+        seen.append(name)
+        assert name == "" or outline == "solid", name
+    assert {"skip", "search", "stage", "show", "magnifications", "methods", "opacity", "palette", "range"} <= set(seen)
+    unnamed = page.evaluate(
+        """() => [...document.querySelectorAll('button, input, select, a, [role=application], canvas[role=img]')]
+          .filter(e => !(e.ariaLabel || e.getAttribute('aria-label') || e.textContent.trim() || e.closest('label')))
+          .map(e => e.outerHTML)"""
+    )
+    assert not unnamed
+
+
+@deep
+def test_search_narrows_the_list_and_opens(window: Window):
+    page = window.open()
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.id") == "search"
+    page.keyboard.type("0002")
+    assert page.locator("#count").inner_text() == "1 of 3 slides"
+    assert page.locator("#list b").all_inner_texts() == [PLAIN]
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"document.getElementById('slide-name').textContent === '{PLAIN}'")
+    page.locator("#search").fill("nobody")
+    assert page.locator("#count").inner_text() == "No slide has this name."
+    assert "cfusion explain" in page.locator("#heatmap-none").inner_text()
+
+
+@deep
+def test_the_patients_curve_stands_within_the_cohort(window: Window):
+    page = window.open()
+    figure = page.locator("#patient-body svg")
+    assert "within the Kaplan–Meier curve of the 40 patients of made_up" in figure.get_attribute("aria-label")
+    assert figure.locator("path.patient").count() == 1
+    assert page.locator("#patient-body .legend span").count() == 3
+    assert "PT-0001" in page.locator("#patient-body").inner_text()
+
+
+@deep
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_words_stand_out_in_light_and_dark(browser, files: Files, scheme: str):
+    for window in windows(browser, shown(files), color_scheme=scheme):
+        page = window.open()
+        page.locator("#stage").focus()
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#tile-body table")
+        paper = luminance(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert (paper > 0.8) == (scheme == "light")
+        for selector in (
+            "h1",
+            "#slide-facts",
+            "#count",
+            "#meaning",
+            ".slide small",
+            "#tile-body td",
+            "svg.plot text",
+            "footer",
+        ):
+            node = page.locator(selector).first
+            words = node.evaluate("e => getComputedStyle(e)[e.closest('svg') ? 'fill' : 'color']")
+            assert contrast(luminance(words), paper) >= 4.5, (selector, words)
+        assert not window.complaints
+
+
+def luminance(colour: str) -> float:
+    channels = [int(c) / 255 for c in re.findall(r"\d+", colour)[:3]]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: float, other: float) -> float:
+    return (max(one, other) + 0.05) / (min(one, other) + 0.05)
+
+
+@deep
+def test_a_narrow_screen(browser, files: Files):
+    for window in windows(browser, shown(files), viewport={"width": 380, "height": 800}, has_touch=True):
+        page = window.open()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 380
+        assert not page.locator("#list").is_visible()
+        page.get_by_role("button", name="Slides").click()
+        assert page.locator("#list").is_visible()
+        page.locator("#list button", has_text=PLAIN).click()
+        page.wait_for_function(f"document.getElementById('slide-name').textContent === '{PLAIN}'")
+        assert not page.locator("#list").is_visible()
+        page.keyboard.press("p")
+        page.wait_for_selector("#stage[data-state=open]")
+        page.locator("#stage").tap(position={"x": 190, "y": 250})
+        page.wait_for_selector("#tile-body .patches img")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 380
+        assert page.locator("#tile-body .patches").bounding_box()["width"] <= 380
+        assert not window.complaints
+
+
+@deep
+def test_a_slide_that_vanishes_is_told_and_marked(browser, files: Files, tmp_path):
+    folder = shutil.copytree(files.slides, tmp_path / "slides")
+    viewer = Viewer(SlideFolder(folder), Explanations(None))
+    load_deep_zoom(viewer)
+    for window in windows(browser, viewer):
+        page = window.open(PLAIN)
+        page.wait_for_load_state("networkidle")
+        (folder / f"{PLAIN}.svs").unlink()
+        for _ in range(3):
+            page.get_by_role("button", name="Zoom in").click()
+        page.wait_for_selector("#banner:not([hidden])")
+        assert "no longer there" in page.locator("#banner").inner_text()
+        page.wait_for_selector(f"#list .trouble:has-text('{PLAIN}')")
+        page.locator("#list button", has_text=EXPLAINED).click()
+        page.wait_for_selector("#stage[data-state=open]")
+        assert page.locator("#banner").is_hidden()
+
+
+@deep
+def test_a_damaged_slide_is_told(browser, files: Files):
+    for window in windows(browser, shown(files)):
+        page = window.open(PLAIN)
+        page.locator("#list button", has_text=DAMAGED).click()
+        page.wait_for_selector("#banner:not([hidden])")
+        assert f"{DAMAGED}.svs" in page.locator("#banner").inner_text()
+        assert page.locator("#stage").get_attribute("data-state") == "failed"
+
+
+@deep
+def test_an_explanation_of_another_slide_is_not_drawn(browser, files: Files, tmp_path):
+    write_explanation(explanation(EXPLAINED, slide_size_px=[10, 10]), tmp_path / "explanation.zarr")
+    viewer = Viewer(SlideFolder(files.slides), Explanations(tmp_path))
+    load_deep_zoom(viewer)
+    for window in windows(browser, viewer):
+        page = window.open(PLAIN)
+        page.locator("#list button", has_text=EXPLAINED).click()
+        page.wait_for_selector("#heatmap-none:has-text('another slide')")
+        assert not page.locator("#heatmap-form").is_visible()
+        assert window.colour(-120)[3] == 0
+
+
+def test_without_openseadragon_a_still_picture_bears_the_heatmap(browser, files: Files, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for window in windows(browser, shown(files)):
+        page = window.open()
+        assert "cfusion view --fetch" in page.locator("footer").inner_text()
+        assert not page.locator("#zoom").is_visible()
+        assert page.locator("img.still").evaluate("e => e.naturalWidth") == SIZE[0]
+        assert window.colour(-120)[3] == 153
+        page.locator("#stage").click(position={"x": 300, "y": 360})
+        page.wait_for_selector("#tile-body .patches img")
+        assert not window.complaints
