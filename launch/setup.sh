@@ -1,9 +1,18 @@
 #!/usr/bin/env bash
-# Makes .venv with pinned packages, and only what is missing of it. Sourced by quickstart.sh and test.sh.
+# Makes .venv with pinned packages, and only what is missing of it; fetches OpenSeadragon for the viewer where npm is.
+# Sourced by quickstart.sh and test.sh.
 # usage: setup_environment EXTRA     (EXTRA: "" or "dev")
 #
 # torch is pinned first and alone, so that pip takes one build of it: PyPI's, which is the CUDA build on Linux, or the
 # one of CFUSION_TORCH_INDEX (an index URL such as PyTorch's CPU index) where that is set.
+
+fetch_viewer() {
+    if command -v npm > /dev/null; then
+        .venv/bin/cfusion view --fetch || echo "until that works, cfusion view shows still pictures" >&2
+    else
+        echo "npm is not here: cfusion view shows still pictures instead of deep zoom" >&2
+    fi
+}
 
 setup_environment() {
     local extra=$1 python=${PYTHON:-python3} want have
@@ -19,5 +28,6 @@ setup_environment() {
     local pip=(.venv/bin/python -m pip --disable-pip-version-check -q)
     "${pip[@]}" install ${CFUSION_TORCH_INDEX:+--index-url "$CFUSION_TORCH_INDEX"} -c constraints.txt torch
     "${pip[@]}" install -c constraints.txt -e ".${extra:+[$extra]}"
+    fetch_viewer
     printf '%s\n' "$want" > .venv/.installed
 }
