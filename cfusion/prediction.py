@@ -1,4 +1,4 @@
-"""Predictions of a trained model, or of a fold ensemble, for bags in shards or for one bag in memory."""
+"""Predictions of a trained model, or of a fold ensemble, for the patients of a source or for one bag in memory."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ import numpy as np
 import pandas as pd
 import torch
 
+from cfusion.bag_sources import BagSource, Cases, ShardSource
 from cfusion.config import DataConfig, ParallelConfig
+from cfusion.console import progress
+from cfusion.data.partition import evaluation_slices
 from cfusion.errors import DataError
+from cfusion.survival.predictions import curve_table
 from cfusion.training.fitted import FittedModel
-from cfusion.training.inference import BagSet, open_shards, predict_logits, prediction_frame
+from cfusion.training.inference import BagSet, predict_logits, prediction_frame
 from cfusion.training.runtime import Runtime
-from cfusion.types import BagBatch, magnification_name
+from cfusion.types import BagBatch, SurvivalOutput, magnification_name
 
 
 def predict(
@@ -36,17 +40,11 @@ def predict(
     Raises:
         DataError: The shards are of another encoder or width, or a patient has no slide in them.
     """
-    dataset = open_shards(data)
-    if (dataset.index.encoder, dataset.index.dim) != (model.card.encoder, model.card.backbone_dim):
-        raise DataError(
-            f"{data.shards}: holds embeddings of {dataset.index.encoder} ({dataset.index.dim} wide), but the model "
-            f"reads {model.card.encoder} ({model.card.backbone_dim} wide).",
-            "Embed the slides with the model's encoder.",
-            topic="encoder",
-        )
-    slides = cases if isinstance(cases, Mapping) else slides_by_name(cases, dataset.slide_ids)
+    source = ShardSource(data)
+    source.embeddings.check(model.card)
+    slides = cases if isinstance(cases, Mapping) else slides_by_name(cases, source.slide_ids)
     runtime = Runtime.start(ParallelConfig(global_batch=Runtime.launched()))
-    bags = BagSet.open(dataset, slides, data, runtime, magnifications=model.card.magnifications)
+    bags = BagSet.open(source.dataset, slides, data, runtime, magnifications=model.card.magnifications)
     model.module.to(device=runtime.device, dtype=runtime.dtype)
     return prediction_frame(predict_logits(runtime, model.module, bags, micro_batch), bags, model.bins)
 
@@ -98,6 +96,63 @@ class FoldEnsemble:
         cutoffs = [model.card.risk_cutoff for model in self.models if model.card.risk_cutoff is not None]
         return float(np.mean(cutoffs)) if len(cutoffs) == len(self.models) else None
 
+    def predict(self, source: BagSource, cases: Cases, runtime: Runtime) -> pd.DataFrame:
+        """Risk and survival curve of each patient; each bag is read once for all models, and on one rank.
+
+        Args:
+            source: Where the embeddings are.
+            cases: Slides of each patient.
+            runtime: The processes; every rank gets all rows.
+
+        Returns:
+            One row per patient: `case_id, slides, risk` and `risk_sd` (mean and standard deviation over folds), `group`
+            (high where the risk is above `risk_cutoff`, or else low; empty where a fold has none), `survival_1…K,
+            edge_1…K` (mean over folds at each month where some model's time bin ends).
+
+        Raises:
+            StoreError: The source's embeddings are not those the models read.
+        """
+        source.embeddings.check(self.models[0].card)
+        bags = source.open(cases, self.models[0].card.magnifications, runtime)
+        mine = evaluation_slices(bags.costs, runtime.world_size)[runtime.rank].tolist()
+        for model in self.models:
+            model.module.to(device=runtime.device, dtype=runtime.dtype)
+        rows: list[tuple[int, list[list[float]]]] = []
+        with progress("Bags", len(mine)) as bar, torch.inference_mode():
+            for index, batch in zip(mine, bags.stream(mine), strict=True):
+                rows.append((index, [self._survival(model, batch) for model in self.models]))
+                bar.advance()
+        gathered = dict(runtime.gather(rows))
+        return self._table(bags.case_ids, cases, [gathered[i] for i in range(len(bags.case_ids))])
+
+    @staticmethod
+    def _survival(model: FittedModel, batch: BagBatch) -> list[float]:
+        return SurvivalOutput.from_logits(model.module(batch).logits.double()).survival[0].tolist()
+
+    def _table(self, case_ids: Sequence[str], cases: Cases, survival: list[list[list[float]]]) -> pd.DataFrame:
+        risks = np.array([[-sum(curve) for curve in of_models] for of_models in survival])
+        curves = np.array([self._mean_curve([np.array(curve) for curve in of_models]) for of_models in survival])
+        frame = curve_table(case_ids, curves, self.months.tolist(), risks.mean(axis=1))
+        cutoff = self.risk_cutoff
+        group = "" if cutoff is None else np.where(frame["risk"] > cutoff, "high", "low")
+        frame.insert(1, "slides", [len(cases[case]) for case in case_ids])
+        frame.insert(3, "risk_sd", risks.std(axis=1))
+        frame.insert(4, "group", group)
+        return frame
+
+    @property
+    def months(self) -> np.ndarray:
+        """Every month at which some model's time bin ends, in order."""
+        return np.unique(np.concatenate([m.bins.right_edges_months for m in self.models]))
+
+    def _mean_curve(self, survival: Sequence[np.ndarray]) -> np.ndarray:
+        """The mean over models of their survival curves [bin] at `months`."""
+        curves = [
+            _step_curve(model.bins.right_edges_months, curve, self.months)
+            for model, curve in zip(self.models, survival, strict=True)
+        ]
+        return np.mean(curves, axis=0)
+
     def predict_bag(self, features: Mapping[str, np.ndarray]) -> pd.DataFrame:
         """Risk and survival of one bag.
 
@@ -113,15 +168,9 @@ class FoldEnsemble:
         batch = BagBatch({name: torch.as_tensor(np.array(features[name], dtype=np.float32))[None] for name in names})
         with torch.inference_mode():
             outputs = [m.module(batch) for m in self.models]
-        months = np.unique(np.concatenate([m.bins.right_edges_months for m in self.models]))
-        curves = [
-            _step_curve(m.bins.right_edges_months, output.survival[0].double().numpy(), months)
-            for m, output in zip(self.models, outputs, strict=True)
-        ]
+        survival = self._mean_curve([output.survival[0].double().numpy() for output in outputs])
         risks = np.array([output.risk.item() for output in outputs])
-        return pd.DataFrame(
-            {"months": months, "survival": np.mean(curves, axis=0), "risk": risks.mean(), "risk_sd": risks.std()}
-        )
+        return pd.DataFrame({"months": self.months, "survival": survival, "risk": risks.mean(), "risk_sd": risks.std()})
 
 
 def _step_curve(edges: Sequence[float], survival: np.ndarray, months: np.ndarray) -> np.ndarray:

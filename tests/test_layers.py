@@ -20,9 +20,11 @@ LAYERS = (
     (
         "cfusion.tracking",
         "cfusion.prediction",
+        "cfusion.bag_sources",
         "cfusion.serving",
         "cfusion.explanation",
         "cfusion.report",
+        "cfusion.run",
         "cfusion.crossval",
         "cfusion.reproduction",
     ),

@@ -11,7 +11,22 @@ import sys
 
 import typer
 
-from cfusion.cli import demo, doctor, evidence, explain, gdc, help, launch, preprocess, reproduce, sweep, train, view
+from cfusion.cli import (
+    demo,
+    doctor,
+    evidence,
+    explain,
+    gdc,
+    help,
+    launch,
+    predict,
+    preprocess,
+    registry,
+    reproduce,
+    sweep,
+    train,
+    view,
+)  # fmt: skip
 from cfusion.errors import CfusionError
 
 HELP = """Survival prediction from whole-slide images, from slides to numbers a reviewer can trust.
@@ -38,7 +53,7 @@ app = typer.Typer(
 )
 app.add_typer(preprocess.app, name="preprocess")
 app.add_typer(gdc.app, name="gdc")
-for module in (demo, doctor, train, launch, sweep, evidence, reproduce, explain, view, help):
+for module in (demo, doctor, train, predict, launch, sweep, evidence, registry, reproduce, explain, view, help):
     module.register(app)
 
 

@@ -48,6 +48,21 @@ def tracking_uri(tracking: TrackingConfig, output: Path) -> str:
     return checked_uri(uri)
 
 
+def given_uri(uri: str | None) -> str:
+    """The address given on the command line, else `MLFLOW_TRACKING_URI`.
+
+    Raises:
+        ConfigError: Neither is given.
+    """
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        raise ConfigError(
+            "Which registry? No tracking server is given.",
+            "Give --uri, such as sqlite:///runs/mlflow.db, or set MLFLOW_TRACKING_URI.",
+        )
+    return checked_uri(uri)
+
+
 def checked_uri(uri: str) -> str:
     """`uri`, if MLflow can have a tracking store there.
 
@@ -106,7 +121,8 @@ def unavailable(uri: str) -> Iterator[None]:
     except (MlflowException, requests.RequestException, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error) as error:
         if isinstance(error, MlflowException) and error.error_code in REFUSALS:
             raise
-        text = " ".join(str(error).split())
+        # MLflow quotes the address it asked, user and password included.
+        text = " ".join(str(error).replace(uri, public_name(uri)).split())
         why = "is locked by another process" if "database is locked" in text else f"does not answer ({text[:200]})"
         raise TrackingUnavailableError(f"{public_name(uri)}: {why}.") from error
 
