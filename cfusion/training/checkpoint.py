@@ -12,18 +12,16 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from cfusion.errors import CheckpointError, DataError
 from cfusion.files import read_json
-from cfusion.training.checkpoint_files import NUMBERS, Piece, Stored, open_checkpoint, write_checkpoint
-from cfusion.training.runtime import Part, Runtime
+from cfusion.training.checkpoint_files import NUMBERS, Stored, open_checkpoint, write_checkpoint
+from cfusion.training.runtime import Runtime
+from cfusion.training.snapshot import OtherTrainingError, Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -56,31 +54,6 @@ class TrainState:
     best_score: float | None = None
     best_epoch: int = -1
     history: list[dict[str, float]] = field(default_factory=list)
-
-
-@dataclass
-class Snapshot:
-    """Tensors that belong to a state, as far as this process keeps them.
-
-    Attributes:
-        parts: The parameters and their moments, see `Runtime.parts`.
-        best: Parameters of the best epoch; empty before the first.
-        average: Moving average of the parameters; empty where it is off.
-    """
-
-    parts: dict[str, Part]
-    best: dict[str, Tensor] = field(default_factory=dict)
-    average: dict[str, Tensor] = field(default_factory=dict)
-
-    def parameters(self) -> dict[str, Tensor]:
-        """A copy of the parameters."""
-        return {name: part.values.clone() for name, part in self.parts.items()}
-
-    @torch.no_grad()
-    def put(self, values: Mapping[str, Tensor]) -> None:
-        """Give the parameters other values; `Runtime.publish` then has the model compute with them."""
-        for name, part in self.parts.items():
-            part.values.copy_(values[name])
 
 
 class Checkpoints:
@@ -144,25 +117,22 @@ class Checkpoints:
             "state": dataclasses.asdict(state),
         }
         if state.best_epoch not in (-1, self._best):
-            pieces = _pieces(snapshot.parts, {"model": snapshot.best})
-            problem = write_checkpoint(self.runtime, _best_folder(self.folder, state.best_epoch), pieces, numbers)
+            best = _best_folder(self.folder, state.best_epoch)
+            problem = write_checkpoint(self.runtime, best, snapshot.best_pieces(), numbers)
             if problem is not None:
                 return problem
             self._best = state.best_epoch
-        tensors = {"model": {name: part.values for name, part in snapshot.parts.items()}, "average": snapshot.average}
-        pieces = _pieces(snapshot.parts, {group: values for group, values in tensors.items() if values})
-        return write_checkpoint(
-            self.runtime, _step_folder(self.folder, state.step), pieces | _moments(snapshot.parts), numbers
-        )
+        return write_checkpoint(self.runtime, _step_folder(self.folder, state.step), snapshot.pieces(), numbers)
 
     def _drop_older(self) -> None:
         steps = kept_checkpoints(self.folder)
         for old in steps[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
-        best = {_best_folder(self.folder, read_json(s / NUMBERS)["state"]["best_epoch"]) for s in steps[: self.keep]}
-        for folder in self.folder.glob("best_epoch_*"):
-            if folder not in best:
-                shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(DataError):  # one that has been damaged since does not tell which best is its own
+            best = {best_of(self.folder, read_json(step / NUMBERS)) for step in steps[: self.keep]}
+            for folder in self.folder.glob("best_epoch_*"):
+                if folder not in best:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def load(self, snapshot: Snapshot) -> TrainState | None:
         """Read the newest checkpoint that is whole into `snapshot`; None where there is none.
@@ -190,14 +160,16 @@ class Checkpoints:
     def _try(self, folder: Path, snapshot: Snapshot) -> tuple[str, TrainState | None]:
         """What is wrong with a checkpoint, or the state that it holds; the same on every process."""
         runtime = self.runtime
+        turns = {"turn": runtime.rank, "turns": runtime.world_size}
         state, problem = None, ""
         try:
-            with open_checkpoint(folder, turn=runtime.rank, turns=runtime.world_size) as stored:
+            with contextlib.ExitStack() as stack:
+                stored = stack.enter_context(open_checkpoint(folder, **turns))
                 self._check_identity(stored)
                 state = TrainState(**stored.numbers["state"])
-                with self._best_of(state, runtime) as best:
-                    _fill(snapshot, stored, best)
-        except _OtherTrainingError:
+                best = best_of(self.folder, stored.numbers)
+                snapshot.fill(stored, None if best is None else stack.enter_context(open_checkpoint(best, **turns)))
+        except OtherTrainingError:
             raise
         except (DataError, OSError, RuntimeError) as error:
             problem = " ".join(str(error).split())
@@ -206,24 +178,15 @@ class Checkpoints:
             self._best = state.best_epoch
         return problem, None if problem else state
 
-    @contextlib.contextmanager
-    def _best_of(self, state: TrainState, runtime: Runtime) -> Iterator[Stored | None]:
-        if state.best_epoch < 0:
-            yield None
-            return
-        folder = _best_folder(self.folder, state.best_epoch)
-        with open_checkpoint(folder, turn=runtime.rank, turns=runtime.world_size) as best:
-            yield best
-
     def _check_identity(self, stored: Stored) -> None:
         numbers, engine = stored.numbers, self.runtime.parallel.engine
         remedy = f"Delete {self.folder} to train from the start."
         if numbers.get("format") != FORMAT:
-            raise _OtherTrainingError(
+            raise OtherTrainingError(
                 f"{stored.folder}: has format {numbers.get('format')}; this program reads {FORMAT}.", remedy
             )
         if numbers["engine"] != engine:
-            raise _OtherTrainingError(
+            raise OtherTrainingError(
                 f"{stored.folder}: was written by parallel.engine={numbers['engine']}; this run has {engine}.", remedy
             )
         if numbers["identity"] != self.identity:
@@ -233,7 +196,7 @@ class Checkpoints:
                 for key in sorted(there.keys() | here.keys())
                 if there.get(key) != here.get(key)
             ]
-            raise _OtherTrainingError(
+            raise OtherTrainingError(
                 f"{stored.folder}: belongs to another training; it differs in {', '.join(differing[:5])}.", remedy
             )
 
@@ -244,10 +207,6 @@ class Checkpoints:
             for path in [*self.folder.glob(".*.tmp"), *self.folder.glob(".*.old"), *newer]:
                 shutil.rmtree(path, ignore_errors=True)
         self.runtime.barrier()
-
-
-class _OtherTrainingError(CheckpointError):
-    """A whole checkpoint that is not of this training; an older one would not be either."""
 
 
 def kept_checkpoints(folder: Path) -> list[Path]:
@@ -267,62 +226,6 @@ def _step_folder(folder: Path, step: int) -> Path:
 
 def _best_folder(folder: Path, epoch: int) -> Path:
     return folder / f"best_epoch_{epoch:04d}"
-
-
-def _pieces(parts: Mapping[str, Part], groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Piece]:
-    return {
-        f"{group}/{name}": Piece(part.shape, part.start, values[name])
-        for group, values in groups.items()
-        for name, part in parts.items()
-        if part.writes and part.values.numel()
-    }
-
-
-def _moments(parts: Mapping[str, Part]) -> dict[str, Piece]:
-    """The moments; of a number that all slices of a parameter share, the first slice writes it."""
-    pieces = {}
-    for name, part in parts.items():
-        if not part.writes or not part.values.numel():
-            continue
-        for moment, values in part.moments.items():
-            if values.ndim:
-                pieces[f"{moment}/{name}"] = Piece(part.shape, part.start, values)
-            elif part.start == 0:
-                pieces[f"{moment}/{name}"] = Piece(values.shape, 0, values.clone())
-    return pieces
-
-
-@torch.no_grad()
-def _fill(snapshot: Snapshot, stored: Stored, best: Stored | None) -> None:
-    """Read every tensor of a snapshot, refusing those of another model."""
-    names = {key.removeprefix("model/") for key in stored.shapes if key.startswith("model/")}
-    parts = snapshot.parts
-    for name in sorted(names ^ parts.keys()):
-        raise _OtherTrainingError(f"{stored.folder}: holds another model: {name} is only {_where(name in names)}.")
-    for name, part in parts.items():
-        there = stored.shapes[f"model/{name}"]
-        if there != part.shape:
-            raise _OtherTrainingError(
-                f"{stored.folder}: holds another model: {name} is {list(there)} there and {list(part.shape)} here."
-            )
-        part.values.copy_(_read(stored, "model", name, part))
-        for moment, values in part.moments.items():
-            if values.ndim:
-                values.copy_(_read(stored, moment, name, part))
-            elif part.values.numel():
-                values.copy_(stored.whole(f"{moment}/{name}"))
-    if snapshot.average:
-        snapshot.average = {name: _read(stored, "average", name, part) for name, part in parts.items()}
-    snapshot.best = {} if best is None else {name: _read(best, "model", name, part) for name, part in parts.items()}
-
-
-def _read(stored: Stored, group: str, name: str, part: Part) -> Tensor:
-    values = stored.read(f"{group}/{name}", part.start, part.values.numel())
-    return values.to(part.values.device, part.values.dtype).view(part.values.shape)
-
-
-def _where(there: bool) -> str:
-    return "there" if there else "here"
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -21,11 +21,12 @@ from cfusion.errors import ConfigError, DataError, RequeueError
 from cfusion.survival.bins import TimeBins
 from cfusion.survival.losses import LOSSES
 from cfusion.survival.metrics import concordance
-from cfusion.training.checkpoint import Checkpoints, Snapshot, TrainState
+from cfusion.training.checkpoint import Checkpoints, TrainState
 from cfusion.training.inference import BagSet, patient_survival, predict_logits
 from cfusion.training.interruption import stop_requested
 from cfusion.training.runtime import Runtime
 from cfusion.training.schedule import learning_rate
+from cfusion.training.snapshot import Snapshot
 from cfusion.training.step import Share, Stepper, dropout_seed
 from cfusion.types import SurvivalOutput, Targets
 

@@ -1,0 +1,109 @@
+"""The tensors of a training, as far as a process keeps them, and as pieces of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cfusion.errors import CheckpointError
+from cfusion.training.checkpoint_files import Piece, Stored
+from cfusion.training.runtime import Part
+
+
+class OtherTrainingError(CheckpointError):
+    """A whole checkpoint that is not of this training; an older one would not be either."""
+
+
+@dataclass
+class Snapshot:
+    """Tensors that belong to a state, as far as this process keeps them.
+
+    Attributes:
+        parts: The parameters and their moments, see `Runtime.parts`.
+        best: Parameters of the best epoch; empty before the first.
+        average: Moving average of the parameters; empty where it is off.
+    """
+
+    parts: dict[str, Part]
+    best: dict[str, Tensor] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """A copy of the parameters."""
+        return {name: part.values.clone() for name, part in self.parts.items()}
+
+    @torch.no_grad()
+    def put(self, values: Mapping[str, Tensor]) -> None:
+        """Give the parameters other values; `Runtime.publish` then has the model compute with them."""
+        for name, part in self.parts.items():
+            part.values.copy_(values[name])
+
+    def pieces(self) -> dict[str, Piece]:
+        """What this process writes to a checkpoint: parameters, their average and their moments."""
+        groups = {"model": {name: part.values for name, part in self.parts.items()}, "average": self.average}
+        pieces = {
+            f"{group}/{name}": Piece(part.shape, part.start, values[name])
+            for group, values in groups.items()
+            for name, part in self._written().items()
+            if values
+        }
+        for name, part in self._written().items():
+            for moment, values in part.moments.items():
+                if values.ndim:
+                    pieces[f"{moment}/{name}"] = Piece(part.shape, part.start, values)
+                elif part.start == 0:
+                    # All slices of a parameter share it; the first one writes it.
+                    pieces[f"{moment}/{name}"] = Piece(values.shape, 0, values.clone())
+        return pieces
+
+    def best_pieces(self) -> dict[str, Piece]:
+        """What this process writes of the best parameters."""
+        return {
+            f"model/{name}": Piece(part.shape, part.start, self.best[name]) for name, part in self._written().items()
+        }
+
+    def _written(self) -> dict[str, Part]:
+        return {name: part for name, part in self.parts.items() if part.writes and part.values.numel()}
+
+    @torch.no_grad()
+    def fill(self, stored: Stored, best: Stored | None) -> None:
+        """Read all of it from a checkpoint, and from that of the best parameters where there is one.
+
+        Raises:
+            OtherTrainingError: It holds another model.
+            CheckpointError: Something is missing in it.
+        """
+        self._check_model(stored)
+        for name, part in self.parts.items():
+            part.values.copy_(_read(stored, "model", name, part))
+            for moment, values in part.moments.items():
+                if values.ndim:
+                    values.copy_(_read(stored, moment, name, part))
+                elif part.values.numel():
+                    values.copy_(stored.whole(f"{moment}/{name}"))
+        if self.average:
+            self.average = {name: _read(stored, "average", name, part) for name, part in self.parts.items()}
+        if best is not None:
+            self.best = {name: _read(best, "model", name, part) for name, part in self.parts.items()}
+
+    def _check_model(self, stored: Stored) -> None:
+        there = {key.removeprefix("model/"): shape for key, shape in stored.shapes.items() if key.startswith("model/")}
+        for name in sorted(there.keys() | self.parts.keys()):
+            here = self.parts[name].shape if name in self.parts else None
+            if there.get(name) != here:
+                raise OtherTrainingError(
+                    f"{stored.folder}: holds another model: {name} is {_told(there.get(name))} there and "
+                    f"{_told(here)} here."
+                )
+
+
+def _read(stored: Stored, group: str, name: str, part: Part) -> Tensor:
+    values = stored.read(f"{group}/{name}", part.start, part.values.numel())
+    return values.to(part.values.device, part.values.dtype).view(part.values.shape)
+
+
+def _told(shape: torch.Size | None) -> str:
+    return "absent" if shape is None else f"of shape {list(shape)}"
