@@ -1,0 +1,304 @@
+"""Checkpoints: which stay, which is taken up again, and what happens where one cannot be written or read."""
+
+import errno
+import itertools
+import json
+import logging
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import cfusion.training.checkpoint as checkpoint
+from cfusion.config import ParallelConfig
+from cfusion.errors import CheckpointError
+from cfusion.files import digest_json, write_json
+from cfusion.training import checkpoint_files
+from cfusion.training.checkpoint import Checkpoints, TrainState
+from cfusion.training.runtime import Runtime
+from cfusion.training.snapshot import Snapshot
+
+IDENTITY = {"model": {"name": "amil", "embed_dim": 16}, "seed": 7}
+
+
+class Training:
+    """A small network that trains on noise, with its checkpoints."""
+
+    def __init__(self, folder: Path, *, width: int = 3, keep: int = 2, identity=IDENTITY, engine: str = "ddp") -> None:
+        torch.manual_seed(0)
+        runtime = Runtime.start(ParallelConfig(global_batch=1))
+        runtime.parallel = ParallelConfig(global_batch=1, engine=engine)
+        self.model = nn.Sequential(nn.Linear(width, 4), nn.Linear(4, 1))
+        self.width = width
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.snapshot = Snapshot(runtime.parts(self.model, self.optimizer))
+        self.snapshot.average = self.snapshot.parameters()
+        self.checkpoints = Checkpoints(folder, identity, runtime, keep=keep, card={"model": "made up"})
+        self.state = TrainState()
+
+    def step(self, *, best: bool = False) -> None:
+        noise = torch.Generator().manual_seed(self.state.step)
+        self.model(torch.randn(5, self.width, generator=noise)).square().mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.state.step += 1
+        self.state.history.append({"loss": 1 / (1 + self.state.step)})
+        if best:
+            self.state.best_epoch, self.state.best_score = self.state.step, 0.5
+            self.snapshot.best = self.snapshot.parameters()
+
+    def save(self, *, now: bool = True) -> None:
+        self.checkpoints.save(self.state, self.snapshot, now=now)
+
+    def load(self) -> TrainState | None:
+        self.state = self.checkpoints.load(self.snapshot) or self.state
+        return self.state
+
+    def everything(self) -> dict[str, torch.Tensor]:
+        best = {f"best/{name}": tensor for name, tensor in self.snapshot.best.items()}
+        return best | {key: piece.values.clone() for key, piece in self.snapshot.pieces().items()}
+
+
+def assert_same(one: Training, other: Training) -> None:
+    assert one.state == other.state
+    ours, theirs = one.everything(), other.everything()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path):
+    training = Training(tmp_path)
+    training.step(best=True)
+    training.step()
+    training.save()
+    again = Training(tmp_path)
+    again.load()
+    assert_same(again, training)
+    training.step()
+    again.step()
+    assert_same(again, training)
+
+
+def test_the_newest_stay_with_the_best_they_speak_of(tmp_path):
+    training = Training(tmp_path, keep=3)
+    for number in range(1, 8):
+        training.step(best=number in (2, 4, 6))
+        training.save()
+    assert names(tmp_path) == [
+        "best_epoch_0004", "best_epoch_0006", "step_00000005", "step_00000006", "step_00000007",
+    ]  # fmt: skip
+
+
+def test_files_are_plain_safetensors_with_the_names_of_the_parameters(tmp_path):
+    training = Training(tmp_path)
+    training.step(best=True)
+    training.save()
+    best = load_file(tmp_path / "best_epoch_0001" / "rank_00000.safetensors")
+    assert {name.removeprefix("model/") for name in best} == set(training.model.state_dict())
+    state = load_file(tmp_path / "step_00000001" / "rank_00000.safetensors")
+    assert {key.split("/")[0] for key in state} == {"model", "average", "exp_avg", "exp_avg_sq", "step"}
+    assert json.loads((tmp_path / "step_00000001" / "state.json").read_text())["card"] == {"model": "made up"}
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def edit(path: Path) -> None:
+    path.write_text(path.read_text().replace('"step": 2', '"step": 9'))
+
+
+DAMAGES = {
+    "truncated tensors": ("rank_00000.safetensors", truncate),
+    "one flipped bit": ("rank_00000.safetensors", flip),
+    "no tensors": ("rank_00000.safetensors", Path.unlink),
+    "no numbers": ("state.json", Path.unlink),
+    "edited numbers": ("state.json", edit),
+    "half the numbers": ("state.json", truncate),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_falls_back_to_the_one_before_with_a_warning(tmp_path, caplog, damage):
+    training = Training(tmp_path)
+    training.step(best=True)
+    training.save()
+    before = Training(tmp_path)
+    before.load()
+    training.step()
+    training.save()
+    file, hurt = DAMAGES[damage]
+    hurt(tmp_path / "step_00000002" / file)
+    again = Training(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        again.load()
+    assert_same(again, before)
+    assert "step_00000002" in caplog.text
+    assert "The checkpoint before it is taken." in caplog.text
+    assert names(tmp_path) == ["best_epoch_0001", "step_00000001"], "the damaged one does not count as the newest"
+
+
+def test_a_damaged_best_is_a_damaged_checkpoint(tmp_path):
+    training = Training(tmp_path)
+    training.step(best=True)
+    training.save()
+    flip(tmp_path / "best_epoch_0001" / "rank_00000.safetensors")
+    with pytest.raises(CheckpointError, match=r"best_epoch_0001.* is damaged .*No checkpoint is whole. Delete"):
+        Training(tmp_path).load()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"identity": IDENTITY | {"seed": 8}}, r"differs in seed \(7 there, 8 here\)"),
+        (
+            {"identity": {"model": {"name": "amil", "embed_dim": 32}, "seed": 7}, "width": 5},
+            r"differs in model.embed_dim \(16 there, 32 here\)",
+        ),
+        ({"width": 5}, r"another model: 0.weight is of shape \[4, 3\] there and of shape \[4, 5\] here"),
+        ({"engine": "zero2"}, r"written by parallel.engine=ddp; this run has zero2"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused_and_stays(tmp_path, other, message):
+    training = Training(tmp_path)
+    training.step()
+    training.save()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=message):
+        Training(tmp_path, **other).load()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
+    training = Training(tmp_path)
+    training.step()
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    training.save()
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"has format 1; this program reads 2"):
+        Training(tmp_path).load()
+
+
+@pytest.mark.parametrize("at", ["_write_tensors", "_finish"])
+def test_what_a_killed_process_left_half_written_is_no_checkpoint_and_goes(tmp_path, monkeypatch, at):
+    training = Training(tmp_path)
+    training.step()
+    training.save()
+    kept = Training(tmp_path)
+    kept.load()
+
+    def killed(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint_files, at, killed)
+    training.step()
+    with pytest.raises(KeyboardInterrupt):
+        training.save()
+    monkeypatch.undo()
+    assert len(names(tmp_path)) == 2
+    again = Training(tmp_path)
+    again.load()
+    assert_same(again, kept)
+    assert names(tmp_path) == ["step_00000001"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def refuse_to_save(training: Training, folder: Path, caplog) -> None:
+    """Both ways to meet a full disk: training goes on where it may, and says so where it may not."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    training.step()
+    training.checkpoints._saved -= 1000
+    with caplog.at_level(logging.WARNING):
+        training.save(now=False)
+    assert "step_00000002: the checkpoint cannot be written" in caplog.text
+    assert "Training goes on; the checkpoint before is kept." in caplog.text
+    with pytest.raises(CheckpointError, match=r"cannot be written \(.*\)\. Make room there"):
+        training.save(now=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before, "nothing half-written"
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_whole(small_disk, caplog):
+    training = Training(small_disk / "state")
+    training.step()
+    training.save()
+    (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    refuse_to_save(training, small_disk / "state", caplog)
+    assert "No space left on device" in caplog.text
+    (small_disk / "ballast").unlink()
+    training.save()
+    assert names(small_disk / "state") == ["step_00000001", "step_00000002"]
+
+
+def test_a_file_that_may_not_grow_leaves_the_checkpoint_before_whole(tmp_path, caplog):
+    training = Training(tmp_path)
+    training.step()
+    training.save()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256, before[1]))
+    try:
+        refuse_to_save(training, tmp_path, caplog)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("at", ["_write_tensors", "_finish"])
+def test_a_disk_that_fills_at_any_point_of_writing(tmp_path, caplog, monkeypatch, at):
+    training = Training(tmp_path)
+    training.step()
+    training.save()
+
+    def full(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_files, at, full)
+    refuse_to_save(training, tmp_path, caplog)
+
+
+def test_slices_of_several_files_are_one_tensor(tmp_path):
+    """What three processes wrote is read whole, and in slices that no process wrote."""
+    values = torch.arange(35.0)
+    cuts = [0, 11, 12, 35]
+    folder = tmp_path / "step_00000001"
+    folder.mkdir()
+    files = {}
+    for rank, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        piece = checkpoint_files.Piece(torch.Size([5, 7]), start, values[start:stop])
+        path = folder / f"rank_{rank:05d}.safetensors"
+        files[path.name] = checkpoint_files._write_tensors(path, {"model/w": piece})
+    write_json(folder / "state.json", {"files": files, "digest": digest_json({"files": files})})
+    with checkpoint_files.open_checkpoint(folder) as stored:
+        assert torch.equal(stored.whole("model/w"), values.view(5, 7))
+        for start in range(36):
+            for stop in range(start, 36):
+                assert torch.equal(stored.read("model/w", start, stop - start), values[start:stop])
+        with pytest.raises(CheckpointError, match=r"elements 35 to 36 of model/w are missing"):
+            stored.read("model/w", 30, 6)
