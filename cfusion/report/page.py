@@ -40,7 +40,8 @@ def _interval(row: dict, names: str, digits: int = 3) -> str:
     return "" if math.isnan(low) else f"{low:.{digits}f} to {high:.{digits}f}"
 
 
-def _environment() -> jinja2.Environment:
+def report_environment() -> jinja2.Environment:
+    """Templates of the report's pages, with their filters; what a template names must be given."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cfusion.report"), autoescape=jinja2.select_autoescape(["html.j2"]),
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
@@ -61,7 +62,7 @@ def render_page(
     rows = [dict(zip(summary.columns, values, strict=True)) for values in summary.itertuples(index=False)]
     patients = {key: value for part in scores for key, value in part.patients.items()}
     details = _details(rows, folds, patients, context)
-    environment = _environment()
+    environment = report_environment()
     return environment.get_template("page.html.j2").render(
         title=context.title,
         notes=list(dict.fromkeys([*context.notes, *(note for part in scores for note in part.notes)])),
@@ -81,7 +82,7 @@ def render_page(
 def render_card(summary: pd.DataFrame, context: ReportContext) -> str:
     """The model card (Mitchell et al., FAT* 2019) as Markdown."""
     rows = [dict(zip(summary.columns, values, strict=True)) for values in summary.itertuples(index=False)]
-    return _environment().get_template("model_card.md.j2").render(
+    return report_environment().get_template("model_card.md.j2").render(
         title=context.title, rows=rows, notes=context.notes, audits=context.audits,
         protocols={str(row["protocol"]): PROTOCOLS.get(str(row["protocol"]), "") for row in rows},
         provenance=_flat_provenance(context),

@@ -1,0 +1,62 @@
+"""The critical-difference diagram: methods on a line of mean ranks, and bars over those that are not told apart."""
+
+from __future__ import annotations
+
+import math
+
+from cfusion.report.figures import p_text
+from cfusion.report.svg import Plot, number
+from cfusion.survival.ranks import Ranking
+
+_ROW = 19.0
+_BAR = 9.0
+_SIDE = 170.0
+
+
+def cd_diagram(ranking: Ranking, what: str) -> str:
+    """Draw a ranking as SVG (after Demšar, 2006): the better half on the left, best on top."""
+    methods = len(ranking.names)
+    left = (methods + 1) // 2
+    top = 62.0
+    below = top + 16 + _BAR * len(ranking.cliques)
+    height = below + _ROW * max(left, methods - left) + 12
+    plot = Plot((1, methods), (0, 1), width=720, height=height, margins=(_SIDE, 0, _SIDE, 0))
+    _scale(plot, ranking, top)
+    for place, (name, rank) in enumerate(zip(ranking.names, ranking.mean_ranks, strict=True)):
+        on_left = place < left
+        row = place if on_left else methods - 1 - place
+        x, y = plot.px(rank), below + _ROW * (row + 0.5)
+        end = _SIDE - 24 if on_left else plot.width - _SIDE + 24
+        plot.add(f'<path class="axis" d="M{number(x)} {number(top)}V{number(y)}H{number(end)}"/>')
+        words = f"{name}  {rank:.2f}" if on_left else f"{rank:.2f}  {name}"
+        plot.text(end + (-6 if on_left else 6), y + 4, words, "row", "end" if on_left else "start")
+    places = dict(zip(ranking.names, ranking.mean_ranks, strict=True))
+    for level, clique in enumerate(ranking.cliques):
+        start, end = (plot.px(places[name]) for name in (clique[0], clique[-1]))
+        y = top + 12 + _BAR * level
+        plot.add(f'<path class="line series1 clique" d="M{number(start - 4)} {number(y)}H{number(end + 4)}"/>')
+    return plot.finish(f"Mean ranks of {what} over {ranking.blocks} cohorts", _words(ranking))
+
+
+def _scale(plot: Plot, ranking: Ranking, top: float) -> None:
+    methods = len(ranking.names)
+    plot.add(f'<path class="axis" d="M{number(plot.px(1))} {number(top)}H{number(plot.px(methods))}"/>')
+    for rank in range(1, methods + 1):
+        plot.add(f'<path class="axis" d="M{number(plot.px(rank))} {number(top)}v-5"/>')
+        plot.text(plot.px(rank), top - 9, str(rank))
+    critical = ranking.critical_difference
+    if not math.isnan(critical):
+        start, end = plot.px(1), plot.px(1) + critical / max(1, methods - 1) * (plot.px(methods) - plot.px(1))
+        end = min(end, plot.width - 4)
+        a, b = number(start), number(end)
+        plot.add(f'<path class="line series0" d="M{a} 30H{b}M{a} 26v8M{b} 26v8"/>')
+        plot.text(start, 18, f"critical difference {critical:.2f}; Friedman {p_text(ranking.p)}", "note", "start")
+
+
+def _words(ranking: Ranking) -> str:
+    ranks = ", ".join(f"{n} {r:.2f}" for n, r in zip(ranking.names, ranking.mean_ranks, strict=True))
+    alike = "; ".join(", ".join(clique) for clique in ranking.cliques)
+    told = f"Not told apart: {alike}." if alike else "All are told apart."
+    if math.isnan(ranking.critical_difference):
+        told = "One cohort gives no test."
+    return f"Mean ranks, 1 is best: {ranks}. {told}"
