@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 from typing import Any, cast
@@ -24,6 +25,9 @@ hundreds of megapixels, is cut from the overview."""
 
 OVERVIEW_PX = 8192
 """Longest side of the overview, unless it would be finer than the tiles it is for."""
+
+QUICK_PX = 100e6
+"""Pixels that are read in about a second."""
 
 MAX_PATCH_PX = 8192
 """Longest side of a patch, in level-0 px."""
@@ -64,7 +68,8 @@ class DeepZoom:
         if not (0 <= column < columns and 0 <= row < rows):
             raise IndexError(f"tile {column}, {row} of level {level}: expected below {columns}, {rows}")
         downsample = 2 ** (self.levels - 1 - level)
-        if self._is_too_much(downsample):
+        area = self._area(downsample, TILE_PX + 2 * OVERLAP_PX)
+        if downsample >= self._overview_step and area > DIRECT_PX**2:
             width, height = self._generator.get_tile_dimensions(level, (column, row))
             x, y = (i * TILE_PX - min(i, 1) * OVERLAP_PX for i in (column, row))
             return self._from_overview((x * downsample, y * downsample), (width, height), downsample)
@@ -99,27 +104,37 @@ class DeepZoom:
         """The whole slide, its longer side of at most `longest_px`; what cannot be read has the background's colour."""
         width, height = self.slide.size_px
         step = max(1.0, max(width, height) / longest_px)
-        picture = Image.fromarray(self.slide.overview(step * self.slide.resolution.mpp).rgb)
+        held = step >= self._overview_step and self._area(step) > DIRECT_PX**2
+        rgb = (self._held_overview() if held else self.slide.overview(step * self.slide.resolution.mpp)).rgb
+        picture = Image.fromarray(rgb)
         picture.thumbnail((longest_px, longest_px), Image.Resampling.BOX)
         return picture
 
-    def _is_too_much(self, downsample: int) -> bool:
-        """Whether a tile of this downsample would be made of too many pixels, and the overview is fine enough."""
+    def _area(self, downsample: float, side_px: float = math.inf) -> float:
+        """Pixels that are read for a picture of the slide, or of a square of it, at this downsample."""
         level = self._level_for(downsample)
-        side = (TILE_PX + 2 * OVERLAP_PX) * downsample / self.slide.downsamples[level]
-        width, height = (min(side, whole) for whole in self.slide.level_sizes_px[level])
-        return downsample >= self._overview_step and width * height > DIRECT_PX**2
+        width, height = self.slide.level_sizes_px[level]
+        side = side_px * downsample / self.slide.downsamples[level]
+        return min(side, width) * min(side, height)
+
+    def is_quick(self, longest_px: int) -> bool:
+        """Whether `whole` need not read a hundred megapixels or more, as it must of a slide without a pyramid."""
+        step = max(self.slide.size_px) / longest_px
+        return self._area(step) < QUICK_PX or self._overview is not None
 
     def _level_for(self, downsample: float) -> int:
         """The coarsest level of the slide that is fine enough."""
         fine_enough = [i for i, d in enumerate(self.slide.downsamples) if d <= downsample * 1.001]
         return max(fine_enough, key=lambda i: self.slide.downsamples[i], default=0)
 
-    def _from_overview(self, corner_px: tuple[int, int], size: tuple[int, int], downsample: int) -> Image.Image:
+    def _held_overview(self) -> Overview:
         with self._lock:
             if self._overview is None:
                 self._overview = self.slide.overview(self._overview_step * self.slide.resolution.mpp)
-            overview = self._overview
+            return self._overview
+
+    def _from_overview(self, corner_px: tuple[int, int], size: tuple[int, int], downsample: int) -> Image.Image:
+        overview = self._held_overview()
         fx, fy = overview.px_level0
         height, width = overview.rgb.shape[:2]
         (x, y), (w, h) = corner_px, size

@@ -6,7 +6,7 @@ import contextlib
 import http.client
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,3 +130,12 @@ def running(viewer: Viewer) -> Iterator[Client]:
         finally:
             server.should_exit = True
             thread.join()
+
+
+def until(condition: Callable[[], bool], tries: int = 400) -> None:
+    """Wait for what another thread or process does."""
+    for _ in range(tries):
+        if condition():
+            return
+        threading.Event().wait(0.05)
+    raise AssertionError("did not become true")

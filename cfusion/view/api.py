@@ -39,9 +39,14 @@ PICTURE_BYTES = 128 << 20
 MAGNIFICATIONS = (20.0, 10.0, 5.0)
 """Of the patches that the inspector shows of a slide without an explanation."""
 
+LIST_PX = 160
+STILL_PX = 2048
+"""Longest side of the picture of a whole slide, in the list and instead of deep zoom."""
+
 ASSETS = {
-    "view.css": "text/css", "app.js": "text/javascript", "stage.js": "text/javascript",
-    "heatmap.js": "text/javascript", "panels.js": "text/javascript", "icon.svg": "image/svg+xml",
+    "view.css": "text/css", "app.js": "text/javascript", "controls.js": "text/javascript",
+    "heatmap.js": "text/javascript", "panels.js": "text/javascript", "stage.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
 }  # fmt: skip
 PALETTES = {"sequential": ("viridis", "inferno", "cividis"), "diverging": ("coolwarm", "PuOr_r", "RdBu_r")}
 """Colour scales of matplotlib; the first of each is the default. All but inferno and viridis are read by everyone."""
@@ -134,6 +139,7 @@ class _Api:
         viewer = self._viewer
         slides = [
             {"key": slide.key, "id": slide.slide_id, "name": slide.name, "trouble": viewer.slides.trouble(slide),
+             "version": _version(slide),
              "explained": slide.slide_id in viewer.explanations.paths}
             for slide in viewer.slides.slides.values()
         ]  # fmt: skip
@@ -156,7 +162,7 @@ class _Api:
                 "key": slide.key, "id": slide.slide_id, "name": slide.name, "width": width, "height": height,
                 "mpp": mpp, "mpp_source": zoom.slide.resolution.source if mpp else None, "vendor": zoom.slide.vendor,
                 "levels": zoom.levels, "tile_px": TILE_PX, "overlap_px": OVERLAP_PX,
-                "version": "-".join(f"{part:x}" for part in stamp_of(slide.path) or ()),
+                "version": _version(slide), "flat": not zoom.is_quick(LIST_PX),
                 "explanation": described(explanation) if explanation is not None else None,
                 "explanation_trouble": trouble,
                 "patient": patient_panel(self._viewer.curves, slide.slide_id, explanation),
@@ -203,8 +209,17 @@ class _Api:
         return self._picture(request, ("patch", x, y, side), lambda zoom: zoom.patch(x, y, side))
 
     def whole(self, request: Request) -> Response:
-        longest = 2048 if request.query_params.get("size") == "large" else 160
-        return self._picture(request, ("whole", longest), lambda zoom: zoom.whole(longest))
+        large = request.query_params.get("size") == "large"
+        longest = STILL_PX if large else LIST_PX
+
+        def draw(zoom: DeepZoom) -> Image.Image:
+            if large or zoom.is_quick(longest):
+                return zoom.whole(longest)
+            width, height = zoom.slide.size_px
+            shape = np.ceil(np.array([height, width]) * longest / max(width, height)).astype(int)
+            return Image.fromarray(np.full((*shape, 3), zoom.slide.background, np.uint8))
+
+        return self._picture(request, ("whole", longest), draw)
 
     def _picture(self, request: Request, what: tuple[object, ...], draw: Callable[[DeepZoom], Image.Image]) -> Response:
         slide = self._slide(request)
@@ -222,6 +237,11 @@ class _Api:
             return self._viewer.explanations.get(slide.slide_id, zoom), ""
         except DataError as error:
             return None, str(error)
+
+
+def _version(slide: ServedSlide) -> str:
+    """Changes with the file, and stands in the addresses of its pictures, which browsers keep."""
+    return "-".join(f"{part:x}" for part in stamp_of(slide.path) or ())
 
 
 def _number(request: Request, name: str) -> float:

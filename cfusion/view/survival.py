@@ -83,7 +83,8 @@ def patient_panel(curves: CohortCurves | None, slide_id: str, explanation: Expla
         words.append(f"out-of-fold risk above {curves.percentile(case):.0f}% of the patients of its fold")
     if explanation is not None:
         lines.append(("ensemble", list(zip(explanation.curve["months"], explanation.curve["survival"], strict=True))))
-        words.append(f"fold ensemble of {len(explanation.risks)}: risk {explanation.risk:.3f}")
+        models = f"fold ensemble of {len(explanation.risks)}" if len(explanation.risks) > 1 else "one model"
+        words.append(f"{models}: risk {explanation.risk:.3f}".replace("-", "\N{MINUS SIGN}"))
     figure = _figure(curves, case, lines, "; ".join(words))
     return {"case": case, "words": "; ".join(words), "figure": figure}
 

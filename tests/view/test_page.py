@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
-from made_up_viewer import DAMAGED, EXPLAINED, PLAIN, SIZE, Client, Files, explanation, make_files, running
+from made_up_viewer import DAMAGED, EXPLAINED, PLAIN, SIZE, Client, Files, explanation, make_files, running, until
 
 from cfusion.explanation.result import write_explanation
 from cfusion.view import openseadragon
@@ -15,6 +15,7 @@ from cfusion.view.explanations import Explanations
 from cfusion.view.slides import SlideFolder
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+expect = sync_api.expect
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -107,7 +108,8 @@ def test_a_click_reads_the_tile(window: Window, tmp_path):
     assert 400 < int(point[1]) < SIZE[0] / 2
     patches = page.locator("#tile-body img")
     assert patches.count() == 3
-    page.wait_for_function("[...document.querySelectorAll('#tile-body img')].every(i => i.naturalWidth === 256)")
+    for patch in patches.all():
+        expect(patch).to_have_js_property("naturalWidth", 256)
     assert page.locator("#tile-body figcaption").all_inner_texts() == ["20x: 128 µm", "10x: 256 µm", "5x: 512 µm"]
     rows = page.locator("#tile-body tbody tr").all_inner_texts()
     assert [re.split(r"\s+", row) for row in rows] == [
@@ -122,22 +124,22 @@ def test_a_click_reads_the_tile(window: Window, tmp_path):
 @deep
 def test_zoom_brings_finer_tiles_and_goes_home(window: Window):
     page = window.open()
-    page.wait_for_function("document.getElementById('scale-words').textContent")
+    expect(page.locator("#scale-words")).not_to_be_empty()
     levels = lambda: {int(m[1]) for url in window.asked if (m := re.search(r"/tiles/(\d+)/", url))}  # noqa: E731
     before, scale = max(levels()), page.locator("#scale-words").inner_text()
     page.get_by_role("button", name="Zoom in").click()
     page.get_by_role("button", name="Zoom in").click()
-    page.wait_for_function(f"document.getElementById('scale-words').textContent !== '{scale}'")
+    expect(page.locator("#scale-words")).not_to_have_text(scale)
     page.wait_for_load_state("networkidle")
     assert max(levels()) > before
     page.keyboard.press("0")
-    page.wait_for_function(f"document.getElementById('scale-words').textContent === '{scale}'")
+    expect(page.locator("#scale-words")).to_have_text(scale)
     page.locator("#stage").focus()
-    at = window.colour(-100)
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
-    page.wait_for_function("document.getElementById('overlay').getContext('2d').getImageData(5, 5, 1, 1)")
-    assert window.colour(-100) != at
+    right = window.colour(120)
+    assert window.colour(-150) != right
+    for _ in range(2):
+        page.keyboard.press("ArrowRight")  # a fifth of the screen each
+    until(lambda: window.colour(-150) == right)
 
 
 @deep
@@ -208,9 +210,9 @@ def test_everything_works_from_the_keyboard(window: Window):
     keys.press("Escape")
     assert not page.get_by_role("dialog", name="Keyboard").is_visible()
     keys.press("n")
-    page.wait_for_function(f"document.getElementById('slide-name').textContent === '{PLAIN}'")
+    expect(page.locator("#slide-name")).to_have_text(PLAIN)
     keys.press("p")
-    page.wait_for_function(f"document.getElementById('slide-name').textContent === '{EXPLAINED}'")
+    expect(page.locator("#slide-name")).to_have_text(EXPLAINED)
 
 
 @deep
@@ -246,7 +248,7 @@ def test_search_narrows_the_list_and_opens(window: Window):
     assert page.locator("#count").inner_text() == "1 of 3 slides"
     assert page.locator("#list b").all_inner_texts() == [PLAIN]
     page.keyboard.press("Enter")
-    page.wait_for_function(f"document.getElementById('slide-name').textContent === '{PLAIN}'")
+    expect(page.locator("#slide-name")).to_have_text(PLAIN)
     page.locator("#search").fill("nobody")
     assert page.locator("#count").inner_text() == "No slide has this name."
     assert "cfusion explain" in page.locator("#heatmap-none").inner_text()
@@ -307,7 +309,7 @@ def test_a_narrow_screen(browser, files: Files):
         page.get_by_role("button", name="Slides").click()
         assert page.locator("#list").is_visible()
         page.locator("#list button", has_text=PLAIN).click()
-        page.wait_for_function(f"document.getElementById('slide-name').textContent === '{PLAIN}'")
+        expect(page.locator("#slide-name")).to_have_text(PLAIN)
         assert not page.locator("#list").is_visible()
         page.keyboard.press("p")
         page.wait_for_selector("#stage[data-state=open]")

@@ -15,7 +15,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up_viewer import DAMAGED, EXPLAINED, PLAIN, SIDES, SIZE, Client, Files, explanation, make_files, running
+from made_up_viewer import (
+    DAMAGED,
+    EXPLAINED,
+    PLAIN,
+    SIDES,
+    SIZE,
+    Client,
+    Files,
+    explanation,
+    make_files,
+    running,
+    until,
+)
 from PIL import Image
 from slide_factory import break_tile, tissue_picture, write_slide
 
@@ -46,14 +58,6 @@ def client(files: Files):
 
 def picture(content: bytes) -> np.ndarray:
     return np.asarray(Image.open(BytesIO(content)))
-
-
-def until(condition, tries: int = 200):
-    for _ in range(tries):
-        if condition():
-            return
-        threading.Event().wait(0.05)
-    raise AssertionError("did not become true")
 
 
 # --- what it shows ---

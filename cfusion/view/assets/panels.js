@@ -22,7 +22,7 @@ export function showList(slides, total, current, choose) {
   const item = (slide) => {
     const picture = slide.trouble
       ? make("span", { className: "no-picture", textContent: "!", ariaHidden: "true" })
-      : make("img", { src: `/slides/${slide.key}/whole.jpg`, alt: "", loading: "lazy", width: 48, height: 48 });
+      : make("img", { src: `/slides/${slide.key}/whole.jpg?v=${slide.version}`, alt: "", loading: "lazy", width: 48, height: 48 });
     const said = slide.trouble ?? (slide.explained ? "explained" : "");
     const button = make(
       "button",
