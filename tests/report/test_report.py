@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from made_up_outcomes import cohort, predicted
 
 from cfusion.audit import audit
 from cfusion.config import Config, SplitsConfig, validate
@@ -19,46 +20,12 @@ from cfusion.files import write_json, write_text
 from cfusion.report import ReportContext, write_report
 from cfusion.report.runs import report_runs
 from cfusion.splits import make_splits, write_splits
-from cfusion.survival.bins import TimeBins
 from cfusion.survival.predictions import read_predictions
 from cfusion.survival.score import Scores, score
-from cfusion.types import Cohort, Split
-
-
-def cohort(size: int = 120, seed: int = 0) -> Cohort:
-    generator = np.random.default_rng(seed)
-    index = pd.Index([f"p{i}" for i in range(size)], name="case_id")
-    truth = generator.normal(size=size)
-    happens, leaves = generator.exponential(30 * np.exp(-truth)), generator.exponential(40, size)
-    cases = pd.DataFrame(
-        {"time_months": np.minimum(happens, leaves), "event": happens < leaves, "truth": truth}, index=index
-    )
-    slides = pd.DataFrame({"case_id": index}, index=pd.Index([f"{c}-s" for c in index], name="slide_id"))
-    return Cohort("made_up", cases, slides)
-
-
-def predicted(whole: Cohort, splits: list[Split], model: str, protocol: str, noise: float = 0.0) -> pd.DataFrame:
-    generator = np.random.default_rng(len(model))
-    frames = []
-    for split in splits:
-        train, test = whole.cases.loc[list(split.train)], whole.cases.loc[list(split.test)]
-        edges = np.array(TimeBins.fit(train["time_months"], train["event"], 4).right_edges_months)
-        seen = test["truth"].to_numpy() + noise * generator.normal(size=len(test))
-        survival = np.exp(-np.outer(np.exp(np.clip(seen, -9, 9)), edges / 30))
-        frame = pd.DataFrame({
-            "model": model, "cohort": whole.name, "protocol": protocol, "seed": 7, "fold": split.fold,
-            "case_id": test.index, "risk": -survival.sum(axis=1), "risk_cutoff": -2.0,
-            "survival_months": test["time_months"].to_numpy(), "event": test["event"].to_numpy(),
-        })  # fmt: skip
-        columns = {f"survival_{k + 1}": survival[:, k] for k in range(4)} | {
-            f"edge_{k + 1}": edges[k] for k in range(4)
-        }
-        frames.append(frame.assign(**columns))
-    return pd.concat(frames, ignore_index=True)
 
 
 def scored(model: str = "amil", protocol: str = "strict", noise: float = 0.0) -> Scores:
-    whole = cohort()
+    whole = cohort(120)
     splits = make_splits(whole, SplitsConfig(), protocol)
     return score(predicted(whole, splits, model, protocol, noise), whole, splits, bootstrap=50)
 
@@ -90,7 +57,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    whole = cohort()
+    whole = cohort(120)
     key = ("made_up", "amil", "strict")
     epochs = [
         {"cohort": "made_up", "model": "amil", "protocol": "strict", "fold": f, "epoch": e, "validation_cindex": e / 9}
@@ -195,7 +162,7 @@ def test_model_card(folder: Path) -> None:
 
 
 def test_constant_risks_and_unknown_protocol_are_reported(tmp_path: Path) -> None:
-    table = predicted(cohort(), make_splits(cohort(), SplitsConfig()), "flat", "strict")
+    table = predicted(cohort(120), make_splits(cohort(120), SplitsConfig()), "flat", "strict")
     keep = ["model", "cohort", "fold", "case_id", "survival_months", "event"]
     scores = score(table[keep].assign(risk=1.0), bootstrap=20)
     text = write_report([scores], tmp_path).read_text(encoding="utf-8")
@@ -213,7 +180,7 @@ def test_nothing_to_report_and_twice_the_same(tmp_path: Path) -> None:
 
 
 def finished_run(folder: Path, *, seed: int = 7, permuted: int | None = None) -> Path:
-    whole = cohort()
+    whole = cohort(120)
     splits = make_splits(whole, SplitsConfig())
     evaluation = {"bootstrap": 20, "permute_outcomes": permuted}
     values = {"cohort": {"name": "made_up"}, "model": {"name": "amil"}, "seed": seed, "evaluation": evaluation}
@@ -243,7 +210,7 @@ def test_finished_runs_become_one_report(tmp_path: Path) -> None:
 def test_reported_scores_are_those_of_the_run(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     report_runs([run], tmp_path / "report", title="Run")
-    whole, table = cohort(), read_predictions(run / "predictions.csv")
+    whole, table = cohort(120), read_predictions(run / "predictions.csv")
     direct = score(table, whole, make_splits(whole, SplitsConfig()), bootstrap=20).folds
     written = pd.read_csv(tmp_path / "report" / "scores.csv", float_precision="round_trip")
     for column in ("harrell_c", "uno_c", "ibs", "ibs_null", "truncation_months"):

@@ -3,9 +3,11 @@
 import dataclasses
 from pathlib import Path
 
+import made_up_outcomes
 import numpy as np
 import pandas as pd
 import pytest
+from made_up_outcomes import cohort
 
 from cfusion.config import SplitsConfig
 from cfusion.errors import DataError, UndefinedMetricError
@@ -46,40 +48,12 @@ def test_constant_risks_are_told(mcat: Scores) -> None:
     assert (told["note"] == "all risks are equal").all()
 
 
-def cohort(size: int = 200, seed: int = 0) -> Cohort:
-    generator = np.random.default_rng(seed)
-    index = pd.Index([f"p{i}" for i in range(size)], name="case_id")
-    truth = generator.normal(size=size)
-    happens, leaves = generator.exponential(30 * np.exp(-truth)), generator.exponential(40, size)
-    cases = pd.DataFrame(
-        {"time_months": np.minimum(happens, leaves), "event": happens < leaves, "truth": truth}, index=index
-    )
-    slides = pd.DataFrame({"case_id": index}, index=pd.Index([f"{c}-s" for c in index], name="slide_id"))
-    return Cohort("made_up", cases, slides)
-
-
 def predicted(cohort: Cohort, config: SplitsConfig | None = None, protocol: str = "strict") -> pd.DataFrame:
-    """A model that sees the true risk, with its discrete survival curve."""
-    frames = []
-    for split in make_splits(cohort, config or SplitsConfig(), protocol):
-        train = cohort.cases.loc[list(split.train)]
-        bins = TimeBins.fit(train["time_months"], train["event"], 4)
-        test = cohort.cases.loc[list(split.test)]
-        edges = np.array(bins.right_edges_months)
-        survival = np.exp(-np.outer(np.exp(test["truth"]), edges / 30))
-        frame = pd.DataFrame({
-            "model": "m", "cohort": cohort.name, "protocol": protocol, "seed": 7, "repeat": split.repeat,
-            "fold": split.fold, "case_id": test.index, "risk": -survival.sum(axis=1), "risk_cutoff": -2.0,
-            "survival_months": test["time_months"].to_numpy(), "event": test["event"].to_numpy(),
-        })  # fmt: skip
-        for k in range(4):
-            frame[f"survival_{k + 1}"], frame[f"edge_{k + 1}"] = survival[:, k], edges[k]
-        frames.append(frame)
-    return pd.concat(frames, ignore_index=True)
+    return made_up_outcomes.predicted(cohort, make_splits(cohort, config or SplitsConfig(), protocol), "m", protocol)
 
 
 def test_a_right_model_scores_well_everywhere() -> None:
-    whole = cohort()
+    whole = cohort(200)
     scores = score(predicted(whole), whole, make_splits(whole, SplitsConfig()), bootstrap=200)
     row = scores.summary.iloc[0]
     assert row["cindex_low"] < row["cindex_pooled"] < row["cindex_high"]
@@ -116,7 +90,7 @@ def test_the_same_scores_in_processes_and_without(monkeypatch: pytest.MonkeyPatc
 
 def test_test_outcomes_leave_training_untouched() -> None:
     """Changed outcomes of the test patients change no split, bin, cut-off, censoring model or truncation time."""
-    before = cohort()
+    before = cohort(200)
     for protocol in ("strict", "fixed-epoch"):
         split = make_splits(before, SplitsConfig(), protocol)[0]
         cases = before.cases.copy()
@@ -141,7 +115,7 @@ def test_test_outcomes_leave_training_untouched() -> None:
 
 def test_inner_validation_does_not_look_at_the_outer_fold(tmp_path: Path) -> None:
     """With the outer folds given, changed outcomes of a test side leave its inner validation as it was."""
-    before = cohort()
+    before = cohort(200)
     outer = make_splits(before, SplitsConfig(), "fixed-epoch")
     for split in outer:
         table = pd.DataFrame({"train": pd.Series(split.train), "val": pd.Series(split.test)})
