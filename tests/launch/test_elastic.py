@@ -2,16 +2,19 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
-from elastic_run import PATIENCE, lose, numbers, planned, read_step, running, step_of, wait_for
+from elastic_run import PATIENCE, Agent, lose, numbers, planned, read_step, running, step_of, wait_for
 from factories import CohortFiles, make_cohort
 
-from launch.cluster import REQUEUE
+from launch.cluster import REQUEUE, LaunchPlan
 from launch.cluster_local import run_here, start_agents
 
 
@@ -29,12 +32,65 @@ def test_a_run_goes_on_with_the_nodes_that_are_left(files, tmp_path):
         wait_for(lambda: read_step(disturbed.output) > step, "training to go on", agents[0])
         print(f"{time.monotonic() - killed:.1f} s from the kill to the next step")
         assert agents[0].wait(PATIENCE) == 0
+    assert numbers(disturbed.output) == undisturbed(files, tmp_path / "calm", step)
 
-    # The same history of world sizes, undisturbed: two nodes to that step, then one.
-    assert run_here(planned(files, tmp_path / "calm", nodes=2, pause=0, stop_at=step)) == REQUEUE
-    assert step_of(tmp_path / "calm") == step
-    assert run_here(planned(files, tmp_path / "calm", nodes=1, pause=0)) == 0
-    assert numbers(disturbed.output) == numbers(tmp_path / "calm")
+
+@pytest.fixture
+def two_hosts() -> Iterator[list[str]]:
+    """Network namespaces with an address each, 10.77.0.1 and 10.77.0.2, joined by a cable."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and the program ip (package iproute2)")
+    names = [f"cf{os.getpid()}{side}" for side in "ab"]
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", names[0], "netns", names[0], "type", "veth", "peer", "name", names[1], "netns", names[1])
+    except subprocess.CalledProcessError as error:
+        remove(names)
+        pytest.skip(f"network namespaces cannot be made here ({error.stderr.decode().strip()})")
+    for number, name in enumerate(names, start=1):
+        ip("-n", name, "address", "add", f"10.77.0.{number}/24", "dev", name)
+        ip("-n", name, "link", "set", name, "up")
+        ip("-n", name, "link", "set", "lo", "up")
+    yield names
+    remove(names)
+
+
+def remove(namespaces: list[str]) -> None:
+    for name in namespaces:
+        subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+
+def start_on(hosts: list[str], plan: LaunchPlan) -> list[Agent]:
+    agents = []
+    for node, host in enumerate(hosts):
+        own = plan.agent(endpoint="10.77.0.1:29400", run_id="hosts", local_address=f"10.77.0.{node + 1}")
+        variables = {**os.environ, **plan.environment(), "NODE_RANK": str(node), "GLOO_SOCKET_IFNAME": host}
+        agents.append(subprocess.Popen(["ip", "netns", "exec", host, *own], env=variables, start_new_session=True))
+    return agents
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_when_a_host_of_a_network_is_lost(files, tmp_path, two_hosts):
+    disturbed = planned(files, tmp_path / "disturbed", nodes=2)
+    with running(start_on(two_hosts, disturbed)) as agents:
+        step, killed = lose(agents, 1, disturbed.output)
+        wait_for(lambda: read_step(disturbed.output) > step, "training to go on", agents[0])
+        print(f"{time.monotonic() - killed:.1f} s from the kill to the next step")
+        assert agents[0].wait(PATIENCE) == 0
+    assert numbers(disturbed.output) == undisturbed(files, tmp_path / "calm", step)
+
+
+def undisturbed(files: CohortFiles, output: Path, step: int) -> dict[str, bytes]:
+    """The numbers of a run of the same history of world sizes: two nodes to that step, then one."""
+    assert run_here(planned(files, output, nodes=2, pause=0, stop_at=step)) == REQUEUE
+    assert step_of(output) == step
+    assert run_here(planned(files, output, nodes=1, pause=0)) == 0
+    return numbers(output)
 
 
 @pytest.mark.slow
