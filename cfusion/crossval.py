@@ -6,128 +6,41 @@ missing and ends with the numbers it would have had. A fold that fails fails the
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import platform
 import shutil
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import pandas as pd
-import torch
-import yaml
-
-import cfusion
-from cfusion.audit import Audit, audit
-from cfusion.cohort import read_cohort
 from cfusion.config import Config
 from cfusion.console import Progress, progress
-from cfusion.data.shards import ShardDataset
-from cfusion.errors import ConfigError
-from cfusion.files import atomic_path, digest_file, digest_json, read_json, write_json, write_text
-from cfusion.report import figures
-from cfusion.report.standalone import run_figures, write_figures
-from cfusion.splits import make_splits, splits_digest, write_splits
-from cfusion.survival.score import Scores, score
+from cfusion.errors import CfusionError, ConfigError, PartialResultError
+from cfusion.files import digest_json
+from cfusion.run import (
+    PreparedRun,
+    describe,
+    fold_folder,
+    is_done,
+    mark_done,
+    open_run,
+    prepare,
+    scored_run,
+    tracked_run,
+    write_fold,
+)
+from cfusion.survival.score import Scores
 from cfusion.tracking import TrackedRun
-from cfusion.tracking.facts import run_inputs, run_name, run_params, run_tags, version_tags
-from cfusion.tracking.machine import write_environment
-from cfusion.tracking.registry import check_registration
-from cfusion.training.folds import FoldRun, fit, open_run_shards
+from cfusion.training.folds import EpochCallback, FoldRun, fit, ready_fold
+from cfusion.training.group import Group
+from cfusion.training.group_checkpoint import GroupCheckpoints
+from cfusion.training.group_member import Member
+from cfusion.training.inference import BagSet
 from cfusion.training.interruption import graceful_stop
 from cfusion.training.runtime import Runtime
-from cfusion.types import Cohort, Split, magnification_name
+from cfusion.types import Split
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class PreparedRun:
-    """What a run will do, before anything is trained.
-
-    Attributes:
-        config: Its configuration.
-        audit: The patients and folds that are left, and every finding.
-        dataset: The shards.
-        provenance: Digests, versions and seeds that say what the numbers came from.
-    """
-
-    config: Config
-    audit: Audit
-    dataset: ShardDataset
-    provenance: dict[str, Any]
-
-    @property
-    def cohort(self) -> Cohort:
-        """The patients that are left after the audit."""
-        return self.audit.cohort
-
-    @property
-    def splits(self) -> list[Split]:
-        """The folds that are left after the audit."""
-        return list(self.audit.splits)
-
-    @property
-    def identity(self) -> str:
-        """Digest of all that decides the numbers."""
-        return digest_json({k: v for k, v in self.provenance.items() if k not in {"platform", "packages"}})
-
-
-def prepare(config: Config) -> PreparedRun:
-    """Read cohort, shards and splits of a run and audit them.
-
-    Raises:
-        ConfigError, DataError: Something cannot be read, or `evaluation.strict` is set and the audit found something.
-    """
-    cohort = read_cohort(config.cohort)
-    dataset = open_run_shards(config)
-    names = [magnification_name(m) for m in config.data.magnifications]
-    found = audit(
-        cohort,
-        make_splits(cohort, config.splits, config.evaluation.protocol),
-        available={slide: {n for n, count in dataset.tiles(slide).items() if count} for slide in dataset.slide_ids},
-        magnifications=names,
-        n_bins=config.evaluation.n_bins,
-        keep_zero_times=config.cohort.keep_zero_times,
-    )
-    if config.evaluation.strict:
-        found.raise_if_strict()
-    if config.evaluation.permute_outcomes is not None:
-        found = dataclasses.replace(found, cohort=permuted(found.cohort, config.evaluation.permute_outcomes))
-    provenance = {
-        "program": cfusion.__version__,
-        "config": config.model_dump(mode="json", exclude={"output", "tracking"}),
-        "table_sha256": digest_file(config.cohort.table),
-        "shards_digest": dataset.index.digest,
-        "splits_digest": splits_digest(found.splits),
-        "packages": {"python": platform.python_version(), "torch": torch.__version__},
-        "platform": platform.platform(),
-    }
-    return PreparedRun(config, found, dataset, provenance)
-
-
-def describe(run: PreparedRun) -> str:
-    """What a run will do, as text for the terminal."""
-    lines = [
-        f"{run.cohort.name}: {len(run.cohort.cases)} patients, {int(run.cohort.cases['event'].sum())} events, "
-        f"{len(run.cohort.slides)} slides, embeddings of {run.dataset.index.encoder} ({run.dataset.index.dim} wide)"
-    ]
-    lines += [f"audit: {finding}" for finding in run.audit.findings]
-    lines += [
-        f"fold {split.fold}: {len(split.train)} train, {len(split.validation)} choose, {len(split.test)} are scored"
-        for split in run.splits
-    ]
-    return "\n".join(lines)
-
-
-def permuted(cohort: Cohort, seed: int) -> Cohort:
-    """The cohort with each outcome (time and event together) dealt to a patient at random: nothing can be learnt."""
-    order = np.random.default_rng(seed).permutation(len(cohort.cases))
-    outcomes = cohort.cases[["time_months", "event"]].to_numpy()[order]
-    cases = cohort.cases.assign(time_months=outcomes[:, 0].astype(float), event=outcomes[:, 1].astype(bool))
-    return dataclasses.replace(cohort, cases=cases)
+__all__ = ["cross_validate", "cross_validate_together", "describe", "is_done", "prepare", "shares_a_read"]
 
 
 def cross_validate(config: Config) -> Scores:
@@ -139,112 +52,146 @@ def cross_validate(config: Config) -> Scores:
         ConfigError: The folder holds another run, or ranks disagree on the configuration.
         RequeueError: The process was asked to stop and has saved its state.
     """
+    if config.train.folds == "together":
+        return cross_validate_together([config])[0]
     runtime = Runtime.start(config.parallel)
-    run = prepare(config)
-    runtime.agree("configuration, data or program version", run.identity)
-    if runtime.is_main:
-        check_registration(config, run.dataset.index)
-        _claim(run)
-    runtime.barrier()
-    with _tracked(runtime, run) as parent:
+    run = open_run(runtime, config)
+    with tracked_run(runtime, run) as parent:
         with graceful_stop(), progress(f"{run.cohort.name} {config.model.name}", len(run.splits)) as bar:
-            frames = [_fold(runtime, run, split, parent, bar) for split in run.splits]
-        scores = score(
-            pd.concat(frames, ignore_index=True), run.cohort, run.splits,
-            bootstrap=config.evaluation.bootstrap, horizons=config.evaluation.horizons_months,
-        )  # fmt: skip
-        if runtime.is_main:
-            _finish(run, scores, parent)
-    if runtime.is_main:
-        name = config.tracking.register_as
-        version = parent.registered(name) if name else None
-        write_json(config.output / "done.json", {"identity": run.identity, "registered_version": version})
-    runtime.barrier()
+            for split in run.splits:
+                _fold(runtime, run, split, parent, bar)
+        scores = scored_run(runtime, run, parent)
+    mark_done(runtime, run, parent)
     return scores
 
 
-def is_done(folder: Path) -> bool:
-    """Whether a finished run lies in `folder`; its marker is written last."""
-    return (folder / "done.json").is_file()
+def shares_a_read(config: Config) -> str:
+    """Digest of what runs must have in common to be trained together: patients, bags and arithmetic."""
+    return digest_json(_shared(config))
 
 
-def _claim(run: PreparedRun) -> None:
-    """Take the output folder for this run, or refuse the folder of another."""
-    folder = run.config.output
-    marker = folder / "run.json"
-    if marker.exists():
-        other = read_json(marker)
-        if other["identity"] != run.identity:
-            changed = [k for k in run.provenance if other["provenance"].get(k) != run.provenance[k]]
-            raise ConfigError(
-                f"{folder}: holds a run that differs in {', '.join(changed)}.",
-                "Give another output=..., or delete the folder.",
-                topic="checkpoint",
-            )
-        return
-    write_text(folder / "config.yaml", yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
-    write_json(folder / "audit.json", run.audit.to_json())
-    write_splits(run.splits, folder / "splits")
-    write_json(marker, {"identity": run.identity, "provenance": run.provenance})
+def cross_validate_together(configs: Sequence[Config]) -> list[Scores]:
+    """As `cross_validate` for several runs, all folds of all of them from one pass over the shards an epoch.
+
+    Each run ends with the files that it would have alone. A run that fails leaves the others going on. The state of
+    all folds is kept in the folder of the first run: give the runs in the same order to resume.
+
+    Args:
+        configs: Runs with `train.folds=together` and the same `shares_a_read`, such as other seeds and models.
+
+    Raises:
+        ConfigError: They cannot share a read, or as `cross_validate`.
+        PartialResultError: Some runs failed, each told with its cause; the others are done.
+        RequeueError: The process was asked to stop and has saved its state.
+    """
+    _check_shared(configs)
+    runtime = Runtime.start(configs[0].parallel)
+    runs = [open_run(runtime, config) for config in configs]
+    tracked = [tracked_run(runtime, run) for run in runs]
+    failed: dict[int, CfusionError] = {}
+    name = f"{runs[0].cohort.name}, {len(runs)} runs together"
+    try:
+        with graceful_stop(), progress(name, sum(len(run.splits) for run in runs)) as bar:
+            failed = _train_together(runtime, runs, tracked, bar)
+        scores = [scored_run(runtime, run, tracked[i]) for i, run in enumerate(runs) if i not in failed]
+    except BaseException as error:
+        for parent in tracked:
+            parent.__exit__(type(error), error, error.__traceback__)
+        raise
+    for i, (run, parent) in enumerate(zip(runs, tracked, strict=True)):
+        cause = failed.get(i)
+        parent.__exit__(type(cause) if cause else None, cause, None)
+        if cause is None:
+            mark_done(runtime, run, parent)
+    if len(runs) == 1 and failed:
+        raise failed[0]
+    if failed:
+        causes = "; ".join(f"{runs[i].config.output}: {error.message}" for i, error in failed.items())
+        raise PartialResultError(f"{len(failed)} of {len(runs)} runs failed, the others are done. {causes}")
+    return scores
 
 
-def _tracked(runtime: Runtime, run: PreparedRun) -> TrackedRun:
-    config, encoder = run.config, run.dataset.index.encoder
-    tracking = config.tracking if runtime.is_main else config.tracking.model_copy(update={"enabled": False})
-    tracked = TrackedRun.begin(
-        tracking,
-        config.output,
-        run_name(config, encoder),
-        run_params(config, run.provenance),
-        run_tags(config, encoder),
-    )
-    tracked.inputs(run_inputs(config, run.cohort, run.dataset.index, run.provenance))
-    return tracked
+def _train_together(
+    runtime: Runtime, runs: Sequence[PreparedRun], tracked: Sequence[TrackedRun], bar: Progress
+) -> dict[int, CfusionError]:
+    """Train the folds that are missing and write each; returns the runs that failed."""
+    slides = {case: s for run in runs for case, s in run.cohort.slides_of(list(run.cohort.cases.index)).items()}
+    data, dataset = runs[0].config.data, runs[0].dataset
+    whole = BagSet.open(dataset, slides, data, runtime, magnifications=data.magnifications)
+    run_of: dict[Member, int] = {}
+    children: dict[Member, TrackedRun] = {}
+    failed: dict[int, CfusionError] = {}
+
+    def done(member: Member, result: FoldRun) -> None:
+        folder = fold_folder(runs[run_of[member]], member.fold.split)
+        if runtime.is_main:
+            write_fold(folder, result)
+        runtime.barrier()
+        children[member].artifacts(folder)
+        children[member].close()
+        bar.advance(note=f"{folder.parent.name}/{folder.name}")
+
+    def fails(member: Member, error: CfusionError) -> list[Member]:
+        logger.warning("%s: %s The other runs go on.", runs[run_of[member]].config.output, error.message)
+        failed[run_of[member]] = error
+        return [other for other in run_of if run_of[other] == run_of[member]]
+
+    for number, run in enumerate(runs):
+        for split in run.splits:
+            folder = fold_folder(run, split)
+            if folder.is_dir():
+                bar.advance(note=folder.name)
+                continue
+            child = tracked[number].child(folder.name, {"fold": split.fold, "repeat": split.repeat})
+            fold = ready_fold(
+                run.config, run.cohort, split, dataset, runtime,
+                folder=folder, on_epoch=_logging_to(child),
+            )  # fmt: skip
+            member = Member(runtime, fold, whole)
+            run_of[member], children[member] = number, child
+    checkpoints = GroupCheckpoints(runs[0].config.output / "checkpoints" / "group", runtime)
+    Group(runtime, whole, data, checkpoints, done, fails).train(list(run_of))
+    return failed
 
 
-def _fold(runtime: Runtime, run: PreparedRun, split: Split, parent: TrackedRun, bar: Progress) -> pd.DataFrame:
-    name = f"fold_{split.fold}" if run.config.splits.repeats == 1 else f"repeat_{split.repeat}_fold_{split.fold}"
-    folder = run.config.output / name
-    checkpoints = run.config.output / "checkpoints" / name
-    with parent.child(name, {"fold": split.fold, "repeat": split.repeat}) as child:
+def _logging_to(child: TrackedRun) -> EpochCallback:
+    return lambda epoch, metrics: child.log(metrics, epoch)
+
+
+def _shared(config: Config) -> dict[str, Any]:
+    return config.model_dump(mode="json", include={"cohort": True, "data": True, "parallel": {"precision"}})
+
+
+def _check_shared(configs: Sequence[Config]) -> None:
+    for config in configs:
+        if config.train.folds != "together":
+            raise ConfigError(f"{config.output}: train.folds={config.train.folds}.", "Set train.folds=together.")
+        for section, values in _shared(config).items():
+            first = _shared(configs[0])[section]
+            differing = [f"{section}.{key}" for key in values if values[key] != first[key]]
+            if differing:
+                raise ConfigError(
+                    f"{config.output} and {configs[0].output} cannot share a read: they differ in "
+                    f"{', '.join(differing)}.",
+                    "Train them apart.",
+                )
+    if len({config.output for config in configs}) < len(configs):
+        raise ConfigError("Runs that are trained together need different outputs.")
+
+
+def _fold(runtime: Runtime, run: PreparedRun, split: Split, parent: TrackedRun, bar: Progress) -> None:
+    folder = fold_folder(run, split)
+    checkpoints = run.config.output / "checkpoints" / folder.name
+    with parent.child(folder.name, {"fold": split.fold, "repeat": split.repeat}) as child:
         if not folder.is_dir():
             result = fit(
                 run.config, run.cohort, split, runtime=runtime, folder=checkpoints,
                 on_epoch=lambda epoch, metrics: child.log(metrics, epoch),
             )  # fmt: skip
             if runtime.is_main:
-                _write_fold(folder, result)
+                write_fold(folder, result)
             runtime.barrier()
         if runtime.is_main:
             shutil.rmtree(checkpoints, ignore_errors=True)
         child.artifacts(folder)
-    bar.advance(note=name)
-    return pd.read_csv(folder / "predictions.csv", dtype={"case_id": str}, float_precision="round_trip")
-
-
-def _write_fold(folder: Path, result: FoldRun) -> None:
-    with atomic_path(folder) as temporary:
-        result.model.save(temporary / "model")
-        result.predictions.to_csv(temporary / "predictions.csv", index=False)
-        result.history.to_csv(temporary / "history.csv", index=False)
-        curves = figures.learning_curves(result.history, f"fold {result.split.fold}")
-        write_figures(temporary, {"learning_curves": curves})
-        write_json(temporary / "fold.json", {"best_epoch": result.best_epoch, "fold": result.split.fold})
-
-
-def _finish(run: PreparedRun, scores: Scores, parent: TrackedRun) -> None:
-    folder = run.config.output
-    scores.predictions.to_csv(folder / "predictions.csv", index=False)
-    scores.folds.to_csv(folder / "scores.csv", index=False)
-    scores.summary.to_csv(folder / "summary.csv", index=False)
-    histories = [pd.read_csv(path) for path in sorted(folder.glob("*fold_*/history.csv"))]
-    write_figures(folder / "figures", run_figures(scores, pd.concat(histories, ignore_index=True)))
-    write_environment(folder / "environment")
-    row = scores.summary.iloc[0]
-    parent.log({k: float(row[k]) for k in ("cindex_pooled", "cindex_mean", "cindex_std", "cindex_low", "cindex_high")})
-    for name in ("config.yaml", "audit.json", "run.json", "predictions.csv", "scores.csv", "summary.csv"):
-        parent.artifacts(folder / name)
-    for name in ("figures", "environment", "splits"):
-        parent.artifacts(folder / name, under=name)
-    if run.config.tracking.register_as:
-        parent.register(run.config.tracking.register_as, version_tags(run.config, row))
+    bar.advance(note=folder.name)

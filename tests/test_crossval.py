@@ -11,10 +11,11 @@ from mlflow.exceptions import MlflowException
 
 from cfusion import crossval
 from cfusion.config import Config
-from cfusion.crossval import cross_validate, is_done, permuted, prepare
+from cfusion.crossval import cross_validate, is_done, prepare
 from cfusion.errors import ConfigError, DataError
 from cfusion.prediction import FoldEnsemble
 from cfusion.report.runs import report_runs
+from cfusion.run import permuted
 
 
 @pytest.fixture(scope="module")

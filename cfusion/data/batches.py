@@ -167,6 +167,21 @@ def finish(
     return BagBatch(features, masks, raw.positions, raw.case_ids)
 
 
+def join(bags: Sequence[BagBatch]) -> BagBatch:
+    """One batch of bags that were delivered one by one, as if they had been read together."""
+    if len(bags) == 1:
+        return bags[0]
+    names = list(bags[0].features)
+    lengths = {name: [bag.features[name].shape[1] for bag in bags] for name in names}
+    masks = positions = None
+    if any(len(set(counts)) > 1 for counts in lengths.values()):
+        masks = {name: _mask(counts, bags[0].features[name].device) for name, counts in lengths.items()}
+    if all(bag.positions is not None for bag in bags):
+        positions = {name: _stack([bag.positions[name][0] for bag in bags if bag.positions]) for name in names}
+    features = {name: _stack([bag.features[name][0] for bag in bags]) for name in names}
+    return BagBatch(features, masks, positions, tuple(case for bag in bags for case in bag.case_ids))
+
+
 def _mask(counts: Sequence[int], device: torch.device) -> Tensor:
     return torch.arange(max(counts), device=device) < torch.tensor(counts, device=device)[:, None]
 

@@ -88,7 +88,7 @@ def epoch_order(
     return np.minimum(np.searchsorted(edges, uniform * edges[-1], side="right"), np.flatnonzero(share)[-1])
 
 
-def global_batches(order: Int[np.ndarray, " draw"], batch: int) -> list[Int[np.ndarray, " bag"]]:
+def global_batches(order: Int[np.ndarray, " draw"], batch: int) -> list[Int[np.ndarray, " _"]]:
     """Cut an order into the bags of each optimizer step; the last may be partial.
 
     To go on after `seen` samples, give `order[seen:]`.
@@ -187,7 +187,7 @@ def _swap(shares: list[list[int]], cost: np.ndarray, loads: np.ndarray, high: in
 
 def evaluation_slices(
     costs: Sequence[float] | Float[np.ndarray, " bag"], world_size: int
-) -> list[Int[np.ndarray, " bag"]]:
+) -> list[Int[np.ndarray, " _"]]:
     """Deal bags for evaluation: every bag exactly once over the ranks, without padding, costs even.
 
     Ranks may get different numbers of bags, some none; each rank's are in ascending order.
