@@ -62,7 +62,7 @@ def predict(
 
     runtime = Runtime.start(ParallelConfig(global_batch=Runtime.launched()))
     with tempfile.TemporaryDirectory() as scratch:
-        ensemble = _ensemble(model, uri, Path(scratch) / "model")
+        ensemble = load_ensemble(model, uri, Path(scratch) / "model")
         options: dict[str, object] = {
             "weights": weights,
             "offline": offline,
@@ -87,18 +87,28 @@ def predict(
             raise PartialResultError(f"{len(found.failed)} slides could not be read: {lost}.", "See above.")
 
 
-def _ensemble(model: str, uri: str | None, folder: Path) -> FoldEnsemble:
+def load_ensemble(model: str, uri: str | None, folder: Path) -> FoldEnsemble:
+    """The models that `--model` names.
+
+    Args:
+        model: models:/NAME@ALIAS, models:/NAME/VERSION, the folder of a finished run, or that of one fold.
+        uri: MLflow server; None: MLFLOW_TRACKING_URI.
+        folder: Where a registered model's files are put; made where it is needed.
+
+    Raises:
+        DataError: There is no such model, or its run is not finished.
+    """
     from cfusion.prediction import FoldEnsemble
 
     if model.startswith("models:"):
-        from cfusion.tracking.registry import fetch_ensemble
+        from cfusion.tracking.registry import fetch_ensemble, model_address
         from cfusion.tracking.server import connect, given_uri, unavailable
 
+        name, which = model_address(model)
         address = given_uri(uri)
-        folder.mkdir()
         client = connect(address)
         with unavailable(address):
-            return fetch_ensemble(client, model, folder)
+            return fetch_ensemble(client, name, which, folder)
     if (Path(model) / "run.json").is_file() and not (Path(model) / "done.json").is_file():
         raise DataError(f"{model}: its run is not finished.", "Finish it, or give the folder of one of its folds.")
     return FoldEnsemble.load(Path(model))
@@ -141,11 +151,7 @@ def _preprocess(
     from cfusion.config import PreprocessConfig, validate
     from preprocess.extraction import preprocess_slides
 
-    made = {key: card.embeddings[key] for key in ("resolution", "resample", "min_tissue") if key in card.embeddings}
-    values = {
-        "slides": slides, "store": store, "encoders": (card.encoder,), "magnifications": card.magnifications,
-        "sheets": False, **made, **options,
-    }  # fmt: skip
+    values = {"slides": slides, "store": store, "sheets": False, **card.preprocessing, **options}
     config = validate(PreprocessConfig, values, "cfusion predict")
     summary = preprocess_slides(config, strict=slides.is_file(), share=(runtime.rank, runtime.world_size))
     return [(outcome.slide_id, outcome.status in ("done", "skipped")) for outcome in summary.outcomes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +42,8 @@ def list_(uri: Uri = None) -> None:
             found.name, found.version, ", ".join(found.aliases), tags["cohort"], tags["protocol"], tags["patients"],
             f"{tags['cindex']} ({tags['low']} to {tags['high']})", tags["contract"],
         )  # fmt: skip
-    Console(soft_wrap=True).print(table)
+    # A file or a pipe gets whole lines; a terminal wraps to its width.
+    Console(width=None if sys.stdout.isatty() else 240).print(table)
 
 
 @models.command()

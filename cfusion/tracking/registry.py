@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import shutil
 import tempfile
 import warnings
@@ -149,7 +150,7 @@ def _save_served(ensemble: FoldEnsemble, folder: Path, scratch: Path) -> None:
     }
     with warnings.catch_warnings():
         # MLflow asks for annotations to infer a signature from; this one is given.
-        warnings.filterwarnings("ignore", category=UserWarning, module="mlflow")
+        warnings.simplefilter("ignore", UserWarning)
         mlflow.pyfunc.save_model(
             path=str(scratch / MODEL_PATH),
             python_model=str(SERVED_MODEL),
@@ -206,23 +207,30 @@ def find_version(client: MlflowClient, name: str, which: str) -> ModelVersion:
         ) from error
 
 
-def fetch_ensemble(client: MlflowClient, uri: str, folder: Path) -> FoldEnsemble:
-    """The fold ensemble that `models:/NAME@ALIAS` or `models:/NAME/VERSION` stands for, its files put into `folder`.
+def model_address(text: str) -> tuple[str, str]:
+    """Name, and version or alias, of `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    found = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", text)
+    if found is None:
+        raise ConfigError(f"--model {text}: expected models:/NAME@ALIAS or models:/NAME/VERSION.")
+    return found[1], found[2] or found[3]
+
+
+def fetch_ensemble(client: MlflowClient, name: str, which: str, folder: Path) -> FoldEnsemble:
+    """The fold ensemble that is a version of a registered model, its files put into `folder`.
 
     Only the fold models are fetched: cards as JSON and weights as safetensors; nothing is unpickled.
 
     Raises:
-        ConfigError: The address is neither.
         DataError: There is no such version, or it is no fold ensemble.
     """
-    name, at, which = uri.removeprefix("models:/").partition("@")
-    if not at:
-        name, _, which = name.rpartition("/")
-    if not name or not which or not uri.startswith("models:/"):
-        raise ConfigError(f"--model {uri}: expected models:/NAME@ALIAS or models:/NAME/VERSION.")
     version = find_version(client, name, which)
     if f"{_TAG}contract" not in version.tags:
-        raise DataError(f"{uri}: is not a model that cfusion registered.")
+        raise DataError(f"models:/{name}/{version.version}: is not a model that cfusion registered.")
+    folder.mkdir(parents=True, exist_ok=True)
     fetched = client.download_artifacts(str(version.run_id), f"{MODEL_PATH}/artifacts/{FOLDS}", str(folder))
     return FoldEnsemble.load(Path(fetched))
 

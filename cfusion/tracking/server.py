@@ -23,6 +23,7 @@ SQLITE = "sqlite:///"
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     # MLflow's own limits (7 retries of 120 s) would let a server that hangs hold a run for a quarter of an hour.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -49,10 +50,10 @@ def tracking_uri(tracking: TrackingConfig, output: Path) -> str:
 
 
 def given_uri(uri: str | None) -> str:
-    """The address given on the command line, else `MLFLOW_TRACKING_URI`.
+    """The address given on the command line, else `MLFLOW_TRACKING_URI`, of a registry that is read.
 
     Raises:
-        ConfigError: Neither is given.
+        ConfigError: Neither is given, or no database is there.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
@@ -60,6 +61,8 @@ def given_uri(uri: str | None) -> str:
             "Which registry? No tracking server is given.",
             "Give --uri, such as sqlite:///runs/mlflow.db, or set MLFLOW_TRACKING_URI.",
         )
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
+        raise ConfigError(f"{uri}: there is no such database.", "A sweep's is mlflow.db in the folder of its runs.")
     return checked_uri(uri)
 
 
