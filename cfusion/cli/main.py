@@ -12,6 +12,7 @@ import sys
 import typer
 
 from cfusion.cli import (
+    checkpoint,
     demo,
     doctor,
     evidence,
@@ -53,7 +54,10 @@ app = typer.Typer(
 )
 app.add_typer(preprocess.app, name="preprocess")
 app.add_typer(gdc.app, name="gdc")
-for module in (demo, doctor, train, predict, launch, sweep, evidence, registry, reproduce, explain, view, help):
+COMMANDS = (
+    demo, doctor, train, checkpoint, predict, launch, sweep, evidence, registry, reproduce, explain, view, help,
+)  # fmt: skip
+for module in COMMANDS:
     module.register(app)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import math
 import os
 from collections.abc import Iterator
@@ -278,8 +279,9 @@ def moments_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
     return state
 
 
+@functools.cache
 def program_digest() -> str:
-    """Digest of the program's source files and of the version of torch that it runs on."""
+    """Digest of the program's source files, as they were at the first call, and of the version of torch."""
     package = Path(__file__).parents[1]
     files = sorted(path for path in package.rglob("*.py"))
     return digest_json([torch.__version__, [[str(f.relative_to(package)), digest_file(f)] for f in files]])

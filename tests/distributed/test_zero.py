@@ -1,6 +1,7 @@
 """ZeRO 1, 2 and 3 train the model that one process trains, stop and go on like it, and refuse like it."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -17,10 +18,13 @@ from spawn import run_world
 
 import cfusion
 from cfusion.config import Config
-from cfusion.errors import RequeueError
+from cfusion.errors import CheckpointError, DataError, RequeueError
+from cfusion.training.consolidation import consolidate
+from cfusion.training.fitted import FittedModel
 from cfusion.training.folds import fit
 
 STAGES = ("zero1", "zero2", "zero3")
+ALONE = ("ddp", "zero1", "zero3")
 STOP_AT = 4
 CANCELLED = ("score.bias",)
 """Softmax cancels it, so that what moves it is rounding; Adam makes whole steps of that."""
@@ -52,7 +56,7 @@ def train(config: Config, folder: Path | None = None) -> Any:
 
 
 def save(run: Any, folder: Path) -> None:
-    folder = folder / os.environ["RANK"]
+    folder = folder / os.environ.get("RANK", "0")
     run.model.save(folder / "model")
     run.predictions.to_csv(folder / "predictions.csv", index=False)
     run.history.to_csv(folder / "history.csv", index=False)
@@ -79,20 +83,63 @@ def train_stop_and_resume(configs: dict[str, Config], folder: Path) -> None:
             with pytest.raises(RequeueError):
                 train(config, folder / name / "state")
             if os.environ["RANK"] == "0":
-                shutil.copytree(folder / name / "state", folder / name / "stopped")
+                for copy in ("stopped", "alone_state"):
+                    shutil.copytree(folder / name / "state", folder / name / copy)
             stop_after(0)
             save(train(config, folder / name / "state"), folder / name / "resumed")
     (folder / f"said_{os.environ['RANK']}.txt").write_text(said.getvalue())
+    for name in ("ddp", "zero3"):
+        refuse_not_finite(configs[name])
+    refuse_a_full_disk(configs["zero2"], folder / "full")
+
+
+def refuse_not_finite(config: Config) -> None:
+    """Both processes stop with the same words where one of them has a bag with a NaN."""
+    from cfusion.data.loader import BagLoader
+
+    original = BagLoader.stream
+
+    def poisoned(self: Any, *arguments: Any, **options: Any) -> Any:
+        for batch in original(self, *arguments, **options):
+            if os.environ["RANK"] == "1":
+                batch.features["x20"][:] = float("nan")
+            yield batch
+
+    BagLoader.stream = poisoned
+    with pytest.raises(DataError, match=r"The loss of a step is not finite. Its bags: PT-.*, PT-") as refused:
+        train(config)
+    BagLoader.stream = original
+    told: list[str] = [""] * 2
+    torch.distributed.all_gather_object(told, str(refused.value))
+    assert told[0] == told[1]
+
+
+def refuse_a_full_disk(config: Config, folder: Path) -> None:
+    """Both processes say what one of them met, and nothing is left of the checkpoint."""
+    from cfusion.training import checkpoint_files
+
+    original = checkpoint_files._write_tensors
+
+    def full(*arguments: Any) -> str:
+        if os.environ["RANK"] == "1":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(*arguments)
+
+    checkpoint_files._write_tensors = full
+    stop_after(2)
+    with pytest.raises(CheckpointError, match=r"cannot be written .*No space left on device"):
+        train(config, folder)
+    checkpoint_files._write_tensors = original
+    torch.distributed.barrier()
+    assert list(folder.iterdir()) == []
 
 
 def go_on_alone(configs: dict[str, Config], folder: Path) -> None:
     """In the only worker, started by no launcher: what two processes began."""
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name)
     for name, config in configs.items():
-        run = train(config, folder / name / "stopped")
-        os.environ["RANK"] = "0"
-        save(run, folder / name / "alone")
+        save(train(config, folder / name / "alone_state"), folder / name / "alone")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +154,7 @@ def worlds(files, tmp_path_factory) -> Path:
     configs["cox"] = configuration(files, folder, "zero3", train={"loss": "cox"})
     configs["cox alone"] = configuration(files, folder, "ddp", train={"loss": "cox"})
     run_world(2, train_stop_and_resume, folder / "two", configs, folder / "two", timeout=400)
-    run_world(1, go_on_alone, folder / "one", {e: configs[e] for e in ("zero1", "zero3")}, folder / "two", timeout=200)
+    run_world(1, go_on_alone, folder / "one", {e: configs[e] for e in ALONE}, folder / "two", timeout=200)
     return folder / "two"
 
 
@@ -137,7 +184,7 @@ def test_stopped_and_resumed_is_never_stopped_bit_for_bit(worlds, engine):
             assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("engine", ["zero1", "zero3"])
+@pytest.mark.parametrize("engine", ALONE)
 def test_one_process_goes_on_where_two_stopped(worlds, engine):
     assert_close(worlds / engine / "alone" / "0", worlds / engine / "undisturbed" / "0", 1e-4)
 
@@ -157,3 +204,35 @@ def test_each_process_writes_its_own_part_of_the_moments(worlds, engine):
     whole = sum(t.numel() for t in load_file(worlds / engine / "undisturbed/0/model/model.safetensors").values())
     assert sum(moments) == whole
     assert max(moments) <= 0.51 * whole
+
+
+@pytest.mark.parametrize("weights", ["best", "last"])
+@pytest.mark.parametrize("engine", STAGES)
+def test_a_sharded_checkpoint_becomes_a_plain_model(worlds, engine, weights, tmp_path):
+    ours, theirs = (consolidate(worlds / name / "stopped", weights) for name in (engine, "ddp"))
+    assert ours.card == theirs.card
+    assert ours.card.risk_cutoff is None, "a training in progress has none"
+    ours.save(tmp_path / "model")
+    module = FittedModel.load(tmp_path / "model").module
+    for name, tensor in theirs.module.state_dict().items():
+        if name not in CANCELLED:
+            torch.testing.assert_close(module.state_dict()[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def train_crossfusion(configs: dict[str, Config], folder: Path) -> None:
+    for name, config in configs.items():
+        save(train(config), folder / name)
+
+
+@pytest.mark.slow
+def test_crossfusion_is_the_same_under_every_stage(files, tmp_path):
+    configs = {
+        engine: configuration(
+            files, tmp_path, engine,
+            model={"name": "crossfusion", "embed_dim": 16, "num_heads": 2}, train={"micro_batch": 1, "clip_norm": 0.5},
+        )
+        for engine in ("ddp", *STAGES)
+    }  # fmt: skip
+    run_world(2, train_crossfusion, tmp_path / "two", configs, tmp_path / "two", timeout=600)
+    for engine in STAGES:
+        assert_close(tmp_path / "two" / engine / "0", tmp_path / "two" / "ddp" / "0", 1e-4)

@@ -1,0 +1,79 @@
+"""From a checkpoint, however many processes wrote it, to one model with plain weights."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from cfusion.config import ModelConfig, validate
+from cfusion.errors import CheckpointError, DataError
+from cfusion.training.checkpoint import best_of, kept_checkpoints
+from cfusion.training.checkpoint_files import Stored, open_checkpoint
+from cfusion.training.fitted import FittedModel, ModelCard, build
+
+logger = logging.getLogger(__name__)
+
+
+def consolidate(folder: Path, weights: Literal["best", "last"] = "best") -> FittedModel:
+    """Put the weights of a training's newest whole checkpoint together.
+
+    Args:
+        folder: The training's checkpoints, such as `RUN/checkpoints/fold_0`.
+        weights: `best`: of the best epoch so far; `last`: of the last step, averaged where the training averages.
+
+    Raises:
+        CheckpointError: There is no checkpoint, none is whole, none holds a best epoch, or its card is not one.
+    """
+    steps = kept_checkpoints(folder)
+    if not steps:
+        raise CheckpointError(
+            f"{folder}: holds no checkpoints.", "Give the folder of one fold, such as RUN/checkpoints/fold_0."
+        )
+    problem = ""
+    for step in steps:
+        try:
+            with open_checkpoint(step) as stored:
+                return _model(folder, stored, weights)
+        except _NoBestError:
+            raise
+        except DataError as error:
+            problem = problem or str(error)
+            logger.warning("%s", error)
+    raise CheckpointError(problem, "No checkpoint is whole.")
+
+
+class _NoBestError(CheckpointError):
+    """No epoch has been the best yet."""
+
+
+def _model(folder: Path, stored: Stored, weights: str) -> FittedModel:
+    if weights == "last":
+        averaged = any(key.startswith("average/") for key in stored.shapes)
+        return _fitted(stored, "average/" if averaged else "model/")
+    best = best_of(folder, stored.numbers)
+    if best is None:
+        raise _NoBestError(f"{stored.folder}: no epoch has been chosen yet.", "Give --weights last.")
+    with open_checkpoint(best) as chosen:
+        return _fitted(chosen, "model/")
+
+
+def _fitted(stored: Stored, prefix: str) -> FittedModel:
+    try:
+        card = TypeAdapter(ModelCard).validate_python(stored.numbers["card"])
+    except ValidationError as error:
+        told = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{stored.folder}: tells no model that it belongs to ({told}).") from error
+    config = validate(ModelConfig, card.model, str(stored.folder))
+    module = build(config, card.backbone_dim, len(card.edges_months) - 1, card.magnifications)
+    tensors: dict[str, Tensor] = {
+        key.removeprefix(prefix): stored.whole(key) for key in stored.shapes if key.startswith(prefix)
+    }
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{stored.folder}: the weights do not fit their card ({error}).") from error
+    return FittedModel(module.eval(), card)
