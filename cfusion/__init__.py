@@ -16,6 +16,8 @@ _API = {
     "make_splits": "cfusion.splits",
     "fit": "cfusion.training.folds",
     "predict": "cfusion.prediction",
+    "FeatureStore": "cfusion.data.store",
+    "explain": "cfusion.explanation",
     "score": "cfusion.survival.score",
     "write_report": "cfusion.report",
 }

@@ -14,8 +14,8 @@ from cfusion.config import PreprocessConfig
 from cfusion.data.store import SUFFIX, FeatureStore, encoders_in
 from cfusion.errors import CfusionError, ConfigError, DataError, PartialResultError, StoreError
 from cfusion.explanation import Explanation, explain
-from cfusion.explanation.explain import Occlusion
 from cfusion.explanation.faithfulness import deletion_areas, deletion_curves
+from cfusion.explanation.scoring import Occlusion
 from cfusion.explanation.write import write_results
 from cfusion.prediction import FoldEnsemble
 from cfusion.training.fitted import ModelCard
@@ -61,16 +61,14 @@ def from_slide(slide: Path, card: ModelCard, store: Path, **settings: Any) -> So
 
     Args:
         slide: The slide.
-        card: Of the model: its encoder and magnifications.
+        card: Of the model: how its embeddings are made.
         store: Feature store to write.
         settings: Others of `PreprocessConfig`, such as `default_mpp`.
 
     Raises:
         CfusionError: The slide cannot be read or has no tissue, or the encoder cannot be had.
     """
-    config = PreprocessConfig(
-        slides=slide, store=store, encoders=(card.encoder,), magnifications=card.magnifications, **settings
-    )
+    config = PreprocessConfig(slides=slide, store=store, **card.preprocessing, **settings)
     preprocess_slides(config, strict=True, overwrite=True)
     return Source(FeatureStore.open(store, card.encoder), (slide_id_of(slide),), {slide_id_of(slide): slide})
 
@@ -126,7 +124,7 @@ def explain_source(
         ensemble: The models.
         out: Folder to write.
         magnifications: Names of those to report; None: all that the models read.
-        occlusion: See `cfusion.explanation.explain`.
+        occlusion: See `cfusion.explain`.
         faithfulness: Also make deletion curves.
         default_mpp: µm/px of slides whose files do not tell, for their pictures.
         device: Where the models run.

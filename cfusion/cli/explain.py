@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from cfusion.prediction import FoldEnsemble
+from cfusion.cli.predict import load_ensemble
 
 
 def register(app: typer.Typer) -> None:
@@ -18,8 +18,9 @@ def register(app: typer.Typer) -> None:
 
 def explain(
     source: Annotated[Path, typer.Argument(help="A slide, a feature store, or one slide's group in it (.zarr).")],
-    model: Annotated[str, typer.Option(help="models:/NAME@ALIAS, or the folder of a run, a fold or a model.")],
+    model: Annotated[str, typer.Option(help="models:/NAME@champion, a run's folder, or one fold's.")],
     out: Annotated[Path, typer.Option(help="Folder to write; each slide gets a folder of its own in it.")],
+    uri: Annotated[str | None, typer.Option(help="MLflow server; default: MLFLOW_TRACKING_URI.")] = None,
     slide: Annotated[list[str] | None, typer.Option(help="Of a store, this slide; default all.")] = None,
     slides: Annotated[Path | None, typer.Option(help="Of a store, where its slides are, for the pictures.")] = None,
     magnification: Annotated[list[float] | None, typer.Option(help="Report this one; default all read.")] = None,
@@ -45,7 +46,8 @@ def explain(
     from cfusion.types import magnification_name
     from launch.explain import checked_device, explain_source, from_slide, from_store
 
-    ensemble = _load_ensemble(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        ensemble = load_ensemble(model, uri, Path(scratch) / "model")
     card = ensemble.models[0].card
     if source.is_dir():
         chosen = from_store(source, card, slide or (), slides)
@@ -62,9 +64,3 @@ def explain(
         typer.echo(f"{found.slide_id}: risk {found.risk:.3f}{spread} over {len(found.risks)} models; {done.page}")
         if done.areas is not None:
             typer.echo(done.areas.to_string(index=False, float_format="{:.3f}".format))
-
-
-def _load_ensemble(model: str) -> FoldEnsemble:
-    from cfusion.prediction import FoldEnsemble
-
-    return FoldEnsemble.load(Path(model))

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float, Int
 
 from cfusion.console import progress
-from cfusion.explanation.explain import slide_bag
 from cfusion.explanation.removal import Lineage, risks_without
 from cfusion.explanation.result import METHODS, Explanation
+from cfusion.explanation.scoring import slide_bag
 from cfusion.prediction import FoldEnsemble
 from cfusion.report.svg import Plot, number
 from cfusion.training.fitted import FittedModel
@@ -112,7 +112,7 @@ def draw_deletion(curves: pd.DataFrame, magnification: str, where: str) -> str:
     values = level[["risk", "low", "high"]].to_numpy().ravel()
     low, high = np.nanmin(values), np.nanmax(values)
     pad = max((high - low) * 0.06, 1e-6)
-    plot = Plot((0, 1), (low - pad, high + pad), height=280)
+    plot = Plot((0, 1), (low - pad, high + pad), height=300, margins=(58, 56, 14, 40))
     plot.axes(f"share of {magnification} tiles removed", "risk", y_format="{:.2f}".format)
     random = level[level["method"] == RANDOM]
     if len(random):
@@ -125,7 +125,7 @@ def draw_deletion(curves: pd.DataFrame, magnification: str, where: str) -> str:
     for place, (method, area) in enumerate(areas.items()):
         curve, css = level[level["method"] == method], f"series{list(METHODS).index(str(method))}"
         plot.line(zip(curve["share"], curve["risk"], strict=True), f"line {css}")
-        plot.text(plot.px(1), 22 + 14 * place, f"{method}: area {area:+.3g}", f"note {css}", "end")
+        plot.text(plot.px(1), 14 + 14 * place, f"{method}: area {area:+.3g}", f"note {css}", "end")
     told = ", ".join(f"{method} {area:+.3g}" for method, area in areas.items())
     return plot.finish(
         f"Deletion curves at {magnification}, {where}",

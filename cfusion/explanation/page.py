@@ -40,7 +40,6 @@ def render_page(
     )  # fmt: skip
     attrs = explanation.attrs
     style = files("cfusion.report").joinpath("templates", "style.css").read_text(encoding="utf-8")
-    cutoff = float(attrs["risk_cutoff"])
     return environment.get_template("page.html.j2").render(
         style=Markup(style),  # noqa: S704 - our own style sheet
         slide_id=explanation.slide_id,
@@ -48,10 +47,9 @@ def render_page(
         model=attrs["model"],
         cohort=attrs["cohort"],
         endpoint=attrs["endpoint"],
-        risk=f"{explanation.risk:.3f}",
-        risk_sd=f"{explanation.risk_sd:.3f}" if len(explanation.risks) > 1 else "",
-        cutoff=f"{cutoff:.3f}",
-        group="high" if explanation.risk > cutoff else "low",
+        risk=explanation.risk,
+        risk_sd=explanation.risk_sd,
+        cutoff=attrs["risk_cutoff"],
         curve=Markup(draw_curve(explanation)),  # noqa: S704 - figures escape their words
         summary=_table(explanation.summary()),
         overlays={n: {m: _source(png) for m, png in pngs.items()} for n, pngs in overlays.items()},

@@ -15,8 +15,11 @@ from matplotlib.figure import Figure
 from cfusion.explanation.colour import Scale
 from cfusion.explanation.result import METHODS, Explanation, TileScores
 
-OVERVIEW_PX = 1400
+OVERVIEW_PX = 1000
 """Longer side of the slide in an overlay."""
+
+_OPACITY = 0.55
+"""Of the scores over the slide."""
 
 GALLERY_TILES, GALLERY_PX = 6, 224
 """Tiles a row of the gallery, and the side of each."""
@@ -35,25 +38,25 @@ class Pictures(Protocol):
         """A square of level 0 at `out_px` × `out_px`."""
 
 
-def draw_overlay(explanation: Explanation, magnification: str, method: str, pictures: Pictures | None) -> bytes:
+def draw_overlay(
+    explanation: Explanation, magnification: str, method: str, backdrop: UInt8[np.ndarray, "y x 3"] | None
+) -> bytes:
     """PNG of one method's scores over the slide, with a colour bar that tells the unit.
 
-    Without `pictures` the tiles stand on white.
+    Args:
+        explanation: The scores.
+        magnification: Whose tiles.
+        method: Which scores.
+        backdrop: The whole slide; None: tiles stand on white.
     """
     level = explanation.levels[magnification]
     scores = explanation.scores(magnification, method)
     scale = Scale.of(method, scores)
-    width, height = pictures.size_px if pictures else _extent(explanation, level)
+    width, height = _extent(explanation, level)
     figure = Figure(figsize=(7 * min(1, width / height) + 1.6, 7 * min(1, height / width) + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    if pictures:
-        axis.imshow(pictures.overview(OVERVIEW_PX), extent=(0, width, height, 0))
-    field = _raster(level, scale.colours(scores), (width, height))
-    field[..., 3] *= 0.55 if pictures else 1
-    axis.imshow(field, extent=(0, width, height, 0), interpolation="nearest")
-    axis.set_xlim(0, width)
-    axis.set_ylim(height, 0)
+    axis.imshow(_laid_over(backdrop, level, scale.colours(scores), (width, height)))
     axis.set_xticks([])
     axis.set_yticks([])
     axis.set_title(f"{explanation.slide_id} · {method} at {magnification} · mean of {len(explanation.risks)} models")
@@ -89,7 +92,10 @@ def draw_gallery(explanation: Explanation, magnification: str, pictures: Picture
             axis.imshow(pictures.region(x, y, round(level.side_px), GALLERY_PX))
             around = f" ± {spread[tile]:.1g}" if np.isfinite(spread[tile]) else ""
             axis.set_title(f"{scores[tile]:+.2g}{around}", fontsize=8)
-        axes[row][0].set_ylabel(words)
+        if tiles:
+            axes[row][0].set_ylabel(words)
+        else:
+            axes[row][0].text(0, 0.5, f"no tile {words}")
     unit = METHODS[method].unit
     figure.suptitle(f"{explanation.slide_id} at {magnification}: {method} ({unit}, ± sd over folds)", fontsize=9)
     return _png(figure)
@@ -109,20 +115,27 @@ def _extent(explanation: Explanation, level: TileScores) -> tuple[float, float]:
     return float(right), float(bottom)
 
 
-def _raster(level: TileScores, colours: np.ndarray, size_px: tuple[float, float]) -> Float[np.ndarray, "y x 4"]:
-    """Tiles as rectangles of a small picture: bounded memory, however many there are."""
+def _laid_over(
+    backdrop: UInt8[np.ndarray, "y x 3"] | None, level: TileScores, colours: np.ndarray, size_px: tuple[float, float]
+) -> UInt8[np.ndarray, "y x 3"]:
+    """Tiles as rectangles over a small picture of the slide: bounded memory, however many there are."""
     scale = OVERVIEW_PX / max(size_px)
-    field = np.zeros((max(1, round(size_px[1] * scale)), max(1, round(size_px[0] * scale)), 4), np.float32)
-    first = np.floor(level.coords * scale).astype(int)
-    last = np.maximum(first + 1, np.floor((level.coords + level.side_px) * scale).astype(int))
+    shape = (max(1, round(size_px[1] * scale)), max(1, round(size_px[0] * scale)), 3)
+    picture = np.full(shape, 255, np.uint8) if backdrop is None else backdrop.copy()
+    opacity = 1.0 if backdrop is None else _OPACITY
+    zoom = np.array(picture.shape[1::-1]) / size_px
+    first = np.floor(level.coords * zoom).astype(int)
+    last = np.maximum(first + 1, np.floor((level.coords + level.side_px) * zoom).astype(int))
     for (left, top), (right, bottom), colour in zip(first, last, colours, strict=True):
-        field[top:bottom, left:right] = colour
-    return field
+        weight = opacity * colour[3]
+        tile = picture[top:bottom, left:right]
+        tile[...] = np.rint(tile * (1 - weight) + 255 * weight * colour[:3])
+    return picture
 
 
 def _png(figure: Figure) -> bytes:
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
+    figure.savefig(stream, format="png", dpi=110, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
     return stream.getvalue()
 
 

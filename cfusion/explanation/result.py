@@ -7,7 +7,7 @@
   (OpenSlide's quickhash): null where the feature store does not tell;
 - `model` (what was explained, in words), `models` (how many folds), `cohort`, `endpoint`;
 - `risk`, `risk_sd` (over folds; null for one model), `risks` (one a fold), `risk_cutoff` (mean over folds of the median
-  risk of the training patients);
+  risk of the training patients, or null);
 - `months`, `survival`, `survival_sd`: the curve, mean and spread over folds;
 - `methods`: by name, in the order of the rows of `scores`: `{"unit", "signed", "meaning"}`. `signed` scores are above 0
   where a tile raises the risk and want a diverging colour scale around 0; the others are not below 0;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,7 @@ import pandas as pd
 from cfusion.explanation.faithfulness import deletion_areas, draw_deletion
 from cfusion.explanation.geojson import write_geojson
 from cfusion.explanation.page import draw_curve, render_page
-from cfusion.explanation.pictures import Pictures, draw_gallery, draw_overlay
+from cfusion.explanation.pictures import OVERVIEW_PX, Pictures, draw_gallery, draw_overlay
 from cfusion.explanation.result import ZARR_NAME, Explanation, write_explanation
 from cfusion.files import atomic_path
 from cfusion.report.standalone import standalone
@@ -39,9 +40,13 @@ def write_results(
         The page.
     """
     folder = Path(folder)
+    backdrop = None
+    if pictures:
+        backdrop = pictures.overview(OVERVIEW_PX)
+        explanation = replace(explanation, attrs={**explanation.attrs, "slide_size_px": list(pictures.size_px)})
     overlays = {
         name: {
-            method: draw_overlay(explanation, name, method, pictures)
+            method: draw_overlay(explanation, name, method, backdrop)
             for method in explanation.methods
             if explanation.has(name, method)
         }

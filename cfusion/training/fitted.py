@@ -47,6 +47,13 @@ class ModelCard:
     risk_cutoff: float | None
     embeddings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """Settings of `PreprocessConfig` that make of a slide the embeddings it reads."""
+        made: dict[str, Any] = {"encoders": (self.encoder,), "magnifications": self.magnifications}
+        told = ("resolution", "resample", "min_tissue")
+        return {**made, **{key: self.embeddings[key] for key in told if key in self.embeddings}}
+
 
 _CARD = TypeAdapter(ModelCard)
 

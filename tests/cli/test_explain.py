@@ -140,8 +140,8 @@ def test_a_magnification_that_the_model_or_the_store_lacks_is_refused(made_up):
     assert "x40: the model does not read it" in str(error)
     models = save_models(made_up / "wide", "made-up", 8, (40.0, 20.0, 10.0))
     error = refusal(store, "--slide", "a", "--model", models, "--out", made_up / "out")
-    assert "has no tiles at x40, which the model reads; it holds x20, x10, x5" in str(error)
-    assert "--magnifications 40,20,10" in str(error)
+    assert "but the model also reads x40" in str(error)
+    assert "Extract the slides at 40,20,10" in str(error)
 
 
 def test_imported_features_without_coordinates_are_told_what_import_has_them(made_up):

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from cfusion.bag_sources import Embeddings
 from cfusion.console import progress
 from cfusion.data.positions import bag_positions
 from cfusion.errors import ConfigError, DataError
@@ -20,7 +21,7 @@ from cfusion.models import input_times_gradient, tile_attention
 from cfusion.models.bag import BagModel
 from cfusion.prediction import FoldEnsemble
 from cfusion.training.fitted import FittedModel
-from cfusion.types import BagBatch, SlideFeatures, SurvivalOutput, magnification_value
+from cfusion.types import BagBatch, SlideFeatures, SurvivalOutput
 
 logger = logging.getLogger(__name__)
 
@@ -91,26 +92,16 @@ def slide_bag(slide: SlideFeatures, model: FittedModel, device: torch.device | s
     """One slide as the bag that a model reads.
 
     Raises:
-        DataError: The embeddings are of another encoder or width, a magnification or its coordinates are missing, or a
+        DataError: The embeddings are not those the model reads, a magnification or its coordinates are missing, or a
             value is not finite.
     """
-    card, network = model.card, _network(model)
-    where = f"slide {slide.slide_id}"
-    encoder = str(slide.attrs.get("encoder", ""))
-    if encoder != card.encoder:
-        raise DataError(
-            f"{where}: holds embeddings of {encoder or 'an unnamed encoder'}, but the model reads {card.encoder}.",
-            f"Preprocess the slide with --encoder {card.encoder}.",
-            topic="encoder",
-        )
+    network, where = _network(model), f"slide {slide.slide_id}"
+    held = {name: features.shape[1] for name, features in slide.features.items() if len(features)}
+    encoder = str(slide.attrs.get("encoder", "an unnamed encoder"))
+    for dim in set(held.values()):
+        Embeddings(where, encoder, dim, tuple(held), slide.attrs).check(model.card)
     for name in network.magnification_names:
-        if not len(slide.features.get(name, ())):
-            held = ", ".join(n for n in sorted(slide.features, key=magnification_value, reverse=True)) or "none"
-            raise DataError(
-                f"{where}: has no tiles at {name}, which the model reads; it holds {held}.",
-                f"Preprocess it with --magnifications {','.join(f'{m:g}' for m in card.magnifications)}, the model's.",
-            )
-        _check_level(slide, name, card.backbone_dim)
+        _check_level(slide, name)
     sides = {name: float(slide.attrs["tile_px_level0"][name]) for name in network.magnification_names}
     corners = {name: slide.coords[name] for name in network.magnification_names}
     places = bag_positions([corners], [sides])
@@ -142,14 +133,8 @@ def _checked_names(network: BagModel, magnifications: Sequence[str] | None) -> l
     return [name for name in network.magnification_names if magnifications is None or name in magnifications]
 
 
-def _check_level(slide: SlideFeatures, name: str, dim: int) -> None:
+def _check_level(slide: SlideFeatures, name: str) -> None:
     where, features = f"slide {slide.slide_id}, {name}", slide.features[name]
-    if features.shape[1] != dim:
-        raise DataError(
-            f"{where}: embeddings are {features.shape[1]} wide; the model was built for {dim}.",
-            "Preprocess the slide with the model's encoder.",
-            topic="encoder",
-        )
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
         raise DataError(
@@ -198,7 +183,7 @@ def _attrs(models: Sequence[FittedModel], slide: SlideFeatures) -> dict[str, Any
     card = models[0].card
     return {
         "encoder": card.encoder, "model": str(card.model.get("name", "")), "cohort": card.cohort,
-        "endpoint": card.endpoint, "risk_cutoff": float(np.mean([m.card.risk_cutoff for m in models])),
+        "endpoint": card.endpoint, "risk_cutoff": FoldEnsemble(tuple(models)).risk_cutoff,
         "slide_size_px": slide.attrs.get("slide_size_px"), "mpp": slide.attrs.get("mpp"),
         "slide_digest": slide.attrs.get("slide_digest"),
     }  # fmt: skip

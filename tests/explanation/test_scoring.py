@@ -12,9 +12,9 @@ from sklearn.metrics import roc_auc_score
 
 from cfusion.errors import ConfigError, DataError
 from cfusion.explanation import explain
-from cfusion.explanation.explain import slide_bag
 from cfusion.explanation.removal import Lineage, risks_without
 from cfusion.explanation.result import METHODS, read_explanation, write_explanation
+from cfusion.explanation.scoring import slide_bag
 
 
 @pytest.fixture(scope="module")
@@ -167,12 +167,15 @@ def without_x10():
 @pytest.mark.parametrize(
     ("slide", "message"),
     [
-        (broken(attrs={"encoder": "uni"}), "holds embeddings of uni, but the model reads made-up.*--encoder made-up"),
-        (without_x10(), "has no tiles at x10, which the model reads; it holds x20, x5.*--magnifications 20,10,5"),
+        (
+            broken(attrs={"encoder": "uni"}),
+            r"embeddings of uni \(8 wide\), but the model reads made-up \(8",
+        ),
+        (without_x10(), "but the model also reads x10.*Extract the slides at 20,10,5"),
         (without_coords("published"), "no coordinates.*published layout, which keeps none.*Import CLAM, TRIDENT or ST"),
         (without_coords(), "no coordinates.*stored without them"),
         (with_nan(), "planted-0, x10: the features of tile 2 are not finite"),
-        (slide_features("narrow", 2, 5, np.random.default_rng(0)), "5 wide; the model was built for 8"),
+        (slide_features("narrow", 2, 5, np.random.default_rng(0)), "5 wide.*8 wide"),
     ],
     ids=["encoder", "magnification", "published import", "no coordinates", "nan", "width"],
 )
