@@ -26,11 +26,15 @@ hundreds of megapixels, is cut from the overview."""
 OVERVIEW_PX = 8192
 """Longest side of the overview, unless it would be finer than the tiles it is for."""
 
-QUICK_PX = 100e6
-"""Pixels that are read in about a second."""
+QUICK_PX = 50e6
+"""Pixels that are read in about a second; an overview of more is made by `prepare` alone."""
 
 MAX_PATCH_PX = 8192
 """Longest side of a patch, in level-0 px."""
+
+
+class NotReadyError(DataError):
+    """A picture that needs `DeepZoom.prepare` first."""
 
 
 class DeepZoom:
@@ -55,12 +59,26 @@ class DeepZoom:
         """Close the slide."""
         self.slide.close()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether every picture can be had at once; a large slide without a pyramid needs `prepare`."""
+        width, height = self.slide.level_sizes_px[-1]
+        return width * height <= QUICK_PX or self._overview is not None
+
+    def prepare(self) -> Overview:
+        """Read what coarse pictures of a slide without a pyramid are made of: all of it, which takes minutes."""
+        with self._lock:
+            if self._overview is None:
+                self._overview = self.slide.overview(self._overview_step * self.slide.resolution.mpp)
+            return self._overview
+
     def tile(self, level: int, column: int, row: int) -> Image.Image:
         """A tile of the pyramid, RGB, on the slide's background colour.
 
         Raises:
             IndexError: There is no such tile.
             DataError: Its region cannot be decoded.
+            NotReadyError: It needs `prepare`, which takes long for this slide.
         """
         if not 0 <= level < self.levels:
             raise IndexError(f"level {level}: expected 0 to {self.levels - 1}")
@@ -101,12 +119,15 @@ class DeepZoom:
         return Image.fromarray(rgb).resize((pixels, pixels), Image.Resampling.BOX)
 
     def whole(self, longest_px: int) -> Image.Image:
-        """The whole slide, its longer side of at most `longest_px`; what cannot be read has the background's colour."""
-        width, height = self.slide.size_px
-        step = max(1.0, max(width, height) / longest_px)
-        held = step >= self._overview_step and self._area(step) > DIRECT_PX**2
-        rgb = (self._held_overview() if held else self.slide.overview(step * self.slide.resolution.mpp)).rgb
-        picture = Image.fromarray(rgb)
+        """The whole slide, its longer side of at most `longest_px`; what cannot be read has the background's colour.
+
+        Raises:
+            NotReadyError: It needs `prepare`, which takes long for this slide.
+        """
+        step = max(1.0, max(self.slide.size_px) / longest_px)
+        small = self._area(step) <= DIRECT_PX**2 or step < self._overview_step
+        overview = self.slide.overview(step * self.slide.resolution.mpp) if small else self._held_overview()
+        picture = Image.fromarray(overview.rgb)
         picture.thumbnail((longest_px, longest_px), Image.Resampling.BOX)
         return picture
 
@@ -117,21 +138,15 @@ class DeepZoom:
         side = side_px * downsample / self.slide.downsamples[level]
         return min(side, width) * min(side, height)
 
-    def is_quick(self, longest_px: int) -> bool:
-        """Whether `whole` need not read a hundred megapixels or more, as it must of a slide without a pyramid."""
-        step = max(self.slide.size_px) / longest_px
-        return self._area(step) < QUICK_PX or self._overview is not None
-
     def _level_for(self, downsample: float) -> int:
         """The coarsest level of the slide that is fine enough."""
         fine_enough = [i for i, d in enumerate(self.slide.downsamples) if d <= downsample * 1.001]
         return max(fine_enough, key=lambda i: self.slide.downsamples[i], default=0)
 
     def _held_overview(self) -> Overview:
-        with self._lock:
-            if self._overview is None:
-                self._overview = self.slide.overview(self._overview_step * self.slide.resolution.mpp)
-            return self._overview
+        if not self.is_ready:
+            raise NotReadyError(f"{self.slide.path.name}: has no pyramid, and was not read as a whole yet.")
+        return self.prepare()
 
     def _from_overview(self, corner_px: tuple[int, int], size: tuple[int, int], downsample: int) -> Image.Image:
         overview = self._held_overview()

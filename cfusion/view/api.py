@@ -29,7 +29,7 @@ from cfusion.view.explanations import Explanations, described, level_of, lineage
 from cfusion.view.pictures import PictureCache
 from cfusion.view.slides import ServedSlide, SlideFolder, SlideGoneError, UnknownSlideError, stamp_of
 from cfusion.view.survival import CohortCurves, patient_panel
-from preprocess.deepzoom import OVERLAP_PX, TILE_PX, DeepZoom
+from preprocess.deepzoom import OVERLAP_PX, TILE_PX, DeepZoom, NotReadyError
 from preprocess.grid import TILE_PX as PATCH_PX
 from preprocess.resolution import finest_scale
 
@@ -51,7 +51,9 @@ ASSETS = {
 PALETTES = {"sequential": ("viridis", "inferno", "cividis"), "diverging": ("coolwarm", "PuOr_r", "RdBu_r")}
 """Colour scales of matplotlib; the first of each is the default. All but inferno and viridis are read by everyone."""
 
-STATUS: dict[type[Exception], int] = {SlideGoneError: 410, UnknownSlideError: 404, CfusionError: 422}
+STATUS: dict[type[Exception], int] = {
+    SlideGoneError: 410, UnknownSlideError: 404, NotReadyError: 503, CfusionError: 422,
+}  # fmt: skip
 
 
 @dataclass
@@ -162,7 +164,7 @@ class _Api:
                 "key": slide.key, "id": slide.slide_id, "name": slide.name, "width": width, "height": height,
                 "mpp": mpp, "mpp_source": zoom.slide.resolution.source if mpp else None, "vendor": zoom.slide.vendor,
                 "levels": zoom.levels, "tile_px": TILE_PX, "overlap_px": OVERLAP_PX,
-                "version": _version(slide), "flat": not zoom.is_quick(LIST_PX),
+                "version": _version(slide), "ready": self._viewer.slides.prepare(slide, zoom),
                 "explanation": described(explanation) if explanation is not None else None,
                 "explanation_trouble": trouble,
                 "patient": patient_panel(self._viewer.curves, slide.slide_id, explanation),
@@ -209,17 +211,8 @@ class _Api:
         return self._picture(request, ("patch", x, y, side), lambda zoom: zoom.patch(x, y, side))
 
     def whole(self, request: Request) -> Response:
-        large = request.query_params.get("size") == "large"
-        longest = STILL_PX if large else LIST_PX
-
-        def draw(zoom: DeepZoom) -> Image.Image:
-            if large or zoom.is_quick(longest):
-                return zoom.whole(longest)
-            width, height = zoom.slide.size_px
-            shape = np.ceil(np.array([height, width]) * longest / max(width, height)).astype(int)
-            return Image.fromarray(np.full((*shape, 3), zoom.slide.background, np.uint8))
-
-        return self._picture(request, ("whole", longest), draw)
+        longest = STILL_PX if request.query_params.get("size") == "large" else LIST_PX
+        return self._picture(request, ("whole", longest), lambda zoom: zoom.whole(longest))
 
     def _picture(self, request: Request, what: tuple[object, ...], draw: Callable[[DeepZoom], Image.Image]) -> Response:
         slide = self._slide(request)

@@ -68,6 +68,8 @@ class SlideFolder:
         self.slides = {slide.key: slide for slide in slides}
         self._damage: dict[str, str] = {}
         self._unprobed = set(self.slides)
+        self._preparing: set[str] = set()
+        self._lock = threading.Lock()
         self._open = OpenSlides(self._opened, MAX_OPEN)
 
     @property
@@ -114,6 +116,25 @@ class SlideFolder:
             if isinstance(error, UnknownSlideError) or slide.path.exists():
                 raise
             raise gone(slide.path) from error
+
+    def prepare(self, slide: ServedSlide, zoom: DeepZoom) -> bool:
+        """Whether all pictures of a slide can be drawn; what that needs is otherwise started in a thread."""
+        if zoom.is_ready:
+            return True
+        with self._lock:
+            if slide.key not in self._preparing:
+                self._preparing.add(slide.key)
+                threading.Thread(target=self._prepare, args=(slide,), name="prepare", daemon=True).start()
+        return False
+
+    def _prepare(self, slide: ServedSlide) -> None:
+        try:
+            with self.lease(slide) as zoom:
+                zoom.prepare()
+        except DataError as error:
+            self._damage[slide.key] = str(error)
+        finally:
+            self._preparing.discard(slide.key)
 
     def mpp(self, zoom: DeepZoom) -> float | None:
         """µm per level-0 px, where the slide or the user tells it."""

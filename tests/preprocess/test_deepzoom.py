@@ -11,7 +11,7 @@ from slide_factory import break_tile, tissue_picture, write_slide
 
 from cfusion.errors import DataError
 from preprocess import deepzoom
-from preprocess.deepzoom import OVERLAP_PX, TILE_PX, DeepZoom
+from preprocess.deepzoom import OVERLAP_PX, TILE_PX, DeepZoom, NotReadyError
 from preprocess.slides import Slide, open_slide
 
 SIZE = (1700, 1100)
@@ -68,12 +68,21 @@ def test_coarse_tiles_of_a_slide_without_a_pyramid_read_few_pixels_at_once(tmp_p
     monkeypatch.setattr(Slide, "read_rgba", counted)
     monkeypatch.setattr(deepzoom, "OVERVIEW_PX", 1024)
     monkeypatch.setattr(deepzoom, "DIRECT_PX", 600)
+    monkeypatch.setattr(deepzoom, "QUICK_PX", 1e6)
     with zoomed(path) as zoom:
         level = zoom.levels - 1 - 4
+        assert not zoom.is_ready
+        for ask in (lambda: zoom.tile(level, 0, 0), lambda: zoom.whole(160)):
+            with pytest.raises(NotReadyError, match="has no pyramid"):
+                ask()
+        assert zoom.tile(zoom.levels - 1, 0, 0).size == (255, 255)
+        zoom.prepare()
+        assert zoom.is_ready
         tile = np.asarray(zoom.tile(level, 0, 0))
         second = np.asarray(zoom.tile(level, 1, 0))
         count = len(sizes)
         zoom.tile(level - 1, 0, 0)
+        zoom.whole(160)
         assert len(sizes) == count, "the overview is read once"
     assert max(sizes) <= 2048**2, "the overview is read in blocks"
     expected = picture.reshape(192, 16, 256, 16, 3).mean(axis=(1, 3))

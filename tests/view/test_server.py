@@ -40,7 +40,8 @@ from cfusion.view.explanations import Explanations
 from cfusion.view.server import listen
 from cfusion.view.slides import MAX_OPEN, SlideFolder
 from cfusion.view.survival import CohortCurves
-from preprocess.slides import open_slide
+from preprocess import deepzoom
+from preprocess.slides import Overview, Slide, open_slide
 
 ASSETS = Path(__file__).parents[2] / "cfusion" / "view" / "assets"
 
@@ -302,6 +303,31 @@ def test_a_slide_that_vanishes_while_viewed(files: Files, tmp_path: Path):
         write_slide(path, tissue_picture(1024, 512, seed=4), power=20)
         assert client.json(f"/api/slides/{key}")["width"] == 1024
         assert client.json(f"/api/slides/{key}")["version"] != before
+
+
+def test_a_slide_without_a_pyramid_is_read_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_slide(tmp_path / "flat.svs", tissue_picture(4096, 3072))
+    monkeypatch.setattr(deepzoom, "QUICK_PX", 1e6)
+    monkeypatch.setattr(deepzoom, "DIRECT_PX", 600)
+    held, overview = threading.Event(), Slide.overview
+
+    def slowly(self: Slide, um_px: float) -> Overview:
+        assert held.wait(60)
+        return overview(self, um_px)
+
+    monkeypatch.setattr(Slide, "overview", slowly)
+    with running(Viewer(SlideFolder(tmp_path), Explanations(None))) as client:
+        key = client.keys()["flat"]
+        try:
+            assert client.json(f"/api/slides/{key}")["ready"] is False
+            assert "no pyramid" in client.json(f"/slides/{key}/tiles/6/0_0.jpg", 503)["error"]
+            assert client.ask(f"/slides/{key}/whole.jpg")[0] == 503
+            assert client.ask(f"/slides/{key}/tiles/12/3_3.jpg")[0] == 200
+        finally:
+            held.set()
+        until(lambda: client.json(f"/api/slides/{key}")["ready"])
+        assert client.ask(f"/slides/{key}/tiles/6/0_0.jpg")[0] == 200
+        assert client.ask(f"/slides/{key}/whole.jpg")[0] == 200
 
 
 def test_a_part_that_cannot_be_read_leaves_the_rest(files: Files, tmp_path: Path):

@@ -60,6 +60,7 @@ async function openSlide(key) {
   byId("slide-facts").textContent = "";
   letTileGo();
   showBanner("");
+  showNote("");
   refreshList();
   try {
     const slide = await ask(`/api/slides/${encodeURIComponent(key)}`);
@@ -67,9 +68,8 @@ async function openSlide(key) {
     page.slide = slide;
     document.title = `${slide.id} · CrossFusion`;
     byId("slide-facts").textContent = facts(slide);
-    page.stage.open(slide);
     showPatient(slide.patient, page.state.run);
-    await page.controls.setSlide(slide);
+    await Promise.all([page.controls.setSlide(slide), openStage(slide)]);
   } catch (error) {
     if (page.asked !== key) return;
     byId("stage").dataset.state = "failed";
@@ -80,13 +80,28 @@ async function openSlide(key) {
   }
 }
 
-function facts({ width, height, mpp, vendor, flat }) {
+async function openStage(slide, ready = slide.ready) {
+  if (!ready) showNote("This slide has no pyramid: it is read as a whole once, which can take minutes.");
+  while (!ready) {
+    await new Promise((resolve) => setTimeout(resolve, 1000));
+    if (page.slide !== slide) return;
+    ({ ready } = await ask(`/api/slides/${slide.key}`));
+  }
+  if (page.slide !== slide) return;
+  showNote("");
+  page.stage.open(slide);
+}
+
+function showNote(words) {
+  byId("note").textContent = words;
+}
+
+function facts({ width, height, mpp, vendor }) {
   const size = mpp ? ` (${((width * mpp) / 1000).toFixed(1)} × ${((height * mpp) / 1000).toFixed(1)} mm)` : "";
   const parts = [
     `${width.toLocaleString("en")} × ${height.toLocaleString("en")} px${size}`,
     mpp ? `${Number(mpp.toPrecision(4))} µm/px` : "µm/px unknown",
     vendor,
-    flat ? "no pyramid: the first view takes a while" : "",
   ];
   return parts.filter(Boolean).join(", ");
 }
@@ -96,8 +111,9 @@ async function tileFailed() {
   if (!page.slide || page.checking) return;
   page.checking = true;
   try {
-    await ask(`/api/slides/${page.slide.key}`);
-    showBanner("A part of the slide cannot be read.", "It stays blank; the file may be damaged there.");
+    const { ready } = await ask(`/api/slides/${page.slide.key}`);
+    if (!ready) await openStage(page.slide, ready);
+    else showBanner("A part of the slide cannot be read.", "It stays blank; the file may be damaged there.");
   } catch (error) {
     byId("stage").dataset.state = "failed";
     told(error);

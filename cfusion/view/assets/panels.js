@@ -23,6 +23,7 @@ export function showList(slides, total, current, choose) {
     const picture = slide.trouble
       ? make("span", { className: "no-picture", textContent: "!", ariaHidden: "true" })
       : make("img", { src: `/slides/${slide.key}/whole.jpg?v=${slide.version}`, alt: "", loading: "lazy", width: 48, height: 48 });
+    picture.addEventListener("error", () => picture.removeAttribute("src"), { once: true }); // a blank square
     const said = slide.trouble ?? (slide.explained ? "explained" : "");
     const button = make(
       "button",
