@@ -177,8 +177,9 @@ def deepspeed_config(parallel: ParallelConfig, *, on_cpu: bool) -> dict[str, Any
         "zero_optimization": zero,
     }
     if parallel.precision == "bf16":
-        # DeepSpeed turns autocast off that it was not told of. Parameters and moments stay f32.
-        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        # DeepSpeed turns autocast off that it was not told of. Parameters, moments and, as no module is named whose
+        # gradients may be exchanged in bf16, sums of gradients stay f32.
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return settings
 
 
