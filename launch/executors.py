@@ -5,6 +5,7 @@ Both need the working folder, with its data and the sweep's output, at the same 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import math
@@ -28,6 +29,9 @@ _MOST_TASKS = 1000
 """Of one array: SLURM's MaxArraySize is 1001 unless a site sets another."""
 
 _MOST_REQUEUES = 1000
+
+_OBJECT_STORE_BYTES = 80 << 20
+"""Enough for jobs and outcomes; data are read by the workers themselves."""
 
 
 @dataclass(frozen=True)
@@ -160,28 +164,49 @@ def run_ray(jobs: Sequence[Job], resources: Resources, address: str, retries: in
         raise MissingExtraError("ray", "ray", "--executor ray")
     import ray
 
+    with _cluster(address):
+        share = jobs[0].share if jobs else 1.0
+        task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus * share, max_retries=retries)(_at_place)
+        todo = list(jobs)[::-1]
+        waiting: dict[Any, Job] = {}
+        while todo or waiting:
+            while todo and len(waiting) < (resources.max_parallel or len(jobs)):
+                job = todo.pop()
+                waiting[task.remote(job, str(Path.cwd()), resources.cpus)] = job
+            ended, _ = ray.wait(list(waiting), timeout=_TICK_SECONDS)
+            for future in ended:
+                yield from _ray_result(future, waiting.pop(future))
+            tick(list(waiting.values()))
+
+
+@contextlib.contextmanager
+def _cluster(address: str) -> Iterator[None]:
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    options: dict[str, Any] = {}
+    if address == "local":
+        options = {
+            "_node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES,
+        }  # fmt: skip
     try:
-        ray.init(address=address, log_to_driver=False, ignore_reinit_error=True)
+        ray.init(address=address, log_to_driver=False, **options)
     except ConnectionError as error:
         remedy = "Start one with ray start --head, or give its --ray-address."
         raise DataError(f"--executor ray: there is no Ray cluster at {address}.", remedy) from error
-    share = jobs[0].share if jobs else 1.0
-    task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus * share, max_retries=retries)(_at_place)
-    todo = list(jobs)[::-1]
-    waiting: dict[Any, Job] = {}
-    while todo or waiting:
-        while todo and len(waiting) < (resources.max_parallel or len(jobs)):
-            job = todo.pop()
-            waiting[task.remote(job, str(Path.cwd()), resources.cpus)] = job
-        ended, _ = ray.wait(list(waiting), timeout=_TICK_SECONDS)
-        for future in ended:
-            job = waiting.pop(future)
-            try:
-                yield from ray.get(future)
-            except ray.exceptions.RayError as error:
-                cause = f"its Ray task was lost: {str(error).strip().splitlines()[0]}"
-                yield from lost(job, cause)
-        tick(list(waiting.values()))
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _ray_result(future: Any, job: Job) -> list[Outcome]:
+    import ray
+
+    try:
+        return ray.get(future)
+    except ray.exceptions.RayError as error:
+        return lost(job, f"its Ray task was lost: {str(error).strip().splitlines()[0]}")
 
 
 def _at_place(job: Job, folder: str, threads: int) -> list[Outcome]:

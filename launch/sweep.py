@@ -118,8 +118,21 @@ def _names(names: Sequence[str]) -> str:
 
 
 def jobs_of(runs: Sequence[PlannedRun], execution: Execution) -> list[Job]:
-    """The runs as jobs, in their order; those that share one read of the shards are together."""
-    return [Job((run,), execution.processes) for run in runs]
+    """The runs as jobs, in their order; those with `train.folds=together` that share a read are one job."""
+    from cfusion.crossval import shares_a_read
+
+    groups: dict[str, list[PlannedRun]] = {}
+    jobs: list[list[PlannedRun]] = []
+    for run in runs:
+        if run.config.train.folds != "together" or execution.processes > 1:
+            jobs.append([run])
+            continue
+        key = shares_a_read(run.config)
+        if key not in groups or len(groups[key]) == execution.group:
+            groups[key] = []
+            jobs.append(groups[key])
+        groups[key].append(run)
+    return [Job(tuple(job), execution.processes) for job in jobs]
 
 
 def audits(runs: Sequence[PlannedRun]) -> Iterator[str]:

@@ -140,13 +140,15 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _train(job: Job, runs: list[PlannedRun], locks: list[int]) -> None:
-    from cfusion.crossval import cross_validate
+    from cfusion.crossval import cross_validate, cross_validate_together
 
-    for run, lock in zip(runs, locks, strict=True):
-        if job.processes > 1:
+    if job.processes > 1:
+        for run, lock in zip(runs, locks, strict=True):
             _torchrun(run, job.processes, lock)
-        else:
-            cross_validate(run.config)
+    elif len(runs) > 1:
+        cross_validate_together([run.config for run in runs])
+    else:
+        cross_validate(runs[0].config)
 
 
 def _torchrun(run: PlannedRun, processes: int, lock: int) -> None:
