@@ -145,6 +145,7 @@ class _Api:
              "explained": slide.slide_id in viewer.explanations.paths}
             for slide in viewer.slides.slides.values()
         ]  # fmt: skip
+        slides.sort(key=lambda slide: (not slide["explained"], slide["name"]))
         return JSONResponse({
             "folder": viewer.slides.root.resolve().name, "slides": slides, "probing": viewer.slides.probing,
             "deep_zoom": not viewer.deep_zoom_trouble, "deep_zoom_trouble": viewer.deep_zoom_trouble,

@@ -155,8 +155,9 @@ class SlideFolder:
                 )
             zoom = DeepZoom(open_slide(path, default_mpp=self.default_mpp or ANY_MPP))
         except DataError as error:
-            self._damage[key] = str(error)
-            raise
+            told = error.message.replace(f"{self.root}/", "")
+            self._damage[key] = f"{told} {error.remedy}".strip()
+            raise DataError(told, error.remedy, topic=error.topic) from error
         self._damage.pop(key, None)
         return zoom
 

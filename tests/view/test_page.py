@@ -330,7 +330,7 @@ def test_a_slide_that_vanishes_is_told_and_marked(browser, files: Files, tmp_pat
         page.wait_for_load_state("networkidle")
         (folder / f"{PLAIN}.svs").unlink()
         for _ in range(3):
-            page.get_by_role("button", name="Zoom in").click()
+            page.keyboard.press("+")
         page.wait_for_selector("#banner:not([hidden])")
         assert "no longer there" in page.locator("#banner").inner_text()
         page.wait_for_selector(f"#list .trouble:has-text('{PLAIN}')")

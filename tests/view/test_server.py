@@ -67,12 +67,25 @@ def picture(content: bytes) -> np.ndarray:
 def test_the_list_tells_what_is_damaged_and_what_is_explained(client: Client):
     until(lambda: not client.json("/api/state")["probing"])
     slides = {slide["id"]: slide for slide in client.json("/api/state")["slides"]}
-    assert set(slides) == {EXPLAINED, PLAIN, DAMAGED}
+    assert list(slides) == [EXPLAINED, PLAIN, DAMAGED]
     assert slides[EXPLAINED]["explained"]
     assert not slides[PLAIN]["explained"]
     assert slides[PLAIN]["trouble"] is None
     assert re.search("format|damaged", slides[DAMAGED]["trouble"])
     assert client.json(f"/api/slides/{slides[DAMAGED]['key']}", 422)["error"] in slides[DAMAGED]["trouble"]
+
+
+def test_explained_slides_come_first(files: Files, tmp_path: Path):
+    write_explanation(explanation(PLAIN), tmp_path / "explanation.zarr")
+    with running(Viewer(SlideFolder(files.slides), Explanations(tmp_path))) as client:
+        assert list(client.keys()) == [PLAIN, EXPLAINED, DAMAGED]
+
+
+def test_no_message_tells_where_the_folder_lies(client: Client, files: Files):
+    until(lambda: not client.json("/api/state")["probing"])
+    told = client.ask("/api/state")[2] + client.ask(f"/api/slides/{client.keys()[DAMAGED]}")[2]
+    assert f"{DAMAGED}.svs" in told.decode()
+    assert str(files.slides.parent) not in told.decode()
 
 
 def test_a_slide_is_described(client: Client):

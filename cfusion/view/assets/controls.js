@@ -5,7 +5,8 @@ import { make, magnified } from "./panels.js";
 
 const byId = (id) => document.getElementById(id);
 const after = (list, value) => list[(list.indexOf(value) + 1) % list.length];
-const NO_SCORES = "No scores for this slide. `cfusion explain` makes them; name their folder with --explanations.";
+const code = (words) => make("code", { textContent: words });
+const noScores = () => ["No scores for this slide. ", code("cfusion explain"), " makes them; name their folder with ", code("--explanations"), "."];
 
 export class Controls {
   // `ask` fetches an address, `redraw` draws the overlay, `told` shows an error.
@@ -35,7 +36,8 @@ export class Controls {
   showPanel() {
     const { explanation } = this;
     byId("heatmap-form").hidden = !explanation;
-    byId("heatmap-none").textContent = explanation ? "" : this.slide?.explanation_trouble || NO_SCORES;
+    const trouble = this.slide?.explanation_trouble;
+    byId("heatmap-none").replaceChildren(...(explanation ? [] : trouble ? [trouble] : noScores()));
     if (!explanation) return;
     const { magnifications, methods } = explanation;
     const names = Object.keys(magnifications);

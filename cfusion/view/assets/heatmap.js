@@ -108,5 +108,5 @@ export function short(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   if (value === 0) return "0";
   const text = Math.abs(value) < 1e-3 || Math.abs(value) >= 1e4 ? value.toExponential(1) : Number(value.toPrecision(3)).toString();
-  return text.replace("-", "−").replace("e+", "e");
+  return text.replaceAll("-", "−").replace("e+", "e");
 }

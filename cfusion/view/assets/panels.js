@@ -22,7 +22,7 @@ export function showList(slides, total, current, choose) {
   const item = (slide) => {
     const picture = slide.trouble
       ? make("span", { className: "no-picture", textContent: "!", ariaHidden: "true" })
-      : make("img", { src: `/slides/${slide.key}/whole.jpg?v=${slide.version}`, alt: "", loading: "lazy", width: 48, height: 48 });
+      : make("img", { loading: "lazy", fetchPriority: "low", alt: "", width: 48, height: 48, src: `/slides/${slide.key}/whole.jpg?v=${slide.version}` });
     picture.addEventListener("error", () => picture.removeAttribute("src"), { once: true }); // a blank square
     const said = slide.trouble ?? (slide.explained ? "explained" : "");
     const button = make(
@@ -89,7 +89,7 @@ function scoreTable(tiles, explanation) {
 export function showPatient(patient, run) {
   const body = byId("patient-body");
   if (!patient) {
-    const words = run ? "" : "Start the viewer with --run, the folder of a finished run, to see the patient within the cohort.";
+    const words = run ? "Nothing is known of the patient." : "Start the viewer with --run, the folder of a finished run, to see the patient within the cohort.";
     body.replaceChildren(make("p", { className: "soft", textContent: words }));
     return;
   }
