@@ -7,6 +7,7 @@ Units stand in the names (`_px`, `_months`). A magnification is written as the f
 from __future__ import annotations
 
 import dataclasses
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,14 @@ def magnification_value(name: str) -> float:
     return float(name.removeprefix("x"))
 
 
-@dataclass(frozen=True)
+def titled_table(title: str, table: pd.DataFrame, rows: int | None = None) -> str:
+    """HTML for a notebook: a line, and the first `rows` rows of a table; none: all."""
+    shown = table if rows is None else table.head(rows)
+    more = f"<p>… {len(table) - len(shown)} more rows</p>" if len(shown) < len(table) else ""
+    return f"<p>{html.escape(title)}</p>{shown.to_html(index=False, float_format='{:.3g}'.format, border=0)}{more}"
+
+
+@dataclass(frozen=True, repr=False)
 class Cohort:
     """Patients of one cancer type, their outcomes and their slides.
 
@@ -57,8 +65,19 @@ class Cohort:
         kept = self.slides[self.slides["case_id"].isin(set(case_ids))]
         return dataclasses.replace(self, cases=self.cases.loc[list(case_ids)], slides=kept)
 
+    def __repr__(self) -> str:
+        events = int(self.cases["event"].sum())
+        counts = f"{len(self.cases)} patients, {events} events, {len(self.slides)} slides"
+        return f"Cohort({self.name}: {counts}, {self.endpoint})"
 
-@dataclass(frozen=True)
+    def _repr_html_(self) -> str:
+        counted = self.cases.assign(
+            slides=self.slides["case_id"].value_counts().reindex(self.cases.index, fill_value=0)
+        )
+        return titled_table(repr(self), counted.reset_index(), rows=8)
+
+
+@dataclass(frozen=True, repr=False)
 class Split:
     """One fold: disjoint patients for training, for choosing the model, and for the one final score.
 
@@ -75,6 +94,11 @@ class Split:
     validation: tuple[str, ...]
     test: tuple[str, ...]
     repeat: int = 0
+
+    def __repr__(self) -> str:
+        again = f", repeat {self.repeat}" if self.repeat else ""
+        counts = f"{len(self.train)} train, {len(self.validation)} choose, {len(self.test)} are scored"
+        return f"Split(fold {self.fold}{again}: {counts})"
 
 
 @dataclass(frozen=True)
@@ -180,5 +204,5 @@ class SurvivalOutput:
 
 __all__ = [
     "BagBatch", "Cohort", "SlideFeatures", "Split", "SurvivalOutput", "Targets", "magnification_name",
-    "magnification_value",
+    "magnification_value", "titled_table",
 ]  # fmt: skip

@@ -1,13 +1,17 @@
 """The public API in ten lines, and a README that is true."""
 
+import re
 import subprocess
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from factories import make_cohort
+from planted_bags import planted_slide
 
 import cfusion
+from cfusion.data.store import write_slide
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,6 +32,37 @@ def test_the_ten_lines_run(tmp_path):
     assert predictions["risk"].tolist() == pytest.approx(run.predictions["risk"].tolist())
     assert 0 <= scores.summary["cindex_pooled"].iloc[0] <= 1
     assert page.read_text().startswith("<!")
+
+
+def test_a_notebook(tmp_path):
+    """What one would type, cell by cell: train, score, and ask why a slide has its risk."""
+    files = make_cohort(tmp_path / "cohort", patients=60)
+    slide = planted_slide()[0]
+    write_slide(tmp_path / "features", slide)
+
+    config = files.config(tmp_path / "run", train={"epochs": 2})
+    cohort = cfusion.read_cohort(config.cohort)
+    split = cfusion.make_splits(cohort, config.splits)[0]
+    run = cfusion.fit(config, cohort, split)
+    scores = cfusion.score(run.predictions, cohort, [split], bootstrap=20)
+    store = cfusion.FeatureStore.open(tmp_path / "features")
+    explanation = cfusion.explain(run.model, store.read(slide.slide_id))
+    worst = explanation.table("x20").nlargest(5, "gradient")
+
+    assert {"x_px", "y_px", "attention", "gradient", "gradient_sd"} < set(worst.columns)
+    assert worst["gradient"].is_monotonic_decreasing
+    assert isinstance(run.predictions, pd.DataFrame)
+    assert isinstance(scores.summary, pd.DataFrame)
+    assert repr(cohort) == "Cohort(made_up: 60 patients, {} events, 61 slides, OS)".format(cohort.cases["event"].sum())
+    assert re.fullmatch(r"Split\(fold 0: \d+ train, \d+ choose, 20 are scored\)", repr(split))
+    assert re.fullmatch(r"FoldRun\(amil, fold 0: epoch [01] chosen after 2 epochs, 20 patients predicted\)", repr(run))
+    assert repr(run.model) == "FittedModel(amil of made_up, fold 0: reads made-up at 20x, 10x, 5x)"
+    assert re.fullmatch(r"Scores\(made_up amil \(strict\): C 0\.\d{3} \[0\.\d{3}, \d\.\d{3}\]\)", repr(scores))
+    assert repr(explanation).startswith("Explanation(planted-0: risk ")
+    for shown in (cohort, run, scores, explanation):
+        page = shown._repr_html_()
+        assert page.count("<table") == page.count("</table>") >= 1
+        assert len(page) < 20_000
 
 
 def test_an_unknown_name_is_told():

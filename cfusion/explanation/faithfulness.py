@@ -65,9 +65,9 @@ def deletion_curves(
         for method in explanation.methods
         if np.isfinite(explanation.scores(name, method)).all()
     }
-    for name, count in lineage.counts.items():
-        if name in explanation.levels and count > 1:
-            orders[name, RANDOM] = [np.random.default_rng([seed]).permutation(count) for seed in range(seeds)]
+    for name in list(dict.fromkeys(name for name, _ in orders)):
+        tiles = lineage.counts[name]
+        orders[name, RANDOM] = [np.random.default_rng([seed]).permutation(tiles) for seed in range(seeds)]
     frames = []
     with progress(f"Removing tiles of {slide.slide_id}", sum(map(len, orders.values()))) as bar:
         for (name, method), drawn in orders.items():

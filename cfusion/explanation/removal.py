@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -24,30 +25,37 @@ class Lineage:
 
     Args:
         slide: Its parents tell; where it has none, a tile goes alone.
-        names: Magnifications of the bag.
+        reads: Magnifications of the bag.
+
+    Attributes:
+        counts: Tiles of each stored magnification.
+        cells: The coarsest magnification whose tiles hold tiles of all that the bag has; it need not have it itself.
     """
 
-    def __init__(self, slide: SlideFeatures, names: Sequence[str]) -> None:
-        self.names = sorted(names, key=magnification_value, reverse=True)
-        self.counts = {name: len(slide.features[name]) for name in self.names}
+    def __init__(self, slide: SlideFeatures, reads: Sequence[str]) -> None:
         stored = sorted(slide.features, key=magnification_value, reverse=True)
+        self.counts = {name: len(slide.features[name]) for name in stored}
         self._ancestor: dict[tuple[str, str], np.ndarray] = {}
-        for fine in self.names:
+        self._reads = tuple(reads)
+        for fine in reads:
             row = np.arange(self.counts[fine])
-            for level, coarser in zip(stored[stored.index(fine) :], stored[stored.index(fine) + 1 :], strict=False):
+            self._ancestor[fine, fine] = row
+            for level, coarser in itertools.pairwise(stored[stored.index(fine) :]):
                 if level not in slide.parents:
                     break
                 row = slide.parents[level][row]
                 self._ancestor[fine, coarser] = row
+        above_all = [n for n in stored if n in slide.coords and all((fine, n) in self._ancestor for fine in reads)]
+        self.cells = above_all[-1] if above_all else min(reads, key=magnification_value)
 
     def without(self, name: str, removed: Bool[np.ndarray, " tile"]) -> Keep:
-        """What stays when tiles of magnification `name` go, each with all that lies in it."""
-        keep = {other: np.ones(count, bool) for other, count in self.counts.items()}
-        keep[name] = ~removed
-        for fine in self.names:
-            if (fine, name) in self._ancestor:
-                keep[fine] = ~removed[self._ancestor[fine, name]]
-        return keep
+        """What the bag keeps when tiles of magnification `name` go, each with all that lies in it."""
+        return {
+            fine: ~removed[self._ancestor[fine, name]]
+            if (fine, name) in self._ancestor
+            else np.ones(self.counts[fine], bool)
+            for fine in self._reads
+        }
 
     def without_one(self, name: str, row: int) -> Keep:
         """What stays when one tile goes, with all that lies in it."""

@@ -36,7 +36,7 @@ from jaxtyping import Float32, Int32
 import cfusion
 from cfusion.errors import DataError
 from cfusion.files import atomic_path
-from cfusion.types import magnification_value
+from cfusion.types import magnification_value, titled_table
 
 FORMAT = "cfusion-explanation-1"
 
@@ -166,9 +166,9 @@ class Explanation:
         )
 
     def _repr_html_(self) -> str:
-        table = self.summary().to_html(index=False, float_format="{:.3g}".format, border=0)
         spread = f" ± {self.risk_sd:.3f}" if len(self.risks) > 1 else ""
-        return f"<p>{self.slide_id}: risk {self.risk:.3f}{spread} over {len(self.risks)} models</p>{table}"
+        title = f"{self.slide_id}: risk {self.risk:.3f}{spread} over {len(self.risks)} models"
+        return titled_table(title, self.summary())
 
 
 def write_explanation(explanation: Explanation, target: str | os.PathLike[str]) -> None:

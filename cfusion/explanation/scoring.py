@@ -47,9 +47,10 @@ def explain(
     Args:
         model: The models of all folds, or one.
         slide: Features of one slide, as `FeatureStore.read` gives them.
-        occlusion: `cells`: remove the tiles of the coarsest magnification one by one, a forward pass each and fold;
-            `tiles`: the tiles of every magnification; `none`: leave the method out.
-        magnifications: Names of those to report; None: all that the models read.
+        occlusion: `cells`: remove the tiles of the slide's coarsest magnification one by one, whether the models read
+            it or not, a forward pass each and fold; `tiles`: those of every magnification that the models read;
+            `none`: leave the method out.
+        magnifications: Names of those to report; None: all that the models read, and that of the cells.
         device: Where the models run.
 
     Returns:
@@ -62,13 +63,14 @@ def explain(
     """
     models = model.models if isinstance(model, FoldEnsemble) else (model,)
     network = _network(models[0])
-    names = _checked_names(network, magnifications)
     bag = slide_bag(slide, models[0], device)
     lineage = Lineage(slide, list(bag.features))
+    removed = {"cells": [lineage.cells], "tiles": list(bag.features), "none": []}[occlusion]
+    names = _checked_names([*bag.features, *(name for name in removed if name not in bag.features)], magnifications)
+    removed = [name for name in removed if name in names]
     found: dict[str, list[dict[str, np.ndarray]]] = {"attention": [], "gradient": [], "occlusion": []}
     outputs = []
-    removed = {"cells": list(bag.features)[-1:], "tiles": list(bag.features), "none": []}[occlusion]
-    passes = len(models) * sum(bag.features[name].shape[1] for name in removed)
+    passes = len(models) * sum(lineage.counts[name] for name in removed)
     with progress(f"Explaining {slide.slide_id}", len(models) + passes) as bar:
         for fold in models:
             network = _network(fold)
@@ -123,14 +125,14 @@ def _network(model: FittedModel) -> BagModel:
     return model.module
 
 
-def _checked_names(network: BagModel, magnifications: Sequence[str] | None) -> list[str]:
-    for name in magnifications or ():
-        if name not in network.magnification_names:
+def _checked_names(known: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
+    for name in wanted or ():
+        if name not in known:
             raise ConfigError(
                 f"magnification {name}: the model does not read it, so no tile of it has a score.",
-                f"It reads {', '.join(network.magnification_names)}.",
+                f"There are scores at {', '.join(known)}.",
             )
-    return [name for name in network.magnification_names if magnifications is None or name in magnifications]
+    return [name for name in known if wanted is None or name in wanted]
 
 
 def _check_level(slide: SlideFeatures, name: str) -> None:

@@ -21,7 +21,7 @@ from cfusion.survival.foldscores import FoldScores, References, interval_or_nan,
 from cfusion.survival.metrics import concordance
 from cfusion.survival.patients import PatientScores, score_patients
 from cfusion.survival.predictions import UNIT, checked_predictions
-from cfusion.types import Cohort, Split
+from cfusion.types import Cohort, Split, titled_table
 
 _SEED = 7
 """Of the bootstrap draws: the same for every model, so that intervals repeat and models compare."""
@@ -34,11 +34,14 @@ _PARALLEL_FROM = 60
 
 _MOST_PROCESSES = 8
 
+_SHOWN = 3
+"""Models that the short form of scores names."""
+
 Key = tuple[str, str, str]
 """Cohort, model, protocol."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scores:
     """Everything that was computed from one set of predictions.
 
@@ -55,6 +58,20 @@ class Scores:
     summary: pd.DataFrame
     patients: dict[Key, PatientScores]
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        told = [
+            f"{row['cohort']} {row['model']} ({row['protocol']}): C {row['cindex_pooled']:.3f} "
+            f"[{row['cindex_low']:.3f}, {row['cindex_high']:.3f}]"
+            for row in self.summary.head(_SHOWN).to_dict("records")
+        ]
+        more = f"; and {len(self.summary) - _SHOWN} more" if len(self.summary) > _SHOWN else ""
+        return f"Scores({'; '.join(told)}{more})"
+
+    def _repr_html_(self) -> str:
+        columns = [*UNIT, "n", "events", "cindex_pooled", "cindex_low", "cindex_high", "cindex_mean", "null_high"]
+        table = self.summary[[name for name in columns if name in self.summary.columns]]
+        return titled_table(f"Scores of {len(self.predictions)} predictions. {' '.join(self.notes)}", table)
 
 
 def score(

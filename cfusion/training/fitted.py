@@ -58,12 +58,17 @@ class ModelCard:
 _CARD = TypeAdapter(ModelCard)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FittedModel:
     """A module and its card."""
 
     module: nn.Module
     card: ModelCard
+
+    def __repr__(self) -> str:
+        card = self.card
+        names = ", ".join(f"{m:g}x" for m in card.magnifications)
+        return f"FittedModel({card.model['name']} of {card.cohort}, fold {card.fold}: reads {card.encoder} at {names})"
 
     @property
     def bins(self) -> TimeBins:

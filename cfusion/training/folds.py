@@ -27,14 +27,14 @@ from cfusion.training.loop import FoldJob, train_fold
 from cfusion.training.runtime import Runtime
 from cfusion.training.schedule import make_optimizer
 from cfusion.training.step import Stepper
-from cfusion.types import Cohort, Split
+from cfusion.types import Cohort, Split, titled_table
 
 logger = logging.getLogger(__name__)
 
 EpochCallback = Callable[[int, dict[str, float]], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FoldRun:
     """What training one fold gives.
 
@@ -52,6 +52,15 @@ class FoldRun:
     history: pd.DataFrame
     best_epoch: int
     split: Split
+
+    def __repr__(self) -> str:
+        return (
+            f"FoldRun({self.model.card.model['name']}, fold {self.split.fold}: epoch {self.best_epoch} chosen after "
+            f"{len(self.history)} epochs, {len(self.predictions)} patients predicted)"
+        )
+
+    def _repr_html_(self) -> str:
+        return titled_table(repr(self), self.history) + titled_table("Predictions", self.predictions, rows=5)
 
 
 def fit(

@@ -109,6 +109,20 @@ def test_baselines_are_explained_at_the_magnification_they_read(name, tmp_path):
     assert np.isfinite(found.levels["x20"].mean).all()
 
 
+def test_cells_are_removed_from_a_model_that_does_not_read_them(tmp_path):
+    slide, _ = planted_slide(4)
+    amil = ensemble(tmp_path, "amil", folds=1)
+    found = explain(amil, slide)
+    assert list(found.levels) == ["x20", "x5"]
+    assert [found.has("x20", method) for method in found.methods] == [True, True, False]
+    assert [found.has("x5", method) for method in found.methods] == [False, False, True]
+    bag = slide_bag(slide, amil.models[0])
+    rest = dataclasses.replace(bag, features={"x20": bag.features["x20"][:, 16:]})
+    with torch.inference_mode():
+        change = amil.models[0].module(bag).risk - amil.models[0].module(rest).risk
+    assert found.scores("x5", "occlusion")[0] == pytest.approx(change.item(), abs=1e-5)
+
+
 def test_a_spatial_grid_is_explained_where_tiles_lie(tmp_path):
     slide, _ = planted_slide(5)
     found = explain(ensemble(tmp_path, folds=1, grid="spatial"), slide, occlusion="tiles")
@@ -186,6 +200,6 @@ def test_a_slide_that_the_model_cannot_read_is_refused(slide, message, folds):
 
 def test_a_magnification_that_the_model_does_not_read_is_refused(folds):
     slide, _ = planted_slide(3)
-    with pytest.raises(ConfigError, match=r"magnification x40: the model does not read it.*It reads x20, x10, x5"):
+    with pytest.raises(ConfigError, match=r"x40: the model does not read it.*There are scores at x20, x10, x5"):
         explain(folds, slide, magnifications=["x40"])
     assert list(explain(folds, slide, magnifications=["x10"]).levels) == ["x10"]

@@ -1,0 +1,19 @@
+"""Planted regions of drawn slides are found, by models that learnt from slides with another question."""
+
+import pytest
+
+from benchmarks.faithfulness import measure
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_planted_regions_are_ranked_and_their_removal_lowers_the_risk(tmp_path):
+    table = measure(tmp_path, ["crossfusion"], patients=240, folds=2, slides=2, cells=4)
+    print(table.to_string(float_format="{:.2f}".format))
+    auroc, area = table["auroc"]["crossfusion"], table["area"]["crossfusion", "both"]
+    assert auroc["both", "x20", "occlusion"] >= 0.8
+    assert auroc["both", "x5", "occlusion"] >= 0.8
+    assert auroc["nuclei", "x20", "occlusion"] >= 0.8
+    assert 0.35 <= auroc["architecture", "x20"].min() <= auroc["architecture", "x20"].max() <= 0.65, "not seen at 20x"
+    assert area["x20", "occlusion"] > 0
+    assert area["x5", "occlusion"] > 0
