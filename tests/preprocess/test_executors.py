@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from slide_factory import tissue_picture, write_slide
 
@@ -57,6 +58,32 @@ def test_a_job_array_of_submitit(config: PreprocessConfig, monkeypatch):
     assert statuses(fan_out(config, FanOut("slurm", tasks=2, minutes=5))) == ALL | dict.fromkeys(
         ("s0", "s1", "s2"), "skipped"
     )
+
+
+@pytest.fixture
+def ray_on_loopback(monkeypatch: pytest.MonkeyPatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20,
+        _node_ip_address="127.0.0.1",
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+def test_tasks_of_a_ray_cluster(config: PreprocessConfig, ray_on_loopback, tmp_path):
+    summary = fan_out(config, FanOut("ray", tasks=2))
+    assert statuses(summary) == ALL
+    assert [p.name for p in config.store.glob("summary*")] == ["summary.csv"]
+    here = config.model_copy(update={"store": tmp_path / "here"})
+    fan_out(here, FanOut())
+    stores = [FeatureStore.open(place.store, "stain-texture") for place in (config, here)]
+    for slide in ("s0", "s1", "s2"):
+        one, other = (store.read(slide) for store in stores)
+        assert all(np.array_equal(one.features[name], other.features[name]) for name in other.features)
+    with pytest.raises(ConfigError, match="encoder 'none' is not known"):
+        fan_out(config.model_copy(update={"encoders": ("none",)}), FanOut("ray", tasks=2))
 
 
 def test_a_lost_share_is_started_again_and_then_told(config: PreprocessConfig, monkeypatch, caplog):
