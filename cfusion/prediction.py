@@ -153,11 +153,15 @@ class FoldEnsemble:
         ]
         return np.mean(curves, axis=0)
 
-    def predict_bag(self, features: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    def predict_bag(
+        self, features: Mapping[str, np.ndarray], positions: Mapping[str, Sequence[Sequence[int]]] | None = None
+    ) -> pd.DataFrame:
         """Risk and survival of one bag.
 
         Args:
             features: Per magnification name, f32 [tile, dim].
+            positions: Per magnification name, [tile, 2], column and row of each tile on its magnification's grid, as
+                `bag_positions` gives them; CrossFusion with `grid: spatial` cannot do without.
 
         Returns:
             One row per month at which some model's time bin ends: `months`, `survival` (mean over folds), and, the
@@ -165,12 +169,28 @@ class FoldEnsemble:
         """
         card = self.models[0].card
         names = [magnification_name(m) for m in card.magnifications]
-        batch = BagBatch({name: torch.as_tensor(np.array(features[name], dtype=np.float32))[None] for name in names})
+        placed = None
+        if positions:
+            placed = {name: _checked_positions(positions, name, len(features[name])) for name in names}
+        tensors = {name: torch.as_tensor(np.array(features[name], dtype=np.float32))[None] for name in names}
+        batch = BagBatch(tensors, None, placed)
         with torch.inference_mode():
             outputs = [m.module(batch) for m in self.models]
         survival = self._mean_curve([output.survival[0].double().numpy() for output in outputs])
         risks = np.array([output.risk.item() for output in outputs])
         return pd.DataFrame({"months": self.months, "survival": survival, "risk": risks.mean(), "risk_sd": risks.std()})
+
+
+def _checked_positions(positions: Mapping[str, Sequence[Sequence[int]]], name: str, tiles: int) -> torch.Tensor:
+    """Positions [1, tile, 2] of a magnification.
+
+    Raises:
+        DataError: They are not columns and rows of that many tiles.
+    """
+    table = np.asarray(positions.get(name, ()))
+    if table.shape != (tiles, 2) or table.dtype.kind not in "iu" or table.min(initial=0) < 0:
+        raise DataError(f"positions of {name}: expected {tiles} pairs of column and row, whole numbers from 0.")
+    return torch.as_tensor(table.astype(np.int64))[None]
 
 
 def _step_curve(edges: Sequence[float], survival: np.ndarray, months: np.ndarray) -> np.ndarray:

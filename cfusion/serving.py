@@ -5,6 +5,7 @@ MLflow keeps this file with the model and runs it to load it, so no pickled obje
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,16 @@ class ServedEnsemble(PythonModel):
         """Read the fold models among the run's artifacts."""
         self.ensemble = FoldEnsemble.load(Path(context.artifacts["folds"]))
 
-    def predict(self, context: Any, model_input, params: Any = None) -> pd.DataFrame:  # type: ignore[no-untyped-def]
+    def predict(  # type: ignore[no-untyped-def]
+        self, context: Any, model_input, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
         """Risk and survival of one bag: f32 [tile, dim] per magnification name (see `FoldEnsemble.predict_bag`).
 
-        `model_input` has no annotation, which MLflow would take for another signature than the registered one.
+        The parameter `positions` is JSON of each tile's column and row per magnification name. `model_input` has no
+        annotation, which MLflow would take for another signature than the registered one.
         """
-        return self.ensemble.predict_bag(model_input)
+        positions = json.loads((params or {}).get("positions") or "null")
+        return self.ensemble.predict_bag(model_input, positions)
 
 
 mlflow.models.set_model(ServedEnsemble())

@@ -43,16 +43,20 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
     return make_cohort(tmp_path_factory.mktemp("cohort"), patients=30, two_slides=3)
 
 
-def untrained(folder: Path, *, name: str = "crossfusion", encoder: str = ENCODER, dim: int = 8) -> Path:
+def untrained(folder: Path, *, grid: str = "spatial", encoder: str = ENCODER, dim: int = 8) -> Path:
     """Two fold models as a run leaves them, with weights drawn at random."""
-    settings = ModelConfig(name=name, embed_dim=16, num_heads=2)
+    settings = ModelConfig(embed_dim=16, num_heads=2, options={"grid": grid})
     for fold, edges in enumerate(EDGES):
         torch.manual_seed(fold)
         card = ModelCard(
             model=settings.model_dump(mode="json"), backbone_dim=dim, magnifications=MAGNIFICATIONS, edges_months=edges,
             encoder=encoder, cohort="made_up", endpoint="OS", fold=fold, risk_cutoff=-2.2 + 0.1 * fold,
         )  # fmt: skip
-        FittedModel(build(settings, dim, 4, MAGNIFICATIONS).eval(), card).save(folder / f"fold_{fold}" / "model")
+        network = build(settings, dim, 4, MAGNIFICATIONS).eval()
+        with torch.no_grad():  # a fresh network has parts that do nothing yet, such as the position encoding
+            for parameter in network.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        FittedModel(network, card).save(folder / f"fold_{fold}" / "model")
     return folder
 
 

@@ -164,7 +164,7 @@ def _save_served(ensemble: FoldEnsemble, folder: Path, scratch: Path) -> None:
 
 def _signature(card: ModelCard) -> ModelSignature:
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema, TensorSpec
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
     inputs: list[ColSpec | TensorSpec] = [
         TensorSpec(np.dtype("float32"), (-1, card.backbone_dim), magnification_name(m)) for m in card.magnifications
@@ -172,7 +172,8 @@ def _signature(card: ModelCard) -> ModelSignature:
     outputs: list[ColSpec | TensorSpec] = [
         ColSpec("double", name) for name in ("months", "survival", "risk", "risk_sd")
     ]
-    return ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs))
+    params = ParamSchema([ParamSpec("positions", "string", "")])
+    return ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs), params=params)
 
 
 def _metadata(ensemble: FoldEnsemble) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """The registry's rule: who becomes champion, who does not, and what is told of it."""
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -166,7 +168,7 @@ def test_a_registered_ensemble_predicts_as_the_folder_it_came_from(client, cfusi
 def test_the_served_model_has_signature_example_encoder_and_time_bins(client, tmp_path):
     import mlflow
 
-    folder = untrained(tmp_path / "run")
+    folder = untrained(tmp_path / "run", grid="file")
     run_id = client.create_run("0").info.run_id
     register_ensemble(client, run_id, folder, "described", {})
     local = client.download_artifacts(run_id, "model", str(tmp_path))
@@ -181,6 +183,27 @@ def test_the_served_model_has_signature_example_encoder_and_time_bins(client, tm
     answer = model.predict(model.input_example)
     assert answer["months"].tolist() == [6.0, 14.0, 15.0, 30.0, 31.0, 200.0]
     assert not list(Path(local).rglob("*.pkl")), "nothing is pickled"
+
+
+def test_a_served_model_that_needs_positions_takes_them(tmp_path):
+    from cfusion.serving import ServedEnsemble
+
+    folder = untrained(tmp_path / "run", grid="spatial")
+    served = ServedEnsemble()
+    served.load_context(SimpleNamespace(artifacts={"folds": str(folder)}))
+    rng = np.random.default_rng(0)
+    bag = {name: rng.normal(size=(n, 8)).astype(np.float32) for name, n in (("x20", 16), ("x10", 4), ("x5", 1))}
+    square = {"x20": [[i % 4, i // 4] for i in range(16)], "x10": [[i % 2, i // 2] for i in range(4)], "x5": [[0, 0]]}
+    moved = {**square, "x10": [[1, 1], [0, 1], [1, 0], [0, 0]]}
+    risks = [
+        served.predict(None, bag, {"positions": json.dumps(positions)})["risk"].iloc[0] for positions in (square, moved)
+    ]
+    assert risks[0] == FoldEnsemble.load(folder).predict_bag(bag, square)["risk"].iloc[0]
+    assert risks[0] != risks[1], "where the tiles lie matters"
+    with pytest.raises(DataError, match="positions of x5: expected 1 pairs"):
+        served.predict(None, bag, {"positions": json.dumps({**square, "x5": []})})
+    with pytest.raises(DataError, match="grid: spatial needs the position"):
+        served.predict(None, bag)
 
 
 def test_a_name_of_another_contract_is_refused_with_both_named(client, version):

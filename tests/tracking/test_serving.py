@@ -30,9 +30,13 @@ def ask(url: str, body: dict) -> tuple[int, dict]:
         return error.code, json.loads(error.read())
 
 
+def grid(columns: int, rows: int) -> list[list[int]]:
+    return [[column, row] for row in range(rows) for column in range(columns)]
+
+
 @pytest.mark.slow
 def test_a_served_candidate_answers_a_bag_as_its_fold_models_do(tmp_path):
-    folder = untrained(tmp_path / "run")
+    folder = untrained(tmp_path / "run", grid="spatial")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     client = connect(uri)
     register_ensemble(client, client.create_run("0").info.run_id, folder, "served", {})
@@ -52,9 +56,11 @@ def test_a_served_candidate_answers_a_bag_as_its_fold_models_do(tmp_path):
         wait_for(f"{url}/ping", process, tmp_path / "serve.log")
         rng = np.random.default_rng(0)
         bag = {name: rng.normal(size=(n, 8)).astype(np.float32) for name, n in (("x20", 32), ("x10", 8), ("x5", 2))}
-        status, answer = ask(url, {"inputs": {name: values.tolist() for name, values in bag.items()}})
+        positions = {"x20": grid(8, 4), "x10": grid(4, 2), "x5": grid(2, 1)}
+        inputs = {name: values.tolist() for name, values in bag.items()}
+        status, answer = ask(url, {"inputs": inputs, "params": {"positions": json.dumps(positions)}})
         assert status == 200, answer
-        expected = FoldEnsemble.load(folder).predict_bag(bag)
+        expected = FoldEnsemble.load(folder).predict_bag(bag, positions)
         rows = answer["predictions"]
         assert [row["months"] for row in rows] == expected["months"].tolist()
         np.testing.assert_allclose([row["survival"] for row in rows], expected["survival"], rtol=1e-6)
