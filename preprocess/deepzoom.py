@@ -12,6 +12,7 @@ from openslide.deepzoom import DeepZoomGenerator
 from PIL import Image
 
 from cfusion.errors import DataError
+from preprocess.resample import area_average
 from preprocess.slides import Overview, Slide
 
 TILE_PX = 254
@@ -29,7 +30,7 @@ OVERVIEW_PX = 8192
 QUICK_PX = 50e6
 """Pixels that are read in about a second; an overview of more is made by `prepare` alone."""
 
-MAX_PATCH_PX = 8192
+MAX_PATCH_PX = 4096
 """Longest side of a patch, in level-0 px."""
 
 
@@ -96,7 +97,7 @@ class DeepZoom:
         return picture if picture.size == size else picture.resize(size, Image.Resampling.BOX)
 
     def patch(self, x_px: int, y_px: int, side_px: float, pixels: int = 256) -> Image.Image:
-        """A square of the slide, area-averaged to `pixels` a side as the pipeline does; RGB.
+        """A square of level 0, area-averaged to `pixels` a side: what an encoder sees of a tile; RGB.
 
         Args:
             x_px: Left edge in level-0 px.
@@ -113,10 +114,9 @@ class DeepZoom:
                 f"{self.slide.path.name}: a patch of {side_px:g} px at {x_px}, {y_px} cannot be shown.",
                 f"The slide is {width} × {height} px; a side is at most {MAX_PATCH_PX} px.",
             )
-        level = self._level_for(side_px / pixels)
-        read = max(1, round(side_px / self.slide.downsamples[level]))
-        rgb = self.slide.composite(self.slide.read_rgba(x_px, y_px, read, read, level))
-        return Image.fromarray(rgb).resize((pixels, pixels), Image.Resampling.BOX)
+        side = max(1, round(side_px))
+        rgb = self.slide.composite(self.slide.read_rgba(x_px, y_px, side, side))
+        return Image.fromarray(area_average(rgb, pixels, pixels))
 
     def whole(self, longest_px: int) -> Image.Image:
         """The whole slide, its longer side of at most `longest_px`; what cannot be read has the background's colour.

@@ -23,7 +23,7 @@ from starlette.routing import Route
 import cfusion
 from cfusion.errors import CfusionError, DataError
 from cfusion.explanation.result import Explanation
-from cfusion.types import magnification_name
+from cfusion.types import magnification_name, magnification_value
 from cfusion.view import openseadragon
 from cfusion.view.explanations import Explanations, described, level_of, lineage
 from cfusion.view.pictures import PictureCache
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 PICTURE_BYTES = 128 << 20
 MAGNIFICATIONS = (20.0, 10.0, 5.0)
-"""Of the patches that the inspector shows of a slide without an explanation."""
+"""Of the patches that the inspector always shows, scored or not."""
 
 LIST_PX = 160
 STILL_PX = 2048
@@ -251,15 +251,19 @@ def _number(request: Request, name: str) -> float:
 
 def _sides(explanation: Explanation | None, slide: ServedSlide, mpp: float | None) -> tuple[dict[str, float], str]:
     """Side of a tile in level-0 px by magnification, and why there are none."""
-    if explanation is not None:
-        return {name: level.side_px for name, level in explanation.levels.items()}, ""
-    if mpp is None:
+    scored = {name: level.side_px for name, level in explanation.levels.items()} if explanation is not None else {}
+    if scored:
+        name = next(iter(scored))
+        side_at_1x = scored[name] * magnification_value(name)
+    elif mpp is None:
         return {}, "The slide does not tell its resolution, so there is no 20x; give --default-mpp."
-    try:
-        finest = PATCH_PX * finest_scale(slide.slide_id, mpp, MAGNIFICATIONS[0], "nominal")
-    except DataError as error:
-        return {}, str(error)
-    return {magnification_name(m): finest * MAGNIFICATIONS[0] / m for m in MAGNIFICATIONS}, ""
+    else:
+        try:
+            finest = finest_scale(slide.slide_id, mpp, MAGNIFICATIONS[0], "nominal")
+        except DataError as error:
+            return {}, str(error)
+        side_at_1x = PATCH_PX * finest * MAGNIFICATIONS[0]
+    return {magnification_name(m): side_at_1x / m for m in MAGNIFICATIONS} | scored, ""
 
 
 @cache

@@ -12,6 +12,7 @@ import numpy as np
 
 from cfusion.errors import DataError
 from cfusion.explanation.result import METHODS, ZARR_NAME, Explanation, TileScores, read_explanation
+from cfusion.files import read_json
 from cfusion.view.slides import UnknownSlideError
 from preprocess.deepzoom import DeepZoom
 
@@ -42,9 +43,9 @@ class Explanations:
             return
         for path in [root] if root.suffix == ".zarr" else sorted(root.rglob(ZARR_NAME)):
             try:
-                slide_id = read_explanation(path).slide_id
-            except DataError as error:
-                logger.warning("%s", error)
+                slide_id = str(read_json(path / "zarr.json")["attributes"]["slide_id"])
+            except (DataError, KeyError, TypeError) as error:
+                logger.warning("%s is not an explanation (%s)", path, error)
                 continue
             if slide_id in self.paths:
                 logger.warning("%s is not shown: %s explains the slide too", path, self.paths[slide_id])

@@ -340,6 +340,20 @@ def test_a_slide_that_vanishes_is_told_and_marked(browser, files: Files, tmp_pat
 
 
 @deep
+def test_a_name_is_never_taken_for_markup(browser, files: Files, tmp_path):
+    name = "<img src=x onerror=alert(1)>&\"'"
+    shutil.copy(files.slides / f"{PLAIN}.svs", tmp_path / f"{name}.svs")
+    viewer = Viewer(SlideFolder(tmp_path), Explanations(None))
+    load_deep_zoom(viewer)
+    for window in windows(browser, viewer):
+        page = window.open(name)
+        expect(page.locator("#list b")).to_have_text(name)
+        expect(page.locator("#slide-name")).to_have_text(name)
+        assert page.locator("img[src=x]").count() == 0
+        assert not window.complaints
+
+
+@deep
 def test_a_damaged_slide_is_told(browser, files: Files):
     for window in windows(browser, shown(files)):
         page = window.open(PLAIN)

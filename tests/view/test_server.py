@@ -1,6 +1,7 @@
 """The viewer's server: what it answers, what it refuses, and what it bears."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import xml.etree.ElementTree as ElementTree
 from io import BytesIO
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from made_up_viewer import (
     Files,
     explanation,
     make_files,
+    predictions,
     running,
     until,
 )
@@ -39,7 +42,7 @@ from cfusion.view.api import Viewer
 from cfusion.view.explanations import Explanations
 from cfusion.view.server import listen
 from cfusion.view.slides import MAX_OPEN, SlideFolder
-from cfusion.view.survival import CohortCurves
+from cfusion.view.survival import CohortCurves, patient_panel
 from preprocess import deepzoom
 from preprocess.slides import Overview, Slide, open_slide
 
@@ -128,6 +131,29 @@ def test_without_scores_a_click_finds_the_grid_of_the_slides_resolution(client: 
     tiles = client.json(f"/api/slides/{client.keys()[PLAIN]}/lineage?x=900&y=700")["tiles"]
     assert {t["name"]: t["side_px"] for t in tiles} == SIDES
     assert tiles[0]["tile"] is None
+
+
+def test_magnifications_without_scores_show_their_patches_too(files: Files, tmp_path: Path):
+    whole = explanation(EXPLAINED)
+    part = dataclasses.replace(whole, levels={"x20": whole.levels["x20"]})
+    write_explanation(part, tmp_path / "explanation.zarr")
+    slide = files.slides / f"{EXPLAINED}.svs"
+    with running(Viewer(SlideFolder(slide), Explanations(tmp_path))) as client:
+        tiles = client.json(f"/api/slides/{client.keys()[EXPLAINED]}/lineage?x=900&y=700")["tiles"]
+    assert [(t["name"], t["x_px"], t["y_px"], bool(t["scores"])) for t in tiles] == [
+        ("x20", 768, 512, True), ("x10", 512, 512, False), ("x5", 0, 0, False),
+    ]  # fmt: skip
+
+
+def test_names_are_never_taken_for_markup(files: Files, tmp_path: Path):
+    name = "<script>alert(1)<b>\"'&"
+    table = predictions().replace({"case_id": {"PT-0001": name}, "cohort": {"made_up": name}})
+    (tmp_path / "run").mkdir()
+    table.to_csv(tmp_path / "run" / "predictions.csv", index=False)
+    figure = patient_panel(CohortCurves(tmp_path / "run"), name, None)["figure"]
+    tree = ElementTree.fromstring(figure)
+    assert name in tree.get("aria-label")
+    assert {node.tag for node in tree.iter()} <= {"svg", "title", "desc", "path", "text"}
 
 
 def test_a_patch_is_the_area_average_of_its_square(client: Client, tmp_path: Path):
