@@ -131,11 +131,7 @@ class Runtime:
             ],
         )
         if accelerator.distributed_type not in _REPLICATED:
-            raise ConfigError(
-                f"parallel.engine=ddp was asked for, but Accelerate runs {accelerator.distributed_type.value}.",
-                "Start with torchrun, without ACCELERATE_* variables.",
-                topic="world",
-            )
+            raise another_engine(parallel, accelerator.distributed_type.value)
         return accelerator
 
     def worlds(self) -> dict[str, int]:
@@ -256,6 +252,15 @@ class Runtime:
                 "Start all of them from the same files and the same version of the program.",
                 topic="world",
             )
+
+
+def another_engine(parallel: ParallelConfig, runs: str) -> ConfigError:
+    """What to raise where Accelerate runs something else than the engine of the configuration."""
+    return ConfigError(
+        f"parallel.engine={parallel.engine} was asked for, but Accelerate runs {runs}.",
+        "Start with torchrun, without ACCELERATE_* variables; a process runs one engine in its life.",
+        topic="world",
+    )
 
 
 def check_divides(global_batch: int, world_size: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import io
 import logging
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from cfusion.config import ParallelConfig
 from cfusion.errors import ConfigError, MissingExtraError
-from cfusion.training.runtime import TIMEOUT, Part, Runtime, moments_of
+from cfusion.training.runtime import TIMEOUT, Part, Runtime, another_engine, moments_of
 
 _NEVER = 1 << 62
 
@@ -40,6 +41,7 @@ class ZeroRuntime(Runtime):
         self._blank: nn.Module | None = None
 
     @staticmethod
+    @functools.cache  # Accelerate takes a plugin once in the life of a process
     def accelerate(parallel: ParallelConfig, *, on_cpu: bool) -> Accelerator:
         """Accelerate with DeepSpeed below it.
 
@@ -58,19 +60,18 @@ class ZeroRuntime(Runtime):
         os.environ.pop("ACCELERATE_USE_CPU", None)
         _import_deepspeed()
         _alone()
-        with contextlib.redirect_stdout(io.StringIO()):  # where DeepSpeed prints what it compiles
-            accelerator = Accelerator(
-                cpu=False,
-                mixed_precision="no",
-                deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config(parallel, on_cpu=on_cpu)),
-                kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=TIMEOUT)],
-            )
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # where DeepSpeed prints what it compiles
+                accelerator = Accelerator(
+                    cpu=False,
+                    mixed_precision="no",
+                    deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config(parallel, on_cpu=on_cpu)),
+                    kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=TIMEOUT)],
+                )
+        except NotImplementedError as error:
+            raise another_engine(parallel, "another stage already") from error
         if accelerator.distributed_type != DistributedType.DEEPSPEED:
-            raise ConfigError(
-                f"parallel.engine={parallel.engine} was asked for, but Accelerate runs {accelerator.distributed_type}.",
-                "Start with torchrun, without ACCELERATE_* variables.",
-                topic="world",
-            )
+            raise another_engine(parallel, accelerator.distributed_type.value)
         return accelerator
 
     def worlds(self) -> dict[str, int]:
@@ -81,7 +82,7 @@ class ZeroRuntime(Runtime):
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Hand model and optimizer to a DeepSpeed engine; the model's own parameters are then the engine's."""
-        self._blank = copy.deepcopy(model).to("meta")
+        self._blank = _without_values(model)
         wrapped, optimizer = super().prepare(model, optimizer)
         self._engine = wrapped
         if self._engine.zero_optimization_stage() != int(self.parallel.engine[-1]):
@@ -181,6 +182,13 @@ def deepspeed_config(parallel: ParallelConfig, *, on_cpu: bool) -> dict[str, Any
         # gradients may be exchanged in bf16, sums of gradients stay f32.
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return settings
+
+
+def _without_values(model: nn.Module) -> nn.Module:
+    """A copy of a module on the meta device, made without a second set of parameters in memory."""
+    parameters = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    buffers = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    return copy.deepcopy(model, parameters | buffers)
 
 
 def _import_deepspeed() -> None:

@@ -50,7 +50,10 @@ def configuration(files: CohortFiles, output: Path, engine: str, **sections: dic
 def train(config: Config, folder: Path | None = None) -> Any:
     from accelerate.state import AcceleratorState
 
+    from cfusion.training.zero import ZeroRuntime
+
     AcceleratorState._reset_state(True)
+    ZeroRuntime.accelerate.cache_clear()
     cohort = cfusion.read_cohort(config.cohort)
     return fit(config, cohort, cfusion.make_splits(cohort, config.splits)[0], folder=folder)
 
@@ -90,6 +93,7 @@ def train_stop_and_resume(configs: dict[str, Config], folder: Path) -> None:
     (folder / f"said_{os.environ['RANK']}.txt").write_text(said.getvalue())
     for name in ("ddp", "zero3"):
         refuse_not_finite(configs[name])
+        refuse_a_gradient_that_is_not_finite(configs[name])
     refuse_a_full_disk(configs["zero2"], folder / "full")
 
 
@@ -112,6 +116,40 @@ def refuse_not_finite(config: Config) -> None:
     told: list[str] = [""] * 2
     torch.distributed.all_gather_object(told, str(refused.value))
     assert told[0] == told[1]
+
+
+class RootOfZero:
+    """A loss that is 0 with a gradient that is not a number."""
+
+    set_wise = False
+
+    def __call__(self, output: Any, targets: Any, *, alpha: float) -> torch.Tensor:
+        return (output.logits.sum(dim=1) * 0).sqrt()
+
+
+def refuse_a_gradient_that_is_not_finite(config: Config) -> None:
+    """No parameter has moved."""
+    from cfusion.training import folds
+    from cfusion.training.step import Stepper
+
+    kept: dict[str, torch.Tensor] = {}
+    losses, step = folds.LOSSES, Stepper.step
+
+    def watched(self: Stepper, *arguments: Any, **options: Any) -> Any:
+        parts = self.runtime.parts(self.model.module, self.optimizer)
+        before = {name: part.values.clone() for name, part in parts.items()}
+        try:
+            return step(self, *arguments, **options)
+        finally:
+            assert before
+            assert all(torch.equal(part.values, before[name]) for name, part in parts.items())
+            kept.update(before)
+
+    folds.LOSSES, Stepper.step = {"nll": RootOfZero()}, watched
+    with pytest.raises(DataError, match=r"The gradient of a step is not finite. Its bags: PT-"):
+        train(config)
+    folds.LOSSES, Stepper.step = losses, step
+    assert kept
 
 
 def refuse_a_full_disk(config: Config, folder: Path) -> None:

@@ -94,6 +94,38 @@ def test_stopped_at_any_step_and_resumed_is_never_stopped(files, tmp_path, stop_
     assert_same(run_fold(files.config(tmp_path, **sections), folder=tmp_path / "state"), undisturbed)
 
 
+def test_killed_at_every_step_in_turn_is_never_killed(files, tmp_path, monkeypatch):
+    """A process that is gone at once, after each step, between two checkpoints; the last epoch's partial step too."""
+    import cfusion.training.checkpoint as checkpoint
+    from cfusion.training.step import Stepper
+
+    sections = {"train": {"ema": 0.9, "epochs": 3, "monitor": "loss"}, "parallel": {"global_batch": 10}}
+    undisturbed = run_fold(files.config(tmp_path, **sections))
+    monkeypatch.setattr(checkpoint, "INTERVAL_SECONDS", -1.0)
+    original = Stepper.step
+    steps = 0
+
+    def killed(self, *arguments, **options):
+        nonlocal steps
+        report = original(self, *arguments, **options)
+        steps += 1
+        if steps % 2 == 0:
+            raise KeyboardInterrupt
+        return report
+
+    monkeypatch.setattr(Stepper, "step", killed)
+    kills = 0
+    while True:
+        try:
+            run = run_fold(files.config(tmp_path, **sections), folder=tmp_path / "state")
+        except KeyboardInterrupt:
+            kills += 1
+        else:
+            break
+    assert kills == 3 * 3 - 1, "one step forward a life"
+    assert_same(run, undisturbed)
+
+
 def test_a_checkpoint_of_another_run_or_damaged_is_refused(files, tmp_path, monkeypatch):
     import cfusion.training.loop as loop
 

@@ -1,0 +1,121 @@
+"""A world that is not what was asked for is refused, by every process and before anything is trained."""
+
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from spawn import run_world
+
+import cfusion.training.runtime as runtime_module
+from cfusion.config import ParallelConfig
+from cfusion.errors import ConfigError, MissingExtraError
+from cfusion.training.runtime import Runtime
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Puts back what starting an engine sets."""
+    for name in ("DS_ACCELERATOR", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    return monkeypatch
+
+
+def other_program() -> None:
+    """In a worker: the second process runs other source files."""
+    if os.environ["RANK"] == "1":
+        runtime_module.program_digest = lambda: "edited"
+    with pytest.raises(ConfigError, match=r"Ranks \[1\] have another program .* Start all of them from the same files"):
+        Runtime.start(ParallelConfig())
+
+
+def test_processes_of_another_version_of_the_program_stop_at_the_start(tmp_path):
+    run_world(2, other_program, tmp_path)
+
+
+def test_the_program_is_its_source_files_and_torch(monkeypatch):
+    assert runtime_module.program_digest() == runtime_module.program_digest.__wrapped__()
+    monkeypatch.setattr(torch, "__version__", "2.0")
+    assert runtime_module.program_digest() != runtime_module.program_digest.__wrapped__()
+
+
+@pytest.mark.parametrize("precision", ["f64", "fp16"])
+def test_zero_refuses_a_precision_it_does_not_compute_in(environment, precision):
+    environment.setattr(torch.cuda, "is_available", lambda: precision == "fp16")
+    with pytest.raises(
+        ConfigError, match=rf"precision={precision} goes with parallel.engine=ddp alone. Use f32 or bf16"
+    ):
+        Runtime.start(ParallelConfig(engine="zero2", precision=precision))
+
+
+@pytest.mark.parametrize("package", ["deepspeed", "transformers"])
+def test_zero_without_its_extra_names_it(environment, package):
+    environment.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=rf"{package}, which is not installed.*cfusion\[deepspeed\]"):
+        Runtime.start(ParallelConfig(engine="zero2"))
+
+
+@pytest.mark.parametrize(
+    ("engine", "runs"),
+    [("zero2", DistributedType.MULTI_CPU), ("ddp", DistributedType.DEEPSPEED), ("ddp", DistributedType.FSDP)],
+)
+def test_another_engine_than_the_one_asked_for_is_refused(environment, engine, runs):
+    """Accelerate passes over DeepSpeed, or takes it up, by its environment alone."""
+    import cfusion.training.zero as zero
+
+    for module in (runtime_module, zero):
+        environment.setattr(module, "Accelerator", lambda **_: SimpleNamespace(distributed_type=runs))
+    environment.setattr(zero, "DeepSpeedPlugin", lambda **_: None)
+    environment.setattr(zero, "_import_deepspeed", lambda: None)
+    zero.ZeroRuntime.accelerate.cache_clear()
+    with pytest.raises(ConfigError, match=rf"parallel.engine={engine} was asked for, but Accelerate runs {runs.value}"):
+        Runtime.start(ParallelConfig(engine=engine))
+
+
+@pytest.mark.parametrize("who", ["Accelerate", "torch.distributed", "DeepSpeed"])
+def test_a_library_that_sees_another_world_is_refused(environment, who):
+    environment.setattr(Runtime, "worlds", lambda self: {"Accelerate": 1, "torch.distributed": 1, who: 2})
+    with pytest.raises(ConfigError, match=rf"The launcher started 1 processes, but {who} sees 2"):
+        Runtime.start(ParallelConfig())
+
+
+def test_fp16_without_a_gpu_is_refused(environment):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(ConfigError, match=r"fp16 needs a GPU"):
+        Runtime.start(ParallelConfig(precision="fp16"))
+
+
+@pytest.mark.parametrize(("scale", "told"), [(1024.0, 0.0), (0.5, float("inf"))])
+def test_in_fp16_a_scale_too_large_skips_a_step_and_one_too_small_stops(scale, told):
+    moved = []
+    runtime = Runtime.__new__(Runtime)
+    runtime.accelerator = SimpleNamespace(
+        clip_grad_norm_=lambda parameters, limit: float("inf"), scaler=SimpleNamespace(get_scale=lambda: scale)
+    )
+    optimizer = SimpleNamespace(param_groups=[{}], step=lambda: moved.append(1), zero_grad=lambda: None)
+    assert runtime.advance(torch.nn.Linear(1, 1), optimizer, lr=0.1, clip_norm=1.0) == told
+    assert moved == [1], "the scaler skips the step and lowers the scale"
+
+
+def nccl_step(engine: str) -> None:
+    """In a worker: one process on NCCL sums, and its engine runs bf16."""
+    runtime = Runtime.start(ParallelConfig(engine=engine, precision="bf16", global_batch=1))
+    assert torch.distributed.get_backend() == "nccl"
+    model = torch.nn.Linear(3, 1)
+    wrapped, optimizer = runtime.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+    with runtime.accumulate(wrapped, last=True):
+        output = wrapped(torch.ones(2, 3, device=runtime.device))
+        assert output.dtype == torch.bfloat16
+        runtime.backward(output.float().square().mean())
+    assert runtime.advance(wrapped, optimizer, lr=0.1, clip_norm=1.0) > 0
+    assert runtime.sum([2.0]) == [2.0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+def test_bf16_on_nccl(tmp_path, engine):
+    run_world(1, nccl_step, tmp_path, engine)
