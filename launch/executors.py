@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -190,8 +191,12 @@ def _cluster(address: str) -> Iterator[None]:
             "_node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES,
         }  # fmt: skip
     try:
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        if port.isdigit():
+            # Ray itself asks for minutes before it says that nobody answers.
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, log_to_driver=False, **options)
-    except ConnectionError as error:
+    except OSError as error:
         remedy = "Start one with ray start --head, or give its --ray-address."
         raise DataError(f"--executor ray: there is no Ray cluster at {address}.", remedy) from error
     try:

@@ -25,12 +25,21 @@ Settings = dict[str, Any]
 """`section.key` → value."""
 
 
+_SETTINGS = {
+    "cohort": "cohort.name", "encoder": "data.encoder", "model": "model.name", "protocol": "evaluation.protocol",
+    "fold": "splits.fold",
+}  # fmt: skip
+"""What an axis of this name sets, where it is a list of values."""
+
+
 def _named_values(axes: Any) -> Any:
     """An axis may be a list: the values of the one setting that the axis is named after."""
     if not isinstance(axes, dict):
         return axes
     return {
-        axis: {str(value): {axis: value} for value in values} if isinstance(values, list) else values
+        axis: {str(value): {_SETTINGS.get(axis, axis): value} for value in values}
+        if isinstance(values, list)
+        else values
         for axis, values in axes.items()
     }
 
@@ -46,8 +55,8 @@ class SweepConfig(Section):
     """Settings of every run, in sections as in a run's own file. `{axis}` in a text, here or on an axis, stands for the
     name of the run's value on that axis."""
     axes: Annotated[dict[str, dict[str, Settings]], BeforeValidator(_named_values)] = Field(default_factory=dict)
-    """Axis → value's name → `section.key: value` of that value; or, named after one setting, a list of its values, such
-    as `seed: [1, 2, 3]`."""
+    """Axis → value's name → `section.key: value` of that value. Or a list of values of the one setting that the axis is
+    named after, such as `seed: [1, 2, 3]`; so are cohort, encoder, model, protocol and fold."""
     exclude: tuple[dict[str, str], ...] = ()
     """Combinations that are left out, as axis: value; a run is left out if it has all values of one entry."""
     group: int = Field(8, ge=1)

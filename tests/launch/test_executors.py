@@ -1,0 +1,237 @@
+"""The same plan on each executor: the same bytes, whatever is killed or asked to stop on the way."""
+
+import functools
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+from factories import CohortFiles, make_cohort
+
+from cfusion.config import validate
+from cfusion.errors import DataError, MissingExtraError, PartialResultError, RequeueError
+from launch import executors
+from launch import sweep as sweeps
+from launch.executors import Resources
+from launch.markers import attempts, claim, holder
+from launch.plan import PlannedRun, SweepConfig, plan
+from launch.status import look
+from launch.sweep import Execution, run_all
+
+ONE_CORE = Resources(cpus=1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
+    return make_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+def planned(files: CohortFiles, output: Path, **more) -> list[PlannedRun]:
+    base = files.config(output, train={"epochs": 6}).model_dump(mode="json", exclude={"output"})
+    axes = {"model": {"amil": {"model.name": "amil"}, "mean": {"model.name": "mean_mil"}}}
+    values = {"name": "test", "output": str(output), "base": base, "axes": axes}
+    return plan(validate(SweepConfig, {**values, **more}, "test"))
+
+
+@pytest.fixture(scope="module")
+def expected(files, tmp_path_factory) -> list[bytes]:
+    """Predictions of the plan, done in workers of this machine without any disturbance."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        folder = tmp_path_factory.mktemp("undisturbed")
+        runs = planned(files, folder)
+        run_all(runs, Execution(slots=2), folder)
+    return predictions(runs)
+
+
+def predictions(runs: list[PlannedRun]) -> list[bytes]:
+    return [(run.config.output / "predictions.csv").read_bytes() for run in runs]
+
+
+class Disturbance:
+    """Sends a signal, once, to the processes that `find` names, as soon as a first fold is done below `folder`."""
+
+    def __init__(self, folder: Path, number: int, find: Callable[[], list[int]]) -> None:
+        self._folder, self._number, self._find = folder, number, find
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self.hit: list[int] = []
+
+    def __enter__(self) -> "Disturbance":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.is_set() and not self.hit:
+            if list(self._folder.glob("runs/*/fold_0/fold.json")):
+                for pid in self._find():
+                    os.kill(pid, self._number)
+                    self.hit.append(pid)
+            time.sleep(0.01)
+
+
+def processes(words: str) -> list[int]:
+    """Processes below this one whose command line has the words."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if words in " ".join(child.cmdline()):
+                found.append(child.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def in_submitit(runs: list[PlannedRun], folder: Path, monkeypatch: pytest.MonkeyPatch, **how) -> None:
+    monkeypatch.setattr(sweeps, "run_slurm", functools.partial(executors.run_slurm, cluster="local"))
+    run_all(runs, Execution("slurm", **{"resources": ONE_CORE, **how}), folder)
+
+
+def test_submitit_ends_with_the_same_bytes_and_a_killed_task_goes_on(files, expected, tmp_path, monkeypatch):
+    runs = planned(files, tmp_path)
+    both_in_one_task = Resources(cpus=1, chunk=2)
+    find = functools.partial(processes, "submitit.core._submit")
+    with (
+        Disturbance(tmp_path, signal.SIGKILL, find) as killed,
+        pytest.raises(PartialResultError, match=r"2 of 2 runs failed. .* its task \d+ was lost"),
+    ):
+        in_submitit(runs, tmp_path, monkeypatch, retries=0, resources=both_in_one_task)
+    assert killed.hit
+    assert [status.state for status in look(runs)] == ["failed", "failed"]
+    assert "was lost" in look(runs)[0].word
+    in_submitit(runs, tmp_path, monkeypatch, resources=both_in_one_task)
+    assert predictions(runs) == expected
+    assert [status.state for status in look(runs)] == ["done", "done"]
+
+
+def test_a_task_that_is_signalled_saves_and_is_queued_again(files, expected, tmp_path, monkeypatch):
+    runs = planned(files, tmp_path)[:1]
+    find = functools.partial(processes, "submitit.core._submit")
+    with Disturbance(tmp_path, signal.SIGUSR2, find) as asked:
+        in_submitit(runs, tmp_path, monkeypatch, retries=0)
+    assert asked.hit
+    assert predictions(runs) == expected[:1]
+    assert [attempt["outcome"] for attempt in attempts(runs[0].config.output)] == ["stopped", "done"]
+
+
+def test_ray_ends_with_the_same_bytes_though_a_worker_is_killed(files, expected, tmp_path):
+    pytest.importorskip("ray")
+    runs = planned(files, tmp_path)
+    with Disturbance(tmp_path, signal.SIGKILL, functools.partial(processes, "ray::_at_place")) as killed:
+        run_all(runs, Execution("ray", resources=Resources(cpus=1, max_parallel=1), address="local"), tmp_path)
+    assert killed.hit
+    assert predictions(runs) == expected
+
+
+def test_a_ray_cluster_that_is_not_there_is_told(files, tmp_path):
+    pytest.importorskip("ray")
+    with pytest.raises(DataError, match=r"no Ray cluster at 127\.0\.0\.1:1\. Start one with ray start"):
+        run_all(planned(files, tmp_path), Execution("ray", address="127.0.0.1:1"), tmp_path)
+
+
+@pytest.mark.parametrize(("executor", "package"), [("slurm", "submitit"), ("ray", "ray")])
+def test_an_executor_that_is_not_installed_is_named(files, tmp_path, monkeypatch, executor, package):
+    monkeypatch.setattr(executors.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=rf"{package}, which is not installed. Install .*cfusion\[{executor}\]"):
+        run_all(planned(files, tmp_path), Execution(executor), tmp_path)
+
+
+def test_torchrun_inside_a_run(files, expected, tmp_path):
+    runs = planned(files, tmp_path)[:1]
+    run_all(runs, Execution(processes=2), tmp_path)
+    import io
+
+    alone, together = (pd.read_csv(io.BytesIO(text)) for text in (expected[0], predictions(runs)[0]))
+    assert together["case_id"].tolist() == alone["case_id"].tolist()
+    assert together["risk"].to_numpy() == pytest.approx(alone["risk"].to_numpy(), abs=1e-3)
+    cost = attempts(runs[0].config.output)[-1]
+    assert cost["outcome"] == "done"
+    assert cost["cpu_s"] > 1
+
+
+def test_torchrun_tells_the_cause_of_a_failure(files, tmp_path):
+    runs = planned(files, tmp_path, axes={"encoder": {"uni": {"data.encoder": "uni"}}})
+    with pytest.raises(PartialResultError, match=r"holds embeddings of made-up, not of data\.encoder=uni"):
+        run_all(runs, Execution(processes=2), tmp_path)
+
+
+def test_asked_to_stop_the_runs_at_work_save_and_the_rest_is_not_begun(files, expected, tmp_path):
+    runs = planned(files, tmp_path)
+    with (
+        Disturbance(tmp_path, signal.SIGTERM, lambda: [os.getpid()]) as asked,
+        pytest.raises(RequeueError, match="have saved their state"),
+    ):
+        run_all(runs, Execution(slots=1), tmp_path)
+    assert asked.hit
+    assert attempts(runs[0].config.output)[0]["outcome"] == "stopped"
+    assert not runs[1].config.output.exists()
+    run_all(runs, Execution(slots=1), tmp_path)
+    assert predictions(runs) == expected
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(files, tmp_path):
+    runs = planned(files, tmp_path)
+    with claim(runs[0].config.output):
+        assert look(runs)[0].state == "running"
+        with pytest.raises(
+            PartialResultError, match=rf"1 of 2 runs are left to another sweep.*process {os.getpid()} on"
+        ):
+            run_all(runs, Execution(), tmp_path)
+    assert [status.state for status in look(runs)] == ["open", "done"]
+    run_all(runs, Execution(), tmp_path)
+    assert [status.state for status in look(runs)] == ["done", "done"]
+
+
+def test_two_sweeps_at_once_train_every_run_once(files, expected, tmp_path):
+    runs = planned(files, tmp_path)
+    told: list[str] = []
+
+    def other() -> None:
+        try:
+            run_all(runs, Execution(), tmp_path)
+        except PartialResultError as error:
+            told.append(error.message)
+
+    second = threading.Thread(target=other)
+    second.start()
+    try:
+        run_all(runs, Execution(), tmp_path)
+    except PartialResultError as error:
+        told.append(error.message)
+    second.join()
+    assert all("left to another sweep" in word for word in told)
+    assert predictions(runs) == expected
+    assert [len(attempts(run.config.output)) for run in runs] == [1, 1]
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(files, tmp_path):
+    run = planned(files, tmp_path)[0]
+    folder = run.config.output
+    pid = os.fork()
+    if pid == 0:
+        with claim(folder):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    left, held = holder(folder)
+    assert (left.pid, held) == (pid, False)
+    status = look([run])[0]
+    assert status.state == "failed"
+    assert f"process {pid} on" in status.word
+    assert "killed" in status.word
+    with claim(folder):
+        assert holder(folder)[1]
+    assert look([run])[0].state == "open"

@@ -1,0 +1,294 @@
+"""Sweeps as people use them: the command line, its words for what is wrong, and runs that share a read."""
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from factories import CohortFiles, make_cohort
+from typer.testing import CliRunner
+
+from cfusion.cli.main import app
+from cfusion.cli.sweep_views import duration, legend, picture, runs_table, words
+from cfusion.errors import ConfigError, DataError, PartialResultError
+from launch.markers import attempts, write_failure
+from launch.plan import PlannedRun, SweepConfig, load_sweep, plan
+from launch.results import members_of
+from launch.status import counts, grid, look, seconds_left
+from launch.sweep import Execution, jobs_of, run_all
+
+AXES: dict[str, Any] = {
+    "encoder": {"made-up": {}},
+    "model": {"amil": {"model.name": "amil"}, "mean": {"model.name": "mean_mil"}},
+    "seed": [1, 2],
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
+    return make_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+def written(files: CohortFiles, folder: Path, **more: Any) -> Path:
+    """A sweep file on a made-up cohort."""
+    base = files.config(folder).model_dump(mode="json", exclude={"output"})
+    values = {"name": "toy", "output": str(folder / "sweep"), "base": base, "axes": AXES, **more}
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def cfusion(*arguments: str) -> str:
+    """Output of a command that must succeed."""
+    result = CliRunner().invoke(app, ["-q", "sweep", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def done(files, tmp_path_factory) -> Path:
+    """The file of a sweep that was run through the command line: all but the last run, which is open."""
+    path = written(files, tmp_path_factory.mktemp("done"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        assert "3 runs are done" in cfusion("run", str(path), "--slots", "2", "--limit", "3")
+    return path
+
+
+def test_plan_and_status_say_the_same_in_lines_and_in_json(done):
+    lines = [line.split("\t") for line in cfusion("plan", str(done)).splitlines()]
+    assert [line[0] for line in lines] == ["done", "done", "done", "open"]
+    assert [line[2] for line in lines] == ["3/3", "3/3", "3/3", "0/3"]
+    told = json.loads(cfusion("status", str(done), "--json"))
+    assert told["counts"] == {"done": 3, "running": 0, "failed": 0, "open": 1}
+    assert [run["name"] for run in told["runs"]] == [line[1] for line in lines]
+    assert 0 < told["seconds_left"] < 600
+    assert told["stale"] == []
+
+
+def test_only_chooses_and_a_changed_setting_leaves_stale_runs(done):
+    names = [line.split("\t")[1] for line in cfusion("plan", str(done), "--only", "model=amil").splitlines()]
+    assert [name.startswith("made-up-amil-") for name in names] == [True, True]
+    told = json.loads(cfusion("plan", str(done), "train.epochs=5", "--json"))
+    assert told["counts"]["open"] == 4
+    assert len(told["stale"]) == 3
+
+
+def test_a_dry_run_trains_nothing_and_audits_the_data(done):
+    lines = cfusion("run", str(done), "--dry-run").splitlines()
+    assert [line.split("\t")[0] for line in lines].count("would train") == 1
+    assert any("48 patients" in line for line in lines if line.startswith("audit"))
+
+
+def test_the_report_of_an_unfinished_sweep_names_what_is_open(done):
+    page = Path(cfusion("report", str(done)).strip().removeprefix("report: "))
+    table = pd.read_csv(page.parent / "cells.csv").set_index("model")
+    assert table.loc["amil", "complete"]
+    assert table.loc["amil", "seeds"] == 2
+    assert not table.loc["mean", "complete"]
+    assert table.loc["amil", "cpu_hours"] > 0
+    assert "1 open of 2" in page.read_text()
+
+
+def test_pictures_of_a_sweep(files, tmp_path):
+    import rich.console
+
+    runs = plan(load_sweep(written(files, tmp_path)))
+    write_failure(runs[0].config.output, "RuntimeError: two\nlines")
+    statuses = look(runs)
+    console = rich.console.Console(width=120, record=True, file=(tmp_path / "out").open("w"))
+    for drawn in (runs_table(statuses, list(runs[0].values)), picture(*grid(statuses, list(runs[0].values)))):
+        console.print(drawn)
+    for line in (legend(counts(statuses)), *words(statuses)):
+        console.print(line)
+    text = console.export_text()
+    assert text.count("■■ 0/2") == 2
+    assert "failed 1" in text
+    assert "open 3" in text
+    assert "RuntimeError: two lines (attempt 1)" in text
+    assert "run.log" in text
+    assert seconds_left(statuses) is None
+    assert [duration(s) for s in (5, 600, 7200, 10**6)] == ["5 s", "10 min", "2.0 h", "11.6 days"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "cohrt=x"], "--only cohrt=x: there is no axis cohrt"),
+        (["--only", "encoder=made-upp"], r"there is no made-upp on the axis encoder\. Did you mean made-up\?"),
+        (["seed=3"], r"seed=…: the axis seed of .* sets it\. Choose with --only seed=VALUE"),
+        (["train.epoch=3"], r"unknown key train\.epoch\. Did you mean train\.epochs\?"),
+        (["model.name=amill"], r"the axis model of .* sets it"),
+    ],
+)
+def test_wrong_words_on_the_command_line_are_told(done, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        cfusion("plan", str(done), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"axes": {"model": ["amill"]}}, r"model\.name='amill': no such model\. Did you mean amil\?"),
+        ({"axes": {"train.epoch": [3]}}, r"unknown key train\.epoch\. Did you mean train\.epochs\?"),
+        ({"axes": {"seed": ["../x"]}}, r"axes\.seed: '\.\./x' becomes part of a folder's name"),
+        ({"axes": {"a": {"x": {"output": "/etc"}}}}, "output is the sweep's"),
+        (
+            {"axes": {"cohort": {"c": {"cohort.name": "{chort}"}}}},
+            r"names no axis with \{chort\}\. Did you mean cohort\?",
+        ),
+        ({"exclude": [{"modell": "amil"}]}, r"there is no axis modell\. Did you mean model\?"),
+    ],
+)
+def test_a_wrong_sweep_file_is_told(files, tmp_path, more, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(load_sweep(written(files, tmp_path, **more)))
+
+
+def test_an_unknown_executor_is_told(done):
+    with pytest.raises(ConfigError, match=r"--executor .slrum.: expected one of .* Did you mean slurm\?"):
+        cfusion("run", str(done), "--executor", "slrum")
+
+
+def test_an_unknown_cohort_and_encoder_are_told_with_what_is_there(files, tmp_path):
+    axes = {
+        "cohort": {"clinical": {}, "clinicl": {}},
+        "encoder": {"shards": {}, "shard": {}},
+    }
+    path = written(files, tmp_path, axes=axes)
+    overrides = [f"cohort.table={files.table.parent}/{{cohort}}.csv", f"data.shards={files.shards.parent}/{{encoder}}"]
+    runs = plan(load_sweep(path, overrides))
+    assert [bool(run.absent) for run in runs] == [False, True, True, True]
+    assert runs[1].absent.endswith("shard: is not there. Did you mean shards?")
+    assert runs[2].absent.endswith("clinicl.csv: is not there. Did you mean clinical.csv?")
+    assert [status.state for status in look(runs)] == ["open", "failed", "failed", "failed"]
+    with pytest.raises(PartialResultError, match=r"3 of 4 runs failed. clinical-shard-\w+: .*shard: is not there"):
+        run_all(runs, Execution(), tmp_path)
+    assert [status.state for status in look(runs)] == ["done", "failed", "failed", "failed"]
+    assert not runs[1].config.output.exists()
+
+
+def test_shards_that_lack_cases_of_the_split_are_named_and_fatal_under_strict(files, tmp_path):
+    table = tmp_path / "clinical.csv"
+    extra = pd.DataFrame([{"patient": "PT-9999", "slide": "PT-9999-1", "time": 5.0, "event": 1}])
+    pd.concat([pd.read_csv(files.table), extra]).to_csv(table, index=False)
+    path = written(CohortFiles(table, files.shards), tmp_path, axes={"seed": [1]})
+    assert "PT-9999" in cfusion("run", str(path), "--dry-run")
+    runs = plan(load_sweep(path, ["evaluation.strict=true"]))
+    with pytest.raises(PartialResultError, match="PT-9999"):
+        run_all(runs, Execution(), tmp_path)
+    assert "PT-9999" in look(runs)[0].word
+
+
+def test_a_run_goes_on_while_its_database_is_locked(files, tmp_path):
+    database = tmp_path / "mlflow.db"
+    tracked = {"enabled": True, "uri": f"sqlite:///{database}", "experiment": "toy"}
+    path = written(files, tmp_path, axes={"seed": [1]})
+    overrides = [f"tracking={json.dumps(tracked)}"]
+    run_all(plan(load_sweep(path, [*overrides, "train.epochs=1"])), Execution(), tmp_path)
+    runs = plan(load_sweep(path, overrides))
+    lock = sqlite3.connect(database, timeout=60, check_same_thread=False)
+    lock.execute("BEGIN EXCLUSIVE")
+
+    def free() -> None:
+        while not (runs[0].config.output / "fold_0").exists():
+            time.sleep(0.05)
+        lock.rollback()
+
+    watch = threading.Thread(target=free)
+    watch.start()
+    try:
+        run_all(runs, Execution(), tmp_path)
+    finally:
+        watch.join()
+        lock.close()
+    assert look(runs)[0].state == "done"
+
+
+def test_names_follow_shards_tables_and_splits(files, tmp_path):
+    import shutil
+
+    shards, splits = tmp_path / "shards", tmp_path / "splits"
+    shutil.copytree(files.shards, shards)
+    splits.mkdir()
+    (splits / "splits_0.csv").write_text("train,val\nPT-0001,PT-0002\n")
+    path = written(CohortFiles(files.table, shards), tmp_path)
+
+    def names() -> set[str]:
+        return {run.name for run in plan(load_sweep(path, [f"splits.directory={splits}"]))}
+
+    first = names()
+    assert names() == first
+    (splits / "splits_0.csv").write_text("train,val\nPT-0002,PT-0001\n")
+    second = names()
+    index = shards / "index.json"
+    index.write_text(index.read_text().replace('"seed":', '"seed": '))
+    assert not first & second
+    assert not second & names()
+
+
+def test_runs_that_share_a_read_are_one_job_and_end_with_the_same_bytes(files, tmp_path):
+    together = plan(load_sweep(written(files, tmp_path), ["train.folds=together"]))
+    separate = plan(load_sweep(written(files, tmp_path)))
+    assert [len(job.runs) for job in jobs_of(together, Execution(group=3))] == [3, 1]
+    assert [len(job.runs) for job in jobs_of(separate, Execution(group=3))] == [1, 1, 1, 1]
+    assert [len(job.runs) for job in jobs_of(together, Execution(group=3, processes=2))] == [1, 1, 1, 1]
+    run_all(together, Execution(slots=1, group=4), tmp_path)
+    run_all(separate, Execution(slots=2), tmp_path)
+    assert_same_risks(together, separate)
+    costs = [attempts(run.config.output)[0] for run in together]
+    assert {cost["together"] for cost in costs} == {4}
+    assert len({cost["cpu_s"] for cost in costs}) == 1
+
+
+def assert_same_risks(some: Sequence[PlannedRun], others: Sequence[PlannedRun]) -> None:
+    for one, other in zip(some, others, strict=True):
+        frames = [pd.read_csv(run.config.output / "predictions.csv") for run in (one, other)]
+        pd.testing.assert_frame_equal(*frames, rtol=1e-4, atol=1e-5)
+
+
+def test_folds_as_an_axis_are_one_result(files, tmp_path):
+    axes = {"fold": [0, 1, 2], "model": ["amil", "mean_mil"]}
+    runs = plan(load_sweep(written(files, tmp_path, axes=axes)))
+    members = members_of(runs, look(runs))
+    assert {member.model for member in members} == {"amil", "mean_mil"}
+    whole = plan(load_sweep(written(files, tmp_path, axes={"model": {"amil": {"model.name": "amil"}}})))
+    mine = [run for run in runs if run.values["model"] == "amil"]
+    run_all([*mine, *whole], Execution(slots=2), tmp_path)
+    parts = [pd.read_csv(run.config.output / "predictions.csv") for run in mine]
+    together = pd.concat(parts, ignore_index=True)
+    pd.testing.assert_frame_equal(together, pd.read_csv(whole[0].config.output / "predictions.csv"))
+
+
+def test_what_else_varies_makes_another_model(files, tmp_path):
+    axes = {**AXES, "lr": {"slow": {"train.lr": 1e-4}, "fast": {"train.lr": 1e-2}}}
+    runs = plan(load_sweep(written(files, tmp_path, axes=axes)))
+    models = {member.model for member in members_of(runs, look(runs))}
+    assert models == {"amil, slow", "amil, fast", "mean, slow", "mean, fast"}
+
+
+def test_a_report_needs_a_finished_run(files, tmp_path):
+    with pytest.raises(DataError, match="none of the sweep's runs is done"):
+        cfusion("report", str(written(files, tmp_path)))
+
+
+def test_ten_thousand_runs_are_planned_and_looked_at(files, tmp_path):
+    axes = {f"axis{i}": {str(v): {} for v in range(10)} for i in range(3)}
+    axes["seed"] = {str(v): {"seed": v} for v in range(10)}
+    sweep = SweepConfig(name="large", output=tmp_path, axes=axes)
+    runs = plan(sweep)
+    assert len({run.name for run in runs}) == 10_000
+    (runs[5].config.output).mkdir(parents=True)
+    (runs[5].config.output / "done.json").write_text("{}")
+    assert counts(look(runs))["done"] == 1
