@@ -85,8 +85,8 @@ def send(folder: Path, uri: str) -> Delivery:
         for records, end in _units(folder / JOURNAL_NAME, state.position):
             with unavailable(uri):
                 sender.take(records)
-            state.position = end
-            _save(folder, uri, state)
+                state.position = end
+                _save(folder, uri, state)
     if sender.name_taken is not None:
         raise sender.name_taken
     return state

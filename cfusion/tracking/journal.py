@@ -110,9 +110,25 @@ class Journal:
         record = {"run": key, "kind": kind, "time": int(time.time() * 1000), **values}
         line = json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         with self._lock:
-            self._file.write(line)
+            self._write(line)
             self._dirty = True
             self.runs.setdefault(key, Told()).add(record)
+
+    def _write(self, line: bytes) -> None:
+        """Write a line whole or not at all.
+
+        Raises:
+            DataError: The disk takes no more.
+        """
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(line) == len(line):
+                return
+            cause = "no space left"
+        except OSError as error:
+            cause = error.strerror or str(error)
+        self._file.truncate(end)
+        raise DataError(f"{self.path}: cannot be written ({cause}).", "Make room and start the run again: it goes on.")
 
 
 def read_records(path: Path, position: int = 0) -> Iterator[tuple[Record, int]]:

@@ -115,13 +115,12 @@ def unavailable(uri: str) -> Iterator[None]:
     Raises:
         TrackingUnavailableError: The block met a server or database that does not take anything now.
     """
-    import requests
     import sqlalchemy
     from mlflow.exceptions import MlflowException
 
     try:
         yield
-    except (MlflowException, requests.RequestException, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error) as error:
+    except (MlflowException, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
         if isinstance(error, MlflowException) and error.error_code in REFUSALS:
             raise
         # MLflow quotes the address it asked, user and password included.

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from factories import CohortFiles, make_cohort
 from mlflow import MlflowClient
+from typer.testing import CliRunner
 
+from cfusion.cli.main import app
 from cfusion.config import TrackingConfig
 from cfusion.crossval import cross_validate
 from cfusion.errors import ConfigError, DataError, RequeueError
@@ -28,10 +30,17 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One database for the module; each test has an experiment of its own."""
-    uri = f"sqlite:///{tmp_path_factory.mktemp('database') / 'mlflow.db'}"
-    connect(uri)
-    return uri
+    """One database for the module; each test has an experiment of its own. Beside it lies an empty one, `empty.db`."""
+    folder = tmp_path_factory.mktemp("database")
+    connect(f"sqlite:///{folder / 'empty.db'}")
+    shutil.copy(folder / "empty.db", folder / "mlflow.db")
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def empty(database: str, target: Path) -> str:
+    """A database without runs; to make one anew takes seconds."""
+    shutil.copy(Path(database.removeprefix("sqlite:///")).with_name("empty.db"), target)
+    return f"sqlite:///{target}"
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +110,10 @@ def test_thousands_of_metrics_go_in_batches_that_mlflow_takes(database, tmp_path
 def test_another_server_gets_all_of_a_run_that_was_sent_before(database, tmp_path):
     journal_of(tmp_path, "moved").close()
     send(tmp_path, database)
-    other = f"sqlite:///{tmp_path / 'other.db'}"
+    other = empty(database, tmp_path / "other.db")
     send(tmp_path, other)
     assert history(other, runs_of(other, "moved")["fold_0"].info.run_id) == [0, 1, 2]
-    (tmp_path / "other.db").unlink()
-    again = f"sqlite:///{tmp_path / 'again.db'}"
+    again = empty(database, tmp_path / "again.db")
     state = json.loads((tmp_path / "tracking.json").read_text())
     (tmp_path / "tracking.json").write_text(json.dumps({again: state[other]}))
     send(tmp_path, again)
@@ -126,8 +134,7 @@ def test_what_the_server_refuses_is_told_and_does_not_hold_up_the_rest(database,
 
 
 def test_a_locked_database_is_told_in_a_clear_word_and_nothing_is_lost(database, tmp_path, caplog):
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    shutil.copy(database.removeprefix("sqlite:///"), tmp_path / "mlflow.db")
+    uri = empty(database, tmp_path / "mlflow.db")
     holder = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
     tracking = TrackingConfig(uri=uri, experiment="locked")
@@ -194,6 +201,7 @@ def test_how_a_run_ended_and_why_is_told(database, tmp_path, error, status):
 _KILLED = """
 import os, signal, sys
 from cfusion import crossval
+from cfusion.cli.main import app
 from cfusion.config import load_config
 from cfusion.tracking import TrackedRun
 from cfusion.tracking.delivery import send
@@ -216,7 +224,7 @@ crossval.cross_validate(config)
 @pytest.mark.parametrize("where", ["in an epoch", "behind a fold"])
 def test_a_run_killed_by_sigkill_goes_on_in_the_same_mlflow_runs(files, database, tmp_path, where):
     tracking = {"enabled": True, "uri": database, "experiment": where}
-    config = files.config(tmp_path / "run", tracking=tracking, evaluation={"bootstrap": 0})
+    config = files.config(tmp_path / "run", tracking=tracking, evaluation={"bootstrap": 0}, splits={"folds": 2})
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(config.model_dump(mode="json")))
     killed = subprocess.run(
@@ -232,11 +240,9 @@ def test_a_run_killed_by_sigkill_goes_on_in_the_same_mlflow_runs(files, database
     after = delivery_of(config.output, database).runs
     assert before.items() <= after.items()
     runs = runs_of(database, where)
-    assert sorted(r.info.run_name for r in runs.values()) == sorted(
-        ["fold_0", "fold_1", "fold_2", "made_up-made-up-amil-seed7"]
-    )
+    assert sorted(r.info.run_name for r in runs.values()) == sorted(["fold_0", "fold_1", "made_up-made-up-amil-seed7"])
     assert {r.info.status for r in runs.values()} == {"FINISHED"}
-    for fold in range(3):
+    for fold in range(2):
         assert history(database, after[f"fold_{fold}"], "train_loss") == [0, 1, 2, 3]
         kept = {item.path for item in MlflowClient(database).list_artifacts(after[f"fold_{fold}"])}
         assert {"predictions.csv", "history.csv"} <= kept
@@ -261,6 +267,25 @@ def test_two_senders_of_one_run_do_not_meet(database, tmp_path, monkeypatch):
 def test_a_folder_without_a_journal_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"has no tracking\.jsonl"):
         send(tmp_path, "http://127.0.0.1:9")
+
+
+def test_what_is_left_of_a_run_is_sent_by_command(database, tmp_path, files, monkeypatch):
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+    tracking = {"enabled": True, "uri": "http://127.0.0.1:9", "experiment": "command"}
+    config = files.config(tmp_path / "run", tracking=tracking)
+    config.output.mkdir()
+    (config.output / "config.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    journal = journal_of(config.output, "command")
+    journal.status("", "FINISHED")
+    journal.close()
+    away = CliRunner().invoke(app, ["track", "send", str(config.output)])
+    assert isinstance(away.exception, TrackingUnavailableError)
+    assert "http://127.0.0.1:9: does not answer" in away.exception.message
+    for count in (6, 0):
+        sent = CliRunner().invoke(app, ["track", "send", str(config.output), "--uri", database])
+        assert sent.exit_code == 0, sent.output
+        assert f"{config.output}: {count} records sent to {database}" in sent.stdout
+    assert runs_of(database, "command")["parent"].info.status == "FINISHED"
 
 
 def test_addresses(tmp_path, monkeypatch):

@@ -2,7 +2,10 @@
 
 import json
 import math
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +13,8 @@ from hypothesis import strategies as st
 
 from cfusion.errors import DataError
 from cfusion.tracking.journal import PARENT, Journal, read_records
+
+ROOT = Path(__file__).parents[2]
 
 
 def records(path, position=0):
@@ -116,6 +121,40 @@ def test_threads_may_write_at_the_same_time(tmp_path):
         thread.join()
     journal.close()
     assert len(records(tmp_path / "tracking.jsonl")) == 801
+
+
+_FULL = """
+import resource, signal, sys
+from pathlib import Path
+from cfusion.errors import DataError
+from cfusion.tracking.journal import Journal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+journal = Journal(Path(sys.argv[1]))
+journal.start("", name="run")
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+try:
+    for step in range(100):
+        journal.metrics("", {"loss": 1.0}, step)
+except DataError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_told_and_leaves_whole_records(tmp_path):
+    path = tmp_path / "tracking.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-c", _FULL, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert "tracking.jsonl: cannot be written" in done.stdout, done.stderr
+    assert path.read_bytes().endswith(b"\n")
+    kept = records(path)
+    journal = Journal(path)
+    for step in range(20):
+        journal.metrics(PARENT, {"loss": 1.0}, step)
+    journal.close()
+    told = records(path)
+    assert told[: len(kept)] == kept
+    assert [r["step"] for r in told[1:]] == list(range(20))
 
 
 def test_a_file_that_is_no_journal_is_told(tmp_path):
