@@ -16,9 +16,10 @@ from pydantic import BeforeValidator, Field, model_validator
 import cfusion
 from cfusion.config import Config, Section, apply_override, read_yaml, set_key, validate
 from cfusion.errors import ConfigError
-from cfusion.files import digest_file, digest_json
+from cfusion.files import digest_file, digest_json, read_json, write_json
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
+_DATA, _ABSENT = "data.json", "absent"
 _PLACE = re.compile(r"\{(\w[\w.]*)\}")
 
 Settings = dict[str, Any]
@@ -84,12 +85,14 @@ class PlannedRun:
         values: Its value on each axis.
         config: Its resolved configuration, `output` included.
         absent: What of its data is not there, in a sentence; empty where all is.
+        data: Digest of each of its tables, splits and shards, by path.
     """
 
     name: str
     values: Mapping[str, str]
     config: Config
     absent: str = ""
+    data: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -129,7 +132,7 @@ def plan(sweep: SweepConfig, only: Sequence[str] = ()) -> list[PlannedRun]:
         axis, _, value = text.partition("=")
         _check_value(sweep, axis, value, f"--only {text}")
         chosen.setdefault(axis, set()).add(value)
-    data = DataDigests()
+    data = DataDigests(_remembered(sweep.output))
     runs = [
         _planned(sweep, values, data)
         for values in _combinations(sweep)
@@ -190,11 +193,12 @@ def _planned(sweep: SweepConfig, values: Mapping[str, str], data: DataDigests) -
     digests, absent = data.of(config)
     decides = {
         "config": config.model_dump(mode="json", exclude={"output", "tracking"}),
-        "data": digests,
+        "data": list(digests.values()),
         "program": cfusion.__version__,
     }
     name = f"{title}-{digest_json(decides)[:10]}"
-    return PlannedRun(name, values, config.model_copy(update={"output": sweep.output / "runs" / name}), absent)
+    config = config.model_copy(update={"output": sweep.output / "runs" / name})
+    return PlannedRun(name, values, config, absent, digests)
 
 
 def _filled(setting: Any, values: Mapping[str, str], source: str) -> Any:
@@ -216,25 +220,43 @@ def _filled(setting: Any, values: Mapping[str, str], source: str) -> Any:
 
 @dataclass
 class DataDigests:
-    """Digests of the files that runs are made from, each read once for the whole sweep."""
+    """Digests of the files that runs are made from, each read once for the whole sweep.
 
+    Attributes:
+        remembered: Digests of files as they were when the sweep was last run: where a file is not there now, as on
+            another machine than the one that trained, its runs keep their names.
+    """
+
+    remembered: Mapping[str, str]
     _known: dict[str, tuple[str, str]] = field(default_factory=dict)
 
-    def of(self, config: Config) -> tuple[list[str], str]:
-        """Digests of a run's tables, splits and shards, and what is absent, in a sentence.
+    def of(self, config: Config) -> tuple[dict[str, str], str]:
+        """Digests of a run's tables, splits and shards by path, and what is absent, in a sentence.
 
         Shards are known by their index, which holds a checksum of every tar.
         """
-        places = [str(config.cohort.table), *(str(p) for p in (config.cohort.slides, config.splits.test_cases) if p)]
-        if config.splits.directory is not None:
-            places.append(str(config.splits.directory))
-        found = [self._digest(place) for place in (*places, config.data.shards)]
-        return [digest for digest, _ in found], next((sentence for _, sentence in found if sentence), "")
+        splits, cohort = config.splits, config.cohort
+        paths = (cohort.table, cohort.slides, splits.test_cases, splits.directory, config.data.shards)
+        found = {str(path): self._digest(str(path)) for path in paths if path is not None}
+        absent = next((sentence for _, sentence in found.values() if sentence), "")
+        return {path: digest for path, (digest, _) in found.items()}, absent
 
     def _digest(self, place: str) -> tuple[str, str]:
         if place not in self._known:
-            self._known[place] = _digest_place(place)
+            digest, absent = _digest_place(place)
+            self._known[place] = (self.remembered.get(place, digest) if absent else digest, absent)
         return self._known[place]
+
+
+def remember_data(output: Path, runs: Sequence[PlannedRun]) -> None:
+    """Keep the digests of the runs' data in the sweep's folder."""
+    seen = {place: digest for run in runs for place, digest in run.data.items() if digest != _ABSENT}
+    if seen.items() - _remembered(output).items():
+        write_json(output / _DATA, {**_remembered(output), **seen})
+
+
+def _remembered(output: Path) -> dict[str, str]:
+    return read_json(output / _DATA) if (output / _DATA).is_file() else {}
 
 
 def _digest_place(place: str) -> tuple[str, str]:
@@ -254,4 +276,4 @@ def _digest_place(place: str) -> tuple[str, str]:
         return digest_json([(file.name, digest_file(file)) for file in files]), ""
     beside = [p.name for p in sorted(path.parent.glob("*"))] if path.parent.is_dir() else []
     holds = "is not there" if not path.exists() else f"holds neither {INDEX_NAME} nor splits_K.csv"
-    return "absent", f"{place}: {holds}. {nearest(path.name, beside) if beside else ''}".strip()
+    return _ABSENT, f"{place}: {holds}. {nearest(path.name, beside) if beside else ''}".strip()

@@ -14,7 +14,7 @@ from cfusion.files import digest_json
 from launch.executors import Resources, Tick, run_ray, run_slurm
 from launch.local import run_local, slots_here
 from launch.markers import LOG
-from launch.plan import PlannedRun
+from launch.plan import PlannedRun, remember_data
 from launch.work import Job, Outcome
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ def run_all(runs: Sequence[PlannedRun], execution: Execution, folder: Path) -> N
     missing = [run for run in runs if not is_done(run.config.output)]
     if len(missing) < len(runs):
         logger.info("%d of %d runs are done already", len(runs) - len(missing), len(runs))
+    remember_data(folder, runs)
     outcomes = {run.name: Outcome(run.name, "failed", run.absent) for run in missing if run.absent}
     todo = [run for run in missing if not run.absent]
     with progress(f"{len(todo)} runs, folds", sum(map(fold_count, todo))) as bar, graceful_stop():

@@ -1,6 +1,7 @@
 """The same plan on each executor: the same bytes, whatever is killed or asked to stop on the way."""
 
 import functools
+import io
 import os
 import signal
 import threading
@@ -37,7 +38,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
 
 
 def planned(files: CohortFiles, output: Path, **more) -> list[PlannedRun]:
-    base = files.config(output, train={"epochs": 6}).model_dump(mode="json", exclude={"output"})
+    base = files.config(output, train={"epochs": 4}).model_dump(mode="json", exclude={"output"})
     axes = {"model": {"amil": {"model.name": "amil"}, "mean": {"model.name": "mean_mil"}}}
     values = {"name": "test", "output": str(output), "base": base, "axes": axes}
     return plan(validate(SweepConfig, {**values, **more}, "test"))
@@ -118,6 +119,7 @@ def test_submitit_ends_with_the_same_bytes_and_a_killed_task_goes_on(files, expe
     assert [status.state for status in look(runs)] == ["done", "done"]
 
 
+@pytest.mark.slow
 def test_a_task_that_is_signalled_saves_and_is_queued_again(files, expected, tmp_path, monkeypatch):
     runs = planned(files, tmp_path)[:1]
     find = functools.partial(processes, "submitit.core._submit")
@@ -150,11 +152,10 @@ def test_an_executor_that_is_not_installed_is_named(files, tmp_path, monkeypatch
         run_all(planned(files, tmp_path), Execution(executor), tmp_path)
 
 
+@pytest.mark.slow
 def test_torchrun_inside_a_run(files, expected, tmp_path):
     runs = planned(files, tmp_path)[:1]
     run_all(runs, Execution(processes=2), tmp_path)
-    import io
-
     alone, together = (pd.read_csv(io.BytesIO(text)) for text in (expected[0], predictions(runs)[0]))
     assert together["case_id"].tolist() == alone["case_id"].tolist()
     assert together["risk"].to_numpy() == pytest.approx(alone["risk"].to_numpy(), abs=1e-3)
@@ -163,6 +164,7 @@ def test_torchrun_inside_a_run(files, expected, tmp_path):
     assert cost["cpu_s"] > 1
 
 
+@pytest.mark.slow
 def test_torchrun_tells_the_cause_of_a_failure(files, tmp_path):
     runs = planned(files, tmp_path, axes={"encoder": {"uni": {"data.encoder": "uni"}}})
     with pytest.raises(PartialResultError, match=r"holds embeddings of made-up, not of data\.encoder=uni"):
@@ -196,6 +198,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(files, tmp_path):
     assert [status.state for status in look(runs)] == ["done", "done"]
 
 
+@pytest.mark.slow
 def test_two_sweeps_at_once_train_every_run_once(files, expected, tmp_path):
     runs = planned(files, tmp_path)
     told: list[str] = []

@@ -238,6 +238,22 @@ def test_names_follow_shards_tables_and_splits(files, tmp_path):
     assert not second & names()
 
 
+def test_runs_keep_their_names_where_their_shards_have_gone(files, tmp_path):
+    import shutil
+
+    shards = tmp_path / "shards"
+    shutil.copytree(files.shards, shards)
+    path = written(CohortFiles(files.table, shards), tmp_path, axes={"seed": [1]})
+    runs = plan(load_sweep(path))
+    run_all(runs, Execution(), tmp_path / "sweep")
+    shutil.rmtree(shards)
+    later = plan(load_sweep(path))
+    assert [run.name for run in later] == [run.name for run in runs]
+    assert "is not there" in later[0].absent
+    assert look(later)[0].state == "done"
+    assert cfusion("report", str(path)).startswith("report: ")
+
+
 def test_runs_that_share_a_read_are_one_job_and_end_with_the_same_bytes(files, tmp_path):
     together = plan(load_sweep(written(files, tmp_path), ["train.folds=together"]))
     separate = plan(load_sweep(written(files, tmp_path)))
