@@ -25,7 +25,11 @@ def view(
     """Show slides in the browser: deep zoom, heatmaps, the patches under a click, the patient's survival.
 
     Runs until Ctrl-C. Nothing is loaded from elsewhere, and only files among SLIDES are shown.
-    """
+
+    \b
+      cfusion view slides
+      cfusion view slides --explanations explained --run runs/blca
+    """  # noqa: D301 - the escape is typer's mark for lines that stay as they are
     from cfusion.errors import ConfigError
     from cfusion.view import openseadragon
 

@@ -49,7 +49,7 @@ ASSETS = {
     "icon.svg": "image/svg+xml",
 }  # fmt: skip
 PALETTES = {"sequential": ("viridis", "inferno", "cividis"), "diverging": ("coolwarm", "PuOr_r", "RdBu_r")}
-"""Colour scales of matplotlib; the first of each is the default. All but inferno and viridis are read by everyone."""
+"""Colour scales of matplotlib; the first of each is the default, and all keep their order for the colour-blind."""
 
 STATUS: dict[type[Exception], int] = {
     SlideGoneError: 410, UnknownSlideError: 404, NotReadyError: 503, CfusionError: 422,

@@ -10,7 +10,7 @@ from typing import Any
 
 from cfusion.cohort import patient_of, read_cohort, slide_stem
 from cfusion.config import load_config
-from cfusion.errors import CfusionError
+from cfusion.errors import CfusionError, DataError
 from cfusion.explanation.result import Explanation
 from cfusion.report.svg import Plot, nice_ticks
 from cfusion.survival.groups import kaplan_meier
@@ -30,6 +30,10 @@ class CohortCurves:
     """
 
     def __init__(self, run: Path) -> None:
+        if not (run / "predictions.csv").is_file():
+            raise DataError(
+                f"{run}: holds no predictions.csv.", "Give the output folder of `cfusion train`.", topic="viewer"
+            )
         table = read_predictions(run / "predictions.csv")
         self.name = str(table["cohort"].iloc[0])
         folds = table.groupby(["seed", "repeat", "fold"])["risk"]

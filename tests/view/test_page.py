@@ -1,14 +1,16 @@
 """The viewer's page in a headless Chromium, as a hand, a keyboard and an eye meet it."""
 
+import dataclasses
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 from made_up_viewer import DAMAGED, EXPLAINED, PLAIN, SIZE, Client, Files, explanation, make_files, running, until
 
-from cfusion.explanation.result import write_explanation
+from cfusion.explanation.result import TileScores, write_explanation
 from cfusion.view import openseadragon
 from cfusion.view.api import Viewer, load_deep_zoom
 from cfusion.view.explanations import Explanations
@@ -57,7 +59,7 @@ class Window:
             self.page.wait_for_selector("#stage[data-shown]")
         return self.page
 
-    def colour(self, right: int = 0, down: int = 0) -> list[int]:
+    def colour(self, right: float = 0, down: float = 0) -> list[int]:
         """RGBA of the heatmap so many CSS px from the middle of the stage."""
         return self.page.evaluate(
             """([right, down]) => {
@@ -164,6 +166,39 @@ def test_the_heatmap_switches(window: Window):
     page.locator("#range").select_option("full")
     page.get_by_label("Show over the slide").uncheck()
     assert window.colour(-120)[3] == 0
+
+
+@deep
+@pytest.mark.parametrize("ratio", [1, 2])
+def test_tiles_that_lie_on_no_grid_are_drawn_in_their_place(browser, files: Files, tmp_path, ratio: int):
+    corners, side = np.array([[300, 333], [1111, 777]], np.int32), 256
+    scores = np.array([[1.0, -1.0]], np.float32)
+    level = TileScores(corners, side, scores, np.full_like(scores, np.nan))
+    whole = explanation(PLAIN)
+    write_explanation(
+        dataclasses.replace(whole, levels={"x20": level}, methods=("gradient",)), tmp_path / "explanation.zarr"
+    )
+    viewer = Viewer(SlideFolder(files.slides), Explanations(tmp_path))
+    load_deep_zoom(viewer)
+    for window in windows(browser, viewer, device_scale_factor=ratio):
+        page = window.open(PLAIN)
+        page.wait_for_selector("#stage[data-shown='x20/gradient/coolwarm']")
+        box = page.locator("#stage").bounding_box()
+        scale = min(box["width"] / SIZE[0], box["height"] / SIZE[1])
+
+        def at(x: float, y: float, scale: float = scale, window: Window = window) -> list[int]:
+            return window.colour((x - SIZE[0] / 2) * scale, (y - SIZE[1] / 2) * scale)
+
+        until(lambda: at(428, 461)[3] > 0)
+        for (x, y), red in zip(corners, (True, False), strict=True):
+            for i in (30, side - 30):
+                for j in (30, side - 30):
+                    inside = at(x + i, y + j)
+                    assert (inside[0] > inside[2]) == red
+                    assert inside[3] == 153
+            for i, j in ((-30, 128), (side + 30, 128), (128, -30), (128, side + 30)):
+                assert at(x + i, y + j)[3] == 0
+        assert not window.complaints
 
 
 @deep

@@ -344,6 +344,20 @@ def test_a_slide_that_vanishes_while_viewed(files: Files, tmp_path: Path):
         assert client.json(f"/api/slides/{key}")["version"] != before
 
 
+def test_a_defect_is_one_answer_and_not_the_end(files: Files, capfd: pytest.CaptureFixture[str]):
+    class Broken:
+        name = "broken"
+
+        def case_of(self, slide_id: str) -> str:
+            raise ZeroDivisionError
+
+    with running(files.viewer(curves=Broken())) as client:
+        key = client.keys()[PLAIN]
+        assert "its terminal says why" in client.json(f"/api/slides/{key}", 500)["error"]
+        assert client.ask(f"/slides/{key}/whole.jpg")[0] == 200
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
 def test_a_slide_without_a_pyramid_is_read_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_slide(tmp_path / "flat.svs", tissue_picture(4096, 3072))
     monkeypatch.setattr(deepzoom, "QUICK_PX", 1e6)

@@ -35,9 +35,10 @@ function refreshList() {
 }
 
 async function refreshState() {
+  const before = JSON.stringify(page.state?.slides);
   page.state = await ask("/api/state");
-  refreshList();
-  if (page.state.probing) setTimeout(() => refreshState().catch(told), 1000);
+  if (JSON.stringify(page.state.slides) !== before) refreshList();
+  if (page.state.probing) setTimeout(() => refreshState().catch(told), 2000);
 }
 
 function step(by) {

@@ -32,11 +32,14 @@ export function showList(slides, total, current, choose) {
       make("span", {}, make("b", { textContent: slide.id }), said ? make("small", { textContent: said }) : null),
     );
     button.title = slide.name;
+    button.dataset.key = slide.key;
     if (slide.key === current) button.setAttribute("aria-current", "true");
     button.addEventListener("click", () => choose(slide.key));
     return make("li", {}, button);
   };
+  const focused = document.activeElement?.closest("#list button")?.dataset.key;
   byId("list").replaceChildren(...slides.map(item));
+  if (focused) byId("list").querySelector(`[data-key="${focused}"]`)?.focus();
   const found = slides.length === total ? `${total} slide${total === 1 ? "" : "s"}` : `${slides.length} of ${total} slides`;
   byId("count").textContent = slides.length ? found : "No slide has this name.";
 }
