@@ -159,7 +159,7 @@ def _torchrun(run: PlannedRun, processes: int, lock: int) -> None:
     folder = run.config.output
     planned = folder / "planned.yaml"
     write_text(planned, yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, "-m", "launch.torchrun", "--standalone", "--nproc-per-node", str(processes)]
     threads = max(1, int(os.environ.get("OMP_NUM_THREADS", processes)) // processes)
     with (folder / LOG).open("ab") as log, graceful_stop():
         start = log.tell()
@@ -174,7 +174,7 @@ def _torchrun(run: PlannedRun, processes: int, lock: int) -> None:
                 asked = True
             time.sleep(_POLL_SECONDS)
     if not is_done(folder):
-        if asked:
+        if asked or child.returncode == RequeueError.exit_code:
             raise RequeueError("asked to stop; its state is saved.")
         with (folder / LOG).open("rb") as log:
             log.seek(start)
