@@ -6,6 +6,7 @@ A worker that is killed takes its own run down and nobody else's; another takes 
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -63,7 +64,8 @@ def slots_here(slots: int | None, slots_per_gpu: int, processes: int) -> list[Sl
         threads = min(threads, max(1, int(os.environ["OMP_NUM_THREADS"])))
     if not groups:
         return [Slot(threads)] * count
-    return [Slot(threads, groups[i % len(groups)], min(1.0, len(groups) / count)) for i in range(count)]
+    share = 1 / math.ceil(count / len(groups))
+    return [Slot(threads, groups[i % len(groups)], share) for i in range(count)]
 
 
 def usable_cores() -> int:
