@@ -62,6 +62,8 @@ class SlideFolder:
 
     def __init__(self, root: Path, default_mpp: float | None = None) -> None:
         self.root = root.parent if root.is_file() else root
+        # A link that the user names is followed; one that lies in the folder may not lead out of it.
+        self._within = root.resolve().parent if root.is_file() else root.resolve()
         self.default_mpp = default_mpp
         names = ((path, path.relative_to(self.root).as_posix()) for path in find_slides(root))
         slides = [ServedSlide(_key(name), slide_id_of(path), name, path) for path, name in names]
@@ -83,7 +85,7 @@ class SlideFolder:
 
     def _probe(self) -> None:
         for slide in self.slides.values():
-            with contextlib.suppress(DataError):
+            with contextlib.suppress(DataError, OSError):
                 self._opened(slide.path).close()
             self._unprobed.discard(slide.key)
 
@@ -148,8 +150,7 @@ class SlideFolder:
     def _opened(self, path: Path) -> DeepZoom:
         key = _key(path.relative_to(self.root).as_posix())
         try:
-            # A link may lead anywhere, and may be changed after the start.
-            if not path.resolve().is_relative_to(self.root.resolve()):
+            if not path.resolve().is_relative_to(self._within):  # each time: a link may be changed after the start
                 raise DataError(
                     f"{path.name}: is a link that leads out of the served folder.", "View the folder it leads to."
                 )

@@ -225,6 +225,14 @@ def test_a_link_out_of_the_folder_is_refused(files: Files, tmp_path: Path):
         assert client.ask(f"/slides/{slides['near']['key']}/whole.jpg")[0] == 200
 
 
+def test_a_link_that_is_named_is_followed(files: Files, tmp_path: Path):
+    (tmp_path / "named.svs").symlink_to(files.slides / f"{PLAIN}.svs")
+    (tmp_path / "folder").symlink_to(files.slides)
+    for given, name in ((tmp_path / "named.svs", "named"), (tmp_path / "folder", PLAIN)):
+        with running(Viewer(SlideFolder(given), Explanations(None))) as client:
+            assert client.ask(f"/slides/{client.keys()[name]}/whole.jpg")[0] == 200
+
+
 @pytest.mark.parametrize(
     ("path", "status"),
     [
