@@ -7,6 +7,7 @@ import logging
 import os
 import sqlite3
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SQLITE = "sqlite:///"
+
+_CONNECTING = threading.Lock()
+"""Alembic, with which MLflow makes and checks a database, keeps its state in globals: one thread at a time."""
 
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -101,7 +105,7 @@ def connect(uri: str) -> MlflowClient:
 
     # MLflow logs a database error with its traceback and raises it as well; the one line of ours is enough.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    with unavailable(uri):
+    with unavailable(uri), _CONNECTING:
         _make_database(uri)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
