@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +29,10 @@ SEND_SECONDS = 5.0
 """How often what was written is sent."""
 
 LONGEST_PAUSE_SECONDS = 60.0
-"""Attempts at a server that is away come at most this far apart."""
+"""At most so long passes between two attempts, at a server that is away or where sending is dear."""
+
+MOST_OF_THE_TIME = 0.01
+"""Share of a process's time that sending may take, over all its runs; where it takes more it is done less often."""
 
 
 class TrackedRun:
@@ -141,6 +145,8 @@ class TrackedRun:
 class Courier:
     """Sends a journal while it is being written, from a thread of its own."""
 
+    _at_work: set[Courier] = set()  # noqa: RUF012 - all couriers of the process share it
+
     def __init__(self, journal: Journal, folder: Path, uri: str) -> None:
         self.journal, self.folder, self.uri = journal, folder, uri
         self.thread = threading.Thread(target=self._work, name="tracking", daemon=True)
@@ -148,9 +154,11 @@ class Courier:
         self._closing = threading.Event()
         self._lost = False
         self._refused: ConfigError | None = None
+        Courier._at_work.add(self)
 
     def close(self, status: str, cause: str) -> None:
         """End all runs that are still open, send what is left once, and say what could not be sent."""
+        Courier._at_work.discard(self)
         self._sample()
         for key, told in list(self.journal.runs.items()):
             if key != PARENT and told.status == "RUNNING":
@@ -172,7 +180,10 @@ class Courier:
         pause = SEND_SECONDS
         while not self._closing.wait(pause):
             self._sample()
-            pause = SEND_SECONDS if self._send() else min(2 * pause, LONGEST_PAUSE_SECONDS)
+            started = time.thread_time()
+            sent = self._send()
+            due = (time.thread_time() - started) * len(Courier._at_work) / MOST_OF_THE_TIME
+            pause = min(max(SEND_SECONDS, due) if sent else 2 * pause, LONGEST_PAUSE_SECONDS)
         self._send()
 
     def _sample(self) -> None:
