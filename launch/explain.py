@@ -113,6 +113,7 @@ def explain_source(
     *,
     magnifications: Sequence[str] | None = None,
     occlusion: Occlusion = "cells",
+    most_removals: int = 256,
     faithfulness: bool = False,
     default_mpp: float | None = None,
     device: str = "cpu",
@@ -125,6 +126,7 @@ def explain_source(
         out: Folder to write.
         magnifications: Names of those to report; None: all that the models read.
         occlusion: See `cfusion.explain`.
+        most_removals: Likewise.
         faithfulness: Also make deletion curves.
         default_mpp: µm/px of slides whose files do not tell, for their pictures.
         device: Where the models run.
@@ -137,7 +139,10 @@ def explain_source(
     for slide_id in source.slide_ids:
         try:
             slide = source.store.read(slide_id)
-            found = explain(ensemble, slide, occlusion=occlusion, magnifications=magnifications, device=device)
+            found = explain(
+                ensemble, slide, occlusion=occlusion, most_removals=most_removals, magnifications=magnifications,
+                device=device,
+            )  # fmt: skip
             curves = deletion_curves(ensemble, slide, found, device=device) if faithfulness else None
             page = _write(found, source.slides.get(slide_id), default_mpp, out, curves)
         except DataError as error:

@@ -27,6 +27,9 @@ def explain(
     occlusion: Annotated[
         Literal["cells", "tiles", "none"], typer.Option(help="Remove those of the coarsest magnification, or all.")
     ] = "cells",
+    most_removals: Annotated[
+        int, typer.Option(help="Of more cells than these, several are removed at once, in squares.", min=1)
+    ] = 256,
     faithfulness: Annotated[bool, typer.Option("--faithfulness", help="Also draw deletion curves.")] = False,
     default_mpp: Annotated[float | None, typer.Option(help="µm/px of slides whose files do not tell.")] = None,
     masks: Annotated[Path | None, typer.Option(help="Of a slide, folder of tissue masks; they win.")] = None,
@@ -55,9 +58,16 @@ def explain(
         settings = {"default_mpp": default_mpp, "masks": masks, "weights": weights, "offline": offline}
         chosen = from_slide(source, card, out / "features", **settings)
     results = explain_source(
-        chosen, ensemble, out, magnifications=[magnification_name(m) for m in magnification or ()] or None,
-        occlusion=occlusion, faithfulness=faithfulness, default_mpp=default_mpp, device=checked_device(device),
-    )  # fmt: skip
+        chosen,
+        ensemble,
+        out,
+        magnifications=[magnification_name(m) for m in magnification or ()] or None,
+        occlusion=occlusion,
+        most_removals=most_removals,
+        faithfulness=faithfulness,
+        default_mpp=default_mpp,
+        device=checked_device(device),
+    )
     for done in results:
         found = done.explanation
         spread = f" ± {found.risk_sd:.3f}" if len(found.risks) > 1 else ""

@@ -45,7 +45,8 @@ class Lineage:
                     break
                 row = slide.parents[level][row]
                 self._ancestor[fine, coarser] = row
-        above_all = [n for n in stored if n in slide.coords and all((fine, n) in self._ancestor for fine in reads)]
+        placed = [name for name in stored if len(slide.coords.get(name, ()))]
+        above_all = [name for name in placed if all((fine, name) in self._ancestor for fine in reads)]
         self.cells = above_all[-1] if above_all else min(reads, key=magnification_value)
 
     def without(self, name: str, removed: Bool[np.ndarray, " tile"]) -> Keep:
@@ -56,10 +57,6 @@ class Lineage:
             else np.ones(self.counts[fine], bool)
             for fine in self._reads
         }
-
-    def without_one(self, name: str, row: int) -> Keep:
-        """What stays when one tile goes, with all that lies in it."""
-        return self.without(name, np.arange(self.counts[name]) == row)
 
 
 def is_bag(keep: Keep) -> bool:

@@ -70,7 +70,12 @@ METHODS = {
         True,
         "Embedding times gradient of the risk: to first order, what the risk would lose with a zero embedding.",
     ),
-    "occlusion": Method("risk", True, "What the risk loses when the tile and all that lies in it are removed."),
+    "occlusion": Method(
+        "risk",
+        True,
+        "What the risk loses when the tile and all that lies in it are removed; of many cells, a share of what their "
+        "square loses.",
+    ),
 }
 """All methods; an explanation holds those that were asked for and that its model has."""
 

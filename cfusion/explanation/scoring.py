@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float, Int
 
 from cfusion.bag_sources import Embeddings
-from cfusion.console import progress
+from cfusion.console import Progress, progress
 from cfusion.data.positions import bag_positions
 from cfusion.errors import ConfigError, DataError
 from cfusion.explanation.removal import Keep, Lineage, risks_without
-from cfusion.explanation.result import Explanation, TileScores
+from cfusion.explanation.result import METHODS, Explanation, TileScores
 from cfusion.models import input_times_gradient, tile_attention
 from cfusion.models.bag import BagModel
 from cfusion.prediction import FoldEnsemble
@@ -33,6 +35,7 @@ def explain(
     slide: SlideFeatures,
     *,
     occlusion: Occlusion = "cells",
+    most_removals: int = 256,
     magnifications: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
 ) -> Explanation:
@@ -50,6 +53,8 @@ def explain(
         occlusion: `cells`: remove the tiles of the slide's coarsest magnification one by one, whether the models read
             it or not, a forward pass each and fold; `tiles`: those of every magnification that the models read;
             `none`: leave the method out.
+        most_removals: Cells of a larger slide are removed in squares, the smallest that make no more removals than
+            this, and each cell has its share of what its square changes.
         magnifications: Names of those to report; None: all that the models read, and that of the cells.
         device: Where the models run.
 
@@ -62,32 +67,41 @@ def explain(
         ConfigError: A magnification is not one that the model reads.
     """
     models = model.models if isinstance(model, FoldEnsemble) else (model,)
-    network = _network(models[0])
     bag = slide_bag(slide, models[0], device)
     lineage = Lineage(slide, list(bag.features))
     removed = {"cells": [lineage.cells], "tiles": list(bag.features), "none": []}[occlusion]
     names = _checked_names([*bag.features, *(name for name in removed if name not in bag.features)], magnifications)
-    removed = [name for name in removed if name in names]
-    found: dict[str, list[dict[str, np.ndarray]]] = {"attention": [], "gradient": [], "occlusion": []}
-    outputs = []
-    passes = len(models) * sum(lineage.counts[name] for name in removed)
+    squares = {
+        name: _squares(slide, name, most_removals if occlusion == "cells" else lineage.counts[name])
+        for name in removed
+        if name in names
+    }
+    passes = len(models) * sum(number.max() + 1 for number in squares.values())
     with progress(f"Explaining {slide.slide_id}", len(models) + passes) as bar:
-        for fold in models:
-            network = _network(fold)
-            network.to(device=device, dtype=torch.float32).eval()
-            with torch.inference_mode():
-                outputs.append(network(bag))
-            found["attention"].append(_attention(network, bag))
-            found["gradient"].append({n: t[0].cpu().numpy() for n, t in input_times_gradient(network, bag).items()})
-            risk = outputs[-1].risk.item()
-            found["occlusion"].append(
-                {name: risk - risks_without(network, bag, _one_by_one(lineage, name), bar.advance) for name in removed}
-            )
-            bar.advance()
-    methods = tuple(method for method, folds in found.items() if any(folds))
-    levels = {name: _level(slide, name, [found[method] for method in methods]) for name in names}
+        folds = [_explain_fold(_network(fold), bag, lineage, squares, bar) for fold in models]
+    methods = tuple(method for method in METHODS if any(scores[method] for _, scores in folds))
+    levels = {name: _level(slide, name, [[scores[m] for _, scores in folds] for m in methods]) for name in names}
+    outputs = [output for output, _ in folds]
     risks = tuple(output.risk.item() for output in outputs)
     return Explanation(slide.slide_id, methods, levels, _curve(models, outputs), risks, _attrs(models, slide))
+
+
+def _explain_fold(
+    network: BagModel, bag: BagBatch, lineage: Lineage, squares: dict[str, Int[np.ndarray, " tile"]], bar: Progress
+) -> tuple[SurvivalOutput, dict[str, dict[str, np.ndarray]]]:
+    """One model's output, and its scores by method and magnification."""
+    network.to(device=next(iter(bag.features.values())).device, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        output = network(bag)
+    shares = tile_attention(network, bag)
+    risk = output.risk.item()
+    scores = {
+        "attention": {name: (share * len(share)).cpu().numpy() for name, share in shares.items()},
+        "gradient": {name: change[0].cpu().numpy() for name, change in input_times_gradient(network, bag).items()},
+        "occlusion": {n: _shares(risk, network, bag, lineage, n, number, bar) for n, number in squares.items()},
+    }
+    bar.advance()
+    return output, scores
 
 
 def slide_bag(slide: SlideFeatures, model: FittedModel, device: torch.device | str = "cpu") -> BagBatch:
@@ -115,8 +129,37 @@ def slide_bag(slide: SlideFeatures, model: FittedModel, device: torch.device | s
     )
 
 
-def _one_by_one(lineage: Lineage, name: str) -> list[Callable[[], Keep]]:
-    return [partial(lineage.without_one, name, row) for row in range(lineage.counts[name])]
+def _squares(slide: SlideFeatures, name: str, most: int) -> Int[np.ndarray, " tile"]:
+    """The number of the square of tiles in which each tile is removed; as many squares as tiles where that is few."""
+    coords, side = slide.coords[name], float(slide.attrs["tile_px_level0"][name])
+    if len(coords) <= most:
+        return np.arange(len(coords))
+    for tiles in itertools.count(2):
+        places = np.floor((coords - coords.min(axis=0)) / (side * tiles) + 1e-6)
+        found, number = np.unique(places, axis=0, return_inverse=True)
+        if len(found) <= max(most, 1):
+            logger.info("slide %s: %s tiles are removed in %d squares of %d", slide.slide_id, name, len(found), tiles)
+            return number.ravel()
+    raise AssertionError
+
+
+def _shares(
+    risk: float,
+    network: BagModel,
+    bag: BagBatch,
+    lineage: Lineage,
+    name: str,
+    square: Int[np.ndarray, " tile"],
+    bar: Progress,
+) -> Float[np.ndarray, " tile"]:
+    """What the risk loses without each tile's square, shared among its tiles."""
+    keeps = [partial(_without_square, lineage, name, square, number) for number in range(square.max() + 1)]
+    lost = risk - risks_without(network, bag, keeps, bar.advance)
+    return (lost / np.bincount(square))[square]
+
+
+def _without_square(lineage: Lineage, name: str, square: np.ndarray, number: int) -> Keep:
+    return lineage.without(name, square == number)
 
 
 def _network(model: FittedModel) -> BagModel:
@@ -151,10 +194,6 @@ def _check_level(slide: SlideFeatures, name: str) -> None:
             "`cfusion preprocess` on the slide.",
             topic="import",
         )
-
-
-def _attention(network: BagModel, bag: BagBatch) -> dict[str, np.ndarray]:
-    return {name: (share * len(share)).cpu().numpy() for name, share in tile_attention(network, bag).items()}
 
 
 def _level(slide: SlideFeatures, name: str, methods: Sequence[Sequence[dict[str, np.ndarray]]]) -> TileScores:

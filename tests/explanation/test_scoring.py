@@ -123,6 +123,20 @@ def test_cells_are_removed_from_a_model_that_does_not_read_them(tmp_path):
     assert found.scores("x5", "occlusion")[0] == pytest.approx(change.item(), abs=1e-5)
 
 
+def test_many_cells_are_removed_in_squares(folds):
+    slide, _ = planted_slide(12)
+    found = explain(folds.models[0], slide, most_removals=5).scores("x5", "occlusion")
+    corner = np.isin(np.arange(12), (0, 1, 4, 5))
+    assert len(set(found[corner])) == 1
+    assert len(set(found)) <= 5
+    bag, lineage = slide_bag(slide, folds.models[0]), Lineage(slide, ["x20", "x10", "x5"])
+    whole, without = (
+        risks_without(folds.models[0].module, bag, [partial(lineage.without, "x5", gone)])[0]
+        for gone in (np.zeros(12, bool), corner)
+    )
+    assert found[corner].sum() == pytest.approx(whole - without, abs=1e-5)
+
+
 def test_a_spatial_grid_is_explained_where_tiles_lie(tmp_path):
     slide, _ = planted_slide(5)
     found = explain(ensemble(tmp_path, folds=1, grid="spatial"), slide, occlusion="tiles")
