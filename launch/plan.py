@@ -276,4 +276,5 @@ def _digest_place(place: str) -> tuple[str, str]:
         return digest_json([(file.name, digest_file(file)) for file in files]), ""
     beside = [p.name for p in sorted(path.parent.glob("*"))] if path.parent.is_dir() else []
     holds = "is not there" if not path.exists() else f"holds neither {INDEX_NAME} nor splits_K.csv"
-    return _ABSENT, f"{place}: {holds}. {nearest(path.name, beside) if beside else ''}".strip()
+    remedy = nearest(path.name, beside) if beside else "Put it there, or correct the setting."
+    return _ABSENT, f"{place}: {holds}. {remedy}"

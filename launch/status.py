@@ -35,7 +35,7 @@ class RunStatus:
         folder: Where it lies.
         folds_done: Folds that are whole.
         folds: All its folds.
-        word: The cause of a failure, or who trains it.
+        word: The cause of a failure, who trains it, or, where it cannot be begun, what of its data is absent.
         log: Path of its log where it failed.
     """
 
@@ -87,7 +87,7 @@ def _status(run: PlannedRun, files: Sequence[str]) -> RunStatus:
         return status("failed", f"{failure['cause']} (attempt {max(1, failure['attempts'])})", folder / failure["log"])
     if left is not None:
         return status("failed", f"{left} ended without a word: killed, out of memory perhaps", folder / LOG)
-    return status("failed", run.absent) if run.absent else status("open")
+    return status("open", run.absent)
 
 
 def stale(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> list[str]:

@@ -72,7 +72,7 @@ def plan(file: SweepFile, overrides: Overrides = None, only: Only = None, as_jso
 
     from cfusion.cli.sweep_views import legend, runs_table
 
-    console = Console()
+    console = Console(highlight=False)
     console.print(runs_table(statuses, list(settings.axes)))
     console.print(f"{len(runs):,} runs  ", legend(counts(statuses)))
     if stale:
@@ -95,8 +95,8 @@ def status(file: SweepFile, overrides: Overrides = None, only: Only = None, as_j
 
     from cfusion.cli.sweep_views import duration, legend, picture, words
 
-    console = Console()
-    console.print(picture(*grid(statuses, list(settings.axes))))
+    console = Console(highlight=False)
+    console.print(picture(*grid(statuses, list(settings.axes)), console.width))
     console.print(legend(counts(statuses)), f"   about {duration(left)} left" if left else "")
     for line in words(statuses):
         console.print(line)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 COLOURS = {"done": "green", "running": "yellow", "failed": "red", "open": "bright_black"}
 _ROWS = 60
 _SQUARES = 16
+"""Most squares of a cell."""
 
 
 def runs_table(statuses: Sequence[RunStatus], axes: Sequence[str]) -> RenderableType:
@@ -32,16 +33,17 @@ def runs_table(statuses: Sequence[RunStatus], axes: Sequence[str]) -> Renderable
 
 
 def picture(
-    row_axis: str, column_axis: str | None, cells: Mapping[tuple[str, str], Sequence[RunStatus]]
+    row_axis: str, column_axis: str | None, cells: Mapping[tuple[str, str], Sequence[RunStatus]], width: int = 120
 ) -> RenderableType:
-    """Squares coloured by state, a cell for each pair of values."""
+    """Squares coloured by state, a cell for each pair of values, in a terminal of so many columns."""
     from rich.table import Table
 
     rows = dict.fromkeys(row for row, _ in cells)
     columns = dict.fromkeys(column for _, column in cells)
+    squares = max(4, min(_SQUARES, (width - 2 - max(map(len, (row_axis, *rows)))) // max(1, len(columns)) - 11))
     table = Table(f"{row_axis} \\ {column_axis}" if column_axis else row_axis, *columns, show_lines=False)
     for row in rows:
-        table.add_row(row, *(_squares(cells.get((row, column), ())) for column in columns))
+        table.add_row(row, *(_squares(cells.get((row, column), ()), squares) for column in columns))
     return table
 
 
@@ -52,31 +54,32 @@ def legend(counts: Mapping[str, int]) -> Text:
     return Text("   ").join(Text(f"■ {state} {count:,}", COLOURS[state]) for state, count in counts.items())
 
 
-def _squares(runs: Sequence[RunStatus]) -> Text:
+def _squares(runs: Sequence[RunStatus], most: int) -> Text:
     """A square a run, or, of many, squares in proportion; no state that occurs is left without one."""
     from rich.text import Text
 
     counted = {state: sum(1 for run in runs if run.state == state) for state in COLOURS}
     text = Text()
     for state, count in counted.items():
-        squares = count if len(runs) <= _SQUARES else round(count / len(runs) * _SQUARES)
+        squares = count if len(runs) <= most else round(count / len(runs) * most)
         text.append("■" * max(squares, min(count, 1)), COLOURS[state])
     text.append(f" {counted['done']}/{len(runs)}" if runs else "–", "dim")
     return text
 
 
 def words(statuses: Sequence[RunStatus]) -> Iterator[Text]:
-    """Who trains what, and each cause of failure with the runs it stopped and the log of the first."""
+    """Who trains what; each cause of failure, or absent data, with the runs it stops and the log of the first."""
     from rich.text import Text
 
     for run in (status for status in statuses if status.state == "running"):
         yield Text.assemble(("running ", COLOURS["running"]), f"{run.name}  {run.folds_done}/{run.folds}, {run.word}")
-    causes: dict[str, list[RunStatus]] = {}
-    for run in (status for status in statuses if status.state == "failed"):
-        causes.setdefault(run.word, []).append(run)
-    for cause, runs in causes.items():
-        more = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
-        yield Text.assemble(("failed  ", COLOURS["failed"]), f"{runs[0].name}{more}: {cause}")
+    causes: dict[tuple[str, str], list[RunStatus]] = {}
+    for run in statuses:
+        if run.state == "failed" or (run.state == "open" and run.word):
+            causes.setdefault((run.state, run.word), []).append(run)
+    for (state, cause), runs in causes.items():
+        more = f" and {len(runs) - 1:,} more" if len(runs) > 1 else ""
+        yield Text.assemble((f"{state:<8}", COLOURS[state]), f"{runs[0].name}{more}: {cause}")
         if runs[0].log is not None:
             yield Text(f"        log: {runs[0].log}", "dim")
 
