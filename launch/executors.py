@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 import time
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cfusion.errors import DataError, MissingExtraError
+from cfusion.errors import ConfigError, DataError, MissingExtraError
 from launch.work import Job, Outcome, do, lost
 
 logger = logging.getLogger(__name__)
@@ -98,18 +99,7 @@ def run_slurm(
     Raises:
         MissingExtraError: submitit is not installed.
     """
-    if importlib.util.find_spec("submitit") is None:
-        raise MissingExtraError("submitit", "slurm", "--executor slurm")
-    import submitit
-
-    chunk = max(resources.chunk, math.ceil(len(jobs) / _MOST_TASKS))
-    parts = [tuple(jobs[start : start + chunk]) for start in range(0, len(jobs), chunk)]
-    executor = submitit.AutoExecutor(folder=folder, cluster=cluster, slurm_max_num_timeout=_MOST_REQUEUES)
-    executor.update_parameters(name="cfusion-sweep", **_slurm_parameters(resources, len(parts)))
-    with executor.batch():
-        tasks = [executor.submit(ArrayTask(part, resources.cpus)) for part in parts]
-    logger.info("%d tasks are queued as %s; their logs are in %s", len(tasks), tasks[0].job_id.split("_")[0], folder)
-    waiting = dict(zip(tasks, parts, strict=True))
+    waiting = submit(jobs, resources, folder, cluster)
     while waiting:
         ended = [task for task in waiting if task.done()]
         for task in ended:
@@ -117,6 +107,26 @@ def run_slurm(
         if not ended:
             time.sleep(_TICK_SECONDS)
         tick([job for part in waiting.values() for job in part])
+
+
+def submit(
+    jobs: Sequence[Job], resources: Resources, folder: Path, cluster: Literal["slurm", "local"] = "slurm"
+) -> dict[Any, tuple[Job, ...]]:
+    """Queue the jobs as one array; returns submitit's tasks with the jobs of each."""
+    if importlib.util.find_spec("submitit") is None:
+        raise MissingExtraError("submitit", "slurm", "--executor slurm")
+    import submitit
+
+    if cluster == "slurm" and shutil.which("sbatch") is None:
+        raise ConfigError("--executor slurm: there is no sbatch here.", "Run it where jobs are submitted.")
+    chunk = max(resources.chunk, math.ceil(len(jobs) / _MOST_TASKS))
+    parts = [tuple(jobs[start : start + chunk]) for start in range(0, len(jobs), chunk)]
+    executor = submitit.AutoExecutor(folder=folder, cluster=cluster, slurm_max_num_timeout=_MOST_REQUEUES)
+    executor.update_parameters(name="cfusion-sweep", **_slurm_parameters(resources, len(parts)))
+    with executor.batch():
+        tasks = [executor.submit(ArrayTask(part, resources.cpus)) for part in parts]
+    logger.info("%d tasks are queued as %s; their logs are in %s", len(tasks), tasks[0].job_id.split("_")[0], folder)
+    return dict(zip(tasks, parts, strict=True))
 
 
 def _slurm_parameters(resources: Resources, tasks: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pytest
 from factories import CohortFiles, make_cohort
 
 from cfusion.config import validate
-from cfusion.errors import DataError, MissingExtraError, PartialResultError, RequeueError
+from cfusion.errors import ConfigError, DataError, MissingExtraError, PartialResultError, RequeueError
 from launch import executors
 from launch import sweep as sweeps
 from launch.executors import Resources
@@ -23,6 +23,7 @@ from launch.markers import attempts, claim, holder
 from launch.plan import PlannedRun, SweepConfig, plan
 from launch.status import look
 from launch.sweep import Execution, run_all
+from launch.work import Job
 
 ONE_CORE = Resources(cpus=1)
 
@@ -137,6 +138,32 @@ def test_ray_ends_with_the_same_bytes_though_a_worker_is_killed(files, expected,
         run_all(runs, Execution("ray", resources=Resources(cpus=1, max_parallel=1), address="local"), tmp_path)
     assert killed.hit
     assert predictions(runs) == expected
+
+
+def test_what_slurm_is_asked_for(files, tmp_path, monkeypatch):
+    """A script in sbatch's place takes the file that submitit writes."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, answer in (("sbatch", f'cp "$1" {tmp_path}/asked.sh; echo Submitted batch job 77'), ("srun", "true")):
+        (tools / name).write_text(f"#!/bin/sh\n{answer}\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    resources = Resources(cpus=6, gpus=1, mem_gb=32, hours=1.5, partition="gpu", max_parallel=5, chunk=2)
+    jobs = [Job((run,)) for run in planned(files, tmp_path, axes={"seed": [1, 2, 3, 4, 5]})]
+    tasks = executors.submit(jobs, resources, tmp_path / "jobs")
+    assert [len(part) for part in tasks.values()] == [2, 2, 1]
+    assert [task.job_id for task in tasks] == ["77_0", "77_1", "77_2"]
+    asked = set((tmp_path / "asked.sh").read_text().splitlines())
+    assert {
+        "#SBATCH --array=0-2%3", "#SBATCH --cpus-per-task=6", "#SBATCH --gpus-per-node=1", "#SBATCH --mem=32GB",
+        "#SBATCH --time=90", "#SBATCH --partition=gpu", "#SBATCH --signal=USR2@90",
+    } <= asked  # fmt: skip
+
+
+def test_slurm_where_there_is_none_is_told(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"there is no sbatch here\. Run it where jobs are submitted"):
+        run_all(planned(files, tmp_path), Execution("slurm"), tmp_path)
 
 
 def test_a_ray_cluster_that_is_not_there_is_told(files, tmp_path):
