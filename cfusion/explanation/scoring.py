@@ -44,8 +44,12 @@ def explain(
     Three methods, at each magnification that the models read: `attention`, the share a tile had in what the bag's
     summary read (see `cfusion.models.tile_attention`), times the number of tiles; `gradient`, input×gradient of the
     risk (see `cfusion.models.input_times_gradient`); `occlusion`, the risk less the risk without the tile and all that
-    lies in it. With `grid: file` (the published layout) removing a tile also moves those after it on the token grid,
-    which is part of its effect; with `grid: spatial` the others stay where they are.
+    lies in it.
+
+    CrossFusion normalises each projected tile, so a longer embedding hardly changes its risk: its input×gradient scores
+    are small, and their order says more than their size. With `grid: file` (the published layout) removing a tile also
+    moves those after it on the token grid, which is part of its effect; with `grid: spatial` the others stay where they
+    are.
 
     Args:
         model: The models of all folds, or one.

@@ -116,6 +116,23 @@ def test_slides_of_a_store_are_chosen(made_up):
     assert not (made_up / "all/a/gallery").exists()
 
 
+def test_a_registered_model_explains_as_the_folder_it_came_from(made_up):
+    from cfusion.tracking.registry import register_ensemble
+    from cfusion.tracking.server import connect
+
+    client = connect(f"sqlite:///{made_up / 'mlflow.db'}")
+    register_ensemble(client, client.create_run("0").info.run_id, made_up / "run", "whole", {"cohort": "made_up"})
+    options = ("--slide", "b", "--out", made_up / "out")
+    named = ("--model", "models:/whole@candidate", "--uri", client.tracking_uri)
+    result = call(made_up / "store", *named, *options)
+    assert result.exit_code == 0, result.output
+    registered = read_explanation(made_up / "out" / "b")
+    assert call(made_up / "store", "--model", made_up / "run", *options).exit_code == 0
+    assert read_explanation(made_up / "out" / "b").risks == registered.risks
+    error = refusal(made_up / "store", "--model", "models:/whole@champion", "--uri", client.tracking_uri, *options)
+    assert "has no version champion of a model whole" in str(error)
+
+
 def test_a_slide_that_cannot_be_explained_does_not_stop_the_others(made_up):
     poor = dataclasses.replace(slide_features("poor", 2, 8, np.random.default_rng(1)), coords={}, parents={})
     write_slide(made_up / "store", poor)
