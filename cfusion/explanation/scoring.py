@@ -68,9 +68,11 @@ def explain(
     Raises:
         DataError: The slide has other embeddings than the model reads, lacks a magnification or its coordinates, or
             holds a value that is not finite.
-        ConfigError: A magnification is not one that the model reads.
+        ConfigError: A magnification is not one that the model reads, or the models read different ones.
     """
     models = model.models if isinstance(model, FoldEnsemble) else (model,)
+    if len({_network(fold).magnification_names for fold in models}) > 1:
+        raise ConfigError("The models read different magnifications.", "Give the folder of one run.")
     bag = slide_bag(slide, models[0], device)
     lineage = Lineage(slide, list(bag.features))
     removed = {"cells": [lineage.cells], "tiles": list(bag.features), "none": []}[occlusion]
@@ -97,6 +99,8 @@ def _explain_fold(
     network.to(device=next(iter(bag.features.values())).device, dtype=torch.float32).eval()
     with torch.inference_mode():
         output = network(bag)
+    if not torch.isfinite(output.logits).all():
+        raise DataError(f"slide {bag.case_ids[0]}: the risk is not finite.", "Check the model's weights.")
     shares = tile_attention(network, bag)
     risk = output.risk.item()
     scores = {

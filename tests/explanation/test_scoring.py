@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from factories import slide_features
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from planted_bags import DIM, ensemble, planted_slide
 from sklearn.metrics import roc_auc_score
 
@@ -15,6 +17,7 @@ from cfusion.explanation import explain
 from cfusion.explanation.removal import Lineage, risks_without
 from cfusion.explanation.result import METHODS, read_explanation, write_explanation
 from cfusion.explanation.scoring import slide_bag
+from cfusion.prediction import FoldEnsemble
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +213,34 @@ def without_x10():
 def test_a_slide_that_the_model_cannot_read_is_refused(slide, message, folds):
     with pytest.raises(DataError, match=message):
         explain(folds, slide)
+
+
+def test_models_of_different_kinds_are_no_ensemble(folds, tmp_path):
+    mixed = FoldEnsemble((*folds.models, *ensemble(tmp_path, "amil", folds=1).models))
+    with pytest.raises(ConfigError, match="read different magnifications"):
+        explain(mixed, planted_slide(3)[0])
+
+
+def test_a_model_without_a_finite_answer_is_refused(folds, tmp_path):
+    (broken_model,) = ensemble(tmp_path, "mean_mil", folds=1).models
+    torch.nn.init.constant_(broken_model.module.head.bias, np.nan)
+    with pytest.raises(DataError, match="planted-0: the risk is not finite"):
+        explain(broken_model, planted_slide(3)[0])
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["x20", "x10", "x5"]))
+def test_a_tile_goes_with_all_that_lies_in_it_and_with_nothing_else(seed, name):
+    rng = np.random.default_rng(seed)
+    slide = slide_features("any", int(rng.integers(1, 6)), 2, rng)
+    removed = rng.random(len(slide.features[name])) < rng.random()
+    keep = Lineage(slide, ["x20", "x10", "x5"]).without(name, removed)
+    order = ["x5", "x10", "x20"]
+    for coarser in order[: order.index(name)]:
+        assert keep[coarser].all()
+    np.testing.assert_array_equal(keep[name], ~removed)
+    for coarser, finer in zip(order[order.index(name) :], order[order.index(name) + 1 :], strict=False):
+        np.testing.assert_array_equal(keep[finer], keep[coarser][slide.parents[finer]])
 
 
 def test_a_magnification_that_the_model_does_not_read_is_refused(folds):
