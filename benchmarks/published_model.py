@@ -187,3 +187,21 @@ class PublishedCrossFusion(nn.Module):
         attended = source + getattr(self, f"{scale}_cross_attn")(source, context)
         y = getattr(self, f"{scale}_cross_attn_ln")(attended)
         return y + getattr(self, f"{scale}_cross_attn_ffn")(y)
+
+
+class PublishedAMIL(nn.Module):
+    """Gated attention MIL as the study has it; `forward` gives the logits of one bag."""
+
+    def __init__(self, backbone_dim: int, n_bins: int, dim: int = 512) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(backbone_dim, dim), nn.ReLU())
+        self.attention_a = nn.Sequential(nn.Linear(dim, dim // 2), nn.Tanh())
+        self.attention_b = nn.Sequential(nn.Linear(dim, dim // 2), nn.Sigmoid())
+        self.attention_c = nn.Linear(dim // 2, 1)
+        self.classifiers = nn.Linear(dim, n_bins)
+
+    def forward(self, x20: Tensor) -> Tensor:
+        """Logits [1, n_bins] of a bag [1, N, d]."""
+        hidden = self.embed(x20.squeeze(0))
+        scores = self.attention_c(self.attention_a(hidden) * self.attention_b(hidden))
+        return self.classifiers(F.softmax(scores.transpose(0, 1), dim=1) @ hidden)
