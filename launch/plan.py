@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import itertools
 import re
@@ -184,12 +183,12 @@ def _combinations(sweep: SweepConfig) -> Iterator[dict[str, str]]:
 def _planned(sweep: SweepConfig, values: Mapping[str, str], data: DataDigests) -> PlannedRun:
     title = "-".join(values.values()) or sweep.name
     source = f"sweep {sweep.name}, run {title}"
-    settings = copy.deepcopy(sweep.base)
+    settings = _filled(sweep.base, values, source)
     settings.setdefault("tracking", {}).setdefault("experiment", sweep.name)
     for axis, value in values.items():
         for key, setting in sweep.axes[axis][value].items():
-            set_key(settings, key, setting)
-    config = validate(Config, _filled(settings, values, source), source)
+            set_key(settings, key, _filled(setting, values, source))
+    config = validate(Config, settings, source)
     digests, absent = data.of(config)
     decides = {
         "config": config.model_dump(mode="json", exclude={"output", "tracking"}),
@@ -202,7 +201,7 @@ def _planned(sweep: SweepConfig, values: Mapping[str, str], data: DataDigests) -
 
 
 def _filled(setting: Any, values: Mapping[str, str], source: str) -> Any:
-    """The setting with every `{axis}` in its texts replaced."""
+    """A copy of the setting with every `{axis}` in its texts replaced."""
     if isinstance(setting, dict):
         return {key: _filled(value, values, source) for key, value in setting.items()}
     if isinstance(setting, list):

@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+import shlex
 import signal
 import threading
 import time
@@ -12,8 +13,11 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+import typer
+import yaml
 from factories import CohortFiles, make_cohort
 
+from cfusion.cli.sweep import sweep as sweep_app
 from cfusion.config import validate
 from cfusion.errors import ConfigError, DataError, MissingExtraError, PartialResultError, RequeueError
 from launch import executors
@@ -170,6 +174,25 @@ def test_a_ray_cluster_that_is_not_there_is_told(files, tmp_path):
     pytest.importorskip("ray")
     with pytest.raises(DataError, match=r"no Ray cluster at 127\.0\.0\.1:1\. Start one with ray start"):
         run_all(planned(files, tmp_path), Execution("ray", address="127.0.0.1:1"), tmp_path)
+
+
+def test_the_job_for_kuberay_asks_for_what_its_workers_have():
+    path = Path(executors.__file__).parent / "kubernetes" / "sweep_rayjob.yaml"
+    job = yaml.safe_load(path.read_text())
+    command = shlex.split(shlex.split(job["spec"]["entrypoint"])[2].partition("&&")[2])
+    assert command[:3] == ["cfusion", "sweep", "run"]
+    known = {
+        option for parameter in typer.main.get_command(sweep_app).commands["run"].params for option in parameter.opts
+    }
+    assert {word for word in command if word.startswith("--")} <= known
+    cluster = job["spec"]["rayClusterSpec"]
+    pods = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    mounts = [pod["template"]["spec"]["containers"][0]["volumeMounts"] for pod in pods]
+    assert all(mount == mounts[0] for mount in mounts)
+    assert shlex.split(shlex.split(job["spec"]["entrypoint"])[2])[1] == mounts[0][0]["mountPath"]
+    worker = pods[1]["template"]["spec"]["containers"][0]["resources"]
+    assert command[command.index("--cpus") + 1] == worker["requests"]["cpu"]
+    assert command[command.index("--gpus") + 1] == worker["limits"]["nvidia.com/gpu"]
 
 
 @pytest.mark.parametrize(("executor", "package"), [("slurm", "submitit"), ("ray", "ray")])
