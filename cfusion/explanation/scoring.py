@@ -39,7 +39,7 @@ def explain(
     magnifications: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
 ) -> Explanation:
-    """Score every tile of a slide by what the models did with it.
+    """Score every tile of a slide by what the models did with it, given this slide alone.
 
     Three methods, at each magnification that the models read: `attention`, the share a tile had in what the bag's
     summary read (see `cfusion.models.tile_attention`), times the number of tiles; `gradient`, input×gradient of the
