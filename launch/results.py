@@ -40,7 +40,7 @@ def members_of(runs: Sequence[PlannedRun], statuses: Sequence[RunStatus]) -> lis
             model=", ".join([_model(run), *(run.values[axis] for axis in varied)]),
             protocol=run.config.evaluation.protocol,
             seed=run.config.seed,
-            permuted=run.config.evaluation.permute_outcomes is not None,
+            permuted=run.config.evaluation.permute_outcomes,
             state=status.state,
             word=status.word,
             cost=_cost(run.config.output) if status.folds_done or status.state == "done" else Cost(),

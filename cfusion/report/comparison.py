@@ -58,7 +58,7 @@ class Member:
         model: The model, with whatever else the sweep varies.
         protocol: See `cfusion.splits`.
         seed: Of the training.
-        permuted: Whether it was trained on outcomes dealt to other patients.
+        permuted: Seed by which outcomes were dealt to other patients; None: real outcomes.
         state: done, running, failed or open.
         word: Why it failed.
         cost: What it cost.
@@ -71,7 +71,7 @@ class Member:
     model: str
     protocol: str
     seed: int
-    permuted: bool
+    permuted: int | None
     state: str
     word: str = ""
     cost: Cost = field(default_factory=Cost)
@@ -89,7 +89,7 @@ class Cell:
         members: Runs on real outcomes: seeds, and folds where each is a run.
         permuted: Runs on permuted outcomes.
         summary: A row of `cfusion.survival.score.Scores.summary`; None where no run is done.
-        null: Mean of the permuted runs' C, mean of folds; NaN without any that is done.
+        null: C of the permuted runs that are done, mean over folds, seeds and deals; NaN without any.
         p_best: Holm-corrected p-value against the best of its cohort and protocol; NaN for the best itself, and where
             the cell is not complete.
         best: Whether it is the best of its cohort and protocol among complete cells.
@@ -174,7 +174,7 @@ def compare_members(members: Sequence[Member], bootstrap: int = 1000) -> Compari
 
     Args:
         members: All runs of a sweep, done or not.
-        bootstrap: Replicates of the intervals and tests.
+        bootstrap: Replicates of the intervals and tests; 0: neither.
 
     Raises:
         DataError: No run is done.
@@ -185,7 +185,7 @@ def compare_members(members: Sequence[Member], bootstrap: int = 1000) -> Compari
     for member in members:
         grouped.setdefault((member.cohort, member.encoder, member.model, member.protocol), []).append(member)
     empty = [
-        Cell(*key, tuple(m for m in found if not m.permuted), tuple(m for m in found if m.permuted))
+        Cell(*key, tuple(m for m in found if m.permuted is None), tuple(m for m in found if m.permuted is not None))
         for key, found in grouped.items()
     ]
     jobs = min(cpu_count(), len(empty)) if len(empty) >= _PARALLEL_FROM else 1
@@ -196,12 +196,11 @@ def compare_members(members: Sequence[Member], bootstrap: int = 1000) -> Compari
 
 def _scored(cell: Cell, bootstrap: int) -> Cell:
     """The cell with the scores of its runs that are done."""
-    null = _summary(cell, cell.permuted, 0)
-    return replace(
-        cell,
-        summary=_summary(cell, cell.members, bootstrap),
-        null=_NAN if null is None else float(null["cindex_mean"]),
-    )
+    deals = dict.fromkeys(member.permuted for member in cell.permuted)
+    nulls = [_summary(cell, [m for m in cell.permuted if m.permuted == deal], 0) for deal in deals]
+    known = [float(null["cindex_mean"]) for null in nulls if null is not None]
+    null = sum(known) / len(known) if known else _NAN
+    return replace(cell, summary=_summary(cell, cell.members, bootstrap), null=null)
 
 
 def _summary(cell: Cell, members: Sequence[Member], bootstrap: int) -> pd.Series | None:
@@ -227,9 +226,9 @@ def _tested(cells: Sequence[Cell], bootstrap: int) -> tuple[list[Cell], pd.DataF
     for numbers in groups.values():
         best = max(numbers, key=lambda number: cells[number].value)
         marked[best] = replace(cells[best], best=True)
-        if len(numbers) > 1:
+        if len(numbers) > 1 and bootstrap:
             frame = pd.concat([_predictions(cells[n], cells[n].members) for n in numbers], ignore_index=True)
-            tables.append(compare(frame, reference=cells[best].label, replicates=max(bootstrap, 1)))
+            tables.append(compare(frame, reference=cells[best].label, replicates=bootstrap))
     if not tables:
         return marked, pd.DataFrame()
     tests = pd.concat(tables, ignore_index=True)

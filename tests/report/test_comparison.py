@@ -21,12 +21,12 @@ STRENGTH = {("uni", "good_model"): 3.0, ("uni", "weak"): 0.0, ("conch", "good_mo
 
 
 def member(
-    folder: Path, cohort: str, encoder: str, model: str, seed: int, state: str = "done", permuted: bool = False
+    folder: Path, cohort: str, encoder: str, model: str, seed: int, state: str = "done", permuted: int | None = None
 ) -> Member:
     """A run with made-up predictions, if it is done."""
-    name = f"{cohort}-{encoder}-{model}-{seed}{'-permuted' * permuted}"
+    name = f"{cohort}-{encoder}-{model}-{seed}{'' if permuted is None else f'-permuted-{permuted}'}"
     if state == "done":
-        write_run(folder / name, cohort, model, seed, 0.0 if permuted else STRENGTH[encoder, model])
+        write_run(folder / name, cohort, model, seed, STRENGTH[encoder, model] if permuted is None else 0.0)
     word = "DataError: no <b>loss</b> & no gain" if state == "failed" else ""
     cost = Cost(0.5, 0.25, 0.1)
     return Member(name, folder / name, cohort, encoder, model, "strict", seed, permuted, state, word, cost)
@@ -57,7 +57,8 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> list[Member]:
     found = [member(folder, *cell, seed) for cell in cells for seed in (1, 2) if cell != ("b", "conch", "weak")]
     found.append(member(folder, "b", "conch", "weak", 1))
     found.append(member(folder, "b", "conch", "weak", 2, state="failed"))
-    return [*found, member(folder, "a", "uni", "good_model", 1, permuted=True)]
+    deals = [member(folder, "a", "uni", "good_model", 1, permuted=deal) for deal in (0, 1)]
+    return [*found, *deals]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,11 @@ def test_a_cell_is_the_mean_over_folds_and_seeds(comparison):
     assert found.value == pytest.approx(np.mean(by_hand))
     assert found.summary["cindex_std"] == pytest.approx(np.std(by_hand))
     assert found.summary["cindex_low"] < found.summary["cindex_pooled"] < found.summary["cindex_high"]
+    dealt = [pd.read_csv(run.folder / "predictions.csv") for run in found.permuted]
+    folds = [
+        concordance(f["survival_months"], f["event"], f["risk"]).cindex for d in dealt for _, f in d.groupby("fold")
+    ]
+    assert found.null == pytest.approx(np.mean(folds))
     assert found.null < found.value
 
 
@@ -142,6 +148,14 @@ def test_markdown_and_latex_mark_the_best_and_escape_names(comparison, tmp_path)
     body = tex[tex.index(r"\midrule") : tex.index(r"\bottomrule")]
     assert {line.count("&") for line in body.splitlines() if "&" in line} == {5}
     assert escape_latex("50%_a\\b{c}") == r"50\%\_a\textbackslash{}b\{c\}"
+
+
+def test_without_a_bootstrap_nothing_is_tested(members):
+    without = compare_members([m for m in members if m.cohort == "a"], bootstrap=0)
+    assert without.tests.empty
+    assert sum(cell.best for cell in without.cells) == 1
+    assert not any(cell.tied for cell in without.cells)
+    assert np.isnan(without.cells[0].summary["cindex_low"])
 
 
 def test_nothing_done_is_an_error(tmp_path):
