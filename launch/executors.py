@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cfusion.errors import ConfigError, DataError, MissingExtraError
+from cfusion.files import read_json, write_json
 from launch.work import Job, Outcome, do, lost
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ _MOST_TASKS = 1000
 """Of one array: SLURM's MaxArraySize is 1001 unless a site sets another."""
 
 _MOST_REQUEUES = 1000
+_QUEUE = "queue.json"
 
 _OBJECT_STORE_BYTES = 80 << 20
 """Enough for jobs and outcomes; data are read by the workers themselves."""
@@ -89,6 +91,8 @@ def run_slurm(
 ) -> Iterator[Outcome]:
     """Do the jobs as a job array, and wait; should this process end, the array goes on without it.
 
+    Tasks that an earlier call has queued in `folder` and that have not ended are waited for, not queued again.
+
     Args:
         jobs: What is to be done.
         resources: Of each task.
@@ -99,7 +103,11 @@ def run_slurm(
     Raises:
         MissingExtraError: submitit is not installed.
     """
-    waiting = submit(jobs, resources, folder, cluster)
+    waiting = queued(jobs, folder) if cluster == "slurm" else {}
+    followed = {run.name for part in waiting.values() for job in part for run in job.runs}
+    left = [job for job in jobs if not any(run.name in followed for run in job.runs)]
+    if left:
+        waiting |= submit(left, resources, folder, cluster)
     while waiting:
         ended = [task for task in waiting if task.done()]
         for task in ended:
@@ -126,7 +134,35 @@ def submit(
     with executor.batch():
         tasks = [executor.submit(ArrayTask(part, resources.cpus)) for part in parts]
     logger.info("%d tasks are queued as %s; their logs are in %s", len(tasks), tasks[0].job_id.split("_")[0], folder)
-    return dict(zip(tasks, parts, strict=True))
+    waiting = dict(zip(tasks, parts, strict=True))
+    names = {task.job_id: [run.name for job in part for run in job.runs] for task, part in waiting.items()}
+    write_json(folder / _QUEUE, {**_read_queue(folder), **names})
+    return waiting
+
+
+def queued(jobs: Sequence[Job], folder: Path) -> dict[Any, tuple[Job, ...]]:
+    """SLURM's tasks of earlier calls that have not ended, with those of the jobs that each does."""
+    recorded = _read_queue(folder)
+    if not recorded or importlib.util.find_spec("submitit") is None:
+        return {}
+    import submitit
+
+    waiting: dict[Any, tuple[Job, ...]] = {}
+    for job_id, names in list(recorded.items()):
+        part = tuple(job for job in jobs if any(run.name in names for run in job.runs))
+        task: Any = submitit.SlurmJob(folder=folder, job_id=job_id)
+        if part and task.done(force_check=True):
+            del recorded[job_id]
+        elif part:
+            waiting[task] = part
+    if waiting:
+        logger.info("%d tasks of an earlier call are queued or at work; waiting for them", len(waiting))
+    write_json(folder / _QUEUE, recorded)
+    return waiting
+
+
+def _read_queue(folder: Path) -> dict[str, list[str]]:
+    return read_json(folder / _QUEUE) if (folder / _QUEUE).is_file() else {}
 
 
 def _slurm_parameters(resources: Resources, tasks: int) -> dict[str, Any]:

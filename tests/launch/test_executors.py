@@ -144,24 +144,47 @@ def test_ray_ends_with_the_same_bytes_though_a_worker_is_killed(files, expected,
     assert predictions(runs) == expected
 
 
-def test_what_slurm_is_asked_for(files, tmp_path, monkeypatch):
-    """A script in sbatch's place takes the file that submitit writes."""
+@pytest.fixture
+def slurm(tmp_path, monkeypatch) -> Path:
+    """Scripts in the place of SLURM's commands: sbatch keeps what it is asked for, sacct says what `state` holds."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name, answer in (("sbatch", f'cp "$1" {tmp_path}/asked.sh; echo Submitted batch job 77'), ("srun", "true")):
+    commands = {
+        "sbatch": f'cp "$1" {tmp_path}/asked.sh; echo Submitted batch job 77',
+        "srun": "true",
+        "sacct": f'echo "JobID|State|NodeList"; for i in 0 1 2; do echo "77_$i|$(cat {tmp_path}/state)|n1"; done',
+    }
+    for name, answer in commands.items():
         (tools / name).write_text(f"#!/bin/sh\n{answer}\n")
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    return tmp_path
+
+
+def test_what_slurm_is_asked_for(files, slurm):
     resources = Resources(cpus=6, gpus=1, mem_gb=32, hours=1.5, partition="gpu", max_parallel=5, chunk=2)
-    jobs = [Job((run,)) for run in planned(files, tmp_path, axes={"seed": [1, 2, 3, 4, 5]})]
-    tasks = executors.submit(jobs, resources, tmp_path / "jobs")
+    jobs = [Job((run,)) for run in planned(files, slurm, axes={"seed": [1, 2, 3, 4, 5]})]
+    tasks = executors.submit(jobs, resources, slurm / "jobs")
     assert [len(part) for part in tasks.values()] == [2, 2, 1]
     assert [task.job_id for task in tasks] == ["77_0", "77_1", "77_2"]
-    asked = set((tmp_path / "asked.sh").read_text().splitlines())
+    asked = set((slurm / "asked.sh").read_text().splitlines())
     assert {
         "#SBATCH --array=0-2%3", "#SBATCH --cpus-per-task=6", "#SBATCH --gpus-per-node=1", "#SBATCH --mem=32GB",
         "#SBATCH --time=90", "#SBATCH --partition=gpu", "#SBATCH --signal=USR2@90",
     } <= asked  # fmt: skip
+
+
+def test_tasks_that_are_still_queued_are_followed_and_not_queued_again(files, slurm):
+    jobs = [Job((run,)) for run in planned(files, slurm, axes={"seed": [1, 2, 3]})]
+    executors.submit(jobs, ONE_CORE, slurm / "jobs")
+    (slurm / "state").write_text("PENDING")
+    assert [task.job_id for task in executors.queued(jobs[:1], slurm / "jobs")] == ["77_0"]
+    waiting = executors.queued(jobs[1:], slurm / "jobs")
+    assert {task.job_id: part for task, part in waiting.items()} == {"77_1": (jobs[1],), "77_2": (jobs[2],)}
+    (slurm / "state").write_text("CANCELLED")
+    assert executors.queued(jobs, slurm / "jobs") == {}
+    (slurm / "state").write_text("PENDING")
+    assert executors.queued(jobs, slurm / "jobs") == {}
 
 
 def test_slurm_where_there_is_none_is_told(files, tmp_path, monkeypatch):
