@@ -16,7 +16,7 @@ from cfusion.errors import CfusionError, ConfigError, DataError, PartialResultEr
 from cfusion.explanation import Explanation, explain
 from cfusion.explanation.faithfulness import deletion_areas, deletion_curves
 from cfusion.explanation.scoring import Occlusion
-from cfusion.explanation.write import write_results
+from cfusion.explanation.write import check_target, write_results
 from cfusion.prediction import FoldEnsemble
 from cfusion.training.fitted import ModelCard
 from preprocess.extraction import preprocess_slides
@@ -138,6 +138,7 @@ def explain_source(
     failed: dict[str, CfusionError] = {}
     for slide_id in source.slide_ids:
         try:
+            check_target(out / slide_id)
             slide = source.store.read(slide_id)
             found = explain(
                 ensemble, slide, occlusion=occlusion, most_removals=most_removals, magnifications=magnifications,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from cfusion.errors import DataError
 from cfusion.explanation.faithfulness import deletion_areas, draw_deletion
 from cfusion.explanation.geojson import write_geojson
 from cfusion.explanation.page import draw_curve, render_page
@@ -38,8 +39,12 @@ def write_results(
 
     Returns:
         The page.
+
+    Raises:
+        DataError: The folder is there and holds something else.
     """
     folder = Path(folder)
+    check_target(folder)
     backdrop = None
     if pictures:
         backdrop = pictures.overview(OVERVIEW_PX)
@@ -69,6 +74,17 @@ def write_results(
         (temporary / "survival.svg").write_text(standalone(draw_curve(explanation)), encoding="utf-8")
         (temporary / "index.html").write_text(page, encoding="utf-8")
     return folder / "index.html"
+
+
+def check_target(folder: Path) -> None:
+    """Refuse to replace a folder that holds no explanation.
+
+    Raises:
+        DataError: It is such a folder, or a file.
+    """
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not empty and not (folder / ZARR_NAME).is_dir():
+        raise DataError(f"{folder}: is there and holds no explanation, so it is not replaced.", "Write elsewhere.")
 
 
 def _write_curves(explanation: Explanation, curves: pd.DataFrame, folder: Path) -> None:

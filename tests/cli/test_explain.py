@@ -201,6 +201,15 @@ def test_what_is_not_there_is_named(arguments, message, made_up):
     assert re.search(message, str(error))
 
 
+def test_a_folder_of_something_else_is_not_replaced(made_up):
+    precious = made_up / "out" / "b" / "slide.svs"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("years of work")
+    error = refusal(made_up / "store", "--slide", "b", "--model", made_up / "run", "--out", made_up / "out")
+    assert "is there and holds no explanation, so it is not replaced" in str(error)
+    assert precious.read_text() == "years of work"
+
+
 def test_a_folder_without_a_model_is_refused(made_up):
     (made_up / "empty").mkdir()
     error = refusal(made_up / "store", "--model", made_up / "empty", "--out", made_up / "out")
