@@ -60,7 +60,8 @@ class SweepConfig(Section):
     exclude: tuple[dict[str, str], ...] = ()
     """Combinations that are left out, as axis: value; a run is left out if it has all values of one entry."""
     group: int = Field(8, ge=1)
-    """Most runs that share one read of the shards, where `train.folds` is `together`."""
+    """Most runs that share one read of the shards, where `train.folds` is `together`; all their folds' models, moments
+    and best weights are in memory at once."""
 
     @model_validator(mode="after")
     def _names_are_plain(self) -> SweepConfig:

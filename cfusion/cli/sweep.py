@@ -119,10 +119,12 @@ def run(
         bool, typer.Option("--dry-run", help="Say what would be done, audit its data, and stop.")
     ] = False,
     partition: Annotated[str, typer.Option(help="slurm: partition.")] = "",
-    hours: Annotated[float, typer.Option(help="slurm: time limit of a task; near it a task is queued again.")] = 24.0,
+    hours: Annotated[
+        float, typer.Option(help="slurm: time limit of a task; near it a task is queued again.", min=0.1)
+    ] = 24.0,
     cpus: Annotated[int, typer.Option(help="slurm, ray: cores of a task.", min=1)] = 4,
     gpus: Annotated[int, typer.Option(help="slurm, ray: GPUs of a task.", min=0)] = 0,
-    mem: Annotated[float | None, typer.Option(help="slurm: memory of a task in GB.")] = None,
+    mem: Annotated[float | None, typer.Option(help="slurm: memory of a task in GB.", min=0.1)] = None,
     max_parallel: Annotated[int | None, typer.Option(help="slurm, ray: tasks at the same time.", min=1)] = None,
     chunk: Annotated[int, typer.Option(help="slurm: runs one after the other in a task.", min=1)] = 1,
     ray_address: Annotated[str, typer.Option(help="ray: auto, ray://HOST:10001, or local.")] = "auto",
