@@ -192,6 +192,7 @@ def test_shards_that_lack_cases_of_the_split_are_named_and_fatal_under_strict(fi
     assert "PT-9999" in look(runs)[0].word
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_while_its_database_is_locked(files, tmp_path):
     database = tmp_path / "mlflow.db"
     tracked = {"enabled": True, "uri": f"sqlite:///{database}", "experiment": "toy"}
