@@ -105,14 +105,14 @@ class Group:
         shown = {bag for bag in bags if any(member.misses(bag) for member in active)}
 
         def stream(wanted: set[int], *, training: bool) -> Iterator[BagBatch]:
-            return self.whole.loader.stream(
-                [[bag] for bag in bags if bag in wanted], epoch=number, training=training
-            )  # fmt: skip
+            chosen = [[bag] for bag in bags if bag in wanted]
+            return self.whole.loader.stream(chosen, epoch=number, training=training)
 
         if self.data.max_tiles is None and not self.data.feature_dropout:
-            both = stream(learnt | shown, training=True)
+            needed = learnt | shown
+            both = stream(needed, training=True)
             for bag in bags:
-                batch = next(both) if bag in learnt | shown else None
+                batch = next(both) if bag in needed else None
                 yield batch, batch
             return
         sampled, plain = stream(learnt, training=True), stream(shown, training=False)
