@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import types
 import typing
@@ -204,9 +205,14 @@ def module_pages() -> dict[str, str]:
 
 
 def python_reference() -> str:
-    """The hand-written head of the page on Python, and the docstrings of the public names."""
+    """The hand-written head of the page on Python, and the public names with where each is explained."""
     head = (ROOT / "docs" / "reference" / "python.head.md").read_text(encoding="utf-8")
-    return "\n".join([head, *(f"::: {module}.{name}\n" for name, module in cfusion._API.items())])
+    rows = []
+    for name in cfusion._API:
+        thing = getattr(cfusion, name)
+        told = (inspect.getdoc(thing) or "").partition("\n\n")[0]
+        rows.append(f"| [`cfusion.{name}`][{thing.__module__}.{thing.__qualname__}] | {_cell(told)} |")
+    return "\n".join([head, "| name | |", "|---|---|", *rows, ""])
 
 
 def _package_page(folder: Path, deep: bool = True) -> str:

@@ -1,10 +1,12 @@
 """Every shell block of the documentation runs, in order, as printed, or says in the source why it cannot run here.
 
 A comment before a block or at the head of a page says what the reader does not see:
-`<!-- not run: REASON -->`, `<!-- leaves with CODE -->`, `<!-- set-up: cohort -->` (a small cohort in ./study with
-study.yaml, its features and shards).
+`<!-- not run: REASON -->`, `<!-- leaves with CODE -->`, and `<!-- set-up: NAME -->`: `cohort`, a small one in ./study
+with study.yaml; `trident`, the folder of another program; `two-encoders`, shards of two; `run`, drawn slides and a run.
 """
 
+import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -12,19 +14,28 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import pytest
 import yaml
 from factories import make_cohort
 
+from cfusion.config import Config, PreprocessConfig, validate
+from cfusion.crossval import cross_validate
+from cfusion.data.shards import ShardDataset
+from cfusion.data.store import FeatureStore
+from preprocess.extraction import preprocess_slides
+from preprocess.packing import pack_store
+from preprocess.phantom import PHANTOMS, draw_cohort
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-QUICK = ("docs/howto/score-predictions.md", "docs/howto/disk-and-memory.md", "docs/howto/shell.md")
+QUICK = ("docs/howto/score-predictions.md", "docs/howto/shell.md")
 """Pages that take seconds; the others are run with the slow tests."""
 _BLOCK = re.compile(
     r"^(?P<indent> *)(?:<!-- (?P<note>[^\n]*?) -->\n(?: *\n)*(?P=indent))?```bash\n(?P<code>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
-_SET_UP = re.compile(r"^<!-- set-up: (\w+) -->$", re.MULTILINE)
+_SET_UP = re.compile(r"^<!-- set-up: ([\w-]+) -->$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -102,12 +113,58 @@ def test_the_blocks_of_a_page_run(page, tmp_path):
 
 def _cohort(folder: Path) -> None:
     files = make_cohort(folder / "study", patients=60)
-    values = files.config(Path("runs/study")).model_dump(mode="json")
-    values["cohort"] = {"name": "study", "table": "study/clinical.csv"}
-    values["data"] = {"shards": "study/shards"}
+    values = files.config(Path("runs/study")).model_dump(mode="json", exclude_defaults=True)
+    values |= {"cohort": {"name": "study", "table": "study/clinical.csv"}, "data": {"shards": "study/shards"}}
     values["train"] |= {"epochs": 2}
     values["tracking"] = {"experiment": "study"}
     (folder / "study.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
 
-SET_UPS = {"cohort": _cohort}
+def _trident(folder: Path) -> None:
+    """The job folder of TRIDENT for a small cohort, and its clinical table."""
+    files = make_cohort(folder / "made", patients=48)
+    files.table.rename(folder / "clinical.csv")
+    shards = ShardDataset.open(files.shards)
+    for slide in sorted(shards.slide_ids):
+        for name, side in (("x20", 256), ("x10", 512), ("x5", 1024)):
+            job = folder / "trident_output" / f"{name[1:]}x_256px_0px_overlap" / "features_uni_v1"
+            job.mkdir(parents=True, exist_ok=True)
+            arrays = shards.read(slide, (name, f"coords_{name}"))
+            with h5py.File(job / f"{slide}.h5", "w") as file:
+                file.create_dataset("features", data=arrays[name]).attrs["encoder"] = "uni_v1"
+                coords = file.create_dataset("coords", data=arrays[f"coords_{name}"].astype("int64"))
+                coords.attrs.update({"patch_size": 256, "patch_size_level0": side, "overlap": 0})
+
+
+def _two_encoders(folder: Path) -> None:
+    """One cohort with shards of two encoders, shards/uni and shards/conch."""
+    for encoder in ("uni", "conch"):
+        files = make_cohort(folder / encoder, patients=48)
+        index = json.loads((files.shards / "index.json").read_text())
+        files.table.replace(folder / "clinical.csv")
+        (folder / "shards").mkdir(exist_ok=True)
+        (files.shards / "index.json").write_text(json.dumps({**index, "encoder": encoder}))
+        files.shards.rename(folder / "shards" / encoder)
+
+
+def _run(folder: Path) -> None:
+    """Slides in study/slides, and a small model trained on them in runs/study."""
+    cohort = draw_cohort(dataclasses.replace(PHANTOMS[0], patients=40), folder / "study")
+    config = PreprocessConfig(slides=cohort.slides, store=folder / "features", threads=2)
+    preprocess_slides(config, strict=True)
+    pack_store(FeatureStore.open(config.store), folder / "shards")
+    values = {
+        "cohort": {"name": "study", "table": str(cohort.table)},
+        "splits": {"folds": 2},
+        "data": {"shards": str(folder / "shards")},
+        "model": {"embed_dim": 16, "num_heads": 2},
+        "train": {"epochs": 1, "micro_batch": 8},
+        "parallel": {"global_batch": 8},
+        "evaluation": {"bootstrap": 20},
+        "tracking": {"enabled": False},
+        "output": str(folder / "runs" / "study"),
+    }
+    cross_validate(validate(Config, values, "set-up"))
+
+
+SET_UPS = {"cohort": _cohort, "trident": _trident, "two-encoders": _two_encoders, "run": _run}

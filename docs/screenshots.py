@@ -1,0 +1,104 @@
+"""Pictures of a finished demo for the README and the site: report, quality sheet, heatmaps, viewer."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+COHORT, MODEL = "phantom-a", "crossfusion"
+WIDTH_PX = 1280
+LARGEST_BYTES = 300_000
+
+
+def main() -> None:
+    """Write four PNG files below docs/images: `python docs/screenshots.py runs/demo`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("demo", type=Path, help="Folder of a finished `cfusion demo`.")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images")
+    arguments = parser.parse_args()
+    demo, out = arguments.demo.resolve(), arguments.out
+    run = next((demo / "runs").glob(f"{COHORT}-{MODEL}-real-*"))
+    slide = f"{riskiest(run)}-a"
+    with tempfile.TemporaryDirectory() as name, sync_playwright() as driver:
+        explained = Path(name)
+        slides = demo / COHORT / "slides"
+        cfusion("explain", slides / f"{slide}.svs", "--model", run, "--out", explained, "--occlusion", "tiles")
+        browser = driver.chromium.launch(executable_path=browser_path(), args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": WIDTH_PX, "height": 860}, reduced_motion="reduce")
+        page.goto(f"file://{demo}/report/index.html")
+        save(page.screenshot(), out / "report.png")
+        page.goto(f"file://{explained / slide}/index.html")
+        save(page.locator("#heatmaps .pictures").first.screenshot(), out / "heatmaps.png")
+        with viewer(slides, explained, run) as address:
+            page.goto(address)
+            page.fill("#search", slide)
+            page.press("#search", "Enter")
+            page.wait_for_selector("#stage[data-shown]")
+            page.wait_for_load_state("networkidle")
+            page.wait_for_timeout(1500)
+            save(page.screenshot(), out / "viewer.png")
+        browser.close()
+    save((demo / COHORT / "features" / "sheets" / f"{slide}.jpg").read_bytes(), out / "sheet.png")
+
+
+def riskiest(run: Path) -> str:
+    """The patient of the highest predicted risk."""
+    predictions = pd.read_csv(run / "predictions.csv")
+    return str(predictions.loc[predictions["risk"].idxmax(), "case_id"])
+
+
+@contextlib.contextmanager
+def viewer(slides: Path, explained: Path, run: Path) -> Iterator[str]:
+    """A running viewer; its address."""
+    command = [
+        sys.executable,
+        "-m",
+        "cfusion",
+        "view",
+        str(slides),
+        "--explanations",
+        str(explained),
+        "--run",
+        str(run),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            yield server.stdout.readline().split(" at ")[1].split()[0]
+        finally:
+            server.terminate()
+
+
+def cfusion(*arguments: str | Path) -> None:
+    """Run a command of the program."""
+    subprocess.run([sys.executable, "-m", "cfusion", "-q", *map(str, arguments)], check=True)
+
+
+def browser_path() -> str:
+    """The Chromium that is installed."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+
+
+def save(picture: bytes, target: Path) -> None:
+    """As a PNG of at most `WIDTH_PX` width; in 256 colours where it would else be large."""
+    with Image.open(io.BytesIO(picture)) as image:
+        scale = min(1, WIDTH_PX / image.width)
+        small = image.convert("RGB").resize((round(image.width * scale), round(image.height * scale)))
+    small.save(target, optimize=True)
+    if target.stat().st_size > LARGEST_BYTES:
+        small.quantize(256, dither=Image.Dither.NONE).save(target, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
