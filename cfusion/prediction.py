@@ -99,6 +99,8 @@ class FoldEnsemble:
     def predict(self, source: BagSource, cases: Cases, runtime: Runtime) -> pd.DataFrame:
         """Risk and survival curve of each patient; each bag is read once for all models, and on one rank.
 
+        As in training, a patient's slides form one bag, or their curves and risks are averaged (`ModelCard.unit`).
+
         Args:
             source: Where the embeddings are.
             cases: Slides of each patient.
@@ -112,30 +114,37 @@ class FoldEnsemble:
         Raises:
             StoreError: The source's embeddings are not those the models read.
         """
-        source.embeddings.check(self.models[0].card)
-        bags = source.open(cases, self.models[0].card.magnifications, runtime)
+        card = self.models[0].card
+        source.embeddings.check(card)
+        by_slide = card.unit == "slide"
+        apart = {slide: (slide,) for slides in cases.values() for slide in slides}
+        bags = source.open(apart if by_slide else cases, card.magnifications, runtime)
         mine = evaluation_slices(bags.costs, runtime.world_size)[runtime.rank].tolist()
         for model in self.models:
             model.module.to(device=runtime.device, dtype=runtime.dtype)
-        rows: list[tuple[int, list[list[float]]]] = []
+        rows: list[tuple[str, list[np.ndarray]]] = []
         with progress("Bags", len(mine)) as bar, torch.inference_mode():
             for index, batch in zip(mine, bags.stream(mine), strict=True):
-                rows.append((index, [self._survival(model, batch) for model in self.models]))
+                rows.append((bags.case_ids[index], [self._survival(model, batch) for model in self.models]))
                 bar.advance()
         gathered = dict(runtime.gather(rows))
-        return self._table(bags.case_ids, cases, [gathered[i] for i in range(len(bags.case_ids))])
+        survival = []
+        for case, slides in cases.items():
+            of_bags = [gathered[key] for key in (slides if by_slide else [case])]
+            survival.append([np.mean(curves, axis=0) for curves in zip(*of_bags, strict=True)])
+        return self._table(cases, survival)
 
     @staticmethod
-    def _survival(model: FittedModel, batch: BagBatch) -> list[float]:
-        return SurvivalOutput.from_logits(model.module(batch).logits.double()).survival[0].tolist()
+    def _survival(model: FittedModel, batch: BagBatch) -> np.ndarray:
+        return SurvivalOutput.from_logits(model.module(batch).logits.double()).survival[0].cpu().numpy()
 
-    def _table(self, case_ids: Sequence[str], cases: Cases, survival: list[list[list[float]]]) -> pd.DataFrame:
-        risks = np.array([[-sum(curve) for curve in of_models] for of_models in survival])
-        curves = np.array([self._mean_curve([np.array(curve) for curve in of_models]) for of_models in survival])
-        frame = curve_table(case_ids, curves, self.months.tolist(), risks.mean(axis=1))
+    def _table(self, cases: Cases, survival: list[list[np.ndarray]]) -> pd.DataFrame:
+        risks = np.array([[-curve.sum() for curve in of_models] for of_models in survival])
+        curves = np.array([self._mean_curve(of_models) for of_models in survival])
+        frame = curve_table(list(cases), curves, self.months.tolist(), risks.mean(axis=1))
         cutoff = self.risk_cutoff
         group = "" if cutoff is None else np.where(frame["risk"] > cutoff, "high", "low")
-        frame.insert(1, "slides", [len(cases[case]) for case in case_ids])
+        frame.insert(1, "slides", [len(slides) for slides in cases.values()])
         frame.insert(3, "risk_sd", risks.std(axis=1))
         frame.insert(4, "group", group)
         return frame

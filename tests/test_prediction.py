@@ -133,16 +133,19 @@ def test_a_row_is_the_mean_over_the_folds_and_its_curve_holds_every_edge(files, 
     np.testing.assert_allclose(curves[:, months.index(14.0)], at_14, rtol=1e-12)
 
 
-def test_one_fold_predicts_its_test_patients_as_its_training_did(files, tmp_path):
+@pytest.mark.parametrize("unit", ["case", "slide"])
+def test_one_fold_predicts_its_test_patients_as_its_training_did(files, tmp_path, unit):
     from cfusion import make_splits, read_cohort
 
-    config = files.config(tmp_path / "run", train={"epochs": 1}, splits={"folds": 2}, model={"name": "amil"})
+    sections = {"train": {"epochs": 1}, "splits": {"folds": 2}, "model": {"name": "amil"}, "data": {"unit": unit}}
+    config = files.config(tmp_path / "run", **sections)
     cohort = read_cohort(config.cohort)
     split = make_splits(cohort, config.splits)[0]
     run = fit(config, cohort, split)
     run.model.save(tmp_path / "fold_0" / "model")
     source = ShardSource(config.data)
     slides = cohort.slides_of(split.test)
+    assert max(map(len, slides.values())) == 2
     table = FoldEnsemble.load(tmp_path / "fold_0").predict(source, slides, Runtime.start(ParallelConfig()))
     expected = run.predictions.set_index("case_id").loc[table["case_id"]]
     np.testing.assert_allclose(table["risk"], expected["risk"], rtol=1e-6)

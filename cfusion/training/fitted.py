@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
@@ -34,6 +34,7 @@ class ModelCard:
         risk_cutoff: Median risk of its training patients; above it is the high-risk group. None where its training
             did not come to its end.
         embeddings: How the embeddings were made, as the shards tell it: weight digest, transform, resample filter, …
+        unit: What a bag of its training was; of slides, a patient's risks are averaged.
     """
 
     model: dict[str, Any]
@@ -46,6 +47,7 @@ class ModelCard:
     fold: int
     risk_cutoff: float | None
     embeddings: dict[str, Any] = field(default_factory=dict)
+    unit: Literal["case", "slide"] = "case"
 
     @property
     def preprocessing(self) -> dict[str, Any]:

@@ -143,6 +143,7 @@ def ready_fold(
         fold=split.fold,
         risk_cutoff=None,
         embeddings=dict(dataset.index.provenance),
+        unit=config.data.unit,
     )
     job = FoldJob(
         config=config,
