@@ -218,7 +218,8 @@ def _mean_scores(folds: list[FoldScores]) -> dict[str, float]:
     }
     means = {"ibs_null": float(table["ibs_null"].mean())}
     for name, column in scores.items():
-        known = [fold.spreads[name] for fold in folds if name in fold.spreads and pd.notna(fold.row[column])]
+        there = table[column].notna()
+        known = [fold.spreads[name] for fold, has in zip(folds, there, strict=True) if has and name in fold.spreads]
         low, high = interval_or_nan(np.mean(known, axis=0) if known else None)
         means |= {column: float(table[column].mean()), f"{name}_low": low, f"{name}_high": high}
     return means
