@@ -68,7 +68,11 @@ def write_checkpoint(
 
 def _write_tensors(path: Path, pieces: Mapping[str, Piece]) -> str:
     layout = {key: [piece.start, list(piece.shape)] for key, piece in pieces.items()}
-    save_file({key: piece.values.contiguous() for key, piece in pieces.items()}, path, {"pieces": json.dumps(layout)})
+    save_file(
+        {key: piece.values.detach().cpu().contiguous() for key, piece in pieces.items()},
+        path,
+        {"pieces": json.dumps(layout)},
+    )
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())
     return digest_file(path)

@@ -25,7 +25,7 @@ from cfusion.training.folds import fit
 
 STAGES = ("zero1", "zero2", "zero3")
 ALONE = ("ddp", "zero1", "zero3")
-STOP_AT = 4
+STOP_AT = 3
 CANCELLED = ("score.bias",)
 """Softmax cancels it, so that what moves it is rounding; Adam makes whole steps of that."""
 
