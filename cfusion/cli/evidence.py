@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cfusion.cli.completion import settings
+
 if TYPE_CHECKING:
     from cfusion.config import Config
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, such as evaluation.protocol=published")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="section.key=value, such as evaluation.protocol=published", autocompletion=settings),
+]
 
 
 def register(app: typer.Typer) -> None:

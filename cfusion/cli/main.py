@@ -33,12 +33,17 @@ from cfusion.errors import CfusionError
 HELP = """Survival prediction from whole-slide images, from slides to numbers a reviewer can trust.
 
 \b
-The five commands most people need:
-  cfusion demo                                the whole path on phantom cohorts
-  cfusion preprocess SLIDES --store FEATURES  slides to embeddings at 20x, 10x, 5x
-  cfusion preprocess shard FEATURES --out DIR embeddings to WebDataset shards
-  cfusion train CONFIG.yaml [section.key=v]   cross-validate; also under torchrun
-  cfusion score --predictions FILE --out DIR  score anyone's predictions
+The five commands most people need, each with an example:
+  cfusion demo                                       all of it, slides drawn
+  cfusion preprocess slides/ --store features        slides to embeddings
+  cfusion preprocess shard features --out shards     embeddings to shards
+  cfusion train study.yaml data.shards=shards        cross-validate, report
+  cfusion explain a.svs --model runs/study --out ex  what makes a risk
+
+\b
+Then: `view` shows slides and heatmaps, `predict` scores new patients, `score`
+anyone's predictions, `sweep` compares models. COMMAND --help has an example;
+`cfusion help TOPIC` explains an error.
 
 \b
 Exit codes: 0 done; 2 bad input, told in one line; 3 done but for named parts;

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from cfusion.cli import shard
+from cfusion.cli.completion import encoders
 from cfusion.errors import ConfigError, DataError, PartialResultError
 
 if TYPE_CHECKING:
@@ -39,7 +40,10 @@ def run(
     slides: Annotated[Path, typer.Argument(help="A slide, or a folder that is searched for slides.")],
     store: Annotated[Path, typer.Option(help="Feature store to write.")] = Path("features"),
     encoder: Annotated[
-        list[str] | None, typer.Option(help="Encoder; several share one decoding of the slides. Default stain-texture.")
+        list[str] | None,
+        typer.Option(
+            help="Encoder; several share one decoding of the slides. Default stain-texture.", autocompletion=encoders
+        ),
     ] = None,
     magnifications: Annotated[str, typer.Option(help="Finest first, each half the one before.")] = "20,10,5",
     resolution: Annotated[str, typer.Option(help="nominal: 40x/20x/10x, as CLAM; exact: the true µm/px.")] = "nominal",

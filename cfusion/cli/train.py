@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from cfusion.cli.completion import settings
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
@@ -16,7 +18,9 @@ def register(app: typer.Typer) -> None:
 
 def train(
     config: Annotated[Path, typer.Argument(help="YAML configuration; see configs/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, such as train.epochs=20")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, such as train.epochs=20", autocompletion=settings)
+    ] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Show what would run, and stop.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and audit the data, and stop.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop where the audit drops or doubts anything.")] = False,

@@ -1,0 +1,23 @@
+"""What the shell completes besides commands, options and files: settings and encoders."""
+
+from __future__ import annotations
+
+
+def settings(incomplete: str) -> list[tuple[str, str]]:
+    """`section.key=` of every setting, with what it means."""
+    from cfusion.config import Config
+
+    found = []
+    for name, field in Config.model_fields.items():
+        section = getattr(field.annotation, "model_fields", None)
+        keys = {f"{name}.{key}": inner for key, inner in section.items()} if section else {name: field}
+        found += [(f"{key}=", inner.description or "") for key, inner in keys.items() if key.startswith(incomplete)]
+    return found
+
+
+def encoders(incomplete: str) -> list[tuple[str, str]]:
+    """Names of the known encoders, with their licences."""
+    from preprocess.encoders.cards import CARDS
+
+    found = {"stain-texture": "nothing learnt", **{name: card.licence for name, card in CARDS.items()}}
+    return [(name, told) for name, told in found.items() if name.startswith(incomplete)]

@@ -1,0 +1,51 @@
+"""What the shell offers, and what the program teaches without arguments."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def cfusion(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cfusion", *arguments],
+        capture_output=True, text=True, timeout=60, env={**os.environ, **environment}, check=False,
+    )  # fmt: skip
+
+
+def completed(line: str) -> list[str]:
+    words = line.split(" ")
+    script = "from cfusion.cli.main import app; app(prog_name='cfusion')"
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True, text=True, timeout=60, check=True,
+        env={**os.environ, "_CFUSION_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)},
+    ).stdout.split()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("cfusion tr", "train"),
+        ("cfusion sweep st", "status"),
+        ("cfusion preprocess run --enc", "--encoder"),
+        ("cfusion preprocess run slides --encoder vircho", "virchow2"),
+        ("cfusion train study.yaml train.ep", "train.epochs="),
+        ("cfusion audit study.yaml evaluation.pro", "evaluation.protocol="),
+        ("cfusion help reso", "resolution"),
+    ],
+)
+def test_commands_options_and_values_complete(line, offered):
+    assert offered in completed(line)
+
+
+def test_without_arguments_five_commands_are_taught_by_example():
+    done = cfusion()
+    told = done.stdout + done.stderr
+    for example in (
+        "cfusion demo", "cfusion preprocess slides/ --store", "cfusion preprocess shard features --out",
+        "cfusion train study.yaml", "cfusion explain a.svs --model",
+    ):  # fmt: skip
+        assert example in told
+    assert max(map(len, told.splitlines())) <= 80
