@@ -1,6 +1,8 @@
 """Fixtures that every part of the tests may use."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,3 +19,12 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"shared material is not at {folder}; set CFUSION_SHARED to its folder")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_handler_stays_behind() -> Iterator[None]:
+    """A command run within a test logs to that test's output, which is closed when the test ends."""
+    yield
+    for handler in logging.root.handlers[:]:
+        if type(handler) is logging.StreamHandler:
+            logging.root.removeHandler(handler)
