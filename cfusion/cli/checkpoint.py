@@ -36,6 +36,8 @@ def consolidate(
     """Put together what the processes of a training wrote, as one model that every other command reads.
 
     A finished fold has its model already, in RUN/fold_0/model.
+
+      cfusion checkpoint consolidate runs/study/checkpoints/fold_0 --out model
     """
     from cfusion.training.consolidation import consolidate
 

@@ -27,6 +27,8 @@ def demo(
     baseline over 5 folds under the strict protocol, with real and with permuted outcomes → report. The embeddings
     come from an untrained stain and texture descriptor, so that nothing needs to be downloaded. Started again after
     an interruption, it does what is missing and ends with the same numbers.
+
+      cfusion demo --out runs/demo
     """
     from launch.demo import run_demo
     from launch.local import usable_cores

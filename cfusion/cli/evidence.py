@@ -35,6 +35,8 @@ def score(
 
     Columns: model, cohort, fold, case_id, risk (higher is worse), survival_months, event (1 = happened) or censorship
     (1 = censored); optional protocol, seed, repeat, slide_id, risk_cutoff, survival_1..K and edge_1..K (months).
+
+      cfusion score --predictions predictions.csv --out scored
     """
     from cfusion.files import digest_file
     from cfusion.report import ReportContext, write_report
@@ -69,7 +71,10 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder of the report.")],
     title: Annotated[str, typer.Option(help="Heading.")] = "Survival from whole-slide images",
 ) -> None:
-    """Write one report over finished runs; seeds are scored together, permuted runs become the null of the others."""
+    """Write one report over finished runs; seeds are scored together, permuted runs become the null of the others.
+
+    cfusion report runs/study runs/study-amil --out report
+    """
     from cfusion.report.runs import report_runs
 
     typer.echo(f"report: {report_runs(runs, out, title=title)}")
@@ -86,6 +91,8 @@ def null(
 
     The closed simulation takes seconds and trains nothing. With --permutations the configuration itself is trained on
     outcomes dealt to other patients; those runs lie beside the run's output folder.
+
+      cfusion null study.yaml --permutations 1
     """
     from cfusion.config import load_config
 
@@ -135,6 +142,8 @@ def audit(
     """Read a cohort and its splits; say what a run would drop or doubt, and why.
 
     Slides are not looked for here; `cfusion train --dry-run` also checks them against the shards.
+
+      cfusion audit configs/tcga_blca.yaml
     """
     from cfusion.audit import audit as examine
     from cfusion.cohort import read_cohort

@@ -22,7 +22,10 @@ def manifest(
     folder: Annotated[Path, typer.Option(help="Folder of the slides, in the call that is printed.")] = Path("slides"),
     api: Api = "https://api.gdc.cancer.gov",
 ) -> None:
-    """Write a manifest that gdc-client reads, and print the call that downloads it."""
+    """Write a manifest that gdc-client reads, and print the call that downloads it.
+
+    cfusion gdc manifest tcga_blca --out blca.tsv
+    """
     import shlex
 
     from preprocess.gdc import client_call, find_rows, write_manifest
@@ -42,7 +45,10 @@ def download(
     threads: Annotated[int, typer.Option(help="Files at the same time.", min=1)] = 4,
     api: Api = "https://api.gdc.cancer.gov",
 ) -> None:
-    """Download slides and check their MD5 sums; run it again and it goes on where it stopped."""
+    """Download slides and check their MD5 sums; run it again and it goes on where it stopped.
+
+    cfusion gdc download tcga_blca --out slides --first 10
+    """
     from preprocess.gdc import download as fetch
     from preprocess.gdc import find_rows
 

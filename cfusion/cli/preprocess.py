@@ -66,7 +66,10 @@ def run(
     gpus: Annotated[int, typer.Option(help="GPUs of a task, on slurm or ray.")] = 0,
     partition: Annotated[str, typer.Option(help="SLURM partition.")] = "",
 ) -> None:
-    """Extract the features of slides; run it again and it does what is left."""
+    """Extract the features of slides; run it again and it does what is left.
+
+    cfusion preprocess slides/ --store features --encoder uni --encoder conch
+    """
     from cfusion.config import PreprocessConfig, validate
     from preprocess.executors import FanOut, fan_out
     from preprocess.extraction import preprocess_slides
@@ -94,7 +97,10 @@ def verify(
     store: Annotated[Path, typer.Argument(help="Feature store, or folder of shards.")],
     encoder: Annotated[str | None, typer.Option(help="One encoder of a store alone.")] = None,
 ) -> None:
-    """Read every byte of a store or of shards again, and compare shapes and digests with what was written."""
+    """Read every byte of a store or of shards again, and compare shapes and digests with what was written.
+
+    cfusion preprocess verify features
+    """
     if (store / "index.json").is_file() or any(store.glob("*.tar")):
         shard.verify_shards(store)
         return
@@ -115,7 +121,10 @@ def inspect(
     encoder: Annotated[str | None, typer.Option(help="One encoder alone.")] = None,
     out: Annotated[Path | None, typer.Option(help="Picture to write; default SLIDE.png.")] = None,
 ) -> None:
-    """Show a store as a table, or one slide as a picture."""
+    """Show a store as a table, or one slide as a picture.
+
+    cfusion preprocess inspect features --slide SLIDE_ID --out slide.png
+    """
     from preprocess.inspection import draw_slide, list_store
 
     if slide is not None:
@@ -144,7 +153,10 @@ def import_(
     layout: Annotated[str, typer.Option("--from", help="auto, published, clam, trident or stamp.")] = "auto",
     encoder: Annotated[str | None, typer.Option(help="Name of the encoder, where the files do not tell.")] = None,
 ) -> None:
-    """Take over features made by the published program, CLAM, TRIDENT or STAMP."""
+    """Take over features made by the published program, CLAM, TRIDENT or STAMP.
+
+    cfusion preprocess import clam_runs/ --store features --from clam --encoder uni
+    """
     from preprocess.importers import import_features
 
     report = import_features(source, store, layout, encoder)

@@ -24,7 +24,10 @@ def register(app: typer.Typer) -> None:
 
 @models.command("list")
 def list_(uri: Uri = None) -> None:
-    """Show every version that cfusion registered, with what it reads and how it scored."""
+    """Show every version that cfusion registered, with what it reads and how it scored.
+
+    cfusion registry list --uri sqlite:///runs/mlflow.db
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -57,6 +60,8 @@ def promote(
 
     A version becomes champion if its patients were scored once, under the strict protocol and with their real
     outcomes, and its pooled C-index is higher than the champion's on the same patients of the same cohort.
+
+      cfusion registry promote tcga_blca-crossfusion --version 3
     """
     from cfusion.tracking.champion import RULE, judge
     from cfusion.tracking.champion import promote as make_champion
@@ -85,6 +90,8 @@ def send_(
     """Send what the tracking server has not got of finished, stopped or killed runs; nothing is sent twice.
 
     A server that has nothing of a run, such as another one given with --uri, gets all of it.
+
+      cfusion track send runs/study
     """
     from cfusion.config import load_config
     from cfusion.tracking.delivery import send, unsent

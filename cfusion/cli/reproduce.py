@@ -24,6 +24,8 @@ def reproduce(
 
     On the same CPU and library versions the predictions are equal bit for bit; on a GPU give a --tolerance. Leaves
     with 2 where the data, the program or the predictions differ, and says which.
+
+      cfusion reproduce runs/study
     """
     from cfusion.reproduction import reproduce_run
 

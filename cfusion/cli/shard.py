@@ -31,7 +31,10 @@ def shard(
     seed: Annotated[int, typer.Option(help="Seed of the order of slides.")] = 7,
     workers: Annotated[int, typer.Option(help="Threads that read and encode slides.", min=1)] = 2,
 ) -> None:
-    """Pack a feature store into WebDataset tars with an index; run it again and it does what is left."""
+    """Pack a feature store into WebDataset tars with an index; run it again and it does what is left.
+
+    cfusion preprocess shard features --out shards --size 1GB
+    """
     from cfusion.data.store import FeatureStore
     from cfusion.errors import PartialResultError
     from preprocess.packing import pack_store

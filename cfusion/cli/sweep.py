@@ -59,7 +59,10 @@ def _echo_lines(statuses: list[RunStatus]) -> None:
 
 @sweep.command()
 def plan(file: SweepFile, overrides: Overrides = None, only: Only = None, as_json: AsJson = False) -> None:
-    """List the runs of a sweep and the state of each; a table on a terminal, tab-separated lines in a pipe."""
+    """List the runs of a sweep and the state of each; a table on a terminal, tab-separated lines in a pipe.
+
+    cfusion sweep plan configs/sweeps/backbones.yaml
+    """
     from launch.status import counts, look
 
     settings, runs = _planned(file, overrides, only)
@@ -81,7 +84,10 @@ def plan(file: SweepFile, overrides: Overrides = None, only: Only = None, as_jso
 
 @sweep.command()
 def status(file: SweepFile, overrides: Overrides = None, only: Only = None, as_json: AsJson = False) -> None:
-    """Show how far a sweep is: what is done, who trains what, what failed and why, how long the rest will take."""
+    """Show how far a sweep is: what is done, who trains what, what failed and why, how long the rest will take.
+
+    cfusion sweep status configs/sweeps/backbones.yaml
+    """
     from launch.status import counts, grid, look, seconds_left
 
     settings, runs = _planned(file, overrides, only)
@@ -132,6 +138,8 @@ def run(
     """Do what is missing of a sweep; started again after any end, it goes on.
 
     A run is held while it is trained: several sweeps in one folder share the work. Failed runs are tried anew.
+
+      cfusion sweep run configs/sweeps/backbones.yaml --executor slurm --gpus 1
     """
     from cfusion.crossval import is_done
     from launch.executors import Resources
@@ -169,7 +177,10 @@ def report(
     only: Only = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report; default: report/ in the sweep's.")] = None,
 ) -> None:
-    """Compare what is finished: models, cohorts and encoders in one table, as HTML, CSV, Markdown and LaTeX."""
+    """Compare what is finished: models, cohorts and encoders in one table, as HTML, CSV, Markdown and LaTeX.
+
+    cfusion sweep report configs/sweeps/backbones.yaml
+    """
     from launch.results import report_sweep
 
     settings, runs = _planned(file, overrides, only)

@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import typer
+
+from cfusion.cli.main import app
 
 
 def cfusion(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -49,3 +52,27 @@ def test_without_arguments_five_commands_are_taught_by_example():
     ):  # fmt: skip
         assert example in told
     assert max(map(len, told.splitlines())) <= 80
+
+
+def commands(command, path=()):
+    children = getattr(command, "commands", {})
+    if not children:
+        yield path, command
+    for name, child in children.items():
+        yield from commands(child, (*path, name))
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_each_command_has_an_example_whose_options_it_has(path):
+    command = COMMANDS[path]
+    name = " ".join(("cfusion", *path)).replace("preprocess run", "preprocess")
+    examples = [line.split() for line in (command.help or "").splitlines() if name in line]
+    examples += [line.split() for line in (command.help or "").splitlines() if f"cfusion {path[-1]}" in line]
+    assert examples, command.help
+    known = {option for parameter in command.params for option in parameter.opts}
+    for words in examples:
+        own = words[words.index(path[0]) :]
+        assert {word for word in own if word.startswith("--")} <= known
