@@ -30,6 +30,9 @@ from cfusion.training.runtime import TIMEOUT, Part, Runtime, another_engine, mom
 
 _NEVER = 1 << 62
 
+BUCKET = 1 << 25
+"""Parameters that are exchanged, or under ZeRO-3 held whole, at a time: 128 MiB in f32."""
+
 
 class ZeroRuntime(Runtime):
     """The processes of a run under DeepSpeed."""
@@ -164,7 +167,12 @@ class ZeroRuntime(Runtime):
 def deepspeed_config(parallel: ParallelConfig, *, on_cpu: bool) -> dict[str, Any]:
     """What DeepSpeed is told; what is not here and matters, such as the learning rate, is set before each step."""
     zero: dict[str, Any] = {"stage": int(parallel.engine[-1]), "overlap_comm": not on_cpu, "contiguous_gradients": True}
+    # DeepSpeed's own buckets are made for models of 10⁹ parameters: half of that is 2 GB on every process.
+    zero["reduce_bucket_size"] = BUCKET
     if parallel.engine == "zero3":
+        zero |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_max_live_parameters": BUCKET}
+        # The optimizer moves a group of parameters at a time, with temporaries of its size.
+        zero |= {"stage3_max_reuse_distance": BUCKET, "sub_group_size": BUCKET}
         # One that stays whole on every process would not see what `publish` writes to its slices.
         zero["stage3_param_persistence_threshold"] = 0
     settings: dict[str, Any] = {
