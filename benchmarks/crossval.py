@@ -19,235 +19,31 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import math
 import os
-import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from benchmarks.bags import drop_from_page_cache
-from benchmarks.published_model import Attention, PublishedAMIL, PublishedCrossFusion
+from benchmarks.crossval_files import COHORT, DIM, NAMES, Files, Size, make_files
+from benchmarks.published_model import PublishedAMIL, PublishedCrossFusion
+from benchmarks.published_training import BINS, Spent, measured, theirs
 from benchmarks.table import Row, options, present
-from cfusion.cohort import read_cohort
-from cfusion.config import CohortConfig, Config, validate
+from cfusion.config import Config, validate
 from cfusion.crossval import cross_validate
-from cfusion.data.shards import ShardDataset
+from cfusion.data import loader
+from cfusion.data.batches import RawBatch
 from cfusion.models import build_model
-from cfusion.survival.bins import TimeBins
-from cfusion.survival.losses import nll
-from cfusion.survival.metrics import concordance
 from cfusion.tracking import TrackedRun
 from cfusion.training.group import Group
-from cfusion.types import Cohort, SlideFeatures, SurvivalOutput, Targets
-from preprocess.packing import pack_store
-
-COHORT = "tcga_blca"
-DIM, BINS, ACCUMULATE, WORKERS = 1024, 4, 32, 4
-NAMES = {"crossfusion": ("x20", "x10", "x5"), "amil": ("x20",)}
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much of it: patients (none: all), median number of tiles at 20x, epochs."""
-
-    patients: int | None
-    tiles: int
-    epochs: int
-
 
 USUAL = {"amil": Size(None, 2048, 4), "crossfusion": Size(None, 512, 3)}
-
-
-@dataclass
-class Spent:
-    """What a side took: wall and CPU seconds, seconds of each epoch over all folds, bytes read, seconds of tracking."""
-
-    wall: float = 0.0
-    cpu: float = 0.0
-    epochs: list[float] = dataclasses.field(default_factory=list)
-    read: int = 0
-    tracking: float = 0.0
-
-
-class Slides:
-    """Made-up slides of log-normal size behind the interface of a feature store."""
-
-    def __init__(self, slide_ids: Sequence[str], median: int) -> None:
-        draws = np.random.default_rng(0).lognormal(math.log(max(1, median // 16)), 0.6, len(slide_ids))
-        self._cells = dict(zip(slide_ids, np.maximum(1, draws).astype(int).tolist(), strict=True))
-        self._block = np.random.default_rng(1).standard_normal((1009, DIM), dtype=np.float32).astype(np.float16)
-
-    def slide_ids(self) -> list[str]:
-        """All slides."""
-        return list(self._cells)
-
-    def attrs(self, slide_id: str) -> dict[str, Any]:
-        """Provenance."""
-        return {"encoder": "made-up", "tile_px_level0": {"x20": 256, "x10": 512, "x5": 1024}}
-
-    def read(self, slide_id: str) -> SlideFeatures:
-        """One slide, without coordinates."""
-        cells = self._cells[slide_id]
-        rows = {name: np.arange(cells * share) * 31 + cells for name, share in (("x20", 16), ("x10", 4), ("x5", 1))}
-        features = {name: self._block[index % 1009] for name, index in rows.items()}
-        return SlideFeatures(slide_id, features, {}, {}, self.attrs(slide_id))
-
-
-@dataclass(frozen=True)
-class Files:
-    """A cohort on disk, for both sides."""
-
-    folder: Path
-    cohort: Cohort
-    folds: list[tuple[list[str], list[str]]]
-    names: tuple[str, ...]
-
-    def pt(self, slide_id: str) -> list[Path]:
-        """The published files of a slide."""
-        return [self.folder / "pt" / f"{slide_id}.{name}.pt" for name in self.names]
-
-    @property
-    def tars(self) -> list[Path]:
-        """Our shards."""
-        return sorted((self.folder / "shards").glob("*.tar"))
-
-
-def make_files(shared: Path, folder: Path, size: Size, names: tuple[str, ...]) -> Files:
-    """Table, folds, shards and `.pt` files of the cohort, or of some of its patients out of every fold."""
-    table = pd.read_csv(shared / "tcga" / "clinical" / f"{COHORT}.csv")
-    splits = [pd.read_csv(shared / "tcga" / "splits" / COHORT / f"splits_{k}.csv") for k in range(5)]
-    quota = None if size.patients is None else math.ceil(size.patients / len(splits))
-    kept = {case for split in splits for case in split["val"].dropna()[:quota]} & set(table["case_id"])
-    (folder / "splits").mkdir(parents=True)
-    folds = []
-    for k, split in enumerate(splits):
-        train, val = ([case for case in split[part].dropna() if case in kept] for part in ("train", "val"))
-        folds.append((train, val))
-        pd.DataFrame({"train": pd.Series(train), "val": pd.Series(val)}).to_csv(folder / "splits" / f"splits_{k}.csv")
-    table[table["case_id"].isin(kept)].to_csv(folder / "table.csv", index=False)
-    cohort = read_cohort(CohortConfig(name=COHORT, table=folder / "table.csv"))
-    slides = Slides(list(cohort.slides.index), size.tiles)
-    pack_store(slides, folder / "shards")
-    files = Files(folder, cohort, folds, names)
-    (folder / "pt").mkdir()
-    for slide_id in slides.slide_ids():
-        features = slides.read(slide_id).features
-        for name, path in zip(names, files.pt(slide_id), strict=True):
-            torch.save(torch.from_numpy(features[name].astype(np.float32)), path)
-    return files
-
-
-class PtFiles(Dataset[tuple[list[Tensor], int]]):
-    """The published layout: the bags of a slide, coarse to fine, and its number."""
-
-    def __init__(self, files: Files, slide_ids: Sequence[str]) -> None:
-        self._files, self._slide_ids = files, slide_ids
-
-    def __len__(self) -> int:
-        return len(self._slide_ids)
-
-    def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
-        paths = reversed(self._files.pt(self._slide_ids[index]))
-        return [torch.load(path, weights_only=True) for path in paths], index
-
-
-def theirs(files: Files, build: Callable[[], nn.Module], size: Size, *, cold: bool, device: str) -> Spent:
-    """The published way; see the module."""
-    spent = Spent()
-    with _measured(spent):
-        for train, val in files.folds:
-            for epoch, seconds in enumerate(
-                _published_fold(files, build, train, val, size.epochs, spent, cold, device)
-            ):
-                if len(spent.epochs) <= epoch:
-                    spent.epochs.append(0.0)
-                spent.epochs[epoch] += seconds
-    return spent
-
-
-def _published_fold(
-    files: Files, build: Callable[[], nn.Module], train: list[str], val: list[str], epochs: int, spent: Spent,
-    cold: bool, device: str,
-) -> Iterator[float]:  # fmt: skip
-    torch.manual_seed(7)
-    cases = files.cohort.cases
-    bins = TimeBins.fit(cases["time_months"], cases["event"], BINS)
-    parts = []
-    for patients in (train, val):
-        slides = [slide for found in files.cohort.slides_of(patients).values() for slide in found]
-        rows = cases.loc[files.cohort.slides.loc[slides, "case_id"]]
-        targets = Targets(
-            torch.as_tensor(bins.label(rows["time_months"].to_numpy())),
-            torch.tensor(rows["event"].to_numpy(dtype=bool)),
-            torch.tensor(rows["time_months"].to_numpy(dtype=float)),
-        )
-        parts.append((slides, targets))
-    (slides, targets), (val_slides, val_targets) = parts
-    classes = pd.Series(list(zip(targets.label.tolist(), targets.event.tolist(), strict=True)))
-    weights = 1 / classes.map(classes.value_counts()).to_numpy(dtype=float)
-    sampler = WeightedRandomSampler(torch.from_numpy(weights), len(slides))
-    loader = DataLoader(PtFiles(files, slides), 1, sampler=sampler, num_workers=WORKERS, persistent_workers=True)
-    val_loader = DataLoader(PtFiles(files, val_slides), 1, num_workers=WORKERS, persistent_workers=True)
-    bytes_of = {s: sum(path.stat().st_size for path in files.pt(s)) for s in (*slides, *val_slides)}
-    model = build().to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, weight_decay=4e-6)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
-    best = -1.0
-    for _ in range(epochs):
-        if cold:
-            drop_from_page_cache(path for slide in slides + val_slides for path in files.pt(slide))
-        started = time.perf_counter()
-        model.train()
-        for step, (bags, index) in enumerate(loader, 1):
-            spent.read += bytes_of[slides[int(index)]]
-            own = _pick(targets, index).to(device)
-            loss = nll(_logits(model, bags, device), own, alpha=0.2).sum()
-            (loss / ACCUMULATE).backward()
-            loss.item()
-            if step % ACCUMULATE == 0:
-                optimizer.step()
-                optimizer.zero_grad()
-        schedule.step()
-        score = _published_validation(model, val_loader, val_targets, device)
-        spent.read += sum(bytes_of[slide] for slide in val_slides)
-        if score > best:
-            best, _ = score, {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        yield time.perf_counter() - started
-
-
-def _published_validation(
-    model: nn.Module, loader: DataLoader[tuple[list[Tensor], int]], targets: Targets, device: str
-) -> float:
-    """C-index over slides, attention dropout on as published."""
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.train()
-    with torch.no_grad():
-        logits = torch.cat([_logits(model, bags, device).float().cpu() for bags, _ in loader])
-    risk = SurvivalOutput.from_logits(logits).risk.numpy()
-    return concordance(targets.time_months.numpy(), targets.event.numpy(), risk).cindex
-
-
-def _logits(model: nn.Module, bags: list[Tensor], device: str) -> Tensor:
-    mixed = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
-    with mixed:
-        return model(*(bag.to(device) for bag in bags))
-
-
-def _pick(targets: Targets, index: Tensor) -> Targets:
-    return Targets(targets.label[index], targets.event[index], targets.time_months[index])
 
 
 def ours(
@@ -272,32 +68,22 @@ def ours(
         "benchmark",
     )
     spent = Spent()
-    with _counted(spent, files if cold else None), _measured(spent):
+    with _counted(spent, files if cold else None), measured(spent):
         cross_validate(config)
     return spent
 
 
 @contextlib.contextmanager
-def _measured(spent: Spent) -> Iterator[None]:
-    def cpu() -> float:
-        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        return sum(u.ru_utime + u.ru_stime for u in used)
-
-    wall, before = time.perf_counter(), cpu()
-    yield
-    spent.wall, spent.cpu = time.perf_counter() - wall, cpu() - before
-
-
-@contextlib.contextmanager
 def _counted(spent: Spent, forgets: Files | None) -> Iterator[None]:
     """Count what our side reads, how long each pass takes, and the time that training spends in calls of tracking."""
-    read_into, one_pass = ShardDataset.read_into, Group._pass
+    read_batch, one_pass = loader.read_batch, Group._pass
     calls = {name: getattr(TrackedRun, name) for name in ("child", "log", "inputs", "artifacts", "close")}
     begin = TrackedRun.begin
 
-    def reading(self: ShardDataset, slide_id: str, out: Any, *arguments: Any) -> None:
-        spent.read += sum(array.nbytes for array in out.values())
-        read_into(self, slide_id, out, *arguments)
+    def reading(*arguments: Any) -> RawBatch:
+        batch = read_batch(*arguments)
+        spent.read += sum(tensor.nbytes for tensor in batch.features.values())
+        return batch
 
     def passing(self: Group, *arguments: Any) -> None:
         if forgets is not None:
@@ -317,7 +103,7 @@ def _counted(spent: Spent, forgets: Files | None) -> Iterator[None]:
         return wrapped
 
     replaced: list[tuple[Any, str, Any, Any]] = [
-        (ShardDataset, "read_into", reading, read_into),
+        (loader, "read_batch", reading, read_batch),
         (Group, "_pass", passing, one_pass),
         (TrackedRun, "begin", timed(begin), begin),
         *((TrackedRun, name, timed(call), call) for name, call in calls.items()),

@@ -2,13 +2,15 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("MLFLOW_TRACKING_URI", None)
 install_import_hook(["cfusion.models", "cfusion.data", "cfusion.survival"], "typechecker.check")
 
 
@@ -28,3 +30,16 @@ def _no_handler_stays_behind() -> Iterator[None]:
     for handler in logging.root.handlers[:]:
         if type(handler) is logging.StreamHandler:
             logging.root.removeHandler(handler)
+
+
+@pytest.fixture(autouse=True)
+def _address_and_threads_stay_as_they_were() -> Iterator[None]:
+    """MLflow puts its address into the environment; a sweep's worker that runs within a test sets its threads."""
+    watched = ("OMP_NUM_THREADS", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "CUDA_VISIBLE_DEVICES")
+    before = {name: os.environ.get(name) for name in watched}
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        os.environ.update({name: value} if value is not None else {})
+    if "torch" in sys.modules and (torch := sys.modules["torch"]).get_num_threads() != 1:
+        torch.set_num_threads(1)

@@ -63,10 +63,10 @@ def test_mlflow_has_a_parent_a_child_a_fold_and_the_registered_model(finished):
     assert version.run_id == parents[0].info.run_id
 
 
-def test_the_registered_model_answers_a_bag_as_the_fold_models_do(files, finished):
+def test_the_registered_model_answers_a_bag_as_the_fold_models_do(finished, monkeypatch):
     import mlflow
 
-    mlflow.set_tracking_uri(finished.tracking.uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(finished.tracking.uri))
     served = mlflow.pyfunc.load_model("models:/made-up@candidate")
     rng = np.random.default_rng(0)
     bag = {name: rng.normal(size=(n, 8)).astype(np.float32) for name, n in (("x20", 16), ("x10", 4), ("x5", 1))}

@@ -2,14 +2,16 @@
 
 import pytest
 
-from benchmarks import crossval
-from benchmarks.crossval import NAMES, Size, make_files, ours, rows_of, theirs
+from benchmarks import published_training
+from benchmarks.crossval import ours, rows_of
+from benchmarks.crossval_files import NAMES, Size, make_files
 from benchmarks.published_model import PublishedAMIL
+from benchmarks.published_training import theirs
 from cfusion.data.shards import ShardDataset
 
 
 def test_both_sides_are_measured_on_the_same_patients(shared, tmp_path, monkeypatch):
-    monkeypatch.setattr(crossval, "WORKERS", 1)
+    monkeypatch.setattr(published_training, "WORKERS", 1)
     size = Size(patients=30, tiles=16, epochs=2)
     files = make_files(shared, tmp_path / "files", size, NAMES["amil"])
     assert len(files.cohort.cases) == 30

@@ -20,6 +20,8 @@ from cfusion.data.shards import ShardDataset
 from cfusion.types import BagBatch
 
 TORCH_DTYPES = {"f16": torch.float16, "f32": torch.float32, "int8": torch.int8}
+_Slide = tuple[dict[str, int], Rows | None]
+"""Of a slide of a bag, how many tiles are read per magnification name, and which; None: all."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def read_batch(
     rows: Sequence[Rows | None],
     buffers: Buffers,
 ) -> RawBatch:
-    """Read bags straight into the tensors of a batch.
+    """Read bags straight into the tensors of a batch; a whole slide on its own is mapped instead, on the CPU.
 
     Args:
         dataset: The shards.
@@ -81,8 +83,32 @@ def read_batch(
     """
     chosen = [_by_slide(dataset, bag, names, wanted) for bag, wanted in zip(bags, rows, strict=True)]
     parts = {name: [[counts[name] for counts, _ in bag] for bag in chosen] for name in names}
+    features = None
+    if rows == [None] and len(bags[0].slide_ids) == 1 and not buffers.pinned:
+        features = _mapped(dataset, bags[0].slide_ids[0], names)
+    if features is None:
+        features = _read(dataset, bags, names, chosen, buffers)
+    scales = {}
+    if dataset.index.dtype == "int8":
+        scales = {name: [[_scale(dataset, slide, name) for slide in bag.slide_ids] for bag in bags] for name in names}
+    return RawBatch(features, parts, scales, _positions(dataset, bags, names, rows), tuple(b.case_id for b in bags))
+
+
+def _mapped(dataset: ShardDataset, slide_id: str, names: Sequence[str]) -> dict[str, Tensor] | None:
+    arrays = dataset.mapped(slide_id, names)
+    return None if arrays is None else {name: torch.from_numpy(array)[None] for name, array in arrays.items()}
+
+
+def _read(
+    dataset: ShardDataset,
+    bags: Sequence[BagEntry],
+    names: Sequence[str],
+    chosen: Sequence[Sequence[_Slide]],
+    buffers: Buffers,
+) -> dict[str, Tensor]:
     dtype, dim = TORCH_DTYPES[dataset.index.dtype], dataset.index.dim
-    features = {name: buffers.empty((len(bags), max(sum(bag) for bag in parts[name]), dim), dtype) for name in names}
+    most = {name: max(sum(counts[name] for counts, _ in bag) for bag in chosen) for name in names}
+    features = {name: buffers.empty((len(bags), most[name], dim), dtype) for name in names}
     arrays = {name: tensor.numpy() for name, tensor in features.items()}
     for number, (bag, slides) in enumerate(zip(bags, chosen, strict=True)):
         start = dict.fromkeys(names, 0)
@@ -92,16 +118,10 @@ def read_batch(
             start = {name: start[name] + counts[name] for name in names}
         for name in names:
             arrays[name][number, start[name] :] = 0
-    scales = {}
-    if dataset.index.dtype == "int8":
-        scales = {name: [[_scale(dataset, slide, name) for slide in bag.slide_ids] for bag in bags] for name in names}
-    return RawBatch(features, parts, scales, _positions(dataset, bags, names, rows), tuple(b.case_id for b in bags))
+    return features
 
 
-def _by_slide(
-    dataset: ShardDataset, bag: BagEntry, names: Sequence[str], rows: Rows | None
-) -> list[tuple[dict[str, int], Rows | None]]:
-    """Per slide of a bag, how many of its tiles are read, and which; None: all."""
+def _by_slide(dataset: ShardDataset, bag: BagEntry, names: Sequence[str], rows: Rows | None) -> list[_Slide]:
     tiles = [dataset.tiles(slide) for slide in bag.slide_ids]
     if rows is None:
         return [(counts, None) for counts in tiles]

@@ -24,7 +24,7 @@ class Buffers:
 
     def __init__(self, limit: int, *, pinned: bool) -> None:
         self._limit = limit
-        self._pinned = pinned
+        self.pinned = pinned
         self._free: dict[int, list[Tensor]] = {}
         # Re-entrant: a collection inside the lock may end the life of another buffer.
         self._lock = threading.RLock()
@@ -34,9 +34,9 @@ class Buffers:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor on the CPU with undefined content."""
         size = math.prod(shape) * dtype.itemsize
-        if self._pinned or size < _SMALL:
+        if self.pinned or size < _SMALL:
             # torch's pinned allocator reuses blocks itself, and knows when a copy from them has ended.
-            return torch.empty(tuple(shape), dtype=dtype, pin_memory=self._pinned)
+            return torch.empty(tuple(shape), dtype=dtype, pin_memory=self.pinned)
         capacity = _size_class(size)
         with self._lock:
             free = self._free.get(capacity)

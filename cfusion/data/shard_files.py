@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import UInt8
 
 from cfusion.data.shard_index import Member, Shard
 from cfusion.errors import ShardsError
 
 REPAIR = "Copy or pack the shards again; `cfusion preprocess verify` lists the slides that are whole."
 _GAP = 8192
+_MADV_POPULATE_READ = 22  # Linux 5.14; the mmap module has no name for it.
 
 
 class OpenFile:
@@ -29,6 +31,21 @@ class OpenFile:
     def map(self) -> mmap.mmap:
         """The whole file as memory."""
         return mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ)
+
+    def mapped(self, offset: int, size: int) -> UInt8[np.ndarray, " size"] | None:
+        """Bytes of the file as memory, all of them read from the disk, none copied; None where the system cannot.
+
+        What is written there is seen by nobody else and never reaches the file. The pages are let go with the array.
+        """
+        before = offset % mmap.ALLOCATIONGRANULARITY
+        access = mmap.PROT_READ | mmap.PROT_WRITE
+        try:
+            private = mmap.mmap(self.descriptor, before + size, mmap.MAP_PRIVATE, access, offset=offset - before)
+            # Errors of the disk come out here, where touching the pages would kill the process.
+            private.madvise(_MADV_POPULATE_READ)
+        except (OSError, ValueError):
+            return None
+        return np.frombuffer(private, np.uint8)[before:]
 
     def read_ahead(self, start: int, width: int, rows: np.ndarray) -> None:
         """Have the kernel fetch rows all at once, which cold disks need; a few are probed to tell whether this one is.

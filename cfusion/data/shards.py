@@ -133,6 +133,29 @@ class ShardDataset:
             for name, array in out.items():
                 self._read_rows(slide_id, name, rows[name], array)
 
+    def mapped(self, slide_id: str, names: Iterable[str]) -> dict[str, np.ndarray] | None:
+        """Whole members of a slide without a copy: the page cache itself, privately writable.
+
+        None where they are held in memory, where the system cannot, or where the bytes are not those that were packed:
+        `read_into` then does it, or tells why not.
+
+        Raises:
+            ShardsError: The slide or a member is missing.
+        """
+        if slide_id in self._held:
+            return None
+        sample, arrays = self.sample(slide_id), {}
+        for name in names:
+            member = self._member(slide_id, name)
+            file, shift = self._files.open(sample.shard, self.index.shards[sample.shard], member)
+            data = file.mapped(member.offset + shift, member.size)
+            if data is None or ((slide_id, name) not in self._checked and zlib.crc32(data.data) != member.crc32):
+                return None
+            self._check_header(slide_id, name, bytes(data[: member.header]))
+            self._checked.add((slide_id, name))
+            arrays[name] = data[member.header :].view(member.dtype).reshape(member.shape)
+        return arrays
+
     def bytes_of(self, slide_ids: Iterable[str]) -> int:
         """Bytes of all members of the given slides."""
         return sum(member.size for slide in slide_ids for member in self.sample(slide).members.values())

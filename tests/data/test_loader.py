@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from cfusion.data.bags import make_bags
 from cfusion.data.buffers import Buffers
 from cfusion.data.cache import choose_cache
 from cfusion.data.loader import BagLoader
+from cfusion.data.shard_files import OpenFile
 from cfusion.data.shards import ShardDataset
 from cfusion.errors import DataError
 from preprocess.packing import pack_store
@@ -32,6 +35,11 @@ def dataset(slides, tmp_path_factory):
 @pytest.fixture(scope="module")
 def bags(dataset):
     return make_bags(dataset, {f"c{i}": [f"s{2 * i}", f"s{2 * i + 1}"] for i in range(6)}, "case", MAGNIFICATIONS)
+
+
+@pytest.fixture(scope="module")
+def single(dataset, slides):
+    return make_bags(dataset, {slide_id: [slide_id] for slide_id in slides}, "case", MAGNIFICATIONS)
 
 
 def test_a_case_holds_the_tiles_of_its_slides_in_order(dataset, bags, slides):
@@ -260,6 +268,24 @@ def test_kept_batches_are_not_overwritten_by_later_ones(tmp_path):
     kept = stream(dataset, bags, [[0], [1], [2], [3]] * 3, dtype=None)
     for number, batch in enumerate(kept):
         np.testing.assert_array_equal(batch.features["x20"][0].numpy(), slides[number % 4].features["x20"])
+
+
+def test_what_a_caller_writes_into_a_batch_reaches_neither_the_shards_nor_the_next_epoch(dataset, single):
+    before = {path: path.read_bytes() for path in Path(dataset.directory).iterdir()}
+    expected = stream(dataset, single, [[0]], dtype=None)[0].features["x20"].clone()
+    for _ in range(2):
+        (batch,) = stream(dataset, single, [[0]], dtype=None)
+        assert torch.equal(batch.features["x20"], expected)
+        batch.features["x20"].zero_()
+    assert before == {path: path.read_bytes() for path in Path(dataset.directory).iterdir()}
+
+
+@pytest.mark.parametrize("config", [{"dtype": None}, {}, {"feature_dropout": 0.25}])
+def test_where_a_system_cannot_map_files_bags_are_read_and_the_same(dataset, single, config, monkeypatch):
+    batches = [[i] for i in range(len(single))]
+    expected = stream(dataset, single, batches, **config)
+    monkeypatch.setattr(OpenFile, "mapped", lambda *_: None)
+    assert_equal(expected, stream(dataset, single, batches, **config))
 
 
 @pytest.mark.parametrize("config", [{}, {"max_tiles": 40, "feature_dropout": 0.2}])

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import typer
 import yaml
-from factories import CohortFiles, make_cohort
+from factories import CohortFiles
 
 from cfusion.cli.sweep import sweep as sweep_app
 from cfusion.config import validate
@@ -32,16 +32,6 @@ from launch.work import Job
 ONE_CORE = Resources(cpus=1)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
-    return make_cohort(tmp_path_factory.mktemp("cohort"))
-
-
 def planned(files: CohortFiles, output: Path, **more) -> list[PlannedRun]:
     base = files.config(output, train={"epochs": 4}).model_dump(mode="json", exclude={"output"})
     axes = {"model": {"amil": {"model.name": "amil"}, "mean": {"model.name": "mean_mil"}}}
@@ -52,11 +42,9 @@ def planned(files: CohortFiles, output: Path, **more) -> list[PlannedRun]:
 @pytest.fixture(scope="module")
 def expected(files, tmp_path_factory) -> list[bytes]:
     """Predictions of the plan, done in workers of this machine without any disturbance."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        folder = tmp_path_factory.mktemp("undisturbed")
-        runs = planned(files, folder)
-        run_all(runs, Execution(slots=2), folder)
+    folder = tmp_path_factory.mktemp("undisturbed")
+    runs = planned(files, folder)
+    run_all(runs, Execution(slots=2), folder)
     return predictions(runs)
 
 

@@ -8,23 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from factories import CohortFiles, make_cohort
+from factories import CohortFiles
 
 from cfusion.config import validate
 from cfusion.errors import ConfigError, PartialResultError
 from launch.plan import PlannedRun, SweepConfig, load_sweep, plan
 from launch.sweep import Execution
 from launch.sweep import run_all as run_sweep
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
-    return make_cohort(tmp_path_factory.mktemp("cohort"))
 
 
 def run_all(runs: list[PlannedRun], **how) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from factories import CohortFiles, make_cohort
+from factories import CohortFiles
 from typer.testing import CliRunner
 
 from cfusion.cli.main import app
@@ -28,16 +28,6 @@ AXES: dict[str, Any] = {
     "model": {"amil": {"model.name": "amil"}, "mean": {"model.name": "mean_mil"}},
     "seed": [1, 2],
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
-    return make_cohort(tmp_path_factory.mktemp("cohort"))
 
 
 def written(files: CohortFiles, folder: Path, **more: Any) -> Path:
@@ -60,9 +50,7 @@ def cfusion(*arguments: str) -> str:
 def done(files, tmp_path_factory) -> Path:
     """The file of a sweep that was run through the command line: all but the last run, which is open."""
     path = written(files, tmp_path_factory.mktemp("done"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        assert "3 runs are done" in cfusion("run", str(path), "--slots", "2", "--limit", "3")
+    assert "3 runs are done" in cfusion("run", str(path), "--slots", "2", "--limit", "3")
     return path
 
 
