@@ -87,7 +87,7 @@ class DataConfig(Section):
     """Seed of the order of bags and of what is drawn of each; runs that differ only in `seed` can share one read."""
     cache: Literal["page", "ram", "gpu"] = "page"
     """`page`: the operating system's page cache; `ram`/`gpu`: the cohort is held where it fits."""
-    read_threads: int = Field(4, ge=1)
+    read_threads: int = Field(2, ge=1)
     """Threads that read bags ahead of the model."""
     buffer_bytes: int = Field(1 << 30, ge=1 << 20)
     """Memory that bags read ahead may take, in bytes."""

@@ -7,12 +7,12 @@ import hashlib
 import io
 import json
 import tarfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from cfusion.data.shard_index import META, STORED_DTYPES, StoredDtype
 from cfusion.errors import DataError
@@ -57,7 +57,7 @@ def encode(read: Callable[[str], SlideFeatures], slide_id: str, dtype: StoredDty
     meta = json.dumps({"slide_id": slide_id, "attrs": slide.attrs}, sort_keys=True, default=str).encode()
     members = {name: (_npy_header(array), array) for name, array in arrays.items()}
     members[META] = (b"", np.frombuffer(meta, np.uint8))
-    checksums = {name: zlib.crc32(array.data, zlib.crc32(header)) for name, (header, array) in members.items()}
+    checksums = {name: crc32(array.data, crc32(header)) for name, (header, array) in members.items()}
     tile_px = {name: float(side) for name, side in dict(slide.attrs.get("tile_px_level0", {})).items()}
     return EncodedSlide(slide_id, members, checksums, error, tile_px)
 

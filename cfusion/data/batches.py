@@ -220,7 +220,8 @@ def _widen(raw: RawBatch, name: str, dtype: torch.dtype | None, buffers: Buffers
     for bag, (counts, scales) in enumerate(zip(raw.parts[name], raw.scales[name], strict=True)):
         start = 0
         for count, scale in zip(counts, scales, strict=True):
-            torch.mul(stored[bag, start : start + count], scale, out=out[bag, start : start + count])
+            # A product of both types in one call is seven times as slow.
+            out[bag, start : start + count].copy_(stored[bag, start : start + count]).mul_(scale)
             start += count
         out[bag, start:] = 0
     return out

@@ -9,11 +9,12 @@ import os
 import re
 import tempfile
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
+
+from isal.isal_zlib import crc32
 
 from cfusion.data.shard_files import OpenFile
 from cfusion.data.shard_index import INDEX_NAME, Member, Shard, ShardIndex, parse
@@ -223,7 +224,7 @@ class RemoteFiles:
     def _fetch(self, shard: Shard, member: Member) -> bytes:
         for _ in range(2):
             data = self._source.read(shard.name, member.offset, member.size)
-            if zlib.crc32(data) == member.crc32:
+            if crc32(data) == member.crc32:
                 return data
         raise ShardsError(
             f"{self.where}/{shard.name}: {member.size} bytes from {member.offset} are not those that were packed.",

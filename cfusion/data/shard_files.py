@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from isal.isal_zlib import crc32
 from jaxtyping import UInt8
 
 from cfusion.data.shard_index import Member, Shard
@@ -18,6 +19,7 @@ from cfusion.errors import ShardsError
 
 REPAIR = "Copy or pack the shards again; `cfusion preprocess verify` lists the slides that are whole."
 _GAP = 8192
+_STEP = 4 << 20
 _MADV_POPULATE_READ = 22  # Linux 5.14; the mmap module has no name for it.
 
 
@@ -32,20 +34,34 @@ class OpenFile:
         """The whole file as memory."""
         return mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ)
 
-    def mapped(self, offset: int, size: int) -> UInt8[np.ndarray, " size"] | None:
-        """Bytes of the file as memory, all of them read from the disk, none copied; None where the system cannot.
+    def mapped(self, offset: int, size: int, checksum: int | None) -> UInt8[np.ndarray, " size"] | None:
+        """Bytes of the file as memory, all of them read from the disk, none copied.
 
         What is written there is seen by nobody else and never reaches the file. The pages are let go with the array.
+
+        Args:
+            offset: Where they begin.
+            size: How many.
+            checksum: Their CRC-32; None: it is not compared.
+
+        Returns:
+            The bytes; None where the system cannot map them, or where they have another checksum.
         """
         before = offset % mmap.ALLOCATIONGRANULARITY
         access = mmap.PROT_READ | mmap.PROT_WRITE
         try:
             private = mmap.mmap(self.descriptor, before + size, mmap.MAP_PRIVATE, access, offset=offset - before)
-            # Errors of the disk come out here, where touching the pages would kill the process.
-            private.madvise(_MADV_POPULATE_READ)
+            found = 0
+            # In steps, so that what was just read is still in the processor's cache when it is summed. Errors of the
+            # disk come out here, where touching the pages would kill the process.
+            for start in range(0, before + size, _STEP):
+                end = min(start + _STEP, before + size)
+                private.madvise(_MADV_POPULATE_READ, start, end - start)
+                if checksum is not None:
+                    found = crc32(memoryview(private)[max(start, before) : end], found)
         except (OSError, ValueError):
             return None
-        return np.frombuffer(private, np.uint8)[before:]
+        return None if checksum is not None and found != checksum else np.frombuffer(private, np.uint8)[before:]
 
     def read_ahead(self, start: int, width: int, rows: np.ndarray) -> None:
         """Have the kernel fetch rows all at once, which cold disks need; a few are probed to tell whether this one is.

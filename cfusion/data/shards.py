@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from cfusion.console import progress
 from cfusion.data.npy import check_header
@@ -148,11 +148,13 @@ class ShardDataset:
         for name in names:
             member = self._member(slide_id, name)
             file, shift = self._files.open(sample.shard, self.index.shards[sample.shard], member)
-            data = file.mapped(member.offset + shift, member.size)
-            if data is None or ((slide_id, name) not in self._checked and zlib.crc32(data.data) != member.crc32):
+            new = (slide_id, name) not in self._checked
+            data = file.mapped(member.offset + shift, member.size, member.crc32 if new else None)
+            if data is None:
                 return None
-            self._check_header(slide_id, name, bytes(data[: member.header]))
-            self._checked.add((slide_id, name))
+            if new:
+                self._check_header(slide_id, name, bytes(data[: member.header]))
+                self._checked.add((slide_id, name))
             arrays[name] = data[member.header :].view(member.dtype).reshape(member.shape)
         return arrays
 
@@ -206,7 +208,7 @@ class ShardDataset:
         arrays = {}
         for name in self._array_names(slide_id):
             member, data = self._member(slide_id, name), members.get(f"{name}.npy", b"")
-            if len(data) != member.size or zlib.crc32(data) != member.crc32:
+            if len(data) != member.size or crc32(data) != member.crc32:
                 raise self._bad(slide_id, name, "its checksum is not the one it was packed with")
             self._check_header(slide_id, name, data[: member.header])
             arrays[name] = np.frombuffer(data, member.dtype, offset=member.header).reshape(member.shape)
@@ -257,7 +259,7 @@ class ShardDataset:
 
     def _check(self, slide_id: str, name: str, header: bytearray, array: np.ndarray) -> None:
         sample, member = self.sample(slide_id), self._member(slide_id, name)
-        if zlib.crc32(array_bytes(array), zlib.crc32(header)) != member.crc32:
+        if crc32(array_bytes(array), crc32(header)) != member.crc32:
             if not self._files.discard(sample.shard, member):
                 raise self._bad(slide_id, name, "its checksum is not the one it was packed with")
             return self._read_whole(slide_id, {name: array})

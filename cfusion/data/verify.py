@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import tarfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from cfusion.console import progress
 from cfusion.data.npy import check_header
@@ -137,7 +137,7 @@ def _check_member(data: bytes, name: str, member: Member) -> tuple[str, str]:
     header = "" if name == META else check_header(data[: member.header], member)
     if header:
         return header, _PACK
-    if zlib.crc32(data) != member.crc32:
+    if crc32(data) != member.crc32:
         return "its checksum is not the one it was packed with", _COPY
     array = np.frombuffer(data, member.dtype, offset=member.header)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
