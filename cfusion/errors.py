@@ -6,6 +6,8 @@ with its exit code. Anything else that escapes is a defect of the program.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class CfusionError(Exception):
     """Something the user can put right.
@@ -24,6 +26,16 @@ class CfusionError(Exception):
         self.remedy = remedy
         self.topic = topic or self.topic
         super().__init__(f"{message} {remedy}".strip())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Workers send their errors through pickle, which would call the class with the joined text alone.
+        return _rebuilt, (type(self), self.message, self.remedy, self.topic)
+
+
+def _rebuilt(kind: type[CfusionError], message: str, remedy: str, topic: str) -> CfusionError:
+    error = kind.__new__(kind)
+    CfusionError.__init__(error, message, remedy, topic=topic)
+    return error
 
 
 class ConfigError(CfusionError):

@@ -20,8 +20,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary sibling of `target` to write a file or folder to; it takes the name when the block ends.
 
     The data is on disk before the rename, so after a crash `target` is the old content or the new, never a part.
-    When the block raises, the temporary is removed and `target` is left as it was. A folder replaces a folder: the
-    old one is moved aside first and deleted last.
+    When the block raises, the temporary is removed and `target` is left as it was.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -29,19 +28,24 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         _sync(temporary)
-        if target.is_dir():
-            aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
-            target.rename(aside)
-            temporary.rename(target)
-            shutil.rmtree(aside)
-        else:
-            temporary.replace(target)
+        put_in_place(temporary, target)
     except BaseException:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
         raise
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Give a finished file or folder its name; a folder that has it is moved aside first and deleted last."""
+    if target.is_dir():
+        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
+        target.rename(aside)
+        temporary.rename(target)
+        shutil.rmtree(aside)
+    else:
+        temporary.replace(target)
 
 
 def _sync(path: Path) -> None:

@@ -85,6 +85,8 @@ def run() -> None:
     except CfusionError as error:
         sys.stderr.write(f"error: {error}\n       explained by: cfusion help {error.topic}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on from here\n")
-        sys.exit(130)
+    except SystemExit as left:
+        # Typer has turned Ctrl-C into this code.
+        if left.code == 130:
+            sys.stderr.write("interrupted; the same command goes on from here\n")
+        raise

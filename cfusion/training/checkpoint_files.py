@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cfusion.errors import CheckpointError
-from cfusion.files import digest_file, digest_json, read_json, write_json
+from cfusion.files import digest_file, digest_json, put_in_place, read_json, write_json
 from cfusion.training.runtime import Runtime
 
 NUMBERS = "state.json"
@@ -59,7 +59,9 @@ def write_checkpoint(
     if runtime.is_main:
         try:
             if not problem:
-                _finish(temporary, folder, {**numbers, "files": {file: told_digest for file, told_digest, _ in told}})
+                numbers = {**numbers, "files": {file: told_digest for file, told_digest, _ in told}}
+                write_json(temporary / NUMBERS, {**numbers, "digest": digest_json(numbers)})
+                put_in_place(temporary, folder)
         except OSError as error:
             problem = _told(error)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -76,17 +78,6 @@ def _write_tensors(path: Path, pieces: Mapping[str, Piece]) -> str:
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())
     return digest_file(path)
-
-
-def _finish(temporary: Path, folder: Path, numbers: dict[str, Any]) -> None:
-    write_json(temporary / NUMBERS, {**numbers, "digest": digest_json(numbers)})
-    if folder.exists():
-        aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
-        folder.rename(aside)
-        temporary.rename(folder)
-        shutil.rmtree(aside)
-    else:
-        temporary.rename(folder)
 
 
 @dataclass(frozen=True)

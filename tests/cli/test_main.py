@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from factories import CohortFiles, make_cohort
+
+from cfusion.cli import main
 
 
 def cfusion(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -121,3 +124,18 @@ def test_a_real_slide_goes_the_whole_way_to_shards(shared, tmp_path):
     assert done.returncode == 0, done.stderr + done.stdout
     done = cfusion("preprocess", "verify", tmp_path / "shards")
     assert done.returncode == 0, done.stderr + done.stdout
+
+
+def test_ctrl_c_leaves_with_its_code_and_says_how_to_go_on(monkeypatch, capsys):
+    interrupted = typer.Typer()
+
+    @interrupted.command()
+    def work() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "app", interrupted)
+    monkeypatch.setattr(sys, "argv", ["cfusion"])
+    with pytest.raises(SystemExit) as left:
+        main.run()
+    assert left.value.code == 130
+    assert "interrupted; the same command goes on from here" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from cfusion import errors
 from cfusion.cli.help import topics
+from cfusion.errors import ConfigError, MissingExtraError, RequeueError
 
 ROOT = Path(__file__).parents[2]
 CLASSES = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, errors.CfusionError)]
@@ -55,3 +57,17 @@ def cfusion(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "cfusion", *arguments], capture_output=True, text=True, timeout=60, check=False
     )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigError("key seed: expected a number.", "Give one.", topic="sweep"),
+        MissingExtraError("ray", "ray", "This executor"),
+        RequeueError("Stopped."),
+    ],
+)
+def test_an_error_that_a_worker_sends_says_the_same(error):
+    sent = pickle.loads(pickle.dumps(error))
+    assert type(sent) is type(error)
+    assert (str(sent), sent.message, sent.remedy, sent.topic) == (str(error), error.message, error.remedy, error.topic)
