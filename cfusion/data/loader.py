@@ -1,4 +1,4 @@
-"""Bags read ahead of the model: threads, positioned reads into reused buffers, a bound in bytes."""
+"""Bags read ahead of the model: threads, pages mapped or read into reused buffers, a bound in bytes."""
 
 from __future__ import annotations
 
