@@ -33,13 +33,13 @@ def _no_handler_stays_behind() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _address_and_threads_stay_as_they_were() -> Iterator[None]:
-    """MLflow puts its address into the environment; a sweep's worker that runs within a test sets its threads."""
-    watched = ("OMP_NUM_THREADS", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "CUDA_VISIBLE_DEVICES")
-    before = {name: os.environ.get(name) for name in watched}
+def _environment_and_threads_stay_as_they_were() -> Iterator[None]:
+    """MLflow sets its address, DeepSpeed a world of one, a sweep's worker its threads, and processes inherit it."""
+    before = dict(os.environ)
     yield
-    for name, value in before.items():
+    after = {name for name in os.environ | before if os.environ.get(name) != before.get(name)}
+    for name in after - {"PYTEST_CURRENT_TEST"}:
         os.environ.pop(name, None)
-        os.environ.update({name: value} if value is not None else {})
+        os.environ.update({name: before[name]} if name in before else {})
     if "torch" in sys.modules and (torch := sys.modules["torch"]).get_num_threads() != 1:
         torch.set_num_threads(1)

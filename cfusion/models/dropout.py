@@ -4,10 +4,16 @@ An entry of the mask is a function of its row and column: a key drawn for the ro
 multiplied by an odd number, compared with a threshold. Any three entries are independent; over the corners of a
 rectangle the correlation is below 1e-4. On a CPU this integer arithmetic costs a tenth of drawing from a generator, and
 the backward pass repeats it. On a GPU PyTorch's own kernels do the same, and are used.
+
+Keys come from a generator of the thread, see `seeded`: PyTorch's own is one for all threads, and models that train side
+by side would draw from each other's numbers.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,9 +26,25 @@ ODD = -1640531527
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Within the block, all dropout of this thread hangs on the seed; on a GPU, PyTorch's generators are set to it."""
+    if device.type != "cpu":
+        torch.manual_seed(seed)
+    _thread.generator = torch.Generator().manual_seed(seed)
+    try:
+        yield
+    finally:
+        del _thread.generator
+
+
 def random_keys(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """32 random bits for each row or column, from PyTorch's default generator."""
-    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device)
+    """32 random bits for each row or column, from the thread's generator, or else PyTorch's default one."""
+    generator = getattr(_thread, "generator", None) if device.type == "cpu" else None
+    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device, generator=generator)
 
 
 def keep_mask(row_key: Tensor, column_key: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:

@@ -189,7 +189,7 @@ class ConvMixer(nn.Module):
             self.mix_weight = nn.Parameter(torch.randn(streams) * 2**0.5)
             self.mix_bias = nn.Parameter(torch.zeros(1))
         self.kernels = MultiScaleKernel(dim // 2, 2, (7, 5, 3, 1))
-        self.dropout = nn.Dropout1d(dropout)
+        self.dropout = Dropout(dropout)
         self.linear = nn.Linear(dim // 2, dim)
         self.norm = nn.LayerNorm(dim)
 
@@ -204,7 +204,10 @@ class ConvMixer(nn.Module):
         # Two input channels an output channel: a depthwise convolution, then sums of neighbouring channels.
         pairs = depthwise(grid.to_grid(mixed), kernel.reshape(-1, 1, 7, 7), None)
         summed = F.relu(pairs.unflatten(3, (-1, 2)).sum(dim=4) + bias)
-        tokens = self.dropout(grid.to_tokens(summed).transpose(1, 2)).transpose(1, 2)
+        tokens = grid.to_tokens(summed)
+        if self.training:
+            # One draw a bag and channel: a dropped channel is dropped in all of its tokens.
+            tokens = tokens * self.dropout(tokens.new_ones(len(tokens), 1, tokens.shape[2]))
         return self.norm(self.linear(tokens))
 
 

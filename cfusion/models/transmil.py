@@ -17,6 +17,7 @@ from cfusion.errors import ConfigError
 from cfusion.models.attention import Attention, Visit, attend
 from cfusion.models.bag import TileView
 from cfusion.models.baselines import FinestBagModel
+from cfusion.models.dropout import Dropout
 from cfusion.models.dropped_attention import attention_weights, query_chunks
 from cfusion.models.grid import TokenGrid, file_grid
 from cfusion.models.layers import PositionEncoding
@@ -88,7 +89,7 @@ class NystromAttention(Attention):
         self.heads = heads
         self.query_key_value = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.value_conv = nn.Conv2d(heads, heads, (33, 1), padding=(16, 0), groups=heads, bias=False)
 
     def forward(self, tokens: Float[Tensor, "bag token dim"], layout: LandmarkLayout) -> Float[Tensor, "bag token dim"]:

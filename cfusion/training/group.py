@@ -7,24 +7,35 @@ bag is read, moved and cast once a pass, and handed to the members that train on
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from cfusion.config import DataConfig
 from cfusion.data.partition import epoch_order
 from cfusion.errors import CfusionError, RequeueError
 from cfusion.training.folds import FoldRun
 from cfusion.training.group_checkpoint import GroupCheckpoints
-from cfusion.training.group_member import Member
+from cfusion.training.group_member import Member, Visit
 from cfusion.training.group_plan import owners, visits
 from cfusion.training.inference import BagSet
 from cfusion.training.interruption import stop_requested
+from cfusion.training.lanes import Lanes
 from cfusion.training.runtime import Runtime
 from cfusion.types import BagBatch
 
 logger = logging.getLogger(__name__)
+
+TURN = 16
+"""Most bags that are in memory for members to take side by side."""
+
+LONG = 8192
+"""Bags of more tiles are taken by one member after the other: their matrices keep all threads busy by themselves, and
+what a model holds of them is not to be there several times."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,12 @@ class Group:
     done: Callable[[Member, FoldRun], None]
     failed: Callable[[Member, CfusionError], Sequence[Member]]
 
+    @functools.cached_property
+    def lanes(self) -> Lanes | None:
+        """Where members train side by side: on a CPU with several threads, where no other process waits for a step."""
+        alone = self.runtime.world_size == 1 and self.runtime.device.type == "cpu"
+        return Lanes(torch.get_num_threads()) if alone and torch.get_num_threads() > 1 else None
+
     def train(self, members: Sequence[Member]) -> None:
         """Train all members to their end.
 
@@ -56,8 +73,12 @@ class Group:
             RequeueError: The process was asked to stop; the state is saved.
         """
         there, number = self.checkpoints.load(members)
-        self._train(there, number)
-        self._train([member for member in members if member not in there], 0)
+        try:
+            self._train(there, number)
+            self._train([member for member in members if member not in there], 0)
+        finally:
+            if self.lanes is not None:
+                self.lanes.close()
 
     def _train(self, members: Sequence[Member], number: int) -> None:
         active = list(members)
@@ -87,15 +108,27 @@ class Group:
         for member in active:
             member.begin(order, mine)
         with contextlib.closing(self._delivered(active, [b for b in order.tolist() if b in mine], number)) as bags:
-            for seen, bag in enumerate(order.tolist(), 1):
-                if bag in mine:
-                    self._hand_out(active, bag, *next(bags))
-                for member in [member for member in active if member.is_due(seen)]:
-                    if member in active:
-                        with self._failing(member, active):
-                            member.step()
+            for visited in self._in_turns(order.tolist()):
+                shown = [Visit(seen, bag, *(next(bags) if bag in mine else (None, None))) for seen, bag in visited]
+                self._hand_out(active, shown)
+                seen = shown[-1].seen
                 if world == 1 or seen % window == 0 or seen == len(order):
                     self._save(active, number, seen)
+
+    def _in_turns(self, order: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+        """Bags that are handed out at once, with how many of the order are behind after each."""
+        lengths, turn = self.whole.lengths, list[tuple[int, int]]()
+        for seen, bag in enumerate(order, 1):
+            alone = self.lanes is None or lengths[bag] > LONG
+            if turn and (alone or len(turn) == TURN):
+                yield turn
+                turn = []
+            turn.append((seen, bag))
+            if alone:
+                yield turn
+                turn = []
+        if turn:
+            yield turn
 
     def _delivered(
         self, active: Sequence[Member], bags: Sequence[int], number: int
@@ -119,12 +152,19 @@ class Group:
         for bag in bags:
             yield next(sampled) if bag in learnt else None, next(plain) if bag in shown else None
 
-    def _hand_out(self, active: list[Member], bag: int, learnt: BagBatch | None, shown: BagBatch | None) -> None:
-        for member in list(active):
-            if learnt is not None and member.wants(bag):
-                member.learn(bag, learnt)
-            if shown is not None and member.misses(bag):
-                member.show(bag, shown)
+    def _hand_out(self, active: list[Member], turn: Sequence[Visit]) -> None:
+        if self.lanes is not None and len(turn) > 1:
+            failed = self.lanes.run({member: map(member.visit, turn) for member in active})
+            for member, error in failed.items():
+                if member in active or not isinstance(error, CfusionError):
+                    with self._failing(member, active):
+                        raise error
+            return
+        for visit in turn:
+            for member in list(active):
+                if member in active:
+                    with self._failing(member, active):
+                        member.visit(visit)
 
     def _save(self, active: Sequence[Member], number: int, seen: int) -> None:
         """Write a checkpoint now and then, and where a signal asks for it, leave.

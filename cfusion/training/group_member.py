@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections import deque
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,23 @@ from cfusion.training.schedule import learning_rate, make_optimizer
 from cfusion.training.snapshot import Snapshot
 from cfusion.training.step import Share, Stepper, dropout_seed
 from cfusion.types import BagBatch, SurvivalOutput, Targets
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A bag of a pass, as it comes to all members.
+
+    Attributes:
+        seen: How many bags of the order are behind after it.
+        bag: Its number.
+        learnt: As training sees it; None where no member of this rank learns from it.
+        shown: As it is; None where no member of this rank is judged by it.
+    """
+
+    seen: int
+    bag: int
+    learnt: BagBatch | None
+    shown: BagBatch | None
 
 
 class Member:
@@ -110,7 +128,20 @@ class Member:
         """Whether a bag is still to be shown to the copy."""
         return bag in self._shown and bag not in self._logits
 
-    def learn(self, bag: int, batch: BagBatch) -> None:
+    def visit(self, visit: Visit) -> None:
+        """Learn from a bag, be judged by it, step behind the last of a global batch. Every rank has to call this.
+
+        Raises:
+            DataError: The loss or its gradient is not finite; the bags are named.
+        """
+        if visit.learnt is not None and self.wants(visit.bag):
+            self._learn(visit.bag, visit.learnt)
+        if visit.shown is not None and self.misses(visit.bag):
+            self._show(visit.bag, visit.shown)
+        if self._windows and self._windows[0].end == visit.seen:
+            self._step()
+
+    def _learn(self, bag: int, batch: BagBatch) -> None:
         """Take a bag in; a forward pass runs when its last bag is there, or, for losses over sets, when all are."""
         self._held[bag] = batch
         bags = self._passes.pop(bag)
@@ -118,22 +149,13 @@ class Member:
             return
         self._loss += self._stepper.accumulate([self._share(bags)], cases=len(self._windows[0].bags))
 
-    def show(self, bag: int, batch: BagBatch) -> None:
+    def _show(self, bag: int, batch: BagBatch) -> None:
         """Note the logits of a bag by the copy."""
         with torch.no_grad():
             output: SurvivalOutput = self._evaluated(batch)
         self._logits[bag] = output.logits[0].double().tolist()
 
-    def is_due(self, seen: int) -> bool:
-        """Whether it steps once `seen` bags of the order are behind."""
-        return bool(self._windows) and self._windows[0].end == seen
-
-    def step(self) -> None:
-        """Move the parameters. Every rank has to call this.
-
-        Raises:
-            DataError: The loss or its gradient is not finite; the bags are named.
-        """
+    def _step(self) -> None:
         job, state, window = self.fold.job, self.position, self._windows[0]
         cases = len(window.bags)
         if self._stepper.loss.set_wise:

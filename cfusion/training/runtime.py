@@ -6,6 +6,7 @@ without a word. `start` asserts that what it sees is what was launched.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import functools
@@ -110,6 +111,8 @@ class Runtime:
                     topic="world",
                 )
         runtime.agree("program (its source files, or the version of torch)", program_digest())
+        atexit.unregister(_end_gloo)
+        atexit.register(_end_gloo)
         return runtime
 
     @staticmethod
@@ -252,6 +255,12 @@ class Runtime:
                 "Start all of them from the same files and the same version of the program.",
                 topic="world",
             )
+
+
+def _end_gloo() -> None:
+    """Gloo's threads abort a process that ends before they do, with all its work done (pytorch issue 190489)."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 def another_engine(parallel: ParallelConfig, runs: str) -> ConfigError:

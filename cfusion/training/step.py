@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cfusion.errors import DataError
 from cfusion.files import digest_json
+from cfusion.models.dropout import seeded
 from cfusion.survival.losses import Loss
 from cfusion.training.runtime import Runtime
 from cfusion.types import BagBatch, SurvivalOutput, Targets
@@ -145,8 +146,8 @@ class Stepper:
         return StepReport(total / cases, norm, bool(stops))
 
     def _forward(self, micro: Share) -> SurvivalOutput:
-        torch.manual_seed(micro.seed)
-        return self.model(micro.batch)
+        with seeded(micro.seed, self.runtime.device):
+            return self.model(micro.batch)
 
     def _refuse(self, bags: Sequence[str], what: str) -> None:
         cases = self.runtime.gather(list(bags))

@@ -195,7 +195,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
         Training(tmp_path).load()
 
 
-@pytest.mark.parametrize("at", ["_write_tensors", "_finish"])
+@pytest.mark.parametrize("at", ["_write_tensors", "put_in_place"])
 def test_what_a_killed_process_left_half_written_is_no_checkpoint_and_goes(tmp_path, monkeypatch, at):
     training = Training(tmp_path)
     training.step()
@@ -270,7 +270,7 @@ def test_a_file_that_may_not_grow_leaves_the_checkpoint_before_whole(tmp_path, c
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("at", ["_write_tensors", "_finish"])
+@pytest.mark.parametrize("at", ["_write_tensors", "put_in_place"])
 def test_a_disk_that_fills_at_any_point_of_writing(tmp_path, caplog, monkeypatch, at):
     training = Training(tmp_path)
     training.step()

@@ -1,0 +1,63 @@
+"""Several members at once on a CPU: each on one thread and in its own order, as many as there are threads.
+
+Small matrices do not keep four threads busy: a step of gated attention on 2048 tiles runs at less than half of what
+four single threads reach side by side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import torch
+
+Key = TypeVar("Key")
+
+
+class Lanes:
+    """Threads that advance lanes of work.
+
+    Args:
+        threads: How many lanes are in work at the same time.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._pool = ThreadPoolExecutor(threads, "lane", initializer=lambda: torch.set_num_threads(1))
+
+    def run(self, lanes: Mapping[Key, Iterator[object]]) -> dict[Key, BaseException]:
+        """Advance each lane to its end; a lane that raises ends there, and the others go on.
+
+        A lane gives its place up after every item, so that all come to their end at about the same time.
+
+        Returns:
+            What the lanes that did not come to their end raised.
+        """
+        failed: dict[Key, BaseException] = {}
+        with _one_thread_each():
+            under_way = {self._pool.submit(next, lane, lane): key for key, lane in lanes.items()}
+            while under_way:
+                for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                    key = under_way.pop(future)
+                    if error := future.exception():
+                        failed[key] = error
+                    elif future.result() is not lanes[key]:
+                        under_way[self._pool.submit(next, lanes[key], lanes[key])] = key
+        return failed
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """MKL has one number of threads for the whole process, which torch sets."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
