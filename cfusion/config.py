@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cfusion.errors import ConfigError
+from cfusion.yaml_files import apply_override, read_yaml
 
 
 class Section(BaseModel):
@@ -340,56 +340,6 @@ def validate(section: type[SectionT], values: dict[str, Any], source: str) -> Se
         return section.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(f"{source}: {_explain(section, item)}" for item in error.errors())) from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read the mapping in a YAML file; an empty file is an empty mapping.
-
-    Raises:
-        ConfigError: The file cannot be read, is not YAML, or holds no mapping.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}).", "Give the path of a YAML file.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not valid YAML ({' '.join(str(error).split())}).") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected sections with keys, found {type(values).__name__}.")
-    return values
-
-
-def apply_override(values: dict[str, Any], override: str) -> str:
-    """Set one `section.key=value` in nested `values`, the value read as YAML; returns the key.
-
-    Raises:
-        ConfigError: It does not read `section.key=value`, or a part of the key is no section.
-    """
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"{override!r}: an override reads section.key=value.")
-    try:
-        set_key(values, key, yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not valid YAML.") from error
-    return key
-
-
-def set_key(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set the dotted `key` in nested `values`.
-
-    Raises:
-        ConfigError: A part of the key holds a value, not a section.
-    """
-    *sections, last = key.split(".")
-    target = values
-    for section in sections:
-        target = target.setdefault(section, {})
-        if not isinstance(target, dict):
-            raise ConfigError(f"{key}: {section} is not a section.")
-    target[last] = value
 
 
 def _explain(section: type[BaseModel], item: Any) -> str:

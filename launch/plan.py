@@ -13,9 +13,10 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 import cfusion
-from cfusion.config import Config, Section, apply_override, read_yaml, set_key, validate
+from cfusion.config import Config, Section, validate
 from cfusion.errors import ConfigError
 from cfusion.files import digest_file, digest_json, read_json, write_json
+from cfusion.yaml_files import apply_override, read_yaml, set_key
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 _DATA, _ABSENT = "data.json", "absent"

@@ -11,7 +11,7 @@ MODULES = sorted(p for top in ("cfusion", "preprocess", "launch") for p in (ROOT
 
 LAYERS = (
     ("cfusion.errors",),
-    ("cfusion.files", "cfusion.console"),
+    ("cfusion.files", "cfusion.console", "cfusion.yaml_files"),
     ("cfusion.types",),
     ("cfusion.config",),
     ("cfusion.cohort", "cfusion.cohort_tables", "cfusion.splits", "cfusion.audit", "cfusion.survival"),

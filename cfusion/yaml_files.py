@@ -1,0 +1,60 @@
+"""YAML mappings and `section.key=value` overrides, as nested plain values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cfusion.errors import ConfigError
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read the mapping in a YAML file; an empty file is an empty mapping.
+
+    Raises:
+        ConfigError: The file cannot be read, is not YAML, or holds no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}).", "Give the path of a YAML file.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML ({' '.join(str(error).split())}).") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected sections with keys, found {type(values).__name__}.")
+    return values
+
+
+def apply_override(values: dict[str, Any], override: str) -> str:
+    """Set one `section.key=value` in nested `values`, the value read as YAML; returns the key.
+
+    Raises:
+        ConfigError: It does not read `section.key=value`, or a part of the key is no section.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r}: an override reads section.key=value.")
+    try:
+        set_key(values, key, yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is not valid YAML.") from error
+    return key
+
+
+def set_key(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set the dotted `key` in nested `values`.
+
+    Raises:
+        ConfigError: A part of the key holds a value, not a section.
+    """
+    *sections, last = key.split(".")
+    target = values
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"{key}: {section} is not a section.")
+    target[last] = value
