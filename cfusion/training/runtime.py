@@ -12,6 +12,7 @@ import datetime
 import functools
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +151,8 @@ class Runtime:
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Move the model to the device and wrap it so that gradients are averaged over processes."""
         model.to(device=self.device, dtype=self.dtype)
+        # Of small depthwise kernels alone, whose copies cost nothing.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         wrapped, optimizer = self.accelerator.prepare(model, optimizer)
         return wrapped, optimizer
 
