@@ -30,12 +30,12 @@ from cfusion.types import BagBatch
 
 logger = logging.getLogger(__name__)
 
-TURN = 16
-"""Most bags that are in memory for members to take side by side."""
-
 LONG = 8192
 """Bags of more tiles are taken by one member after the other: their matrices keep all threads busy by themselves, and
 what a model holds of them is not to be there several times."""
+
+TURN, ROOM = 16, 4 * LONG
+"""Most bags, and most tiles of them, that are in memory for members to take side by side."""
 
 
 @dataclass(frozen=True)
@@ -117,18 +117,20 @@ class Group:
 
     def _in_turns(self, order: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         """Bags that are handed out at once, with how many of the order are behind after each."""
-        lengths, turn = self.whole.lengths, list[tuple[int, int]]()
+        turn, tiles = list[tuple[int, int]](), 0
         for seen, bag in enumerate(order, 1):
-            alone = self.lanes is None or lengths[bag] > LONG
-            if turn and (alone or len(turn) == TURN):
+            size = ROOM if self._alone(bag) else sum(self.whole.bags[bag].tiles.values())
+            if turn and (len(turn) == TURN or tiles + size > ROOM):
                 yield turn
-                turn = []
+                turn, tiles = [], 0
             turn.append((seen, bag))
-            if alone:
-                yield turn
-                turn = []
+            tiles += size
         if turn:
             yield turn
+
+    def _alone(self, bag: int) -> bool:
+        """Whether members take a bag one after the other."""
+        return self.lanes is None or sum(self.whole.bags[bag].tiles.values()) > LONG
 
     def _delivered(
         self, active: Sequence[Member], bags: Sequence[int], number: int
@@ -153,7 +155,7 @@ class Group:
             yield next(sampled) if bag in learnt else None, next(plain) if bag in shown else None
 
     def _hand_out(self, active: list[Member], turn: Sequence[Visit]) -> None:
-        if self.lanes is not None and len(turn) > 1:
+        if self.lanes is not None and not self._alone(turn[0].bag):
             failed = self.lanes.run({member: map(member.visit, turn) for member in active})
             for member, error in failed.items():
                 if member in active or not isinstance(error, CfusionError):

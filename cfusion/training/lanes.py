@@ -24,7 +24,6 @@ class Lanes:
     """
 
     def __init__(self, threads: int) -> None:
-        self.threads = threads
         self._pool = ThreadPoolExecutor(threads, "lane", initializer=lambda: torch.set_num_threads(1))
 
     def run(self, lanes: Mapping[Key, Iterator[object]]) -> dict[Key, BaseException]:
