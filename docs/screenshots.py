@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images")
     arguments = parser.parse_args()
     demo, out = arguments.demo.resolve(), arguments.out
+    out.mkdir(parents=True, exist_ok=True)
     run = next((demo / "runs").glob(f"{COHORT}-{MODEL}-real-*"))
     slide = f"{riskiest(run)}-a"
     with tempfile.TemporaryDirectory() as name, sync_playwright() as driver:
