@@ -43,15 +43,15 @@ def test_every_tile_has_every_score(explained, folds):
     assert found.curve["survival"].iloc[0] == 1
 
 
-def test_planted_tiles_are_ranked(explained):
-    found, _, truth = explained
-    auroc = {
-        (name, method): roc_auc_score(truth[name], found.scores(name, method))
-        for name in found.levels
-        for method in found.methods
-    }
-    assert auroc["x5", "occlusion"] >= 0.95, auroc
-    assert auroc["x20", "occlusion"] >= 0.8, auroc
+def test_planted_tiles_are_ranked(tmp_path):
+    """By a model of one magnification, which has no choice of where to look; test_planted.py asks CrossFusion."""
+    models = ensemble(tmp_path, "amil", epochs=8)
+    for seed in (0, 1):
+        slide, truth = planted_slide(seed=seed)
+        found = explain(models, slide, occlusion="tiles")
+        auroc = {method: roc_auc_score(truth["x20"], found.scores("x20", method)) for method in found.methods}
+        assert auroc["occlusion"] >= 0.9, auroc
+        assert auroc["gradient"] >= 0.9, auroc
 
 
 def test_occlusion_is_the_risk_of_the_bag_without_the_tile(explained, folds):
