@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -62,7 +63,8 @@ class BagModel(nn.Module):
             finer: The other bags, coarse to fine: all that the data offer, or those that the model reads.
 
         Raises:
-            DataError: A magnification is missing or has no tile, or an embedding has another width.
+            DataError: A magnification is missing or has no tile, an embedding has another width, or bags, masks and
+                tiles differ in number.
         """
         batch = bags if isinstance(bags, BagBatch) else self._batch_of((bags, *finer))
         self._check(batch)
@@ -91,21 +93,52 @@ class BagModel(nn.Module):
                     f"The model reads {name}, but the bags carry {', '.join(batch.features)}.",
                     "Set data.magnifications to what the shards hold.",
                 )
-            features = batch.features[name]
-            if features.shape[2] != self.backbone_dim:
+            shape = tuple(batch.features[name].shape)
+            if len(shape) != 3 or not shape[0]:
                 raise DataError(
-                    f"Embeddings at {name} are {features.shape[2]} wide; the model was built for {self.backbone_dim}.",
+                    f"Embeddings at {name} have shape {list(shape)}; expected one or more bags as [bag, tile, dim].",
+                    "Give a single bag [tile, dim] as bag[None].",
+                )
+            if shape[2] != self.backbone_dim:
+                raise DataError(
+                    f"Embeddings at {name} are {shape[2]} wide; the model was built for {self.backbone_dim}.",
                     "Give the model the features of the encoder it was built for.",
                 )
-            empty = [features.shape[1] == 0] * len(features)
-            if batch.masks is not None and features.shape[1]:
-                empty = (~batch.masks[name].any(dim=1)).tolist()
-            if any(empty):
-                who = [batch.case_ids[i] if batch.case_ids else f"number {i}" for i, none in enumerate(empty) if none]
+            if shape[0] != len(batch):
                 raise DataError(
-                    f"No tile at {name} in bag {', '.join(who)}; every bag needs at least one at each magnification.",
-                    "Leave these cases out (the audit names them) or preprocess their slides again.",
+                    f"There are {shape[0]} bags at {name} and {len(batch)} at {next(iter(batch.features))}.",
+                    "Give every bag at every magnification, in the same order.",
                 )
+            self._check_tiles(name, batch)
+
+    def _check_tiles(self, name: str, batch: BagBatch) -> None:
+        bags, tiles = batch.features[name].shape[:2]
+        empty = [] if tiles else list(range(bags))
+        if tiles and batch.masks is not None:
+            mask = batch.masks.get(name)
+            if mask is None or mask.shape != (bags, tiles) or mask.dtype != torch.bool:
+                found = "missing" if mask is None else f"{mask.dtype} {list(mask.shape)}".removeprefix("torch.")
+                raise DataError(
+                    f"The mask at {name} is {found}; expected bool {[bags, tiles]}, one entry for each embedding.",
+                    "Give a mask for every magnification, true where a tile is real; or none at all, where all are.",
+                )
+            empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+        if empty:
+            who = [batch.case_ids[i] if batch.case_ids else f"number {i}" for i in empty]
+            raise DataError(
+                f"No tile at {name} in bag {', '.join(who)}; every bag needs at least one at each magnification.",
+                "Leave these cases out (the audit names them) or preprocess their slides again.",
+            )
+
+
+def check_share(option: str, share: object) -> None:
+    """Refuse a share to drop that is not in [0, 1).
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if not isinstance(share, int | float) or not 0 <= share < 1:
+        raise ConfigError(f"model.options.{option}={share!r}: expected a number in [0, 1).")
 
 
 def check_magnifications(magnifications: Sequence[float], source: float | None = None) -> None:

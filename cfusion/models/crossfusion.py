@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cfusion.errors import ConfigError, DataError
-from cfusion.models.bag import BagModel, TileView, check_magnifications
+from cfusion.models.bag import BagModel, TileView, check_magnifications, check_share
 from cfusion.models.grid import TokenGrid, file_grid, spatial_grid
 from cfusion.models.layers import ConcatMixer, ConvMixer, CrossBlock, PadTransformer, init_linear
 from cfusion.types import BagBatch, SurvivalOutput, magnification_name
@@ -54,7 +54,12 @@ class CrossFusion(BagModel):
     ) -> None:
         check_magnifications(reads, source)
         super().__init__(reads, offered, backbone_dim)
-        _check_options(embed_dim, num_heads, grid, {"dropout": dropout, "attention_dropout": attention_dropout})
+        if embed_dim % num_heads or embed_dim % 2:
+            raise ConfigError(f"embed_dim={embed_dim} must be even and divisible by num_heads={num_heads}.")
+        if grid not in ("file", "spatial"):
+            raise ConfigError(f"model.options.grid={grid!r}: expected file or spatial.")
+        check_share("dropout", dropout)
+        check_share("attention_dropout", attention_dropout)
         self.grid = grid
         self.source = magnification_name(source)
         self.contexts = tuple(name for name in self.magnification_names if name != self.source)
@@ -104,12 +109,14 @@ class CrossFusion(BagModel):
         bags, tiles = batch.features[self.source].shape[:2]
         if self.grid == "file":
             return file_grid(bags, tiles, mask)
-        if batch.positions is None or self.source not in batch.positions:
+        positions = None if batch.positions is None else batch.positions.get(self.source)
+        if positions is None or positions.shape != (bags, tiles, 2):
+            found = "none" if positions is None else f"positions of shape {list(positions.shape)}"
             raise DataError(
-                f"grid: spatial needs the position of every {self.source} tile, and these bags have none.",
+                f"grid: spatial needs the position of every {self.source} tile, and these bags have {found}.",
                 "Use shards with coordinates, or model.options.grid=file.",
             )
-        return spatial_grid(batch.positions[self.source], mask)
+        return spatial_grid(positions, mask)
 
 
 def module_name(magnification: str) -> str:
@@ -121,13 +128,3 @@ def _projection(backbone_dim: int, embed_dim: int) -> nn.Module:
     if backbone_dim == embed_dim:
         return nn.Identity()
     return nn.Sequential(nn.Linear(backbone_dim, embed_dim), nn.LayerNorm(embed_dim))
-
-
-def _check_options(embed_dim: int, num_heads: int, grid: str, shares: dict[str, float]) -> None:
-    if embed_dim % num_heads or embed_dim % 2:
-        raise ConfigError(f"embed_dim={embed_dim} must be even and divisible by num_heads={num_heads}.")
-    if grid not in ("file", "spatial"):
-        raise ConfigError(f"grid={grid!r}: expected file or spatial.")
-    for name, share in shares.items():
-        if not 0 <= share < 1:
-            raise ConfigError(f"{name}={share}: expected a number in [0, 1).")

@@ -82,7 +82,7 @@ class SelfBlock(nn.Module):
 
 
 class MultiScaleKernel(nn.Module):
-    """Kernels of several sizes that are used as their sum.
+    """Kernels of several sizes that are used as their sum; fresh ones are Kaiming normal (fan-out), their biases zero.
 
     Args:
         outputs: Output channels.
@@ -99,6 +99,14 @@ class MultiScaleKernel(nn.Module):
             nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
             self.register_parameter(f"weight_{size}", nn.Parameter(weight))
             self.register_parameter(f"bias_{size}", nn.Parameter(torch.zeros(outputs)))
+
+    def draw_as_pytorch(self) -> None:
+        """Draw kernels and biases anew, uniformly within 1/√fan-in, as `nn.Conv2d` does."""
+        for size in self.sizes:
+            weight, bias = self.get_parameter(f"weight_{size}"), self.get_parameter(f"bias_{size}")
+            bound = weight[0].numel() ** -0.5
+            nn.init.uniform_(weight, -bound, bound)
+            nn.init.uniform_(bias, -bound, bound)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The summed kernel [outputs, inputs, k, k] and bias [outputs]."""

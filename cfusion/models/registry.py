@@ -60,10 +60,14 @@ def build_model(
     if name not in MODELS:
         raise ConfigError(f"model.name={name!r}: no such model.", _suggest(name, list(MODELS)))
     builder = MODELS[name]
-    shape = {
+    sizes = {
         "backbone_dim": backbone_dim, "n_bins": n_bins, "embed_dim": embed_dim, "num_heads": num_heads,
-        "num_layers": num_layers, "magnifications": tuple(magnifications), "source": source, "published": published,
+        "num_layers": num_layers,
     }  # fmt: skip
+    for size, value in sizes.items():
+        if value < 1:
+            raise ConfigError(f"{size}={value}: expected at least 1.")
+    shape = {**sizes, "magnifications": tuple(magnifications), "source": source, "published": published}
     parameters = inspect.signature(builder).parameters
     known = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and name not in shape]
     for option in options:

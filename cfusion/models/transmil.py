@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from cfusion.errors import ConfigError
 from cfusion.models.attention import Attention, Visit, attend
-from cfusion.models.bag import TileView
+from cfusion.models.bag import TileView, check_share
 from cfusion.models.baselines import FinestBagModel
 from cfusion.models.dropout import Dropout
 from cfusion.models.dropped_attention import attention_weights, query_chunks
@@ -146,12 +146,14 @@ class TransMIL(FinestBagModel):
         super().__init__(backbone_dim, magnifications)
         if embed_dim % 8:
             raise ConfigError(f"embed_dim={embed_dim}: transmil has 8 heads, which must divide it.")
+        check_share("dropout", dropout)
         self.embed = nn.Sequential(nn.Linear(backbone_dim, embed_dim), nn.ReLU())
         self.class_token = nn.Parameter(torch.randn(embed_dim))
         self.landmarks = embed_dim // 2
         self.norms = nn.ModuleList(nn.LayerNorm(embed_dim) for _ in range(2))
         self.attentions = nn.ModuleList(NystromAttention(embed_dim, 8, dropout) for _ in range(2))
         self.position = PositionEncoding(embed_dim)
+        self.position.kernels.draw_as_pytorch()
         self.norm = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, n_bins)
 

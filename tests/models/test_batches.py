@@ -103,6 +103,31 @@ def test_bags_that_do_not_fit_the_model_are_refused():
         build("crossfusion")(torch.zeros(1, 3, WIDTH), torch.zeros(1, 3, WIDTH))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_bags_and_masks_that_do_not_belong_together_are_refused(name: str):
+    model, batch = build(name), pad([bag(1, 5), bag(2, 8)])
+    tiles, mask = batch.features["x20"], batch.masks["x20"]
+    for x20, message in (
+        (tiles[0], r"Embeddings at x20 have shape \[16, 12\]; expected one or more bags as \[bag, tile, dim\]"),
+        (tiles[:0], r"Embeddings at x20 have shape \[0, 16, 12\]"),
+    ):
+        with pytest.raises(DataError, match=message):
+            model(dataclasses.replace(batch, features={**batch.features, "x20": x20}))
+    for x20, message in (
+        (mask[:, 1:], r"The mask at x20 is bool \[2, 15\]; expected bool \[2, 16\]"),
+        (mask.float(), r"The mask at x20 is float32 \[2, 16\]"),
+        (None, "The mask at x20 is missing"),
+    ):
+        masks = {key: m for key, m in {**batch.masks, "x20": x20}.items() if m is not None}
+        with pytest.raises(DataError, match=message):
+            model(dataclasses.replace(batch, masks=masks))
+
+
+def test_every_magnification_has_the_same_bags():
+    with pytest.raises(DataError, match="There are 2 bags at x10 and 1 at x5"):
+        build("crossfusion")(torch.zeros(1, 3, WIDTH), torch.zeros(2, 3, WIDTH), torch.zeros(1, 3, WIDTH))
+
+
 def test_baselines_read_the_finest_magnification_of_all():
     model, one = build("amil"), bag(1, 5)
     assert model.magnification_names == ("x20",)

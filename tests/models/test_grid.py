@@ -86,6 +86,9 @@ def test_spatial_grid_needs_positions_that_do_not_collide():
     model, batch = build("crossfusion", grid="spatial"), pad([bag(1, 5), bag(2, 6)])
     with pytest.raises(DataError, match="grid: spatial needs the position of every x10 tile"):
         model(dataclasses.replace(batch, positions=None))
+    short = {**batch.positions, "x10": batch.positions["x10"][:, 1:]}
+    with pytest.raises(DataError, match=r"every x10 tile, and these bags have positions of shape \[2, 5, 2\]"):
+        model(dataclasses.replace(batch, positions=short))
     collided = {**batch.positions, "x10": torch.zeros_like(batch.positions["x10"])}
     with pytest.raises(DataError, match="two tiles of one bag at the same position"):
         model(dataclasses.replace(batch, positions=collided))
@@ -111,7 +114,7 @@ def clustered_or_scattered(generator: torch.Generator, bags: int) -> tuple[BagBa
 def area_after_training(grid: str) -> float:
     torch.manual_seed(0)
     model = build_model("crossfusion_single", backbone_dim=8, embed_dim=32, num_heads=2, grid=grid, dropout=0.0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(1)
     for _ in range(400):
         batch, targets = clustered_or_scattered(generator, 32)

@@ -51,8 +51,11 @@ def test_outputs_and_gradient_norms_of_the_published_program(shared: Path, file:
     expected = {k.removeprefix("grad_norm/"): golden[k] for k in golden.files if k.startswith("grad_norm/")}
     assert norms.keys() == expected.keys()
     for name, norm in norms.items():
-        # Softmax cancels a key projection's bias: its gradient is rounding error on both sides.
-        np.testing.assert_allclose(norm, expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
+        if name.endswith(("k_proj.bias", "attention_c.bias")):
+            # Softmax cancels a bias of keys or scores: its gradient is rounding error on both sides.
+            assert max(norm, expected[name]) < 1e-7, name
+        else:
+            np.testing.assert_allclose(norm, expected[name], rtol=1e-4, err_msg=name)
     for name, weight in published_state_dict(model).items():
         assert torch.equal(weight, weights[name].to(dtype)), name
 

@@ -1,15 +1,25 @@
 """Building models by name, and what holds for every model that can be built."""
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from made_up_bags import WIDTH, bag, build, pad
 from torch import nn
 
 from cfusion.errors import ConfigError
-from cfusion.models import MODELS, build_model
+from cfusion.models import MODELS, build_model, published_state_dict
+from cfusion.models.bag import check_share
 from cfusion.models.dropout import Dropout
 from cfusion.survival.losses import LOSSES
 from cfusion.types import SurvivalOutput, Targets
+
+PUBLISHED_NAMES = {
+    "CrossFusion": "crossfusion", "CrossFusionSingle": "crossfusion_single", "AMIL": "amil", "DSMIL": "dsmil",
+    "TransMIL": "transmil",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -83,6 +93,22 @@ def test_initial_weights_are_the_published_ones():
     assert model.cross["x20"].attention.scale_embedding.std().item() == pytest.approx(0.02, rel=0.2)
 
 
+@pytest.mark.parametrize("file", ["CrossFusion", "CrossFusionSingle", "AMIL", "DSMIL", "TransMIL"])
+def test_fresh_weights_are_spread_as_the_published_program_spreads_them(shared: Path, file: str):
+    golden = np.load(shared / "golden" / f"{file}.npz", allow_pickle=False)
+    config = json.loads(str(golden["config"]))
+    shape = {key: config[key] for key in ("embed_dim", "num_heads") if key in config}
+    torch.manual_seed(0)
+    model = build_model(PUBLISHED_NAMES[file], backbone_dim=config["backbone_dim"], **shape)
+    for name, ours in published_state_dict(model).items():
+        theirs = torch.from_numpy(golden[f"param/{name}"])
+        if ours.numel() < 128:
+            continue
+        # The stored weights are fresh ones with noise of std .05 on top.
+        expected = (ours.var() + 0.05**2).sqrt().item()
+        assert theirs.std().item() == pytest.approx(expected, rel=4 / ours.numel() ** 0.5 + 0.01), name
+
+
 @pytest.mark.parametrize(
     ("magnifications", "source"),
     [((20, 10), 10), ((40, 10, 2.5), 10), ((20, 10, 5), 20), ((40, 20, 10, 5), 10), ((10,), 10)],
@@ -132,9 +158,19 @@ def test_a_users_model_joins_by_an_assignment(monkeypatch: pytest.MonkeyPatch):
         ("crossfusion", {"magnifications": (20, 10, 10)}, r"\[20, 10, 10\]: expected one or more different, positive"),
         ("amil", {"magnifications": ()}, r"magnifications=\[\]: expected one or more"),
         ("crossfusion", {"embed_dim": 30, "num_heads": 4}, "embed_dim=30 must be even and divisible by num_heads=4"),
+        ("transmil", {"dropout": -0.1}, r"dropout=-0.1: expected a number in \[0, 1\)"),
+        ("crossfusion", {"num_heads": 0}, "num_heads=0: expected at least 1"),
+        ("crossfusion", {"num_layers": 0}, "num_layers=0: expected at least 1"),
+        ("dsmil", {"n_bins": 0}, "n_bins=0: expected at least 1"),
+        ("mean_mil", {"backbone_dim": -3}, "backbone_dim=-3: expected at least 1"),
         ("transmil", {"embed_dim": 20}, "embed_dim=20: transmil has 8 heads"),
     ],
 )
 def test_what_cannot_be_built_is_refused(name: str, options: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         build_model(name, **{"backbone_dim": WIDTH, "embed_dim": 32, **options})
+
+
+def test_a_share_that_is_no_number_is_refused():
+    with pytest.raises(ConfigError, match=r"model.options.dropout='much': expected a number in \[0, 1\)"):
+        check_share("dropout", "much")
