@@ -21,7 +21,7 @@ def check_header(header: bytes, member: Member) -> str:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
-    except (ValueError, SyntaxError, TypeError, EOFError) as error:
+    except Exception as error:  # noqa: BLE001 - numpy reads the text as Python, and raises whatever that leads to
         return f"is not an .npy file ({error})"
     if dtype.hasobject:
         return "holds Python objects, which only unpickling could read; that is never done"

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit, urlunsplit
 from isal.isal_zlib import crc32
 
 from cfusion.data.shard_files import OpenFile
-from cfusion.data.shard_index import INDEX_NAME, Member, Shard, ShardIndex, parse
+from cfusion.data.shard_index import INDEX_NAME, Member, Shard, ShardIndex, parse_index
 from cfusion.errors import MissingExtraError, ShardsError
 from cfusion.files import atomic_path
 
@@ -41,7 +41,7 @@ def open_remote(
         MissingExtraError: The package for this kind of URL is not installed.
     """
     source = RangeSource(url)
-    index = parse(ShardIndex, source.read_all(INDEX_NAME), f"{source.where}/{INDEX_NAME}")
+    index = parse_index(source.read_all(INDEX_NAME), f"{source.where}/{INDEX_NAME}")
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cfusion" / "shards"
     cache = DiskCache(Path(cache_directory or default), cache_bytes)
     return RemoteFiles(source, cache, index.digest[:16]), index

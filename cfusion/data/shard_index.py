@@ -157,46 +157,45 @@ class ShardIndex(_Entry):
         return digest_json(self.model_dump(mode="json"))
 
     @model_validator(mode="after")
-    def _is_consistent(self) -> ShardIndex:
+    def _slides_have_one_place(self) -> ShardIndex:
         seen: set[str] = set()
         for sample in self.samples:
             if sample.slide_id in seen:
                 raise ValueError(f"slide {sample.slide_id} appears twice")
             seen.add(sample.slide_id)
-            self._check_sample(sample)
+            if sample.shard >= len(self.shards):
+                raise ValueError(f"slide {sample.slide_id} lies in shard {sample.shard}, of which there are less")
         return self
 
-    def _check_sample(self, sample: Sample) -> None:
-        if sample.shard >= len(self.shards):
-            raise ValueError(f"slide {sample.slide_id} lies in shard {sample.shard}, of which there are less")
-        stored = STORED_DTYPES[self.dtype].str
+    def contradiction(self, sample: Sample) -> tuple[str, str]:
+        """The first member of a slide that is not what the set holds, and why; both empty where there is none."""
         for magnification in self.magnifications:
-            member = sample.members.get(f"{magnification}.npy")
+            name, stored = f"{magnification}.npy", STORED_DTYPES[self.dtype].str
+            member = sample.members.get(name)
             if member is None:
-                raise ValueError(f"slide {sample.slide_id} has no member {magnification}.npy")
+                return name, "is missing"
             if member.dtype != stored or len(member.shape) != 2 or member.shape[1] != self.dim:
-                raise ValueError(
-                    f"slide {sample.slide_id}, member {magnification}.npy: {member.dtype} {member.shape}, "
-                    f"expected {stored} (tiles, {self.dim})"
-                )
-            self._check_companions(sample, magnification, member.shape[0])
+                return name, f"is {member.dtype} {member.shape}, expected {stored} (tiles, {self.dim})"
+            for companion, (dtype, shape) in self._companions(magnification, member.shape[0]).items():
+                other = sample.members.get(companion)
+                if other is None and companion.startswith("scale_"):
+                    return companion, "is missing"
+                if other is not None and (other.dtype, other.shape) != (dtype, shape):
+                    return companion, f"is {other.dtype} {other.shape}, expected {dtype} {shape}"
         length = self.shards[sample.shard].size
         for name, member in sample.members.items():
             if member.offset + member.size > length:
-                raise ValueError(f"slide {sample.slide_id}, member {name} ends beyond its shard of {length} bytes")
+                return name, f"ends beyond its shard of {length} bytes"
+        return "", ""
 
-    def _check_companions(self, sample: Sample, magnification: str, tiles: int) -> None:
-        expected = {
+    def _companions(self, magnification: str, tiles: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        layouts: dict[str, tuple[str, tuple[int, ...]]] = {
             f"coords_{magnification}.npy": ("<i4", (tiles, 2)),
             f"parent_{magnification}.npy": ("<i4", (tiles,)),
-            f"scale_{magnification}.npy": ("<f4", (self.dim,)),
         }
-        if self.dtype == "int8" and f"scale_{magnification}.npy" not in sample.members:
-            raise ValueError(f"slide {sample.slide_id} has no member scale_{magnification}.npy")
-        for name, layout in expected.items():
-            member = sample.members.get(name)
-            if member is not None and (member.dtype, member.shape) != layout:
-                raise ValueError(f"slide {sample.slide_id}, member {name}: {member.dtype} {member.shape}, not {layout}")
+        if self.dtype == "int8":
+            layouts[f"scale_{magnification}.npy"] = ("<f4", (self.dim,))
+        return layouts
 
     def write(self, directory: str | os.PathLike[str]) -> None:
         """Write the index into `directory`, atomically."""
@@ -220,15 +219,40 @@ def parse(schema: type[EntryT], text: str | bytes, source: str) -> EntryT:
         raise ShardsError(f"{source}: {where + ': ' if where else ''}{first['msg']}.", _REPACK) from None
 
 
+def parse_index(text: str | bytes, source: str) -> ShardIndex:
+    """Read an index whose slides are all what the set holds.
+
+    Raises:
+        ShardsError: It does not describe a shard set, or a slide contradicts it; slide and member are named.
+    """
+    index = parse(ShardIndex, text, source)
+    for sample in index.samples:
+        name, what = index.contradiction(sample)
+        if name:
+            raise ShardsError(
+                f"{source}: slide {sample.slide_id}, member {name}: {what}.",
+                f"{_REPACK[:-1]}; `cfusion preprocess verify` lists the slides that are whole.",
+            )
+    return index
+
+
+def read_index_file(directory: str | os.PathLike[str]) -> bytes:
+    """The bytes of `index.json` of a folder of shards.
+
+    Raises:
+        ShardsError: It cannot be read.
+    """
+    path = Path(directory) / INDEX_NAME
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ShardsError(f"{path}: cannot be read ({error.strerror}).", _REPACK) from error
+
+
 def read_index(directory: str | os.PathLike[str]) -> ShardIndex:
     """Read `index.json` of a folder of shards.
 
     Raises:
-        ShardsError: The index is missing or does not describe a shard set.
+        ShardsError: As `read_index_file` and `parse_index`.
     """
-    path = Path(directory) / INDEX_NAME
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise ShardsError(f"{path}: cannot be read ({error.strerror}).", _REPACK) from error
-    return parse(ShardIndex, text, str(path))
+    return parse_index(read_index_file(directory), str(Path(directory) / INDEX_NAME))

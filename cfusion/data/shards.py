@@ -13,8 +13,8 @@ from isal.isal_zlib import crc32
 from cfusion.console import progress
 from cfusion.data.npy import check_header
 from cfusion.data.shard_files import REPAIR, LocalFiles, OpenFile, ShardFiles, array_bytes, read_pieces
-from cfusion.data.shard_index import Member, Sample, ShardIndex, read_index, tar_key
-from cfusion.errors import DataError, ShardsError
+from cfusion.data.shard_index import Member, Sample, Shard, ShardIndex, read_index, tar_key
+from cfusion.errors import CfusionError, DataError, ShardsError
 
 
 class ShardDataset:
@@ -185,21 +185,34 @@ class ShardDataset:
         Raises:
             ShardsError: A shard holds something else than its index says.
         """
-        from webdataset.tariterators import group_by_keys, tar_file_expander
-
         wanted = frozenset(self.slide_ids if slide_ids is None else slide_ids)
         for number, shard in enumerate(self.index.shards):
             keys = {tar_key(s.slide_id): s.slide_id for s in self.index.samples if s.shard == number}
-            if wanted.isdisjoint(keys.values()):
-                continue
-            with self._files.stream(shard) as stream:
-                for members in group_by_keys(tar_file_expander([{"url": shard.name, "stream": stream}])):
-                    slide_id = keys.get(members["__key__"])
-                    if slide_id is None:
-                        key = members["__key__"]
-                        raise ShardsError(f"{self.directory}/{shard.name}: {key} is not in the index.", REPAIR)
-                    if slide_id in wanted:
-                        yield slide_id, self._arrays(slide_id, members)
+            left = wanted.intersection(keys.values())
+            for members in self._tar_samples(shard) if left else ():
+                slide_id = keys.get(members["__key__"])
+                if slide_id is None:
+                    key = members["__key__"]
+                    raise ShardsError(f"{self.directory}/{shard.name}: {key} is not in the index.", REPAIR)
+                if slide_id in left:
+                    left -= {slide_id}
+                    yield slide_id, self._arrays(slide_id, members)
+            if left:
+                raise ShardsError(f"{self.directory}/{shard.name}: slide {min(left)} is not in the tar.", REPAIR)
+
+    def _tar_samples(self, shard: Shard) -> Iterator[dict[str, Any]]:
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
+        with self._files.stream(shard) as stream:
+            try:
+                yield from group_by_keys(tar_file_expander([{"url": shard.name, "stream": stream}]))
+            except CfusionError as error:
+                # webdataset adds its streams to the text of what passes through it.
+                raise type(error)(error.message, error.remedy, topic=error.topic) from None
+            except Exception as error:  # tarfile raises whatever a damaged header leads to
+                raise ShardsError(
+                    f"{self.directory}/{shard.name}: is cut short or no tar ({error.args[0]}).", REPAIR
+                ) from error
 
     def _array_names(self, slide_id: str) -> list[str]:
         return [name.removesuffix(".npy") for name in self.sample(slide_id).members if name.endswith(".npy")]

@@ -7,18 +7,30 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 from isal.isal_zlib import crc32
 
 from cfusion.console import progress
 from cfusion.data.npy import check_header
-from cfusion.data.shard_index import META, Member, Sample, ShardIndex, read_index, tar_key
+from cfusion.data.shard_index import (
+    INDEX_NAME,
+    META,
+    Member,
+    Sample,
+    ShardIndex,
+    parse,
+    read_index_file,
+    tar_key,
+)  # fmt: skip
 from cfusion.files import digest_file
 
 _COPY = "Copy this shard again, or pack the store again."
 _PACK = "Pack the store again; never unpack this tar."
 _EXTRACT = "Extract the slide again and pack the store again."
+_BLOCK = tarfile.BLOCKSIZE
+_LONGEST_NAME = 4096
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,9 @@ class Problem:
 
     def __str__(self) -> str:
         where = ", ".join(part for part in (self.shard, self.slide_id, self.member) if part)
-        return f"{where}: {self.what}. {self.remedy}"
+        # Names come from the tar: what a terminal would act on is shown as its escape.
+        text = f"{where}: {self.what}. {self.remedy}"
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass(frozen=True)
@@ -65,7 +79,7 @@ def verify_shards(directory: str | os.PathLike[str]) -> Verification:
     Raises:
         DataError: The index is missing or does not describe a shard set.
     """
-    index = read_index(directory)
+    index = parse(ShardIndex, read_index_file(directory), str(Path(directory) / INDEX_NAME))
     problems: list[Problem] = []
     bad: set[str] = set()
     with progress("verifying shards", len(index.shards)) as bar:
@@ -87,46 +101,88 @@ def _check_shard(directory: Path, index: ShardIndex, number: int) -> Iterator[Pr
     size = path.stat().st_size
     if size != shard.size:
         yield Problem(shard.name, "", "", f"{size} bytes, the index says {shard.size}", _COPY)
-    yield from _check_entries(path, samples)
     with path.open("rb") as stream:
+        yield from _check_headers(stream, size, shard.name, samples)
         for sample in samples:
+            name, what = index.contradiction(sample)
+            if name:
+                yield Problem(shard.name, sample.slide_id, name, f"in the index, {what}", _PACK)
+                continue
             for name, member in sample.members.items():
                 stream.seek(member.offset)
-                what, remedy = _check_member(stream.read(member.size), name, member)
+                # No more is asked for than is there: what the index claims need not fit in memory.
+                data = stream.read(min(member.size, max(0, size - member.offset)))
+                what, remedy = _check_member(data, name, member)
                 if what:
                     yield Problem(shard.name, sample.slide_id, name, what, remedy)
     if size == shard.size and digest_file(path) != shard.sha256:
         yield Problem(shard.name, "", "", "its SHA-256 is not the one in the index", _COPY)
 
 
-def _check_entries(path: Path, samples: list[Sample]) -> Iterator[Problem]:
-    """Walk the tar's own headers: only the indexed files, where the index says, and nothing that could do harm."""
-    expected = {
-        f"{tar_key(s.slide_id)}.{name}": (s.slide_id, name, m) for s in samples for name, m in s.members.items()
-    }
+def _check_headers(stream: BinaryIO, size: int, shard: str, samples: list[Sample]) -> Iterator[Problem]:
+    """Every header of a tar, member by member, so that a damaged one costs its own slide alone."""
+    members = sorted(((s.slide_id, name, m) for s in samples for name, m in s.members.items()), key=_place)
+    at = 0
+    for slide_id, name, member in members:
+        what = "is not in the tar"
+        try:
+            for entry, offset in _headers(stream, at, min(member.offset, size)):
+                if offset == member.offset:
+                    what = _check_entry(entry, f"{tar_key(slide_id)}.{name}", member.size)
+                else:
+                    yield Problem(shard, "", entry.name, _check_entry(entry, None, 0), _PACK)
+        except tarfile.TarError as error:
+            what = f"its tar header is damaged ({error})"
+        if what:
+            yield Problem(shard, slide_id, name, what, _COPY if member.offset + member.size > size else _PACK)
+        at = member.offset + -(-member.size // _BLOCK) * _BLOCK
     try:
-        with tarfile.open(path, "r:") as tar:
-            for entry in tar:
-                slide_id, name, member = expected.pop(entry.name, ("", "", None))
-                what = _check_entry(entry, member)
-                if what:
-                    yield Problem(path.name, slide_id, name or entry.name, what, _PACK)
+        for entry, _ in _headers(stream, at, size):
+            yield Problem(shard, "", entry.name, _check_entry(entry, None, 0), _PACK)
     except tarfile.TarError as error:
-        yield Problem(path.name, "", "", f"is cut short or no tar ({error})", _COPY)
-    for slide_id, name, _ in expected.values():
-        yield Problem(path.name, slide_id, name, "is not in the tar", _COPY)
+        yield Problem(shard, "", "", f"holds something else behind its last member ({error})", _COPY)
 
 
-def _check_entry(entry: tarfile.TarInfo, member: Member | None) -> str:
+def _place(member: tuple[str, str, Member]) -> int:
+    return member[2].offset
+
+
+def _headers(stream: BinaryIO, start: int, end: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """The headers of a tar that lie in a range, up to its end mark, each with the place of its content.
+
+    Not by `TarFile`, which follows sizes backwards, reads as much as an extended header claims, and stops at the
+    first header that is damaged.
+    """
+    name = None
+    while start + _BLOCK <= end:
+        stream.seek(start)
+        block = stream.read(_BLOCK)
+        if not block.strip(b"\0"):
+            return
+        entry = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
+        start += _BLOCK
+        if entry.size < 0:
+            raise tarfile.HeaderError(f"a size of {entry.size}")
+        if entry.type == tarfile.GNUTYPE_LONGNAME:
+            name = stream.read(min(entry.size, _LONGEST_NAME)).rstrip(b"\0").decode("utf-8", "replace")
+        else:
+            entry.name, name = name or entry.name, None
+            yield entry, start
+        start += -(-entry.size // _BLOCK) * _BLOCK
+
+
+def _check_entry(entry: tarfile.TarInfo, expected: str | None, size: int) -> str:
     parts = PurePosixPath(entry.name.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts:
         return "its name leads out of the folder a tar is unpacked to"
     if not entry.isreg():
         return "is a link, device or folder, not a plain file"
-    if member is None:
+    if expected is None:
         return "is not in the index"
-    if (entry.offset_data, entry.size) != (member.offset, member.size):
-        return f"lies at {entry.offset_data} with {entry.size} bytes, the index says {member.offset}, {member.size}"
+    if entry.name != expected:
+        return f"the tar has {entry.name} in its place"
+    if entry.size != size:
+        return f"has {entry.size} bytes in the tar, the index says {size}"
     return ""
 
 

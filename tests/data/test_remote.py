@@ -230,6 +230,25 @@ def test_a_stream_of_another_tar_is_refused(server, tmp_path):
         list(dataset.samples())
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda d: d[:900], lambda d: b"\x1f\x8b" + d[2:], lambda d: bytes(len(d)), lambda d: b"?" * 9]
+)
+def test_a_stream_that_is_no_whole_tar_is_named(server, tmp_path, damage):
+    dataset = ShardDataset.open(server.folder, cache_directory=tmp_path / "cache")
+    path = server.folder / dataset.index.shards[1].name
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=rf"{path.name}: (is cut short or no tar|slide .* is not in the tar).*verify"):
+        list(dataset.samples())
+
+
+def test_a_stream_from_a_server_that_goes_away_is_told_as_any_reading(server, tmp_path):
+    dataset = ShardDataset.open(server.url, cache_directory=tmp_path / "cache")
+    server.faults.extend(["busy"] * 50)
+    with pytest.raises(DataError, match=r"shard-000000\.tar: failed 6 times.*503") as caught:
+        list(dataset.samples())
+    assert str(caught.value) == f"{caught.value.message} {caught.value.remedy}"
+
+
 def test_training_reads_remote_bags_like_local_ones(server, slides, tmp_path):
     cases = {"a": ["s0.A", "s1.A"], "b": ["s2.A"]}
     batches = []

@@ -41,11 +41,11 @@ def edit_index(folder, change):
     path.write_text(json.dumps(value))
 
 
-def rewrite_tar(folder, extra):
+def rewrite_tar(folder, extra, content=b""):
     """Append an entry to the first shard, and make the index believe in the new length."""
     path = folder / "shard-000000.tar"
     with tarfile.open(path, "a", format=tarfile.GNU_FORMAT) as tar:
-        tar.addfile(extra, io.BytesIO(bytes(extra.size)))
+        tar.addfile(extra, io.BytesIO(content))
     edit_index(folder, lambda value: value["shards"][0].update(size=path.stat().st_size))
 
 
@@ -106,8 +106,11 @@ def test_swapped_tars_are_told(folder):
     data = first.read_bytes()
     first.write_bytes(second.read_bytes())
     second.write_bytes(data)
+    index = read_index(folder)
     problems = verify_shards(folder).problems
-    assert {"is not in the tar", "is not in the index"} <= {p.what for p in problems}
+    for number in (0, 1):
+        own, other = (next(s.slide_id for s in index.samples if s.shard == n) for n in (number, 1 - number))
+        assert any(p.slide_id == own and f"the tar has {other}.x20.npy in its place" in p.what for p in problems)
 
 
 @pytest.mark.parametrize("name", ["../evil.x20.npy", "/etc/evil.x20.npy", "a/../../evil.npy", "..\\evil.npy"])
@@ -145,6 +148,84 @@ def test_an_indexed_entry_turned_into_a_link_is_named(folder):
     assert any((p.slide_id, p.member) == (sample.slide_id, "x10.npy") for p in result.problems)
 
 
+def sealed(header):
+    """A tar header with the checksum of its content."""
+    blank = header[:148] + b" " * 8 + header[156:]
+    return header[:148] + b"%06o\0 " % sum(blank) + header[156:]
+
+
+def negative_size(header):
+    # Back to this very header: `tarfile` would read it for ever.
+    return sealed(header[:124] + (-512).to_bytes(12, "big", signed=True) + header[136:])
+
+
+def pax(header):
+    return sealed(header[:156] + b"x" + header[157:])
+
+
+@pytest.mark.parametrize("damage", [lambda h: h[:20] + b"\1" + h[21:], negative_size, pax, lambda _: bytes(512)])
+def test_a_damaged_header_costs_its_own_slide_alone(folder, damage):
+    index = read_index(folder)
+    mates = [s for s in index.samples if s.shard == 0]
+    assert len(mates) > 1
+    at = mates[0].members["x10.npy"].offset - 512
+    with (folder / "shard-000000.tar").open("r+b") as stream:
+        stream.seek(at)
+        header = stream.read(512)
+        stream.seek(at)
+        stream.write(damage(header))
+    result = verify_shards(folder)
+    assert set(result.good) == {s.slide_id for s in index.samples} - {mates[0].slide_id}
+    assert {(p.slide_id, p.member) for p in result.problems if p.slide_id} == {(mates[0].slide_id, "x10.npy")}
+
+
+@pytest.mark.parametrize(
+    "records", [b"30 size=notanumber\n", b"20 GNU.sparse.map=1,\n", b"99999999999 path=x\n", b"abc"]
+)
+def test_an_extended_header_of_nonsense_is_named(folder, records):
+    entry = tarfile.TarInfo("extended.x20.npy")
+    entry.type, entry.size = tarfile.XHDTYPE, len(records)
+    rewrite_tar(folder, entry, records)
+    result = verify_shards(folder)
+    assert len(result.good) == 8
+    assert any(p.member == entry.name and "not a plain file" in p.what for p in result.problems)
+
+
+def test_names_from_a_tar_cannot_speak_to_the_terminal(folder):
+    rewrite_tar(folder, tarfile.TarInfo("\x1b[2J\nwhole: s9.npy"))
+    told = [str(p) for p in verify_shards(folder).problems]
+    assert any(r"\x1b[2J\nwhole: s9.npy" in line for line in told)
+    assert all(line.isprintable() for line in told)
+
+
+def test_an_index_that_claims_more_than_memory_can_hold_is_refused(folder):
+    def claim(value):
+        value["shards"][0]["size"] = 10**16
+        members = value["samples"][0]["members"]
+        for name, (width, itemsize) in {"x20": (8, 2), "coords_x20": (2, 4), "parent_x20": (1, 4)}.items():
+            member = members[f"{name}.npy"]
+            member.update(shape=[10**12, *member["shape"][1:]], size=128 + 10**12 * width * itemsize)
+
+    edit_index(folder, claim)
+    index = read_index(folder)
+    result = verify_shards(folder)
+    assert {s.slide_id for s in index.samples if s.shard != 0} <= set(result.good)
+    assert any((p.slide_id, p.member) == (index.samples[0].slide_id, "x20.npy") for p in result.problems)
+    with pytest.raises(DataError, match="the index says 10000000000000000"):
+        ShardDataset.open(folder)
+
+
+@pytest.mark.parametrize("change", [lambda m: m.pop("x10.npy"), lambda m: m["x10.npy"].update(shape=[24, 4])])
+def test_a_slide_that_contradicts_the_index_costs_itself_alone(folder, change):
+    edit_index(folder, lambda value: change(value["samples"][2]["members"]))
+    slide_id = json.loads((folder / "index.json").read_text())["samples"][2]["slide_id"]
+    with pytest.raises(DataError, match=rf"index\.json: slide {slide_id}, member x10\.npy: is .*preprocess verify"):
+        ShardDataset.open(folder)
+    result = verify_shards(folder)
+    assert sorted([*result.good, slide_id]) == [f"s{i}" for i in range(8)]
+    assert any((p.slide_id, p.member) == (slide_id, "x10.npy") and "in the index" in p.what for p in result.problems)
+
+
 def npy_header(text):
     """An .npy header of 128 bytes, as in the shards, that claims `text`."""
     body = text.encode().ljust(117) + b"\n"
@@ -158,6 +239,7 @@ def npy_header(text):
         ("{'descr': '|O', 'fortran_order': False, 'shape': (48, 8), }", "unpickling"),
         ("{'descr': '<f2', 'fortran_order': True, 'shape': (48, 8), }", "Fortran"),
         ("__import__('os').system('touch evil')", "is not an .npy file"),
+        ("{'descr': '<f2', 'fortran_order': False, 'shape': (48, 8)", "is not an .npy file"),
     ],
 )
 def test_a_header_that_lies_is_refused_even_with_the_right_checksum(folder, claim, message):
@@ -200,7 +282,7 @@ def test_an_index_that_names_a_path_is_refused(folder, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v["samples"][0]["members"].pop("x10.npy"), "has no member x10.npy"),
+        (lambda v: v["samples"][0]["members"].pop("x10.npy"), r"slide \w+, member x10\.npy: is missing"),
         (lambda v: v["samples"][0]["members"]["x20.npy"].update(shape=[10**12, 8]), "do not hold an array"),
         (lambda v: v["samples"][0]["members"]["x20.npy"].update(dtype="|O"), "dtype is one of"),
         (lambda v: v["samples"][0]["members"]["x20.npy"].update(offset=10**9), "ends beyond its shard"),
