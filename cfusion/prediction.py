@@ -35,7 +35,8 @@ def predict(
         micro_batch: Bags in one forward pass.
 
     Returns:
-        One row per patient: `case_id, risk, survival_1…K, edge_1…K`.
+        One row per patient: `model, protocol, fold` (as the model's card tells), `case_id, risk, risk_cutoff` (of the
+        model; NaN where it has none), `survival_1…K, edge_1…K`. `cfusion.score` takes it with the patients' cohort.
 
     Raises:
         DataError: The shards are of another encoder or width, or a patient has no slide in them.
@@ -46,7 +47,12 @@ def predict(
     runtime = Runtime.start(ParallelConfig(global_batch=Runtime.launched()))
     bags = BagSet.open(source.dataset, slides, data, runtime, magnifications=model.card.magnifications)
     model.module.to(device=runtime.device, dtype=runtime.dtype)
-    return prediction_frame(predict_logits(runtime, model.module, bags, micro_batch), bags, model.bins)
+    frame = prediction_frame(predict_logits(runtime, model.module, bags, micro_batch), bags, model.bins)
+    card = model.card
+    cutoff = np.nan if card.risk_cutoff is None else card.risk_cutoff
+    told = {"model": card.model["name"], "protocol": card.protocol, "fold": card.fold}
+    first = [*told, "case_id", "risk", "risk_cutoff"]
+    return frame.assign(**told, risk_cutoff=cutoff)[[*first, *frame.columns[2:]]]
 
 
 def slides_by_name(cases: Sequence[str], slide_ids: Sequence[str]) -> dict[str, tuple[str, ...]]:

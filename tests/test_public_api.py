@@ -16,22 +16,25 @@ from cfusion.data.store import write_slide
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_ten_lines_run(tmp_path):
+def test_the_ten_lines_run_as_printed(tmp_path, monkeypatch):
+    """The block of README.md itself, which is also that of the site, on a small cohort."""
+    (block,) = re.findall(r"```python\n(import cfusion\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block.strip() in (ROOT / "docs/reference/python.head.md").read_text()
     files = make_cohort(tmp_path / "cohort", patients=60)
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(files.config(tmp_path / "run").model_dump(mode="json")))
+    (tmp_path / "configs").mkdir()
+    values = files.config(tmp_path / "run").model_dump(mode="json")
+    (tmp_path / "configs/tcga_blca.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(block.replace("train.epochs=20", "train.epochs=2"), names)
 
-    config = cfusion.load_config(path, ["train.epochs=2"])
-    cohort = cfusion.read_cohort(config.cohort)
-    splits = cfusion.make_splits(cohort, config.splits)
-    run = cfusion.fit(config, cohort, splits[0])
-    predictions = cfusion.predict(run.model, config.data, splits[0].test)
-    scores = cfusion.score(run.predictions, cohort, splits[:1])
-    page = cfusion.write_report([scores], tmp_path / "report")
-
+    run, predictions, row = names["run"], names["predictions"], names["scores"].summary.iloc[0]
+    assert len(run.history) == 2
     assert predictions["risk"].tolist() == pytest.approx(run.predictions["risk"].tolist())
-    assert 0 <= scores.summary["cindex_pooled"].iloc[0] <= 1
-    assert page.read_text().startswith("<!")
+    assert (row["cohort"], row["model"], row["protocol"]) == ("made_up", "amil", "strict")
+    same = cfusion.score(run.predictions, names["cohort"], [names["split"]]).summary.iloc[0]
+    assert row.to_dict() == pytest.approx(same.to_dict(), nan_ok=True)
+    assert (tmp_path / "reports/blca/index.html").read_text().startswith("<!")
 
 
 def test_a_notebook(tmp_path):

@@ -43,7 +43,7 @@ class References:
         """Training outcomes of a fold of a run (one model, seed and repeat), and a remark where they are a makeshift.
 
         Raises:
-            DataError: The fold is not among the splits, or scores patients it trained on.
+            DataError: The fold is not among the splits, or scores patients it trained on or chose its model on.
         """
         name, inside = str(run["cohort"].iloc[0]), (run["fold"] == fold).to_numpy()
         case_ids = run["case_id"].to_numpy()
@@ -60,12 +60,13 @@ class References:
         split = self.splits.get((repeat, fold))
         if split is None:
             raise DataError(f"fold {fold} of repeat {repeat} is in the predictions, not in the splits.")
-        learnt = set(split.train) & set(scored)
-        if learnt:
-            raise DataError(
-                f"fold {fold}: {len(learnt)} scored patients are training patients, such as {min(learnt)}.",
-                "Score each patient with a model that never saw it.",
-            )
+        seen = {"are training patients": split.train, "chose the model": set(split.validation) - set(split.test)}
+        for words, patients in seen.items():
+            if found := set(patients) & set(scored):
+                raise DataError(
+                    f"fold {fold}: {len(found)} scored patients {words}, such as {min(found)}.",
+                    "Score each patient with a model that never saw it.",
+                )
         return split
 
     def _cached(self, cohort: str, case_ids: tuple[str, ...], run: pd.DataFrame | None) -> Training:

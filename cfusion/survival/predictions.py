@@ -22,7 +22,7 @@ _DEFAULTS: dict[str, str | int] = {"protocol": "unknown", "seed": 0, "repeat": 0
 FOLD = [*UNIT, "seed", "repeat", "fold"]
 """What one row of the scores per fold stands for."""
 
-_REQUIRED = ("model", "cohort", "fold", "case_id", "risk", "survival_months")
+_REQUIRED = ("model", "cohort", "fold", "case_id", "risk", "survival_months", "event")
 _CURVE = re.compile(r"(survival|edge)_\d+")
 
 
@@ -36,23 +36,15 @@ def read_predictions(path: Path) -> pd.DataFrame:
         PredictionsError: The file is no such table, or its values contradict each other; see `checked_predictions`.
     """
     table = read_table(path)
-    missing = [name for name in _REQUIRED if name not in table.columns]
-    if missing or not {"event", "censorship"} & set(table.columns):
-        raise PredictionsError(
-            f"{path}: lacks the columns {', '.join(missing or ['event or censorship'])}.",
-            "Expected model, cohort, fold, case_id, risk, survival_months and event (or censorship).",
-        )
+    events = [coded_events(table["event"], path)] if "event" in table.columns else []
     if "censorship" in table.columns:
-        event = ~coded_events(table["censorship"], path)
-        if "event" in table.columns and (event != coded_events(table["event"], path)).any():
+        events.append(~coded_events(table.pop("censorship"), path))
+    if events:
+        if (events[0] != events[-1]).any():
             raise PredictionsError(
-                f"{path}: event and censorship contradict each other.",
-                "Drop the one that is flipped.",
+                f"{path}: event and censorship contradict each other.", "Drop the one that is flipped."
             )
-        table = table.drop(columns="censorship")
-    else:
-        event = coded_events(table["event"], path)
-    table["event"] = event
+        table["event"] = events[0]
     for name in ("risk", "survival_months", "fold", "seed", "repeat", "risk_cutoff", *_curve_names(table)):
         if name in table.columns:
             table[name] = numbers(table[name], path)
@@ -65,9 +57,15 @@ def checked_predictions(table: pd.DataFrame, source: str = "predictions") -> pd.
     Rows of one patient that differ in `slide_id` are averaged: the unit is the patient.
 
     Raises:
-        PredictionsError: A value is missing or not finite; a patient stands twice, is scored in two folds, or has two
-            outcomes within a cohort.
+        PredictionsError: A column or a value is missing, or not finite; a patient stands twice, is scored in two folds,
+            or has two outcomes within a cohort.
     """
+    missing = [name for name in _REQUIRED if name not in table.columns]
+    if missing:
+        raise PredictionsError(
+            f"{source}: lacks the columns {', '.join(missing)}.",
+            "Expected model, cohort, fold, case_id, risk, survival_months and event (or, in a file, censorship).",
+        )
     frame = table.copy()
     for name, value in _DEFAULTS.items():
         if name not in frame.columns:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -77,7 +78,7 @@ class Scores:
 def score(
     predictions: pd.DataFrame,
     cohort: Cohort | None = None,
-    splits: Sequence[Split] | None = None,
+    splits: Split | Sequence[Split] | None = None,
     *,
     bootstrap: int = 1000,
     horizons: Sequence[float] = (12.0, 36.0, 60.0),
@@ -85,10 +86,11 @@ def score(
     """Score out-of-fold predictions, patient by patient.
 
     Args:
-        predictions: See `cfusion.survival.predictions.read_predictions` for the columns.
+        predictions: See `cfusion.survival.predictions.read_predictions` for the columns; what `cfusion.predict` gives
+            has no outcomes, and takes the cohort's.
         cohort: Its outcomes are the truth that predictions are checked against, and the training patients' outcomes;
             without it, those that the predictions hold.
-        splits: Folds; without them a fold's training patients are taken to be those of the other folds.
+        splits: One fold or several; without them a fold's training patients are taken to be those of the other folds.
         bootstrap: Replicates of each interval; 0: none.
         horizons: Months of the time-dependent AUC and of the calibration.
 
@@ -99,10 +101,11 @@ def score(
         DataError: The predictions contradict themselves, the cohort or the splits.
         UndefinedMetricError: A fold has no comparable pair; cohort and fold are named.
     """
-    frame = checked_predictions(predictions)
+    folds_of = (splits,) if isinstance(splits, Split) else tuple(splits or ())
+    frame = checked_predictions(_with_outcomes(predictions, cohort, folds_of))
     if cohort is not None:
         _check_against(frame, cohort)
-    references = References(cohort, {(split.repeat, split.fold): split for split in splits or ()})
+    references = References(cohort, {(split.repeat, split.fold): split for split in folds_of})
     groups = [((str(c), str(m), str(p)), rows) for (c, m, p), rows in frame.groupby(UNIT, sort=False)]
     if len(groups) < _PARALLEL_FROM:
         results = _score_groups(groups, references, bootstrap, tuple(horizons))
@@ -119,12 +122,33 @@ def score(
     return Scores(frame, folds, summary, patients, _notes(frame, folds))
 
 
-def _check_against(frame: pd.DataFrame, cohort: Cohort) -> None:
-    mine = frame.drop_duplicates("case_id").set_index("case_id")
-    unknown = mine.index.difference(cohort.cases.index)
+def _with_outcomes(predictions: pd.DataFrame, cohort: Cohort | None, splits: Sequence[Split]) -> pd.DataFrame:
+    """Predictions of a model, which knows no outcome, with those of the cohort; others as they are."""
+    if cohort is None or "case_id" not in predictions or {"survival_months", "event"} & set(predictions):
+        return predictions
+    truth = _outcomes(cohort, predictions["case_id"].astype(str))
+    told: dict[str, Any] = {} if "cohort" in predictions else {"cohort": cohort.name}
+    repeats = {split.repeat for split in splits}
+    if "repeat" not in predictions and len(repeats) == 1:
+        told["repeat"] = repeats.pop()
+    return predictions.assign(**told, survival_months=truth["time_months"].to_numpy(), event=truth["event"].to_numpy())
+
+
+def _outcomes(cohort: Cohort, case_ids: pd.Index | pd.Series) -> pd.DataFrame:
+    """The patients' rows of a cohort.
+
+    Raises:
+        DataError: It has not all of them.
+    """
+    unknown = pd.Index(case_ids).difference(cohort.cases.index)
     if len(unknown):
         raise DataError(f"predictions: {len(unknown)} patients are not in cohort {cohort.name}, such as {unknown[0]}.")
-    truth = cohort.cases.loc[mine.index]
+    return cohort.cases.loc[list(case_ids)]
+
+
+def _check_against(frame: pd.DataFrame, cohort: Cohort) -> None:
+    mine = frame.drop_duplicates("case_id").set_index("case_id")
+    truth = _outcomes(cohort, mine.index)
     wrong = (mine["event"] != truth["event"]) | ~np.isclose(mine["survival_months"], truth["time_months"])
     if wrong.any():
         raise DataError(

@@ -35,6 +35,7 @@ class ModelCard:
             did not come to its end.
         embeddings: How the embeddings were made, as the shards tell it: weight digest, transform, resample filter, …
         unit: What a bag of its training was; of slides, a patient's risks are averaged.
+        protocol: How its epoch was chosen, as `evaluation.protocol` names it.
     """
 
     model: dict[str, Any]
@@ -48,6 +49,7 @@ class ModelCard:
     risk_cutoff: float | None
     embeddings: dict[str, Any] = field(default_factory=dict)
     unit: Literal["case", "slide"] = "case"
+    protocol: str = "unknown"
 
     @property
     def preprocessing(self) -> dict[str, Any]:

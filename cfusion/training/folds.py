@@ -144,6 +144,7 @@ def ready_fold(
         risk_cutoff=None,
         embeddings=dict(dataset.index.provenance),
         unit=config.data.unit,
+        protocol=config.evaluation.protocol,
     )
     job = FoldJob(
         config=config,

@@ -186,6 +186,22 @@ def test_predictions_against_cohort_and_splits() -> None:
         score(table, whole, leaking, bootstrap=0)
     with pytest.raises(DataError, match="fold 4 of repeat 0 is in the predictions, not in the splits"):
         score(table, whole, splits[:4], bootstrap=0)
+    choosing = [dataclasses.replace(s, validation=s.test[:2], test=s.test[2:]) for s in splits]
+    with pytest.raises(DataError, match="fold 0: 2 scored patients chose the model"):
+        score(table, whole, choosing, bootstrap=0)
+
+
+def test_predictions_without_outcomes_take_the_cohorts() -> None:
+    whole = cohort(80)
+    table, split = predicted(whole), make_splits(whole, SplitsConfig())[1]
+    bare = table[table["fold"] == 1].drop(columns=["cohort", "survival_months", "event", "repeat"], errors="ignore")
+    scores = score(bare, whole, dataclasses.replace(split, repeat=1), bootstrap=0)
+    assert scores.predictions["survival_months"].tolist() == whole.cases.loc[bare["case_id"], "time_months"].tolist()
+    assert scores.folds["repeat"].tolist() == [1]
+    with pytest.raises(DataError, match="lacks the columns cohort, survival_months, event"):
+        score(bare, bootstrap=0)
+    with pytest.raises(DataError, match="1 patients are not in cohort made_up, such as nobody"):
+        score(bare.assign(case_id=["nobody", *bare["case_id"][1:]]), whole, bootstrap=0)
 
 
 def test_flipped_polarity_is_told_with_both_medians() -> None:
@@ -210,7 +226,10 @@ def test_scores_that_do_not_exist_are_missing_and_one_fold_is_told() -> None:
     ("text", "message"),
     [
         ("model,cohort,fold,case_id,survival_months,event\nm,c,0,a,3,1\n", "lacks the columns risk"),
-        ("model,cohort,fold,case_id,risk,survival_months\nm,c,0,a,1,3\n", "lacks the columns event or censorship"),
+        (
+            "model,cohort,fold,case_id,risk,survival_months\nm,c,0,a,1,3\n",
+            "lacks the columns event.*or, in a file, censorship",
+        ),
         (
             "model,cohort,fold,case_id,risk,survival_months,event\nm,c,0,a,high,3,1\n",
             "row 2: risk is 'high', expected a finite number",
