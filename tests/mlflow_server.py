@@ -15,10 +15,11 @@ from spawn import free_port
 
 
 class MlflowServer:
-    """`mlflow server` with a sqlite database and artifacts handed on by the server."""
+    """`mlflow server` with a sqlite database and artifacts handed on by the server; `environment` is its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **environment: str) -> None:
         self.folder = folder
+        self.environment = environment
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -29,7 +30,8 @@ class MlflowServer:
             "--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}",
             "--artifacts-destination", str(self.folder / "artifacts"),
         ]  # fmt: skip
-        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        environment = {**os.environ, **quiet, **self.environment}
         log = (self.folder / "server.log").open("ab")
         # A group of its own, so that `kill` reaches the worker processes too.
         self._process = subprocess.Popen(

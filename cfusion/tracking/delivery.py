@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from cfusion.errors import ConfigError, DataError
 from cfusion.files import read_json, write_json
 from cfusion.tracking.journal import JOURNAL_NAME, PARENT, Record, read_records
-from cfusion.tracking.server import REFUSALS, connect, experiment_id, public_name, unavailable
+from cfusion.tracking.server import REFUSALS, connect, experiment_id, met_another_writer, public_name, unavailable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,6 +31,9 @@ METRICS_AT_ONCE = 1000
 
 PARAMS_AT_ONCE = 100
 """Most parameters that MLflow takes in one request."""
+
+ATTEMPTS = 5
+"""So often a record is sent that meets another writer, such as a run that shares this one's data and ends with it."""
 
 
 @dataclass
@@ -161,10 +164,13 @@ class _Sender:
 
         first = records[0]
         try:
-            if first["kind"] == "metrics":
-                self._metrics(records)
-            else:
-                self._takers[first["kind"]](self.state.runs.get(first["run"], ""), first)
+            for attempt in range(ATTEMPTS):
+                try:
+                    self._hand_over(records)
+                    break
+                except MlflowException as error:
+                    if attempt + 1 == ATTEMPTS or not met_another_writer(error):
+                        raise
         except (MlflowException, DataError) as error:
             if isinstance(error, MlflowException) and error.error_code not in REFUSALS:
                 raise
@@ -172,6 +178,16 @@ class _Sender:
         except ConfigError as error:
             self.name_taken = error
             self._refuse(first, str(error))
+
+    def _hand_over(self, records: list[Record]) -> None:
+        first = records[0]
+        needed = PARENT if first["kind"] == "start" else first["run"]
+        if needed not in self.state.runs and (first["run"], first["kind"]) != (PARENT, "start"):
+            raise DataError("the run it belongs to was not taken.")
+        if first["kind"] == "metrics":
+            self._metrics(records)
+        else:
+            self._takers[first["kind"]](self.state.runs.get(first["run"], ""), first)
 
     def _refuse(self, record: Record, why: str) -> None:
         told = f"{record['run'] or 'run'}, {record['kind']}: {why}"

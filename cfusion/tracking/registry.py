@@ -66,10 +66,10 @@ def check_name(client: MlflowClient, name: str, contract: Contract) -> None:
     Raises:
         ConfigError: They do; both are named.
     """
-    versions = client.search_model_versions(f"name='{_quoted(name)}'", max_results=1, order_by=["version_number DESC"])
-    if not versions:
+    newest = _newest(client, name)
+    if newest is None:
         return
-    taken = versions[0].tags.get(f"{_TAG}contract", "a model that cfusion did not register")
+    taken = newest.tags.get(f"{_TAG}contract", "a model that cfusion did not register")
     if taken != str(contract):
         raise ConfigError(
             f"tracking.register_as={name}: the registry has a model of that name that reads {taken}; this one reads "
@@ -98,7 +98,7 @@ def check_registration(config: Config, index: ShardIndex) -> None:
 
 
 def register_ensemble(client: MlflowClient, run_id: str, folder: Path, name: str, about: Mapping[str, str]) -> str:
-    """Register the fold models below `folder` as one served model, with the alias `candidate`.
+    """Register the fold models below `folder` as one served model, with the alias `candidate` while none is newer.
 
     A run's model is registered once: asked again, its version is given.
 
@@ -116,24 +116,35 @@ def register_ensemble(client: MlflowClient, run_id: str, folder: Path, name: str
         ConfigError: The name belongs to a model that reads other embeddings.
         DataError: There are no fold models.
     """
+    ensemble = FoldEnsemble.load(folder)
+    check_name(client, name, Contract.of(ensemble.models[0].card))
+    known = client.search_model_versions(f"name='{_quoted(name)}' and run_id='{run_id}'")
+    version = str(known[0].version) if known else _new_version(client, run_id, ensemble, folder, name, about)
+    newest = _newest(client, name)
+    if newest is not None and str(newest.version) == version:
+        client.set_registered_model_alias(name, CANDIDATE, version)
+    return version
+
+
+def _new_version(
+    client: MlflowClient, run_id: str, ensemble: FoldEnsemble, folder: Path, name: str, about: Mapping[str, str]
+) -> str:
     from mlflow.exceptions import MlflowException
 
-    ensemble = FoldEnsemble.load(folder)
-    contract = Contract.of(ensemble.models[0].card)
-    check_name(client, name, contract)
-    known = client.search_model_versions(f"name='{_quoted(name)}' and run_id='{run_id}'")
-    if known:
-        return str(known[0].version)
     with tempfile.TemporaryDirectory() as scratch:
         _save_served(ensemble, folder, Path(scratch))
         client.log_artifacts(run_id, str(Path(scratch) / MODEL_PATH), MODEL_PATH)
     with contextlib.suppress(MlflowException):  # another process may have made the name meanwhile
         client.create_registered_model(name)
-    tags = {f"{_TAG}{key}": value for key, value in {**about, "contract": str(contract)}.items()}
+    contract = str(Contract.of(ensemble.models[0].card))
+    tags = {f"{_TAG}{key}": value for key, value in {**about, "contract": contract}.items()}
     source = f"{client.get_run(run_id).info.artifact_uri}/{MODEL_PATH}"
-    version = str(client.create_model_version(name, source, run_id, tags=tags).version)
-    client.set_registered_model_alias(name, CANDIDATE, version)
-    return version
+    return str(client.create_model_version(name, source, run_id, tags=tags).version)
+
+
+def _newest(client: MlflowClient, name: str) -> ModelVersion | None:
+    found = client.search_model_versions(f"name='{_quoted(name)}'", max_results=1, order_by=["version_number DESC"])
+    return found[0] if found else None
 
 
 def _save_served(ensemble: FoldEnsemble, folder: Path, scratch: Path) -> None:

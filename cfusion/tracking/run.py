@@ -31,6 +31,10 @@ SEND_SECONDS = 5.0
 LONGEST_PAUSE_SECONDS = 60.0
 """At most so long passes between two attempts, at a server that is away or where sending is dear."""
 
+LAST_ATTEMPTS, LAST_PAUSE_SECONDS, LAST_SECONDS = 3, 1.0, 10.0
+"""At the end of a run: most attempts at what is left, the pause between two, and since when none is begun any more,
+so that a server that hangs holds up the end once."""
+
 MOST_OF_THE_TIME = 0.01
 """Share of a process's time that sending may take, over all its runs; where it takes more it is done less often."""
 
@@ -157,7 +161,7 @@ class Courier:
         Courier._at_work.add(self)
 
     def close(self, status: str, cause: str) -> None:
-        """End all runs that are still open, send what is left once, and say what could not be sent."""
+        """End all runs that are still open, send what is left, and say what could not be sent."""
         Courier._at_work.discard(self)
         self._sample()
         for key, told in list(self.journal.runs.items()):
@@ -184,6 +188,15 @@ class Courier:
             sent = self._send()
             due = (time.thread_time() - started) * len(Courier._at_work) / MOST_OF_THE_TIME
             pause = min(max(SEND_SECONDS, due) if sent else 2 * pause, LONGEST_PAUSE_SECONDS)
+        self._send_last()
+
+    def _send_last(self) -> None:
+        """Send what is left; a server that does not take it is asked again after a moment."""
+        started = time.monotonic()
+        for _ in range(LAST_ATTEMPTS - 1):
+            if self._send() or time.monotonic() - started > LAST_SECONDS:
+                return
+            time.sleep(LAST_PAUSE_SECONDS)
         self._send()
 
     def _sample(self) -> None:
@@ -199,7 +212,7 @@ class Courier:
             self._refused = error
         except CfusionError as error:
             if not self._lost:
-                logger.warning("tracking: %s The run goes on; what it tells is kept and sent later.", error.message)
+                logger.warning("tracking: %s The run goes on; what it tells is kept and sent later.", error)
             self._lost = True
             return False
         except Exception:  # a defect of tracking must not end a training; it is told in full

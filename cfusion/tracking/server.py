@@ -110,6 +110,17 @@ def connect(uri: str) -> MlflowClient:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+def met_another_writer(error: Exception) -> bool:
+    """Whether another writer made the row that MLflow looked for, did not find and was about to make itself.
+
+    The database then refuses the second row; MLflow, or its server, tells it with the code by which SQLAlchemy names
+    such a refusal for every database. Asked again, MLflow finds the row.
+    """
+    import sqlalchemy
+
+    return f"/{sqlalchemy.exc.IntegrityError.code}" in str(error)
+
+
 @contextlib.contextmanager
 def unavailable(uri: str) -> Iterator[None]:
     """Turn what MLflow raises for a server that is away, or a database that is locked, into one error.
@@ -153,18 +164,26 @@ def experiment_id(client: MlflowClient, name: str) -> str:
     """The experiment of that name; it is made where it is missing, by whichever process comes first.
 
     A sqlite file keeps artifacts in `mlartifacts` beside it, a server where it says.
+
+    Raises:
+        TrackingUnavailableError: It was deleted, which keeps its name until it is restored or gone for good.
     """
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return found.experiment_id
     uri = client.tracking_uri
-    beside = Path(uri.removeprefix(SQLITE)).resolve().parent / "mlartifacts" if uri.startswith(SQLITE) else None
-    try:
-        return client.create_experiment(name, artifact_location=beside.as_uri() if beside else None)
-    except MlflowException:
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            raise
-        return found.experiment_id
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        beside = Path(uri.removeprefix(SQLITE)).resolve().parent / "mlartifacts" if uri.startswith(SQLITE) else None
+        try:
+            return client.create_experiment(name, artifact_location=beside.as_uri() if beside else None)
+        except MlflowException:
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise TrackingUnavailableError(
+            f"{public_name(uri)}: its experiment {name!r} is deleted.",
+            f"Restore it (mlflow experiments restore --experiment-id {found.experiment_id}), or name another in "
+            "tracking.experiment.",
+        )
+    return found.experiment_id

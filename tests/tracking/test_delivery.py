@@ -12,8 +12,12 @@ import threading
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 from factories import CohortFiles, make_cohort
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from rival import KINDS, earlier_writer
 from typer.testing import CliRunner
 
 from cfusion.cli.main import app
@@ -131,6 +135,89 @@ def test_what_the_server_refuses_is_told_and_does_not_hold_up_the_rest(database,
     assert len(state.refused) == 2
     assert "gone.csv: is not there any more" in caplog.text
     assert history(database, runs_of(database, "refused")["fold_0"].info.run_id) == [1]
+
+
+def test_what_another_writer_made_a_moment_earlier_is_found(files, database, tmp_path, caplog):
+    uri = empty(database, tmp_path / "mlflow.db")
+    tracking = {"enabled": True, "uri": uri, "experiment": "shared", "register_as": "shared"}
+    config = files.config(tmp_path / "run", tracking=tracking, evaluation={"bootstrap": 0}, splits={"folds": 2})
+    with earlier_writer() as met:
+        cross_validate(config)
+    assert met == KINDS
+    assert unsent(config.output, uri) == 0
+    assert delivery_of(config.output, uri).refused == []
+    assert "tracking" not in caplog.text
+    client = MlflowClient(uri, uri)
+    parent = runs_of(uri, "shared")["made_up-made-up-amil-seed7"]
+    assert len(parent.inputs.dataset_inputs) == 3
+    assert client.get_model_version_by_alias("shared", "candidate").run_id == parent.info.run_id
+    assert len(client.search_model_versions("name='shared'")) == 1
+
+
+def test_a_writer_that_is_always_in_the_way_ends_the_attempts(database, tmp_path, monkeypatch):
+    journal_of(tmp_path, "in the way").close()
+    tried = []
+
+    def log_batch(*_, **__):
+        tried.append(1)
+        error = sqlalchemy.exc.IntegrityError("INSERT", {}, Exception("UNIQUE constraint failed"))
+        raise MlflowException(str(error))
+
+    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    with pytest.raises(TrackingUnavailableError, match="UNIQUE constraint failed"):
+        send(tmp_path, database)
+    assert len(tried) == delivery.ATTEMPTS
+
+
+def test_at_the_end_a_server_that_was_away_is_asked_again(database, tmp_path, monkeypatch, caplog):
+    asked = []
+
+    def busy_once(folder, uri):
+        asked.append(uri)
+        if len(asked) == 1:
+            raise TrackingUnavailableError("busy")
+        return send(folder, uri)
+
+    monkeypatch.setattr(run, "LAST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(run, "send", busy_once)
+    with TrackedRun.begin(TrackingConfig(uri=database, experiment="busy"), tmp_path, "parent", {}):
+        pass
+    assert len(asked) == 2
+    assert unsent(tmp_path, database) == 0
+    assert "records of this run are kept" not in caplog.text
+    monkeypatch.setattr(run, "LAST_SECONDS", -1)
+    del asked[:]
+    with TrackedRun.begin(TrackingConfig(uri=database, experiment="busy"), tmp_path / "slow", "parent", {}):
+        pass
+    assert len(asked) == 1, "one attempt that took long is enough"
+    assert "records of this run are kept" in caplog.text
+
+
+def test_a_deleted_experiment_keeps_its_runs_until_it_is_restored(database, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(run, "LAST_PAUSE_SECONDS", 0.01)
+    tracking = TrackingConfig(uri=database, experiment="deleted")
+    client = MlflowClient(database)
+    found = client.create_experiment("deleted")
+    client.delete_experiment(found)
+    with TrackedRun.begin(tracking, tmp_path, "parent", {}) as parent:
+        parent.child("fold_0", {}).log({"loss": 1.0}, 0)
+    assert f"'deleted' is deleted. Restore it (mlflow experiments restore --experiment-id {found})" in caplog.text
+    assert "Traceback" not in caplog.text
+    client.restore_experiment(found)
+    send(tmp_path, database)
+    assert history(database, runs_of(database, "deleted")["fold_0"].info.run_id) == [0]
+
+
+def test_nothing_is_sent_of_a_run_that_the_server_refused(database, tmp_path, monkeypatch):
+    journal_of(tmp_path, "refused run").close()
+
+    def create_run(*_, **__):
+        raise MlflowException("no such run here", error_code=INVALID_PARAMETER_VALUE)
+
+    monkeypatch.setattr(MlflowClient, "create_run", create_run)
+    told = send(tmp_path, database).refused
+    assert unsent(tmp_path, database) == 0
+    assert [line.partition(":")[0] for line in told] == ["run, start", "fold_0, start", "fold_0, metrics"]
 
 
 def test_a_locked_database_is_told_in_a_clear_word_and_nothing_is_lost(database, tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from factories import CohortFiles, make_cohort
 from mlflow import MlflowClient
 from mlflow_server import MlflowServer
+from rival import KINDS
 
 from cfusion.config import Config, TrackingConfig
 from cfusion.crossval import cross_validate
@@ -163,6 +165,27 @@ def has_everything_once(server: MlflowServer, experiment: str, steps: int) -> No
     history = client.get_metric_history(found.info.run_id, "loss")
     assert [(m.step, m.value) for m in history] == [(step, 1 / (step + 1)) for step in range(steps)]
     assert artifacts(client, found.info.run_id) == {"history.csv"}
+
+
+def test_what_another_writer_made_a_moment_earlier_is_found(files, tmp_path, caplog):
+    (tmp_path / "sitecustomize.py").write_text("import rival\nheld = rival.earlier_writer()\nheld.__enter__()\n")
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    server = MlflowServer(tmp_path, PYTHONPATH=paths)
+    server.start()
+    try:
+        config = settings(files, server, tmp_path / "run", register_as="shared")
+        cross_validate(config)
+        log = (tmp_path / "server.log").read_text()
+        assert all(f"an earlier writer made {kind}" in log for kind in KINDS)
+        assert unsent(config.output, server.uri) == 0
+        assert "track" not in caplog.text, "nothing was refused, and no second delivery was needed"
+        _, runs = runs_of(server, "sweep one")
+        parent = next(r for r in runs if "mlflow.parentRunId" not in r.data.tags)
+        assert len(parent.inputs.dataset_inputs) == 3
+        version = MlflowClient(server.uri, server.uri).get_model_version_by_alias("shared", "candidate")
+        assert version.run_id == parent.info.run_id
+    finally:
+        server.kill()
 
 
 @pytest.fixture
