@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import datetime
 import functools
+import logging
 import math
 import os
 import warnings
@@ -27,6 +28,8 @@ from cfusion.config import ParallelConfig
 from cfusion.errors import ConfigError
 from cfusion.files import digest_file, digest_json
 
+logger = logging.getLogger(__name__)
+
 ItemT = TypeVar("ItemT")
 
 TIMEOUT = datetime.timedelta(minutes=10)
@@ -35,6 +38,22 @@ TIMEOUT = datetime.timedelta(minutes=10)
 _DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.float32, "fp16": torch.float32}
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def check_precision(precision: str, *, on_cpu: bool) -> None:
+    """Refuse a precision this machine does not compute in, and warn of one that its processor only imitates.
+
+    Raises:
+        ConfigError: fp16 without a GPU, or bf16 on a GPU that has none.
+    """
+    if on_cpu and precision == "fp16":
+        raise ConfigError("parallel.precision=fp16 needs a GPU.", "Use f32 or bf16 on a CPU.")
+    if precision != "bf16":
+        return
+    if not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError("parallel.precision=bf16: this GPU has no bf16 arithmetic.", "Use f32 or fp16.")
+    if on_cpu and (instructions := torch.backends.cpu.get_cpu_capability()) in ("DEFAULT", "AVX2"):
+        logger.warning("parallel.precision=bf16 is many times slower than f32 here: %s has no bf16.", instructions)
 
 
 @dataclass(frozen=True)
@@ -92,8 +111,7 @@ class Runtime:
         launched = cls.launched()
         check_divides(parallel.global_batch, launched)
         on_cpu = not torch.cuda.is_available()
-        if on_cpu and parallel.precision == "fp16":
-            raise ConfigError("parallel.precision=fp16 needs a GPU.", "Use f32 or bf16 on a CPU.")
+        check_precision(parallel.precision, on_cpu=on_cpu)
         if on_cpu:
             # The gradient of an indexed tensor is otherwise added up by several threads in whatever order they come.
             torch.use_deterministic_algorithms(True)

@@ -98,6 +98,18 @@ def test_fp16_without_a_gpu_is_refused(environment):
         Runtime.start(ParallelConfig(precision="fp16"))
 
 
+def test_bf16_is_refused_on_a_gpu_without_it_and_warned_of_on_such_a_processor(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    with pytest.raises(ConfigError, match=r"this GPU has no bf16 arithmetic\. Use f32 or fp16"):
+        runtime_module.check_precision("bf16", on_cpu=False)
+    for instructions, told in (("AVX512", ""), ("AVX2", "bf16 is many times slower than f32 here: AVX2 has no bf16")):
+        caplog.clear()
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda known=instructions: known)
+        runtime_module.check_precision("bf16", on_cpu=True)
+        assert told in caplog.text
+        assert bool(told) == bool(caplog.text)
+
+
 @pytest.mark.parametrize(("scale", "told"), [(1024.0, 0.0), (0.5, float("inf"))])
 def test_in_fp16_a_scale_too_large_skips_a_step_and_one_too_small_stops(scale, told):
     moved = []
