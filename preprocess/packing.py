@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,21 +107,44 @@ def pack_store(
         workers: Threads that read and encode slides.
 
     Raises:
-        DataError: No slide could be packed, or slides differ in encoder, width or magnifications.
+        DataError: No slide could be packed, slides differ in encoder, width or magnifications, or another process packs
+            into the folder.
     """
     out = Path(out_dir)
     plan = _plan(store, dtype, seed, target_bytes)
-    finished = _finished(out, plan)
-    if finished is not None:
-        logger.info("%s holds these %d slides already", out, len(plan.order))
-        return finished
     out.mkdir(parents=True, exist_ok=True)
-    (out / INDEX_NAME).unlink(missing_ok=True)
-    parts = _resume(out, plan)
+    with _alone(out):
+        finished = _finished(out, plan, store)
+        if finished is not None:
+            logger.info("%s holds these %d slides already", out, len(plan.order))
+            return finished
+        (out / INDEX_NAME).unlink(missing_ok=True)
+        return _pack(store, out, plan, workers)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep other processes from packing into a folder; where its file system cannot lock, nothing does."""
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise DataError(f"{out}: another process packs there.", "Wait for it, or give another folder.") from None
+    except OSError as error:
+        logger.debug("%s: %s", out, error)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _pack(store: FeatureSource, out: Path, plan: _Plan, workers: int) -> ShardIndex:
+    parts = _resume(out, plan, store)
     done = sum(len(part.samples) + len(part.refused) for part in parts)
     with progress("packing shards", len(plan.order)) as bar:
         bar.advance(done)
-        feed = _Feed(_encode_ahead(store, plan.order[done:], dtype, workers))
+        feed = _Feed(_encode_ahead(store, plan.order[done:], plan.dtype, workers))
         while feed.next is not None:
             reference = next((sample for part in parts for sample in part.samples), None)
             part = _write_part(out, len(parts), feed, plan, reference)
@@ -135,21 +160,30 @@ def _plan(store: FeatureSource, dtype: StoredDtype, seed: int, target_bytes: int
     # Raw generator output is stable over numpy versions; Generator.permutation is not promised to be.
     ranks = np.random.PCG64(seed).random_raw(len(slide_ids))
     order = tuple(slide_ids[i] for i in np.argsort(ranks, kind="stable"))
-    attrs = {slide_id: json.loads(json.dumps(dict(store.attrs(slide_id)), default=str)) for slide_id in order}
-    first = attrs[order[0]]
-    for slide_id, values in attrs.items():
+    attrs = {slide_id: _attrs(store, slide_id) for slide_id in order}
+    readable = {slide_id: values for slide_id, values in attrs.items() if values is not None}
+    shown, first = next(iter(readable.items()), (order[0], {}))
+    for slide_id, values in readable.items():
         for key in ("encoder", "weight_digest"):
             if values.get(key) != first.get(key):
                 raise DataError(
-                    f"Slides {order[0]} and {slide_id} differ in {key}: {first.get(key)} and {values.get(key)}.",
+                    f"Slides {shown} and {slide_id} differ in {key}: {first.get(key)} and {values.get(key)}.",
                     "A set of shards holds one encoder: name it, or extract the slide again.",
                 )
-    shared = {k: v for k, v in first.items() if all(k in a and a[k] == v for a in attrs.values())}
+    shared = {k: v for k, v in first.items() if all(k in a and a[k] == v for a in readable.values())}
     sources = {slide_id: digest_json(values) for slide_id, values in attrs.items()}
     return _Plan(order, sources, str(first.get("encoder", "unknown")), shared, dtype, seed, target_bytes)
 
 
-def _finished(out: Path, plan: _Plan) -> ShardIndex | None:
+def _attrs(store: FeatureSource, slide_id: str) -> dict[str, Any] | None:
+    """A slide's provenance as JSON holds it; None where it cannot be read, so that packing will refuse the slide."""
+    try:
+        return dict(json.loads(json.dumps(dict(store.attrs(slide_id)), default=str)))
+    except DataError:
+        return None
+
+
+def _finished(out: Path, plan: _Plan, store: FeatureSource) -> ShardIndex | None:
     if not (out / INDEX_NAME).exists():
         return None
     try:
@@ -158,7 +192,12 @@ def _finished(out: Path, plan: _Plan) -> ShardIndex | None:
         logger.warning("packing anew: %s", error.message)
         return None
     same = index.plan == plan.digest and all(_is_whole(out, shard) for shard in index.shards)
-    return index if same else None
+    return index if same and _still_refused(store, index.refused, plan) else None
+
+
+def _still_refused(store: FeatureSource, refused: Iterable[str], plan: _Plan) -> bool:
+    # A slide that is extracted again may have the attributes it had, and so the plan that it had.
+    return all(encode(store.read, slide_id, plan.dtype).refusal for slide_id in refused)
 
 
 def _is_whole(out: Path, shard: Shard) -> bool:
@@ -170,7 +209,7 @@ def _part_path(out: Path, number: int) -> Path:
     return out / f"shard-{number:06d}.part.json"
 
 
-def _resume(out: Path, plan: _Plan) -> list[_Part]:
+def _resume(out: Path, plan: _Plan, store: FeatureSource) -> list[_Part]:
     """The finished tars of an interrupted run with the same plan; tars of any other run are removed."""
     parts: list[_Part] = []
     while (path := _part_path(out, len(parts))).exists():
@@ -178,7 +217,8 @@ def _resume(out: Path, plan: _Plan) -> list[_Part]:
             part = parse(_Part, path.read_bytes(), str(path))
         except DataError:
             break
-        if part.plan != plan.digest or not _is_whole(out, part.shard):
+        same = part.plan == plan.digest and _is_whole(out, part.shard)
+        if not same or not _still_refused(store, part.refused, plan):
             break
         parts.append(part)
     kept = {part.shard.name for part in parts} | {_part_path(out, i).name for i in range(len(parts))}

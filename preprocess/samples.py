@@ -15,6 +15,7 @@ import numpy as np
 from isal.isal_zlib import crc32
 
 from cfusion.data.shard_index import META, STORED_DTYPES, StoredDtype
+from cfusion.data.store import check_digests
 from cfusion.errors import DataError
 from cfusion.types import SlideFeatures, magnification_value
 
@@ -51,6 +52,8 @@ def encode(read: Callable[[str], SlideFeatures], slide_id: str, dtype: StoredDty
     """
     try:
         slide = read(slide_id)
+        if "digests" in slide.attrs:
+            check_digests(slide)
         arrays, error = _arrays(slide, dtype)
     except DataError as problem:
         return EncodedSlide(slide_id, refusal=str(problem))

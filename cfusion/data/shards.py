@@ -66,7 +66,8 @@ class ShardDataset:
                 raise ShardsError(f"{path}: the shard is missing.", REPAIR)
             if path.stat().st_size != shard.size:
                 raise ShardsError(
-                    f"{path}: {path.stat().st_size} bytes, the index says {shard.size}: cut short, or another's index.",
+                    f"{path}: {path.stat().st_size} bytes, the index says {shard.size}: cut short, or another's index"
+                    f"{_first_beyond(index, shard, path.stat().st_size)}.",
                     REPAIR,
                 )
         return cls(LocalFiles(directory), index)
@@ -300,3 +301,11 @@ class ShardDataset:
     def _bad(self, slide_id: str, name: str, what: str) -> DataError:
         shard = self.index.shards[self.sample(slide_id).shard].name
         return DataError(f"{self.directory}/{shard}: slide {slide_id}, member {name}.npy: {what}.", REPAIR)
+
+
+def _first_beyond(index: ShardIndex, shard: Shard, size: int) -> str:
+    """Names the first member of a shard that does not lie within `size` bytes; empty where all do."""
+    number = index.shards.index(shard)
+    members = ((s.slide_id, name, m) for s in index.samples if s.shard == number for name, m in s.members.items())
+    beyond = [(m.offset, slide_id, name) for slide_id, name, m in members if m.offset + m.size > size]
+    return "; slide {1}, member {2} is the first beyond its end".format(*min(beyond)) if beyond else ""

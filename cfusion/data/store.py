@@ -36,6 +36,8 @@ RACES = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR})
 
 RACE_ATTEMPTS = 8
 
+_EXTRACT = "Delete the group and extract the slide again."
+
 ABANDONED_S = 6 * 3600
 """Age at which a temporary is taken as left by a process that was killed."""
 
@@ -218,6 +220,22 @@ def check_features(features: SlideFeatures) -> None:
         limit = len(features.features[coarser])
         if parents.shape != (len(array),) or (parents.size and not 0 <= parents.min() <= parents.max() < limit):
             raise StoreError(f"{where}: parents do not name rows of {coarser} ({limit} rows).")
+
+
+def check_digests(features: SlideFeatures) -> None:
+    """Refuse features that are not those that were written, such as the zeros zarr reads where a chunk was lost.
+
+    Raises:
+        StoreError: An array has another digest than its attributes say, or is missing, or there are no digests.
+    """
+    digests = features.attrs.get("digests")
+    if not isinstance(digests, dict):
+        raise StoreError(f"slide {features.slide_id}: it has no digests.", _EXTRACT)
+    found = {key: array_digest(array) for key, array in _arrays(features)}
+    for key in sorted(digests.keys() | found.keys()):
+        if digests.get(key) != found.get(key):
+            state = "is missing" if key not in found else "is not what was written"
+            raise StoreError(f"slide {features.slide_id}: {key} {state}.", _EXTRACT)
 
 
 def array_digest(array: np.ndarray) -> str:

@@ -61,7 +61,8 @@ def test_a_truncated_tar_is_refused_and_the_rest_is_listed(folder):
     path = folder / index.shards[-1].name
     with path.open("r+b") as stream:
         stream.truncate(last.members["x10.npy"].offset + 10)
-    with pytest.raises(DataError, match=rf"{path.name}: \d+ bytes, the index says \d+: cut short.*verify"):
+    named = rf"slide {last.slide_id}, member x10\.npy is the first beyond its end"
+    with pytest.raises(DataError, match=rf"{path.name}: \d+ bytes, the index says \d+: cut short.*{named}.*verify"):
         ShardDataset.open(folder)
     result = verify_shards(folder)
     assert last.slide_id not in result.good

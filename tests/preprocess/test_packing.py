@@ -6,6 +6,7 @@ import webdataset
 from made_up_slides import MemoryStore, make_slide
 
 from cfusion.data.shards import ShardDataset
+from cfusion.data.store import FeatureStore, write_slide
 from cfusion.errors import DataError
 from preprocess.packing import pack_store
 
@@ -130,6 +131,42 @@ def test_a_refused_slide_that_was_mended_is_packed(store, tmp_path):
     assert list(pack_store(store, tmp_path).refused) == [good.slide_id]
     store.slides[good.slide_id] = good
     assert not pack_store(store, tmp_path).refused
+
+
+def test_a_refused_slide_that_was_extracted_again_to_the_same_attributes_is_packed(store, tmp_path):
+    whole = pack_store(store, tmp_path / "whole", target_bytes=30_000)
+    lost = whole.samples[-1].slide_id
+    good = store.slides[lost].features["x10"].copy()
+    store.slides[lost].features["x10"][0] = np.nan
+    assert list(pack_store(store, tmp_path / "mended", target_bytes=30_000).refused) == [lost]
+    store.slides[lost].features["x10"][:] = good
+    assert pack_store(store, tmp_path / "mended", target_bytes=30_000) == whole
+    assert tar_bytes(tmp_path / "mended") == tar_bytes(tmp_path / "whole")
+
+
+def test_a_slide_whose_store_lost_bytes_is_left_out_and_named(tmp_path):
+    for i in range(3):
+        write_slide(tmp_path / "store", make_slide(f"s{i}", seed=i))
+    groups = FeatureStore.open(tmp_path / "store")
+    # zarr reads a chunk that is not there as zeros.
+    (groups.group_path("s1") / "x20" / "features" / "c" / "0" / "0").unlink()
+    (groups.group_path("s2") / "zarr.json").unlink()
+    index = pack_store(groups, tmp_path / "out")
+    assert [sample.slide_id for sample in index.samples] == ["s0"]
+    assert "s1: x20/features is not what was written. Delete the group and extract" in index.refused["s1"]
+    assert "s2.zarr: is not a zarr group" in index.refused["s2"]
+
+
+def test_two_processes_do_not_pack_into_one_folder(store, tmp_path):
+    class Second(MemoryStore):
+        def read(self, slide_id):
+            with pytest.raises(DataError, match=r"another process packs there.*Wait for it"):
+                pack_store(store, tmp_path)
+            return super().read(slide_id)
+
+    index = pack_store(Second(store.slides.values()), tmp_path)
+    assert len(index.samples) == len(store.slides)
+    assert pack_store(store, tmp_path) == index
 
 
 def test_a_finished_set_with_a_lost_tar_is_packed_anew(store, tmp_path):
