@@ -181,13 +181,14 @@ class Runtime:
     @contextlib.contextmanager
     def accumulate(self, model: nn.Module, *, last: bool) -> Iterator[None]:
         """One forward and backward of a step: gradients are exchanged in the step's last one alone."""
-        autocast = _AUTOCAST.get(self.parallel.precision)
-        with contextlib.ExitStack() as stack:
-            if not last and self.accelerator.distributed_type != DistributedType.NO:
-                stack.enter_context(self.accelerator.no_sync(model))
-            if autocast is not None:
-                stack.enter_context(torch.autocast(self.device.type, dtype=autocast))
+        exchanged = last or self.accelerator.distributed_type == DistributedType.NO
+        with contextlib.nullcontext() if exchanged else self.accelerator.no_sync(model):
             yield
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The arithmetic of a forward pass in training."""
+        dtype = _AUTOCAST.get(self.parallel.precision)
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`."""

@@ -146,7 +146,8 @@ class Stepper:
         return StepReport(total / cases, norm, bool(stops))
 
     def _forward(self, micro: Share) -> SurvivalOutput:
-        with seeded(micro.seed, self.runtime.device):
+        # Both passes of a set-wise loss come this way: the same dropout, the same arithmetic, the same logits.
+        with seeded(micro.seed, self.runtime.device), self.runtime.autocast():
             return self.model(micro.batch)
 
     def _refuse(self, bags: Sequence[str], what: str) -> None:

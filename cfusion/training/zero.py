@@ -101,9 +101,13 @@ class ZeroRuntime(Runtime):
 
     @contextlib.contextmanager
     def accumulate(self, model: nn.Module, *, last: bool) -> Iterator[None]:
-        """One forward and backward of a step; the engine computes in the precision that its configuration names."""
+        """One forward and backward of a step."""
         self._engine.set_gradient_accumulation_boundary(last)
         yield
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Nothing: the engine computes in the precision that its configuration names."""
+        return contextlib.nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, and share it out where the engine's stage wants that."""

@@ -129,7 +129,8 @@ def nccl_step(engine: str) -> None:
     model = torch.nn.Linear(3, 1)
     wrapped, optimizer = runtime.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
     with runtime.accumulate(wrapped, last=True):
-        output = wrapped(torch.ones(2, 3, device=runtime.device))
+        with runtime.autocast():
+            output = wrapped(torch.ones(2, 3, device=runtime.device))
         assert output.dtype == torch.bfloat16
         runtime.backward(output.float().square().mean())
     assert runtime.advance(wrapped, optimizer, lr=0.1, clip_norm=1.0) > 0
