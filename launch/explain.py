@@ -57,7 +57,7 @@ class Explained:
 
 
 def from_slide(slide: Path, card: ModelCard, store: Path, **settings: Any) -> Source:
-    """Extract a slide's features as the model needs them; those that are there already stay.
+    """Extract a slide's features as the model needs them, unless they are there.
 
     Args:
         slide: The slide.
@@ -89,9 +89,11 @@ def from_store(path: Path, card: ModelCard, slide_ids: Sequence[str] = (), slide
         path, slide_ids = path.parent, (path.name.removesuffix(SUFFIX),)
     root = path.parent if path.is_dir() and any(path.glob(f"[!.]*{SUFFIX}")) else path
     held = [path.name] if root != path else encoders_in(root)
+    if not held:
+        raise StoreError(f"{path}: is no feature store.", "Give one slide, a store, or one slide's group in it.")
     if card.encoder not in held:
         raise StoreError(
-            f"{path}: holds embeddings of {', '.join(held) or 'no encoder'}, but the model reads {card.encoder}.",
+            f"{path}: holds embeddings of {', '.join(held)}, but the model reads {card.encoder}.",
             f"Preprocess the slides with --encoder {card.encoder}.",
             topic="encoder",
         )

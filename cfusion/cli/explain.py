@@ -69,8 +69,6 @@ def explain(
         device=checked_device(device),
     )
     for done in results:
-        found = done.explanation
-        spread = f" ± {found.risk_sd:.3f}" if len(found.risks) > 1 else ""
-        typer.echo(f"{found.slide_id}: risk {found.risk:.3f}{spread} over {len(found.risks)} models; {done.page}")
+        typer.echo(f"{done.explanation.slide_id}: {done.explanation.told_risk}; {done.page}")
         if done.areas is not None:
             typer.echo(done.areas.to_string(index=False, float_format="{:.3f}".format))

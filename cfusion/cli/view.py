@@ -54,5 +54,7 @@ def view(
             f"no deep zoom, still pictures alone: {viewer.deep_zoom_trouble} Run: cfusion view --fetch", err=True
         )
     count = len(viewer.slides.slides)
-    serve(viewer, host, port, lambda address: typer.echo(f"{count} slides at {address} (Ctrl-C ends)"))
+    serve(
+        viewer, host, port, lambda address: typer.echo(f"{count} slide{'s' * (count != 1)} at {address} (Ctrl-C ends)")
+    )
     typer.echo("stopped")

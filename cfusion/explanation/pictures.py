@@ -59,7 +59,8 @@ def draw_overlay(
     axis.imshow(_laid_over(backdrop, level, scale.colours(scores), (width, height)))
     axis.set_xticks([])
     axis.set_yticks([])
-    axis.set_title(f"{explanation.slide_id} · {method} at {magnification} · mean of {len(explanation.risks)} models")
+    of = f"mean of {len(explanation.risks)} models" if len(explanation.risks) > 1 else "one model"
+    axis.set_title(f"{explanation.slide_id} · {method} at {magnification} · {of}")
     mapped = ScalarMappable(Normalize(scale.low, scale.high), scale.map_name)
     signed = METHODS[method].signed
     extend = ("both" if signed else "max") if scale.clipped else "neither"

@@ -129,6 +129,13 @@ class Explanation:
         """Standard deviation over folds; NaN for one model."""
         return float(np.std(self.risks)) if len(self.risks) > 1 else float("nan")
 
+    @property
+    def told_risk(self) -> str:
+        """The risk in words, with its spread over folds: `risk -1.881 ± 0.120 over 5 models`."""
+        if len(self.risks) == 1:
+            return f"risk {self.risk:.3f}, one model"
+        return f"risk {self.risk:.3f} ± {self.risk_sd:.3f} over {len(self.risks)} models"
+
     def scores(self, magnification: str, method: str) -> Float32[np.ndarray, " tile"]:
         """One method's mean scores of one magnification's tiles."""
         return self.levels[magnification].mean[self.methods.index(method)]
@@ -165,15 +172,10 @@ class Explanation:
 
     def __repr__(self) -> str:
         tiles = ", ".join(f"{name}: {len(level.coords)}" for name, level in self.levels.items())
-        return (
-            f"Explanation({self.slide_id}: risk {self.risk:.3f}, {len(self.risks)} models, tiles {tiles}, "
-            f"{', '.join(self.methods)})"
-        )
+        return f"Explanation({self.slide_id}: {self.told_risk}; tiles {tiles}; {', '.join(self.methods)})"
 
     def _repr_html_(self) -> str:
-        spread = f" ± {self.risk_sd:.3f}" if len(self.risks) > 1 else ""
-        title = f"{self.slide_id}: risk {self.risk:.3f}{spread} over {len(self.risks)} models"
-        return titled_table(title, self.summary())
+        return titled_table(f"{self.slide_id}: {self.told_risk}", self.summary())
 
 
 def write_explanation(explanation: Explanation, target: str | os.PathLike[str]) -> None:

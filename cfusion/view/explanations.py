@@ -101,12 +101,7 @@ def _by(size: Any) -> str:
 def described(explanation: Explanation) -> dict[str, Any]:
     """What the page shows of an explanation before any score is fetched."""
     return {
-        "model": explanation.attrs.get("model"),
-        "cohort": explanation.attrs.get("cohort"),
         "models": len(explanation.risks),
-        "risk": explanation.risk,
-        "risk_sd": _or_none(explanation.risk_sd),
-        "risk_cutoff": _or_none(float(explanation.attrs.get("risk_cutoff", np.nan))),
         "methods": {name: METHODS[name].__dict__ for name in explanation.methods if name in METHODS},
         "magnifications": {
             name: {

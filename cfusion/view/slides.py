@@ -57,7 +57,7 @@ class SlideFolder:
         default_mpp: µm/px of slides whose files tell none.
 
     Raises:
-        DataError: Nothing is at `root`, or it holds no slide.
+        DataError: Nothing is at `root`, or it holds no slide, or the one that was named cannot be opened.
     """
 
     def __init__(self, root: Path, default_mpp: float | None = None) -> None:
@@ -73,6 +73,8 @@ class SlideFolder:
         self._preparing: set[str] = set()
         self._lock = threading.Lock()
         self._open = OpenSlides(self._opened, MAX_OPEN)
+        if root.is_file():  # of a folder the others can be shown; of one slide nothing is left
+            self._opened(root).close()
 
     @property
     def probing(self) -> bool:

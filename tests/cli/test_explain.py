@@ -191,9 +191,10 @@ def test_pictures_of_another_slide_are_refused(explained, run, tmp_path):
     [
         (("store", "--slide", "z"), "has no slide z"),
         (("nothing.svs",), r"nothing\.svs: there is no such file or folder"),
+        (("run",), r"run: is no feature store\. Give one slide"),
         (("store", "--device", "abacus"), "--device abacus: cannot be used"),
     ],
-    ids=["slide", "source", "device"],
+    ids=["slide", "source", "folder", "device"],
 )
 def test_what_is_not_there_is_named(arguments, message, made_up):
     source, *options = arguments

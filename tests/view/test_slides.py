@@ -12,7 +12,7 @@ from PIL import Image
 
 from cfusion.errors import DataError
 from cfusion.view.pictures import PictureCache
-from cfusion.view.slides import OpenSlides, SlideGoneError
+from cfusion.view.slides import OpenSlides, SlideFolder, SlideGoneError
 
 
 class Opened:
@@ -131,3 +131,10 @@ def test_a_picture_is_drawn_once():
     for _ in range(3):
         cache.jpeg(("a",), lambda: drawn.append(1) or Image.new("RGB", (8, 8)))
     assert len(drawn) == 1
+
+
+def test_one_slide_that_cannot_be_opened_is_refused_at_once(tmp_path: Path):
+    path = tmp_path / "notes.csv"
+    path.write_text("no,slide\n")
+    with pytest.raises(DataError, match=r"notes\.csv"):
+        SlideFolder(path)
