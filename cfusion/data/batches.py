@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Float32, Int8
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -220,11 +220,18 @@ def _widen(raw: RawBatch, name: str, dtype: torch.dtype | None, buffers: Buffers
     for bag, (counts, scales) in enumerate(zip(raw.parts[name], raw.scales[name], strict=True)):
         start = 0
         for count, scale in zip(counts, scales, strict=True):
-            # A product of both types in one call is seven times as slow.
-            out[bag, start : start + count].copy_(stored[bag, start : start + count]).mul_(scale)
+            _scaled(stored[bag, start : start + count], scale, out[bag, start : start + count])
             start += count
         out[bag, start:] = 0
     return out
+
+
+def _scaled(stored: Int8[Tensor, "tile dim"], scale: Float32[Tensor, " dim"], out: Float[Tensor, "tile dim"]) -> None:
+    # In one call, a product of two types is up to twenty times as slow on a CPU; blocks of 256 rows stay in its cache.
+    size = 256 if stored.device.type == "cpu" else 4096
+    block = torch.empty(min(size, len(stored)), len(scale), device=stored.device)
+    for rows, into in zip(stored.split(size), out.split(size), strict=True):
+        into.copy_(block[: len(rows)].copy_(rows).mul_(scale))
 
 
 def select(held: Sequence[RawBatch], rows: Sequence[Rows | None]) -> RawBatch:

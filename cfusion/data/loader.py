@@ -95,44 +95,62 @@ class BagLoader:
             kept = [self._channels(i, epoch) for i in batch] if drop else None
             return finish(raw, self._dtype, self._buffers, kept, drop)
 
+        most = self._config.max_tiles if training else None
         if self._place == "gpu":
             self._fill()
             for batch in batches:
                 yield finished(select([self._held[i] for i in batch], [rows(i) for i in batch]), batch)
         elif self._device.type == "cpu":
-            yield from self._ahead(batches, lambda batch: finished(self._read(batch, rows), batch))
+            yield from self._ahead(batches, lambda batch: finished(self._read(batch, rows), batch), most)
         else:
-            for raw, batch in self._ahead(batches, lambda batch: (self._read(batch, rows), batch)):
+            for raw, batch in self._ahead(batches, lambda batch: (self._read(batch, rows), batch), most):
                 yield finished(self._move(raw), batch)
 
-    def _ahead(self, batches: Iterator[tuple[int, ...]], read: Callable[[tuple[int, ...]], Item]) -> Iterator[Item]:
-        """Run `read` on the batches in threads, ahead of the caller within the bound, and yield in order."""
+    def _ahead(
+        self,
+        batches: Iterator[tuple[int, ...]],
+        read: Callable[[tuple[int, ...]], Item],
+        most: int | None = None,
+    ) -> Iterator[Item]:
+        """Run `read` on the batches in threads, ahead of the caller within the bound, and yield in order.
+
+        Of the finest magnification, `most` tiles of a bag are read; None: all.
+        """
         waiting: collections.deque[tuple[Future[Item], int]] = collections.deque()
         ahead = 0
         batch = next(batches, None)
+
+        def submit() -> None:
+            nonlocal batch, ahead
+            while batch is not None and self._may_read(len(waiting), ahead + (size := self._bytes(batch, most))):
+                waiting.append((self._threads.submit(read, batch), size))
+                ahead += size
+                batch = next(batches, None)
+
         try:
-            while batch is not None or waiting:
-                while batch is not None and self._may_read(len(waiting), ahead + (size := self._bytes(batch))):
-                    waiting.append((self._threads.submit(read, batch), size))
-                    ahead += size
-                    batch = next(batches, None)
+            submit()
+            while waiting:
                 future, size = waiting.popleft()
                 item = future.result()
                 ahead -= size
+                # Before the caller computes: a bag that fills the bound alone is read meanwhile, too.
+                submit()
                 yield item
         finally:
             for future, _ in waiting:
                 future.cancel()
 
     def _may_read(self, waiting: int, ahead: int) -> bool:
-        # The batch the caller waits for is always read, however large; those behind it only within the bound.
+        # The batch that is delivered next is always read, however large; those behind it only within the bound.
         return not waiting or (ahead <= self._config.buffer_bytes and waiting < 4 * self._config.read_threads)
 
-    def _bytes(self, batch: Sequence[int]) -> int:
+    def _bytes(self, batch: Sequence[int], most: int | None = None) -> int:
         """Most bytes that a batch takes in host memory until it is delivered."""
         delivered = 0 if self._device.type != "cpu" or self._dtype is None else self._dtype.itemsize
         per_tile = self.dataset.index.dim * (self.dataset.index.itemsize + delivered) + 17
-        return sum(len(batch) * max(self.bags[i].tiles[name] for i in batch) * per_tile for name in self.names)
+        longest = {name: max(self.bags[i].tiles[name] for i in batch) for name in self.names}
+        # Coarser tiles are ancestors of drawn ones, so there are never more of them.
+        return sum(len(batch) * min(tiles, most or tiles) * per_tile for tiles in longest.values())
 
     def _rows(self, index: int, epoch: int) -> Rows | None:
         most, bag = self._config.max_tiles, self.bags[index]

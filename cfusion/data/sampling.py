@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt
+from jaxtyping import Bool, Int
 
 from cfusion.data.shards import ShardDataset
 
@@ -15,15 +15,14 @@ Rows = dict[str, Int[np.ndarray, " _"]]
 """Per magnification name, ascending rows of a bag, whose slides follow each other."""
 
 
-def _random(seed: int, epoch: int, purpose: int, key: str, n: int) -> np.ndarray:
+def _random(seed: int, epoch: int, purpose: int, key: str) -> np.random.PCG64:
     """Raw random integers that depend on nothing else: not on threads, ranks or the order of bags."""
-    sequence = np.random.SeedSequence([seed, epoch, purpose, zlib.crc32(key.encode())])
-    return np.random.PCG64(sequence).random_raw(n)
+    return np.random.PCG64(np.random.SeedSequence([seed, epoch, purpose, zlib.crc32(key.encode())]))
 
 
 def kept_channels(dim: int, drop: float, *, seed: int, epoch: int, key: str) -> Bool[np.ndarray, " dim"]:
     """Channels that feature dropout leaves to a bag; at least one."""
-    raw = _random(seed, epoch, 1, key, dim)
+    raw = _random(seed, epoch, 1, key).random_raw(dim)
     kept = raw >= np.uint64(drop * 2.0**64)
     kept[int(np.argmax(raw))] = True
     return kept
@@ -43,7 +42,7 @@ def sample_tiles(
 
     Whole families are drawn, that is all tiles under one tile of the coarsest magnification; the last family is cut
     to meet `max_tiles`. Of coarser magnifications the ancestors of drawn tiles stay. Where the source has no parents,
-    each magnification is drawn from on its own, in the same proportion.
+    or no coarser magnification, each magnification is drawn from on its own, in the same proportion.
 
     Args:
         dataset: The shards.
@@ -56,28 +55,29 @@ def sample_tiles(
     """
     total = sum(dataset.tiles(slide)[names[0]] for slide in slide_ids)
     levels = dataset.index.magnifications[dataset.index.magnifications.index(names[0]) :]
-    if all(dataset.has(slide, f"parent_{name}") for slide in slide_ids for name in levels[:-1]):
+    linked = all(dataset.has(slide, f"parent_{name}") for slide in slide_ids for name in levels[:-1])
+    if linked and len(levels) > 1:
         above = _ancestors(dataset, slide_ids, levels)
-        drawn = _draw_families(above[levels[-1]], max_tiles, _random(seed, epoch, 0, key, 2 * total))
+        drawn = _draw_families(above[levels[-1]], max_tiles, _random(seed, epoch, 0, key))
         return {name: drawn if name == names[0] else _distinct(above[name][drawn]) for name in names}
     rows = {}
     for number, name in enumerate(names):
         size = sum(dataset.tiles(slide)[name] for slide in slide_ids)
         count = max_tiles if number == 0 else max(1, round(size * max_tiles / total))
-        rows[name] = np.sort(np.argsort(_random(seed, epoch, 2 + number, key, size), kind="stable")[:count])
+        raw = _random(seed, epoch, 2 + number, key).random_raw(size)
+        rows[name] = np.sort(np.argsort(raw, kind="stable")[:count])
     return rows
 
 
 def _ancestors(
     dataset: ShardDataset, slide_ids: Sequence[str], levels: Sequence[str]
 ) -> dict[str, Int[np.ndarray, " _"]]:
-    """For each tile of a bag at the finest level, the row in the bag of the tile above it at every level."""
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in levels}
-    starts = dict.fromkeys(levels, 0)
+    """For each tile of a bag at the finest level, the row in the bag of the tile above it at every coarser level."""
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in levels[1:]}
+    starts = dict.fromkeys(levels[1:], 0)
     for slide_id in slide_ids:
         steps, tiles = dataset.read(slide_id, [f"parent_{name}" for name in levels[:-1]]), dataset.tiles(slide_id)
-        rows = np.arange(tiles[levels[0]])
-        parts[levels[0]].append(rows + starts[levels[0]])
+        rows: np.ndarray | slice = slice(None)
         for finer, coarser in itertools.pairwise(levels):
             rows = steps[f"parent_{finer}"][rows]
             parts[coarser].append(rows + starts[coarser])
@@ -86,17 +86,17 @@ def _ancestors(
 
 
 def _draw_families(
-    family: Int[np.ndarray, " tile"], max_tiles: int, raw: UInt[np.ndarray, " draw"]
+    family: Int[np.ndarray, " tile"], max_tiles: int, random: np.random.PCG64
 ) -> Int[np.ndarray, " kept"]:
     """Tiles of families taken in random order; of the last one a random part."""
     sizes = np.bincount(family)
-    order = np.argsort(raw[: len(sizes)], kind="stable")
+    order = np.argsort(random.random_raw(len(sizes)), kind="stable")
     whole = int(np.searchsorted(np.cumsum(sizes[order]), max_tiles))
     chosen = np.zeros(len(sizes), bool)
     chosen[order[:whole]] = True
     drawn = np.flatnonzero(chosen[family])
     cut = np.flatnonzero(family == order[whole])
-    cut = cut[np.argsort(raw[len(sizes) :][: len(cut)], kind="stable")][: max_tiles - len(drawn)]
+    cut = cut[np.argsort(random.random_raw(len(cut)), kind="stable")][: max_tiles - len(drawn)]
     return np.sort(np.concatenate([drawn, cut]))
 
 

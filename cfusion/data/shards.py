@@ -131,8 +131,10 @@ class ShardDataset:
         elif rows is None:
             self._read_whole(slide_id, out)
         else:
+            # All are asked of the disk before the first is waited for.
+            tables = {name: self._table(slide_id, name, rows[name]) for name in out}
             for name, array in out.items():
-                self._read_rows(slide_id, name, rows[name], array)
+                np.take(tables[name], rows[name], axis=0, out=array, mode="clip")
 
     def mapped(self, slide_id: str, names: Iterable[str]) -> dict[str, np.ndarray] | None:
         """Whole members of a slide without a copy: the page cache itself, privately writable.
@@ -286,17 +288,18 @@ class ShardDataset:
         if problem:
             raise self._bad(slide_id, name, problem)
 
-    def _read_rows(self, slide_id: str, name: str, rows: np.ndarray, out: np.ndarray) -> None:
-        """Gather rows from a memory map: one call for all, where positioned reads would take one a run of rows."""
+    def _table(self, slide_id: str, name: str, rows: np.ndarray) -> np.ndarray:
+        """A member as a memory map, from which one call gathers rows, where positioned reads would take one a run."""
         sample, member = self.sample(slide_id), self._member(slide_id, name)
         file, shift = self._files.open(sample.shard, self.index.shards[sample.shard], member)
         start = member.offset + member.header + shift
         # Touching a map beyond the end of its file would kill the process.
         if os.fstat(file.descriptor).st_size < start + member.payload:
             raise self._bad(slide_id, name, "the shard ends before it does")
-        table = np.frombuffer(file.map, member.dtype, member.payload // out.itemsize, start).reshape(member.shape)
+        size = member.payload // np.dtype(member.dtype).itemsize
+        table = np.frombuffer(file.map, member.dtype, size, start).reshape(member.shape)
         file.read_ahead(start, table.strides[0], rows)
-        np.take(table, rows, axis=0, out=out, mode="clip")
+        return table
 
     def _bad(self, slide_id: str, name: str, what: str) -> DataError:
         shard = self.index.shards[self.sample(slide_id).shard].name

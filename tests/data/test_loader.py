@@ -173,6 +173,16 @@ def test_tiles_without_parents_are_drawn_in_the_same_proportion(tmp_path):
     assert batch.positions is None
 
 
+def test_tiles_of_a_magnification_that_stands_alone_are_drawn(dataset):
+    bags = make_bags(dataset, {"c": ["s0", "s1"]}, "case", (5.0,))
+    loader = BagLoader(dataset, bags, DataConfig(max_tiles=3), magnifications=(5.0,), seed=0)
+    (batch,) = loader.stream([[0]], epoch=0, training=True)
+    (whole,) = loader.stream([[0]], epoch=0, training=False)
+    rows = [(whole.features["x5"][0] == row).all(dim=1).nonzero().item() for row in batch.features["x5"][0]]
+    assert rows == sorted(set(rows))
+    assert len(rows) == 3
+
+
 def test_feature_dropout_zeroes_the_same_channels_of_a_whole_bag_and_keeps_the_mean(dataset, bags):
     whole = stream(dataset, bags, [[0, 1]])[0]
     share, epochs = 0.25, 300
@@ -220,6 +230,18 @@ def test_int8_bags_are_scaled_slide_by_slide(slides, tmp_path, cache, monkeypatc
     assert drawn.features["x20"].shape[1] == 20
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_int8_bags_come_in_the_asked_type_rounded_once(tmp_path, dtype):
+    # More rows than are widened at a time.
+    pack_store(MemoryStore([make_slide("a", cells=40), make_slide("b", cells=3)]), tmp_path, dtype="int8")
+    dataset = ShardDataset.open(tmp_path)
+    bags = make_bags(dataset, {"c": ["a", "b"]}, "case", MAGNIFICATIONS)
+    (batch,) = stream(dataset, bags, [[0]], dtype=dtype)
+    read = [dataset.read(slide_id, ["x20", "scale_x20"]) for slide_id in ("a", "b")]
+    expected = np.concatenate([slide["x20"].astype(np.float32) * slide["scale_x20"] for slide in read])
+    assert torch.equal(batch.features["x20"][0], torch.from_numpy(expected).to(dtype or torch.float16))
+
+
 def test_read_ahead_keeps_to_its_bytes(dataset, bags, monkeypatch):
     held, most = [0], [0]
     size = BagLoader(dataset, bags, DataConfig(), magnifications=MAGNIFICATIONS, seed=0)._bytes([0])
@@ -236,7 +258,20 @@ def test_read_ahead_keeps_to_its_bytes(dataset, bags, monkeypatch):
     for _ in loader.stream([[0]] * 20, epoch=0, training=True):
         held[0] -= 1
     assert held[0] == 0
-    assert most[0] == 2
+    # Two ahead of the one that is the caller's.
+    assert most[0] == 3
+
+
+def test_sampled_bags_count_by_the_tiles_that_are_drawn(dataset, bags):
+    size = BagLoader(dataset, bags, DataConfig(), magnifications=MAGNIFICATIONS, seed=0)._bytes([0])
+    config = DataConfig.model_construct(**DataConfig(max_tiles=4).model_dump() | {"buffer_bytes": size})
+    loader = BagLoader(dataset, bags, config, magnifications=MAGNIFICATIONS, seed=0)
+    for training, ahead in ((False, 1), (True, 4 * config.read_threads)):
+        asked = []
+        batches = loader.stream((asked.append(0) or [0] for _ in range(20)), epoch=0, training=training)
+        next(batches)
+        batches.close()
+        assert len(asked) == 1 + ahead + 1
 
 
 def test_memory_of_bags_keeps_to_the_bound(tmp_path):
@@ -254,10 +289,14 @@ def test_memory_of_bags_keeps_to_the_bound(tmp_path):
         del batch
 
 
-def test_a_bag_larger_than_the_bound_is_still_read(dataset, bags):
+def test_bags_larger_than_the_bound_are_read_one_ahead_while_the_caller_computes(dataset, bags):
     config = DataConfig.model_construct(**DataConfig().model_dump() | {"buffer_bytes": 1})
     loader = BagLoader(dataset, bags, config, magnifications=MAGNIFICATIONS, seed=0)
-    assert len(list(loader.stream([[0], [1], [2]], epoch=0, training=True))) == 3
+    asked = []
+    batches = loader.stream((asked.append(i) or [i] for i in range(4)), epoch=0, training=True)
+    for delivered, _ in enumerate(batches, 1):
+        # The next is being read; the one behind it was looked at, and waits for room.
+        assert len(asked) == min(delivered + 2, 4)
 
 
 def test_kept_batches_are_not_overwritten_by_later_ones(tmp_path):
