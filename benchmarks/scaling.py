@@ -43,6 +43,7 @@ from cfusion.training.loop import train_fold
 from cfusion.training.runtime import Runtime
 from cfusion.training.schedule import make_optimizer
 from cfusion.training.step import Share, Stepper
+from cfusion.training.world import join_world
 from cfusion.types import Targets
 from preprocess.packing import pack_store
 
@@ -98,7 +99,7 @@ def world(processes: int, work: str, path: Path, engine: str = "ddp") -> dict[st
 def child(work: str, config: Config) -> dict[str, float] | None:
     """One process's part; what rank 0 returns is for all of them."""
     torch.set_num_threads(1)
-    runtime = Runtime.start(config.parallel)
+    runtime = join_world(config.parallel)
     cohort = read_cohort(config.cohort)
     split = make_splits(cohort, config.splits, config.evaluation.protocol)[0]
     split = dataclasses.replace(split, train=(*split.train, *split.test))

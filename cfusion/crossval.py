@@ -36,6 +36,7 @@ from cfusion.training.group_member import Member
 from cfusion.training.inference import BagSet
 from cfusion.training.interruption import graceful_stop
 from cfusion.training.runtime import Runtime
+from cfusion.training.world import join_world
 from cfusion.types import Split
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def cross_validate(config: Config) -> Scores:
     """
     if config.train.folds == "together":
         return cross_validate_together([config])[0]
-    runtime = Runtime.start(config.parallel)
+    runtime = join_world(config.parallel)
     run = open_run(runtime, config)
     with tracked_run(runtime, run) as parent:
         with graceful_stop(), progress(f"{run.cohort.name} {config.model.name}", len(run.splits)) as bar:
@@ -85,7 +86,7 @@ def cross_validate_together(configs: Sequence[Config]) -> list[Scores]:
         RequeueError: The process was asked to stop and has saved its state.
     """
     _check_shared(configs)
-    runtime = Runtime.start(configs[0].parallel)
+    runtime = join_world(configs[0].parallel)
     runs = [open_run(runtime, config) for config in configs]
     tracked = [tracked_run(runtime, run) for run in runs]
     failed: dict[int, CfusionError] = {}
@@ -139,7 +140,7 @@ def _train_together(
     for number, run in enumerate(runs):
         for split in run.splits:
             folder = fold_folder(run, split)
-            if folder.is_dir():
+            if runtime.from_main(folder.is_dir()):
                 bar.advance(note=folder.name)
                 continue
             child = tracked[number].child(folder.name, {"fold": split.fold, "repeat": split.repeat})
@@ -183,7 +184,7 @@ def _fold(runtime: Runtime, run: PreparedRun, split: Split, parent: TrackedRun, 
     folder = fold_folder(run, split)
     checkpoints = run.config.output / "checkpoints" / folder.name
     with parent.child(folder.name, {"fold": split.fold, "repeat": split.repeat}) as child:
-        if not folder.is_dir():
+        if runtime.from_main(not folder.is_dir()):
             result = fit(
                 run.config, run.cohort, split, runtime=runtime, folder=checkpoints,
                 on_epoch=lambda epoch, metrics: child.log(metrics, epoch),

@@ -19,6 +19,7 @@ from cfusion.survival.predictions import curve_table
 from cfusion.training.fitted import FittedModel
 from cfusion.training.inference import BagSet, predict_logits, prediction_frame
 from cfusion.training.runtime import Runtime
+from cfusion.training.world import join_world, launched
 from cfusion.types import BagBatch, SurvivalOutput, magnification_name
 
 
@@ -44,7 +45,7 @@ def predict(
     source = ShardSource(data)
     source.embeddings.check(model.card)
     slides = cases if isinstance(cases, Mapping) else slides_by_name(cases, source.slide_ids)
-    runtime = Runtime.start(ParallelConfig(global_batch=Runtime.launched()))
+    runtime = join_world(ParallelConfig(global_batch=launched()))
     bags = BagSet.open(source.dataset, slides, data, runtime, magnifications=model.card.magnifications)
     model.module.to(device=runtime.device, dtype=runtime.dtype)
     frame = prediction_frame(predict_logits(runtime, model.module, bags, micro_batch), bags, model.bins)

@@ -33,6 +33,9 @@ from cfusion.training.folds import FoldRun, open_run_shards
 from cfusion.training.runtime import Runtime
 from cfusion.types import Cohort, Split, magnification_name
 
+MARKER = "run.json"
+"""File of a run's folder that says which run it is of."""
+
 
 @dataclass(frozen=True)
 class PreparedRun:
@@ -122,25 +125,40 @@ def permuted(cohort: Cohort, seed: int) -> Cohort:
 
 
 def open_run(runtime: Runtime, config: Config) -> PreparedRun:
-    """Read a run's data, and take its folder."""
+    """Read a run's data, and take its folder.
+
+    Raises:
+        ConfigError: Ranks disagree on the run, the folder holds another, or some rank does not see it.
+    """
     run = prepare(config)
     runtime.agree("configuration, data or program version", run.identity)
     if runtime.is_main:
         check_registration(config, run.dataset.index)
         _claim(run)
     runtime.barrier()
+    blind = [rank for rank, sees in enumerate(runtime.gather([(config.output / MARKER).is_file()])) if not sees]
+    if blind:
+        raise ConfigError(
+            f"{config.output}: rank 0 has made this folder, and ranks {blind} do not see it.",
+            "Give an output on a disk that all nodes share.",
+            topic="world",
+        )
     return run
 
 
 def scored_run(runtime: Runtime, run: PreparedRun, parent: TrackedRun) -> Scores:
-    """Score the folds of a run, and write what stands beside them."""
+    """Score the folds of a run on rank 0, and write what stands beside them; every rank gets the scores."""
+    scores = [_scored(run, parent)] if runtime.is_main else []
+    return runtime.from_main(scores)[0]
+
+
+def _scored(run: PreparedRun, parent: TrackedRun) -> Scores:
     frames = [read_predictions(fold_folder(run, split) / "predictions.csv") for split in run.splits]
     scores = score(
         pd.concat(frames, ignore_index=True), run.cohort, run.splits,
         bootstrap=run.config.evaluation.bootstrap, horizons=run.config.evaluation.horizons_months,
     )  # fmt: skip
-    if runtime.is_main:
-        _finish(run, scores, parent)
+    _finish(run, scores, parent)
     return scores
 
 
@@ -161,7 +179,7 @@ def is_done(folder: Path) -> bool:
 def _claim(run: PreparedRun) -> None:
     """Take the output folder for this run, or refuse the folder of another."""
     folder = run.config.output
-    marker = folder / "run.json"
+    marker = folder / MARKER
     if marker.exists():
         other = read_json(marker)
         if other["identity"] != run.identity:

@@ -160,7 +160,7 @@ def make_plan(
         ConfigError: The configuration is refused, its global batch cannot be shared by so many processes, the name is
             not one a cluster takes, or the tracking URI holds a password.
     """
-    from cfusion.training.runtime import check_divides
+    from cfusion.training.world import check_divides
 
     chosen = [*overrides, *([f"parallel.engine={engine}"] if engine else [])]
     resolved = load_config(config, chosen)

@@ -12,6 +12,7 @@ import torch
 
 from cfusion.config import ParallelConfig
 from cfusion.training.runtime import Runtime
+from cfusion.training.world import join_world, launched
 from launch.doctor import MOST_SECONDS_APART, Check, check_node
 
 SIZES_BYTES = (1 << 16, 1 << 22, 1 << 26)
@@ -28,7 +29,7 @@ def check_world() -> list[Check]:
     Raises:
         ConfigError: Accelerate or torch.distributed sees another world than the launcher made.
     """
-    runtime = Runtime.start(ParallelConfig(global_batch=Runtime.launched()))
+    runtime = join_world(ParallelConfig(global_batch=launched()))
     try:
         return _checks(runtime)
     finally:

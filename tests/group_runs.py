@@ -15,7 +15,7 @@ from cfusion.training.group import Group
 from cfusion.training.group_checkpoint import GroupCheckpoints
 from cfusion.training.group_member import Member
 from cfusion.training.inference import BagSet
-from cfusion.training.runtime import Runtime
+from cfusion.training.world import join_world
 from cfusion.types import Cohort, Split
 
 
@@ -30,7 +30,7 @@ def train_alone(configs: Sequence[Config]) -> list[FoldRun]:
 
 def train_together(configs: Sequence[Config], folder: Path) -> list[FoldRun]:
     """All folds of all configurations; one that fails raises."""
-    runtime = Runtime.start(configs[0].parallel)
+    runtime = join_world(configs[0].parallel)
     dataset, data = open_run_shards(configs[0]), configs[0].data
     cohort, _ = folds_of(configs[0])
     whole = BagSet.open(

@@ -23,7 +23,7 @@ from cfusion.errors import CfusionError, CohortError, ConfigError, DataError, Pa
 from cfusion.prediction import FoldEnsemble, predict
 from cfusion.training.fitted import FittedModel, ModelCard, build
 from cfusion.training.folds import fit
-from cfusion.training.runtime import Runtime
+from cfusion.training.world import join_world
 from cfusion.types import SlideFeatures
 from preprocess.descriptor import DIM
 
@@ -118,7 +118,7 @@ def test_a_row_is_the_mean_over_the_folds_and_its_curve_holds_every_edge(files, 
     source = ShardSource(DataConfig(shards=str(files.shards)))
     slides = group_slides(source.slide_ids, cases)
     ensemble = FoldEnsemble.load(ensemble_folder)
-    table = ensemble.predict(source, slides, Runtime.start(ParallelConfig())).set_index("case_id")
+    table = ensemble.predict(source, slides, join_world(ParallelConfig())).set_index("case_id")
     alone = [predict(m, DataConfig(shards=str(files.shards)), slides).set_index("case_id") for m in ensemble.models]
     risks = np.stack([frame.loc[table.index, "risk"] for frame in alone])
     np.testing.assert_allclose(table["risk"], risks.mean(axis=0), rtol=1e-12)
@@ -146,7 +146,7 @@ def test_one_fold_predicts_its_test_patients_as_its_training_did(files, tmp_path
     source = ShardSource(config.data)
     slides = cohort.slides_of(split.test)
     assert max(map(len, slides.values())) == 2
-    table = FoldEnsemble.load(tmp_path / "fold_0").predict(source, slides, Runtime.start(ParallelConfig()))
+    table = FoldEnsemble.load(tmp_path / "fold_0").predict(source, slides, join_world(ParallelConfig()))
     expected = run.predictions.set_index("case_id").loc[table["case_id"]]
     np.testing.assert_allclose(table["risk"], expected["risk"], rtol=1e-6)
     assert (table["group"] == "high").tolist() == (expected["risk"] > expected["risk_cutoff"]).tolist()
@@ -167,7 +167,7 @@ def test_tcga_slides_belong_to_their_barcodes_patient():
 
 
 def _predicts(shards: str, folder: str, out: str) -> None:
-    runtime = Runtime.start(ParallelConfig(global_batch=2))
+    runtime = join_world(ParallelConfig(global_batch=2))
     source = ShardSource(DataConfig(shards=shards))
     table = FoldEnsemble.load(Path(folder)).predict(source, group_slides(source.slide_ids, None), runtime)
     table.to_csv(Path(out) / f"{runtime.rank}.csv", index=False)
@@ -177,7 +177,7 @@ def test_two_processes_predict_as_one_does(files, ensemble_folder, tmp_path):
     run_world(2, _predicts, tmp_path, str(files.shards), str(ensemble_folder), str(tmp_path))
     source = ShardSource(DataConfig(shards=str(files.shards)))
     alone = FoldEnsemble.load(ensemble_folder).predict(
-        source, group_slides(source.slide_ids, None), Runtime.start(ParallelConfig())
+        source, group_slides(source.slide_ids, None), join_world(ParallelConfig())
     )
     for rank in range(2):
         table = pd.read_csv(tmp_path / f"{rank}.csv")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 
 import typer
 
@@ -28,7 +29,7 @@ from cfusion.cli import (
     train,
     view,
 )  # fmt: skip
-from cfusion.errors import CfusionError
+from cfusion.errors import CfusionError, RequeueError
 
 HELP = """Survival prediction from whole-slide images, from slides to numbers a reviewer can trust.
 
@@ -49,6 +50,12 @@ anyone's predictions, `sweep` compares models. COMMAND --help has an example;
 Exit codes: 0 done; 2 bad input, told in one line; 3 done but for named parts;
 75 stopped on request with its state saved: the same command goes on.
 """
+
+SECONDS_FOR_RANK_0 = 5.0
+"""So long another process waits with an error that rank 0 may have too."""
+
+SECONDS_FOR_THE_CAUSE = 1.0
+"""So long a process waits that ends because another has."""
 
 app = typer.Typer(
     help=HELP,
@@ -83,6 +90,8 @@ def run() -> None:
     try:
         app()
     except CfusionError as error:
+        if os.environ.get("RANK", "0") != "0":
+            _let_rank_0_speak(error)
         sys.stderr.write(f"error: {error}\n       explained by: cfusion help {error.topic}\n")
         sys.exit(error.exit_code)
     except SystemExit as left:
@@ -90,3 +99,21 @@ def run() -> None:
         if left.code == 130:
             sys.stderr.write("interrupted; the same command goes on from here\n")
         raise
+    except RuntimeError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        from cfusion.training.world import another_process_has_ended
+
+        if not another_process_has_ended(error):
+            raise
+        time.sleep(SECONDS_FOR_THE_CAUSE)  # then the launcher sees its exit code first
+        rank = os.environ.get("RANK")
+        sys.stderr.write(f"rank {rank}: another process of this run has ended, which said why; this one ends too\n")
+        sys.exit(1)
+
+
+def _let_rank_0_speak(error: CfusionError) -> None:
+    """All processes mostly fail alike; the launcher ends the others once one has left, and one message is seen."""
+    if isinstance(error, RequeueError):
+        sys.exit(error.exit_code)
+    time.sleep(SECONDS_FOR_RANK_0)

@@ -58,9 +58,9 @@ def predict(
     from cfusion.bag_sources import group_slides
     from cfusion.config import ParallelConfig
     from cfusion.files import atomic_path
-    from cfusion.training.runtime import Runtime
+    from cfusion.training.world import join_world, launched
 
-    runtime = Runtime.start(ParallelConfig(global_batch=Runtime.launched()))
+    runtime = join_world(ParallelConfig(global_batch=launched()))
     with tempfile.TemporaryDirectory() as scratch:
         ensemble = load_ensemble(model, uri, Path(scratch) / "model")
         options: dict[str, object] = {

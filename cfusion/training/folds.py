@@ -27,6 +27,7 @@ from cfusion.training.loop import FoldJob, train_fold
 from cfusion.training.runtime import Runtime
 from cfusion.training.schedule import make_optimizer
 from cfusion.training.step import Stepper
+from cfusion.training.world import join_world
 from cfusion.types import Cohort, Split, titled_table
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def fit(
         DataError: The shards are of another encoder or lack a slide, or a loss is not finite.
         RequeueError: The process was asked to stop; the state is in `folder`.
     """
-    runtime = runtime or Runtime.start(config.parallel)
+    runtime = runtime or join_world(config.parallel)
     with tempfile.TemporaryDirectory() as scratch:
         fold = ready_fold(
             config, cohort, split, open_run_shards(config), runtime, folder=folder or Path(scratch), on_epoch=on_epoch

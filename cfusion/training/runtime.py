@@ -1,22 +1,14 @@
-"""The door to Accelerate: processes, devices, precision and collectives.
-
-Accelerate decides from its environment how many processes it sees, and where it is wrong it trains N separate models
-without a word. `start` asserts that what it sees is what was launched.
-"""
+"""The door to Accelerate: devices, precision, collectives, and what a process keeps of the model (DDP)."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import datetime
-import functools
-import logging
 import math
 import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,9 +18,6 @@ from torch import Tensor, nn
 
 from cfusion.config import ParallelConfig
 from cfusion.errors import ConfigError
-from cfusion.files import digest_file, digest_json
-
-logger = logging.getLogger(__name__)
 
 ItemT = TypeVar("ItemT")
 
@@ -38,22 +27,6 @@ TIMEOUT = datetime.timedelta(minutes=10)
 _DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.float32, "fp16": torch.float32}
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
-
-def check_precision(precision: str, *, on_cpu: bool) -> None:
-    """Refuse a precision this machine does not compute in, and warn of one that its processor only imitates.
-
-    Raises:
-        ConfigError: fp16 without a GPU, or bf16 on a GPU that has none.
-    """
-    if on_cpu and precision == "fp16":
-        raise ConfigError("parallel.precision=fp16 needs a GPU.", "Use f32 or bf16 on a CPU.")
-    if precision != "bf16":
-        return
-    if not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ConfigError("parallel.precision=bf16: this GPU has no bf16 arithmetic.", "Use f32 or fp16.")
-    if on_cpu and (instructions := torch.backends.cpu.get_cpu_capability()) in ("DEFAULT", "AVX2"):
-        logger.warning("parallel.precision=bf16 is many times slower than f32 here: %s has no bf16.", instructions)
 
 
 @dataclass(frozen=True)
@@ -94,45 +67,6 @@ class Runtime:
         self.world_size: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
         self.dtype = _DTYPES[parallel.precision]
-
-    @staticmethod
-    def launched() -> int:
-        """Number of processes the launcher started."""
-        return int(os.environ.get("WORLD_SIZE", "1"))
-
-    @classmethod
-    def start(cls, parallel: ParallelConfig) -> Runtime:
-        """Join the processes that `torchrun` or `accelerate launch` started, or run alone.
-
-        Raises:
-            ConfigError: The number of processes does not divide the global batch, the precision is not to be had
-                here, or Accelerate sees another world than the launcher made.
-        """
-        launched = cls.launched()
-        check_divides(parallel.global_batch, launched)
-        on_cpu = not torch.cuda.is_available()
-        check_precision(parallel.precision, on_cpu=on_cpu)
-        if on_cpu:
-            # The gradient of an indexed tensor is otherwise added up by several threads in whatever order they come.
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        kind = Runtime
-        if parallel.engine != "ddp":
-            from cfusion.training.zero import ZeroRuntime
-
-            kind = ZeroRuntime
-        runtime = kind(kind.accelerate(parallel, on_cpu=on_cpu), parallel)
-        for who, seen in runtime.worlds().items():
-            if seen != launched:
-                raise ConfigError(
-                    f"The launcher started {launched} processes, but {who} sees {seen}.",
-                    "Start with torchrun, or with accelerate launch and a file of launch/accelerate.",
-                    topic="world",
-                )
-        runtime.agree("program (its source files, or the version of torch)", program_digest())
-        atexit.unregister(_end_gloo)
-        atexit.register(_end_gloo)
-        return runtime
 
     @staticmethod
     def accelerate(parallel: ParallelConfig, *, on_cpu: bool) -> Accelerator:
@@ -279,12 +213,6 @@ class Runtime:
             )
 
 
-def _end_gloo() -> None:
-    """Gloo's threads abort a process that ends before they do, with all its work done (pytorch issue 190489)."""
-    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-        torch.distributed.destroy_process_group()
-
-
 def another_engine(parallel: ParallelConfig, runs: str) -> ConfigError:
     """What to raise where Accelerate runs something else than the engine of the configuration."""
     return ConfigError(
@@ -292,17 +220,6 @@ def another_engine(parallel: ParallelConfig, runs: str) -> ConfigError:
         "Start with torchrun, without ACCELERATE_* variables; a process runs one engine in its life.",
         topic="world",
     )
-
-
-def check_divides(global_batch: int, world_size: int) -> None:
-    """Refuse a global batch that processes cannot share evenly, naming the nearest that they can."""
-    if global_batch % world_size:
-        nearest = max(world_size, round(global_batch / world_size) * world_size)
-        raise ConfigError(
-            f"parallel.global_batch={global_batch} cannot be shared by {world_size} processes.",
-            f"The nearest that can is parallel.global_batch={nearest}.",
-            topic="world",
-        )
 
 
 def moments_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
@@ -313,11 +230,3 @@ def moments_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return state
-
-
-@functools.cache
-def program_digest() -> str:
-    """Digest of the program's source files, as they were at the first call, and of the version of torch."""
-    package = Path(__file__).parents[1]
-    files = sorted(path for path in package.rglob("*.py"))
-    return digest_json([torch.__version__, [[str(f.relative_to(package)), digest_file(f)] for f in files]])

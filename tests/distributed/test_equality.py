@@ -90,6 +90,19 @@ def test_ranks_that_disagree_stop_before_training(files, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def write_to_disks_of_their_own(config: Config) -> None:
+    """In a worker: each process has a disk of its own."""
+    from cfusion.crossval import cross_validate
+
+    output = config.output / os.environ["RANK"]
+    with pytest.raises(ConfigError, match=r"rank 0 has made this folder, and ranks \[1\] do not see it.*all nodes"):
+        cross_validate(config.model_copy(update={"output": output}))
+
+
+def test_an_output_that_is_another_on_each_node_is_refused_before_training(files, tmp_path):
+    run_world(2, write_to_disks_of_their_own, tmp_path / "world", files.config(tmp_path / "run"))
+
+
 def indivisible(config: Config) -> None:
     with pytest.raises(ConfigError, match=r"global_batch=7 cannot be shared by 2 processes.*global_batch=8"):
         fit_and_save({"run": config}, Path())

@@ -10,15 +10,25 @@ from accelerate.utils import DistributedType
 from spawn import run_world
 
 import cfusion.training.runtime as runtime_module
+import cfusion.training.world as world_module
 from cfusion.config import ParallelConfig
 from cfusion.errors import ConfigError, MissingExtraError
 from cfusion.training.runtime import Runtime
+from cfusion.training.world import join_world, launched
 
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Puts back what starting an engine sets."""
-    for name in ("DS_ACCELERATOR", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in (
+        "DS_ACCELERATOR",
+        "LOCAL_WORLD_SIZE",
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     return monkeypatch
@@ -27,9 +37,9 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def other_program() -> None:
     """In a worker: the second process runs other source files."""
     if os.environ["RANK"] == "1":
-        runtime_module.program_digest = lambda: "edited"
+        world_module.program_digest = lambda: "edited"
     with pytest.raises(ConfigError, match=r"Ranks \[1\] have another program .* Start all of them from the same files"):
-        Runtime.start(ParallelConfig())
+        join_world(ParallelConfig())
 
 
 def test_processes_of_another_version_of_the_program_stop_at_the_start(tmp_path):
@@ -37,11 +47,11 @@ def test_processes_of_another_version_of_the_program_stop_at_the_start(tmp_path)
 
 
 def test_the_program_is_its_source_files_and_torch(tmp_path, monkeypatch):
-    digest = runtime_module.program_digest.__wrapped__
+    digest = world_module.program_digest.__wrapped__
     (tmp_path / "training").mkdir()
-    source = tmp_path / "training" / "runtime.py"
+    source = tmp_path / "training" / "world.py"
     source.write_text("x = 1\n")
-    monkeypatch.setattr(runtime_module, "__file__", str(source))
+    monkeypatch.setattr(world_module, "__file__", str(source))
     digests = [digest(), digest()]
     source.write_text("x = 2\n")
     digests.append(digest())
@@ -54,17 +64,18 @@ def test_the_program_is_its_source_files_and_torch(tmp_path, monkeypatch):
 @pytest.mark.parametrize("precision", ["f64", "fp16"])
 def test_zero_refuses_a_precision_it_does_not_compute_in(environment, precision):
     environment.setattr(torch.cuda, "is_available", lambda: precision == "fp16")
+    environment.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(
         ConfigError, match=rf"precision={precision} goes with parallel.engine=ddp alone. Use f32 or bf16"
     ):
-        Runtime.start(ParallelConfig(engine="zero2", precision=precision))
+        join_world(ParallelConfig(engine="zero2", precision=precision))
 
 
 @pytest.mark.parametrize("package", ["deepspeed", "transformers"])
 def test_zero_without_its_extra_names_it(environment, package):
     environment.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtraError, match=rf"{package}, which is not installed.*cfusion\[deepspeed\]"):
-        Runtime.start(ParallelConfig(engine="zero2"))
+        join_world(ParallelConfig(engine="zero2"))
 
 
 @pytest.mark.parametrize(
@@ -81,31 +92,55 @@ def test_another_engine_than_the_one_asked_for_is_refused(environment, engine, r
     environment.setattr(zero, "_import_deepspeed", lambda: None)
     zero.ZeroRuntime.accelerate.cache_clear()
     with pytest.raises(ConfigError, match=rf"parallel.engine={engine} was asked for, but Accelerate runs {runs.value}"):
-        Runtime.start(ParallelConfig(engine=engine))
+        join_world(ParallelConfig(engine=engine))
 
 
 @pytest.mark.parametrize("who", ["Accelerate", "torch.distributed", "DeepSpeed"])
 def test_a_library_that_sees_another_world_is_refused(environment, who):
     environment.setattr(Runtime, "worlds", lambda self: {"Accelerate": 1, "torch.distributed": 1, who: 2})
     with pytest.raises(ConfigError, match=rf"The launcher started 1 processes, but {who} sees 2"):
-        Runtime.start(ParallelConfig())
+        join_world(ParallelConfig())
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "2"}, r"srun started 2 tasks, each of which would do the whole run alone"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, r"asked for several processes and started one"),
+    ],
+)
+def test_a_launcher_whose_processes_would_each_believe_to_be_alone_is_refused(environment, variables, message):
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        join_world(ParallelConfig())
+    environment.setenv("WORLD_SIZE", "1")
+    assert launched() == 1, "where a launcher has told each process of the others, theirs is the word"
+
+
+def test_more_processes_than_gpus_are_refused(environment):
+    environment.setattr(torch.cuda, "is_available", lambda: True)
+    environment.setattr(torch.cuda, "device_count", lambda: 2)
+    environment.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match=r"4 processes were started on this node, which has 2 GPUs. Start 2"):
+        join_world(ParallelConfig())
 
 
 def test_fp16_without_a_gpu_is_refused(environment):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     with pytest.raises(ConfigError, match=r"fp16 needs a GPU"):
-        Runtime.start(ParallelConfig(precision="fp16"))
+        join_world(ParallelConfig(precision="fp16"))
 
 
 def test_bf16_is_refused_on_a_gpu_without_it_and_warned_of_on_such_a_processor(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     with pytest.raises(ConfigError, match=r"this GPU has no bf16 arithmetic\. Use f32 or fp16"):
-        runtime_module.check_precision("bf16", on_cpu=False)
+        world_module.check_precision("bf16", on_cpu=False)
     for instructions, told in (("AVX512", ""), ("AVX2", "bf16 is many times slower than f32 here: AVX2 has no bf16")):
         caplog.clear()
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda known=instructions: known)
-        runtime_module.check_precision("bf16", on_cpu=True)
+        world_module.check_precision("bf16", on_cpu=True)
         assert told in caplog.text
         assert bool(told) == bool(caplog.text)
 
@@ -124,7 +159,7 @@ def test_in_fp16_a_scale_too_large_skips_a_step_and_one_too_small_stops(scale, t
 
 def nccl_step(engine: str) -> None:
     """In a worker: one process on NCCL sums, and its engine runs bf16."""
-    runtime = Runtime.start(ParallelConfig(engine=engine, precision="bf16", global_batch=1))
+    runtime = join_world(ParallelConfig(engine=engine, precision="bf16", global_batch=1))
     assert torch.distributed.get_backend() == "nccl"
     model = torch.nn.Linear(3, 1)
     wrapped, optimizer = runtime.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))

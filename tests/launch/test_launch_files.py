@@ -39,8 +39,8 @@ def test_accelerate_loads_its_file(name):
 WORKER = """
 import sys
 from cfusion.config import ParallelConfig
-from cfusion.training.runtime import Runtime
-runtime = Runtime.start(ParallelConfig(engine=sys.argv[1]))
+from cfusion.training.world import join_world
+runtime = join_world(ParallelConfig(engine=sys.argv[1]))
 told = runtime.gather([runtime.rank])
 if runtime.is_main:
     print("RANKS", told, runtime.worlds())

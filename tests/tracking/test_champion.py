@@ -21,7 +21,7 @@ from cfusion.prediction import FoldEnsemble
 from cfusion.tracking.champion import judge
 from cfusion.tracking.registry import Contract, check_name, list_versions, model_address, register_ensemble
 from cfusion.tracking.server import connect
-from cfusion.training.runtime import Runtime
+from cfusion.training.world import join_world
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +155,7 @@ def test_a_registered_ensemble_predicts_as_the_folder_it_came_from(client, cfusi
     cfusion("predict", files.shards, *model, "--out", out)
     source = ShardSource(DataConfig(shards=str(files.shards)))
     alone = FoldEnsemble.load(folder).predict(
-        source, group_slides(source.slide_ids, None), Runtime.start(ParallelConfig())
+        source, group_slides(source.slide_ids, None), join_world(ParallelConfig())
     )
     np.testing.assert_allclose(pd.read_csv(out)["risk"], alone["risk"], rtol=1e-12)
     listed = call(client, "registry", "list").stdout

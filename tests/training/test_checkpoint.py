@@ -20,8 +20,8 @@ from cfusion.errors import CheckpointError
 from cfusion.files import digest_json, write_json
 from cfusion.training import checkpoint_files
 from cfusion.training.checkpoint import Checkpoints, TrainState
-from cfusion.training.runtime import Runtime
 from cfusion.training.snapshot import Snapshot
+from cfusion.training.world import join_world
 
 IDENTITY = {"model": {"name": "amil", "embed_dim": 16}, "seed": 7}
 
@@ -31,7 +31,7 @@ class Training:
 
     def __init__(self, folder: Path, *, width: int = 3, keep: int = 2, identity=IDENTITY, engine: str = "ddp") -> None:
         torch.manual_seed(0)
-        runtime = Runtime.start(ParallelConfig(global_batch=1))
+        runtime = join_world(ParallelConfig(global_batch=1))
         runtime.parallel = ParallelConfig(global_batch=1, engine=engine)
         self.model = nn.Sequential(nn.Linear(width, 4), nn.Linear(4, 1))
         self.width = width

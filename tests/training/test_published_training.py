@@ -19,9 +19,9 @@ from cfusion.survival.losses import LOSSES
 from cfusion.training.checkpoint import TrainState
 from cfusion.training.folds import fit, open_run_shards, ready_fold
 from cfusion.training.loop import is_best, out_of_patience
-from cfusion.training.runtime import Runtime
 from cfusion.training.schedule import make_optimizer
 from cfusion.training.step import Stepper
+from cfusion.training.world import join_world
 
 EPOCHS = 7
 
@@ -138,7 +138,7 @@ def test_slides_are_drawn_by_one_over_the_size_of_their_class_with_replacement(f
     config = published(files, tmp_path)
     cohort = cfusion.read_cohort(config.cohort)
     split = cfusion.make_splits(cohort, config.splits, config.evaluation.protocol)[0]
-    runtime = Runtime.start(config.parallel)
+    runtime = join_world(config.parallel)
     job = ready_fold(config, cohort, split, open_run_shards(config), runtime, folder=tmp_path, on_epoch=None).job
     outcomes = cohort.cases.loc[[bag.case_id for bag in job.train.bags]]
     classes = list(

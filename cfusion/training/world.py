@@ -1,0 +1,137 @@
+"""Join the processes that a launcher started, and refuse a world that is not the one that was asked for.
+
+Accelerate decides from its environment how many processes it sees, and where it is wrong it trains N separate models
+without a word. So every process asserts that what it sees is what was launched, and that all run the same program.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from cfusion.config import ParallelConfig
+from cfusion.errors import ConfigError
+from cfusion.files import digest_file, digest_json
+from cfusion.training.runtime import Runtime
+from cfusion.training.zero import ZeroRuntime
+
+logger = logging.getLogger(__name__)
+
+
+def launched() -> int:
+    """Number of processes the launcher started.
+
+    Raises:
+        ConfigError: It started several that know nothing of each other, or one where several were asked for.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1:
+        raise ConfigError(
+            f"srun started {tasks} tasks, each of which would do the whole run alone.",
+            "Have it start torchrun, one task a node, as cfusion launch slurm does; or give it --ntasks=1.",
+            topic="world",
+        )
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
+        raise ConfigError(
+            "accelerate launch was asked for several processes and started one, as it does with --cpu and MULTI_CPU.",
+            "Use torchrun, or accelerate-launch with launch/accelerate/cpu.yaml.",
+            topic="world",
+        )
+    return 1
+
+
+def join_world(parallel: ParallelConfig) -> Runtime:
+    """Join the processes that `torchrun` or `accelerate launch` started, or run alone.
+
+    Raises:
+        ConfigError: The number of processes does not divide the global batch or exceeds the node's GPUs, the precision
+            is not to be had here, or some library sees another world than the launcher made.
+    """
+    expected = launched()
+    check_divides(parallel.global_batch, expected)
+    on_cpu = not torch.cuda.is_available()
+    check_precision(parallel.precision, on_cpu=on_cpu)
+    if on_cpu:
+        # The gradient of an indexed tensor is otherwise added up by several threads in whatever order they come.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    else:
+        _check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
+    kind = Runtime if parallel.engine == "ddp" else ZeroRuntime
+    runtime = kind(kind.accelerate(parallel, on_cpu=on_cpu), parallel)
+    for who, seen in runtime.worlds().items():
+        if seen != expected:
+            raise ConfigError(
+                f"The launcher started {expected} processes, but {who} sees {seen}.",
+                "Start with torchrun, or with accelerate launch and a file of launch/accelerate.",
+                topic="world",
+            )
+    runtime.agree("program (its source files, or the version of torch)", program_digest())
+    atexit.unregister(_end_gloo)
+    atexit.register(_end_gloo)
+    return runtime
+
+
+def check_divides(global_batch: int, world_size: int) -> None:
+    """Refuse a global batch that processes cannot share evenly, naming the nearest that they can."""
+    if global_batch % world_size:
+        nearest = max(world_size, round(global_batch / world_size) * world_size)
+        raise ConfigError(
+            f"parallel.global_batch={global_batch} cannot be shared by {world_size} processes.",
+            f"The nearest that can is parallel.global_batch={nearest}.",
+            topic="world",
+        )
+
+
+def check_precision(precision: str, *, on_cpu: bool) -> None:
+    """Refuse a precision this machine does not compute in, and warn of one that its processor only imitates.
+
+    Raises:
+        ConfigError: fp16 without a GPU, or bf16 on a GPU that has none.
+    """
+    if on_cpu and precision == "fp16":
+        raise ConfigError("parallel.precision=fp16 needs a GPU.", "Use f32 or bf16 on a CPU.")
+    if precision != "bf16":
+        return
+    if not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError("parallel.precision=bf16: this GPU has no bf16 arithmetic.", "Use f32 or fp16.")
+    if on_cpu and (instructions := torch.backends.cpu.get_cpu_capability()) in ("DEFAULT", "AVX2"):
+        logger.warning("parallel.precision=bf16 is many times slower than f32 here: %s has no bf16.", instructions)
+
+
+def another_process_has_ended(error: Exception) -> bool:
+    """Whether an error says no more than that another process of this world is gone, or silent for too long."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and re.search(r"gloo/transport/|NCCL error", str(error)) is not None
+
+
+@functools.cache
+def program_digest() -> str:
+    """Digest of the program's source files, as they were at the first call, and of the version of torch."""
+    package = Path(__file__).parents[1]
+    files = sorted(path for path in package.rglob("*.py"))
+    return digest_json([torch.__version__, [[str(f.relative_to(package)), digest_file(f)] for f in files]])
+
+
+def _check_gpus(processes: int, gpus: int) -> None:
+    if processes > gpus:
+        raise ConfigError(
+            f"{processes} processes were started on this node, which has {gpus} GPUs.",
+            f"Start {gpus}, one a GPU (--nproc-per-node {gpus}); or set CUDA_VISIBLE_DEVICES= to compute on the CPU.",
+            topic="world",
+        )
+
+
+def _end_gloo() -> None:
+    """Gloo's threads abort a process that ends before they do, with all its work done (pytorch issue 190489)."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
