@@ -34,6 +34,7 @@ class RawBatch:
         scales: Per magnification name and bag, f32 [dim] for each of its slides; empty but for int8 shards.
         positions: As in `BagBatch`.
         case_ids: The patient of each bag.
+        held: Whether its tensors are kept for later epochs, so that a batch made of them needs its own.
     """
 
     features: dict[str, Tensor]
@@ -41,6 +42,7 @@ class RawBatch:
     scales: dict[str, list[list[Tensor]]]
     positions: dict[str, Tensor] | None
     case_ids: tuple[str, ...]
+    held: bool = False
 
     def lengths(self, name: str) -> list[int]:
         """Tiles of each bag at a magnification."""
@@ -184,7 +186,10 @@ def finish(
     masks = None
     if any(len(set(counts)) > 1 for counts in lengths.values()):
         masks = {name: _mask(counts, raw.features[name].device) for name, counts in lengths.items()}
-    return BagBatch(features, masks, raw.positions, raw.case_ids)
+    positions = raw.positions
+    if raw.held and positions is not None:
+        positions = {name: table.clone() for name, table in positions.items()}
+    return BagBatch(features, masks, positions, raw.case_ids)
 
 
 def join(bags: Sequence[BagBatch]) -> BagBatch:
@@ -209,7 +214,7 @@ def _mask(counts: Sequence[int], device: torch.device) -> Tensor:
 def _widen(raw: RawBatch, name: str, dtype: torch.dtype | None, buffers: Buffers) -> Tensor:
     stored = raw.features[name]
     wanted = dtype or (torch.float16 if stored.dtype == torch.int8 else stored.dtype)
-    if stored.dtype == wanted:
+    if stored.dtype == wanted and not raw.held:
         return stored
     if stored.device.type == "cpu":
         out = buffers.empty(stored.shape, wanted)
@@ -260,4 +265,4 @@ def _take(raw: RawBatch, rows: Rows) -> RawBatch:
         parts[name] = [np.diff(np.searchsorted(wanted, edges)).tolist()]
     positions = raw.positions and {name: table[:, index[name]] for name, table in raw.positions.items()}
     features = {name: tensor[:, index[name]] for name, tensor in raw.features.items()}
-    return dataclasses.replace(raw, features=features, parts=parts, positions=positions)
+    return dataclasses.replace(raw, features=features, parts=parts, positions=positions, held=False)

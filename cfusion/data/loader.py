@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -182,4 +183,4 @@ class BagLoader:
         """Put all bags on the device, once."""
         if not self._held:
             whole = self._ahead(((i,) for i in range(len(self.bags))), lambda batch: self._read(batch, lambda _: None))
-            self._held = [self._move(raw) for raw in whole]
+            self._held = [dataclasses.replace(self._move(raw), held=True) for raw in whole]

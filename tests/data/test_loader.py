@@ -309,13 +309,23 @@ def test_kept_batches_are_not_overwritten_by_later_ones(tmp_path):
         np.testing.assert_array_equal(batch.features["x20"][0].numpy(), slides[number % 4].features["x20"])
 
 
-def test_what_a_caller_writes_into_a_batch_reaches_neither_the_shards_nor_the_next_epoch(dataset, single):
+@pytest.mark.parametrize("cache", ["page", "ram", "gpu"])
+def test_what_a_caller_writes_into_a_batch_reaches_neither_the_shards_nor_the_next_epoch(
+    single, dataset, cache, monkeypatch
+):
+    monkeypatch.setattr("cfusion.data.loader.free_device_bytes", lambda _: 1 << 40)
     before = {path: path.read_bytes() for path in Path(dataset.directory).iterdir()}
-    expected = stream(dataset, single, [[0]], dtype=None)[0].features["x20"].clone()
+    (expected,) = stream(dataset, single, [[0]], dtype=None)
+    expected = {"x20": expected.features["x20"].clone(), "at": expected.positions["x20"].clone()}
+    config = DataConfig(cache=cache)
+    own = ShardDataset.open(dataset.directory)
+    loader = BagLoader(own, single, config, magnifications=MAGNIFICATIONS, seed=0, dtype=None)
     for _ in range(2):
-        (batch,) = stream(dataset, single, [[0]], dtype=None)
-        assert torch.equal(batch.features["x20"], expected)
+        (batch,) = loader.stream([[0]], epoch=0, training=True)
+        assert torch.equal(batch.features["x20"], expected["x20"])
+        assert torch.equal(batch.positions["x20"], expected["at"])
         batch.features["x20"].zero_()
+        batch.positions["x20"].zero_()
     assert before == {path: path.read_bytes() for path in Path(dataset.directory).iterdir()}
 
 
