@@ -5,11 +5,13 @@ Run `python -m benchmarks.bags [--quick] [--json FILE]`. It writes about 8 GB to
 - f16 shards through `BagLoader`, features delivered as stored and as f32, and int8 shards delivered as f32;
 - the published layout: x20, x10 and x5 as f32 `.pt` files, `torch.load` in a DataLoader of 4 workers, one bag a batch,
   and the same without collation (`batch_size=None`), which the published program does not use;
-- one thread that reads the same shard bytes into a reused buffer and does nothing else;
+- one thread that reads the bytes of either layout into a reused buffer and does nothing else: where both sides wait
+  for the disk, their ratio can be no better than that of these two;
 - a random quarter of the tiles, as stored and as f32.
 
-Whole bags in f16 are delivered without a copy, as the pages of the cache, so their rate alone says little about a
-training: rows named "and used" also add up every bag, on both sides, in one thread as a model would.
+Whole bags of one slide in f16 are delivered without a copy, as the pages of the cache, so their rate alone says little
+about a training: rows named "and used" also add up every bag, on both sides, in one thread as a model would. Bags of
+two slides are read into memory, whole or in part, so that a quarter and all of them cost the same kind of work.
 
 Warm: files in the page cache, after one epoch. Cold: dropped from it, and a process's first epoch, so that ours
 includes the checksums.
@@ -21,7 +23,7 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +113,10 @@ def drop_from_page_cache(files: Iterable[Path]) -> None:
 
 
 Reader = Callable[[], Iterable[object]]
+Makers = dict[str, tuple[Callable[[], Reader], Sequence[Path]]]
 
 
-def bags_per_second(
-    makers: Mapping[str, tuple[Callable[[], Reader], Sequence[Path]]], *, cold: bool, repeats: int
-) -> dict[str, float]:
+def bags_per_second(makers: Makers, *, cold: bool, repeats: int) -> dict[str, float]:
     """Median over repeats of bags delivered a second; sides take turns, so that a busy machine is busy for all."""
     # Cold readers are made afresh: a memory map that is still open keeps its pages in the cache.
     readers = {} if cold else {name: make() for name, (make, _) in makers.items()}
@@ -133,17 +134,33 @@ def bags_per_second(
     return {name: float(np.median(found)) for name, found in rates.items()}
 
 
-def raw_reads(dataset: ShardDataset, folder: Path, bags: Sequence[BagEntry]) -> Iterator[int]:
-    """One thread reading each bag's features by its offsets into one buffer."""
-    buffer = memoryview(bytearray(max(dataset.bytes_of(bag.slide_ids) for bag in bags)))
+Span = tuple[Path, int, int]
+"""A file, an offset and a number of bytes."""
+
+
+def spans_of_shards(folder: Path, dataset: ShardDataset, bags: Sequence[BagEntry]) -> list[list[Span]]:
+    """Where the features of each bag lie."""
+    samples = [[dataset.sample(slide) for slide in bag.slide_ids] for bag in bags]
+    return [
+        [
+            (folder / dataset.index.shards[sample.shard].name, member.offset, member.size)
+            for sample in slides
+            for member in (sample.members[f"{name}.npy"] for name in NAMES)
+        ]
+        for slides in samples
+    ]
+
+
+def raw_reads(bags: Sequence[Sequence[Span]]) -> Iterator[int]:
+    """One thread reading the bytes of each bag into one buffer, and nothing else."""
+    buffer = memoryview(bytearray(max(size for spans in bags for _, _, size in spans)))
     buffer[:] = bytes(len(buffer))
     with contextlib.ExitStack() as stack:
-        streams = [stack.enter_context((folder / s.name).open("rb", buffering=0)) for s in dataset.index.shards]
-        for bag in bags:
-            for slide in bag.slide_ids:
-                sample = dataset.sample(slide)
-                for member in (sample.members[f"{name}.npy"] for name in NAMES):
-                    os.preadv(streams[sample.shard].fileno(), [buffer[: member.size]], member.offset)
+        paths = {path for spans in bags for path, _, _ in spans}
+        streams = {path: stack.enter_context(path.open("rb", buffering=0)) for path in paths}
+        for spans in bags:
+            for path, offset, size in spans:
+                os.preadv(streams[path].fileno(), [buffer[:size]], offset)
             yield 1
 
 
@@ -164,56 +181,80 @@ def used(make: Callable[[], Reader]) -> Callable[[], Reader]:
     return reader
 
 
+COMPARISONS = (
+    ("f16 shards against .pt, 4 workers", "stored", "published"),
+    ("f16 shards against .pt without collation", "stored", "plain"),
+    ("f16 shards against .pt, and used", "stored, used", "published, used"),
+    ("f16 shards delivered as f32 against .pt", "f32", "published"),
+    ("int8 shards delivered as f32 against .pt", "int8", "published"),
+    ("f16 shards against one thread's raw read", "stored", "raw"),
+    ("one thread's raw read of f16 shards against that of .pt", "raw", "raw .pt"),
+    ("a random quarter of the tiles against all, as f32, and used", "quarter, used", "f32, used"),
+    ("a random quarter of bags of two slides against all, as f32", "quarter of two slides", "two slides"),
+    ("a random quarter of the tiles against the raw read of all", "stored quarter", "raw"),
+)
+"""What is compared: a name, our side, the other side."""
+
+
+def our_readers(folder: Path, slide_ids: Sequence[str]) -> Makers:
+    """Readers of shards, each with the files it reads."""
+    dataset = ShardDataset.open(folder / "shards")
+    single = make_bags(dataset, {s: [s] for s in slide_ids}, "slide", MAGNIFICATIONS)
+    two = {first: [first, second] for first, second in zip(slide_ids[::2], slide_ids[1::2], strict=True)}
+    pairs = make_bags(dataset, two, "case", MAGNIFICATIONS)
+    quarter = round(np.mean([bag.tiles["x20"] for bag in single]) / 4)
+
+    def ours(
+        dtype: torch.dtype | None, shards: str = "shards", bags: Sequence[BagEntry] = single, most: int | None = None
+    ) -> Reader:
+        config = DataConfig(max_tiles=most)
+        dataset = ShardDataset.open(folder / shards)
+        loader = BagLoader(dataset, bags, config, magnifications=MAGNIFICATIONS, seed=7, dtype=dtype)
+        return lambda: loader.stream([[i] for i in range(len(bags))], epoch=0, training=True)
+
+    f32, spans = torch.float32, spans_of_shards(folder / "shards", dataset, single)
+    tars, small = (sorted((folder / name).glob("*.tar")) for name in ("shards", "int8"))
+    return {
+        "stored": (lambda: ours(None), tars),
+        "f32": (lambda: ours(f32), tars),
+        "int8": (lambda: ours(f32, "int8"), small),
+        "stored, used": (used(lambda: ours(None)), tars),
+        "f32, used": (used(lambda: ours(f32)), tars),
+        "quarter, used": (used(lambda: ours(f32, most=quarter)), tars),
+        "stored quarter": (lambda: ours(None, most=quarter), tars),
+        "two slides": (lambda: ours(f32, bags=pairs), tars),
+        "quarter of two slides": (lambda: ours(f32, bags=pairs, most=2 * quarter), tars),
+        "raw": (lambda: lambda: raw_reads(spans), tars),
+    }
+
+
+def their_readers(folder: Path, slide_ids: Sequence[str]) -> Makers:
+    """Readers of the published layout, each with the files it reads."""
+    files = PtFiles(folder, slide_ids)
+    published = DataLoader(files, num_workers=4, persistent_workers=True)
+    plain = DataLoader(files, num_workers=4, persistent_workers=True, batch_size=None)
+    bags = [[folder / f"{slide}.{name}.pt" for name in NAMES] for slide in slide_ids]
+    spans = [[(path, 0, path.stat().st_size) for path in paths] for paths in bags]
+    pts = [path for paths in bags for path in paths]
+    return {
+        "published": (lambda: lambda: published, pts),
+        "plain": (lambda: lambda: plain, pts),
+        "published, used": (used(lambda: lambda: published), pts),
+        "raw .pt": (lambda: lambda: raw_reads(spans), pts),
+    }
+
+
 def measure(folder: Path, count: int, repeats: int) -> list[Row]:
     """All rows, from files made in `folder`."""
     slides = Slides(count)
     pack_store(slides, folder / "shards")
     pack_store(slides, folder / "int8", dtype="int8")
     write_pt_files(slides, folder / "pt")
-    bags = make_bags(
-        ShardDataset.open(folder / "shards"), {s: [s] for s in slides.slide_ids()}, "slide", MAGNIFICATIONS
-    )
-    quarter = round(np.mean([bag.tiles["x20"] for bag in bags]) / 4)
-
-    def ours(dtype: torch.dtype | None = None, shards: str = "shards", **config: Any) -> Reader:
-        dataset = ShardDataset.open(folder / shards)
-        loader = BagLoader(dataset, bags, DataConfig(**config), magnifications=MAGNIFICATIONS, seed=7, dtype=dtype)
-        return lambda: loader.stream([[i] for i in range(count)], epoch=0, training=True)
-
-    def raw() -> Reader:
-        return lambda: raw_reads(ShardDataset.open(folder / "shards"), folder / "shards", bags)
-
-    files = PtFiles(folder / "pt", slides.slide_ids())
-    published = DataLoader(files, num_workers=4, persistent_workers=True)
-    plain = DataLoader(files, num_workers=4, persistent_workers=True, batch_size=None)
-    tars, small = (sorted((folder / name).glob("*.tar")) for name in ("shards", "int8"))
-    pts = sorted((folder / "pt").iterdir())
-    makers: dict[str, tuple[Callable[[], Reader], list[Path]]] = {
-        "stored": (ours, tars),
-        "f32": (lambda: ours(torch.float32), tars),
-        "int8": (lambda: ours(torch.float32, "int8"), small),
-        "quarter": (lambda: ours(torch.float32, max_tiles=quarter), tars),
-        "stored quarter": (lambda: ours(max_tiles=quarter), tars),
-        "stored, used": (used(ours), tars),
-        "raw": (raw, tars),
-        "published": (lambda: lambda: published, pts),
-        "plain": (lambda: lambda: plain, pts),
-        "published, used": (used(lambda: lambda: published), pts),
-    }
+    makers = our_readers(folder, slides.slide_ids()) | their_readers(folder / "pt", slides.slide_ids())
     rows = []
     for state in ("warm", "cold"):
         rate = bags_per_second(makers, cold=state == "cold", repeats=repeats)
-        for what, left, right in (
-            ("f16 shards against .pt, 4 workers", "stored", "published"),
-            ("f16 shards against .pt without collation", "stored", "plain"),
-            ("f16 shards against .pt, and used", "stored, used", "published, used"),
-            ("f16 shards delivered as f32 against .pt", "f32", "published"),
-            ("int8 shards delivered as f32 against .pt", "int8", "published"),
-            ("f16 shards against one thread's raw read", "stored", "raw"),
-            ("a random quarter of the tiles against all, as f32", "quarter", "f32"),
-            ("a random quarter of the tiles against the raw read of all", "stored quarter", "raw"),
-        ):
-            rows.append(Row(f"{state}: {what}", rate[left], rate[right], "bags/s"))
+        rows += [Row(f"{state}: {what}", rate[left], rate[right], "bags/s") for what, left, right in COMPARISONS]
     return rows
 
 
