@@ -30,7 +30,8 @@ class ModelCard:
         gated: Whether the licence must be accepted there before a download.
         options: Arguments of the architecture.
         file: Weights file in the repository.
-        layout: Names of the weights: timm's own, Hugging Face's DINOv2, open_clip's image tower, or CONCH's.
+        layout: Names of the weights: timm's own, Hugging Face's DINOv2, open_clip's image tower, CONCH's, or CONCH
+            v1.5's.
         pool: `token`: what the network pools itself; `token+mean`: class token beside the mean of the patch tokens;
             `map`: mean of the last feature map; `attention`: one learned query, as CoCa has it.
         prefix_tokens: Class and register tokens before the patch tokens.
@@ -49,7 +50,7 @@ class ModelCard:
     gated: bool = True
     options: dict[str, Any] = field(default_factory=dict)
     file: str = "pytorch_model.bin"
-    layout: Literal["timm", "dinov2", "open_clip", "conch"] = "timm"
+    layout: Literal["timm", "dinov2", "open_clip", "conch", "conch-v1.5"] = "timm"
     pool: Literal["token", "token+mean", "map", "attention"] = "token"
     prefix_tokens: int = 1
     resize_px: int = 224
@@ -89,12 +90,12 @@ CARDS: dict[str, ModelCard] = {
     "conch": ModelCard(
         512, "vit_base_patch16_224", "MahmoodLab/CONCH", "https://huggingface.co/MahmoodLab/CONCH", "CC-BY-NC-ND-4.0",
         options={"img_size": 448, "dynamic_img_size": True}, layout="conch", pool="attention", resize_px=448,
-        image_px=448,
+        image_px=448, colours=CLIP,
     ),
     "conch-v1.5": ModelCard(
         768, "vit_large_patch16_224", "MahmoodLab/conchv1_5", "https://huggingface.co/MahmoodLab/conchv1_5",
         "CC-BY-NC-ND-4.0", options={"img_size": 448, "dynamic_img_size": True, "init_values": 1.0},
-        file="pytorch_model_vision.bin", layout="conch", pool="attention", resize_px=448, image_px=448,
+        file="pytorch_model_vision.bin", layout="conch-v1.5", pool="attention", resize_px=448, image_px=448,
         filter="bilinear", precision="f16",
     ),
     "quiltnet": ModelCard(
@@ -131,11 +132,13 @@ CARDS: dict[str, ModelCard] = {
     ),
     "hibou-b": ModelCard(
         768, "vit_base_patch14_reg4_dinov2", "histai/hibou-b", "https://huggingface.co/histai/hibou-b", "Apache-2.0",
-        options={"img_size": 224}, file="model.safetensors", layout="dinov2", colours=HIBOU, prefix_tokens=5,
+        options={"img_size": 224, "mlp_ratio": 2 * 2048 / 768, **SWIGLU}, file="model.safetensors", layout="dinov2",
+        colours=HIBOU, prefix_tokens=5,
     ),
     "hibou-l": ModelCard(
         1024, "vit_large_patch14_reg4_dinov2", "histai/hibou-L", "https://huggingface.co/histai/hibou-L", "Apache-2.0",
-        options={"img_size": 224}, file="model.safetensors", layout="dinov2", colours=HIBOU, prefix_tokens=5,
+        options={"img_size": 224, "mlp_ratio": 2 * 2736 / 1024, **SWIGLU}, file="model.safetensors", layout="dinov2",
+        colours=HIBOU, prefix_tokens=5,
     ),
 }  # fmt: skip
 """Published encoders by name."""

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfusion.config import PreprocessConfig
-from cfusion.errors import ConfigError, MissingExtraError, WeightsError
+from cfusion.errors import ConfigError, DataError, MissingExtraError, WeightsError
 from cfusion.files import digest_file
 from preprocess.encoders.cards import CARDS, ModelCard
-from preprocess.encoders.weights import file_name, find_weights, read_weights, to_network_names
+from preprocess.encoders.weights import fetch, file_name, find_weights, read_weights, to_network_names
+
+HUB = "https://huggingface.co"
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -51,8 +53,14 @@ class NetworkEncoder:
     @torch.inference_mode()
     def encode(self, tiles: np.ndarray, mpp: float) -> np.ndarray:
         """See `Encoder.encode`."""
-        pixels = torch.from_numpy(tiles).to(self._device, non_blocking=True).permute(0, 3, 1, 2)
-        return self.pooled(self.transformed(pixels).to(self._dtype)).float().cpu().numpy()
+        try:
+            pixels = torch.from_numpy(tiles).to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+            return self.pooled(self.transformed(pixels).to(self._dtype)).float().cpu().numpy()
+        except torch.OutOfMemoryError as error:
+            raise DataError(
+                f"encoder {self.name}: {self._device} has not the memory for {len(tiles)} tiles at once.",
+                "Give a smaller --batch-size.",
+            ) from error
 
     def transformed(self, pixels: Tensor) -> Float[Tensor, "tile 3 y x"]:
         """What the network sees of tiles u8 [n, 3, 256, 256]: resized as PIL does it, cut, and normalised."""
@@ -102,7 +110,7 @@ def load_network(name: str, config: PreprocessConfig, device: str) -> NetworkEnc
         WeightsError: The weights cannot be had, or are not of this network.
         MissingExtraError: timm is not installed.
     """
-    card = card_of(name)
+    card = card_of(name, config.offline)
     network = build_network(card)
     path = find_weights(name, card, config.weights, config.offline)
     load_weights(network, card, path)
@@ -112,24 +120,34 @@ def load_network(name: str, config: PreprocessConfig, device: str) -> NetworkEnc
     return NetworkEncoder(name, card, network, digest_file(path), device, precision)
 
 
-def card_of(name: str) -> ModelCard:
-    """The card of a name; that of `timm:NAME` and `hf:OWNER/NAME` is what timm knows of the model."""
+def card_of(name: str, offline: bool = False) -> ModelCard:
+    """The card of a name; that of `timm:NAME` and `hf:OWNER/NAME` is what timm knows of the model.
+
+    Raises:
+        ConfigError: timm cannot build it.
+        WeightsError: The configuration of `hf:OWNER/NAME` cannot be had.
+        MissingExtraError: timm is not installed.
+    """
     if name in CARDS:
         return CARDS[name]
     timm = import_timm()
-    kind, _, rest = name.partition(":")
+    kind, _, architecture = name.partition(":")
+    repo = architecture
+    if kind == "hf":
+        config = ModelCard(0, "", repo, f"{HUB}/{repo}", "see its card", gated=False, file="config.json")
+        architecture = f"local-dir:{fetch(name, config, offline).parent}"
     try:
-        network = timm.create_model(f"hf-hub:{rest}" if kind == "hf" else rest, pretrained=False, num_classes=0)
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        network = timm.create_model(architecture, pretrained=False, num_classes=0)
+    except (RuntimeError, ValueError, TypeError, OSError, KeyError) as error:
         raise ConfigError(f"encoder {name!r}: timm cannot build it ({error}).", "Check the name.") from error
     told = network.pretrained_cfg
     image_px = told["input_size"][-1]
-    repo = rest if kind == "hf" else told.get("hf_hub_id") or ""
+    if kind == "timm":
+        repo = told.get("hf_hub_id") or ""
     return ModelCard(
-        network.num_features, f"hf-hub:{rest}" if kind == "hf" else rest, repo, f"https://huggingface.co/{repo}",
-        told.get("license") or "see its card", gated=False, file="model.safetensors",
-        resize_px=round(image_px / (told.get("crop_pct") or 1)), image_px=image_px,
-        filter="bilinear" if told.get("interpolation") == "bilinear" else "bicubic",
+        network.num_features, architecture, repo, f"{HUB}/{repo}", told.get("license") or "see its card",
+        gated=False, file="model.safetensors", resize_px=round(image_px / (told.get("crop_pct") or 1)),
+        image_px=image_px, filter="bilinear" if told.get("interpolation") == "bilinear" else "bicubic",
         colours=(tuple(told["mean"]), tuple(told["std"])),
     )  # fmt: skip
 

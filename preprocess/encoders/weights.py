@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from cfusion.errors import MissingExtraError, WeightsError
 from preprocess.encoders.cards import ModelCard
@@ -37,25 +39,35 @@ def find_weights(name: str, card: ModelCard, folder: Path | None, offline: bool)
         for suffix in SUFFIXES:
             if (path := folder / f"{stem}{suffix}").is_file():
                 return path
+    local = f", or put the file at {folder or 'WEIGHTS'}/{stem}{Path(card.file).suffix} (--weights)"
+    return fetch(name, card, offline, local)
+
+
+def fetch(name: str, card: ModelCard, offline: bool, otherwise: str = "") -> Path:
+    """`card.file` from the hub's cache or the hub; `otherwise` ends the remedy where it cannot be had.
+
+    Raises:
+        WeightsError: It cannot be had; the message tells licence, gate and remedy.
+        MissingExtraError: huggingface-hub is not installed.
+    """
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
         raise MissingExtraError("huggingface-hub", "encoders", f"Fetching the weights of {name}") from error
-    local = f"or put the file at {folder or 'WEIGHTS'}/{stem}{Path(card.file).suffix} (--weights)."
     try:
         return Path(hf_hub_download(card.repo, card.file, local_files_only=offline))
     except GatedRepoError as error:
         raise WeightsError(
             f"encoder {name}: {card.repo} is gated (licence: {card.licence}).",
-            f"Accept its terms at {card.source} and log in with `hf auth login`, {local}",
+            f"Accept its terms at {card.source} and log in with `hf auth login`{otherwise}.",
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        where = "are not in the hub's cache" if offline else f"cannot be fetched from {card.repo}"
+        where = "is not in the hub's cache" if offline else f"cannot be fetched from {card.repo}"
         gate = f"accept the terms at {card.source} (gated, {card.licence})" if card.gated else f"see {card.source}"
         raise WeightsError(
-            f"encoder {name}: its weights {where} (licence: {card.licence}).",
-            f"On a machine with a network, {gate} and download {card.file} once, {local}",
+            f"encoder {name}: {card.file} {where} (licence: {card.licence}).",
+            f"On a machine with a network, {gate} and download it once{otherwise}.",
         ) from error
 
 
@@ -95,6 +107,8 @@ def to_network_names(weights: Mapping[str, Tensor], layout: str) -> dict[str, Te
         return _from_open_clip(weights)
     if layout == "conch":
         return _from_conch(weights)
+    if layout == "conch-v1.5":
+        return _from_conch_v1_5(weights)
     return dict(weights)
 
 
@@ -105,6 +119,8 @@ _DINOV2 = (
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
     (r"^encoder\.layer\.(\d+)\.layer_scale(\d)\.lambda1$", r"blocks.\1.ls\2.gamma"),
+    (r"^encoder\.layer\.(\d+)\.mlp\.weights_in\.", r"blocks.\1.mlp.fc1."),
+    (r"^encoder\.layer\.(\d+)\.mlp\.weights_out\.", r"blocks.\1.mlp.fc2."),
     (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
     (r"^layernorm\.", "norm."),
 )
@@ -177,3 +193,36 @@ def _from_conch(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         key = re.sub(r"^attn_pool_contrast\.", "", key)
         named[re.sub(r"^ln_contrast\.", "ln_out.", key)] = value
     return named
+
+
+CONCH_V1_5_SIDE = 448 // 16
+"""Patches along the side of what CONCH v1.5 sees; its positions are stored for 14 and stretched to this."""
+
+
+def _from_conch_v1_5(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CONCH v1.5's image tower: its pooling has no biases and one matrix for keys and values."""
+    named = _from_conch(weights)
+    if {"to_q.weight", "to_kv.weight", "to_out.weight"} <= set(named):
+        keys, values = named.pop("to_kv.weight").chunk(2)
+        queries, out = named.pop("to_q.weight"), named.pop("to_out.weight")
+        named |= {"attn.q_proj_weight": queries, "attn.k_proj_weight": keys, "attn.v_proj_weight": values}
+        named |= {"attn.in_proj_bias": out.new_zeros(3 * len(out))}
+        named |= {"attn.out_proj.weight": out, "attn.out_proj.bias": out.new_zeros(len(out))}
+    if "trunk.pos_embed" in named:
+        named["trunk.pos_embed"] = _stretched(named["trunk.pos_embed"], CONCH_V1_5_SIDE)
+    return named
+
+
+def _stretched(positions: Tensor, side: int) -> Tensor:
+    """Positions [1, 1 + n², d], the class token's first, for `side`² patches, as DINO stretches them.
+
+    The factor is that of a side a tenth of a patch longer: without it 27 rows could come out of rounding. It moves
+    every sample a little, and the network was trained so (github.com/facebookresearch/dino, vision_transformer.py).
+    """
+    there = math.isqrt(positions.shape[1] - 1)
+    if there == side:
+        return positions
+    square = positions[:, 1:].float().reshape(1, there, there, -1).permute(0, 3, 1, 2)
+    scale = (side + 0.1) / there
+    large = F.interpolate(square, scale_factor=(scale, scale), mode="bicubic")
+    return torch.cat([positions[:, :1], large.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
