@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 import subprocess
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -134,7 +135,11 @@ def _query_ids(ids: list[str], source: str, api: str) -> list[ManifestRow]:
 def _query(filters: dict[str, Any], source: str, api: str) -> list[ManifestRow]:
     body = json.dumps({"filters": filters, "return_type": "manifest", "size": 20_000}).encode()
     with _request(f"{api}/files", {"Content-Type": "application/json"}, body) as answer:
-        return parse_manifest(answer.read().decode("utf-8"), source)
+        try:
+            text = answer.read().decode("utf-8")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise DataError(f"{api}: its answer cannot be read ({error}).", topic="network") from error
+    return parse_manifest(text, source)
 
 
 def client_call(manifest: Path, folder: Path, client: str = "gdc-client") -> list[str]:
@@ -160,16 +165,23 @@ def download(
     Raises:
         DataError: The client does not run, or the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: no folder can be made here ({error.strerror}).", "Give another --out.") from error
     left = [row for row in rows if not _is_there(folder / row.filename, row)]
     if client is not None and left:
         return _by_client(left, folder, client)
     failed: dict[str, str] = {}
+    stop = threading.Event()
     with progress("Downloading", len(left)) as bar, ThreadPoolExecutor(threads) as pool:
-        for row, why in zip(left, pool.map(lambda r: _fetch(r, folder, api), left), strict=True):
-            if why:
-                failed[row.filename] = why
-            bar.advance(note=row.filename)
+        try:
+            for row, why in zip(left, pool.map(lambda r: _fetch(r, folder, api, stop), left), strict=True):
+                if why:
+                    failed[row.filename] = why
+                bar.advance(note=row.filename)
+        finally:
+            stop.set()
     return failed
 
 
@@ -177,14 +189,16 @@ def _is_there(path: Path, row: ManifestRow) -> bool:
     return path.is_file() and path.stat().st_size == row.size
 
 
-def _fetch(row: ManifestRow, folder: Path, api: str) -> str:
-    """Fetch one file; returns why it failed, or nothing."""
+def _fetch(row: ManifestRow, folder: Path, api: str, stop: threading.Event) -> str:
+    """Fetch one file, unless `stop` is set; returns why it failed, or nothing."""
     target = folder / row.filename
     part = folder / f"{row.filename}.part"
     why = ""
     for _ in range(ATTEMPTS):
+        if stop.is_set():
+            return "interrupted"
         try:
-            _transfer(f"{api}/data/{row.id}", part, row.size)
+            _transfer(f"{api}/data/{row.id}", part, row.size, stop)
         except DataError as error:
             why = str(error)
             continue
@@ -197,7 +211,7 @@ def _fetch(row: ManifestRow, folder: Path, api: str) -> str:
     return why
 
 
-def _transfer(url: str, part: Path, size: int) -> None:
+def _transfer(url: str, part: Path, size: int, stop: threading.Event) -> None:
     """Bring `part` to its whole size, from where it stands."""
     there = part.stat().st_size if part.exists() else 0
     if there > size:
@@ -210,8 +224,9 @@ def _transfer(url: str, part: Path, size: int) -> None:
         mode = "ab" if answer.status == 206 else "wb"
         try:
             with part.open(mode) as stream:
-                shutil.copyfileobj(answer, stream, BLOCK_BYTES)
-        except (OSError, ValueError) as error:
+                while not stop.is_set() and (block := answer.read1(BLOCK_BYTES)):
+                    stream.write(block)
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise DataError(f"{part}: the transfer broke off ({error}).", topic="network") from error
     if part.stat().st_size != size:
         raise DataError(f"{part}: has {part.stat().st_size} of {size} bytes.", topic="network")
@@ -226,7 +241,7 @@ def _request(url: str, headers: dict[str, str] | None = None, body: bytes | None
     except urllib.error.HTTPError as error:
         error.close()
         raise DataError(f"{url}: the server answers {error.code} {error.reason}.", topic="network") from error
-    except (urllib.error.URLError, OSError) as error:
+    except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
         raise DataError(f"{url}: cannot be reached ({error}).", "Is there a network?", topic="network") from error
 
 

@@ -4,11 +4,14 @@ import hashlib
 import http.server
 import json
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from cfusion.console import Progress
 from cfusion.errors import ConfigError, DataError
+from preprocess import gdc
 from preprocess.gdc import ManifestRow, client_call, download, find_rows, query_cohort, write_manifest
 
 CONTENT = {f"id-{i}": bytes([i]) * (200_000 + i) for i in range(3)}
@@ -35,7 +38,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if key not in CONTENT or key in server.broken:
             self.answer(404, b"")
             return
+        if key in server.garbled:
+            self.wfile.write(b"what is this\r\n\r\n")
+            return
         data = server.other.pop(key, CONTENT[key])
+        if key in server.chunked:
+            server.chunked.remove(key)
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"ffff\r\n" + data[:5000])
+            return
         start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
         cut = server.cut.pop(key, None)
         self.send_response(206 if start else 200)
@@ -57,6 +70,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.asked, server.cut, server.other, server.broken, server.query = [], {}, {}, set(), None
+    server.garbled, server.chunked = set(), set()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -108,6 +122,40 @@ def test_a_file_that_is_not_there_is_told_and_the_rest_arrives(server, tmp_path:
     assert list(failed) == ["slide-id-1.svs"]
     assert "the server answers 404" in failed["slide-id-1.svs"]
     assert (tmp_path / "slide-id-2.svs").exists()
+
+
+def test_answers_that_are_no_http_or_break_off_are_told_or_tried_again(server, tmp_path: Path):
+    server.garbled.add("id-1")
+    server.chunked.add("id-2")
+    failed = download(rows(), tmp_path, api=address(server))
+    assert list(failed) == ["slide-id-1.svs"]
+    assert "cannot be reached" in failed["slide-id-1.svs"]
+    assert (tmp_path / "slide-id-2.svs").read_bytes() == CONTENT["id-2"]
+
+
+def test_an_interruption_ends_the_transfers_that_are_under_way(server, tmp_path: Path, monkeypatch):
+    class Interrupted(Progress):
+        def advance(self, count: int = 1, note: str = "") -> None:
+            raise KeyboardInterrupt
+
+    stopped = []
+
+    def transfer(url, part, size, stop):
+        if not url.endswith("id-0"):
+            stopped.append(stop.wait(30))
+        raise DataError("it broke off")
+
+    monkeypatch.setattr(gdc, "progress", lambda *_: nullcontext(Interrupted("", 0)))
+    monkeypatch.setattr(gdc, "_transfer", transfer)
+    with pytest.raises(KeyboardInterrupt):
+        download(rows(), tmp_path, api=address(server), threads=3)
+    assert stopped == [True, True]
+
+
+def test_a_folder_that_cannot_be_is_told(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="file: no folder can be made here"):
+        download(rows(), tmp_path / "file")
 
 
 def test_a_cohort_becomes_a_query(server):
