@@ -77,7 +77,7 @@ def plan_all(path: Path, default_mpp: float | None) -> SlidePlan:
     size = (cells[0] * 2048, cells[1] * 2048)
     grid = make_grid(np.ones(cells[::-1], bool), size, 2.0, MAGNIFICATIONS)
     reader = choose_reader(slide, [(0, 0), (2048, 0)])
-    return SlidePlan(slide, grid, reader, "area", "all", rows_by_cell(grid))
+    return SlidePlan(slide, grid, reader, "area", "all", "", rows_by_cell(grid))
 
 
 def one_pass_per_magnification(path: Path, grid: Grid, numbers: list[int]) -> int:
@@ -157,7 +157,7 @@ class PacedEncoder:
     def __init__(self) -> None:
         self.identity: dict[str, Any] = {}
 
-    def encode(self, tiles: np.ndarray, mpp: float) -> np.ndarray:
+    def encode(self, tiles: np.ndarray) -> np.ndarray:
         """Zeros, in time."""
         time.sleep(len(tiles) / PACE_TILES_PER_S)
         return np.zeros((len(tiles), self.dim), np.float32)

@@ -216,6 +216,13 @@ class TrackingConfig(Section):
     """Name in the model registry for the fold ensemble; none: not registered."""
 
 
+def _cores() -> int:
+    """Cores that this process may use: affinity and the limits of a container count."""
+    from joblib import cpu_count
+
+    return int(cpu_count())
+
+
 class PreprocessConfig(Section):
     """From slides to a feature store."""
 
@@ -251,8 +258,8 @@ class PreprocessConfig(Section):
     """Arithmetic of the encoders; `card`: what the model card runs it in, on a CPU f32."""
     devices: tuple[str, ...] = ()
     """Devices that encode, each with its own encoders, such as `cuda:0`; none: all GPUs, or else the CPU."""
-    threads: int = Field(2, ge=1)
-    """Reading threads."""
+    threads: int = Field(default_factory=_cores, ge=1)
+    """Reading threads; by default one for each core that this process may use."""
 
 
 class Config(Section):

@@ -21,8 +21,10 @@ MASK_SUFFIXES = (".geojson", ".json", ".png", ".tif", ".tiff")
 """Endings of a user's masks, in the order in which they are looked for."""
 
 
-def find_mask(folder: Path, slide_id: str) -> Path | None:
+def find_mask(folder: Path | None, slide_id: str) -> Path | None:
     """The user's mask or GeoJSON of a slide; None where there is none."""
+    if folder is None:
+        return None
     return next((p for s in MASK_SUFFIXES if (p := folder / f"{slide_id}{s}").is_file()), None)
 
 

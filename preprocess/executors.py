@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ def fan_out(config: PreprocessConfig, plan: FanOut, *, overwrite: bool = False) 
         raise ConfigError(f"tasks={plan.tasks}, attempts={plan.attempts}: expected at least 1.")
     if plan.executor == "local" and plan.tasks == 1:
         return preprocess_slides(config, overwrite=overwrite)
+    config = _with_whole_paths(config)
     shares = [(number, plan.tasks) for number in range(plan.tasks)]
     run = {"local": _here, "slurm": _on_slurm, "ray": _on_ray}[plan.executor]
     parts: dict[tuple[int, int], Summary] = {}
@@ -70,6 +72,12 @@ def fan_out(config: PreprocessConfig, plan: FanOut, *, overwrite: bool = False) 
             return merge_summaries(config.store, [parts[share] for share in shares])
     lost = [f"{n}/{of}" for n, of in shares if (n, of) not in parts]
     raise DataError(f"the shares {', '.join(lost)} were lost {plan.attempts} times.", "See the executor's logs.")
+
+
+def _with_whole_paths(config: PreprocessConfig) -> PreprocessConfig:
+    """The same configuration from wherever a task may start: a Ray worker has a working folder of its own."""
+    paths = {name: value.absolute() for name, value in config if isinstance(value, Path)}
+    return config.model_copy(update=paths)
 
 
 def merge_summaries(store: Path, parts: Sequence[Summary]) -> Summary:
@@ -109,6 +117,8 @@ def run_submitit(
         raise MissingExtraError("submitit", "slurm", "--executor slurm")
     import submitit
 
+    if cluster == "slurm" and shutil.which("srun") is None:
+        raise ConfigError("--executor slurm: there is no srun here.", "Run it where jobs are submitted.")
     executor = submitit.AutoExecutor(folder=config.store / "jobs", cluster=cluster)
     executor.update_parameters(
         name="cfusion-preprocess", timeout_min=plan.minutes, cpus_per_task=config.threads + 1,

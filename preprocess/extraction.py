@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +15,7 @@ import cfusion
 from cfusion.config import PreprocessConfig
 from cfusion.console import Progress, progress
 from cfusion.data.store import FeatureStore, write_slide
-from cfusion.errors import CfusionError, DataError
+from cfusion.errors import CfusionError, ConfigError, DataError
 from cfusion.files import digest_file, digest_json
 from cfusion.types import SlideFeatures
 from preprocess.annotation import find_mask
@@ -51,7 +51,7 @@ def preprocess_slides(
         config: What to do.
         slots: Loaded encoders, one list per device or thread that encodes; none: those that `config` names.
         strict: Raise at the first slide that fails.
-        overwrite: Extract slides again that were made with another configuration or from another file.
+        overwrite: Extract slides again that are stale: made with another configuration or from another file.
         share: (number, of): this process does one of `of` equal shares of the slides.
 
     Returns:
@@ -64,13 +64,15 @@ def preprocess_slides(
     """
     start = time.monotonic()
     check_magnifications(config.magnifications)
+    if config.masks is not None and not config.masks.is_dir():
+        raise ConfigError(f"masks={config.masks}: there is no such folder.")
     table = read_mpp_table(config.mpp_table) if config.mpp_table else {}
     paths = find_slides(config.slides)
     slots = load_slots(config) if slots is None else slots
     run = _Run(config, slots, table, strict, overwrite)
     mine = paths[share[0] :: share[1]]
     todo = run.sort_out(mine, same_name(paths))
-    with progress("Slides", len(todo)) as bar:
+    with progress("Slides", sum(len(some) for some in todo.values())) as bar:
         run.extract(todo, bar)
     outcomes = tuple(run.outcomes[path] for path in mine)
     name = "summary.csv" if share[1] == 1 else f"summary-{share[0]}-of-{share[1]}.csv"
@@ -86,6 +88,19 @@ def configuration_digest(config: PreprocessConfig, encoder: Encoder) -> str:
         "resolution": config.resolution, "resample": config.resample, "min_tissue": config.min_tissue,
         "tissue": METHOD, "grid": GRID_VERSION,
     })  # fmt: skip
+
+
+def _settings(config: PreprocessConfig) -> dict[str, Any]:
+    """The settings that features depend on, as they stand in a slide's attributes."""
+    return {
+        "magnifications": list(config.magnifications), "resolution": config.resolution, "resample": config.resample,
+        "min_tissue": config.min_tissue, "grid_version": GRID_VERSION,
+    }  # fmt: skip
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}…" if len(text) > 40 else text or "none"
 
 
 class _Run:
@@ -107,46 +122,53 @@ class _Run:
         self._start = time.monotonic()
         self._bar = Progress("", 0)
 
-    def sort_out(self, paths: Sequence[Path], same: dict[str, list[Path]]) -> list[Path]:
-        """The slides that are to be extracted; the others get their outcome."""
-        todo = []
+    def sort_out(self, paths: Sequence[Path], same: dict[str, list[Path]]) -> dict[tuple[int, ...], list[Path]]:
+        """The slides to extract, by the numbers of the encoders they lack; the others get their outcome."""
+        todo: dict[tuple[int, ...], list[Path]] = {}
         for path in paths:
-            states = {self._state(path, encoder) for encoder in self.encoders}
-            if slide_id_of(path) in same:
-                names = ", ".join(str(p) for p in same[slide_id_of(path)])
-                self._fail(
-                    path, DataError(f"{len(same[slide_id_of(path)])} slides have this name: {names}.", "Rename one.")
-                )
-            elif states == {"done"}:
-                self.outcomes[path] = SlideOutcome(slide_id_of(path), "skipped", "it is there already", path=str(path))
-            elif "stale" in states and not self.overwrite:
-                why = "made with another configuration or from another file; --overwrite extracts it again"
-                self.outcomes[path] = SlideOutcome(slide_id_of(path), "stale", why, path=str(path))
+            slide_id = slide_id_of(path)
+            if slide_id in same:
+                names = ", ".join(str(p) for p in same[slide_id])
+                self._fail(path, DataError(f"{len(same[slide_id])} slides have this name: {names}.", "Rename one."))
+                continue
+            there = [FeatureStore(self.config.store / e.name).attrs_if_whole(slide_id) for e in self.encoders]
+            why = ["" if a is None else self._why_stale(path, e, a) for e, a in zip(self.encoders, there, strict=True)]
+            lacking = tuple(i for i, attrs in enumerate(there) if attrs is None or why[i])
+            if any(why) and not self.overwrite:
+                told = ", ".join(f"{e.name} {reason}" for e, reason in zip(self.encoders, why, strict=True) if reason)
+                told = f"{told}; --overwrite extracts it again"
+                self.outcomes[path] = SlideOutcome(slide_id, "stale", told, path=str(path))
+            elif lacking:
+                todo.setdefault(lacking, []).append(path)
             else:
-                todo.append(path)
+                self.outcomes[path] = SlideOutcome(slide_id, "skipped", "it is there already", path=str(path))
         return todo
 
-    def extract(self, paths: Sequence[Path], bar: Progress) -> None:
+    def extract(self, todo: Mapping[tuple[int, ...], Sequence[Path]], bar: Progress) -> None:
         """Take the slides through the pipeline."""
         self._bar = bar
         self._start = time.monotonic()
-        self.pipeline.run(paths)
+        for encoders, paths in todo.items():
+            self.pipeline.run(paths, encoders)
 
-    def _state(self, path: Path, encoder: Encoder) -> Literal["done", "stale", "absent"]:
-        attrs = FeatureStore(self.config.store / encoder.name).attrs_if_whole(slide_id_of(path))
-        if attrs is None:
-            return "absent"
-        told = {"table": self.mpp_table.get(slide_id_of(path)), "default": self.config.default_mpp}
-        same = (
-            attrs.get("config_digest") == self.digests[encoder.name]
-            and attrs.get("slide_bytes") == path.stat().st_size
-            and attrs.get("mpp") == told.get(str(attrs.get("mpp_source")), attrs.get("mpp"))
-            and attrs.get("mask_digest") == self._mask_digest(slide_id_of(path))
-        )
-        return "done" if same else "stale"
+    def _why_stale(self, path: Path, encoder: Encoder, attrs: dict[str, Any]) -> str:
+        """What is not as it was when the slide's features were made; empty where nothing is."""
+        slide_id = slide_id_of(path)
+        now: dict[str, Any] = {"slide_bytes": path.stat().st_size, "mask_digest": self._mask_digest(slide_id)}
+        if attrs.get("mpp_source") in ("table", "default"):
+            now["mpp"] = self.mpp_table.get(slide_id, self.config.default_mpp)
+        changed_configuration = attrs.get("config_digest") != self.digests[encoder.name]
+        if changed_configuration:
+            now |= {**encoder.identity, **_settings(self.config)}
+        changed = [
+            f"{key} {_short(attrs.get(key))}, now {_short(new)}" for key, new in now.items() if attrs.get(key) != new
+        ]
+        if changed or changed_configuration:
+            return f"made with {'; '.join(changed) or 'another configuration'}"
+        return ""
 
     def _mask_digest(self, slide_id: str) -> str:
-        mask = find_mask(self.config.masks, slide_id) if self.config.masks else None
+        mask = find_mask(self.config.masks, slide_id)
         return digest_file(mask) if mask else ""
 
     def _plan(self, path: Path) -> Any:
@@ -162,6 +184,8 @@ class _Run:
         coords = {name: grid.coords(name) for name in grid.names}
         parents = {name: grid.parents(name) for name in grid.names[:-1]}
         for encoder in self.encoders:
+            if encoder.name not in work.features:
+                continue
             features = {name: array[keep[name]] for name, array in work.features[encoder.name].items()}
             attrs = self._attrs(work, encoder)
             write_slide(self.config.store, SlideFeatures(plan.slide.slide_id, features, coords, parents, attrs))
@@ -179,13 +203,10 @@ class _Run:
         return {
             **encoder.identity, "encoder": encoder.name, "dtype": "float16",
             "config_digest": self.digests[encoder.name], "program_version": cfusion.__version__,
-            "mpp": slide.resolution.mpp, "mpp_source": slide.resolution.source, "resolution": self.config.resolution,
-            "resample": self.config.resample, "reader": plan.reader.name, "grid_version": GRID_VERSION,
+            "mpp": slide.resolution.mpp, "mpp_source": slide.resolution.source, "reader": plan.reader.name,
             "tile_px_level0": {n: grid.scale * grid.cell_px / grid.factor(n) for n in grid.names},
-            "tissue": plan.tissue, "mask_digest": self._mask_digest(slide.slide_id),
-            "min_tissue": self.config.min_tissue,
-            "slide_digest": slide.quickhash, "slide_bytes": work.path.stat().st_size,
-            "slide_size_px": list(slide.size_px),
+            "tissue": plan.tissue, "mask_digest": plan.mask_digest, **_settings(self.config),
+            "slide_digest": slide.quickhash, "slide_bytes": slide.file_bytes, "slide_size_px": list(slide.size_px),
             "unreadable_cells": [[int(v) for v in grid.cells[number]] for number in sorted(work.bad_cells)],
         }  # fmt: skip
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from cfusion.console import progress
 from cfusion.data.store import FeatureStore, check_digests, check_features, encoders_in
-from cfusion.errors import DataError
+from cfusion.errors import ConfigError, DataError, StoreError
 from cfusion.files import atomic_path
 from cfusion.types import SlideFeatures
 
@@ -43,11 +43,10 @@ def list_store(root: Path, encoder: str | None = None) -> list[StoredSlide]:
     """The slides of a store, of one encoder or of all.
 
     Raises:
-        DataError: There is no store, or a group in it cannot be read.
+        DataError: There is no store, it holds nothing, or a group in it cannot be read.
     """
     rows = []
-    for name in [encoder] if encoder else encoders_in(root):
-        store = FeatureStore.open(root, name)
+    for store in _stores(root, encoder):
         for slide_id in store.slide_ids():
             attrs, shapes = store.attrs(slide_id), store.shapes(slide_id)
             mpp = attrs.get("mpp")
@@ -55,7 +54,9 @@ def list_store(root: Path, encoder: str | None = None) -> list[StoredSlide]:
             tiles = {magnification: shape[0] for magnification, shape in shapes.items()}
             dim = next(iter(shapes.values()), (0, 0))[1]
             bad = len(attrs.get("unreadable_cells", []))
-            rows.append(StoredSlide(name, slide_id, tiles, dim, told, bad, str(attrs.get("program_version", "?"))))
+            rows.append(
+                StoredSlide(store.encoder, slide_id, tiles, dim, told, bad, str(attrs.get("program_version", "?")))
+            )
     return rows
 
 
@@ -66,11 +67,10 @@ def verify_store(root: Path, encoder: str | None = None) -> dict[str, str]:
         What is wrong, by `encoder/slide_id`; empty where nothing is.
 
     Raises:
-        DataError: There is no store.
+        DataError: There is no store, or it holds nothing.
     """
     wrong: dict[str, str] = {}
-    stores = [FeatureStore.open(root, name) for name in ([encoder] if encoder else encoders_in(root))]
-    slides = [(store, slide_id) for store in stores for slide_id in store.slide_ids()]
+    slides = [(store, slide_id) for store in _stores(root, encoder) for slide_id in store.slide_ids()]
     with progress("Verifying", len(slides)) as bar:
         for store, slide_id in slides:
             try:
@@ -83,6 +83,13 @@ def verify_store(root: Path, encoder: str | None = None) -> dict[str, str]:
     return wrong
 
 
+def _stores(root: Path, encoder: str | None) -> list[FeatureStore]:
+    names = [encoder] if encoder else encoders_in(root)
+    if not names:
+        raise StoreError(f"{root}: holds no features.", "Give the folder that `cfusion preprocess` wrote.")
+    return [FeatureStore.open(root, name) for name in names]
+
+
 def draw_slide(slide: SlideFeatures, target: Path) -> None:
     """Draw a slide's features: tiles of each magnification in place, coloured by their first three components.
 
@@ -92,7 +99,11 @@ def draw_slide(slide: SlideFeatures, target: Path) -> None:
 
     Raises:
         DataError: The slide has no coordinates.
+        ConfigError: Pictures of this ending are not written.
     """
+    kind, known = target.suffix.lstrip(".").lower() or "png", FigureCanvasAgg.get_supported_filetypes()
+    if kind not in known:
+        raise ConfigError(f"{target}: pictures are not written as {kind}.", f"Known: {', '.join(sorted(known))}.")
     names = [name for name in slide.features if slide.coords.get(name) is not None and len(slide.coords[name])]
     if not names:
         raise DataError(f"slide {slide.slide_id}: has no coordinates, so no tile has a place.")
@@ -107,7 +118,7 @@ def draw_slide(slide: SlideFeatures, target: Path) -> None:
         axis.set_axis_off()
     figure.suptitle(f"{slide.slide_id} · {slide.attrs.get('encoder', '')}: first three principal components")
     with atomic_path(target) as temporary:
-        figure.savefig(temporary, format=target.suffix.lstrip(".") or "png", dpi=110)
+        figure.savefig(temporary, format=kind, dpi=110)
 
 
 def _components(features: np.ndarray) -> np.ndarray:

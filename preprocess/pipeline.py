@@ -36,6 +36,7 @@ class Work:
         plan: What is read of it.
         start: When it was opened, by the monotonic clock.
         features: Per encoder and magnification name, f16 [N, d]; rows of cells that cannot be read stay NaN.
+        unread_cells: Cells that are not yet read; after the last one the slide's files are closed.
         open_rows: Tiles that are not yet encoded.
         bad_cells: Number of each cell that cannot be read, with the reason.
     """
@@ -44,6 +45,7 @@ class Work:
     plan: SlidePlan
     start: float
     features: dict[str, dict[str, np.ndarray]]
+    unread_cells: int
     open_rows: int
     bad_cells: dict[int, str] = field(default_factory=dict)
 
@@ -61,7 +63,7 @@ class Pipeline:
     """Reads and encodes slides.
 
     Args:
-        slots: One list of encoders per device or thread that encodes at the same time.
+        slots: One list of encoders per device or thread that encodes at the same time; all lists are alike.
         threads: Reading threads.
         batch_size: Tiles per batch.
         plan: Makes a slide's plan; what it raises as a `CfusionError` goes to `on_failure`.
@@ -80,7 +82,8 @@ class Pipeline:
     ) -> None:
         self.pixels = self.tiles = 0
         self.encode_seconds = 0.0
-        self._encoders = slots[0]
+        self._all = slots[0]
+        self._wanted: Sequence[int] = range(len(slots[0]))
         self._slots: queue.SimpleQueue[Sequence[Encoder]] = queue.SimpleQueue()
         for slot in slots:
             self._slots.put(slot)
@@ -90,12 +93,13 @@ class Pipeline:
         self._encoding: deque[tuple[Future, list[_Piece], str]] = deque()
         self._writing: deque[tuple[Future, Path]] = deque()
 
-    def run(self, paths: Sequence[Path]) -> None:
-        """Take all slides through, in order.
+    def run(self, paths: Sequence[Path], wanted: Sequence[int]) -> None:
+        """Take all slides through, in order, with the encoders of these numbers.
 
         Raises:
             DataError: An encoder returns what cannot be its embeddings.
         """
+        self._wanted = wanted
         with (
             ThreadPoolExecutor(self._threads, "read") as readers,
             ThreadPoolExecutor(self._workers, "encode") as self._encode_pool,
@@ -111,6 +115,10 @@ class Pipeline:
                 for pool in (readers, self._encode_pool, self._write_pool):
                     pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+    @property
+    def _encoders(self) -> list[Encoder]:
+        return [self._all[i] for i in self._wanted]
 
     def _try_plan(self, path: Path) -> tuple[Path, float, SlidePlan | CfusionError]:
         start = time.monotonic()
@@ -129,11 +137,14 @@ class Pipeline:
                 encoder.name: {n: np.full((count, encoder.dim), np.nan, np.float16) for n, count in counts.items()}
                 for encoder in self._encoders
             }
-            yield Work(path, plan, start, features, sum(counts.values()))
+            yield Work(path, plan, start, features, len(plan.grid.cells), sum(counts.values()))
 
     def _take(self, work: Work, cell: CellTiles) -> None:
         """Put a cell's tiles into the batches, and encode those that are full."""
         self.pixels += cell.pixels
+        work.unread_cells -= 1
+        if work.unread_cells == 0:
+            work.plan.close()
         if cell.tiles is None:
             work.bad_cells[cell.number] = cell.error
             logger.warning("%s", cell.error)
@@ -148,16 +159,16 @@ class Pipeline:
     def _submit(self, name: str) -> None:
         batch = self._batches.pop(name, [])
         if batch:
-            self._encoding.append((self._encode_pool.submit(self._encode, batch, name), batch, name))
+            self._encoding.append((self._encode_pool.submit(self._encode, batch), batch, name))
         while len(self._encoding) > 2 * self._workers:
             self._collect()
 
-    def _encode(self, batch: list[_Piece], name: str) -> tuple[list[np.ndarray], float]:
+    def _encode(self, batch: list[_Piece]) -> tuple[list[np.ndarray], float]:
         tiles = np.concatenate([piece.tiles for piece in batch])
         slot = self._slots.get()
         start = time.monotonic()
         try:
-            embeddings = [encoder.encode(tiles, batch[0].work.plan.mpp(name)) for encoder in slot]
+            embeddings = [slot[i].encode(tiles) for i in self._wanted]
         finally:
             self._slots.put(slot)
         return embeddings, time.monotonic() - start
@@ -187,7 +198,6 @@ class Pipeline:
     def _close_rows(self, work: Work, count: int) -> None:
         work.open_rows -= count
         if work.open_rows == 0:
-            work.plan.close()
             self._writing.append((self._write_pool.submit(self._on_slide, work), work.path))
         while len(self._writing) > 4:
             self._finish()

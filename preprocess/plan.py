@@ -14,7 +14,8 @@ from typing import Literal
 import numpy as np
 
 from cfusion.config import PreprocessConfig
-from cfusion.errors import DataError
+from cfusion.errors import DataError, SlideError
+from cfusion.files import digest_file
 from preprocess.annotation import find_mask, read_mask, write_sheets
 from preprocess.grid import Grid, make_grid
 from preprocess.readers import Reader, choose_reader
@@ -53,6 +54,7 @@ class SlidePlan:
         reader: What reads it.
         resample: Filter of the coarser magnifications.
         tissue: What told the tissue: the name of the method, or of the user's mask.
+        mask_digest: SHA-256 of the user's mask; empty where there is none.
         cell_rows: For each cell, per magnification name, the rows of its tiles.
     """
 
@@ -61,16 +63,12 @@ class SlidePlan:
     reader: Reader
     resample: Literal["area", "bicubic"]
     tissue: str
+    mask_digest: str
     cell_rows: list[dict[str, np.ndarray]] = field(repr=False)
 
     def cells(self) -> Iterator[int]:
         """Numbers of the cells."""
         return iter(range(len(self.grid.cells)))
-
-    def mpp(self, name: str) -> float:
-        """True µm/px of the tiles of a magnification."""
-        finest = self.grid.names[0]
-        return self.slide.resolution.mpp * self.grid.scale * self.grid.factor(finest) / self.grid.factor(name)
 
     def read_cell(self, number: int) -> CellTiles:
         """Read one cell and cut it into tiles; a cell that cannot be read says so instead of raising."""
@@ -82,12 +80,27 @@ class SlidePlan:
         wanted = {n: self.grid.tiles[n][r] - self.grid.cells[number] * self.grid.factor(n) for n, r in rows.items()}
         shrink = round(self.grid.scale)
         whole = self.grid.scale == shrink and self.resample == "area"
+        cut = area_tiles if self.resample == "area" else bicubic_tiles
         try:
             region = self.reader.region(x0, y0, x1 - x0, y1 - y0, shrink if whole else 1, _scratch(self.grid.cell_px))
+            tiles = cut(region, self.grid, wanted)
+            self._refuse_lost(tiles[self.grid.names[0]], rows[self.grid.names[0]])
         except DataError as error:
             return CellTiles(number, rows, None, str(error))
-        cut = area_tiles if self.resample == "area" else bicubic_tiles
-        return CellTiles(number, rows, cut(region, self.grid, wanted), pixels=(x1 - x0) * (y1 - y0))
+        return CellTiles(number, rows, tiles, pixels=(x1 - x0) * (y1 - y0))
+
+    def _refuse_lost(self, tiles: np.ndarray, rows: np.ndarray) -> None:
+        """Refuse finest tiles of tissue, u8 [n, 256, 256, 3], of which level 0 holds not one pixel.
+
+        A tile that was never written is as transparent as glass that was not scanned; the overview, which is read from
+        a coarser level, knows better.
+        """
+        name = self.grid.names[0]
+        blank = (tiles[:, ::64, ::64] == self.slide.background).all(axis=(1, 2, 3))
+        for place in self.grid.tiles[name][rows[blank]]:
+            (x0, y0), (x1, y1) = (self.grid.edge_px_level0(p, name).tolist() for p in (place, place + 1))
+            if not self.slide.read_rgba(x0, y0, x1 - x0, y1 - y0)[..., 3].any():
+                raise SlideError(f"{self.slide.path}: level 0 has no pixels at {x0}, {y0}, where there is tissue.")
 
     def close(self) -> None:
         """Close the slide's files."""
@@ -132,7 +145,7 @@ def plan_slide(path: Path, config: PreprocessConfig, mpp_table: dict[str, float]
     try:
         scale = finest_scale(slide.slide_id, slide.resolution.mpp, config.magnifications[0], config.resolution)
         overview = slide.overview()
-        own = find_mask(config.masks, slide.slide_id) if config.masks else None
+        own = find_mask(config.masks, slide.slide_id)
         if own is None:
             mask = tissue_mask(overview, overview.px_level0[0] * slide.resolution.mpp)
         else:
@@ -144,15 +157,15 @@ def plan_slide(path: Path, config: PreprocessConfig, mpp_table: dict[str, float]
             )
         if config.sheets:
             write_sheets(config.store / "sheets", slide.slide_id, overview, mask, grid)
-        corners = [(int(x), int(y)) for x, y in grid.edge_px_level0(grid.cells, grid.names[-1])]
-        reader = choose_reader(slide, corners)
+        reader = choose_reader(slide, [(int(x), int(y)) for x, y in grid.coords(grid.names[0])])
     except OSError as error:
         slide.close()
         raise DataError(f"{path}: {error.strerror or error} ({error.filename}).") from error
     except BaseException:
         slide.close()
         raise
-    return SlidePlan(slide, grid, reader, config.resample, METHOD if own is None else own.name, rows_by_cell(grid))
+    tissue, digest = (METHOD, "") if own is None else (own.name, digest_file(own))
+    return SlidePlan(slide, grid, reader, config.resample, tissue, digest, rows_by_cell(grid))
 
 
 def rows_by_cell(grid: Grid) -> list[dict[str, np.ndarray]]:

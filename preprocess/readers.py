@@ -14,7 +14,7 @@ import numpy as np
 import simplejpeg
 import tifffile
 
-from cfusion.errors import DataError
+from cfusion.errors import DataError, SlideError
 from preprocess.resample import area_average
 from preprocess.slides import Slide
 
@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 CHECK_PX = 512
 """Side of the regions on which the raw reader is compared with OpenSlide."""
+
+ENOUGH_PROBES, MOST_PROBES = 3, 12
+"""Regions that must compare equal, and how many are tried where some are broken."""
 
 CACHE_BYTES = 48 << 20
 """Memory for decoded tiles that a cell's edge cuts, so that the neighbour need not decode them again."""
@@ -31,6 +34,9 @@ JPEG, APERIO_JPEG2000_RGB = 7, 33005
 
 SOI = b"\xff\xd8"
 """Start of a JPEG stream."""
+
+EOC = b"\xff\xd9"
+"""End of a JPEG 2000 stream."""
 
 
 class Reader(Protocol):
@@ -78,7 +84,8 @@ class OpenSlideReader:
 class RawTileReader:
     """Decodes the tiles of a TIFF file by their offsets.
 
-    What it does not know, a tile that is missing or does not decode, it leaves to OpenSlide.
+    What it does not know, a tile that is missing or does not decode, it leaves to OpenSlide. A JPEG 2000 tile without
+    its end is an error of its own: OpenJPEG, and so OpenSlide, fills up what is lost with made-up pixels.
 
     Raises:
         DataError: The file's layout is not one that is read here.
@@ -106,6 +113,7 @@ class RawTileReader:
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
         self._scratch = threading.local()
+        self._has_fallen_back = False
 
     def close(self) -> None:
         """See `Reader.close`."""
@@ -116,14 +124,19 @@ class RawTileReader:
     ) -> np.ndarray:
         """See `Reader.region`."""
         try:
-            return self._region(x_px, y_px, width_px, height_px, shrink, out)
+            return self.raw_region(x_px, y_px, width_px, height_px, shrink, out)
         except (_UndecodedError, RuntimeError, ValueError, OSError) as error:
-            logger.debug("%s: the region at %d, %d goes to OpenSlide (%s)", self._slide.path, x_px, y_px, error)
+            # One line a slide: a damaged one can have thousands of such tiles.
+            level = logging.DEBUG if self._has_fallen_back else logging.INFO
+            self._has_fallen_back = True
+            where = f"the region at {x_px}, {y_px} goes to OpenSlide"
+            logger.log(level, "%s: %s, as its raw tiles do not decode (%s).", self._slide.path, where, error)
             return self._reference.region(x_px, y_px, width_px, height_px, shrink)
 
-    def _region(
-        self, x_px: int, y_px: int, width_px: int, height_px: int, shrink: int, out: np.ndarray | None
+    def raw_region(
+        self, x_px: int, y_px: int, width_px: int, height_px: int, shrink: int = 1, out: np.ndarray | None = None
     ) -> np.ndarray:
+        """`Reader.region` without OpenSlide's help."""
         right, bottom = min(x_px + width_px, self._slide.size_px[0]), min(y_px + height_px, self._slide.size_px[1])
         inside = right == x_px + width_px and bottom == y_px + height_px
         at_once = shrink if inside and not any(v % shrink for v in (x_px, y_px, *self._tile)) else 1
@@ -178,6 +191,8 @@ class RawTileReader:
         if not data:
             raise _UndecodedError("the tile is missing")
         if not self._jpeg_head:
+            if not data.rstrip(b"\0").endswith(EOC):
+                raise SlideError(f"{self._slide.path}: a JPEG 2000 tile has lost its end.", "Fetch the file again.")
             return imagecodecs.jpeg2k_decode(data)
         if data[:2] != SOI:
             raise _UndecodedError("the tile is no JPEG stream")
@@ -199,7 +214,7 @@ def choose_reader(slide: Slide, corners_px: Sequence[tuple[int, int]]) -> Reader
 
     Args:
         slide: The slide.
-        corners_px: Level-0 corners of cells; pixels are compared at the first and at the middle one.
+        corners_px: Level-0 corners of tiles of tissue; pixels are compared at some of them, spread over all.
     """
     reference = OpenSlideReader(slide)
     try:
@@ -207,16 +222,30 @@ def choose_reader(slide: Slide, corners_px: Sequence[tuple[int, int]]) -> Reader
     except DataError as error:
         logger.debug("%s It is read through OpenSlide.", error)
         return reference
-    for x, y in {corners_px[0], corners_px[len(corners_px) // 2]}:
-        try:
-            same = np.array_equal(raw.region(x, y, CHECK_PX, CHECK_PX), reference.region(x, y, CHECK_PX, CHECK_PX))
-        except DataError:
-            continue
-        if not same:
+    compared = 0
+    for i in np.unique(np.linspace(0, len(corners_px) - 1, MOST_PROBES).astype(int)):
+        same = _same_pixels(raw, reference, *corners_px[i])
+        if same is False:
             logger.info("%s: raw tiles differ from OpenSlide's pixels; it is read through OpenSlide.", slide.path)
             raw.close()
             return reference
-    return raw
+        compared += bool(same)
+        if compared == ENOUGH_PROBES:
+            break
+    if compared:
+        return raw
+    logger.info("%s: no raw tile could be compared; it is read through OpenSlide.", slide.path)
+    raw.close()
+    return reference
+
+
+def _same_pixels(raw: RawTileReader, reference: OpenSlideReader, x_px: int, y_px: int) -> bool | None:
+    """Whether both give the same pixels; none: OpenSlide cannot tell, or the raw tiles do not decode."""
+    place = (x_px, y_px, CHECK_PX, CHECK_PX)
+    try:
+        return np.array_equal(raw.raw_region(*place), reference.region(*place))
+    except (DataError, _UndecodedError, RuntimeError, ValueError, OSError):
+        return None
 
 
 def _tiff(slide: Slide) -> tifffile.TiffFile:

@@ -37,6 +37,7 @@ class Slide:
 
     Attributes:
         path: The file.
+        file_bytes: Its size.
         slide_id: The slide's name everywhere else, see `slide_id_of`.
         size_px: Width and height of level 0.
         level_sizes_px: Width and height of each level.
@@ -51,7 +52,7 @@ class Slide:
         self.slide_id = slide_id_of(path)
         self._lock = threading.Lock()
         self._handle = _open(path)
-        self._generation = 0
+        self.file_bytes = path.stat().st_size
         properties = dict(self._handle.properties)
         self.size_px: tuple[int, int] = self._handle.dimensions
         self.level_sizes_px: tuple[tuple[int, int], ...] = self._handle.level_dimensions
@@ -82,19 +83,23 @@ class Slide:
         Raises:
             SlideError: The region cannot be decoded. The slide stays usable.
         """
-        handle, generation = self._handle, self._generation
+        place = (x_px, y_px), level, (width_px, height_px)
+        handle = self._handle
         try:
-            return np.asarray(handle.read_region((x_px, y_px), level, (width_px, height_px)))
-        except openslide.OpenSlideError as error:
-            self._reopen(generation)
-            raise SlideError(f"{self.path}: the region at {x_px}, {y_px} cannot be read ({error}).") from error
+            return np.asarray(handle.read_region(*place))
+        except openslide.OpenSlideError:
+            self._replace(handle)
+        # After one error a handle refuses all that the other threads ask of it; a fresh one tells whose region it was.
+        with _open(self.path) as own:
+            try:
+                return np.asarray(own.read_region(*place))
+            except openslide.OpenSlideError as error:
+                raise SlideError(f"{self.path}: the region at {x_px}, {y_px} cannot be read ({error}).") from error
 
-    def _reopen(self, generation: int) -> None:
-        """Replace the handle: OpenSlide refuses every read on it after the first error."""
+    def _replace(self, spoilt: openslide.OpenSlide) -> None:
         with self._lock:
-            if generation == self._generation:
+            if self._handle is spoilt:
                 self._handle = _open(self.path)
-                self._generation += 1
 
     def composite(self, rgba: np.ndarray) -> np.ndarray:
         """RGB, u8 [h, w, 3], of a region laid on the slide's background colour."""

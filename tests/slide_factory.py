@@ -32,6 +32,7 @@ def write_slide(
     level_sizes: tuple[tuple[int, int], ...] = (),
     tile: int = 256,
     compression: str = "jpeg",
+    aperio: bool = True,
 ) -> Path:
     """Write a picture as a tiled TIFF of the Aperio kind.
 
@@ -43,21 +44,22 @@ def write_slide(
         level_sizes: Width and height of further levels; pixels are taken by nearest neighbour.
         tile: Side of a tile.
         compression: jpeg or jpeg2000 as tifffile names them.
+        aperio: Whether it calls itself Aperio's; otherwise it is a plain pyramid, which tells nothing of itself.
     """
+    made_by = "Aperio Image Library v1" if aperio else "a pyramid"
     told = "".join(f"|{k} = {v:g}" for k, v in (("AppMag", power), ("MPP", mpp)) if v is not None)
     height, width = picture.shape[:2]
     options = {"photometric": "rgb", "tile": (tile, tile), "compression": compression, "metadata": None}
     if compression == "jpeg":
         options["compressionargs"] = {"level": 90, "outcolorspace": "rgb"}
+    path.parent.mkdir(exist_ok=True)
     with tifffile.TiffWriter(path) as tiff:
-        tiff.write(
-            picture, description=f"Aperio Image Library v1\n{width}x{height} ({tile}x{tile}) JPEG/RGB{told}", **options
-        )
+        tiff.write(picture, description=f"{made_by}\n{width}x{height} ({tile}x{tile}) JPEG/RGB{told}", **options)
         for w, h in level_sizes:
             rows, columns = (np.arange(n) * full // n for n, full in ((h, height), (w, width)))
             tiff.write(
                 np.ascontiguousarray(picture[rows][:, columns]),
-                description=f"Aperio Image Library v1\n{width}x{height} -> {w}x{h} JPEG/RGB", subfiletype=1, **options,
+                description=f"{made_by}\n{width}x{height} -> {w}x{h} JPEG/RGB", subfiletype=1, **options,
             )  # fmt: skip
     return path
 
@@ -67,6 +69,13 @@ def tile_bytes(path: Path, level: int = 0) -> list[tuple[int, int]]:
     with tifffile.TiffFile(path) as tiff:
         page = tiff.pages[level]
         return list(zip(page.dataoffsets, page.databytecounts, strict=True))
+
+
+def drop_tile(path: Path, number: int, level: int = 0) -> None:
+    """Make one tile one that was never written: its length is 0."""
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tag = tiff.pages[level].tags["TileByteCounts"]
+        tag.overwrite([0 if i == number else count for i, count in enumerate(tag.value)])
 
 
 def break_tile(path: Path, number: int, level: int = 0) -> None:

@@ -17,11 +17,15 @@ if TYPE_CHECKING:
     from preprocess.outcome import Summary
 
 
+TASK_THREADS = 4
+"""Reading threads of a task on slurm or ray, whose machine is not this one."""
+
+
 class _RunByDefault(TyperGroup):
-    """`cfusion preprocess SLIDES …` is `cfusion preprocess run SLIDES …`."""
+    """`cfusion preprocess SLIDES …` is `cfusion preprocess run SLIDES …`, the options before or after the slides."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and not args[0].startswith("-") and args[0] not in self.commands:
+        if args and args[0] not in {*self.commands, *ctx.help_option_names}:
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
@@ -58,11 +62,15 @@ def run(
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network for weights.")] = False,
     precision: Annotated[str, typer.Option(help="card, f32, bf16 or f16.")] = "card",
     device: Annotated[list[str] | None, typer.Option(help="cpu, cuda:0, …; default all GPUs.")] = None,
-    threads: Annotated[int, typer.Option(help="Reading threads.")] = 2,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first slide that fails.")] = False,
+    threads: Annotated[
+        int | None, typer.Option(help="Reading threads; default all cores, on slurm and ray 4 a task.")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first slide that fails, on this machine.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo slides made with other settings.")] = False,
     executor: Annotated[str, typer.Option(help="local, slurm or ray.")] = "local",
-    tasks: Annotated[int, typer.Option(help="Shares of the slides, one task each, on slurm or ray.")] = 1,
+    tasks: Annotated[int, typer.Option(help="Shares of the slides, one task each, on slurm or ray.", min=1)] = 1,
     gpus: Annotated[int, typer.Option(help="GPUs of a task, on slurm or ray.")] = 0,
     partition: Annotated[str, typer.Option(help="SLURM partition.")] = "",
 ) -> None:
@@ -79,11 +87,18 @@ def run(
         "magnifications": _numbers(magnifications), "resolution": resolution, "default_mpp": default_mpp,
         "mpp_table": mpp_table, "resample": resample, "min_tissue": min_tissue, "sheets": sheets, "weights": weights,
         "offline": offline, "batch_size": batch_size, "precision": precision, "devices": tuple(device or ()),
-        "threads": threads,
     }  # fmt: skip
-    config = validate(PreprocessConfig, values, "cfusion preprocess")
     if executor not in ("local", "slurm", "ray"):
         raise ConfigError(f"--executor {executor}: expected local, slurm or ray.")
+    if executor == "local" and (tasks > 1 or gpus or partition):
+        raise ConfigError("--tasks, --gpus and --partition spread the work.", "Give --executor slurm or ray as well.")
+    if executor != "local" and strict:
+        raise ConfigError("--strict stops the tasks of this machine alone.", "Leave it out, or --executor.")
+    if threads is None and executor != "local":
+        threads = TASK_THREADS
+    if threads is not None:
+        values["threads"] = threads
+    config = validate(PreprocessConfig, values, "cfusion preprocess")
     if executor == "local":
         summary = preprocess_slides(config, strict=strict or slides.is_file(), overwrite=overwrite)
     else:
@@ -188,9 +203,10 @@ def _tell(summary: Summary) -> None:
     partly = [o for o in summary.of("done") if o.why]
     for outcome in partly:
         typer.echo(f"partly  {outcome.slide_id}: {outcome.why}")
-    lost = len(summary.of("failed")) + len(summary.of("stale"))
-    if lost:
-        raise PartialResultError(f"{lost} of {len(summary.outcomes)} slides have no features.", f"See {summary.table}.")
+    failed, stale = len(summary.of("failed")), len(summary.of("stale"))
+    if failed or stale:
+        told = [f"{failed} failed"] * bool(failed) + [f"{stale} are stale"] * bool(stale)
+        raise PartialResultError(f"of {len(summary.outcomes)} slides {' and '.join(told)}.", f"See {summary.table}.")
 
 
 def _table(summary: Summary) -> None:

@@ -104,22 +104,27 @@ class FeatureStore:
                     if key in group[name]:
                         by_name[name] = np.asarray(group[name][key][:])
         except (OSError, ValueError, KeyError) as error:
-            path = self.group_path(slide_id)
-            raise StoreError(f"{path}: cannot be read ({error}).", "Delete it and extract the slide again.") from error
+            raise self._unreadable(slide_id, error) from error
         return SlideFeatures(
             slide_id, arrays["features"], arrays["coords"], arrays["parent"], dict(group.attrs.items())
         )
 
     def shapes(self, slide_id: str) -> dict[str, tuple[int, int]]:
-        """Tiles and width of each magnification, finest first, without reading the features."""
-        group = self._group(slide_id)
-        names = sorted(group.group_keys(), key=magnification_value, reverse=True)
-        return {name: tuple(group[name]["features"].shape) for name in names}
+        """Tiles and width of each magnification, finest first, without reading the features.
 
-    def is_done(self, slide_id: str, config_digest: str) -> bool:
-        """Whether the slide is there, made with the configuration of this digest."""
-        attrs = self.attrs_if_whole(slide_id)
-        return attrs is not None and attrs.get("config_digest") == config_digest
+        Raises:
+            StoreError: The slide is not in the store, or its group cannot be read.
+        """
+        group = self._group(slide_id)
+        try:
+            names = sorted(group.group_keys(), key=magnification_value, reverse=True)
+            return {name: tuple(group[name]["features"].shape) for name in names}
+        except (OSError, ValueError, KeyError) as error:
+            raise self._unreadable(slide_id, error) from error
+
+    def _unreadable(self, slide_id: str, error: Exception) -> StoreError:
+        where = self.group_path(slide_id)
+        return StoreError(f"{where}: cannot be read ({error}).", "Delete it and extract the slide again.")
 
     def attrs_if_whole(self, slide_id: str) -> dict[str, Any] | None:
         """Provenance of a slide's features; None where they are not there or not whole."""

@@ -25,8 +25,8 @@ class Encoder(Protocol):
     dim: int
     identity: dict[str, Any]
 
-    def encode(self, tiles: np.ndarray, mpp: float) -> np.ndarray:
-        """Embeddings f32 [n, dim] of tiles u8 [n, 256, 256, 3] at `mpp` µm/px."""
+    def encode(self, tiles: np.ndarray) -> np.ndarray:
+        """Embeddings f32 [n, dim] of tiles u8 [n, 256, 256, 3]."""
         ...
 
 
@@ -44,7 +44,7 @@ class StainTexture:
             "version": str(descriptor.VERSION), "weights": "none (untrained)", "transform": "none", "precision": "f32",
         }  # fmt: skip
 
-    def encode(self, tiles: np.ndarray, mpp: float) -> np.ndarray:
+    def encode(self, tiles: np.ndarray) -> np.ndarray:
         """See `Encoder.encode`."""
         return self._describe(tiles)
 

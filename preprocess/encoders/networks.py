@@ -51,7 +51,7 @@ class NetworkEncoder:
         }  # fmt: skip
 
     @torch.inference_mode()
-    def encode(self, tiles: np.ndarray, mpp: float) -> np.ndarray:
+    def encode(self, tiles: np.ndarray) -> np.ndarray:
         """See `Encoder.encode`."""
         try:
             pixels = torch.from_numpy(tiles).to(self._device, non_blocking=True).permute(0, 3, 1, 2)

@@ -7,12 +7,31 @@ import pytest
 from slide_factory import break_tile, tissue_picture, write_slide
 from typer.testing import CliRunner
 
-from cfusion.cli import gdc, preprocess
+from cfusion.cli import gdc, main, preprocess
 from cfusion.errors import ConfigError, DataError, PartialResultError
 
 
 def call(*arguments: str | Path, app=preprocess.app):
     return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def call_main(*arguments: str):
+    return CliRunner().invoke(main.app, arguments)
+
+
+def test_options_may_stand_before_the_slides(tmp_path: Path):
+    slide = write_slide(tmp_path / "a.svs", tissue_picture(700, 700))
+    assert call("--store", tmp_path / "store", "--threads", 1, slide).exit_code == 0
+    assert (tmp_path / "store" / "summary.csv").is_file()
+    for flag in ("-h", "--help"):
+        assert "verify" in call_main("preprocess", flag).output
+
+
+def test_a_folder_without_features_is_no_store(tmp_path: Path):
+    for command in ("verify", "inspect"):
+        refused = call(command, tmp_path)
+        assert isinstance(refused.exception, DataError)
+        assert "holds no features" in str(refused.exception)
 
 
 @pytest.mark.parametrize("form", [(), ("run",)], ids=["short", "run"])
@@ -51,7 +70,7 @@ def test_a_folder_with_a_bad_slide_is_done_in_part(tmp_path: Path):
     (slides / "bad.svs").write_bytes(b"nothing")
     result = call(slides, "--store", tmp_path / "store")
     assert isinstance(result.exception, PartialResultError)
-    assert "1 of 3 slides have no features" in str(result.exception)
+    assert "of 3 slides 1 failed" in str(result.exception)
     assert "failed  bad: " in result.output
     assert "partly  partly: 1 of 2 cells cannot be read" in result.output
     assert isinstance(call(slides, "--store", tmp_path / "other", "--strict").exception, DataError)
@@ -65,6 +84,8 @@ def test_a_folder_with_a_bad_slide_is_done_in_part(tmp_path: Path):
         (("--resolution", "about"), "resolution='about'"),
         (("--encoder", "uni9"), "encoder 'uni9' is not known. Known: stain-texture"),
         (("--executor", "pbs"), "expected local, slurm or ray"),
+        (("--tasks", "4"), "--tasks, --gpus and --partition spread the work"),
+        (("--executor", "slurm", "--strict"), "--strict stops the tasks of this machine alone"),
         (("--device", "cuda:77", "--encoder", "uni"), "device 'cuda:77' is not here"),
         (("--threads", "0"), "threads=0"),
     ],

@@ -54,14 +54,13 @@ def test_layout_is_zarr_v3_in_uncompressed_chunks_of_1024_rows(tmp_path):
     assert (path / "x20/features/c/0/0").stat().st_size == 1024 * 8 * 2
 
 
-def test_done_means_there_and_made_with_the_same_configuration(tmp_path):
+def test_attributes_are_those_of_a_group_that_is_there(tmp_path):
     store = FeatureStore(tmp_path / "e")
-    assert not store.is_done("a", "d")
+    assert store.attrs_if_whole("a") is None
     path = write_slide(tmp_path, made_features())
-    assert store.is_done("a", "d")
-    assert not store.is_done("a", "other")
+    assert store.attrs_if_whole("a") == store.attrs("a")
     (path / "zarr.json").unlink()
-    assert not store.is_done("a", "d")
+    assert store.attrs_if_whole("a") is None
 
 
 def test_a_slide_is_replaced_whole_and_a_failed_write_leaves_nothing(tmp_path):

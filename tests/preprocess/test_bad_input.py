@@ -1,6 +1,7 @@
 """What hospitals' slides, disks, processes and encoders do to an extraction: told, listed, and never invented over."""
 
 import errno
+import re
 import shutil
 import signal
 import subprocess
@@ -11,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from slide_factory import break_tile, tissue_picture, write_slide
+from slide_factory import break_tile, drop_tile, tissue_picture, write_slide
 
 from cfusion.config import PreprocessConfig
 from cfusion.data import store as feature_store
 from cfusion.data.store import FeatureStore
-from cfusion.errors import DataError
+from cfusion.errors import ConfigError, DataError
 from preprocess.extraction import preprocess_slides
 
 SIDE = 1700
@@ -30,7 +31,7 @@ class MeanColour:
     def __init__(self, dim: int = 3, returns=None) -> None:
         self.dim, self.identity, self._returns = dim, {"version": "1"}, returns
 
-    def encode(self, tiles: np.ndarray, mpp: float) -> np.ndarray:
+    def encode(self, tiles: np.ndarray) -> np.ndarray:
         means = tiles.mean(axis=(1, 2), dtype=np.float32)
         return means if self._returns is None else self._returns(means)
 
@@ -148,6 +149,48 @@ def test_one_broken_tile_is_recorded_and_masked_and_the_rest_is_exact(slides: Pa
         np.testing.assert_array_equal(broken.coords[name], whole.coords[name][good])
 
 
+def test_a_tile_that_was_never_written_is_no_white_tile(tmp_path: Path):
+    picture = tissue_picture(2048, 2048, share=1.5)
+    for name in ("whole", "holed"):
+        write_slide(tmp_path / name / "a.tif", picture, level_sizes=((512, 512),), aperio=False)
+    drop_tile(tmp_path / "holed" / "a.tif", 8 * 5 + 2)
+    extract(tmp_path / "whole", tmp_path / "one", default_mpp=0.5)
+    summary = extract(tmp_path / "holed", tmp_path / "other", default_mpp=0.5)
+    assert [o.why for o in summary.outcomes] == ["1 of 4 cells cannot be read"]
+    one, other = read(tmp_path / "one", "a"), read(tmp_path / "other", "a")
+    assert other.attrs["unreadable_cells"] == [[0, 1]]
+    kept = ~((one.coords["x20"][:, 0] < 1024) & (one.coords["x20"][:, 1] >= 1024))
+    np.testing.assert_array_equal(other.features["x20"], one.features["x20"][kept])
+
+
+def test_a_slide_that_goes_away_when_it_is_read_is_not_lost(slides: Path, tmp_path: Path):
+    def unlink(means):
+        (slides / "s1.svs").unlink(missing_ok=True)
+        return means
+
+    config = PreprocessConfig(slides=slides, store=tmp_path / "store", batch_size=10_000)
+    summary = preprocess_slides(config, slots=[[MeanColour(returns=unlink)]])
+    assert [o.status for o in summary.outcomes] == ["done"] * 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="this system does not tell a process's open files")
+def test_slides_whose_tiles_wait_for_a_batch_are_closed(slides: Path, tmp_path: Path):
+    opened = []
+
+    def look(means):
+        links = [p.readlink() for p in Path("/proc/self/fd").iterdir() if p.is_symlink()]
+        opened.extend(link for link in links if slides in link.parents)
+        return means
+
+    extract(slides, tmp_path / "store", MeanColour(returns=look), batch_size=10_000)
+    assert not opened
+
+
+def test_a_folder_of_masks_that_is_not_there_is_told(slides: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"masks=.*none: there is no such folder"):
+        extract(slides, tmp_path / "store", masks=tmp_path / "none")
+
+
 def test_a_slide_of_broken_tiles_fails(slides: Path, tmp_path: Path):
     for number in range(49):
         break_tile(slides / "s1.svs", number)
@@ -196,12 +239,48 @@ def test_a_changed_configuration_says_which_slides_are_stale(slides: Path, tmp_p
     assert {o.status for o in extract(slides, tmp_path / "store").outcomes} == {"skipped"}
     changed = extract(slides, tmp_path / "store", min_tissue=0.9)
     assert {o.status for o in changed.outcomes} == {"stale"}
-    assert "--overwrite" in changed.outcomes[0].why
+    why = "mean-colour made with min_tissue 0.25, now 0.9; --overwrite extracts it again"
+    assert {o.why for o in changed.outcomes} == {why}
     again = extract(slides, tmp_path / "store", min_tissue=0.9, overwrite=True)
     assert {o.status for o in again.outcomes} == {"done"}
     write_slide(slides / "s0.svs", tissue_picture(1500, 1500))
     replaced = extract(slides, tmp_path / "store", min_tissue=0.9)
     assert [o.status for o in replaced.outcomes] == ["stale", "skipped", "skipped"]
+    assert re.search(r"made with slide_bytes \d+, now \d+; --overwrite", replaced.outcomes[0].why)
+
+
+def test_a_resolution_that_is_now_another_makes_a_slide_stale(tmp_path: Path):
+    path = write_slide(tmp_path / "a.svs", tissue_picture(1100, 1100), mpp=None)
+    extract(path, tmp_path / "store", default_mpp=0.5)
+    table = tmp_path / "mpp.csv"
+    table.write_text("slide_id,mpp\na,0.25\n")
+    outcome = extract(path, tmp_path / "store", default_mpp=0.5, mpp_table=table).outcomes[0]
+    assert (outcome.status, outcome.why[:40]) == ("stale", "mean-colour made with mpp 0.5, now 0.25;")
+    assert extract(path, tmp_path / "store", default_mpp=0.5).outcomes[0].status == "skipped"
+
+
+def test_an_encoder_that_is_added_does_what_is_missing_and_no_more(slides: Path, tmp_path: Path):
+    class Counting(MeanColour):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name, self.tiles = name, 0
+
+        def encode(self, tiles: np.ndarray) -> np.ndarray:
+            self.tiles += len(tiles)
+            return super().encode(tiles)
+
+    config = PreprocessConfig(slides=slides, store=tmp_path / "store")
+    first = Counting("first")
+    preprocess_slides(config.model_copy(update={"slides": slides / "s0.svs"}), slots=[[first]])
+    of_one = first.tiles
+    second = Counting("second")
+    summary = preprocess_slides(config, slots=[[first, second]])
+    assert [o.status for o in summary.outcomes] == ["done"] * 3
+    assert 0 < of_one < first.tiles == second.tiles
+    stores = [FeatureStore.open(tmp_path / "store", name) for name in ("first", "second")]
+    for slide_id in ("s0", "s1", "s2"):
+        one, other = (store.read(slide_id) for store in stores)
+        np.testing.assert_array_equal(one.features["x20"], other.features["x20"])
 
 
 def test_batches_threads_and_devices_do_not_change_the_features(slides: Path, tmp_path: Path):
@@ -220,9 +299,9 @@ sys.path[:0] = [{tests!r}]
 from pathlib import Path
 from preprocess.test_bad_input import MeanColour, extract
 class Slow(MeanColour):
-    def encode(self, tiles, mpp):
+    def encode(self, tiles):
         time.sleep(0.05)
-        return super().encode(tiles, mpp)
+        return super().encode(tiles)
 print("ready", flush=True)
 extract(Path({slides!r}), Path({store!r}), Slow(), batch_size=1)
 """

@@ -302,8 +302,8 @@ def test_one_small_vit_end_to_end(timm, tmp_path: Path):
     # The embeddings are those of the network on the tiles, batches apart.
     encoder = load_encoder(name, config)
     tiles = np.random.default_rng(0).integers(0, 256, (3, 256, 256, 3), dtype=np.uint8)
-    together = encoder.encode(tiles, 0.5)
-    alone = np.concatenate([encoder.encode(tile[None], 0.5) for tile in tiles])
+    together = encoder.encode(tiles)
+    alone = np.concatenate([encoder.encode(tile[None]) for tile in tiles])
     np.testing.assert_allclose(together, alone, atol=1e-4)
 
 
@@ -313,7 +313,7 @@ def test_precision_is_taken_and_told(timm, tmp_path: Path, precision: str):
     save_file(network.state_dict(), tmp_path / "timm_vit_tiny_patch16_224.safetensors")
     config = PreprocessConfig(weights=tmp_path, precision=precision)
     encoder = load_encoder("timm:vit_tiny_patch16_224", config)
-    found = encoder.encode(np.zeros((1, 256, 256, 3), np.uint8), 0.5)
+    found = encoder.encode(np.zeros((1, 256, 256, 3), np.uint8))
     assert found.dtype == np.float32
     assert encoder.identity["precision"] == precision
 
@@ -373,7 +373,7 @@ def test_a_device_without_memory_for_a_batch_says_so():
 
     encoder = NetworkEncoder("uni", CARDS["uni"], Hungry(), "", "cpu", "f32")
     with pytest.raises(DataError, match=r"encoder uni: cpu has not the memory for 3 tiles at once.*--batch-size"):
-        encoder.encode(np.zeros((3, 256, 256, 3), np.uint8), 0.5)
+        encoder.encode(np.zeros((3, 256, 256, 3), np.uint8))
 
 
 @pytest.fixture
@@ -413,7 +413,7 @@ def test_an_encoder_of_the_hub_is_read_from_its_cache_alone(timm, hub: Path, mon
     mean, std = (torch.tensor(told[key]).view(3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
         expected = network((pixels - mean) / std).numpy()
-    np.testing.assert_allclose(encoder.encode(tiles, 0.5), expected, atol=1e-4)
+    np.testing.assert_allclose(encoder.encode(tiles), expected, atol=1e-4)
 
 
 def test_nothing_but_tensors_is_unpickled(tmp_path: Path):

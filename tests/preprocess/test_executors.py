@@ -107,11 +107,28 @@ def test_a_lost_share_is_started_again_and_then_told(config: PreprocessConfig, m
         fan_out(config, FanOut(tasks=2))
 
 
-def test_errors_of_the_user_come_back_as_they_are(config: PreprocessConfig):
+def test_a_task_may_start_in_another_folder(config: PreprocessConfig, monkeypatch):
+    monkeypatch.chdir(config.slides.parent)
+    here = config.model_copy(update={"slides": Path("slides"), "store": Path("store"), "masks": Path()})
+    seen = []
+
+    def elsewhere(config, plan, shares, overwrite):
+        seen.append((config.slides, config.store, config.masks, config.weights))
+        return [preprocess_slides(config, share=share) for share in shares]
+
+    monkeypatch.setattr(executors, "_here", elsewhere)
+    fan_out(here, FanOut(tasks=2))
+    assert seen == [(config.slides, config.store, config.slides.parent, None)]
+
+
+def test_errors_of_the_user_come_back_as_they_are(config: PreprocessConfig, monkeypatch):
     with pytest.raises(ConfigError, match="encoder 'none' is not known"):
         fan_out(config.model_copy(update={"encoders": ("none",)}), FanOut(tasks=2))
     with pytest.raises(ConfigError, match="expected at least 1"):
         fan_out(config, FanOut(tasks=0))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match="there is no srun here"):
+        fan_out(config, FanOut("slurm", tasks=2))
 
 
 @pytest.mark.parametrize(("executor", "package"), [("slurm", "submitit"), ("ray", "ray")])

@@ -19,7 +19,7 @@ class MeanColour:
     def __init__(self) -> None:
         self.identity = {"version": "1"}
 
-    def encode(self, tiles: np.ndarray, mpp: float) -> np.ndarray:
+    def encode(self, tiles: np.ndarray) -> np.ndarray:
         return tiles.mean(axis=(1, 2), dtype=np.float32)
 
 

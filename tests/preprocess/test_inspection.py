@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from cfusion.data.store import write_slide
-from cfusion.errors import DataError
+from cfusion.errors import ConfigError, DataError
 from cfusion.types import SlideFeatures
 from preprocess.inspection import draw_slide, list_store, verify_store
 
@@ -54,6 +54,16 @@ def test_changed_bytes_and_lost_arrays_are_found(tmp_path: Path):
     assert "x10/features is not what was written" in wrong["e/lost"]
 
 
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"\0\0"], ids=["lost", "empty", "other", "zeros"])
+def test_a_damaged_group_is_named(tmp_path: Path, content: bytes | None):
+    write_slide(tmp_path, stored("a"))
+    described = tmp_path / "e/a.zarr/x10/features/zarr.json"
+    described.unlink() if content is None else described.write_bytes(content)
+    with pytest.raises(DataError, match=r"a.zarr: cannot be read .*Delete it and extract"):
+        list_store(tmp_path)
+    assert set(verify_store(tmp_path)) == {"e/a"}
+
+
 @pytest.mark.parametrize("cells", [1, 4])
 def test_a_slide_as_a_picture(tmp_path: Path, cells: int):
     draw_slide(stored("a", cells), tmp_path / "a.png")
@@ -68,4 +78,6 @@ def test_a_slide_without_places_cannot_be_drawn(tmp_path: Path):
     slide.coords.clear()
     with pytest.raises(DataError, match="has no coordinates"):
         draw_slide(slide, tmp_path / "a.png")
+    with pytest.raises(ConfigError, match=r"a.foo: pictures are not written as foo. Known: .*png"):
+        draw_slide(stored("a"), tmp_path / "a.foo")
     assert not list(tmp_path.iterdir())

@@ -52,6 +52,49 @@ def test_a_slide_whose_raw_tiles_differ_is_read_through_openslide(tmp_path: Path
     assert "raw tiles differ from OpenSlide's pixels" in caplog.text
 
 
+def test_raw_tiles_that_never_decode_are_not_taken_for_equal(tmp_path: Path, monkeypatch, caplog):
+    def fails(self, *args):
+        raise RuntimeError("no such codec")
+
+    slide = open_slide(write_slide(tmp_path / "a.svs", tissue_picture(1100, 900)))
+    monkeypatch.setattr(readers.RawTileReader, "_decode", fails)
+    with caplog.at_level("INFO"):
+        assert choose_reader(slide, [(0, 0), (512, 512)]).name == "openslide"
+    assert "no raw tile could be compared" in caplog.text
+
+
+def test_broken_tiles_are_no_comparison(tmp_path: Path, caplog):
+    path = write_slide(tmp_path / "a.svs", tissue_picture(2048, 1024))
+    corners = [(x, y) for y in range(0, 1024, 256) for x in range(0, 2048, 256)]
+    for number in range(16):
+        break_tile(path, number)
+    reader = choose_reader(open_slide(path), corners)
+    assert reader.name == "raw-tiles"
+    with caplog.at_level("INFO"):
+        for _ in range(3):
+            with pytest.raises(DataError, match="cannot be read"):
+                reader.region(0, 0, 512, 512)
+    assert caplog.text.count("goes to OpenSlide, as its raw tiles do not decode") == 1
+    for number in range(16, 32):
+        break_tile(path, number)
+    assert choose_reader(open_slide(path), corners).name == "openslide"
+
+
+def test_a_jpeg_2000_tile_without_its_end_is_an_error_and_no_picture(tmp_path: Path):
+    path = write_slide(tmp_path / "a.svs", tissue_picture(1024, 1024), compression="aperio_jp2000_rgb")
+    whole = RawTileReader(open_slide(path)).region(512, 512, 512, 512)
+    offset, length = tile_bytes(path)[5]
+    with path.open("r+b") as stream:
+        stream.seek(offset + length // 2)
+        stream.write(bytes(length - length // 2))
+    slide = open_slide(path)
+    # OpenSlide gives a picture all the same, half of it made up.
+    assert OpenSlideReader(slide).region(256, 256, 256, 256).shape == (256, 256, 3)
+    with pytest.raises(DataError, match=r"a.svs: a JPEG 2000 tile has lost its end"):
+        RawTileReader(slide).region(256, 256, 256, 256)
+    np.testing.assert_array_equal(RawTileReader(slide).region(512, 512, 512, 512), whole)
+
+
 def test_other_layouts_are_read_through_openslide(tmp_path: Path):
     slide = open_slide(write_slide(tmp_path / "a.svs", tissue_picture(600, 600), compression="deflate"))
     assert choose_reader(slide, [(0, 0)]).name == "openslide"

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import openslide
 import pytest
 from slide_factory import GLASS, break_tile, tissue_picture, write_slide
 
@@ -135,6 +136,17 @@ def test_a_bad_read_leaves_the_slide_usable(tmp_path: Path):
         with pytest.raises(DataError, match=r"a.svs: the region at 0, 0 cannot be read"):
             slide.read_rgba(0, 0, 256, 256)
         np.testing.assert_array_equal(slide.read_rgba(512, 0, 256, 256), good)
+
+
+def test_a_good_region_survives_the_error_of_another_thread(tmp_path: Path):
+    path = write_slide(tmp_path / "a.svs", tissue_picture(1024, 512))
+    good = open_slide(path).read_rgba(512, 0, 256, 256)
+    break_tile(path, 0)
+    slide = open_slide(path)
+    # What another thread does between this one's look at the handle and its reading.
+    with pytest.raises(openslide.OpenSlideError):
+        slide._handle.read_region((0, 0), 0, (256, 256))
+    np.testing.assert_array_equal(slide.read_rgba(512, 0, 256, 256), good)
 
 
 def test_an_unreadable_part_of_the_overview_is_marked(tmp_path: Path):
