@@ -150,7 +150,9 @@ def hazard_ratio(
         if abs(step) < 1e-9:
             coefficient, error = float(beta / scale), float(1 / np.sqrt(information) / scale)
             low, high = coefficient - 1.959964 * error, coefficient + 1.959964 * error
-            return HazardRatio(float(np.exp(coefficient)), float(np.exp(low)), float(np.exp(high)), coefficient, error)
+            with np.errstate(over="ignore"):  # where few patients leave the ratio unbounded, its interval ends at inf
+                ratio, lowest, highest = (float(np.exp(value)) for value in (coefficient, low, high))
+            return HazardRatio(ratio, lowest, highest, coefficient, error)
     raise UndefinedMetricError("hazard ratio: no finite estimate exists; a group has no event.")
 
 

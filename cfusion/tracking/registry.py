@@ -159,9 +159,8 @@ def _save_served(ensemble: FoldEnsemble, folder: Path, scratch: Path) -> None:
         magnification_name(m): np.zeros((count, card.backbone_dim), np.float32)
         for m, count in zip(card.magnifications, (16, 4, 1), strict=False)
     }
-    with warnings.catch_warnings():
-        # MLflow asks for annotations to infer a signature from; this one is given.
-        warnings.simplefilter("ignore", UserWarning)
+    # MLflow asks for annotations to infer a signature from; this one is given. Recorded, since it sets its own filter.
+    with warnings.catch_warnings(record=True):
         mlflow.pyfunc.save_model(
             path=str(scratch / MODEL_PATH),
             python_model=str(SERVED_MODEL),

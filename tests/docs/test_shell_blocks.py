@@ -109,6 +109,9 @@ def test_the_blocks_of_a_page_run(page, tmp_path):
     )  # fmt: skip
     at = (tmp_path / "blocks.log").read_text().split()[-1]
     assert done.returncode == 0, f"{at}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert "Warning: " not in done.stderr, done.stderr[-3000:]
+    for shown in re.findall(r"^```text\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+        assert shown in done.stdout, f"{name(page)} shows what no command printed:\n{shown}"
 
 
 def _cohort(folder: Path) -> None:

@@ -165,12 +165,13 @@ def test_a_registered_ensemble_predicts_as_the_folder_it_came_from(client, cfusi
         cfusion("predict", files.shards, "--model", "models:/whole@champion", "--uri", client.tracking_uri, "--json")
 
 
-def test_the_served_model_has_signature_example_encoder_and_time_bins(client, tmp_path):
+def test_the_served_model_has_signature_example_encoder_and_time_bins(client, tmp_path, recwarn):
     import mlflow
 
     folder = untrained(tmp_path / "run", grid="file")
     run_id = client.create_run("0").info.run_id
     register_ensemble(client, run_id, folder, "described", {})
+    assert not [warned for warned in recwarn if "type hints" in str(warned.message)]
     local = client.download_artifacts(run_id, "model", str(tmp_path))
     info = mlflow.models.get_model_info(local)
     assert [(i.name, i.shape, str(i.type)) for i in info.signature.inputs] == [
