@@ -36,6 +36,9 @@ from cfusion.types import Cohort, Split, magnification_name
 MARKER = "run.json"
 """File of a run's folder that says which run it is of."""
 
+OUTCOMES = "outcomes.csv"
+"""File of a run's folder with the outcomes that it was trained and scored with."""
+
 
 @dataclass(frozen=True)
 class PreparedRun:
@@ -193,6 +196,8 @@ def _claim(run: PreparedRun) -> None:
     write_text(folder / "config.yaml", yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
     write_json(folder / "audit.json", run.audit.to_json())
     write_splits(run.splits, folder / "splits")
+    # Of all patients: where few folds are scored, the predictions do not hold those of the training patients.
+    write_text(folder / OUTCOMES, run.cohort.cases[["time_months", "event"]].to_csv(index_label="case_id"))
     write_json(marker, {"identity": run.identity, "provenance": run.provenance})
 
 

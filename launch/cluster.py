@@ -109,6 +109,8 @@ class LaunchPlan:
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             "OMP_NUM_THREADS": str(self.resources.cpus),
         }
+        if not self.resources.gpus:
+            values["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is there would be taken
         return values | ({"MLFLOW_TRACKING_URI": self.tracking_uri} if self.tracking_uri else {})
 
     def agent(self, *, endpoint: str, run_id: str, local_address: str | None = None) -> list[str]:

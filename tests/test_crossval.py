@@ -145,6 +145,16 @@ def test_a_report_shows_the_null_of_permuted_outcomes(files, finished, tmp_path)
     assert rows[0]["cindex_low"] < rows[0]["cindex_pooled"] < rows[0]["cindex_high"]
 
 
+def test_a_run_of_one_fold_is_scored_and_reported_with_its_training_patients_outcomes(files, finished, tmp_path):
+    config = files.config(tmp_path / "run", splits={"fold": 1})
+    scores = cross_validate(config)
+    report_runs([config.output], tmp_path / "report", title="Test")
+    (row,) = json.loads((tmp_path / "report" / "summary.json").read_text())
+    assert row["cindex_pooled"] == pytest.approx(scores.summary["cindex_pooled"].iloc[0], rel=1e-12)
+    whole, alone = (pd.read_csv(run.output / "scores.csv").set_index("fold").loc[1] for run in (finished, config))
+    assert alone["ibs"] == pytest.approx(whole["ibs"], rel=1e-12), "censoring is that of the same patients"
+
+
 def test_a_slide_missing_from_the_shards_is_told_and_stops_under_strict(files, tmp_path):
     table = tmp_path / "clinical.csv"
     rows = pd.read_csv(files.table)

@@ -14,9 +14,11 @@ from cfusion.errors import DataError
 from cfusion.files import read_json
 from cfusion.report.context import ReportContext
 from cfusion.report.write import write_report
+from cfusion.run import OUTCOMES
 from cfusion.splits import read_splits
 from cfusion.survival.predictions import read_predictions
 from cfusion.survival.score import Key, Scores, score
+from cfusion.types import Cohort
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,28 @@ class Run:
         """Score its predictions."""
         return score(
             read_predictions(self.folder / "predictions.csv"),
+            self.cohort(),
             splits=read_splits(self.folder / "splits"),
             bootstrap=bootstrap,
             horizons=self.config.evaluation.horizons_months,
         )
+
+    def cohort(self) -> Cohort | None:
+        """Its patients with the outcomes that it was trained with, without slides; None where an older program ran.
+
+        Raises:
+            DataError: Their table cannot be read.
+        """
+        path = self.folder / OUTCOMES
+        if not path.exists():
+            return None
+        try:
+            outcomes = pd.read_csv(path, dtype={"case_id": str}, keep_default_na=False, float_precision="round_trip")
+            cases = outcomes.set_index("case_id").astype({"time_months": float, "event": bool})
+        except (OSError, KeyError, ValueError) as error:
+            raise DataError(f"{path}: is not the table of a run's outcomes ({error}).") from error
+        slides = pd.DataFrame({"case_id": []}, index=pd.Index([], name="slide_id"))
+        return Cohort(self.config.cohort.name, cases, slides, self.config.cohort.endpoint)
 
     def curves(self) -> pd.DataFrame:
         """Learning curves of its folds, with the run's cohort, model and protocol."""
@@ -119,6 +139,7 @@ def _together(runs: Sequence[Run]) -> Scores:
     tables = [read_predictions(run.folder / "predictions.csv") for run in runs]
     return score(
         pd.concat(tables, ignore_index=True),
+        first.cohort(),
         splits=read_splits(first.folder / "splits"),
         bootstrap=bootstrap,
         horizons=first.config.evaluation.horizons_months,

@@ -45,6 +45,7 @@ class TrainState:
         best_score: Best validation score so far (higher is better); none before the first.
         best_epoch: Its epoch, −1 before the first.
         history: One row of metrics per finished epoch.
+        loss_scale: State of the scaler of losses in fp16; empty otherwise.
     """
 
     epoch: int = 0
@@ -54,6 +55,7 @@ class TrainState:
     best_score: float | None = None
     best_epoch: int = -1
     history: list[dict[str, float]] = field(default_factory=list)
+    loss_scale: dict[str, float] = field(default_factory=dict)
 
 
 class Checkpoints:

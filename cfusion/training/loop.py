@@ -83,6 +83,7 @@ def train_fold(runtime: Runtime, job: FoldJob, model: nn.Module, stepper: Steppe
         snapshot.average = snapshot.parameters()
     checkpoints = Checkpoints(job.folder, job.identity, runtime, keep=train.keep_checkpoints, card=job.card)
     state = checkpoints.load(snapshot) or TrainState()
+    runtime.loss_scale = state.loss_scale
     runtime.publish(model, snapshot.parts)
     while state.epoch < train.epochs and not out_of_patience(state, train.patience):
         started = time.monotonic()
@@ -159,6 +160,7 @@ def _train_epoch(
         state.step += 1
         state.samples_seen += len(batch)
         state.loss_sum += report.loss * len(batch)
+        state.loss_scale = runtime.loss_scale
         checkpoints.save(state, snapshot, now=report.stop)
         if report.stop:
             raise RequeueError(

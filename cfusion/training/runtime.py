@@ -148,6 +148,17 @@ class Runtime:
             return 0.0
         return norm
 
+    @property
+    def loss_scale(self) -> dict[str, float]:
+        """State of the scaler of losses, which moves from step to step; empty where the precision is not fp16."""
+        scaler = self.accelerator.scaler
+        return {} if scaler is None else scaler.state_dict()
+
+    @loss_scale.setter
+    def loss_scale(self, state: dict[str, float]) -> None:
+        if state:
+            self.accelerator.scaler.load_state_dict(state)
+
     def parts(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Part]:
         """What this process keeps of the model and of its optimizer, by the names of the parameters."""
         parameters = dict(model.named_parameters())

@@ -96,6 +96,11 @@ def test_the_engine_and_the_tracking_server_reach_the_processes(config, monkeypa
         plan(config, engine="zero9")
 
 
+def test_without_gpus_the_cpu_computes_where_there_are_some_too(config):
+    assert plan(config, gpus=0).environment()["CUDA_VISIBLE_DEVICES"] == ""
+    assert "CUDA_VISIBLE_DEVICES" not in plan(config).environment()
+
+
 def directives(script: str) -> dict[str, str]:
     found = [
         line.removeprefix("#SBATCH --").partition("=") for line in script.splitlines() if line.startswith("#SBATCH")

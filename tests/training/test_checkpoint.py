@@ -89,6 +89,28 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
     assert_same(again, training)
 
 
+def test_the_scale_of_fp16_losses_goes_on_where_it_was(tmp_path):
+    """A GPU alone computes in fp16; its scaler is the same on a CPU."""
+    training = Training(tmp_path)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    training.checkpoints.runtime.accelerator.scaler = scaler
+    for gradient in (1.0, float("inf"), 1.0):
+        parameter = nn.Parameter(torch.ones(1))
+        optimizer = torch.optim.SGD([parameter], lr=0.1)
+        scaler.scale(parameter * gradient).sum().backward()
+        scaler.step(optimizer)
+        scaler.update()
+    training.state.loss_scale = training.checkpoints.runtime.loss_scale
+    training.step()
+    training.save()
+    again = Training(tmp_path)
+    fresh = torch.amp.GradScaler("cpu", growth_interval=3)
+    again.checkpoints.runtime.accelerator.scaler = fresh
+    again.checkpoints.runtime.loss_scale = again.load().loss_scale
+    assert fresh.state_dict() == scaler.state_dict()
+    assert (fresh.get_scale(), fresh.state_dict()["_growth_tracker"]) == (512.0, 1)
+
+
 def test_the_newest_stay_with_the_best_they_speak_of(tmp_path):
     training = Training(tmp_path, keep=3)
     for number in range(1, 8):
