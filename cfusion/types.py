@@ -142,6 +142,10 @@ class BagBatch:
     def __len__(self) -> int:
         return next(iter(self.features.values())).shape[0]
 
+    def name(self, bag: int) -> str:
+        """What an error calls a bag: its patient, or else its number."""
+        return self.case_ids[bag] if self.case_ids else f"number {bag}"
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> BagBatch:
         """The batch on `device`, its features as `dtype` where one is given."""
 

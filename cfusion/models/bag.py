@@ -124,9 +124,9 @@ class BagModel(nn.Module):
                 )
             empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
         if empty:
-            who = [batch.case_ids[i] if batch.case_ids else f"number {i}" for i in empty]
+            who = ", ".join(map(batch.name, empty))
             raise DataError(
-                f"No tile at {name} in bag {', '.join(who)}; every bag needs at least one at each magnification.",
+                f"No tile at {name} in bag {who}; every bag needs at least one at each magnification.",
                 "Leave these cases out (the audit names them) or preprocess their slides again.",
             )
 

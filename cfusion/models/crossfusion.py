@@ -116,7 +116,7 @@ class CrossFusion(BagModel):
                 f"grid: spatial needs the position of every {self.source} tile, and these bags have {found}.",
                 "Use shards with coordinates, or model.options.grid=file.",
             )
-        return spatial_grid(positions, mask)
+        return spatial_grid(positions, mask, batch.name)
 
 
 def module_name(magnification: str) -> str:

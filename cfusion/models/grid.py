@@ -7,6 +7,7 @@ around it, so that a convolution sees what it would see if the bag were alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -101,7 +102,9 @@ REACH = 3
 """Cells that the widest convolution, 7×7, sees on each side."""
 
 
-def spatial_grid(positions: Int[Tensor, "bag tile 2"], mask: Bool[Tensor, "bag tile"] | None) -> TokenGrid:
+def spatial_grid(
+    positions: Int[Tensor, "bag tile 2"], mask: Bool[Tensor, "bag tile"] | None, name: Callable[[int], str] = str
+) -> TokenGrid:
     """Tiles where they lie in the tissue.
 
     Empty rows and columns beyond the reach of the widest convolution are left out, which changes no result.
@@ -109,6 +112,7 @@ def spatial_grid(positions: Int[Tensor, "bag tile 2"], mask: Bool[Tensor, "bag t
     Args:
         positions: [bag, tile, 2], column and row of each tile.
         mask: [bag, tile], true where a tile is real; None where every tile is.
+        name: What an error calls a bag of this number.
 
     Raises:
         DataError: Two tiles of a bag stand in one cell.
@@ -124,9 +128,13 @@ def spatial_grid(positions: Int[Tensor, "bag tile 2"], mask: Bool[Tensor, "bag t
     cell = ((index * height + place[..., 1]) * width + place[..., 0]).long()
     if mask is not None:
         cell = torch.where(mask, cell, bags * height * width)
-    occupied = cell.flatten() if mask is None else cell[mask]
-    if len(torch.unique(occupied)) < len(occupied):
-        raise DataError("grid: spatial found two tiles of one bag at the same position.", "Use grid: file.")
+    found, times = torch.unique(cell.flatten() if mask is None else cell[mask], return_counts=True)
+    if len(twice := found[times > 1]):
+        raise DataError(
+            f"grid: spatial found two tiles of bag {name(int(twice[0]) // (height * width))} at the same position; "
+            "tiles that overlap have no grid of their own.",
+            "Use model.options.grid=file.",
+        )
     return TokenGrid(bags, height, width, None, mask, cell)
 
 

@@ -89,8 +89,9 @@ def test_spatial_grid_needs_positions_that_do_not_collide():
     short = {**batch.positions, "x10": batch.positions["x10"][:, 1:]}
     with pytest.raises(DataError, match=r"every x10 tile, and these bags have positions of shape \[2, 5, 2\]"):
         model(dataclasses.replace(batch, positions=short))
-    collided = {**batch.positions, "x10": torch.zeros_like(batch.positions["x10"])}
-    with pytest.raises(DataError, match="two tiles of one bag at the same position"):
+    collided = {**batch.positions, "x10": batch.positions["x10"].clone()}
+    collided["x10"][1, 3] = collided["x10"][1, 0]
+    with pytest.raises(DataError, match="two tiles of bag case-2 at the same position"):
         model(dataclasses.replace(batch, positions=collided))
 
 
