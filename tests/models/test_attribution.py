@@ -4,43 +4,57 @@ import pytest
 import torch
 from made_up_bags import WIDTH, bag, build, pad
 
-from cfusion.models import MODELS, attention_maps, input_times_gradient, tile_attention, visit_attention
-from cfusion.models.attention import SelfAttention
+from cfusion.models import (
+    MODELS,
+    attention_maps,
+    dropped_attention,
+    input_times_gradient,
+    tile_attention,
+    visit_attention,
+)
+from cfusion.models.attention import Attention, AttentionPooling, CrossAttention
 from cfusion.models.attribution import split_bags
 from cfusion.models.dropped_attention import CHUNK_ELEMENTS
 
 WITH_ATTENTION = [name for name in MODELS if name != "mean_mil"]
 
 
+def output_of(module: Attention, inputs: tuple, weights: torch.Tensor) -> torch.Tensor:
+    """What a block gives where it weighs its values by `weights`."""
+    if isinstance(module, AttentionPooling):
+        return weights[:, 0] @ inputs[1]
+    tokens = inputs[0]
+    if isinstance(module, CrossAttention):
+        value = module.key_value(inputs[1] + module.scale_embedding).chunk(2, dim=2)[1]
+    else:
+        value = module.query_key_value(tokens).chunk(3, dim=2)[2]
+    return module.out((weights @ value.unflatten(2, (module.heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2))
+
+
 @pytest.mark.parametrize("name", [n for n in WITH_ATTENTION if n != "transmil"])
-def test_weights_shown_are_the_ones_the_output_is_made_of(name: str):
-    model, one = build(name, dtype=torch.float64), bag(3, 9)
-    outputs, shown = {}, {}
+def test_weights_shown_are_the_ones_the_output_is_made_of(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dropped_attention, "SMALLEST_CHUNK", 5)
+    monkeypatch.setattr(dropped_attention, "CHUNK_ELEMENTS", 1)
+    model, batch = build(name, dtype=torch.float64, published=True), pad([bag(3, 9), bag(4, 6)])
+    blocks = {m: key.removesuffix(".attention") for key, m in model.named_modules() if isinstance(m, Attention)}
+    caught, shown = {}, {}
 
-    def remember(block: str):
-        def hook(_module, inputs, output) -> None:
-            outputs[block] = (inputs, output)
+    def remember(module: Attention, inputs: tuple, output: torch.Tensor) -> None:
+        caught[blocks[module]] = (module, inputs, output)
 
-        return hook
-
-    hooks = [
-        module.register_forward_hook(remember(key.removesuffix(".attention")))
-        for key, module in model.named_modules()
-        if isinstance(module, SelfAttention)
-    ]
-    visit_attention(model, one, lambda block, rows, weights: shown.setdefault(block, []).append((rows, weights)))
+    hooks = [module.register_forward_hook(remember) for module in blocks]
+    model(batch)
     for hook in hooks:
         hook.remove()
-    assert shown
-    for chunks in shown.values():
-        weights = torch.cat([w for _, w in chunks], dim=2)
-        assert [rows.start for rows, _ in chunks] == [0, *[rows.stop for rows, _ in chunks][:-1]]
-        torch.testing.assert_close(weights.sum(dim=3), torch.ones_like(weights[..., 0]))
-    for block, ((tokens, _), output) in outputs.items():
-        module = model.get_submodule(f"{block}.attention")
-        value = module.query_key_value(tokens).chunk(3, dim=2)[2].unflatten(2, (module.heads, -1)).transpose(1, 2)
+    visit_attention(model, batch, lambda block, rows, weights: shown.setdefault(block, []).append((rows, weights)))
+    assert shown.keys() == caught.keys()
+    for block, (module, inputs, output) in caught.items():
         weights = torch.cat([w for _, w in shown[block]], dim=2)
-        torch.testing.assert_close(module.out((weights @ value).transpose(1, 2).flatten(2)), output)
+        assert [rows.start for rows, _ in shown[block]] == [0, *[rows.stop for rows, _ in shown[block]][:-1]]
+        assert len(shown[block]) > 1 or isinstance(module, AttentionPooling)
+        torch.testing.assert_close(weights.sum(dim=3), torch.ones_like(weights[..., 0]))
+        # The output is of a pass in which nothing was shown.
+        torch.testing.assert_close(output_of(module, inputs, weights), output)
 
 
 @pytest.mark.parametrize("name", MODELS)
