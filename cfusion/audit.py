@@ -77,6 +77,15 @@ class Audit:
         """Number of findings of each kind, the most frequent first."""
         return dict(Counter(finding.kind for finding in self.findings).most_common())
 
+    def lines(self, most: int) -> list[str]:
+        """The findings as lines, at most so many of a kind; what is left out is counted."""
+        lines = []
+        for kind, count in self.counts().items():
+            lines += [str(finding) for finding in self.findings if finding.kind == kind][:most]
+            if count > most:
+                lines.append(f"… and {count - most} more [{kind}]")
+        return lines
+
     def to_frame(self) -> pd.DataFrame:
         """One row per finding: kind, subject, action, message."""
         columns = [field.name for field in dataclasses.fields(Finding)]
@@ -134,7 +143,7 @@ def audit(
     cases = cohort.cases.loc[kept].astype({"event": bool})
     clean = dataclasses.replace(cohort, cases=cases, slides=slides[slides["case_id"].isin(kept)])
     flow.append(("with slides" if available is None else "with features", len(clean.cases), len(clean.slides)))
-    findings += _doubts(clean)
+    findings += outcome_doubts(clean.name, clean.cases["time_months"], clean.cases["event"])
     named = dict.fromkeys(case for split in splits for case in (*split.train, *split.validation, *split.test))
     strangers = [case for case in named if case not in cohort.cases.index]
     findings += [_dropped("not_in_cohort", c, "is named by the splits, not by the clinical table") for c in strangers]
@@ -205,36 +214,33 @@ def _bad_outcomes(cohort: Cohort, keep_zero: bool, findings: list[Finding]) -> s
     return bad
 
 
-def _doubts(cohort: Cohort) -> list[Finding]:
-    """Signs of flipped polarity and of a wrong unit, which only a person can settle."""
-    doubts = []
-    times, event = cohort.cases["time_months"], cohort.cases["event"]
-    doubt = polarity_doubt(cohort.name, times, event)
-    if doubt is not None:
-        doubts.append(doubt)
-    if event.mean() > 0.9 and len(event) >= POLARITY_MINIMUM:
-        doubts.append(Finding("polarity", cohort.name, "doubted", f"{event.mean():.0%} of the patients have the event"))
-    if not event.any():
-        doubts.append(Finding("all_censored", cohort.name, "doubted", "no patient has the event"))
-    if times.median() > 180:
-        message = f"the median follow-up is {times.median():.0f} months; are the times in days?"
-        doubts.append(Finding("unit", cohort.name, "doubted", message))
-    if times.max() < 6:
-        message = f"the longest follow-up is {times.max():.1f} months; are the times in years?"
-        doubts.append(Finding("unit", cohort.name, "doubted", message))
-    return doubts
+def outcome_doubts(name: str, time_months: pd.Series, event: pd.Series) -> list[Finding]:
+    """Signs of flipped polarity and of a wrong unit, which only a person can settle.
 
-
-def polarity_doubt(cohort: str, time_months: pd.Series, event: pd.Series) -> Finding | None:
-    """Whether events have longer follow-up than censored patients, the mark of a flipped column."""
+    Args:
+        name: Of the cohort.
+        time_months: [case].
+        event: [case], true where the event happened.
+    """
+    doubts: list[tuple[str, str]] = []
     dead, censored = time_months[event], time_months[~event]
-    if min(len(dead), len(censored)) < POLARITY_MINIMUM or dead.median() <= censored.median():
-        return None
-    return Finding(
-        "polarity", cohort, "doubted",
-        f"events have a longer median follow-up ({dead.median():.1f} months) than censored patients "
-        f"({censored.median():.1f} months); check that 1 means what the table's column says",
-    )  # fmt: skip
+    if min(len(dead), len(censored)) >= POLARITY_MINIMUM and dead.median() > censored.median():
+        doubts.append(
+            (
+                "polarity",
+                f"events have a longer median follow-up ({dead.median():.1f} months) than censored patients "
+                f"({censored.median():.1f} months); check that 1 means what the table's column says",
+            )
+        )
+    if event.mean() > 0.9 and len(event) >= POLARITY_MINIMUM:
+        doubts.append(("polarity", f"{event.mean():.0%} of the patients have the event"))
+    if not event.any():
+        doubts.append(("all_censored", "no patient has the event"))
+    if time_months.median() > 180:
+        doubts.append(("unit", f"the median follow-up is {time_months.median():.0f} months; are the times in days?"))
+    if time_months.max() < 6:
+        doubts.append(("unit", f"the longest follow-up is {time_months.max():.1f} months; are the times in years?"))
+    return [Finding(kind, name, "doubted", message) for kind, message in doubts]
 
 
 def _clean_split(clean: Cohort, split: Split, findings: list[Finding]) -> Split:

@@ -18,6 +18,7 @@ import pandas as pd
 from cfusion.cohort_tables import coded_events, first_column, numbers, read_table
 from cfusion.config import CohortConfig
 from cfusion.errors import CohortError, ConfigError
+from cfusion.files import atomic_path
 from cfusion.types import Cohort
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ LONGEST_FOLLOW_UP_MONTHS = 600.0
 _MONTHS = {"months": 1.0, "days": 1 / DAYS_PER_MONTH, "years": 12.0}
 _BARCODE = re.compile(r"TCGA-(\w{2})-\w{4}")
 _SLIDE_SUFFIX = re.compile(r"\.(?:svs|ndpi|tiff?|mrxs|scn|vms|vmu|bif|svslide|dcm|h5|pt|zarr)$", re.IGNORECASE)
-_COVARIATES = ("age", "is_female", "oncotree_code", "grade", "stage")
+_COVARIATES = ("age", "is_female", "oncotree_code", "grade", "stage", "site")
 
 
 def patient_of(name: str) -> str:
@@ -57,7 +58,10 @@ def read_cohort(config: CohortConfig) -> Cohort:
     table = read_table(config.table)
     layout = _layout(table, config)
     rows = _READERS[layout](table, config)
-    rows["case_id"] = rows["case_id"].map(patient_of)
+    nameless = rows["case_id"].isna()
+    if nameless.any():
+        raise CohortError(f"{config.table}, row {rows.index[nameless][0] + 2}: names no patient.", "Correct the row.")
+    rows["case_id"] = rows["case_id"].str.strip().map(patient_of)
     _check_plausible(rows, config)
     cases = _one_row_per_case(rows, config)
     slides = _read_slides(config.slides) if config.slides is not None else _slides_of_rows(rows)
@@ -65,10 +69,34 @@ def read_cohort(config: CohortConfig) -> Cohort:
     return Cohort(config.name, cases, slides, config.endpoint)
 
 
+def write_outcomes(cohort: Cohort, path: Path) -> None:
+    """Write `case_id, time_months, event` of all patients: what a run's scores need beyond its predictions."""
+    with atomic_path(path) as temporary:
+        cohort.cases[["time_months", "event"]].astype({"event": int}).to_csv(temporary, float_format="%.17g")
+
+
+def read_outcomes(path: Path, name: str) -> Cohort:
+    """The patients that `write_outcomes` wrote, without their slides.
+
+    Args:
+        path: The file.
+        name: Of the cohort.
+
+    Raises:
+        CohortError: The file cannot be read or is no such table.
+    """
+    table = read_table(path)
+    if not {"case_id", "time_months", "event"} <= set(table.columns):
+        raise CohortError(f"{path}: expected the columns case_id, time_months, event.")
+    outcomes = {"time_months": numbers(table["time_months"], path), "event": coded_events(table["event"], path)}
+    cases = pd.DataFrame(outcomes).set_index(pd.Index(table["case_id"], name="case_id")).astype({"event": bool})
+    return Cohort(name, cases, pd.DataFrame({"case_id": []}, index=pd.Index([], name="slide_id")))
+
+
 def _layout(table: pd.DataFrame, config: CohortConfig) -> str:
     columns = set(table.columns)
     found = {
-        "published": {"case_id", "survival_months", "censorship"} <= columns,
+        "published": "case_id" in columns and any(_published_columns(table, e) for e in ("OS", "DSS", "PFI")),
         "cdr": "bcr_patient_barcode" in columns and {"OS", "OS.time"} <= columns,
         "gdc": any(name.endswith("vital_status") for name in columns),
         "plain": {"patient", "time"} <= columns,
@@ -97,20 +125,35 @@ _EXPECTED = {
 }
 
 
+def _published_columns(table: pd.DataFrame, endpoint: str) -> tuple[str, str] | None:
+    """The columns of time and censorship; end points other than OS carry a suffix, as in SurvPath's tables."""
+    suffixes = ("", "_os") if endpoint == "OS" else (f"_{endpoint.lower()}",)
+    pairs = ((f"survival_months{suffix}", f"censorship{suffix}") for suffix in suffixes)
+    return next((pair for pair in pairs if set(pair) <= set(table.columns)), None)
+
+
 def _published(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
-    _require_endpoint(config, "OS")
-    if "event" in table.columns:
-        event = coded_events(table["event"], config.table)
-        same = (event == coded_events(table["censorship"], config.table)).fillna(False).to_numpy(bool)
-        if same.any():
+    columns = _published_columns(table, config.endpoint)
+    if columns is None:
+        suffix = "" if config.endpoint == "OS" else f"_{config.endpoint.lower()}"
+        raise _no_endpoint(config, f"survival_months{suffix}, censorship{suffix}")
+    time, censorship = columns
+    event = coded_events(table[censorship], config.table, "censored")
+    if "event" in table.columns and config.endpoint == "OS":
+        other = (event != coded_events(table["event"], config.table)).fillna(False).to_numpy(bool)
+        if other.any():
             raise CohortError(
-                f"{config.table}, row {int(same.argmax()) + 2}: event and censorship contradict each other.",
+                f"{config.table}, row {table.index[other][0] + 2}: event and censorship contradict each other.",
                 "One of them is flipped; correct the table.",
             )
     rows = table[["case_id", *(c for c in (*_COVARIATES, "slide_id") if c in table.columns)]].copy()
-    rows["time_months"] = numbers(table["survival_months"], config.table)
-    rows["event"] = ~coded_events(table["censorship"], config.table)
+    rows["time_months"] = numbers(table[time], config.table)
+    rows["event"] = event
     return rows
+
+
+def _no_endpoint(config: CohortConfig, columns: str) -> ConfigError:
+    return ConfigError(f"{config.table}: has no end point {config.endpoint} (columns {columns}).")
 
 
 def _plain(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
@@ -119,20 +162,21 @@ def _plain(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
         raise ConfigError(f"{config.table}: lacks the column event.", f"Expected {_EXPECTED['plain']}.")
     rows = table.rename(columns={"patient": "case_id", "slide": "slide_id"}).drop(columns=["time", column])
     rows["time_months"] = numbers(table["time"], config.table) * _MONTHS[config.time_unit]
-    event = coded_events(table[column], config.table)
-    rows["event"] = event if config.event_is == "event" else ~event
+    rows["event"] = coded_events(table[column], config.table, config.event_is)
     return rows
 
 
 def _cdr(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
     time = f"{config.endpoint}.time"
     if time not in table.columns or config.endpoint not in table.columns:
-        raise ConfigError(f"{config.table}: has no end point {config.endpoint} (columns {config.endpoint}, {time}).")
+        raise _no_endpoint(config, f"{config.endpoint}, {time}")
     name = config.name.upper()
     types = sorted(t for t in table.get("type", pd.Series(dtype=str)).dropna().unique() if t in name)
     if types:
         logger.info("%s: kept the cancer types %s, after cohort.name", config.table, ", ".join(types))
         table = table[table["type"].isin(types)]
+    elif "type" in table.columns:
+        logger.info("%s: cohort.name=%s names no cancer type; all are kept", config.table, config.name)
     rows = pd.DataFrame({"case_id": table["bcr_patient_barcode"].astype(str)})
     rows["time_months"] = numbers(table[time], config.table) / DAYS_PER_MONTH
     rows["event"] = coded_events(table[config.endpoint], config.table)
@@ -140,7 +184,11 @@ def _cdr(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
 
 
 def _gdc(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
-    _require_endpoint(config, "OS")
+    if config.endpoint != "OS":
+        raise ConfigError(
+            f"{config.table}: this layout holds OS alone, not cohort.endpoint={config.endpoint}.",
+            "TCGA-CDR has OS, DSS and PFI.",
+        )
     column = {name.rsplit(".", 1)[-1]: name for name in reversed(table.columns)}
     case = next((name for name in ("cases.submitter_id", "case_submitter_id", "submitter_id") if name in table), None)
     if case is None:
@@ -161,14 +209,6 @@ def _gdc(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
 _READERS: dict[str, Callable[[pd.DataFrame, CohortConfig], pd.DataFrame]] = {
     "published": _published, "plain": _plain, "cdr": _cdr, "gdc": _gdc,
 }  # fmt: skip
-
-
-def _require_endpoint(config: CohortConfig, only: str) -> None:
-    if config.endpoint != only:
-        raise ConfigError(
-            f"{config.table}: this layout holds {only} alone, not cohort.endpoint={config.endpoint}.",
-            "TCGA-CDR has OS, DSS and PFI.",
-        )
 
 
 def _check_plausible(rows: pd.DataFrame, config: CohortConfig) -> None:
@@ -213,15 +253,22 @@ def _read_slides(path: Path) -> pd.DataFrame:
     name = first_column(table, "slide_id", "File Name", "filename", "file_name")
     if name not in table.columns:
         raise CohortError(f"{path}: names no slides.", "Expected a column slide_id, File Name or filename.")
-    files = table[name].astype(str)
-    slides = table[files.str.contains(_SLIDE_SUFFIX)] if name != "slide_id" else table
+    slides = table if name == "slide_id" else table[table[name].str.contains(_SLIDE_SUFFIX, na=False)]
+    if slides.empty:
+        raise CohortError(f"{path}: none of the files in {name} is a slide.", "Give the sheet of the slide images.")
     case = first_column(table, "case_id", "Case ID")
-    cases = slides[case] if case in table.columns else slides[name].map(slide_stem)
+    cells = slides[[name, *(c for c in (case,) if c in table.columns)]]
+    if cells.isna().any(axis=None):
+        row = cells.index[cells.isna().any(axis=1)][0] + 2
+        raise CohortError(f"{path}, row {row}: lacks {name} or {case}.", "Correct the row.")
+    # A sample sheet names the case once for each sample of the file: "C3L-00001, C3L-00001".
+    cases = slides[case].str.split(", ").str[0] if case in table.columns else slides[name].map(slide_stem)
     return _slides(slides[name], cases, str(path))
 
 
 def _slides(names: pd.Series, cases: pd.Series, source: str) -> pd.DataFrame:
-    slides = pd.DataFrame({"slide_id": names.astype(str).map(slide_stem), "case_id": cases.map(patient_of)})
+    stems = names.str.strip().map(slide_stem)
+    slides = pd.DataFrame({"slide_id": stems, "case_id": cases.str.strip().map(patient_of)})
     owners = slides.groupby("slide_id")["case_id"].nunique()
     if (owners > 1).any():
         slide = owners.index[owners > 1][0]

@@ -7,7 +7,7 @@ import io
 import json
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -15,8 +15,9 @@ import pandas as pd
 from cfusion.errors import CohortError
 
 _MISSING = ["", "'--", "--", "NA", "N/A", "NaN", "nan", "[Not Available]", "[Not Applicable]", "[Unknown]", "#N/A"]
-_TRUE = {"1", "1.0", "true", "yes", "dead", "deceased"}
-_FALSE = {"0", "0.0", "false", "no", "alive", "living"}
+_ONE = ("1", "1.0", "true", "yes")
+_ZERO = ("0", "0.0", "false", "no")
+_STATUS = {"dead": True, "deceased": True, "alive": False, "living": False}
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -31,20 +32,36 @@ def read_table(path: Path) -> pd.DataFrame:
         text = _zipped_text(path) if zipfile.is_zipfile(path) else path.read_text(encoding="utf-8-sig")
         header = text.partition("\n")[0]
         separator = "\t" if header.count("\t") > header.count(",") else ","
-        table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, na_values=_MISSING)
+        _check_header(header, separator)
+        # Blank lines are read and dropped later, so that an error names the row that an editor shows.
+        table = pd.read_csv(
+            io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, na_values=_MISSING,
+            skip_blank_lines=False,
+        ).dropna(how="all")  # fmt: skip
     except OSError as error:
         raise CohortError(f"{path}: cannot be read ({error.strerror}).", "Give the path of a table.") from error
-    except (ValueError, csv.Error, pd.errors.ParserError) as error:
-        raise CohortError(f"{path}: is not a table ({' '.join(str(error).split())}).") from error
+    except (ValueError, TypeError, AttributeError, csv.Error, pd.errors.ParserError) as error:
+        raise CohortError(
+            f"{path}: is not a table ({' '.join(str(error).split())}).", "Save it as CSV or TSV, in UTF-8."
+        ) from error
     if table.empty:
         raise CohortError(f"{path}: has no rows.")
     table.columns = table.columns.str.strip()
     return table.loc[:, ~table.columns.str.fullmatch(r"(Unnamed: \d+)?")]
 
 
+def _check_header(header: str, separator: str) -> None:
+    names = [name.strip() for name in next(csv.reader([header], delimiter=separator), []) if name.strip()]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"the columns {', '.join(twice)} stand twice")
+
+
 def _zipped_text(path: Path) -> str:
     with zipfile.ZipFile(path) as archive:
         names = [n for n in archive.namelist() if n.lower().endswith((".csv", ".tsv", ".txt"))]
+        # macOS adds a hidden twin of every file.
+        names = [n for n in names if not n.startswith("__MACOSX/") and not Path(n).name.startswith("._")]
         if len(names) != 1:
             raise ValueError(f"holds {len(names)} tables where one was expected; save a spreadsheet as CSV")
         return archive.read(names[0]).decode("utf-8-sig")
@@ -90,14 +107,19 @@ def numbers(cells: pd.Series, source: Path | str) -> pd.Series:
     return cells.map(float, na_action="ignore").astype(float)
 
 
-def coded_events(cells: pd.Series, source: Path | str) -> pd.Series:
-    """Cells as nullable booleans: 1, true, yes, dead against 0, false, no, alive.
+def coded_events(cells: pd.Series, source: Path | str, one_is: Literal["event", "censored"] = "event") -> pd.Series:
+    """Whether the event happened, as nullable booleans: the one place where polarity is turned.
+
+    Args:
+        cells: 1, true, yes against 0, false, no, or dead against alive, which say by themselves what they mean.
+        source: Where they come from.
+        one_is: What 1 stands for.
 
     Raises:
         CohortError: A cell is none of these; it is named with its row.
     """
-    words = cells.astype("string").str.strip().str.lower()
-    values = words.map({**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}).astype("boolean")
+    meaning = _STATUS | dict.fromkeys(_ONE, one_is == "event") | dict.fromkeys(_ZERO, one_is == "censored")
+    values = cells.astype("string").str.strip().str.lower().map(meaning).astype("boolean")
     wrong = (values.isna() & cells.notna()).to_numpy(bool)
     if wrong.any():
         at = int(np.argmax(wrong))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import yaml
 
 import cfusion
 from cfusion.audit import Audit, audit
-from cfusion.cohort import read_cohort
+from cfusion.cohort import read_cohort, write_outcomes
 from cfusion.config import Config
 from cfusion.data.shards import ShardDataset
 from cfusion.errors import ConfigError
@@ -36,8 +37,10 @@ from cfusion.types import Cohort, Split, magnification_name
 MARKER = "run.json"
 """File of a run's folder that says which run it is of."""
 
-OUTCOMES = "outcomes.csv"
-"""File of a run's folder with the outcomes that it was trained and scored with."""
+logger = logging.getLogger(__name__)
+
+_FINDINGS_SHOWN = 10
+"""Of a kind, when a run starts; `audit.json` has them all."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,8 @@ def open_run(runtime: Runtime, config: Config) -> PreparedRun:
     run = prepare(config)
     runtime.agree("configuration, data or program version", run.identity)
     if runtime.is_main:
+        for line in run.audit.lines(_FINDINGS_SHOWN):
+            logger.info("audit: %s", line)
         check_registration(config, run.dataset.index)
         _claim(run)
     runtime.barrier()
@@ -196,8 +201,7 @@ def _claim(run: PreparedRun) -> None:
     write_text(folder / "config.yaml", yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
     write_json(folder / "audit.json", run.audit.to_json())
     write_splits(run.splits, folder / "splits")
-    # Of all patients: where few folds are scored, the predictions do not hold those of the training patients.
-    write_text(folder / OUTCOMES, run.cohort.cases[["time_months", "event"]].to_csv(index_label="case_id"))
+    write_outcomes(run.cohort, folder / "outcomes.csv")
     write_json(marker, {"identity": run.identity, "provenance": run.provenance})
 
 
@@ -243,7 +247,8 @@ def _finish(run: PreparedRun, scores: Scores, parent: TrackedRun) -> None:
     write_environment(folder / "environment")
     row = scores.summary.iloc[0]
     parent.log({k: float(row[k]) for k in ("cindex_pooled", "cindex_mean", "cindex_std", "cindex_low", "cindex_high")})
-    for name in ("config.yaml", "audit.json", "run.json", "predictions.csv", "scores.csv", "summary.csv"):
+    tables = ("outcomes.csv", "predictions.csv", "scores.csv", "summary.csv")
+    for name in ("config.yaml", "audit.json", "run.json", *tables):
         parent.artifacts(folder / name)
     for name in ("figures", "environment", "splits"):
         parent.artifacts(folder / name, under=name)

@@ -72,6 +72,15 @@ def test_bad_outcomes_are_dropped_and_named(
         found.raise_if_strict()
 
 
+def test_lines_count_what_they_leave_out(cohort: Cohort, split: Split) -> None:
+    found = audit(with_cases(cohort, time_months={f"p{i}": 0.0 for i in range(5)} | {"p9": -1.0}), [split])
+    lines = found.lines(2)
+    assert len(lines) == 4
+    assert lines[0].startswith("dropped: p0 has a follow-up of 0")
+    assert lines[2] == "… and 3 more [zero_time]"
+    assert lines[3] == "dropped: p9 has a follow-up of -1 months [negative_time]"
+
+
 def test_zero_times_stay_where_asked(cohort: Cohort, split: Split) -> None:
     zero = with_cases(cohort, time_months={"p3": 0.0})
     assert not audit(zero, [split], keep_zero_times=True).findings

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cfusion.cohort import DAYS_PER_MONTH, patient_of, read_cohort, slide_stem
+from cfusion.cohort import DAYS_PER_MONTH, patient_of, read_cohort, read_outcomes, slide_stem, write_outcomes
 from cfusion.config import CohortConfig
 from cfusion.errors import ConfigError, DataError
 from cfusion.types import Cohort
@@ -75,11 +75,45 @@ def test_tsv_and_zip(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "table.zip", "w") as archive:
         archive.writestr("inner.tsv", text)
     pd.testing.assert_frame_equal(read(tmp_path / "table.zip").cases, plain.cases)
+    with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
+        archive.writestr("inner.tsv", text)
+        archive.writestr("__MACOSX/._inner.tsv", b"\x00\x05\x16\x07")
+    pd.testing.assert_frame_equal(read(tmp_path / "mac.zip").cases, plain.cases)
     with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
         archive.writestr("a.csv", text)
         archive.writestr("b.csv", text)
     with pytest.raises(DataError, match="holds 2 tables"):
         read(tmp_path / "two.zip")
+
+
+SURVPATH = """case_id,slide_id,site,survival_months,censorship,survival_months_dss,censorship_dss,survival_months_pfi,\
+censorship_pfi
+TCGA-AA-0001,TCGA-AA-0001-01Z.svs,AA,12,0,12,,4,0
+TCGA-AA-0002,TCGA-AA-0002-01Z.svs,AA,24,1,24,1,20,0
+"""
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "months", "events"),
+    [("OS", [12, 24], [True, False]), ("DSS", [12, 24], [None, False]), ("PFI", [4, 20], [True, True])],
+)
+def test_published_end_points(tmp_path: Path, endpoint: str, months: list, events: list) -> None:
+    cohort = read(write(tmp_path, SURVPATH), endpoint=endpoint)
+    assert cohort.endpoint == endpoint
+    assert cohort.cases["time_months"].tolist() == months
+    assert cohort.cases["event"].astype("boolean").tolist() == [pd.NA if e is None else e for e in events]
+
+
+def test_dead_and_alive_mean_what_they_say_in_either_polarity(tmp_path: Path) -> None:
+    path = write(tmp_path, "patient,slide,time,censorship\na,a1,30,Dead\nb,b1,12,alive\nc,c1,4,1\nd,d1,5,no\n")
+    assert read(path, event_is="censored").cases["event"].tolist() == [True, False, False, True]
+
+
+def test_spaces_and_empty_rows_of_a_spreadsheet(tmp_path: Path) -> None:
+    path = write(tmp_path, "patient,slide,time,event\n a , a1.svs ,3,1\na,a2.svs,3,1\nb,b1,4,0\n,,,\n,,,\n")
+    cohort = read(path)
+    assert cohort.cases.index.tolist() == ["a", "b"]
+    assert cohort.slides_of(["a"]) == {"a": ("a1", "a2")}
 
 
 CDR = """bcr_patient_barcode,type,OS,OS.time,DSS,DSS.time,PFI,PFI.time
@@ -123,9 +157,53 @@ def test_gdc_tsv_and_json_agree(tmp_path: Path) -> None:
         read(tmp_path / "clinical.tsv", endpoint="PFI")
 
 
+GDC_TSV = [
+    "cases.submitter_id|demographic.days_to_death|demographic.vital_status|diagnoses.days_to_last_follow_up|treatments.x",
+    "TCGA-AA-0001|300|Dead|'--|Radiation",
+    "TCGA-AA-0001|300|Dead|200|Pharmaceutical",
+    "TCGA-AA-0002|'--|Alive|'--|Radiation",
+    "TCGA-AA-0002|'--|Alive|100|Pharmaceutical",
+    "TCGA-AA-0003|'--|Not Reported|50|Radiation",
+    "TCGA-AA-0004|'--|Dead|70|Radiation",
+]
+
+
+def test_gdc_portal_rows_of_one_case_are_one_patient(tmp_path: Path) -> None:
+    cohort = read(write(tmp_path, "\n".join(GDC_TSV).replace("|", "\t"), "clinical.tsv"))
+    assert cohort.cases.index.tolist() == [f"TCGA-AA-000{i}" for i in (1, 2, 3, 4)]
+    assert cohort.cases["event"].tolist() == [True, False, pd.NA, True]
+    days = cohort.cases["time_months"] * DAYS_PER_MONTH
+    assert days.tolist()[:3] == pytest.approx([300, 100, 50])
+    # Dead without a day of death: the audit drops and names it; the last follow-up is no substitute.
+    assert cohort.cases["time_months"].isna().tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    "text", ['[{"submitter_id": "a", "diagnoses": ["x"]}]', '{"a": 1}', "[1]", '[{"demographic": "x"}]', "[{"]
+)
+def test_damaged_json_is_told(tmp_path: Path, text: str) -> None:
+    with pytest.raises(DataError, match=r"clinical\.json: is not a table"):
+        read(write(tmp_path, text, "clinical.json"))
+
+
+@pytest.mark.parametrize(
+    ("sheet", "message"),
+    [
+        ("File Name\tCase ID\nnotes.pdf\tTCGA-AA-0001\n", "none of the files in File Name is a slide"),
+        ("slide_id\tcase_id\na1\t\n", "row 2: lacks slide_id or case_id"),
+        ("case_id\na\n", "names no slides"),
+    ],
+)
+def test_sheets_that_name_no_slides(tmp_path: Path, sheet: str, message: str) -> None:
+    clinical = write(tmp_path, "patient,time,event\nTCGA-AA-0001,3,1\n")
+    with pytest.raises(DataError, match=message):
+        read(clinical, slides=write(tmp_path, sheet, "sheet.tsv"))
+
+
 @pytest.mark.parametrize(
     "sheet",
     [
+        "File Name\tCase ID\tSample ID\nTCGA-AA-0001-01Z-00-DX1.X.svs\tTCGA-AA-0001, TCGA-AA-0001\tA, B\n",
         "File ID\tFile Name\tCase ID\n1\tTCGA-AA-0001-01Z-00-DX1.X.svs\tTCGA-AA-0001\n2\tnotes.pdf\tTCGA-AA-0001\n",
         "id\tfilename\tmd5\n1\tTCGA-AA-0001-01Z-00-DX1.X.svs\tff\n2\tnotes.pdf\tff\n",
         "slide_id\tcase_id\nTCGA-AA-0001-01Z-00-DX1.X.svs\tTCGA-AA-0001\n",
@@ -157,6 +235,8 @@ def test_manifest_covers_a_published_cohort(shared: Path) -> None:
             "case_id,slide_id,survival_months,censorship,event\na,a1,3,1,0\nb,b1,3,1,1\n",
             r"row 3: event and censorship contradict",
         ),
+        ("patient,slide,time,event\na,a1,3,1\n\n,b1,4,0\n", r"row 4: names no patient"),
+        ("patient,slide,time,event,event\na,a1,3,1,0\n", "the columns event stand twice"),
         ("patient,slide,time,event\n", "has no rows"),
         ("", "is not a table"),
     ],
@@ -164,6 +244,15 @@ def test_manifest_covers_a_published_cohort(shared: Path) -> None:
 def test_bad_values_are_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read(write(tmp_path, text))
+
+
+def test_outcomes_read_back(tmp_path: Path) -> None:
+    cohort = read(write(tmp_path, "patient,slide,time,event\n01,a1,0.1,1\nb,b1,12.3,0\n"))
+    write_outcomes(cohort, tmp_path / "outcomes.csv")
+    again = read_outcomes(tmp_path / "outcomes.csv", "tcga_test")
+    pd.testing.assert_frame_equal(again.cases, cohort.cases[["time_months", "event"]])
+    with pytest.raises(DataError, match="expected the columns case_id, time_months, event"):
+        read_outcomes(tmp_path / "table.csv", "tcga_test")
 
 
 def test_missing_file_and_unknown_layout(tmp_path: Path) -> None:
@@ -174,7 +263,7 @@ def test_missing_file_and_unknown_layout(tmp_path: Path) -> None:
         read(path)
     with pytest.raises(ConfigError, match=r"not laid out as cohort\.format=cdr"):
         read(path, format="cdr")
-    with pytest.raises(ConfigError, match="holds OS alone"):
+    with pytest.raises(ConfigError, match=r"has no end point DSS \(columns survival_months_dss, censorship_dss\)"):
         read(write(tmp_path, "case_id,slide_id,survival_months,censorship\na,a1,3,1\n"), endpoint="DSS")
 
 

@@ -1,10 +1,12 @@
 """A whole run: every fold once, resumed where it stopped, tracked, registered."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from factories import CohortFiles, make_cohort
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -16,6 +18,7 @@ from cfusion.errors import ConfigError, DataError
 from cfusion.prediction import FoldEnsemble
 from cfusion.report.runs import report_runs
 from cfusion.run import permuted
+from cfusion.training.folds import fit
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +169,43 @@ def test_a_slide_missing_from_the_shards_is_told_and_stops_under_strict(files, t
     assert "PT-9999" not in run.cohort.cases.index
     with pytest.raises(DataError, match="PT-9999"):
         prepare(CohortFiles(table, files.shards).config(tmp_path / "run", evaluation={"strict": True}))
+
+
+def test_a_starting_run_says_what_the_audit_dropped(files, tmp_path, caplog):
+    table = pd.read_csv(files.table)
+    late = table.index[table["patient"] == "PT-0007"]
+    table.loc[late, "time"] = -1.0
+    table.to_csv(tmp_path / "clinical.csv", index=False)
+    config = CohortFiles(tmp_path / "clinical.csv", files.shards).config(tmp_path / "run", train={"epochs": 1})
+    with caplog.at_level("INFO", logger="cfusion.run"):
+        cross_validate(config)
+    assert "audit: dropped: PT-0007 has a follow-up of -1 months [negative_time]" in caplog.messages
+
+
+def test_a_run_with_an_external_test_is_reported_as_it_was_scored(files, tmp_path):
+    chosen = pd.read_csv(files.table)["patient"].unique()[:20]
+    (tmp_path / "test.csv").write_text("\n".join(["case_id", *chosen]), encoding="utf-8")
+    config = files.config(tmp_path / "run", splits={"test_cases": str(tmp_path / "test.csv")}, train={"epochs": 2})
+    own = cross_validate(config).folds
+    report_runs([config.output], tmp_path / "report", title="One fold")
+    reported = pd.read_csv(tmp_path / "report" / "scores.csv", float_precision="round_trip")
+    for column in ("harrell_c", "uno_c", "truncation_months", "ibs_null"):
+        assert reported[column].tolist() == pytest.approx(own[column].tolist(), rel=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize("protocol", ["strict", "fixed-epoch"])
+def test_the_outcomes_of_the_test_patients_change_nothing_in_training(files, tmp_path, protocol):
+    config = files.config(tmp_path / "run", evaluation={"protocol": protocol}, train={"epochs": 3})
+    run = prepare(config)
+    split, cases = run.splits[0], run.cohort.cases.copy()
+    test = list(split.test)
+    cases.loc[test, "time_months"] = cases.loc[test, "time_months"] * 3 + 1
+    cases.loc[test, "event"] = ~cases.loc[test, "event"]
+    first, second = (fit(config, c, split) for c in (run.cohort, dataclasses.replace(run.cohort, cases=cases)))
+    assert first.best_epoch == second.best_epoch
+    assert first.model.card == second.model.card  # with time bins and cut-off
+    pd.testing.assert_frame_equal(first.history, second.history)
+    for name, weights in first.model.module.state_dict().items():
+        assert torch.equal(weights, second.model.module.state_dict()[name]), name
+    predicted = [c for c in first.predictions if c not in ("survival_months", "event")]
+    pd.testing.assert_frame_equal(first.predictions[predicted], second.predictions[predicted])

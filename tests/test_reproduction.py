@@ -2,11 +2,18 @@
 
 import pandas as pd
 import pytest
+import typer
 from factories import make_cohort
+from typer.testing import CliRunner
 
+from cfusion.cli import evidence, reproduce
 from cfusion.crossval import cross_validate
 from cfusion.errors import DataError
 from cfusion.reproduction import reproduce_run
+
+app = typer.Typer()
+evidence.register(app)
+reproduce.register(app)
 
 
 def test_a_run_is_reproduced_bit_for_bit_and_a_changed_table_is_told(tmp_path):
@@ -25,6 +32,23 @@ def test_a_run_is_reproduced_bit_for_bit_and_a_changed_table_is_told(tmp_path):
     table = pd.read_csv(files.table)
     table["time"] = table["time"].to_numpy()[::-1]
     table.to_csv(files.table, index=False)
-    changed = reproduce_run(config.output, tmp_path / "changed")
-    assert changed.largest > 0
-    assert any(line.startswith("table_sha256") for line in changed.differences)
+    again = CliRunner().invoke(app, ["reproduce", str(config.output), "--out", str(tmp_path / "changed")])
+    assert again.exit_code != 0
+    assert "was not reproduced" in str(again.exception)
+    assert "table_sha256 was " in str(again.exception)
+    assert "packages" not in str(again.exception)
+
+
+def test_a_training_with_other_predictions_is_told_and_a_tolerance_is_kept(tmp_path, monkeypatch):
+    files = make_cohort(tmp_path / "cohort", two_slides=0)
+    config = files.config(tmp_path / "run", train={"epochs": 1})
+    cross_validate(config)
+    table = pd.read_csv(config.output / "predictions.csv", float_precision="round_trip")
+    table["survival_1"] += 1e-6  # the risk alone would not tell
+    table.to_csv(config.output / "predictions.csv", index=False)
+    monkeypatch.chdir(tmp_path)
+    alone = CliRunner().invoke(app, ["reproduce", "run", "--out", "first"])
+    assert "48 predictions, largest difference 1e-06" in alone.output
+    assert "another device or number of threads" in str(alone.exception)
+    near = CliRunner().invoke(app, ["reproduce", "run", "--out", "second", "--tolerance", "1e-5"])
+    assert near.exit_code == 0, near.output

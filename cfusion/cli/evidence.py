@@ -46,6 +46,8 @@ def score(
     scores = compute(read_predictions(predictions), bootstrap=bootstrap, horizons=_months(horizons))
     source = {predictions.name: {"sha256": digest_file(predictions), "bootstrap": bootstrap, "horizons": horizons}}
     page = write_report([scores], out, context=ReportContext(title=title, provenance=source))
+    for note in scores.notes:
+        typer.echo(f"note: {note}")
     for row in scores.summary.itertuples():
         typer.echo(
             f"{row.cohort}\t{row.model}\tmean C {row.cindex_mean:.3f} ± {row.cindex_std:.3f}\tpooled C "
@@ -61,7 +63,7 @@ def _months(text: str) -> tuple[float, ...]:
         months = tuple(float(word) for word in text.split(","))
     except ValueError:
         months = ()
-    if not months or min(months) <= 0 or list(months) != sorted(set(months)):
+    if not all(0 < month < float("inf") for month in months) or not months or list(months) != sorted(set(months)):
         raise ConfigError(f"--horizons {text!r}: expected increasing months, such as 12,36,60.")
     return months
 

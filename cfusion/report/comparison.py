@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 from joblib import Parallel, cpu_count, delayed
 
+from cfusion.cohort import read_outcomes
 from cfusion.errors import DataError
 from cfusion.splits import read_splits
 from cfusion.survival.comparison import compare, holm
@@ -208,7 +209,8 @@ def _summary(cell: Cell, members: Sequence[Member], bootstrap: int) -> pd.Series
     if not done:
         return None
     splits = {(split.repeat, split.fold): split for member in done for split in read_splits(member.folder / "splits")}
-    return score(_predictions(cell, done), splits=list(splits.values()), bootstrap=bootstrap).summary.iloc[0]
+    cohort = read_outcomes(done[0].folder / "outcomes.csv", cell.cohort)
+    return score(_predictions(cell, done), cohort, list(splits.values()), bootstrap=bootstrap).summary.iloc[0]
 
 
 def _predictions(cell: Cell, members: Sequence[Member]) -> pd.DataFrame:

@@ -30,14 +30,19 @@ PROTOCOLS = {
 }
 
 
-def _number(value: Any, digits: int = 3) -> str:
-    return "–" if value is None or (isinstance(value, float) and math.isnan(value)) else f"{value:.{digits}f}"
+def _number(value: Any, digits: int = 3, sign: str = "") -> str:
+    return "–" if value is None or (isinstance(value, float) and math.isnan(value)) else f"{value:{sign}.{digits}f}"
 
 
-def _interval(row: dict, names: str, digits: int = 3) -> str:
+def _interval(row: dict, names: str, digits: int = 3, sign: str = "") -> str:
     """Two columns of a row as `low to high`; nothing where they do not exist."""
     low, high = (row[name] for name in names.split())
-    return "" if math.isnan(low) else f"{low:.{digits}f} to {high:.{digits}f}"
+    return "" if math.isnan(low) else f"{low:{sign}.{digits}f} to {high:{sign}.{digits}f}"
+
+
+def _bare_p(p: float) -> str:
+    """A p-value in a column that says what it is."""
+    return "–" if math.isnan(p) else figures.p_text(p).removeprefix("p ").removeprefix("= ")
 
 
 def report_environment() -> jinja2.Environment:
@@ -46,7 +51,7 @@ def report_environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("cfusion.report"), autoescape=jinja2.select_autoescape(["html.j2"]),
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.filters.update(num=_number, p=figures.p_text, to=_interval)
+    environment.filters.update(num=_number, p=figures.p_text, bare_p=_bare_p, to=_interval)
     environment.globals["version"] = cfusion.__version__
     return environment
 
@@ -69,7 +74,7 @@ def render_page(
         rows=rows,
         horizons=[c for c in summary.columns if c.startswith("auc_") and c.count("_") == 1],
         cohorts=[_cohort(name, rows, folds, context) for name in dict.fromkeys(str(row["cohort"]) for row in rows)],
-        protocols={str(row["protocol"]): PROTOCOLS.get(str(row["protocol"]), "") for row in rows},
+        protocols={str(row["protocol"]): PROTOCOLS[str(row["protocol"])] for row in rows},
         details=details,
         open_details=len(details) <= _OPEN_DETAILS,
         comparisons=comparisons.to_dict("records"),
@@ -84,7 +89,7 @@ def render_card(summary: pd.DataFrame, context: ReportContext) -> str:
     rows = [dict(zip(summary.columns, values, strict=True)) for values in summary.itertuples(index=False)]
     return report_environment().get_template("model_card.md.j2").render(
         title=context.title, rows=rows, notes=context.notes, audits=context.audits,
-        protocols={str(row["protocol"]): PROTOCOLS.get(str(row["protocol"]), "") for row in rows},
+        protocols={str(row["protocol"]): PROTOCOLS[str(row["protocol"])] for row in rows},
         provenance=_flat_provenance(context),
     )  # fmt: skip
 

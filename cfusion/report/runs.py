@@ -9,16 +9,15 @@ from typing import Any
 
 import pandas as pd
 
+from cfusion.cohort import read_outcomes
 from cfusion.config import Config, load_config
 from cfusion.errors import DataError
 from cfusion.files import read_json
 from cfusion.report.context import ReportContext
 from cfusion.report.write import write_report
-from cfusion.run import OUTCOMES
 from cfusion.splits import read_splits
 from cfusion.survival.predictions import read_predictions
 from cfusion.survival.score import Key, Scores, score
-from cfusion.types import Cohort
 
 
 @dataclass(frozen=True)
@@ -41,33 +40,6 @@ class Run:
     def key(self) -> Key:
         """Cohort, model and protocol."""
         return self.config.cohort.name, self.config.model.name, self.config.evaluation.protocol
-
-    def scores(self, bootstrap: int) -> Scores:
-        """Score its predictions."""
-        return score(
-            read_predictions(self.folder / "predictions.csv"),
-            self.cohort(),
-            splits=read_splits(self.folder / "splits"),
-            bootstrap=bootstrap,
-            horizons=self.config.evaluation.horizons_months,
-        )
-
-    def cohort(self) -> Cohort | None:
-        """Its patients with the outcomes that it was trained with, without slides; None where an older program ran.
-
-        Raises:
-            DataError: Their table cannot be read.
-        """
-        path = self.folder / OUTCOMES
-        if not path.exists():
-            return None
-        try:
-            outcomes = pd.read_csv(path, dtype={"case_id": str}, keep_default_na=False, float_precision="round_trip")
-            cases = outcomes.set_index("case_id").astype({"time_months": float, "event": bool})
-        except (OSError, KeyError, ValueError) as error:
-            raise DataError(f"{path}: is not the table of a run's outcomes ({error}).") from error
-        slides = pd.DataFrame({"case_id": []}, index=pd.Index([], name="slide_id"))
-        return Cohort(self.config.cohort.name, cases, slides, self.config.cohort.endpoint)
 
     def curves(self) -> pd.DataFrame:
         """Learning curves of its folds, with the run's cohort, model and protocol."""
@@ -106,7 +78,8 @@ def report_runs(folders: Sequence[Path], out: Path, *, title: str, oracle: dict[
         The page.
 
     Raises:
-        DataError: A folder holds no finished run, or none has real outcomes.
+        DataError: A folder holds no finished run, none has real outcomes, or runs of one cohort, model and protocol
+            differ in more than the seed and the fold.
     """
     runs = [read_run(folder) for folder in folders]
     real = [run for run in runs if run.config.evaluation.permute_outcomes is None]
@@ -118,7 +91,7 @@ def report_runs(folders: Sequence[Path], out: Path, *, title: str, oracle: dict[
         grouped.setdefault(run.key, []).append(run)
     null: dict[Key, list[float]] = {}
     for run in permuted:
-        null.setdefault(run.key, []).append(float(run.scores(bootstrap=0).summary["cindex_pooled"].iloc[0]))
+        null.setdefault(run.key, []).append(float(score_runs([run], bootstrap=0).summary["cindex_pooled"].iloc[0]))
     context = ReportContext(
         title=title,
         audits={run.config.cohort.name: run.audit for run in real},
@@ -127,20 +100,41 @@ def report_runs(folders: Sequence[Path], out: Path, *, title: str, oracle: dict[
         oracle={key: oracle[key[0]] for key in grouped if oracle and key[0] in oracle},
         permuted={key: sum(values) / len(values) for key, values in null.items()},
     )
-    return write_report([_together(runs) for runs in grouped.values()], out, context=context)
+    scores = [score_runs(runs, runs[0].config.evaluation.bootstrap) for runs in grouped.values()]
+    return write_report(scores, out, context=context)
 
 
-def _together(runs: Sequence[Run]) -> Scores:
-    """Runs that differ in seed alone are one result."""
+def score_runs(runs: Sequence[Run], bootstrap: int) -> Scores:
+    """Score runs that differ in seed, or in the fold that each trained, as one result.
+
+    Raises:
+        DataError: They differ in anything else, or two have the same seed and fold.
+    """
     first = runs[0]
-    bootstrap = first.config.evaluation.bootstrap
-    if len(runs) == 1:
-        return first.scores(bootstrap)
-    tables = [read_predictions(run.folder / "predictions.csv") for run in runs]
+    for other in runs[1:]:
+        _check_alike(first, other)
+    splits = {(split.repeat, split.fold): split for run in runs for split in read_splits(run.folder / "splits")}
     return score(
-        pd.concat(tables, ignore_index=True),
-        first.cohort(),
-        splits=read_splits(first.folder / "splits"),
+        pd.concat([read_predictions(run.folder / "predictions.csv") for run in runs], ignore_index=True),
+        read_outcomes(first.folder / "outcomes.csv", first.config.cohort.name),
+        list(splits.values()),
         bootstrap=bootstrap,
         horizons=first.config.evaluation.horizons_months,
     )
+
+
+def _check_alike(first: Run, other: Run) -> None:
+    told = [pd.json_normalize(run.provenance, sep=".").iloc[0].astype(str) for run in (first, other)]
+    one, two = told[0].align(told[1], fill_value="none")
+    differing = {str(name) for name in one.index[one != two]}
+    fold_apart = "config.splits.fold" in differing
+    seeds = {"config.seed", "config.data.order_seed", "config.splits.fold"}
+    elsewhere = {"platform", "config.cohort.table", "config.data.shards"}  # the same by their digests
+    wrong = {name for name in differing - seeds - elsewhere if not name.startswith("packages.")}
+    wrong -= {"splits_digest"} if fold_apart else set()
+    if wrong or not differing & {"config.seed", "config.splits.fold"}:
+        what = f"differ in {', '.join(sorted(wrong))}" if wrong else "have the same seed and fold"
+        raise DataError(
+            f"{first.folder} and {other.folder} are both {', '.join(first.key)}, but {what}.",
+            "Report them apart, or compare them as a sweep: cfusion sweep report.",
+        )

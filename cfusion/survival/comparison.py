@@ -20,16 +20,19 @@ _SEED = 7
 def holm(p_values: ArrayLike) -> np.ndarray:
     """P-values adjusted after Holm (1979): the chance of any false claim among them stays below the level.
 
+    NaN is a comparison that was not made: it stays NaN, and the others are corrected as if it were not there.
+
     Raises:
-        DataError: A p-value is NaN or outside 0 … 1.
+        DataError: A p-value is outside 0 … 1.
     """
     p = np.asarray(p_values, dtype=float)
-    if not ((p >= 0) & (p <= 1)).all():
+    if ((p < 0) | (p > 1)).any():
         raise DataError("Holm's correction needs p-values between 0 and 1.")
-    order = np.argsort(p, kind="stable")
-    adjusted = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
-    result = np.empty(len(p))
-    result[order] = np.minimum(adjusted, 1)
+    made = int(np.isfinite(p).sum())
+    order = np.argsort(p, kind="stable")  # NaN stands last
+    adjusted = np.maximum.accumulate(p[order[:made]] * (made - np.arange(made)))
+    result = np.full(len(p), np.nan)
+    result[order[:made]] = np.minimum(adjusted, 1)
     return result
 
 
@@ -50,10 +53,11 @@ def compare(
 
     Returns:
         Columns `cohort, protocol, model, reference, patients, seeds, difference, low, high, p, p_holm`; empty with
-        one model.
+        one model. Two models without a common seed, or without a comparable pair of common patients, have a row with
+        NaN: they cannot be compared.
 
     Raises:
-        DataError: The reference is not among the models, or two models share no patient or seed.
+        DataError: The reference is not among the models.
     """
     names = list(dict.fromkeys(predictions["model"]))
     reference = reference or names[0]
@@ -69,12 +73,10 @@ def compare(
         for model, other in models.items():
             if model == reference:
                 continue
-            where = f"{cohort}, {model} against {reference}"
-            runs, patients = _shared(models[reference], other, where)
-            key = (runs, patients)
-            if key not in bases:
-                bases[key] = _Scored.of(models[reference], runs, patients, replicates, seed, where)
-            result = bases[key].against(other, where)
+            runs, patients = _shared(models[reference], other)
+            if (runs, patients) not in bases:
+                bases[runs, patients] = _Scored.of(models[reference], runs, patients, replicates, seed)
+            result = bases[runs, patients].against(other)
             rows.append({"cohort": cohort, "protocol": protocol, "model": model, "reference": reference, **result})
     table = pd.DataFrame(rows, columns=[
         "cohort", "protocol", "model", "reference", "patients", "seeds", "difference", "low", "high", "p",
@@ -94,45 +96,42 @@ class _Scored:
     replicates: np.ndarray
 
     @classmethod
-    def of(
-        cls, base: pd.DataFrame, runs: tuple, patients: tuple[str, ...], replicates: int, seed: int, where: str
-    ) -> _Scored:
+    def of(cls, base: pd.DataFrame, runs: tuple, patients: tuple[str, ...], replicates: int, seed: int) -> _Scored:
         outcomes = base.drop_duplicates("case_id").set_index("case_id").loc[list(patients)]
         draws = Resamples.draw(outcomes["survival_months"], outcomes["event"], replicates=replicates, seed=seed)
         once = Resamples(draws.time, draws.event, np.ones((1, len(patients)), dtype=np.float32))
-        value, spread = _within_folds(base, runs, patients, draws, once, where)
+        value, spread = _within_folds(base, runs, patients, draws, once)
         return cls(runs, patients, draws, once, value, spread)
 
-    def against(self, other: pd.DataFrame, where: str) -> dict[str, object]:
-        value, spread = _within_folds(other, self.runs, self.patients, self.draws, self.once, where)
+    def against(self, other: pd.DataFrame) -> dict[str, object]:
+        value, spread = _within_folds(other, self.runs, self.patients, self.draws, self.once)
         difference, differences = value - self.value, spread - self.replicates
+        shared = {"patients": len(self.patients), "seeds": len(self.runs)}
+        if np.isfinite(differences).sum() * 2 < len(differences) or np.isnan(difference):
+            return {**shared, **dict.fromkeys(("difference", "low", "high", "p"), float("nan"))}
         error = float(np.nanstd(differences))
         low, high = percentile_interval(differences)
         return {
-            "patients": len(self.patients), "seeds": len(self.runs), "difference": difference, "low": low,
-            "high": high, "p": float(2 * norm.sf(abs(difference) / error)) if error > 0 else 1.0,
+            **shared, "difference": difference, "low": low, "high": high,
+            "p": float(2 * norm.sf(abs(difference) / error)) if error > 0 else 1.0,
         }  # fmt: skip
 
 
-def _shared(base: pd.DataFrame, other: pd.DataFrame, where: str) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
-    """Runs (seed, repeat) and patients that both have."""
+def _shared(base: pd.DataFrame, other: pd.DataFrame) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
+    """Runs (seed, repeat) that both have, and the patients whom both score in all of these."""
     runs = tuple(sorted(set(_runs(base)) & set(_runs(other))))
-    patients = tuple(sorted(set(base["case_id"]) & set(other["case_id"])))
-    if not runs or not patients:
-        raise DataError(f"{where}: the two share no {'patient' if runs else 'seed'}.", "Score both on the same splits.")
-    return runs, patients
+    scored = [set(rows["case_id"]) for frame in (base, other) for run, rows in frame.groupby(_RUN) if run in runs]
+    return runs, tuple(sorted(set.intersection(*scored))) if scored else ()
 
 
 def _within_folds(
-    frame: pd.DataFrame, runs: tuple, patients: tuple[str, ...], draws: Resamples, once: Resamples, where: str
+    frame: pd.DataFrame, runs: tuple, patients: tuple[str, ...], draws: Resamples, once: Resamples
 ) -> tuple[float, np.ndarray]:
-    """C-index within folds, mean over the runs, as it is and of every replicate."""
-    value, spread = 0.0, np.zeros(len(draws.counts))
+    """C-index within folds, mean over the runs, as it is and of every replicate; NaN without runs or patients."""
+    value, spread = 0.0 if runs else float("nan"), np.zeros(len(draws.counts))
     for run in runs:
         rows = frame[(frame["seed"] == run[0]) & (frame["repeat"] == run[1])]
-        rows = rows.set_index("case_id")[["risk", "fold"]].reindex(list(patients))
-        if rows["risk"].isna().any():
-            raise DataError(f"{where}: seed {run[0]} does not score every shared patient.")
+        rows = rows.set_index("case_id").loc[list(patients)]
         risk, fold = rows["risk"].to_numpy(), rows["fold"].to_numpy()
         value += float(once.cindex(risk, within=fold)[0]) / len(runs)
         spread += draws.cindex(risk, within=fold) / len(runs)

@@ -136,7 +136,7 @@ def hazard_ratio(
     """
     value = np.asarray(covariate, dtype=float)
     scale = value.std()
-    if not scale > 0:
+    if not np.ptp(value) > 0:
         raise UndefinedMetricError("hazard ratio: the covariate is constant.")
     strata = np.zeros(len(time), dtype=int) if stratum is None else stratum
     parts = [_risk_sets(time[strata == s], event[strata == s], value[strata == s] / scale) for s in np.unique(strata)]

@@ -72,11 +72,13 @@ class Training:
 
     @functools.cached_property
     def truncation_months(self) -> float:
-        """The last time with at least 10% of the censoring distribution left; IPCW scores look no further."""
-        if self.event.all():
-            return float(self.time.max())
-        times, uncensored = kaplan_meier_estimator(~self.event, self.time)
-        return float(times[uncensored >= SMALLEST_CENSORING_SURVIVAL].max(initial=times[0]))
+        """The last time with at least 10% of the censoring distribution left; IPCW scores look no further.
+
+        NaN where censoring leaves less from the first time on: then no IPCW score exists.
+        """
+        times, uncensored = kaplan_meier_estimator(self.event, self.time, reverse=True)
+        left = times[uncensored >= SMALLEST_CENSORING_SURVIVAL]
+        return float(left.max()) if len(left) else float("nan")
 
     def uncensored_at(self, times: np.ndarray) -> np.ndarray:
         """[time], share of the training patients that censoring has left by then, the G of every IPCW score."""

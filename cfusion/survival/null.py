@@ -94,14 +94,15 @@ def simulate_null(
 def scored_outcomes(cohort: Cohort, splits: Sequence[Split], unit: str = "case") -> list[Outcomes]:
     """Outcomes of each fold's test side, one row per patient (`case`) or per slide (`slide`).
 
-    Patients whom the clinical table does not know are left out.
+    Patients whom the clinical table does not know, or whose time or event is missing or negative, are left out.
     """
+    known = cohort.cases[(cohort.cases["time_months"] >= 0) & cohort.cases["event"].notna()]
     folds = []
     for split in splits:
-        rows = [case for case in split.test if case in cohort.cases.index]
+        rows = [case for case in split.test if case in known.index]
         if unit == "slide":
             rows = cohort.slides.loc[cohort.slides["case_id"].isin(rows), "case_id"].tolist()
-        cases = cohort.cases.loc[rows]
+        cases = known.loc[rows]
         folds.append((cases["time_months"].to_numpy(float), cases["event"].to_numpy(bool)))
     return folds
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cfusion.cohort import patient_of
+from cfusion.cohort import LONGEST_FOLLOW_UP_MONTHS, patient_of
 from cfusion.cohort_tables import coded_events, numbers, read_table
-from cfusion.errors import PredictionsError
+from cfusion.errors import CohortError, PredictionsError
 from cfusion.types import Cohort
 
 UNIT = ["cohort", "model", "protocol"]
@@ -21,6 +21,9 @@ UNIT = ["cohort", "model", "protocol"]
 _DEFAULTS: dict[str, str | int] = {"protocol": "unknown", "seed": 0, "repeat": 0}
 FOLD = [*UNIT, "seed", "repeat", "fold"]
 """What one row of the scores per fold stands for."""
+
+PROTOCOLS = ("strict", "fixed-epoch", "published", "unknown")
+"""How the epoch was chosen; each has its own null."""
 
 _REQUIRED = ("model", "cohort", "fold", "case_id", "risk", "survival_months", "event")
 _CURVE = re.compile(r"(survival|edge)_\d+")
@@ -35,20 +38,25 @@ def read_predictions(path: Path) -> pd.DataFrame:
     Raises:
         PredictionsError: The file is no such table, or its values contradict each other; see `checked_predictions`.
     """
-    table = read_table(path)
-    events = [coded_events(table["event"], path)] if "event" in table.columns else []
-    if "censorship" in table.columns:
-        events.append(~coded_events(table.pop("censorship"), path))
-    if events:
-        if (events[0] != events[-1]).any():
-            raise PredictionsError(
-                f"{path}: event and censorship contradict each other.", "Drop the one that is flipped."
-            )
-        table["event"] = events[0]
-    for name in ("risk", "survival_months", "fold", "seed", "repeat", "risk_cutoff", *_curve_names(table)):
-        if name in table.columns:
-            table[name] = numbers(table[name], path)
+    try:
+        table = read_table(path)
+        if "censorship" in table.columns:
+            table["event"] = _events(table, path)
+        elif "event" in table.columns:
+            table["event"] = coded_events(table["event"], path)
+        for name in ("risk", "survival_months", "fold", "seed", "repeat", "risk_cutoff", *_curve_names(table)):
+            if name in table.columns:
+                table[name] = numbers(table[name], path)
+    except CohortError as error:
+        raise PredictionsError(error.message, error.remedy) from error
     return checked_predictions(table, str(path))
+
+
+def _events(table: pd.DataFrame, path: Path) -> pd.Series:
+    event = coded_events(table.pop("censorship"), path, "censored")
+    if "event" in table.columns and (event != coded_events(table["event"], path)).any():
+        raise PredictionsError(f"{path}: event and censorship contradict each other.", "Drop the one that is flipped.")
+    return event
 
 
 def checked_predictions(table: pd.DataFrame, source: str = "predictions") -> pd.DataFrame:
@@ -57,8 +65,8 @@ def checked_predictions(table: pd.DataFrame, source: str = "predictions") -> pd.
     Rows of one patient that differ in `slide_id` are averaged: the unit is the patient.
 
     Raises:
-        PredictionsError: A column or a value is missing, or not finite; a patient stands twice, is scored in two folds,
-            or has two outcomes within a cohort.
+        PredictionsError: A column or a value is missing, not finite or not what its column holds; a follow-up is
+            negative or over 50 years; a patient stands twice, is scored in two folds, or has two outcomes in a cohort.
     """
     missing = [name for name in _REQUIRED if name not in table.columns]
     if missing:
@@ -70,31 +78,62 @@ def checked_predictions(table: pd.DataFrame, source: str = "predictions") -> pd.
     for name, value in _DEFAULTS.items():
         if name not in frame.columns:
             frame[name] = value
-    for name in ("fold", "seed", "repeat", "risk", "survival_months", "event", *_curve_names(frame)):
-        wrong = frame[name].isna() if name == "event" else ~np.isfinite(frame[name].astype(float))
-        if wrong.any():
-            row = frame[wrong].iloc[0]
-            raise PredictionsError(
-                f"{source}: {int(wrong.sum())} values of {name} are missing or not finite; first {row['model']}, "
-                f"{row['cohort']}, fold {row['fold']:g}, case {row['case_id']}.", "Every patient needs a finite value.",
-            )  # fmt: skip
-    if (frame["survival_months"] < 0).any():
-        row = frame[frame["survival_months"] < 0].iloc[0]
-        raise PredictionsError(
-            f"{source}: case {row['case_id']} has a follow-up of {row['survival_months']:g} months.",
-        )
+    _check_values(frame, source)
     frame["event"] = frame["event"].astype(bool)
     frame = frame.astype({"fold": int, "seed": int, "repeat": int})
-    frame["case_id"] = frame["case_id"].astype(str).map(patient_of)
+    frame["case_id"] = frame["case_id"].astype(str).str.strip().map(patient_of)
     frame = _one_row_per_patient(frame, source)
     _check_outcomes(frame, source)
     return frame.reset_index(drop=True)
 
 
+def _check_values(frame: pd.DataFrame, source: str) -> None:
+    def refuse(wrong: pd.Series, what: str, remedy: str) -> None:
+        if wrong.any():
+            row = frame[wrong].iloc[0]
+            fold = f"{row['fold']:g}" if isinstance(row["fold"], float) else row["fold"]
+            where = f"{row['model']}, {row['cohort']}, fold {fold}, case {row['case_id']}"
+            raise PredictionsError(f"{source}: {int(wrong.sum())} values of {what}; first {where}.", remedy)
+
+    for name in (*UNIT, "case_id", "event"):
+        refuse(frame[name].isna(), f"{name} are missing", "Every row needs one.")
+    for name in ("fold", "seed", "repeat", "risk", "survival_months"):
+        refuse(_missing(frame[name]), f"{name} are missing or not finite", "Every row needs one.")
+    for name in ("fold", "seed", "repeat"):
+        refuse(frame[name].astype(float) % 1 != 0, f"{name} are no whole numbers", "Number them 0, 1, 2, …")
+    known = ", ".join(PROTOCOLS)
+    refuse(
+        ~frame["protocol"].isin(PROTOCOLS), "protocol are not known", f"Known: {known}; without the column: unknown."
+    )
+    times = frame["survival_months"].astype(float)
+    refuse(times < 0, "survival_months are negative", "Correct the rows, or leave the patients out.")
+    refuse(times > LONGEST_FOLLOW_UP_MONTHS, "survival_months are over 50 years", "Are the times in days? Give months.")
+    for name in _curve_names(frame):
+        missing = _missing(frame[name])
+        other = name.replace("survival", "edge") if name.startswith("survival") else name.replace("edge", "survival")
+        lacking = _missing(frame[other]) if other in frame.columns else pd.Series(True, index=frame.index)
+        refuse(lacking & ~missing, f"{name} have no {other}", "Survival holds at edge_1, edge_2, … (months).")
+        some = ~missing.groupby([frame[unit] for unit in UNIT]).transform("all")
+        refuse(missing & some, f"{name} are missing or not finite", "A model has it for all patients or for none.")
+
+
+def _missing(cells: pd.Series) -> pd.Series:
+    values = pd.to_numeric(cells, errors="coerce").astype(float)
+    return values.isna() | (values.abs() == np.inf)
+
+
 def _one_row_per_patient(frame: pd.DataFrame, source: str) -> pd.DataFrame:
     keys = [*FOLD, "case_id"]
     if "slide_id" in frame.columns and frame.duplicated(keys).any():
-        frame = frame.drop_duplicates([*keys, "slide_id"])
+        frame = frame.drop_duplicates()
+        again = frame.duplicated([*keys, "slide_id"])
+        if again.any():
+            row = frame[again].iloc[0]
+            raise PredictionsError(
+                f"{source}: slide {row['slide_id']} of case {row['case_id']} has two different predictions "
+                f"({row['model']}, {row['cohort']}, fold {row['fold']}).",
+                "Correct the rows; repetitions go into a column repeat.",
+            )
         rule = {
             name: "mean" if name in ("risk", "risk_cutoff") or _CURVE.fullmatch(name) else "first"
             for name in frame.columns
@@ -156,9 +195,13 @@ def fold_predictions(curves: pd.DataFrame, cohort: Cohort, told: Mapping[str, An
 
 
 def survival_columns(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray] | None:
-    """Predicted survival [case, bin] and the right edges [case, bin] in months, or None where there are none."""
-    names = sorted((c for c in _curve_names(frame) if c.startswith("survival_")), key=lambda c: int(c[9:]))
-    names = [name for name in names if f"edge_{name[9:]}" in frame.columns]
+    """Predicted survival [case, bin] and the right edges [case, bin] in months, or None where there are none.
+
+    Args:
+        frame: Checked predictions of one model.
+    """
+    there = [c for c in _curve_names(frame) if c.startswith("survival_") and frame[c].notna().all()]
+    names = sorted(there, key=lambda c: int(c[9:]))
     if not names:
         return None
     return frame[names].to_numpy(float), frame[[f"edge_{name[9:]}" for name in names]].to_numpy(float)

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, cpu_count, delayed
 
-from cfusion.audit import polarity_doubt
+from cfusion.audit import outcome_doubts
 from cfusion.errors import DataError
-from cfusion.survival.bootstrap import Resamples, percentile_interval
+from cfusion.survival.bootstrap import Resamples
 from cfusion.survival.foldscores import FoldScores, References, interval_or_nan, score_fold
 from cfusion.survival.metrics import concordance
 from cfusion.survival.patients import PatientScores, score_patients
@@ -119,7 +119,7 @@ def score(
     folds = pd.DataFrame([row for result in ordered for row in result[0]])
     summary = pd.DataFrame([result[1] for result in ordered])
     patients = {name: results[name][2] for name, _ in groups}
-    return Scores(frame, folds, summary, patients, _notes(frame, folds))
+    return Scores(frame, folds, summary, patients, _notes(frame, folds, summary if bootstrap else summary.head(0)))
 
 
 def _with_outcomes(predictions: pd.DataFrame, cohort: Cohort | None, splits: Sequence[Split]) -> pd.DataFrame:
@@ -157,16 +157,19 @@ def _check_against(frame: pd.DataFrame, cohort: Cohort) -> None:
         )  # fmt: skip
 
 
-def _notes(frame: pd.DataFrame, folds: pd.DataFrame) -> tuple[str, ...]:
+def _notes(frame: pd.DataFrame, folds: pd.DataFrame, resampled: pd.DataFrame) -> tuple[str, ...]:
     notes = []
     for name, rows in frame.groupby("cohort", sort=False):
         cases = rows.drop_duplicates("case_id")
-        doubt = polarity_doubt(str(name), cases["survival_months"], cases["event"])
-        if doubt is not None:
-            notes.append(f"{doubt.subject}: {doubt.message}.")
+        doubts = outcome_doubts(str(name), cases["survival_months"], cases["event"])
+        notes += [f"{doubt.subject}: {doubt.message}." for doubt in doubts]
     for words, rows in folds[folds["note"] != ""].groupby(["model", "note"], sort=False):
         counts = ", ".join(f"{count} of {cohort}" for cohort, count in rows["cohort"].value_counts(sort=False).items())
         notes.append(f"{words[0]}: {words[1]} in folds ({counts}).")
+    for row in resampled[resampled["cindex_low"].isna()].to_dict("records"):
+        notes.append(
+            f"{row['cohort']}, {row['model']}: no interval; most bootstrap replicates have no comparable pair."
+        )
     return tuple(notes)
 
 
@@ -222,9 +225,8 @@ def _summary(
 ) -> dict[str, object]:
     """Means over folds, seeds and repeats; an interval is of the replicates' mean over seeds and repeats."""
     cases = rows.drop_duplicates("case_id")
-    limits = [(float("nan"), float("nan"))] * 2
-    if spreads:
-        limits = [percentile_interval(np.mean([spread[i] for spread in spreads], axis=0)) for i in range(2)]
+    replicates = [np.mean([spread[i] for spread in spreads], axis=0) if spreads else None for i in range(2)]
+    limits = [interval_or_nan(values) for values in replicates]
     return {
         **{name: rows[name].iloc[0] for name in UNIT}, "n": len(cases), "events": int(cases["event"].sum()),
         "folds": len(folds), "seeds": rows["seed"].nunique(),

@@ -28,6 +28,8 @@ def uno_replicates(
     seen, followed = event & (time <= limit), np.minimum(time, limit)
     weight = np.zeros(len(time))
     early = seen & (followed < limit)
+    if not early.any():
+        return np.full(len(counts), np.nan)
     weight[early] = training.uncensored_at(followed[early]) ** -2.0
     return Resamples(followed, seen, counts, weight).cindex(risk)
 

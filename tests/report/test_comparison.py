@@ -48,6 +48,8 @@ def write_run(folder: Path, cohort: str, model: str, seed: int, strength: float)
     pd.DataFrame(table).to_csv(folder / "predictions.csv", index=False)
     splits = [Split(k, tuple(ids[fold != k]), (), tuple(ids[fold == k])) for k in range(FOLDS)]
     write_splits(splits, folder / "splits")
+    outcomes = pd.DataFrame(table)[["case_id", "survival_months", "event"]]
+    outcomes.rename(columns={"survival_months": "time_months"}).to_csv(folder / "outcomes.csv", index=False)
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,7 @@ def test_score_writes_the_published_numbers(shared: Path, tmp_path: Path) -> Non
     table[table["cohort"] == "ucec"].to_csv(small, index=False)
     output = run("score", "--predictions", small, "--out", tmp_path / "out", "--bootstrap", "20")
     assert "ucec\tAMIL\tmean C 0.625 ± 0.057" in output
+    assert "note: DeepSets: all risks are equal in folds (5 of ucec)." in output
     folds = pd.read_csv(tmp_path / "out/scores.csv")
     assert {"model", "cohort", "fold", "n", "events", "harrell_c"} <= set(folds.columns)
     summary = pd.read_csv(tmp_path / "out/summary.csv")
@@ -48,6 +49,8 @@ def test_score_writes_the_published_numbers(shared: Path, tmp_path: Path) -> Non
     assert (tmp_path / "out/index.html").stat().st_size > 20_000
     with pytest.raises(ConfigError, match="expected increasing months"):
         run("score", "--predictions", small, "--out", tmp_path / "out", "--horizons", "60,12")
+    with pytest.raises(ConfigError, match="expected increasing months"):
+        run("score", "--predictions", small, "--out", tmp_path / "out", "--horizons", "nan")
 
 
 def test_a_failed_score_leaves_nothing(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import yaml
 from made_up_outcomes import cohort, predicted
 
 from cfusion.audit import audit
+from cfusion.cohort import write_outcomes
 from cfusion.config import Config, SplitsConfig, validate
 from cfusion.errors import ConfigError, DataError
 from cfusion.files import write_json, write_text
@@ -171,6 +172,16 @@ def test_constant_risks_and_unknown_protocol_are_reported(tmp_path: Path) -> Non
     assert "nan" not in re.sub(r"<[^>]*>", "", text).lower().replace("provenance", "")
 
 
+def test_models_that_cannot_be_compared_stand_in_the_report_with_a_dash(tmp_path: Path) -> None:
+    table = predicted(cohort(120), make_splits(cohort(120), SplitsConfig()), "a", "strict")
+    both = pd.concat([table, table.assign(model="b", seed=9)], ignore_index=True)
+    text = write_report([score(both, bootstrap=20)], tmp_path).read_text(encoding="utf-8")
+    row = re.search(r'<td class="word strong">b</td>\s*<td>0</td><td>0</td>(.*?)</tr>', text, re.DOTALL)
+    assert row is not None
+    assert re.sub(r"<[^>]*>", "", row[1]).split() == ["–", "––"]
+    assert pd.read_csv(tmp_path / "comparisons.csv")["p_holm"].isna().all()
+
+
 def test_nothing_to_report_and_twice_the_same(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at least one set of scores"):
         write_report([], tmp_path)
@@ -179,17 +190,19 @@ def test_nothing_to_report_and_twice_the_same(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def finished_run(folder: Path, *, seed: int = 7, permuted: int | None = None) -> Path:
+def finished_run(folder: Path, *, seed: int = 7, permuted: int | None = None, **more: object) -> Path:
     whole = cohort(120)
     splits = make_splits(whole, SplitsConfig())
     evaluation = {"bootstrap": 20, "permute_outcomes": permuted}
     values = {"cohort": {"name": "made_up"}, "model": {"name": "amil"}, "seed": seed, "evaluation": evaluation}
-    write_text(folder / "config.yaml", yaml.safe_dump(validate(Config, values, "test").model_dump(mode="json")))
+    config = validate(Config, values | more, "test").model_dump(mode="json")
+    write_text(folder / "config.yaml", yaml.safe_dump(config))
     noise = 1.0 if permuted is None else 20.0
     predicted(whole, splits, "amil", "strict", noise).assign(seed=seed).to_csv(folder / "predictions.csv", index=False)
     write_splits(splits, folder / "splits")
     write_json(folder / "audit.json", audit(whole, splits).to_json())
-    write_json(folder / "run.json", {"provenance": {"program": "0.1.0", "seed": seed}})
+    write_outcomes(whole, folder / "outcomes.csv")
+    write_json(folder / "run.json", {"provenance": {"program": "0.1.0", "config": config}})
     for fold in range(5):
         write_text(folder / f"fold_{fold}" / "history.csv", f"epoch,train_loss,fold\n0,1.0,{fold}\n1,0.5,{fold}\n")
     write_json(folder / "done.json", {})
@@ -215,6 +228,33 @@ def test_reported_scores_are_those_of_the_run(tmp_path: Path) -> None:
     written = pd.read_csv(tmp_path / "report" / "scores.csv", float_precision="round_trip")
     for column in ("harrell_c", "uno_c", "ibs", "ibs_null", "truncation_months"):
         np.testing.assert_allclose(written[column], direct[column], rtol=1e-12)
+
+
+def test_only_seeds_and_folds_of_one_configuration_are_one_result(tmp_path: Path) -> None:
+    first = finished_run(tmp_path / "run-7")
+    other = finished_run(tmp_path / "run-8", seed=8, train={"lr": 0.5})
+    with pytest.raises(DataError, match=r"are both made_up, amil, strict, but differ in config\.train\.lr"):
+        report_runs([first, other], tmp_path / "report", title="Runs")
+    again = finished_run(tmp_path / "run-again")
+    with pytest.raises(DataError, match="have the same seed and fold"):
+        report_runs([first, again], tmp_path / "report", title="Runs")
+    assert not (tmp_path / "report").exists()
+
+
+def test_folds_trained_apart_are_one_result(tmp_path: Path) -> None:
+    whole, table = cohort(120), predicted(cohort(120), make_splits(cohort(120), SplitsConfig()), "amil", "strict", 1.0)
+    splits, runs = make_splits(whole, SplitsConfig()), []
+    for split in splits:
+        runs.append(finished_run(tmp_path / f"fold-{split.fold}", splits={"fold": split.fold}))
+        table[table["fold"] == split.fold].to_csv(runs[-1] / "predictions.csv", index=False)
+        write_splits([split], runs[-1] / "splits")
+    report_runs(runs[:1], tmp_path / "one", title="Runs")
+    report_runs(runs, tmp_path / "all", title="Runs")
+    direct = score(table, whole, splits, bootstrap=20)
+    written = pd.read_csv(tmp_path / "all" / "summary.csv", float_precision="round_trip")
+    assert written["cindex_mean"].tolist() == direct.summary["cindex_mean"].tolist()
+    alone = pd.read_csv(tmp_path / "one" / "scores.csv", float_precision="round_trip")
+    assert alone["uno_c"].tolist() == direct.folds["uno_c"].tolist()[:1]
 
 
 def test_runs_that_cannot_be_reported(tmp_path: Path) -> None:

@@ -67,9 +67,28 @@ def test_seeds_are_paired_and_counted() -> None:
     assert row["seeds"] == 3
     fewer = table[(table["model"] == "a") | (table["seed"] < 2)]
     assert compare(fewer, replicates=100)["seeds"].tolist() == [2]
-    apart = table[(table["model"] == "a") == (table["seed"] == 0)]
-    with pytest.raises(DataError, match="c, b against a: the two share no seed"):
-        compare(apart, replicates=100)
+
+
+@pytest.mark.parametrize("apart", ["seed", "case_id"])
+def test_models_that_share_nothing_are_not_compared_and_leave_the_others_as_they_were(apart: str) -> None:
+    table = predictions({"a": 0.5, "b": 2.0})
+    alone = compare(table, replicates=100)
+    moved = table[table["model"] == "b"].assign(model="c")
+    moved[apart] = 9 if apart == "seed" else "q" + moved["case_id"]
+    both = compare(pd.concat([table, moved], ignore_index=True), replicates=100)
+    pd.testing.assert_frame_equal(both[both["model"] == "b"], alone)
+    row = both[both["model"] == "c"].iloc[0]
+    assert row["seeds"] * row["patients"] == 0
+    assert row[["difference", "low", "high", "p", "p_holm"]].isna().all()
+
+
+def test_only_patients_whom_both_score_in_every_seed_count() -> None:
+    table = predictions({"a": 0.5, "b": 2.0}, seeds=2)
+    fewer = table[(table["model"] == "a") | (table["seed"] == 0) | (table["case_id"] != "p3")]
+    (row,) = compare(fewer, replicates=100).to_dict("records")
+    assert (row["patients"], row["seeds"]) == (299, 2)
+    without = compare(table[table["case_id"] != "p3"], replicates=100).iloc[0]
+    assert row["difference"] == pytest.approx(without["difference"], abs=1e-12)
 
 
 def test_unknown_reference_and_single_model() -> None:
@@ -81,8 +100,9 @@ def test_unknown_reference_and_single_model() -> None:
 
 def test_holm_by_hand() -> None:
     np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(holm([0.01, np.nan, 0.04, 0.03, 0.005]), [0.03, np.nan, 0.06, 0.06, 0.02])
     with pytest.raises(DataError, match="between 0 and 1"):
-        holm([0.1, np.nan])
+        holm([0.1, 1.2])
 
 
 @settings(deadline=None)

@@ -103,6 +103,55 @@ def test_times_beyond_training_follow_up_have_a_rule() -> None:
     assert brier_times(training, time, np.array([limit / 2, 30.0, 60.0])).tolist() == [limit / 2]
 
 
+def test_an_event_and_a_censoring_at_the_last_time_leave_scores_defined() -> None:
+    """In whole months they tie; the censoring model is then 0 there, and the scores end before."""
+    training = Training(np.array([5, 10, 15, 20, 25, 30, 40, 60, 60.0]), np.array([1, 1, 1, 0, 1, 1, 1, 1, 0], bool))
+    assert training.truncation_months == 40
+    time, event = np.array([4, 12, 22, 33, 60, 60, 70.0]), np.array([1, 1, 0, 1, 1, 0, 0], dtype=bool)
+    found = auc_at(training, time, event, -time, [12, 36, 50])
+    np.testing.assert_array_equal(found, [1, 1, np.nan])
+    assert uno_cindex(training, time, event, -time) == 1
+
+
+def test_where_censoring_leaves_nobody_no_weighted_score_exists() -> None:
+    training = Training(np.full(29, 5.0), np.arange(29) == 0)
+    time, event, risk = cohort(40)
+    assert np.isnan(training.truncation_months)
+    assert np.isnan(uno_cindex(training, time, event, risk))
+    assert np.isnan(auc_at(training, time, event, risk, [3.0, 12.0])).all()
+    assert not len(brier_times(training, time, np.array([3.0, 4.0])))
+
+
+def brute_force(
+    training: Training, time: np.ndarray, event: np.ndarray, risk: np.ndarray, months: float
+) -> list[float]:
+    """Uno's C and the AUC from their definitions, pair by pair; the censoring model is lifelines'."""
+    # An event at the time of a censoring comes first: the patient was still at risk of being censored.
+    later = training.time + np.where(training.event, 0, 1e-6)
+    curve = lifelines.KaplanMeierFitter().fit(later, ~training.event)
+    g = {t: float(curve.predict(t + 1e-6)) for t in {*time.tolist(), months}}
+    limit = training.truncation_months
+    uno, auc = np.zeros(2), np.zeros(2)
+    for i in np.flatnonzero(event):
+        for j in range(len(time)):
+            won = np.array([float(risk[i] > risk[j]) + 0.5 * (risk[i] == risk[j]), 1.0])
+            if time[i] < limit and (time[i] < time[j] or (time[i] == time[j] and not event[j])):
+                uno += won / g[time[i]] ** 2
+            if time[i] <= months < min(time[j], limit):
+                auc += won / g[time[i]]
+    return [uno[0] / uno[1], auc[0] / auc[1]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_weighted_scores_are_their_definitions(seed: int) -> None:
+    whole = cohort(150, seed, decimals=0)
+    time, event, risk = whole[0] + 1, whole[1], whole[2].round(1)
+    training = Training(time[50:], event[50:])
+    expected = brute_force(training, time[:50], event[:50], risk[:50], 12.0)
+    assert uno_cindex(training, time[:50], event[:50], risk[:50]) == pytest.approx(expected[0], abs=1e-9)
+    assert auc_at(training, time[:50], event[:50], risk[:50], [12.0])[0] == pytest.approx(expected[1], abs=1e-9)
+
+
 def test_brier_is_scikit_survivals_inside_the_follow_up() -> None:
     time, event, risk = cohort(300)
     training = Training(time, event)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from cfusion.cohort import read_cohort
@@ -12,6 +13,7 @@ from cfusion.splits import make_splits
 from cfusion.survival.metrics import concordance
 from cfusion.survival.null import Outcomes, scored_outcomes, simulate_null
 from cfusion.survival.predictions import read_predictions
+from cfusion.types import Cohort, Split
 
 TABLE = {
     "blca": ("slide", 0.606, 0.572), "coad": ("slide", 0.662, 0.610), "luad": ("slide", 0.610, 0.578),
@@ -19,7 +21,7 @@ TABLE = {
 }  # fmt: skip
 
 
-def reproduces(folds: list[Outcomes], independent: float, correlated: float) -> None:
+def assert_reproduces(folds: list[Outcomes], independent: float, correlated: float) -> None:
     settings = {"chosen_on_scored_fold": True, "repetitions": 40}
     assert simulate_null(folds, **settings).mean == pytest.approx(independent, abs=0.01)
     assert simulate_null(folds, autocorrelation=0.9, **settings).mean == pytest.approx(correlated, abs=0.01)
@@ -30,7 +32,7 @@ def test_measured_null_of_the_published_protocol(shared: Path, name: str) -> Non
     unit, independent, correlated = TABLE[name]
     cohort = read_cohort(CohortConfig(name=name, table=shared / f"tcga/clinical/tcga_{name}.csv"))
     splits = make_splits(cohort, SplitsConfig(directory=shared / f"tcga/splits/tcga_{name}"), "published")
-    reproduces(scored_outcomes(cohort, splits, unit), independent, correlated)
+    assert_reproduces(scored_outcomes(cohort, splits, unit), independent, correlated)
 
 
 def test_measured_null_of_brca(shared: Path) -> None:
@@ -38,7 +40,7 @@ def test_measured_null_of_brca(shared: Path) -> None:
     table = read_predictions(shared / "published/mcat_iccv2021/predictions.csv")
     rows = table[(table["cohort"] == "brca") & (table["model"] == "AMIL")]
     folds = [(f["survival_months"].to_numpy(), f["event"].to_numpy()) for _, f in rows.groupby("fold")]
-    reproduces(folds, 0.649, 0.606)
+    assert_reproduces(folds, 0.649, 0.606)
 
 
 def fold(size: int = 80, seed: int = 0) -> Outcomes:
@@ -69,6 +71,17 @@ def test_one_epoch_is_plain_concordance() -> None:
     null = simulate_null([(time, event)], chosen_on_scored_fold=False, repetitions=2, seed=3)
     draws = np.random.default_rng(3).standard_normal((2, 1, 50), dtype=np.float32)[:, 0]
     assert null.mean == pytest.approx(np.mean([concordance(time, event, draw).cindex for draw in draws]), abs=1e-12)
+
+
+def test_patients_without_a_usable_outcome_are_left_out() -> None:
+    index = pd.Index(["a", "b", "c", "d", "e"], name="case_id")
+    event = pd.array([True, False, pd.NA, True, False], dtype="boolean")
+    cases = pd.DataFrame({"time_months": [3.0, 0.0, 4.0, np.nan, -1.0], "event": event}, index=index)
+    slides = pd.DataFrame({"case_id": index}, index=pd.Index([f"{case}-s" for case in index], name="slide_id"))
+    split = Split(0, (), (), (*index, "stranger"))
+    for unit in ("case", "slide"):
+        ((time, happened),) = scored_outcomes(Cohort("made_up", cases, slides), [split], unit)
+        assert (time.tolist(), happened.tolist()) == ([3.0, 0.0], [True, False])
 
 
 def test_folds_without_pairs() -> None:

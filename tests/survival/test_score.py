@@ -155,7 +155,21 @@ def test_slides_of_a_patient_are_averaged() -> None:
         (lambda t: t.assign(risk=t["risk"].where(t["case_id"] != "p3")), DataError,
          r"1 values of risk are missing or not finite; first m, made_up, fold \d, case p3"),
         (lambda t: t.assign(risk=np.inf), DataError, "80 values of risk are missing or not finite"),
-        (lambda t: t.assign(survival_months=-t["survival_months"]), DataError, "has a follow-up of -"),
+        (lambda t: t.assign(survival_months=-t["survival_months"]), DataError, "survival_months are negative"),
+        (lambda t: t.assign(survival_months=t["survival_months"] * 30.4), DataError,
+         "survival_months are over 50 years.*Are the times in days"),
+        (lambda t: t.assign(case_id=t["case_id"].where(t["case_id"] != "p3")), DataError,
+         "1 values of case_id are missing"),
+        (lambda t: t.assign(cohort=t["cohort"].where(t["case_id"] != "p3")), DataError,
+         "1 values of cohort are missing"),
+        (lambda t: t.assign(fold=t["fold"] + 0.5), DataError,
+         r"80 values of fold are no whole numbers; first m, made_up, fold \d\.5"),
+        (lambda t: t.assign(protocol="stict"), DataError, "80 values of protocol are not known.*strict, fixed-epoch"),
+        (lambda t: t.drop(columns="edge_2"), DataError, "80 values of survival_2 have no edge_2"),
+        (lambda t: t.assign(survival_1=t["survival_1"].where(t["case_id"] != "p3")), DataError,
+         "1 values of survival_1 are missing or not finite"),
+        (lambda t: pd.concat([t.assign(slide_id="s"), t.iloc[:1].assign(slide_id="s", risk=9.0)]), DataError,
+         "slide s of case p.* has two different predictions"),
         (lambda t: pd.concat([t, t.iloc[:1]]), DataError, "is scored twice in one fold"),
         (lambda t: pd.concat([t, t.iloc[:1].assign(fold=99)]), DataError, "is scored in two folds"),
         (lambda t: pd.concat([t, t.assign(model="n", survival_months=t["survival_months"] + 1)]), DataError,
@@ -171,6 +185,32 @@ def test_slides_of_a_patient_are_averaged() -> None:
 def test_bad_predictions(change, error: type, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=message):
         score(change(predicted(cohort(80))), bootstrap=0)
+
+
+def test_a_model_without_curves_stands_beside_one_that_has_them() -> None:
+    table = predicted(cohort(80))
+    bare = table.loc[:, ~table.columns.str.match(r"(survival|edge)_\d")].assign(model="bare")
+    both = score(pd.concat([table, bare], ignore_index=True), bootstrap=0)
+    assert both.summary.set_index("model")["ibs"].notna().to_dict() == {"m": True, "bare": False}
+    alone = score(table, bootstrap=0)
+    pd.testing.assert_frame_equal(both.folds[both.folds["model"] == "m"], alone.folds)
+
+
+def test_too_few_patients_for_an_interval_are_told() -> None:
+    rows = {"model": "m", "cohort": "c", "fold": 0, "case_id": ["a", "b"], "risk": [2.0, 1.0], "event": [True, True]}
+    scores = score(pd.DataFrame({**rows, "survival_months": [3.0, 4.0]}), bootstrap=50)
+    assert scores.summary["cindex_pooled"].tolist() == [1.0]
+    assert scores.summary["cindex_low"].isna().all()
+    assert any(note.startswith("c, m: no interval") for note in scores.notes)
+
+
+def test_ties_everywhere_leave_no_score_that_weighs_by_censoring() -> None:
+    """Events and censorings at one time alone: Harrell's C exists, the scores with a censoring model do not."""
+    table = predicted(cohort(80)).assign(survival_months=12.0)
+    table = table.loc[:, ~table.columns.str.match(r"(survival|edge)_\d")]
+    scores = score(table, bootstrap=20)
+    assert scores.folds["harrell_c"].between(0, 1).all()
+    assert scores.folds[["uno_c", "uno_low", "auc_12", "auc_36"]].isna().all(axis=None)
 
 
 def test_predictions_against_cohort_and_splits() -> None:
@@ -239,6 +279,7 @@ def test_scores_that_do_not_exist_are_missing_and_one_fold_is_told() -> None:
             "event and censorship contradict",
         ),
         ("model,cohort,fold,case_id,risk,survival_months,event\nm,c,0,a,,3,1\n", "risk are missing.*fold 0, case a"),
+        ("model,cohort,fold,case_id,risk,survival_months,event\nm,c,0,,1,3,1\n", "case_id are missing"),
         ("model,cohort,fold,case_id,risk,survival_months,event\nm,c,0,a,1,soon,1\n", "survival_months is 'soon'"),
     ],
 )
