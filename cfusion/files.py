@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +26,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = target.with_name(f".{target.name}.{_mark()}.tmp")
     try:
         yield temporary
         _sync(temporary)
@@ -37,10 +39,33 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def _machine() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _mark() -> str:
+    """A name for a temporary that nobody else gives, and that tells who is writing it."""
+    return f"{_machine()}_{os.getpid()}_{uuid.uuid4().hex[:8]}"
+
+
+def is_orphan(temporary: Path) -> bool:
+    """Whether a temporary of `atomic_path` belongs to a process of this machine that has ended."""
+    match = re.search(r"\.([0-9a-f]{8})_(\d+)_[0-9a-f]{8}\.(tmp|old)$", temporary.name)
+    if match is None or match[1] != _machine():
+        return False
+    try:
+        os.kill(int(match[2]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def put_in_place(temporary: Path, target: Path) -> None:
     """Give a finished file or folder its name; a folder that has it is moved aside first and deleted last."""
     if target.is_dir():
-        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
+        aside = target.with_name(f".{target.name}.{_mark()}.old")
         target.rename(aside)
         temporary.rename(target)
         shutil.rmtree(aside)

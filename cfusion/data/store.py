@@ -23,7 +23,7 @@ import numpy as np
 import zarr
 
 from cfusion.errors import DataError, StoreError
-from cfusion.files import atomic_path
+from cfusion.files import atomic_path, is_orphan
 from cfusion.types import SlideFeatures, magnification_value
 
 CHUNK_ROWS = 1024
@@ -39,7 +39,7 @@ RACE_ATTEMPTS = 8
 _EXTRACT = "Delete the group and extract the slide again."
 
 ABANDONED_S = 6 * 3600
-"""Age at which a temporary is taken as left by a process that was killed."""
+"""Age at which a temporary of another machine is taken as left by a process that was killed."""
 
 
 class FeatureStore:
@@ -188,7 +188,7 @@ def _sweep(target: Path) -> None:
     """Remove what a killed or overtaken writer of this slide left behind."""
     for left in target.parent.glob(f".{target.name}.*"):
         with contextlib.suppress(OSError):
-            if left.suffix == ".old" or time.time() - left.stat().st_mtime > ABANDONED_S:
+            if left.suffix == ".old" or is_orphan(left) or time.time() - left.stat().st_mtime > ABANDONED_S:
                 shutil.rmtree(left, ignore_errors=True)
 
 
