@@ -53,6 +53,8 @@ def slurm_script(plan: LaunchPlan, options: SlurmOptions) -> str:
         "srun",
         "--kill-on-bad-exit=0",
         "--wait=0",
+        # Since SLURM 22.05 srun does not take it from sbatch, and a node's processes would share a core.
+        f"--cpus-per-task={_cpus(plan)}",
         *(["--no-kill"] if plan.least_nodes < plan.resources.nodes else []),
     ]
     step += [f"--container-image={one_line('--image', options.image)}"] if options.image else []
@@ -112,6 +114,10 @@ def _told(plan: LaunchPlan) -> str:
     return f"{resources.nodes} nodes of {resources.processes_per_node} processes, {resources.hours:g} h."
 
 
+def _cpus(plan: LaunchPlan) -> int:
+    return plan.resources.cpus * plan.resources.processes_per_node
+
+
 def _directives(plan: LaunchPlan, options: SlurmOptions) -> dict[str, str]:
     resources = plan.resources
     minutes = max(1, round(resources.hours * 60))
@@ -119,7 +125,7 @@ def _directives(plan: LaunchPlan, options: SlurmOptions) -> dict[str, str]:
         "job-name": plan.name,
         "nodes": str(resources.nodes),
         "ntasks-per-node": "1",
-        "cpus-per-task": str(resources.cpus * resources.processes_per_node),
+        "cpus-per-task": str(_cpus(plan)),
         "time": f"{minutes // 60:02d}:{minutes % 60:02d}:00",
         "signal": f"USR1@{WARNING_SECONDS}",
         "requeue": "",

@@ -54,7 +54,7 @@ Exit codes: 0 done; 2 bad input, told in one line; 3 done but for named parts;
 SECONDS_FOR_RANK_0 = 5.0
 """So long another process waits with an error that rank 0 may have too."""
 
-SECONDS_FOR_THE_CAUSE = 1.0
+SECONDS_FOR_THE_CAUSE = 0.5
 """So long a process waits that ends because another has."""
 
 app = typer.Typer(

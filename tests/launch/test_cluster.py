@@ -120,6 +120,7 @@ def test_the_sbatch_script_asks_for_what_the_plan_says(config, tmp_path):
     }  # fmt: skip
     assert "array" not in asked
     assert "--container-image=cfusion.sqsh" in script
+    assert re.search(r"^srun .*--cpus-per-task=64", script, re.M), "srun does not take it from sbatch"
     assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in script
     path = tmp_path / "job.sbatch"
     path.write_text(script)
