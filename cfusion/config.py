@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -22,6 +22,12 @@ class Section(BaseModel):
     """A group of settings; unknown keys are errors, and a section cannot be changed once it is read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """What is not as by default: of a hundred settings a reader wants to see those."""
+        for name, value in super().__repr_args__():
+            if name is None or value != type(self).model_fields[name].get_default(call_default_factory=True):
+                yield name, value
 
 
 class CohortConfig(Section):

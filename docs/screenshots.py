@@ -18,6 +18,8 @@ from playwright.sync_api import sync_playwright
 
 COHORT, MODEL = "phantom-a", "crossfusion"
 WIDTH_PX = 1280
+VIEWER_HEIGHT_PX = 1280
+"""So that the tile that was clicked and the patient's curve are in sight together."""
 LARGEST_BYTES = 300_000
 
 
@@ -42,12 +44,19 @@ def main() -> None:
         page.goto(f"file://{explained / slide}/index.html")
         save(page.locator("#heatmaps .pictures").first.screenshot(), out / "heatmaps.png")
         with viewer(slides, explained, run) as address:
+            page.set_viewport_size({"width": WIDTH_PX, "height": VIEWER_HEIGHT_PX})
             page.goto(address)
             page.fill("#search", slide)
             page.press("#search", "Enter")
             page.wait_for_selector("#stage[data-shown]")
+            page.get_by_text("occlusion", exact=True).first.click()
+            page.wait_for_selector("#stage[data-shown^='x20/occlusion']")
+            page.locator("#stage").focus()
+            page.keyboard.press("Enter")
+            page.wait_for_selector("#tile-body table")
             page.wait_for_load_state("networkidle")
             page.wait_for_timeout(1500)
+            page.evaluate("document.activeElement.blur()")
             save(page.screenshot(), out / "viewer.png")
         browser.close()
     save((demo / COHORT / "features" / "sheets" / f"{slide}.jpg").read_bytes(), out / "sheet.png")

@@ -54,6 +54,7 @@ def test_a_notebook(tmp_path):
 
     assert {"x_px", "y_px", "attention", "gradient", "gradient_sd"} < set(worst.columns)
     assert worst["gradient"].is_monotonic_decreasing
+    assert repr(store) == f"FeatureStore({tmp_path / 'features' / store.encoder}: 1 slide)"
     assert isinstance(run.predictions, pd.DataFrame)
     assert isinstance(scores.summary, pd.DataFrame)
     assert repr(cohort) == "Cohort(made_up: 60 patients, {} events, 61 slides, OS)".format(cohort.cases["event"].sum())
@@ -66,6 +67,10 @@ def test_a_notebook(tmp_path):
         page = shown._repr_html_()
         assert page.count("<table") == page.count("</table>") >= 1
         assert len(page) < 20_000
+
+
+def test_a_configuration_shows_what_is_not_as_by_default():
+    assert repr(cfusion.load_config(None, ["train.epochs=3"])) == "Config(train=TrainConfig(epochs=3))"
 
 
 def test_an_unknown_name_is_told():

@@ -72,6 +72,10 @@ class FeatureStore:
             )
         return cls(Path(root) / encoder)
 
+    def __repr__(self) -> str:
+        count = len(self.slide_ids())
+        return f"FeatureStore({self.path}: {count} slide{'s' * (count != 1)})"
+
     @property
     def encoder(self) -> str:
         """Name of the encoder."""
