@@ -17,6 +17,15 @@ from cfusion.cohort import patient_of
 from cfusion.errors import DataError
 from cfusion.types import Cohort, Split
 
+LOST = {
+    "with a usable outcome": (
+        "missing_time", "negative_time", "zero_time", "unknown_event", "no_outcome", "duplicate_slide",
+    ),
+    "with slides": ("no_slides",),
+    "with features": ("missing_features", "missing_magnification", "no_slides"),
+}  # fmt: skip
+"""For each step of the flow, the kinds of findings that lost patients or slides on the way to it."""
+
 POLARITY_MINIMUM = 10
 """Events and censored patients needed before their medians are compared."""
 
@@ -124,11 +133,13 @@ def audit(
         DataError: Nobody is left, or a fold cannot be trained or scored: no patients or no event on a side, or fewer
             distinct event times in training than bins.
     """
-    flow = [("in the tables", len(cohort.cases), len(cohort.slides))]
     findings: list[Finding] = []
-    slides = _usable_slides(cohort, available, magnifications, findings)
+    listed = _named_slides(cohort, available)
+    flow = [("in the tables", len(cohort.cases), len(listed))]
+    known = _known_slides(cohort, listed, findings)
+    slides = _usable_slides(known, available, magnifications, findings)
     bad = _bad_outcomes(cohort, keep_zero_times, findings)
-    flow.append(("with a usable outcome", len(cohort.cases) - len(bad), int((~slides["case_id"].isin(bad)).sum())))
+    flow.append(("with a usable outcome", len(cohort.cases) - len(bad), int((~known["case_id"].isin(bad)).sum())))
     if available is not None or len(cohort.slides):
         without = set(cohort.cases.index) - set(slides["case_id"]) - bad
         findings += [_dropped("no_slides", case, "has no usable slide") for case in sorted(without)]
@@ -165,22 +176,30 @@ def _first_messages(findings: Sequence[Finding]) -> str:
     return "; ".join(examples.values())
 
 
+def _named_slides(cohort: Cohort, available: Mapping[str, set[str]] | None) -> pd.DataFrame:
+    """The slides that the tables name, or where they name none, those with features whose names tell the patient."""
+    if not cohort.slides.empty or not available:
+        return cohort.slides
+    owners = pd.DataFrame({"case_id": [patient_of(slide) for slide in available]}, index=list(available))
+    return owners[owners["case_id"].isin(cohort.cases.index)].rename_axis("slide_id")
+
+
+def _known_slides(cohort: Cohort, slides: pd.DataFrame, findings: list[Finding]) -> pd.DataFrame:
+    """Each slide once, of patients of the table."""
+    twice = slides.index.duplicated()
+    findings += [_dropped("duplicate_slide", str(s), "is listed twice; one row is kept") for s in slides.index[twice]]
+    slides = slides[~twice]
+    unknown = ~slides["case_id"].isin(cohort.cases.index)
+    findings += [_dropped("no_outcome", str(s), "belongs to no patient of the table") for s in slides.index[unknown]]
+    return slides[~unknown]
+
+
 def _usable_slides(
-    cohort: Cohort,
+    slides: pd.DataFrame,
     available: Mapping[str, set[str]] | None,
     magnifications: Sequence[str],
     findings: list[Finding],
 ) -> pd.DataFrame:
-    slides = cohort.slides
-    if slides.empty and available:
-        owners = pd.DataFrame({"case_id": [patient_of(slide) for slide in available]}, index=list(available))
-        slides = owners[owners["case_id"].isin(cohort.cases.index)].rename_axis("slide_id")
-    twice = slides.index.duplicated()
-    findings += [_dropped("duplicate_slide", s, "is listed twice; one row is kept") for s in slides.index[twice]]
-    slides = slides[~twice]
-    unknown = ~slides["case_id"].isin(cohort.cases.index)
-    findings += [_dropped("no_outcome", s, "belongs to no patient of the table") for s in slides.index[unknown]]
-    slides = slides[~unknown]
     if available is None:
         return slides
     wanted = set(magnifications)

@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from cfusion.report.svg import Plot, nice_ticks, number
+from cfusion.audit import LOST
+from cfusion.report.svg import Plot, nice_ticks, number, shortened
 from cfusion.survival.groups import Curve
 from cfusion.survival.patients import PatientScores
+
+_LONGEST_LABEL = 36
+"""Letters of a label in a forest plot; longer ones are cut in the middle, and whole in the table and the tip."""
 
 
 def p_text(p: float) -> str:
@@ -24,18 +28,20 @@ def kaplan_meier(scores: PatientScores, where: str) -> str:
     if scores.low is None or scores.high is None:
         return ""
     end = scores.risk_months[-1]
-    plot = Plot((0, end), (0, 1), height=312, margins=(52, 12, 14, 92))
+    plot = Plot((0, end), (0, 1), height=336, margins=(52, 42, 14, 92))
     plot.axes("months", "survival", x_ticks=scores.risk_months)
     for curve, css in ((scores.low, "low"), (scores.high, "high")):
         plot.step_band(curve.months, curve.low, curve.high, f"band {css}")
         plot.steps(curve.months, curve.survival, f"line {css}")
-    plot.text(plot.px(end), 20, f"log-rank by fold {p_text(scores.log_rank_p)}", "note", "end")
+    plot.text(52, 14, "low risk", "note low", "start")
+    plot.text(52, 30, "high risk", "note high", "start")
+    plot.text(plot.px(end), 14, f"log-rank by fold {p_text(scores.log_rank_p)}", "note", "end")
     if scores.ratio is not None:
         ratio = scores.ratio
         words = f"hazard ratio {ratio.ratio:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-        plot.text(plot.px(end), 34, words, "note", "end")
-    plot.text(4, 262, "at risk", "tick", "start")
-    for y, name, counts in ((278, "low", scores.low_at_risk), (294, "high", scores.high_at_risk)):
+        plot.text(plot.px(end), 30, words, "note", "end")
+    plot.text(4, 286, "at risk", "tick", "start")
+    for y, name, counts in ((302, "low", scores.low_at_risk), (318, "high", scores.high_at_risk)):
         plot.text(4, y, name, f"tick {name}", "start")
         for month, count in zip(scores.risk_months, counts, strict=True):
             plot.text(plot.px(month), y, str(count), f"tick {name}")
@@ -146,7 +152,7 @@ def forest_range(rows: Sequence[Mapping[str, object]]) -> tuple[float, float]:
 
 def forest(rows: Sequence[Mapping[str, object]], x: tuple[float, float], where: str) -> str:
     """C-index of every model of a cohort with its interval, over the range of signal-free models."""
-    left = 20 + 7.2 * max(len(str(row["label"])) for row in rows)
+    left = 20 + 7.2 * min(max(len(str(row["label"])) for row in rows), _LONGEST_LABEL)
     plot = Plot(x, (0, len(rows)), width=720, height=26 * len(rows) + 46, margins=(left, 6, 130, 38))
     base = plot.height - 38
     for tick in nice_ticks(*plot.x):
@@ -171,7 +177,7 @@ def _forest_row(plot: Plot, row: Mapping[str, object], y: float, left: float) ->
     if not math.isnan(low):
         plot.segment((low, y), (high, y), "whisker series0 thick")
     plot.dot(c, y, "dot series0", 4.5, f"{row['label']}: {c:.3f}")
-    plot.text(left - 10, plot.py(y) + 4, str(row["label"]), "row", "end")
+    plot.text(left - 10, plot.py(y) + 4, shortened(str(row["label"]), _LONGEST_LABEL), "row", "end")
     interval = "" if math.isnan(low) else f" ({low:.3f}–{high:.3f})"
     plot.text(plot.width - 4, plot.py(y) + 4, f"{c:.3f}{interval}", "value", "end")
 
@@ -179,7 +185,7 @@ def _forest_row(plot: Plot, row: Mapping[str, object], y: float, left: float) ->
 def flow(steps: Sequence[Mapping[str, object]], dropped: Mapping[str, int], where: str) -> str:
     """Cohort flow diagram: from the tables to the patients that are scored."""
     height = 62
-    plot = Plot((0, 1), (0, 1), width=560, height=height * len(steps) - 10)
+    plot = Plot((0, 1), (0, 1), width=720, height=height * len(steps) - 10)
     for i, step in enumerate(steps):
         top = i * height + 2
         plot.add(f'<rect class="box" x="2" y="{top}" width="270" height="42" rx="5"/>')
@@ -190,8 +196,11 @@ def flow(steps: Sequence[Mapping[str, object]], dropped: Mapping[str, int], wher
             lost_patients = int(str(step["patients"])) - int(str(steps[i + 1]["patients"]))
             lost_slides = int(str(step["slides"])) - int(str(steps[i + 1]["slides"]))
             if lost_patients or lost_slides:
+                kinds = [kind for kind in LOST.get(str(steps[i + 1]["step"]), ()) if kind in dropped]
+                why = ", ".join(f"{kind.replace('_', ' ')} {dropped[kind]}" for kind in kinds)
                 plot.add(f'<path class="axis" d="M60 {top + 51}h226"/>')
-                plot.text(292, top + 55, f"− {lost_patients} patients, {lost_slides} slides", "tick", "start")
+                plot.text(292, top + 49, f"− {lost_patients} patients, {lost_slides} slides", "tick", "start")
+                plot.text(292, top + 63, shortened(why, 74), "tick", "start")
     words = "; ".join(f"{step['step']}: {step['patients']} patients, {step['slides']} slides" for step in steps)
     reasons = ", ".join(f"{count} {kind}" for kind, count in dropped.items())
     return plot.finish(f"Cohort flow, {where}", f"{words}. {'Findings: ' + reasons + '.' if reasons else ''}")

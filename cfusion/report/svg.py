@@ -19,6 +19,13 @@ def number(value: float, digits: int = 1) -> str:
     return f"{value:.{digits}f}".rstrip("0").rstrip(".") if digits else f"{value:.0f}"
 
 
+def shortened(words: str, most: int) -> str:
+    """Words of at most so many letters, cut in the middle."""
+    if len(words) <= most:
+        return words
+    return f"{words[: most * 2 // 3]}…{words[-(most - most * 2 // 3 - 1) :]}"
+
+
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round values from `low` to `high`, about as many as asked for."""
     span = high - low
@@ -130,7 +137,7 @@ class Plot:
         """The whole figure, with its title and its text alternative."""
         return (
             f'<svg viewBox="0 0 {self.width:g} {number(self.height)}" role="img" class="plot" '
-            f'style="max-width:{self.width * 1.25:g}px" '
+            f'style="min-width:{self.width * 0.8:g}px;max-width:{self.width * 1.25:g}px" '
             f'aria-label="{escape(f"{title}. {description}", quote=True)}">'
             f"<title>{escape(title)}</title><desc>{escape(description)}</desc>{''.join(self.parts)}</svg>"
         )

@@ -18,7 +18,7 @@ from cfusion.cohort import write_outcomes
 from cfusion.config import Config, SplitsConfig, validate
 from cfusion.errors import ConfigError, DataError
 from cfusion.files import write_json, write_text
-from cfusion.report import ReportContext, write_report
+from cfusion.report import ReportContext, figures, write_report
 from cfusion.report.runs import report_runs
 from cfusion.splits import make_splits, write_splits
 from cfusion.survival.predictions import read_predictions
@@ -160,6 +160,27 @@ def test_model_card(folder: Path) -> None:
         "config.train.lr",
     ):
         assert part in card
+
+
+def test_the_flow_says_why_patients_were_lost() -> None:
+    steps = [
+        {"step": "in the tables", "patients": 60, "slides": 60},
+        {"step": "with a usable outcome", "patients": 57, "slides": 57},
+        {"step": "with features", "patients": 50, "slides": 49},
+    ]
+    drawn = figures.flow(steps, {"zero_time": 3, "missing_features": 8, "no_slides": 7, "not_in_cohort": 2}, "made_up")
+    words = re.findall(r"<text[^>]*>([^<]*)</text>", drawn)
+    assert words[words.index("− 3 patients, 3 slides") + 1] == "zero time 3"
+    assert words[words.index("− 7 patients, 8 slides") + 1] == "missing features 8, no slides 7"
+
+
+def test_long_names_leave_room_for_the_forest() -> None:
+    row = {"c": 0.6, "low": 0.5, "high": 0.7, "null_low": 0.45, "null_high": 0.55}
+    drawn = figures.forest([{"label": f"{'x' * 200} (strict)", **row}], (0.4, 0.8), "made_up")
+    at = sorted({float(x) for x in re.findall(r'class="grid" d="M([\d.-]+)', drawn)})
+    assert 250 < at[0] < at[-1] < 600
+    assert "xx…" in drawn
+    assert f"<title>{'x' * 200} (strict): 0.600</title>" in drawn
 
 
 def test_constant_risks_and_unknown_protocol_are_reported(tmp_path: Path) -> None:
