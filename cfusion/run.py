@@ -239,9 +239,9 @@ def write_fold(folder: Path, result: FoldRun) -> None:
 
 def _finish(run: PreparedRun, scores: Scores, parent: TrackedRun) -> None:
     folder = run.config.output
-    scores.predictions.to_csv(folder / "predictions.csv", index=False)
-    scores.folds.to_csv(folder / "scores.csv", index=False)
-    scores.summary.to_csv(folder / "summary.csv", index=False)
+    write_text(folder / "predictions.csv", scores.predictions.to_csv(index=False))
+    write_text(folder / "scores.csv", scores.folds.to_csv(index=False))
+    write_text(folder / "summary.csv", scores.summary.to_csv(index=False))
     histories = [pd.read_csv(path) for path in sorted(folder.glob("*fold_*/history.csv"))]
     write_figures(folder / "figures", run_figures(scores, pd.concat(histories, ignore_index=True)))
     write_environment(folder / "environment")

@@ -5,6 +5,7 @@ Modules here import nothing heavy at the top, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -94,6 +95,12 @@ def run() -> None:
             _let_rank_0_speak(error)
         sys.stderr.write(f"error: {error}\n       explained by: cfusion help {error.topic}\n")
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"error: {where}{error.strerror}. Make room; the same command goes on from what is whole.\n")
+        sys.exit(CfusionError.exit_code)
     except SystemExit as left:
         # Typer has turned Ctrl-C into this code.
         if left.code == 130:

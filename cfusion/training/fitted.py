@@ -80,10 +80,18 @@ class FittedModel:
         return TimeBins(self.card.edges_months)
 
     def save(self, folder: Path) -> None:
-        """Write `model.safetensors` and `model.json`, atomically."""
+        """Write `model.safetensors` and `model.json`, atomically.
+
+        Raises:
+            DataError: They cannot be written, as on a full disk; nothing is left of them.
+        """
+        tensors = {name: tensor.contiguous() for name, tensor in self.module.state_dict().items()}
         with atomic_path(folder) as temporary:
             temporary.mkdir()
-            save_file({k: t.contiguous() for k, t in self.module.state_dict().items()}, temporary / "model.safetensors")
+            try:
+                save_file(tensors, temporary / "model.safetensors")
+            except SafetensorError as error:
+                raise DataError(f"{folder}: the model cannot be written ({error}).", "Make room there.") from error
             write_json(temporary / "model.json", asdict(self.card))
 
     @classmethod

@@ -1,5 +1,6 @@
 """The command as a user meets it: a process, its text, its exit code."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -124,6 +125,25 @@ def test_a_real_slide_goes_the_whole_way_to_shards(shared, tmp_path):
     assert done.returncode == 0, done.stderr + done.stdout
     done = cfusion("preprocess", "verify", tmp_path / "shards")
     assert done.returncode == 0, done.stderr + done.stdout
+
+
+def test_a_full_disk_ends_in_a_line(monkeypatch, capsys, tmp_path):
+    full = typer.Typer()
+
+    @full.command()
+    def work() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "summary.csv"))
+
+    monkeypatch.setattr(main, "app", full)
+    monkeypatch.setattr(sys, "argv", ["cfusion"])
+    with pytest.raises(SystemExit) as left:
+        main.run()
+    assert left.value.code == 2
+    told = capsys.readouterr().err
+    assert (
+        told == f"error: {tmp_path}/summary.csv: No space left on device. Make room; the same command goes on from "
+        "what is whole.\n"
+    )
 
 
 def test_ctrl_c_leaves_with_its_code_and_says_how_to_go_on(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """One fold, in one process: it learns, repeats, resumes and refuses."""
 
+import resource
 import signal
 from pathlib import Path
 
@@ -205,6 +206,18 @@ def test_min_epoch_beyond_the_training_is_refused(files, tmp_path):
 def test_every_loss_falls(files, tmp_path, loss):
     history = run_fold(files.config(tmp_path, train={"loss": loss, "epochs": 8})).history
     assert history["train_loss"].iloc[-1] < history["train_loss"].iloc[0]
+
+
+def test_a_model_that_cannot_be_written_is_told_of_and_leaves_nothing(files, tmp_path):
+    run = run_fold(files.config(tmp_path, train={"epochs": 1}))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256, before[1]))
+    try:
+        with pytest.raises(DataError, match=r"model: the model cannot be written \(.*\)\. Make room there"):
+            run.model.save(tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_survives_its_file_and_a_damaged_one_is_refused(files, tmp_path):
