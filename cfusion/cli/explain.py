@@ -42,10 +42,10 @@ def explain(
     Each slide gets a folder with index.html, explanation.zarr, overlays, a gallery of the tiles that raise and lower
     the risk most, and GeoJSON that QuPath opens. A slide is preprocessed with the encoder that the model names.
 
-      cfusion explain slide.svs --model models:/phantom-a-crossfusion@champion --out explained
-
-      cfusion explain features --slides slides --model runs/blca --out explained --occlusion tiles
-    """
+    \b
+      cfusion explain a.svs --model models:/blca@champion --out explained
+      cfusion explain features --slides slides --model runs/blca --out explained
+    """  # noqa: D301 - the escape is typer's mark for lines that stay as they are
     from cfusion.types import magnification_name
     from launch.explain import checked_device, explain_source, from_slide, from_store
 

@@ -57,7 +57,7 @@ def slurm(
 ) -> None:
     """Submit a run to SLURM.
 
-    cfusion launch slurm configs/tcga_blca.yaml --nodes 2 --gpus 8 --hours 12 --dry-run
+    cfusion launch slurm study.yaml --nodes 2 --gpus 8 --hours 12 --dry-run
     """
     from launch.cluster_slurm import SlurmOptions, slurm_script, submit_slurm
 
@@ -91,7 +91,7 @@ def k8s(
 ) -> None:
     """Apply a run to Kubernetes, as an Indexed Job with a headless Service.
 
-    cfusion launch k8s configs/tcga_blca.yaml --image IMAGE --claim DATA --nodes 2 --gpus 8 --dry-run
+    cfusion launch k8s study.yaml --image IMAGE --claim DATA --nodes 2
     """
     from launch.cluster_k8s import K8sOptions, k8s_manifest, submit_k8s
 

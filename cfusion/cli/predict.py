@@ -50,7 +50,7 @@ def predict(
     at each month where a time bin ends.
 
     \b
-      cfusion predict slides/ --model models:/tcga_blca-crossfusion@champion --out risks.csv
+      cfusion predict slides/ --model models:/blca@champion --out risks.csv
       cfusion predict shards/ --model runs/blca --out risks.csv
     """  # noqa: D301 - the escape is typer's mark for lines that stay as they are
     if out is None and not as_json:

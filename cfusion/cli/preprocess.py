@@ -170,7 +170,7 @@ def import_(
 ) -> None:
     """Take over features made by the published program, CLAM, TRIDENT or STAMP.
 
-    cfusion preprocess import clam_runs/ --store features --from clam --encoder uni
+    cfusion preprocess import clam/ --store features --from clam --encoder uni
     """
     from preprocess.importers import import_features
 

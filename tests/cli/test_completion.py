@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from cfusion.cli.main import app
 
@@ -72,6 +73,9 @@ def test_each_command_has_an_example_whose_options_it_has(path):
     examples = [line.split() for line in (command.help or "").splitlines() if name in line]
     examples += [line.split() for line in (command.help or "").splitlines() if f"cfusion {path[-1]}" in line]
     assert examples, command.help
+    shown = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "80"}).output.splitlines()
+    for words in examples:
+        assert " ".join(words) in (line.strip() for line in shown), f"the example does not fit 80 columns: {words}"
     known = {option for parameter in command.params for option in parameter.opts}
     for words in examples:
         own = words[words.index(path[0]) :]
