@@ -109,7 +109,7 @@ def child(side: str, tiles: int, arguments: argparse.Namespace, optimizer: bool 
         arguments.device, "--threads", str(arguments.threads), "--repeats", str(arguments.repeats),
     ]  # fmt: skip
     command += ["--optimizer"] if optimizer else []
-    run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
     return json.loads(run.stdout)
 
 
@@ -138,6 +138,8 @@ def main() -> None:
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--optimizer", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
     torch.set_num_threads(arguments.threads)
     if arguments.child:
         tiles = arguments.tiles[0]

@@ -1,6 +1,7 @@
 """The benchmark of a training step runs both sides and counts what it says."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,14 @@ def test_both_sides_are_measured(side: str):
     found = model_step.measure(side, 64, "cpu", repeats=1, optimizer=side == "default")
     assert found["seconds"] > 0
     assert found["peak"] > 0.1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_told_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["model_step", "--quick", "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        model_step.main()
+    assert "--device cuda: torch sees no GPU here" in capsys.readouterr().err
 
 
 def test_operations_are_those_of_the_matrix_products():
