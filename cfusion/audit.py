@@ -15,6 +15,7 @@ import pandas as pd
 
 from cfusion.cohort import patient_of
 from cfusion.errors import DataError
+from cfusion.survival.bootstrap import has_comparable_pair
 from cfusion.types import Cohort, Split
 
 LOST = {
@@ -130,8 +131,8 @@ def audit(
         keep_zero_times: Whether a follow-up of 0 is kept; without, such patients are dropped.
 
     Raises:
-        DataError: Nobody is left, or a fold cannot be trained or scored: no patients or no event on a side, or fewer
-            distinct event times in training than bins.
+        DataError: Nobody is left, a patient is scored by two folds, or a fold cannot be trained or scored: no patients,
+            no event or no comparable pair on a side, or fewer distinct event times in training than bins.
     """
     findings: list[Finding] = []
     listed = _named_slides(cohort, available)
@@ -161,6 +162,7 @@ def audit(
     folds = [_clean_split(clean, split, findings) for split in splits]
     for split in folds:
         _check_fold(clean, split, n_bins)
+    _check_scored_once(clean, folds)
     scored = {case for split in folds for case in (*split.train, *split.validation, *split.test)}
     if folds:
         flow.append(("in the splits", len(scored), int(clean.slides["case_id"].isin(scored).sum())))
@@ -284,13 +286,34 @@ def _clean_split(clean: Cohort, split: Split, findings: list[Finding]) -> Split:
     )
 
 
+def _check_scored_once(cohort: Cohort, splits: Sequence[Split]) -> None:
+    scored: dict[tuple[int, str], int] = {}
+    for split in splits:
+        for case in split.test:
+            other = scored.setdefault((split.repeat, case), split.fold)
+            if other != split.fold:
+                raise DataError(
+                    f"cohort {cohort.name}: {case} is scored in fold {other} and in fold {split.fold}.",
+                    "Each patient is scored by one fold of a cross-validation; correct the split files.",
+                    topic="splits",
+                )
+
+
 def _check_fold(cohort: Cohort, split: Split, n_bins: int) -> None:
     where = f"cohort {cohort.name}, fold {split.fold}"
-    for side in ("train", "test"):
+    for side in ("train", "validation", "test") if split.validation else ("train", "test"):
         cases = cohort.cases.loc[list(getattr(split, side))]
-        if not cases["event"].any():
+        time, event = cases["time_months"].to_numpy(float), cases["event"].to_numpy(bool)
+        if not event.any():
             raise DataError(
                 f"{where}: the {side} side has {len(cases)} patients and no event.", "Draw other folds.", topic="splits"
+            )
+        if not has_comparable_pair(time, event):
+            raise DataError(
+                f"{where}: the {side} side has {len(cases)} patients, {int(event.sum())} with the event, and no "
+                "comparable pair.",
+                "Draw other folds.",
+                topic="splits",
             )
     train = cohort.cases.loc[list(split.train)]
     distinct = train.loc[train["event"], "time_months"].nunique()

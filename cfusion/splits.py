@@ -21,12 +21,13 @@ from cfusion.cohort import patient_of
 from cfusion.cohort_tables import read_table
 from cfusion.config import SplitsConfig
 from cfusion.errors import ConfigError, DataError
-from cfusion.files import atomic_path, digest_json, write_json
+from cfusion.files import atomic_path, digest_json, read_json, write_json
 from cfusion.types import Cohort, Split
 
 Protocol = Literal["strict", "fixed-epoch", "published"]
 
 _FILE = re.compile(r"splits_(?:(\d+)_)?(\d+)\.csv")
+_DIGEST = "splits.json"
 _SIDES = ("train", "validation", "test")
 
 
@@ -165,12 +166,12 @@ def read_splits(directory: Path) -> list[Split]:
 
     Raises:
         ConfigError: The folder holds no such file.
-        DataError: A file lacks the columns, or a side is empty.
+        DataError: A file lacks the columns, a side is empty, or the folds are not those of the digest beside them.
     """
     files = [(match, path) for path in directory.glob("*.csv") if (match := _FILE.fullmatch(path.name))]
     if not files:
         raise ConfigError(f"{directory}: holds no splits_K.csv.", "Set splits.directory to a folder of split files.")
-    splits = []
+    splits, written = [], []
     for match, path in sorted(files, key=lambda item: (int(item[0][1] or 0), int(item[0][2]))):
         table = read_table(path)
         if not {"train", "val"} <= set(table.columns):
@@ -182,7 +183,19 @@ def read_splits(directory: Path) -> list[Split]:
         if not patients[0] or not patients[-1]:
             raise DataError(f"{path}: the {'train' if not patients[0] else sides[-1]} column names nobody.")
         splits.append(Split(int(match[2]), patients[0], validation, patients[-1], int(match[1] or 0)))
+        written.append(dataclasses.replace(splits[-1], validation=patients[1] if nested else ()))
+    _check_digest(directory, written)
     return splits
+
+
+def _check_digest(directory: Path, written: Sequence[Split]) -> None:
+    told = directory / _DIGEST
+    if told.exists() and read_json(told).get("digest") != splits_digest(written):
+        raise DataError(
+            f"{directory}: the folds are not those that {_DIGEST} is the digest of.",
+            f"Write them again, or delete {_DIGEST} if they were changed on purpose.",
+            topic="splits",
+        )
 
 
 def _patients(names: pd.Series) -> tuple[str, ...]:
@@ -202,7 +215,7 @@ def write_splits(splits: Sequence[Split], directory: Path) -> str:
             name = f"splits_{split.repeat}_{split.fold}.csv" if repeated else f"splits_{split.fold}.csv"
             sides = {"train": split.train, "val": split.validation, "test": split.test}
             pd.DataFrame({k: pd.Series(v, dtype=object) for k, v in sides.items()}).to_csv(folder / name)
-        write_json(folder / "splits.json", {"digest": digest, "splits": len(splits)})
+        write_json(folder / _DIGEST, {"digest": digest, "splits": len(splits)})
     return digest
 
 

@@ -174,6 +174,15 @@ def test_folds_that_cannot_be_trained_or_scored_stop_the_run(cohort: Cohort, spl
     quiet = tuple(case for case in split.test if not cohort.cases.loc[case, "event"])
     with pytest.raises(DataError, match=r"fold 0: the test side has 7 patients and no event"):
         audit(cohort, [dataclasses.replace(split, test=quiet)])
+    with pytest.raises(DataError, match=r"fold 0: the validation side has 5 patients and no event"):
+        audit(cohort, [dataclasses.replace(split, validation=tuple(f"p{i}" for i in range(37, 46, 2)))])
+    last = max(
+        (c for c in split.test if cohort.cases.loc[c, "event"]), key=lambda c: cohort.cases.loc[c, "time_months"]
+    )
+    with pytest.raises(DataError, match="test side has 1 patients, 1 with the event, and no comparable pair"):
+        audit(cohort, [dataclasses.replace(split, test=(last,))])
+    with pytest.raises(DataError, match=f"{split.test[0]} is scored in fold 0 and in fold 1"):
+        audit(cohort, [split, dataclasses.replace(split, fold=1)])
     with pytest.raises(DataError, match=r"18 distinct event times in training cannot fill 19 time bins"):
         audit(cohort, [split], n_bins=19)
     with pytest.raises(DataError, match="the audit leaves no patient"):

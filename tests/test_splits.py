@@ -162,6 +162,18 @@ def test_written_splits_read_back(tmp_path: Path, repeats: int, protocol: str) -
     assert digest in (tmp_path / "splits" / "splits.json").read_text()
 
 
+def test_folds_that_are_not_those_of_their_digest_are_refused(tmp_path: Path) -> None:
+    write_splits(make_splits(made_up(90, 0.5), SplitsConfig()), tmp_path / "splits")
+    path = tmp_path / "splits" / "splits_1.csv"
+    table = pd.read_csv(path, index_col=0, dtype=str)
+    table.loc[0, ["train", "test"]] = table.loc[0, ["test", "train"]].to_numpy()
+    table.to_csv(path)
+    with pytest.raises(DataError, match=r"not those that splits\.json is the digest of"):
+        read_splits(tmp_path / "splits")
+    (tmp_path / "splits" / "splits.json").unlink()
+    assert len(read_splits(tmp_path / "splits")) == 5
+
+
 def test_optimistic_files_do_not_leak_into_other_protocols(tmp_path: Path) -> None:
     cohort = made_up(90, 0.5)
     write_splits(make_splits(cohort, SplitsConfig(), "published"), tmp_path / "splits")

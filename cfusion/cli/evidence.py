@@ -38,6 +38,8 @@ def score(
 
       cfusion score --predictions predictions.csv --out scored
     """
+    import pandas as pd
+
     from cfusion.files import digest_file
     from cfusion.report import ReportContext, write_report
     from cfusion.survival.predictions import read_predictions
@@ -48,10 +50,11 @@ def score(
     page = write_report([scores], out, context=ReportContext(title=title, provenance=source))
     for note in scores.notes:
         typer.echo(f"note: {note}")
-    for row in scores.summary.itertuples():
+    for row in scores.summary.to_dict("records"):
+        interval = f" [{row['cindex_low']:.3f}, {row['cindex_high']:.3f}]" if pd.notna(row["cindex_low"]) else ""
         typer.echo(
-            f"{row.cohort}\t{row.model}\tmean C {row.cindex_mean:.3f} ± {row.cindex_std:.3f}\tpooled C "
-            f"{row.cindex_pooled:.3f} [{row.cindex_low:.3f}, {row.cindex_high:.3f}]"
+            f"{row['cohort']}\t{row['model']}\tmean C {row['cindex_mean']:.3f} ± {row['cindex_std']:.3f}\tpooled C "
+            f"{row['cindex_pooled']:.3f}{interval}"
         )
     typer.echo(f"report: {page}")
 

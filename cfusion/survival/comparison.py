@@ -47,7 +47,7 @@ def compare(
 
     Args:
         predictions: Checked predictions of several models.
-        reference: The model the others are held against; none: the first in the table.
+        reference: The model the others are held against; none: the first of each cohort and protocol.
         replicates: Bootstrap replicates.
         seed: Of the draws.
 
@@ -60,24 +60,24 @@ def compare(
         DataError: The reference is not among the models.
     """
     names = list(dict.fromkeys(predictions["model"]))
-    reference = reference or names[0]
-    if reference not in names:
+    if reference is not None and reference not in names:
         raise DataError(f"the reference {reference} is not among the models {', '.join(names)}.")
     rows = []
     for names_of, frame in predictions.groupby(["cohort", "protocol"], sort=False):
         cohort, protocol = (str(word) for word in names_of)
         models = {str(name): rows_of for name, rows_of in frame.groupby("model", sort=False)}
-        if reference not in models:
+        base = next(iter(models)) if reference is None else reference
+        if base not in models:
             continue
         bases: dict[tuple, _Scored] = {}
         for model, other in models.items():
-            if model == reference:
+            if model == base:
                 continue
-            runs, patients = _shared(models[reference], other)
+            runs, patients = _shared(models[base], other)
             if (runs, patients) not in bases:
-                bases[runs, patients] = _Scored.of(models[reference], runs, patients, replicates, seed)
+                bases[runs, patients] = _Scored.of(models[base], runs, patients, replicates, seed)
             result = bases[runs, patients].against(other)
-            rows.append({"cohort": cohort, "protocol": protocol, "model": model, "reference": reference, **result})
+            rows.append({"cohort": cohort, "protocol": protocol, "model": model, "reference": base, **result})
     table = pd.DataFrame(rows, columns=[
         "cohort", "protocol", "model", "reference", "patients", "seeds", "difference", "low", "high", "p",
     ])  # fmt: skip

@@ -23,7 +23,7 @@ from sksurv.nonparametric import CensoringDistributionEstimator, kaplan_meier_es
 from sksurv.util import Surv
 
 from cfusion.errors import DataError, UndefinedMetricError
-from cfusion.survival.bootstrap import TIED_RISK, bootstrap_cindex
+from cfusion.survival.bootstrap import TIED_RISK, bootstrap_cindex, has_comparable_pair
 
 __all__ = [
     "Concordance", "Training", "auc_at", "bootstrap_cindex", "brier_times", "checked", "concordance",
@@ -133,8 +133,7 @@ def concordance(time: ArrayLike, event: ArrayLike, risk: ArrayLike) -> Concordan
         UndefinedMetricError: There is no comparable pair.
     """
     time, event, risk = checked(time, event, risk)
-    first = time[event].min(initial=np.inf)
-    if not ((time > first) | ((time == first) & ~event)).any():
+    if not has_comparable_pair(time, event):
         raise UndefinedMetricError(f"no comparable pair among {len(time)} patients with {int(event.sum())} events.")
     cindex, *pairs = concordance_index_censored(event, time, risk, tied_tol=TIED_RISK)
     return Concordance(float(cindex), *(int(count) for count in pairs))

@@ -91,6 +91,15 @@ def test_only_patients_whom_both_score_in_every_seed_count() -> None:
     assert row["difference"] == pytest.approx(without["difference"], abs=1e-12)
 
 
+def test_each_protocol_has_its_own_first_model_as_reference() -> None:
+    table = predictions({"a": 0.5, "b": 2.0, "c": 1.0})
+    table = table.assign(protocol=table["model"].map({"a": "strict", "b": "published", "c": "published"}))
+    assert compare(table, replicates=50)[["protocol", "model", "reference"]].to_numpy().tolist() == [
+        ["published", "c", "b"]
+    ]
+    assert compare(table, reference="a", replicates=50).empty
+
+
 def test_unknown_reference_and_single_model() -> None:
     table = predictions({"a": 0.5})
     assert compare(table).empty
