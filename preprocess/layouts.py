@@ -138,7 +138,7 @@ def find_stamp(source: Path) -> Found:
                 if "feats" not in file or "tile_size_um" not in file.attrs:
                     continue
                 found.encoder = found.encoder or _text(file.attrs.get("extractor"))
-                side_um, side_px = float(file.attrs["tile_size_um"]), float(file.attrs.get("tile_size_px", 256))
+                side_um, side_px = _stamp_sides(file, path)
         except DataError as error:
             found.files[path.stem] = {"x20": partial(_refused, error)}
             continue
@@ -152,24 +152,24 @@ def _refused(error: DataError) -> Level:
 
 
 def _plain(path: Path) -> Level:
-    return Level(read_tensor(path))
+    values = read_tensor(path)
+    if not len(values):
+        raise LayoutError(f"{path}: has no tiles.")
+    return Level(values)
 
 
 def _clam(patches: Path, features: Path) -> Level:
     with _opened(patches) as file:
         dataset = _dataset(file, patches, "coords")
         coords = dataset[:]
-        try:
-            # `patch_size` counts pixels of `patch_level`; coordinates count pixels of level 0.
-            side = float(dataset.attrs["patch_size"]) * float(np.mean(dataset.attrs["downsample"]))
-        except KeyError as error:
-            raise LayoutError(f"{patches}: its coords lack the attribute {error}.") from None
+        # `patch_size` counts pixels of `patch_level`; coordinates count pixels of level 0.
+        side = _number(dataset, patches, "patch_size") * _number(dataset, patches, "downsample")
     if features.suffix == ".pt":
         values = read_tensor(features)
     else:
         with _opened(features) as file:
             values = _dataset(file, features, "features")[:]
-            if "coords" in file and not np.array_equal(file["coords"][:], coords):
+            if "coords" in file and not np.array_equal(_dataset(file, features, "coords")[:], coords):
                 raise LayoutError(f"{features}: its coords are not those of {patches}.")
     return _checked(features, values, coords, side)
 
@@ -177,14 +177,19 @@ def _clam(patches: Path, features: Path) -> Level:
 def _trident(path: Path, patches: Path) -> Level:
     with _opened(path) as file:
         values, dataset = _dataset(file, path, "features")[:], _dataset(file, path, "coords")
-        coords, attrs = dataset[:], {k: _none(v) for k, v in dataset.attrs.items()}
-    side = attrs.get("patch_size_level0")
+        coords, side = dataset[:], _trident_side(dataset, path)
     if side is None and patches.is_file():
         with _opened(patches) as file:
-            side = _none(_dataset(file, patches, "coords").attrs.get("patch_size_level0"))
+            side = _trident_side(_dataset(file, patches, "coords"), patches)
     if side is None:
         raise LayoutError(f"{path}: does not tell patch_size_level0.", f"Put {patches.name} beside it, in patches/.")
-    return _checked(path, values, coords.reshape(-1, 2), float(side))
+    return _checked(path, values, coords if coords.size else coords.reshape(-1, 2), side)
+
+
+def _trident_side(coords: Any, path: Path) -> float | None:
+    told = coords.attrs.get("patch_size_level0")
+    # TRIDENT writes None as the string 'None'.
+    return None if told is None or _text(told) == "None" else _number(coords, path, "patch_size_level0")
 
 
 def _stamp(path: Path) -> Level:
@@ -193,9 +198,15 @@ def _stamp(path: Path) -> Level:
         if unit != "um":
             raise LayoutError(f"{path}: its coordinates are in {unit!r}, expected um.")
         values, coords = _dataset(file, path, "feats")[:], _dataset(file, path, "coords")[:]
-        side_um, side_px = float(file.attrs["tile_size_um"]), float(file.attrs.get("tile_size_px", 256))
+        side_um, side_px = _stamp_sides(file, path)
     # Pixels of the tile's own resolution stand in for level-0 px, which STAMP does not keep.
     return _checked(path, values, np.rint(coords * (side_px / side_um)).astype(np.int64), side_px)
+
+
+def _stamp_sides(file: Any, path: Path) -> tuple[float, float]:
+    """Side of a tile in µm and in px; STAMP's tiles have 256 px where its files do not tell."""
+    side_px = _number(file, path, "tile_size_px") if "tile_size_px" in file.attrs else 256.0
+    return _number(file, path, "tile_size_um"), side_px
 
 
 def _checked(path: Path, values: np.ndarray, coords: np.ndarray, side: float) -> Level:
@@ -207,8 +218,9 @@ def _checked(path: Path, values: np.ndarray, coords: np.ndarray, side: float) ->
         raise LayoutError(
             f"{path}: features {list(values.shape)} and coords {list(coords.shape)} do not belong together."
         )
-    if side <= 0:
-        raise LayoutError(f"{path}: tiles have the side {side:g} px.")
+    wild = ~(np.abs(coords) < 2**31).all(axis=1)
+    if wild.any():
+        raise LayoutError(f"{path}: a tile lies at {coords[wild][0].tolist()}, which is no place on a slide.")
     return Level(values, coords.astype(np.int64), side)
 
 
@@ -227,9 +239,11 @@ def read_tensor(path: Path) -> np.ndarray:
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise LayoutError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}).") from None
-    if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2:
-        kind = f"a tensor {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise LayoutError(f"{path}: holds {kind}, expected a tensor [N, d].")
+    plain = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and tensor.is_floating_point()
+    if not plain or tensor.ndim != 2:
+        is_tensor = isinstance(tensor, torch.Tensor)
+        kind = f"a tensor {list(tensor.shape)}, {tensor.dtype}" if is_tensor else type(tensor).__name__
+        raise LayoutError(f"{path}: holds {kind}, expected a tensor [N, d] of floats.")
     return tensor.float().numpy()
 
 
@@ -249,12 +263,24 @@ def _opened(path: Path) -> Iterator[Any]:
 def _dataset(file: Any, path: Path, name: str) -> Any:
     if name not in file:
         raise LayoutError(f"{path}: has no dataset {name!r}, only {', '.join(file)}.")
-    return file[name]
+    found = file[name]
+    if getattr(found, "ndim", 0) == 0 or found.dtype.kind not in "fiu":
+        raise LayoutError(f"{path}: its {name!r} is no array of numbers.")
+    return found
 
 
-def _none(value: Any) -> Any:
-    """TRIDENT writes None as the string 'None'."""
-    return None if _text(value) == "None" else value
+def _number(holder: Any, path: Path, key: str) -> float:
+    """A positive number among the attributes; the mean of several, as CLAM writes one for x and y."""
+    if key not in holder.attrs:
+        raise LayoutError(f"{path}: {holder.name} has no attribute {key!r}.")
+    told = holder.attrs[key]
+    try:
+        number = float(np.mean(np.asarray(told, np.float64)))
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0 < number < float("inf"):
+        raise LayoutError(f"{path}: {key} is {told}, expected a positive number.")
+    return number
 
 
 def _text(value: Any) -> str | None:

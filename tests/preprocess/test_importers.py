@@ -204,7 +204,7 @@ def test_files_that_cannot_be_read_are_named_and_the_rest_goes_on(tmp_path: Path
     report = import_features(tmp_path / "in", tmp_path / "store")
     assert report.imported == ("a",)
     assert "cut.pt: cannot be read" in report.refused["cut"]
-    assert "holds a tensor [5], expected a tensor [N, d]" in report.refused["flat"]
+    assert "holds a tensor [5], torch.float32, expected a tensor [N, d] of floats" in report.refused["flat"]
 
 
 def test_what_fits_no_layout_or_several_is_told(tmp_path: Path):
@@ -220,3 +220,58 @@ def test_what_fits_no_layout_or_several_is_told(tmp_path: Path):
     with pytest.raises(DataError, match="fits the layouts published, trident"):
         import_features(tmp_path / "in", tmp_path / "store")
     assert import_features(tmp_path / "in", tmp_path / "store", "trident").imported == ("a",)
+
+
+def replace(name: str, value):
+    def change(file) -> None:
+        attrs = dict(file[name].attrs)
+        del file[name]
+        (file.create_group(name) if value is None else file.create_dataset(name, data=value)).attrs.update(attrs)
+
+    return change
+
+
+def set_attribute(key: str, value):
+    return lambda file: file["coords"].attrs.__setitem__(key, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replace("features", None), "its 'features' is no array of numbers"),
+        (replace("features", 3.0), "its 'features' is no array of numbers"),
+        (replace("features", [b"x"] * 64), "its 'features' is no array of numbers"),
+        (
+            replace("coords", np.full((64, 2), 2**40)),
+            "a tile lies at [1099511627776, 1099511627776], which is no place",
+        ),
+        (replace("coords", np.full((64, 2), np.nan)), "a tile lies at [nan, nan], which is no place"),
+        (set_attribute("patch_size_level0", np.nan), "patch_size_level0 is nan, expected a positive number"),
+        (set_attribute("patch_size_level0", "large"), "patch_size_level0 is large, expected a positive number"),
+    ],
+)
+def test_an_odd_file_is_refused_and_the_rest_goes_on(tmp_path: Path, change, message: str):
+    write_trident(tmp_path / "in", slides=("a", "b"))
+    with h5py.File(tmp_path / "in/20x_256px_0px_overlap/features_uni_v1/a.h5", "r+") as file:
+        change(file)
+    report = import_features(tmp_path / "in", tmp_path / "store")
+    assert report.imported == ("b",)
+    assert message in report.refused["a"]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.eye(6).to_sparse(), "holds a tensor [6, 6], torch.float32"),
+        (torch.ones(4, 6, dtype=torch.complex64), "holds a tensor [4, 6], torch.complex64"),
+        (torch.ones(4, 6, dtype=torch.int64), "holds a tensor [4, 6], torch.int64"),
+        (torch.ones(0, 6), "has no tiles"),
+    ],
+    ids=["sparse", "complex", "whole numbers", "empty"],
+)
+def test_an_odd_tensor_is_refused_and_the_rest_goes_on(tmp_path: Path, tensor: torch.Tensor, message: str):
+    write_published(tmp_path / "in")
+    torch.save(tensor, tmp_path / "in/resnet50/x20/pt_files/a.pt")
+    report = import_features(tmp_path / "in", tmp_path / "store")
+    assert report.imported == ("b",)
+    assert message in report.refused["a"]
