@@ -40,7 +40,7 @@ from preprocess.samples import BLOCK, EncodedSlide, TarStream, encode
 logger = logging.getLogger(__name__)
 
 
-_OWN = re.compile(r"shard-\d{6}\.(tar|part\.json)|\.shard-\d{6}\.(tar|part\.json)\.\w+\.tmp")
+_OWN = re.compile(r"shard-\d{6}\.(tar|part\.json)|\.(shard-\d{6}\.(tar|part\.json)|index\.json)\.\w+\.tmp")
 
 
 class FeatureSource(Protocol):
@@ -116,6 +116,7 @@ def pack_store(
     with _alone(out):
         finished = _finished(out, plan, store)
         if finished is not None:
+            _sweep(out, {shard.name for shard in finished.shards})
             logger.info("%s holds these %d slides already", out, len(plan.order))
             return finished
         (out / INDEX_NAME).unlink(missing_ok=True)
@@ -221,15 +222,19 @@ def _resume(out: Path, plan: _Plan, store: FeatureSource) -> list[_Part]:
         if not same or not _still_refused(store, part.refused, plan):
             break
         parts.append(part)
-    kept = {part.shard.name for part in parts} | {_part_path(out, i).name for i in range(len(parts))}
+    _sweep(out, {part.shard.name for part in parts} | {_part_path(out, i).name for i in range(len(parts))})
+    if parts:
+        logger.info("%s: going on behind %d finished shards", out, len(parts))
+    return parts
+
+
+def _sweep(out: Path, kept: set[str]) -> None:
+    """Remove what another or a killed packing left."""
     stale = [p for p in out.iterdir() if p.name not in kept and _OWN.fullmatch(p.name)]
     for path in stale:
         path.unlink()
     if stale:
         logger.info("%s: removed %d files of another or an unfinished packing", out, len(stale))
-    if parts:
-        logger.info("%s: going on behind %d finished shards", out, len(parts))
-    return parts
 
 
 class _Feed:

@@ -108,6 +108,14 @@ def test_leftovers_of_other_packings_go_and_foreign_files_stay(store, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {s.name for s in index.shards} | {"index.json", "shard-notes.txt"}
 
 
+def test_what_a_kill_around_the_index_leaves_goes_with_the_next_start(store, tmp_path):
+    index = pack_store(store, tmp_path)
+    (tmp_path / ".index.json.deadbeef.tmp").write_text("{")
+    (tmp_path / "shard-000000.part.json").write_text("{}")
+    assert pack_store(store, tmp_path) == index
+    assert {p.name for p in tmp_path.iterdir()} == {"index.json", "shard-000000.tar"}
+
+
 def test_a_damaged_index_is_replaced(store, tmp_path):
     index = pack_store(store, tmp_path)
     (tmp_path / "index.json").write_text("{")
