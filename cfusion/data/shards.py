@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -170,13 +171,21 @@ class ShardDataset:
         return self.bytes_of(slide for slide in slide_ids if slide in self._held)
 
     def hold(self, slide_ids: Iterable[str]) -> None:
-        """Keep slides in memory from their first reading on; remote shards are streamed in whole, at once."""
+        """Keep slides in memory from their first reading on; half or more of a remote shard is streamed at once."""
         new = [slide for slide in slide_ids if slide not in self._held]
         self._held.update(new)
-        if not self._files.remote or not new:
+        if not self._files.remote:
             return
-        with progress("fetching slides", len(new)) as bar:
-            for slide_id, arrays in self.samples(new):
+        wanted, whole = Counter[int](), Counter[int]()
+        for sample in self.index.samples:
+            whole[sample.shard] += self.bytes_of([sample.slide_id])
+        for slide in new:
+            wanted[self.sample(slide).shard] += self.bytes_of([slide])
+        now = [slide for slide in new if 2 * wanted[number := self.sample(slide).shard] >= whole[number]]
+        if not now:
+            return
+        with progress("fetching slides", len(now)) as bar:
+            for slide_id, arrays in self.samples(now):
                 self._memory.update({(slide_id, name): array for name, array in arrays.items()})
                 bar.advance()
 

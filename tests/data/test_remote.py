@@ -211,6 +211,21 @@ def test_a_whole_epoch_is_streamed_once_through_webdataset(server, slides, tmp_p
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_shard_is_streamed_into_memory_only_where_half_of_it_is_wanted(server, slides, tmp_path):
+    pack_store(MemoryStore(slides.values()), server.folder, target_bytes=60_000)
+    dataset = ShardDataset.open(server.url, cache_directory=tmp_path / "cache")
+    by_shard = [[s.slide_id for s in dataset.index.samples if s.shard == n] for n in range(len(dataset.index.shards))]
+    assert len(by_shard[0]) > 2
+    server.requests.clear()
+    dataset.hold([by_shard[0][0], *by_shard[1]])
+    assert {path for path, _, _ in server.requests} == {"/shard-000001.tar"}
+    wanted = {slide_id: slides[slide_id] for slide_id in (by_shard[0][0], *by_shard[1])}
+    assert_same(dataset, wanted)
+    server.requests.clear()
+    assert_same(dataset, wanted)
+    assert not server.requests
+
+
 def test_a_flipped_bit_in_a_stream_is_named(server, tmp_path):
     dataset = ShardDataset.open(server.url, cache_directory=tmp_path / "cache")
     sample = dataset.index.samples[0]
