@@ -96,7 +96,7 @@ class DataConfig(Section):
     read_threads: int = Field(2, ge=1)
     """Threads that read bags ahead of the model."""
     buffer_bytes: int = Field(1 << 30, ge=1 << 20)
-    """Memory that bags read ahead may take, in bytes."""
+    """Memory that bags read ahead may take, in bytes; the next bag is read ahead whatever its size."""
     token_budget: int | None = Field(None, ge=1)
     """Bags share a forward pass while bags × tiles of the longest stay within this; replaces train.micro_batch."""
     cache_directory: Path | None = None

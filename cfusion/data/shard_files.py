@@ -32,7 +32,8 @@ class OpenFile:
     @functools.cached_property
     def map(self) -> mmap.mmap:
         """The whole file as memory."""
-        return mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ)
+        # Private, as some network file systems have no shared maps.
+        return mmap.mmap(self.descriptor, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
 
     def mapped(self, offset: int, size: int, checksum: int | None) -> UInt8[np.ndarray, " size"] | None:
         """Bytes of the file as memory, all of them read from the disk, none copied.

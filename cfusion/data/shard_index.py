@@ -93,7 +93,7 @@ class Sample(_Entry):
 
     slide_id: str
     shard: int = Field(ge=0)
-    tile_px_level0: dict[str, float] = {}
+    tile_px_level0: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
     members: dict[str, Member]
     error: dict[str, float] = {}
 

@@ -57,8 +57,10 @@ class BagSet:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tiles of each bag over all magnifications."""
-        return np.array([sum(bag.tiles.values()) for bag in self.bags])
+        """Most tiles that training reads of each bag, over all magnifications."""
+        # Coarser tiles are ancestors of drawn ones, so there are never more of them.
+        most = self.max_tiles
+        return np.array([sum(min(count, most or count) for count in bag.tiles.values()) for bag in self.bags])
 
     @property
     def costs(self) -> np.ndarray:

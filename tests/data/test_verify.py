@@ -288,6 +288,7 @@ def test_an_index_that_names_a_path_is_refused(folder, name):
         (lambda v: v["samples"][0]["members"]["x20.npy"].update(dtype="|O"), "dtype is one of"),
         (lambda v: v["samples"][0]["members"]["x20.npy"].update(offset=10**9), "ends beyond its shard"),
         (lambda v: v["samples"][0].update(shard=99), "lies in shard 99"),
+        (lambda v: v["samples"][0]["tile_px_level0"].update(x20=0), r"tile_px_level0\.x20: .*greater than 0"),
         (lambda v: v["samples"].append(v["samples"][0]), "appears twice"),
         (lambda v: v.update(format="cfusion-shards-9"), "format"),
         (lambda v: v.update(extra=1), "extra"),
