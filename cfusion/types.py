@@ -31,6 +31,11 @@ def magnification_value(name: str) -> float:
     return float(name.removeprefix("x"))
 
 
+def magnification_words(name: str) -> str:
+    """A key as people say it: `x20` → `20x`."""
+    return f"{magnification_value(name):g}x"
+
+
 def titled_table(title: str, table: pd.DataFrame, rows: int | None = None) -> str:
     """HTML for a notebook: a line, and the first `rows` rows of a table; none: all."""
     shown = table if rows is None else table.head(rows)

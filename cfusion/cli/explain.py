@@ -71,4 +71,4 @@ def explain(
     for done in results:
         typer.echo(f"{done.explanation.slide_id}: {done.explanation.told_risk}; {done.page}")
         if done.areas is not None:
-            typer.echo(done.areas.to_string(index=False, float_format="{:.3f}".format))
+            typer.echo(done.areas.to_string(index=False, float_format="{:.3g}".format))

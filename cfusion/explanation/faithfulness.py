@@ -7,6 +7,7 @@ go first, so that the curve of a faithful method falls below that of chance.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -22,7 +23,7 @@ from cfusion.explanation.scoring import slide_bag
 from cfusion.prediction import FoldEnsemble
 from cfusion.report.svg import Plot, number
 from cfusion.training.fitted import FittedModel
-from cfusion.types import BagBatch, SlideFeatures
+from cfusion.types import BagBatch, SlideFeatures, magnification_words
 
 RANDOM = "random"
 
@@ -113,7 +114,9 @@ def draw_deletion(curves: pd.DataFrame, magnification: str, where: str) -> str:
     low, high = np.nanmin(values), np.nanmax(values)
     pad = max((high - low) * 0.06, 1e-6)
     plot = Plot((0, 1), (low - pad, high + pad), height=300, margins=(58, 56, 14, 40))
-    plot.axes(f"share of {magnification} tiles removed", "risk", y_format="{:.2f}".format)
+    decimals = max(2, 2 - math.ceil(math.log10(high - low + 2 * pad)))
+    x_words = f"share of {magnification_words(magnification)} tiles removed"
+    plot.axes(x_words, "risk", y_format=f"{{:.{decimals}f}}".format)
     random = level[level["method"] == RANDOM]
     if len(random):
         upper = list(zip(random["share"], random["high"], strict=True))
@@ -128,7 +131,7 @@ def draw_deletion(curves: pd.DataFrame, magnification: str, where: str) -> str:
         plot.text(plot.px(1), 14 + 14 * place, f"{method}: area {area:+.3g}", f"note {css}", "end")
     told = ", ".join(f"{method} {area:+.3g}" for method, area in areas.items())
     return plot.finish(
-        f"Deletion curves at {magnification}, {where}",
+        f"Deletion curves at {magnification_words(magnification)}, {where}",
         f"Mean distance below random removal (dashed, band {BAND[0]:g}% to {BAND[1]:g}% of the orders): {told}.",
     )
 

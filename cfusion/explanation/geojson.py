@@ -17,6 +17,7 @@ import numpy as np
 from cfusion.explanation.colour import Scale
 from cfusion.explanation.result import METHODS, Explanation
 from cfusion.files import atomic_path
+from cfusion.types import magnification_words
 
 RAISES = {"name": "Raises risk", "color": [178, 24, 43]}
 LOWERS = {"name": "Lowers risk", "color": [33, 102, 172]}
@@ -46,7 +47,7 @@ def _features(explanation: Explanation, magnification: str) -> Iterator[dict[str
         ring = (origin + corners).round(1).tolist()
         properties: dict[str, Any] = {
             "objectType": "tile",
-            "name": f"{magnification} tile {row}",
+            "name": f"{magnification_words(magnification)} tile {row}",
             "measurements": _measurements(explanation, magnification, row),
         }
         if np.isfinite(scores[row]):

@@ -18,6 +18,7 @@ import cfusion
 from cfusion.explanation.faithfulness import deletion_areas, draw_deletion
 from cfusion.explanation.result import METHODS, Explanation
 from cfusion.report.svg import Plot, number
+from cfusion.types import magnification_words
 
 
 def render_page(
@@ -38,6 +39,7 @@ def render_page(
         loader=jinja2.PackageLoader("cfusion.explanation"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
+    environment.filters["magnified"] = magnification_words
     attrs = explanation.attrs
     style = files("cfusion.report").joinpath("templates", "style.css").read_text(encoding="utf-8")
     return environment.get_template("page.html.j2").render(
@@ -99,7 +101,9 @@ def _provenance(explanation: Explanation) -> dict[str, Any]:
     size = attrs.get("slide_size_px")
     return {
         "encoder": attrs["encoder"],
-        "tiles": ", ".join(f"{len(level.coords)} at {name}" for name, level in explanation.levels.items()),
+        "tiles": ", ".join(
+            f"{len(level.coords)} at {magnification_words(name)}" for name, level in explanation.levels.items()
+        ),
         "slide": f"{size[0]} × {size[1]} px" if size else "size not known",
         "resolution": f"{attrs['mpp']:g} µm/px" if attrs.get("mpp") else "not known",
         "program": f"cfusion {cfusion.__version__}",

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from cfusion.explanation.colour import Scale
 from cfusion.explanation.result import METHODS, Explanation, TileScores
+from cfusion.types import magnification_words
 
 OVERVIEW_PX = 1000
 """Longer side of the slide in an overlay."""
@@ -60,7 +61,7 @@ def draw_overlay(
     axis.set_xticks([])
     axis.set_yticks([])
     of = f"mean of {len(explanation.risks)} models" if len(explanation.risks) > 1 else "one model"
-    axis.set_title(f"{explanation.slide_id} · {method} at {magnification} · {of}")
+    axis.set_title(f"{explanation.slide_id} · {method} at {magnification_words(magnification)} · {of}")
     mapped = ScalarMappable(Normalize(scale.low, scale.high), scale.map_name)
     signed = METHODS[method].signed
     extend = ("both" if signed else "max") if scale.clipped else "neither"
@@ -98,7 +99,8 @@ def draw_gallery(explanation: Explanation, magnification: str, pictures: Picture
         else:
             axes[row][0].text(0, 0.5, f"no tile {words}")
     unit = METHODS[method].unit
-    figure.suptitle(f"{explanation.slide_id} at {magnification}: {method} ({unit}, ± sd over folds)", fontsize=9)
+    where = f"{explanation.slide_id} at {magnification_words(magnification)}"
+    figure.suptitle(f"{where}: {method} ({unit}, ± sd over folds)", fontsize=9)
     return _png(figure)
 
 

@@ -12,7 +12,7 @@ from planted_bags import planted_slide
 
 from cfusion.explanation import explain
 from cfusion.explanation.colour import Scale
-from cfusion.explanation.faithfulness import RANDOM, deletion_areas, deletion_curves
+from cfusion.explanation.faithfulness import RANDOM, deletion_areas, deletion_curves, draw_deletion
 from cfusion.explanation.geojson import write_geojson
 from cfusion.explanation.pictures import draw_overlay, extreme_tiles
 from cfusion.explanation.result import read_explanation
@@ -182,3 +182,12 @@ def test_deletion_curves_are_drawn_and_tabled(written):
 
 def test_the_same_explanation_gives_the_same_curves(folds, slide, found, curves):
     assert deletion_curves(folds, slide, found, steps=6, seeds=8).equals(curves)
+
+
+@pytest.mark.parametrize("width", [1e-4, 1.0])
+def test_ticks_of_the_risk_tell_points_apart_however_little_it_moves(curves, width):
+    risks = curves[["risk", "low", "high"]]
+    near = curves.assign(**(risks - risks.min().min()) / (risks.max().max() - risks.min().min()) * width - 2)
+    root = ET.fromstring(draw_deletion(near, "x20", "here"))
+    ticks = [node.text for node in root.iter() if node.text and re.fullmatch(r"[-−]\d+\.\d+", node.text)]
+    assert len(ticks) == len(set(ticks)) > 1
