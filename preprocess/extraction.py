@@ -118,7 +118,9 @@ class _Run:
         self.strict, self.overwrite = strict, overwrite
         self.outcomes: dict[Path, SlideOutcome] = {}
         self.digests = {e.name: configuration_digest(config, e) for e in self.encoders}
-        self.pipeline = Pipeline(slots, config.threads, config.batch_size, self._plan, self._write, self._fail)
+        self.pipeline = Pipeline(
+            slots, config.threads, config.batch_size, self._plan, self._write, self._fail, self._show
+        )
         self._start = time.monotonic()
         self._bar = Progress("", 0)
 
@@ -195,7 +197,7 @@ class _Run:
             plan.slide.slide_id, "done", why, tiles, time.monotonic() - work.start, resolution.mpp, resolution.source,
             plan.reader.name, str(work.path),
         )  # fmt: skip
-        self._advance()
+        self._show(1)
 
     def _attrs(self, work: Work, encoder: Encoder) -> dict[str, Any]:
         plan = work.plan
@@ -216,9 +218,10 @@ class _Run:
             raise error
         logger.warning("failed: %s", error)
         self.outcomes[path] = SlideOutcome(slide_id_of(path), "failed", str(error), path=str(path))
-        self._advance()
+        self._show(1)
 
-    def _advance(self) -> None:
+    def _show(self, slides: int = 0) -> None:
+        """Show that so many more slides are finished, and how fast the work goes."""
         seconds = time.monotonic() - self._start
         gigabytes = self.pipeline.pixels * 3 / 1e9
-        self._bar.advance(1, f"{self.pipeline.tiles / seconds:.0f} tiles/s, {gigabytes / seconds:.2f} GB/s")
+        self._bar.advance(slides, f"{self.pipeline.tiles / seconds:.0f} tiles/s, {gigabytes / seconds:.2f} GB/s")

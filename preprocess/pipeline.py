@@ -69,6 +69,7 @@ class Pipeline:
         plan: Makes a slide's plan; what it raises as a `CfusionError` goes to `on_failure`.
         on_slide: Takes each finished slide, in its own thread; what it raises as a `CfusionError` goes to `on_failure`.
         on_failure: Takes the slides that fail; it may raise to stop everything.
+        on_batch: Is called after each batch; `tiles` and `pixels` tell how far the work is.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Pipeline:
         plan: Callable[[Path], SlidePlan],
         on_slide: Callable[[Work], None],
         on_failure: Callable[[Path, CfusionError], None],
+        on_batch: Callable[[], None],
     ) -> None:
         self.pixels = self.tiles = 0
         self.encode_seconds = 0.0
@@ -88,7 +90,7 @@ class Pipeline:
         for slot in slots:
             self._slots.put(slot)
         self._workers, self._threads, self._batch_size = len(slots), threads, batch_size
-        self._plan, self._on_slide, self._on_failure = plan, on_slide, on_failure
+        self._plan, self._on_slide, self._on_failure, self._on_batch = plan, on_slide, on_failure, on_batch
         self._batches: dict[str, list[_Piece]] = {}
         self._encoding: deque[tuple[Future, list[_Piece], str]] = deque()
         self._writing: deque[tuple[Future, Path]] = deque()
@@ -194,6 +196,7 @@ class Pipeline:
                 at += len(piece.rows)
         for piece in batch:
             self._close_rows(piece.work, len(piece.rows))
+        self._on_batch()
 
     def _close_rows(self, work: Work, count: int) -> None:
         work.open_rows -= count

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ from PIL import Image
 from slide_factory import break_tile, drop_tile, tissue_picture, write_slide
 
 from cfusion.config import PreprocessConfig
+from cfusion.console import Progress
 from cfusion.data import store as feature_store
 from cfusion.data.store import FeatureStore
 from cfusion.errors import ConfigError, DataError
 from cfusion.files import atomic_path
+from preprocess import extraction
 from preprocess.extraction import preprocess_slides
 
 SIDE = 1700
@@ -173,6 +176,20 @@ def test_a_slide_that_goes_away_when_it_is_read_is_not_lost(slides: Path, tmp_pa
     config = PreprocessConfig(slides=slides, store=tmp_path / "store", batch_size=10_000)
     summary = preprocess_slides(config, slots=[[MeanColour(returns=unlink)]])
     assert [o.status for o in summary.outcomes] == ["done"] * 3
+
+
+def test_progress_is_told_within_a_slide_too(slides: Path, tmp_path: Path, monkeypatch):
+    told = []
+
+    class Telling(Progress):
+        def advance(self, count: int = 1, note: str = "") -> None:
+            told.append((count, note))
+
+    monkeypatch.setattr(extraction, "progress", lambda *_: nullcontext(Telling("", 0)))
+    extract(slides / "s0.svs", tmp_path / "store", batch_size=4)
+    assert [count for count, _ in told].count(1) == 1
+    assert len(told) > 5
+    assert all(re.fullmatch(r"\d+ tiles/s, \d+\.\d\d GB/s", note) for _, note in told)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="this system does not tell a process's open files")
