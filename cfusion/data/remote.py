@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import logging
@@ -157,13 +158,28 @@ class DiskCache:
         """Open a file; None where it is not there."""
         path = self.folder / name
         try:
-            os.utime(path)
+            # In a folder that others filled, their files keep their age.
+            with contextlib.suppress(PermissionError):
+                os.utime(path)
             return OpenFile(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def put(self, name: str, data: bytes) -> OpenFile:
-        """Keep `data`, and open it; what is larger than the whole cache is given unkept."""
+        """Keep `data`, and open it; what is larger than the whole cache is given unkept.
+
+        Raises:
+            ShardsError: The folder cannot be written to.
+        """
+        try:
+            return self._put(name, data)
+        except OSError as error:
+            raise ShardsError(
+                f"{self.folder}: what is fetched of the shards cannot be kept there ({error.strerror}).",
+                "Set data.cache_directory to a folder with room, or data.cache_bytes to less.",
+            ) from error
+
+    def _put(self, name: str, data: bytes) -> OpenFile:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -145,6 +145,13 @@ def test_a_cache_smaller_than_a_member_still_reads(server, slides, tmp_path):
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
+def test_a_cache_folder_that_cannot_be_written_to_is_named_with_its_setting(server, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    dataset = ShardDataset.open(server.url, cache_directory=tmp_path / "cache")
+    with pytest.raises(DataError, match=rf"{tmp_path / 'cache'}: .*cannot be kept there.*data\.cache_directory"):
+        dataset.read("s0.A", ["x20"])
+
+
 def test_a_damaged_cached_file_is_fetched_anew(server, slides, tmp_path):
     assert_same(ShardDataset.open(server.url, cache_directory=tmp_path / "cache"), slides)
     for path in (tmp_path / "cache").glob("[0-9a-f]*"):
