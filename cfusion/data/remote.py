@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _PIECE = 8 << 20
 _AT_ONCE = 4
+_WORTH_A_REQUEST = 1 << 16
 _ATTEMPTS = 6
 _FIRST_PAUSE_SECONDS = 0.1
 _SILENCE_SECONDS = 60.0
@@ -165,6 +166,14 @@ class DiskCache:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def holds(self, name: str) -> bool:
+        """Whether a file is there."""
+        return (self.folder / name).exists()
+
+    def fits(self, size: int) -> bool:
+        """Whether so many bytes can be kept at all."""
+        return size <= self._limit
+
     def put(self, name: str, data: bytes) -> OpenFile:
         """Keep `data`, and open it; what is larger than the whole cache is given unkept.
 
@@ -201,7 +210,7 @@ class DiskCache:
         return True
 
     def _make_room(self, size: int) -> bool:
-        if size > self._limit:
+        if not self.fits(size):
             return False
         own = [path for path in self.folder.iterdir() if _OWN.fullmatch(path.name)]
         status = {path: path.stat() for path in own}
@@ -236,6 +245,23 @@ class RemoteFiles:
         if file is None:
             file = self._cache.put(name, self._fetch(shard, member))
         return file, -member.offset
+
+    def fetch(self, number: int, shard: Shard, members: Sequence[Member]) -> None:
+        """Bring what is not cached of members that lie together in one range, as a request costs time by itself.
+
+        What comes damaged, or does not fit in the cache, is left to `open`.
+        """
+        missing = [member for member in members if not self._cache.holds(self._name(number, member))]
+        start = min((member.offset for member in missing), default=0)
+        size = max((member.offset + member.size for member in missing), default=0) - start
+        wanted = sum(member.size for member in missing)
+        if len(missing) < 2 or not self._cache.fits(size) or size - wanted > max(wanted, _WORTH_A_REQUEST):
+            return
+        data = self._source.read(shard.name, start, size)
+        for member in missing:
+            content = data[member.offset - start : member.offset - start + member.size]
+            if crc32(content) == member.crc32:
+                self._cache.put(self._name(number, member), content)
 
     def _fetch(self, shard: Shard, member: Member) -> bytes:
         for _ in range(2):

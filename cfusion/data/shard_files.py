@@ -7,6 +7,7 @@ import io
 import mmap
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -102,6 +103,9 @@ class ShardFiles(Protocol):
     def open(self, number: int, shard: Shard, member: Member) -> tuple[OpenFile, int]:
         """A file that holds a member, and what to add to an offset in the shard to find it there."""
 
+    def fetch(self, number: int, shard: Shard, members: Sequence[Member]) -> None:
+        """Bring members that will be opened, where that is cheaper than one by one."""
+
     def discard(self, number: int, member: Member) -> bool:
         """Forget a damaged local copy of a member; true where there was one, so that another try can help."""
 
@@ -135,6 +139,9 @@ class LocalFiles:
                 del self._open[next(iter(self._open))]
             self._open[number] = file
         return file, 0
+
+    def fetch(self, number: int, shard: Shard, members: Sequence[Member]) -> None:
+        """They are here."""
 
     def discard(self, number: int, member: Member) -> bool:
         """There is no copy."""

@@ -129,7 +129,9 @@ class ShardDataset:
         """
         if slide_id in self._held:
             self._copy(slide_id, out, rows)
-        elif rows is None:
+            return
+        self._fetch(slide_id, out)
+        if rows is None:
             self._read_whole(slide_id, out)
         else:
             # All are asked of the disk before the first is waited for.
@@ -148,7 +150,8 @@ class ShardDataset:
         """
         if slide_id in self._held:
             return None
-        sample, arrays = self.sample(slide_id), {}
+        sample, arrays, names = self.sample(slide_id), {}, tuple(names)
+        self._fetch(slide_id, names)
         for name in names:
             member = self._member(slide_id, name)
             file, shift = self._files.open(sample.shard, self.index.shards[sample.shard], member)
@@ -248,6 +251,10 @@ class ShardDataset:
                 "Change data.magnifications, or extract and pack this magnification.",
             )
         return member
+
+    def _fetch(self, slide_id: str, names: Iterable[str]) -> None:
+        number = self.sample(slide_id).shard
+        self._files.fetch(number, self.index.shards[number], [self._member(slide_id, name) for name in names])
 
     def _copy(self, slide_id: str, out: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray] | None) -> None:
         absent = [name for name in out if (slide_id, name) not in self._memory]

@@ -116,6 +116,17 @@ def test_a_silent_server_is_asked_again(server, slides, tmp_path, monkeypatch):
     assert "silent" in {fault for _, _, fault in server.requests}
 
 
+def test_members_that_lie_together_come_in_one_range(server, tmp_path):
+    dataset = ShardDataset.open(server.url, cache_directory=tmp_path / "cache")
+    bags = make_bags(dataset, {"a": ["s0.A"], "b": ["s1.A", "s2.A"]}, "case", (20.0, 10.0, 5.0))
+    # Embeddings, coordinates, and, for the drawing of tiles, parents; a slide has eight members besides its provenance.
+    for config, bag, most in ((DataConfig(), 0, 2), (DataConfig(max_tiles=70), 1, 6)):
+        loader = BagLoader(dataset, bags, config, magnifications=(20.0, 10.0, 5.0), seed=1)
+        server.requests.clear()
+        next(loader.stream([[bag]], epoch=0, training=True))
+        assert len(server.requests) <= most
+
+
 def test_what_is_cached_is_not_asked_for_again(server, slides, tmp_path):
     assert_same(ShardDataset.open(server.url, cache_directory=tmp_path / "cache"), slides)
     server.requests.clear()

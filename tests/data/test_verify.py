@@ -55,6 +55,14 @@ def test_whole_shards_have_no_problems(folder):
     assert sorted(result.good) == [f"s{i}" for i in range(8)]
 
 
+def test_names_that_are_long_or_odd_are_whole(tmp_path):
+    names = ["a" * 180, "../up", "naïve ~ (1)%." * 12, "s"]
+    pack_store(MemoryStore([make_slide(name) for name in names]), tmp_path)
+    result = verify_shards(tmp_path)
+    assert result.problems == ()
+    assert sorted(result.good) == sorted(names)
+
+
 def test_a_truncated_tar_is_refused_and_the_rest_is_listed(folder):
     index = read_index(folder)
     last = index.samples[-1]
