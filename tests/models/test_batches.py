@@ -18,8 +18,8 @@ CONFIGURATIONS = [(name, {}) for name in MODELS] + [
 
 
 @pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
-def test_risk_does_not_depend_on_batch_companions(name: str, options: dict):
-    model = build(name, **options)
+def test_logits_do_not_depend_on_batch_companions(name: str, options: dict):
+    model = build(name, dtype=torch.float64, **options)
 
     @settings(deadline=None, max_examples=10, database=None)
     @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(0, 3))
@@ -28,9 +28,19 @@ def test_risk_does_not_depend_on_batch_companions(name: str, options: dict):
         with torch.no_grad():
             together = model(pad(bags, extra)).logits
             alone = torch.cat([model(b).logits for b in bags])
-        torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together, alone, atol=1e-11, rtol=1e-11)
 
     check()
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 3), (10, 16), (150, 1, 40)], ids=str)
+@pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
+def test_risk_in_f32_does_not_depend_on_batch_companions(name: str, options: dict, sizes: tuple[int, ...]):
+    model = build(name, **options)
+    bags = [bag(seed, size) for seed, size in enumerate(sizes)]
+    with torch.no_grad():
+        alone = torch.cat([model(b).risk for b in bags])
+        torch.testing.assert_close(model(pad(bags, 2)).risk, alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
