@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +148,8 @@ def open_slide(path: Path, mpp_table: Mapping[str, float] | None = None, default
 def find_slides(root: Path) -> list[Path]:
     """The slides in a folder and its subfolders, sorted; a path of one slide stands for itself.
 
-    Of the DICOM files of a folder, which are the levels of one slide, the first stands for all.
+    Links to folders are followed, and none is searched twice. Of the DICOM files of a folder, which are the levels of
+    one slide, the first stands for all.
 
     Raises:
         SlideError: Nothing is there, or no file has the ending of a slide.
@@ -156,13 +158,24 @@ def find_slides(root: Path) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise SlideError(f"{root}: there is no such file or folder.", "Give a slide, or a folder of slides.")
-    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in SLIDE_SUFFIXES and p.is_file())
-    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+    found = sorted(p for p in _files(root) if p.suffix.lower() in SLIDE_SUFFIXES and p.is_file())
     first = {p.parent: p for p in reversed(found) if p.suffix.lower() == ".dcm"}
     found = [p for p in found if p.suffix.lower() != ".dcm" or first[p.parent] == p]
     if not found:
         raise SlideError(f"{root}: no slides are there.", f"Looked for {' '.join(SLIDE_SUFFIXES)}.")
     return found
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Files of a folder and its subfolders; what is hidden is left out."""
+    searched: set[str] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if (real := os.path.realpath(folder)) in searched:
+            subfolders.clear()
+            continue
+        searched.add(real)
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
 def slide_id_of(path: Path) -> str:

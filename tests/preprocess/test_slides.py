@@ -178,6 +178,18 @@ def test_finding_slides(tmp_path: Path):
         find_slides(tmp_path / "empty")
 
 
+def test_links_to_folders_are_followed_and_no_folder_is_searched_twice(tmp_path: Path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for folder in (root / "own", elsewhere):
+        folder.mkdir(parents=True)
+    (root / "own" / "a.svs").touch()
+    (elsewhere / "b.svs").touch()
+    (root / "linked").symlink_to(elsewhere)
+    (root / "linked-again").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(root)
+    assert [str(p.relative_to(root)) for p in find_slides(root)] == ["linked/b.svs", "own/a.svs"]
+
+
 def test_the_dicom_files_of_a_folder_are_one_slide(tmp_path: Path):
     for name in ("case-1/0.dcm", "case-1/1.dcm", "case-2/b.dcm", "case-2/a.DCM", "c.svs"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
