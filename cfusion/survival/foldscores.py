@@ -155,10 +155,12 @@ def score_fold(
     spreads |= brier.spread
     limits = {name: interval_or_nan(spreads.get(name)) for name in (*values, "ibs")}
     row = {
-        **named, "n": len(rows), "events": int(event.sum()), "harrell_c": harrell.cindex,
-        "harrell_low": limits["harrell"][0], "harrell_high": limits["harrell"][1], "concordant": harrell.concordant,
-        "discordant": harrell.discordant, "tied_risk": harrell.tied_risk, "uno_c": values["uno"],
-        "uno_low": limits["uno"][0], "uno_high": limits["uno"][1], "truncation_months": training.truncation_months,
+        "model": named["model"], "cohort": named["cohort"], "fold": named["fold"], "n": len(rows),
+        "events": int(event.sum()), "harrell_c": harrell.cindex, "harrell_low": limits["harrell"][0],
+        "harrell_high": limits["harrell"][1], "protocol": named["protocol"], "seed": named["seed"],
+        "repeat": named["repeat"], "concordant": harrell.concordant, "discordant": harrell.discordant,
+        "tied_risk": harrell.tied_risk, "uno_c": values["uno"], "uno_low": limits["uno"][0],
+        "uno_high": limits["uno"][1], "truncation_months": training.truncation_months,
         "ibs": brier.value, "ibs_low": limits["ibs"][0], "ibs_high": limits["ibs"][1], "ibs_null": brier.null,
     }  # fmt: skip
     for name in (f"auc_{h:g}" for h in horizons):
