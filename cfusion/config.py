@@ -169,7 +169,7 @@ class TrainConfig(Section):
     sampling: Literal["all", "weighted"] = "all"
     """`all`: every bag once an epoch; `weighted`: with replacement, by 1 / size of its (bin × censoring) class."""
     micro_batch: int = Field(1, ge=1)
-    """Bags in one forward pass, padded and masked; 1 as published."""
+    """Bags in one forward pass, padded and masked. 1 as published, and for the same dropout at any world size."""
 
 
 PUBLISHED_RECIPE: dict[str, Any] = {
