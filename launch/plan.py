@@ -275,7 +275,13 @@ def _digest_place(place: str) -> tuple[str, str]:
     files = sorted(path.glob("splits_*.csv"))
     if files:
         return digest_json([(file.name, digest_file(file)) for file in files]), ""
-    beside = [p.name for p in sorted(path.parent.glob("*"))] if path.parent.is_dir() else []
-    holds = "is not there" if not path.exists() else f"holds neither {INDEX_NAME} nor splits_K.csv"
-    remedy = nearest(path.name, beside) if beside else "Put it there, or correct the setting."
-    return _ABSENT, f"{place}: {holds}. {remedy}"
+    if path.exists():
+        return (
+            _ABSENT,
+            f"{place}: holds neither {INDEX_NAME} nor splits_K.csv. Point the setting at the folder that does.",
+        )
+    # The part of the path that is wrong may be any of its folders, such as an encoder's.
+    wrong = next(part for part in (path, *path.parents) if part.parent.is_dir())
+    beside = [p.name for p in sorted(wrong.parent.glob("*"))]
+    remedy = nearest(wrong.name, beside) if beside else "Put it there, or correct the setting."
+    return _ABSENT, f"{place}: is not there. {remedy}" if wrong == path else f"{place}: there is no {wrong}. {remedy}"

@@ -99,12 +99,12 @@ def _raise_if_not_done(runs: Sequence[PlannedRun], outcomes: Mapping[str, Outcom
     causes: dict[str, list[str]] = {}
     for outcome in left:
         if outcome is not None and outcome.state == "failed":
-            causes.setdefault(outcome.cause.rstrip("."), []).append(outcome.name)
+            causes.setdefault(outcome.cause, []).append(outcome.name)
     held = [outcome.cause for outcome in left if outcome is not None and outcome.state == "held"]
     if causes:
         told = [f"{_names(names)}: {cause}" for cause, names in list(causes.items())[:_TOLD]]
         raise PartialResultError(
-            f"{sum(map(len, causes.values()))} of {len(runs)} runs failed. {'; '.join(told)}.",
+            f"{sum(map(len, causes.values()))} of {len(runs)} runs failed. {' '.join(map(_sentence, told))}",
             f"Their folders hold {LOG}; cfusion sweep status shows all.",
         )
     if held:
@@ -112,6 +112,10 @@ def _raise_if_not_done(runs: Sequence[PlannedRun], outcomes: Mapping[str, Outcom
             f"{len(held)} of {len(runs)} runs are left to another sweep in this folder. {'; '.join(held[:_TOLD])}",
             "cfusion sweep status follows them.",
         )
+
+
+def _sentence(words: str) -> str:
+    return words if words.endswith((".", "?")) else f"{words}."
 
 
 def _names(names: Sequence[str]) -> str:

@@ -162,6 +162,10 @@ def test_an_unknown_cohort_and_encoder_are_told_with_what_is_there(files, tmp_pa
     assert runs[2].absent.endswith("clinicl.csv: is not there. Did you mean clinical.csv?")
     assert [status.state for status in look(runs)] == ["open", "open", "open", "open"]
     assert look(runs)[1].word == runs[1].absent
+    deeper = plan(load_sweep(path, [overrides[0], f"data.shards={files.shards.parent}/{{encoder}}/packed"]))
+    assert deeper[1].absent.endswith(
+        "shard/packed: there is no " + f"{files.shards.parent}/shard. Did you mean shards?"
+    )
     with pytest.raises(PartialResultError, match=r"3 of 4 runs failed. clinical-shard-\w+: .*shard: is not there"):
         run_all(runs, Execution(), tmp_path)
     assert [status.state for status in look(runs)] == ["done", "open", "open", "open"]
