@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfusion.models.dropped_attention import DroppedAttention, attention_weights, query_chunks
+from cfusion.models.linear import Linear
 
 Visit = Callable[[slice, Tensor], None]
 """Called with a range of queries and their weights [bag, head, query, key]."""
@@ -72,8 +73,8 @@ class SelfAttention(Attention):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.query_key_value = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.query_key_value = Linear(dim, 3 * dim)
+        self.out = Linear(dim, dim)
 
     def forward(
         self, tokens: Float[Tensor, "bag token dim"], mask: Bool[Tensor, "bag token"] | None
@@ -97,9 +98,9 @@ class CrossAttention(Attention):
         super().__init__()
         self.heads = heads
         self.scale_embedding = nn.Parameter(nn.init.trunc_normal_(torch.empty(dim), std=0.02))
-        self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(dim, 2 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.query = Linear(dim, dim)
+        self.key_value = Linear(dim, 2 * dim)
+        self.out = Linear(dim, dim)
 
     def forward(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cfusion.models.attention import AttentionPooling
 from cfusion.models.bag import BagModel, TileView, check_magnifications
+from cfusion.models.linear import Linear
 from cfusion.types import BagBatch, SurvivalOutput
 
 
@@ -55,7 +56,7 @@ class MeanMIL(FinestBagModel):
 
     def __init__(self, *, backbone_dim: int, n_bins: int, embed_dim: int, magnifications: Sequence[float]) -> None:
         super().__init__(backbone_dim, magnifications)
-        self.embed = nn.Sequential(nn.Linear(backbone_dim, embed_dim), nn.ReLU())
+        self.embed = nn.Sequential(Linear(backbone_dim, embed_dim), nn.ReLU())
         self.head = nn.Linear(embed_dim, n_bins)
 
     def survival_of(self, tiles: Tensor, mask: Tensor | None) -> SurvivalOutput:
@@ -79,8 +80,8 @@ class AMIL(FinestBagModel):
 
     def __init__(self, *, backbone_dim: int, n_bins: int, embed_dim: int, magnifications: Sequence[float]) -> None:
         super().__init__(backbone_dim, magnifications)
-        self.embed = nn.Sequential(nn.Linear(backbone_dim, embed_dim), nn.ReLU())
-        self.gate = nn.Linear(embed_dim, 2 * (embed_dim // 2))
+        self.embed = nn.Sequential(Linear(backbone_dim, embed_dim), nn.ReLU())
+        self.gate = Linear(embed_dim, 2 * (embed_dim // 2))
         self.score = nn.Linear(embed_dim // 2, 1)
         self.pool = AttentionPooling()
         self.head = nn.Linear(embed_dim, n_bins)
@@ -112,7 +113,7 @@ class DSMIL(FinestBagModel):
         self.published = published
         self.summaries = n_bins
         self.instance = nn.Linear(backbone_dim, n_bins).requires_grad_(not published)
-        self.query = nn.Sequential(nn.Linear(backbone_dim, 128), nn.ReLU(), nn.Linear(128, 128), nn.Tanh())
+        self.query = nn.Sequential(Linear(backbone_dim, 128), nn.ReLU(), Linear(128, 128), nn.Tanh())
         self.pool = AttentionPooling()
         self.head = nn.Conv1d(n_bins, n_bins, kernel_size=backbone_dim)
 

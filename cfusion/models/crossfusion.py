@@ -15,6 +15,7 @@ from cfusion.errors import ConfigError, DataError
 from cfusion.models.bag import BagModel, TileView, check_magnifications, check_share
 from cfusion.models.grid import TokenGrid, file_grid, spatial_grid
 from cfusion.models.layers import ConcatMixer, ConvMixer, CrossBlock, PadTransformer, init_linear
+from cfusion.models.linear import Linear
 from cfusion.types import BagBatch, SurvivalOutput, magnification_name
 
 
@@ -127,4 +128,4 @@ def module_name(magnification: str) -> str:
 def _projection(backbone_dim: int, embed_dim: int) -> nn.Module:
     if backbone_dim == embed_dim:
         return nn.Identity()
-    return nn.Sequential(nn.Linear(backbone_dim, embed_dim), nn.LayerNorm(embed_dim))
+    return nn.Sequential(Linear(backbone_dim, embed_dim), nn.LayerNorm(embed_dim))

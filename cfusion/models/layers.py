@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from cfusion.models.attention import CrossAttention, SelfAttention
 from cfusion.models.dropout import Dropout
 from cfusion.models.grid import TokenGrid
+from cfusion.models.linear import Linear
 
 
 def init_linear(module: nn.Module) -> None:
@@ -31,9 +32,7 @@ class FeedForward(nn.Sequential):
     """Linear D→2D, GELU, dropout, linear 2D→D, dropout (CrossFusion, section 3.2)."""
 
     def __init__(self, dim: int, dropout: float) -> None:
-        super().__init__(
-            nn.Linear(dim, 2 * dim), nn.GELU(), Dropout(dropout), nn.Linear(2 * dim, dim), Dropout(dropout)
-        )
+        super().__init__(Linear(dim, 2 * dim), nn.GELU(), Dropout(dropout), Linear(2 * dim, dim), Dropout(dropout))
 
 
 class CrossBlock(nn.Module):
@@ -198,7 +197,7 @@ class ConvMixer(nn.Module):
             self.mix_bias = nn.Parameter(torch.zeros(1))
         self.kernels = MultiScaleKernel(dim // 2, 2, (7, 5, 3, 1))
         self.dropout = Dropout(dropout)
-        self.linear = nn.Linear(dim // 2, dim)
+        self.linear = Linear(dim // 2, dim)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, streams: list[Float[Tensor, "bag token dim"]], grid: TokenGrid) -> Float[Tensor, "bag token dim"]:
@@ -224,7 +223,7 @@ class ConcatMixer(nn.Module):
 
     def __init__(self, dim: int, streams: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(streams * dim, dim)
+        self.linear = Linear(streams * dim, dim)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, streams: list[Float[Tensor, "bag token dim"]], grid: TokenGrid) -> Float[Tensor, "bag token dim"]:

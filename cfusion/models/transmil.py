@@ -21,6 +21,7 @@ from cfusion.models.dropout import Dropout
 from cfusion.models.dropped_attention import attention_weights, query_chunks
 from cfusion.models.grid import TokenGrid, file_grid
 from cfusion.models.layers import PositionEncoding
+from cfusion.models.linear import Linear
 from cfusion.types import BagBatch, SurvivalOutput
 
 
@@ -87,8 +88,8 @@ class NystromAttention(Attention):
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
-        self.query_key_value = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim)
+        self.query_key_value = Linear(dim, 3 * dim, bias=False)
+        self.out = Linear(dim, dim)
         self.dropout = Dropout(dropout)
         self.value_conv = nn.Conv2d(heads, heads, (33, 1), padding=(16, 0), groups=heads, bias=False)
 
@@ -147,7 +148,7 @@ class TransMIL(FinestBagModel):
         if embed_dim % 8:
             raise ConfigError(f"embed_dim={embed_dim}: transmil has 8 heads, which must divide it.")
         check_share("dropout", dropout)
-        self.embed = nn.Sequential(nn.Linear(backbone_dim, embed_dim), nn.ReLU())
+        self.embed = nn.Sequential(Linear(backbone_dim, embed_dim), nn.ReLU())
         self.class_token = nn.Parameter(torch.randn(embed_dim))
         self.landmarks = embed_dim // 2
         self.norms = nn.ModuleList(nn.LayerNorm(embed_dim) for _ in range(2))
