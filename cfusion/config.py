@@ -257,7 +257,7 @@ class PreprocessConfig(Section):
     batch_size: int = Field(64, ge=1)
     """Tiles that an encoder takes at once, over slides."""
     weights: Path | None = None
-    """Folder of encoder checkpoints, `ENCODER.safetensors` or `.pth`; none: from the hub, or its cache."""
+    """Folder of encoder checkpoints, `ENCODER.safetensors` or `.pth`, or one of them; none: the hub, or its cache."""
     offline: bool = False
     """Never ask the network for weights."""
     precision: Literal["card", "f32", "bf16", "f16"] = "card"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -58,7 +59,9 @@ def run(
     min_tissue: Annotated[float, typer.Option(help="Share of a finest tile that must be tissue.")] = 0.25,
     sheets: Annotated[bool, typer.Option(help="Write masks, contours and sheets to look at.")] = True,
     batch_size: Annotated[int, typer.Option(help="Tiles an encoder takes at once.")] = 64,
-    weights: Annotated[Path | None, typer.Option(help="Folder of encoder checkpoints, ENCODER.safetensors.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="A checkpoint, or a folder of them, ENCODER.safetensors.")
+    ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network for weights.")] = False,
     precision: Annotated[str, typer.Option(help="card, f32, bf16 or f16.")] = "card",
     device: Annotated[list[str] | None, typer.Option(help="cpu, cuda:0, …; default all GPUs.")] = None,
@@ -73,6 +76,7 @@ def run(
     tasks: Annotated[int, typer.Option(help="Shares of the slides, one task each, on slurm or ray.", min=1)] = 1,
     gpus: Annotated[int, typer.Option(help="GPUs of a task, on slurm or ray.")] = 0,
     partition: Annotated[str, typer.Option(help="SLURM partition.")] = "",
+    hours: Annotated[float, typer.Option(help="Time limit of a SLURM task.", min=0.1)] = 24.0,
 ) -> None:
     """Extract the features of slides; run it again and it does what is left.
 
@@ -102,7 +106,13 @@ def run(
     if executor == "local":
         summary = preprocess_slides(config, strict=strict or slides.is_file(), overwrite=overwrite)
     else:
-        plan = FanOut(executor=executor, tasks=tasks, gpus=gpus, partition=partition)  # type: ignore[arg-type]
+        plan = FanOut(
+            executor=executor,  # type: ignore[arg-type]
+            tasks=tasks,
+            gpus=gpus,
+            partition=partition,
+            minutes=math.ceil(60 * hours),
+        )
         summary = fan_out(config, plan, overwrite=overwrite)
     _tell(summary)
 

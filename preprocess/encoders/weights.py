@@ -27,7 +27,7 @@ def find_weights(name: str, card: ModelCard, folder: Path | None, offline: bool)
     Args:
         name: The encoder's name; a local file is called so.
         card: Its card.
-        folder: Folder of local checkpoints; none: the hub alone.
+        folder: Folder of local checkpoints, or the checkpoint itself; none: the hub alone.
         offline: Take what the hub's cache has, and ask no network.
 
     Raises:
@@ -36,6 +36,10 @@ def find_weights(name: str, card: ModelCard, folder: Path | None, offline: bool)
     """
     stem = file_name(name)
     if folder is not None:
+        if folder.is_file():
+            return folder
+        if not folder.is_dir():
+            raise WeightsError(f"weights={folder}: there is no such file or folder.")
         for suffix in SUFFIXES:
             if (path := folder / f"{stem}{suffix}").is_file():
                 return path

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from cfusion.cli import gdc, main, preprocess
 from cfusion.errors import ConfigError, DataError, PartialResultError
+from preprocess import executors
 
 
 def call(*arguments: str | Path, app=preprocess.app):
@@ -25,6 +26,21 @@ def test_options_may_stand_before_the_slides(tmp_path: Path):
     assert (tmp_path / "store" / "summary.csv").is_file()
     for flag in ("-h", "--help"):
         assert "verify" in call_main("preprocess", flag).output
+
+
+def test_what_a_cluster_is_asked_for(tmp_path: Path, monkeypatch):
+    asked = []
+
+    def fan_out(config, plan, *, overwrite):
+        asked.append((config.threads, plan))
+        raise DataError("enough")
+
+    monkeypatch.setattr(executors, "fan_out", fan_out)
+    slide = write_slide(tmp_path / "a.svs", tissue_picture(300, 300))
+    call(slide, "--executor", "slurm", "--tasks", 3, "--gpus", 1, "--partition", "gpu", "--hours", 1.5)
+    call(slide, "--executor", "ray", "--threads", 7)
+    slurm = executors.FanOut("slurm", tasks=3, gpus=1, minutes=90, partition="gpu")
+    assert asked == [(4, slurm), (7, executors.FanOut("ray"))]
 
 
 def test_a_folder_without_features_is_no_store(tmp_path: Path):

@@ -358,6 +358,17 @@ def test_weights_that_are_not_here_tell_licence_gate_and_remedy(tmp_path: Path, 
         find_weights("uni", CARDS["uni"], tmp_path, offline=True)
     assert "https://huggingface.co/MahmoodLab/UNI" in told.value.remedy
     assert f"{tmp_path}/uni.bin" in told.value.remedy
+    with pytest.raises(DataError, match=r"weights=.*none: there is no such file or folder"):
+        find_weights("uni", CARDS["uni"], tmp_path / "none", offline=True)
+
+
+def test_local_checkpoints_are_found_by_name_or_given_themselves(tmp_path: Path):
+    own = tmp_path / "my.bin"
+    for path in (own, tmp_path / "uni.pth", tmp_path / "hf_lab_net.safetensors"):
+        path.touch()
+    assert find_weights("uni", CARDS["uni"], own, offline=True) == own
+    assert find_weights("uni", CARDS["uni"], tmp_path, offline=True) == tmp_path / "uni.pth"
+    assert find_weights("hf:lab/net", CARDS["uni"], tmp_path, offline=True) == tmp_path / "hf_lab_net.safetensors"
 
 
 def test_timm_that_is_not_installed_is_named(monkeypatch):
