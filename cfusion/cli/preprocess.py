@@ -15,6 +15,7 @@ from cfusion.cli.completion import encoders
 from cfusion.errors import ConfigError, DataError, PartialResultError
 
 if TYPE_CHECKING:
+    from preprocess.executors import FanOut
     from preprocess.outcome import Summary
 
 
@@ -83,38 +84,24 @@ def run(
     cfusion preprocess slides/ --store features --encoder uni --encoder conch
     """
     from cfusion.config import PreprocessConfig, validate
-    from preprocess.executors import FanOut, fan_out
+    from preprocess.executors import fan_out
     from preprocess.extraction import preprocess_slides
 
+    plan = _spread(executor, strict, tasks=tasks, gpus=gpus, partition=partition, minutes=math.ceil(60 * hours))
+    if threads is None and plan:
+        threads = TASK_THREADS
     values = {
         "slides": slides, "store": store, "encoders": tuple(encoder or ["stain-texture"]), "masks": masks,
         "magnifications": _numbers(magnifications), "resolution": resolution, "default_mpp": default_mpp,
         "mpp_table": mpp_table, "resample": resample, "min_tissue": min_tissue, "sheets": sheets, "weights": weights,
         "offline": offline, "batch_size": batch_size, "precision": precision, "devices": tuple(device or ()),
+        **({} if threads is None else {"threads": threads}),
     }  # fmt: skip
-    if executor not in ("local", "slurm", "ray"):
-        raise ConfigError(f"--executor {executor}: expected local, slurm or ray.")
-    if executor == "local" and (tasks > 1 or gpus or partition):
-        raise ConfigError("--tasks, --gpus and --partition spread the work.", "Give --executor slurm or ray as well.")
-    if executor != "local" and strict:
-        raise ConfigError("--strict stops the tasks of this machine alone.", "Leave it out, or --executor.")
-    if threads is None and executor != "local":
-        threads = TASK_THREADS
-    if threads is not None:
-        values["threads"] = threads
     config = validate(PreprocessConfig, values, "cfusion preprocess")
-    if executor == "local":
-        summary = preprocess_slides(config, strict=strict or slides.is_file(), overwrite=overwrite)
+    if plan:
+        _tell(fan_out(config, plan, overwrite=overwrite))
     else:
-        plan = FanOut(
-            executor=executor,  # type: ignore[arg-type]
-            tasks=tasks,
-            gpus=gpus,
-            partition=partition,
-            minutes=math.ceil(60 * hours),
-        )
-        summary = fan_out(config, plan, overwrite=overwrite)
-    _tell(summary)
+        _tell(preprocess_slides(config, strict=strict or slides.is_file(), overwrite=overwrite))
 
 
 @app.command()
@@ -191,6 +178,21 @@ def import_(
     typer.echo(f"{len(report.imported)} slides imported into {store}, {len(report.refused)} refused")
     if report.refused:
         raise PartialResultError(f"{len(report.refused)} of the slides were not imported.", "See above.")
+
+
+def _spread(executor: str, strict: bool, **options: Any) -> FanOut | None:
+    """How the work is spread; none: it is not. Options that would go unheard are refused."""
+    from preprocess.executors import FanOut
+
+    if executor in ("slurm", "ray"):
+        if strict:
+            raise ConfigError("--strict stops the tasks of this machine alone.", "Leave it out, or --executor.")
+        return FanOut(executor=executor, **options)  # type: ignore[arg-type]
+    if executor != "local":
+        raise ConfigError(f"--executor {executor}: expected local, slurm or ray.")
+    if options["tasks"] > 1 or options["gpus"] or options["partition"]:
+        raise ConfigError("--tasks, --gpus and --partition spread the work.", "Give --executor slurm or ray as well.")
+    return None
 
 
 def _numbers(text: str) -> tuple[float, ...]:
