@@ -88,6 +88,15 @@ def epoch_order(
     return np.minimum(np.searchsorted(edges, uniform * edges[-1], side="right"), np.flatnonzero(share)[-1])
 
 
+def earlier_draws(order: Int[np.ndarray, " draw"]) -> Int[np.ndarray, " draw"]:
+    """How often the bag of each draw was drawn before it; 0 throughout where every bag comes once."""
+    by_bag = np.argsort(order, kind="stable")
+    _, first, count = np.unique(order[by_bag], return_index=True, return_counts=True)
+    earlier = np.empty_like(order)
+    earlier[by_bag] = np.arange(len(order)) - np.repeat(first, count)
+    return earlier
+
+
 def global_batches(order: Int[np.ndarray, " draw"], batch: int) -> list[Int[np.ndarray, " _"]]:
     """Cut an order into the bags of each optimizer step; the last may be partial.
 

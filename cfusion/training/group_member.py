@@ -240,7 +240,8 @@ class Member:
     def _share(self, bags: tuple[int, ...]) -> Share:
         rows = torch.tensor([self._targets[bag] for bag in bags], device=self._runtime.device)
         targets = Targets(*(getattr(self._outcomes, f.name)[rows] for f in dataclasses.fields(Targets)))
-        seed = dropout_seed(self.fold.job.name, self.position.epoch, [self._whole.bags[bag].key for bag in bags])
+        keys = [self._whole.bags[bag].key for bag in bags]
+        seed = dropout_seed(self.fold.job.name, self.position.epoch, keys, [0] * len(bags))
         weights = torch.ones(len(bags), dtype=self._runtime.dtype, device=self._runtime.device)
         return Share(join([self._held.pop(bag) for bag in bags]), targets, weights, seed)
 

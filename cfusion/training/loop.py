@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cfusion.config import Config
-from cfusion.data.partition import MicroBatch, deal, epoch_order, global_batches
+from cfusion.data.partition import MicroBatch, deal, earlier_draws, epoch_order, global_batches
 from cfusion.errors import ConfigError, DataError, RequeueError
 from cfusion.survival.bins import TimeBins
 from cfusion.survival.losses import LOSSES
@@ -141,6 +141,7 @@ def _train_epoch(
     )
     steps_per_epoch = math.ceil(len(order) / config.parallel.global_batch)
     batches = global_batches(order[state.samples_seen :], config.parallel.global_batch)
+    earlier = global_batches(earlier_draws(order)[state.samples_seen :], config.parallel.global_batch)
     plans = [
         deal(
             costs[batch],
@@ -151,7 +152,7 @@ def _train_epoch(
         )[runtime.rank]
         for batch in batches
     ]
-    shares = _shares(runtime, job, state.epoch, batches, plans)
+    shares = _shares(runtime, job, state.epoch, batches, earlier, plans)
     stepper.model.train()
     for batch, plan in zip(batches, plans, strict=True):
         lr = learning_rate(config.train, step=state.step, steps_per_epoch=steps_per_epoch)
@@ -171,18 +172,24 @@ def _train_epoch(
 
 
 def _shares(
-    runtime: Runtime, job: FoldJob, epoch: int, batches: Sequence[np.ndarray], plans: Sequence[Sequence[MicroBatch]]
+    runtime: Runtime,
+    job: FoldJob,
+    epoch: int,
+    batches: Sequence[np.ndarray],
+    earlier: Sequence[np.ndarray],
+    plans: Sequence[Sequence[MicroBatch]],
 ) -> Iterator[Share]:
     """This process's shares of all global batches, one after the other, read ahead."""
-    micro_batches = [micro for plan in plans for micro in plan]
-    bags = [batch[list(micro.indices)].tolist() for batch, plan in zip(batches, plans, strict=True) for micro in plan]
+    passes = [(step, micro) for step, plan in enumerate(plans) for micro in plan]
+    bags = [batches[step][list(micro.indices)].tolist() for step, micro in passes]
     targets = targets_of(job, job.train)
     stream = job.train.loader.stream(bags, epoch=epoch, training=True)
-    for micro, indices, batch in zip(micro_batches, bags, stream, strict=True):
+    for (step, micro), indices, batch in zip(passes, bags, stream, strict=True):
         chosen = torch.as_tensor(indices)
         own = Targets(targets.label[chosen], targets.event[chosen], targets.time_months[chosen])
         weights = torch.tensor(micro.weights, dtype=runtime.dtype, device=runtime.device)
-        seed = dropout_seed(job.name, epoch, [job.train.bags[i].key for i in indices])
+        keys = [job.train.bags[i].key for i in indices]
+        seed = dropout_seed(job.name, epoch, keys, earlier[step][list(micro.indices)].tolist())
         yield Share(batch, own.to(runtime.device), weights, seed)
 
 

@@ -39,7 +39,7 @@ class Share:
     seed: int
 
 
-def dropout_seed(training: str, epoch: int, keys: Sequence[str]) -> int:
+def dropout_seed(training: str, epoch: int, keys: Sequence[str], earlier: Sequence[int]) -> int:
     """Seed of the dropout of one forward pass in training.
 
     It hangs on nothing but the training, the epoch and the bags, so that masks are the same in whatever order bags
@@ -49,8 +49,9 @@ def dropout_seed(training: str, epoch: int, keys: Sequence[str]) -> int:
         training: Name of the training: seed and fold of the run.
         epoch: From 0.
         keys: The bags of the pass, in order.
+        earlier: How often each was drawn before in this epoch, so that a bag that comes again gets other masks.
     """
-    return int(digest_json([training, epoch, list(keys)])[:15], 16)
+    return int(digest_json([training, epoch, list(keys), list(earlier)])[:15], 16)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfusion.data.partition import bag_cost, deal, epoch_order, evaluation_slices, global_batches
+from cfusion.data.partition import bag_cost, deal, earlier_draws, epoch_order, evaluation_slices, global_batches
 from cfusion.errors import ConfigError
 
 COSTS = st.lists(st.floats(1, 1e6), min_size=0, max_size=120)
@@ -72,6 +72,12 @@ def test_orders_differ_by_epoch_and_seed_and_are_fixed():
     assert epoch_order(keys(10), seed=7, epoch=0).tolist() == epoch_order(keys(10), seed=7, epoch=0).tolist()
     assert epoch_order(keys(50), seed=7, epoch=0).tolist() != epoch_order(keys(50), seed=7, epoch=1).tolist()
     assert epoch_order(keys(50), seed=7, epoch=0).tolist() != epoch_order(keys(50), seed=8, epoch=0).tolist()
+
+
+@given(st.lists(st.integers(0, 9), max_size=60))
+def test_earlier_draws_count_each_bag_from_its_first(order):
+    seen = earlier_draws(np.array(order, dtype=np.int64))
+    assert seen.tolist() == [order[:place].count(bag) for place, bag in enumerate(order)]
 
 
 def test_weighted_order_draws_in_proportion_and_never_a_weight_of_zero():

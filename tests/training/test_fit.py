@@ -14,6 +14,7 @@ import cfusion
 from cfusion.config import Config
 from cfusion.errors import ConfigError, DataError, RequeueError
 from cfusion.survival.metrics import concordance
+from cfusion.training import loop
 from cfusion.training.fitted import FittedModel
 from cfusion.training.folds import FoldRun, fit
 
@@ -168,7 +169,7 @@ def test_test_patients_outcomes_change_nothing_in_training(files, tmp_path):
     split = cfusion.make_splits(cohort, config.splits, "strict")[0]
     before = fit(config, cohort, split)
     cases = cohort.cases.copy()
-    cases.loc[list(split.test), "time_months"] = 777.0
+    cases.loc[list(split.test), "time_months"] = 577.0
     cases.loc[list(split.test), "event"] = ~cases.loc[list(split.test), "event"].astype(bool)
     after = fit(config, cfusion.types.Cohort(cohort.name, cases, cohort.slides), split)
     for name, tensor in weights(before).items():
@@ -195,6 +196,14 @@ def test_not_finite_embeddings_stop_before_the_step_and_name_the_bags(files, tmp
     monkeypatch.setattr(BagLoader, "stream", poisoned)
     with pytest.raises(DataError, match=r"loss of a step is not finite. Its bags: .*PT-00"):
         run_fold(files.config(tmp_path))
+
+
+def test_a_bag_drawn_again_in_an_epoch_meets_other_dropout(files, tmp_path, monkeypatch):
+    seeds, seed_of = [], loop.dropout_seed
+    monkeypatch.setattr(loop, "dropout_seed", lambda *of: seeds.append((of, seed_of(*of))) or seeds[-1][1])
+    run_fold(files.config(tmp_path, train={"sampling": "weighted", "epochs": 2, "micro_batch": 1}))
+    drawn = [(epoch, *keys) for (_, epoch, keys, _), _ in seeds]
+    assert len(set(drawn)) < len(drawn) == len({seed for _, seed in seeds})
 
 
 def test_min_epoch_beyond_the_training_is_refused(files, tmp_path):
