@@ -108,7 +108,7 @@ def load_network(name: str, config: PreprocessConfig, device: str) -> NetworkEnc
     Raises:
         ConfigError: `timm:NAME` is not known to timm.
         WeightsError: The weights cannot be had, or are not of this network.
-        MissingExtraError: timm is not installed.
+        MissingExtraError: timm or torchvision is not installed.
     """
     card = card_of(name, config.offline)
     network = build_network(card)
@@ -126,7 +126,7 @@ def card_of(name: str, offline: bool = False) -> ModelCard:
     Raises:
         ConfigError: timm cannot build it.
         WeightsError: The configuration of `hf:OWNER/NAME` cannot be had.
-        MissingExtraError: timm is not installed.
+        MissingExtraError: timm or torchvision is not installed.
     """
     if name in CARDS:
         return CARDS[name]
@@ -188,14 +188,18 @@ def load_weights(network: nn.Module, card: ModelCard, path: Path) -> None:
 def import_timm() -> Any:
     """timm, imported so that it also works beside a torch without CUDA.
 
-    torchvision's wheels look up two operators of a CUDA build while they are imported; here only their names are told.
+    torchvision's wheels from PyPI are built for CUDA and look up two of their operators while they are imported; where
+    these cannot be loaded their names alone are told, which is all that timm needs.
 
     Raises:
-        MissingExtraError: timm is not installed.
+        MissingExtraError: timm or torchvision is not installed.
     """
-    if importlib.util.find_spec("timm") is None:
-        raise MissingExtraError("timm", "encoders", "A pretrained encoder")
-    if not torch.cuda.is_available() and not hasattr(torch.ops.torchvision, "nms"):
+    for package in ("timm", "torchvision"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "encoders", "A pretrained encoder")
+    try:
+        import torchvision  # noqa: F401 - whether it can be is the question
+    except RuntimeError:
         library = torch.library.Library("torchvision", "DEF")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
