@@ -13,7 +13,7 @@ def test_planted_regions_are_ranked_and_their_removal_lowers_the_risk(tmp_path):
     auroc, area = table["auroc"]["crossfusion"], table["area"]["crossfusion", "both"]
     assert auroc["both", "x20", "occlusion"] >= 0.8
     assert auroc["both", "x5", "occlusion"] >= 0.8
-    assert auroc["nuclei", "x20", "occlusion"] >= 0.8
     assert 0.35 <= auroc["architecture", "x20"].min() <= auroc["architecture", "x20"].max() <= 0.65, "not seen at 20x"
+    assert auroc["nuclei", "x20"].max() > auroc["architecture", "x20"].max(), "seen at 20x alone"
     assert area["x20", "occlusion"] > 0
     assert area["x5", "occlusion"] > 0
