@@ -17,6 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from cfusion.errors import ConfigError
 from cfusion.yaml_files import apply_override, read_yaml
 
+Protocol = Literal["strict", "fixed-epoch", "published"]
+"""Where a model is chosen: on an inner validation split, nowhere, or (optimistically) on the scored fold."""
+
 
 class Section(BaseModel):
     """A group of settings; unknown keys are errors, and a section cannot be changed once it is read."""
@@ -195,7 +198,7 @@ class ParallelConfig(Section):
 class EvaluationConfig(Section):
     """How a run is judged."""
 
-    protocol: Literal["strict", "fixed-epoch", "published"] = "strict"
+    protocol: Protocol = "strict"
     """Where the model is chosen: on an inner validation split, nowhere, or (optimistically) on the scored fold."""
     n_bins: int = Field(4, ge=2)
     """Time bins of the discrete hazard, at quantiles of the training patients' event times."""

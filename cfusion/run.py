@@ -16,7 +16,7 @@ import yaml
 
 import cfusion
 from cfusion.audit import Audit, audit
-from cfusion.cohort import read_cohort, write_outcomes
+from cfusion.cohort import OUTCOMES, read_cohort, write_outcomes
 from cfusion.config import Config
 from cfusion.data.shards import ShardDataset
 from cfusion.errors import ConfigError
@@ -201,7 +201,7 @@ def _claim(run: PreparedRun) -> None:
     write_text(folder / "config.yaml", yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
     write_json(folder / "audit.json", run.audit.to_json())
     write_splits(run.splits, folder / "splits")
-    write_outcomes(run.cohort, folder / "outcomes.csv")
+    write_outcomes(run.cohort, folder / OUTCOMES)
     write_json(marker, {"identity": run.identity, "provenance": run.provenance})
 
 
@@ -247,8 +247,8 @@ def _finish(run: PreparedRun, scores: Scores, parent: TrackedRun) -> None:
     write_environment(folder / "environment")
     row = scores.summary.iloc[0]
     parent.log({k: float(row[k]) for k in ("cindex_pooled", "cindex_mean", "cindex_std", "cindex_low", "cindex_high")})
-    tables = ("outcomes.csv", "predictions.csv", "scores.csv", "summary.csv")
-    for name in ("config.yaml", "audit.json", "run.json", *tables):
+    tables = (OUTCOMES, "predictions.csv", "scores.csv", "summary.csv")
+    for name in ("config.yaml", "audit.json", MARKER, *tables):
         parent.artifacts(folder / name)
     for name in ("figures", "environment", "splits"):
         parent.artifacts(folder / name, under=name)

@@ -11,7 +11,6 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -19,12 +18,10 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from cfusion.cohort import patient_of
 from cfusion.cohort_tables import read_table
-from cfusion.config import SplitsConfig
+from cfusion.config import Protocol, SplitsConfig
 from cfusion.errors import ConfigError, DataError
 from cfusion.files import atomic_path, digest_json, read_json, write_json
 from cfusion.types import Cohort, Split
-
-Protocol = Literal["strict", "fixed-epoch", "published"]
 
 _FILE = re.compile(r"splits_(?:(\d+)_)?(\d+)\.csv")
 _DIGEST = "splits.json"

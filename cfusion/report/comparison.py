@@ -10,9 +10,8 @@ from pathlib import Path
 import pandas as pd
 from joblib import Parallel, cpu_count, delayed
 
-from cfusion.cohort import read_outcomes
 from cfusion.errors import DataError
-from cfusion.splits import read_splits
+from cfusion.report.runs import outcomes_and_splits
 from cfusion.survival.comparison import compare, holm
 from cfusion.survival.predictions import read_predictions
 from cfusion.survival.ranks import Ranking, rank_methods
@@ -208,9 +207,8 @@ def _summary(cell: Cell, members: Sequence[Member], bootstrap: int) -> pd.Series
     done = [member for member in members if member.state == "done"]
     if not done:
         return None
-    splits = {(split.repeat, split.fold): split for member in done for split in read_splits(member.folder / "splits")}
-    cohort = read_outcomes(done[0].folder / "outcomes.csv", cell.cohort)
-    return score(_predictions(cell, done), cohort, list(splits.values()), bootstrap=bootstrap).summary.iloc[0]
+    truth = outcomes_and_splits([member.folder for member in done], cell.cohort)
+    return score(_predictions(cell, done), *truth, bootstrap=bootstrap).summary.iloc[0]
 
 
 def _predictions(cell: Cell, members: Sequence[Member]) -> pd.DataFrame:

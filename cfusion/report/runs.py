@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from cfusion.cohort import read_outcomes
+from cfusion.cohort import OUTCOMES, read_outcomes
 from cfusion.config import Config, load_config
 from cfusion.errors import DataError
 from cfusion.files import read_json
@@ -18,6 +18,7 @@ from cfusion.report.write import write_report
 from cfusion.splits import read_splits
 from cfusion.survival.predictions import read_predictions
 from cfusion.survival.score import Key, Scores, score
+from cfusion.types import Cohort, Split
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,18 @@ def score_runs(runs: Sequence[Run], bootstrap: int) -> Scores:
     first = runs[0]
     for other in runs[1:]:
         _check_alike(first, other)
-    splits = {(split.repeat, split.fold): split for run in runs for split in read_splits(run.folder / "splits")}
     return score(
         pd.concat([read_predictions(run.folder / "predictions.csv") for run in runs], ignore_index=True),
-        read_outcomes(first.folder / "outcomes.csv", first.config.cohort.name),
-        list(splits.values()),
+        *outcomes_and_splits([run.folder for run in runs], first.config.cohort.name),
         bootstrap=bootstrap,
         horizons=first.config.evaluation.horizons_months,
     )
+
+
+def outcomes_and_splits(folders: Sequence[Path], cohort: str) -> tuple[Cohort, list[Split]]:
+    """What runs of one cohort are scored against: the outcomes of all patients, and the folds of all runs."""
+    splits = {(split.repeat, split.fold): split for folder in folders for split in read_splits(folder / "splits")}
+    return read_outcomes(folders[0] / OUTCOMES, cohort), list(splits.values())
 
 
 def _check_alike(first: Run, other: Run) -> None:

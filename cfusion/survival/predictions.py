@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 
 from cfusion.cohort import LONGEST_FOLLOW_UP_MONTHS, patient_of
 from cfusion.cohort_tables import coded_events, numbers, read_table
+from cfusion.config import Protocol
 from cfusion.errors import CohortError, PredictionsError
 from cfusion.types import Cohort
 
@@ -22,7 +23,7 @@ _DEFAULTS: dict[str, str | int] = {"protocol": "unknown", "seed": 0, "repeat": 0
 FOLD = [*UNIT, "seed", "repeat", "fold"]
 """What one row of the scores per fold stands for."""
 
-PROTOCOLS = ("strict", "fixed-epoch", "published", "unknown")
+PROTOCOLS = (*get_args(Protocol), "unknown")
 """How the epoch was chosen; each has its own null."""
 
 _REQUIRED = ("model", "cohort", "fold", "case_id", "risk", "survival_months", "event")
