@@ -24,9 +24,11 @@ def shared() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_handler_stays_behind() -> Iterator[None]:
-    """A command run within a test logs to that test's output, which is closed when the test ends."""
+def _logging_stays_as_it_was() -> Iterator[None]:
+    """A command run within a test logs to that test's output, which is closed when it ends, as loudly as asked."""
     yield
+    for name in ("cfusion", "preprocess", "launch"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
     for handler in logging.root.handlers[:]:
         if type(handler) is logging.StreamHandler:
             logging.root.removeHandler(handler)
