@@ -21,6 +21,7 @@ from cfusion.config import Config
 from cfusion.data.shards import ShardDataset
 from cfusion.errors import ConfigError
 from cfusion.files import atomic_path, digest_file, digest_json, read_json, write_json, write_text
+from cfusion.program import code_digest
 from cfusion.report import figures
 from cfusion.report.standalone import run_figures, write_figures
 from cfusion.splits import make_splits, splits_digest, write_splits
@@ -98,6 +99,7 @@ def prepare(config: Config) -> PreparedRun:
         found = dataclasses.replace(found, cohort=permuted(found.cohort, config.evaluation.permute_outcomes))
     provenance = {
         "program": cfusion.__version__,
+        "code": code_digest(),
         "config": config.model_dump(mode="json", exclude={"output", "tracking"}),
         "table_sha256": digest_file(config.cohort.table),
         "shards_digest": dataset.index.digest,

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-import cfusion
 from cfusion.config import Config, Section, validate
 from cfusion.errors import ConfigError
 from cfusion.files import digest_file, digest_json, read_json, write_json
+from cfusion.program import code_digest
 from cfusion.yaml_files import apply_override, read_yaml, set_key
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
@@ -60,6 +60,9 @@ class SweepConfig(Section):
     named after, such as `seed: [1, 2, 3]`; so are cohort, encoder, model, protocol and fold."""
     exclude: tuple[dict[str, str], ...] = ()
     """Combinations that are left out, as axis: value; a run is left out if it has all values of one entry."""
+    code: str | None = None
+    """Digest of the code whose runs count, as `cfusion sweep plan` tells it of stale folders; default: this program's.
+    For an update of which you know that it changes no numbers."""
     group: int = Field(8, ge=1)
     """Most runs that share one read of the shards, where `train.folds` is `together`; all their folds' models, moments
     and best weights are in memory at once."""
@@ -82,7 +85,7 @@ class PlannedRun:
     """One run of a sweep.
 
     Attributes:
-        name: Values of its axes and a digest of its configuration, its data and the program's version.
+        name: Values of its axes and a digest of its configuration, its data and the code.
         values: Its value on each axis.
         config: Its resolved configuration, `output` included.
         absent: What of its data is not there, in a sentence; empty where all is.
@@ -195,7 +198,7 @@ def _planned(sweep: SweepConfig, values: Mapping[str, str], data: DataDigests) -
     decides = {
         "config": config.model_dump(mode="json", exclude={"output", "tracking"}),
         "data": list(digests.values()),
-        "program": cfusion.__version__,
+        "code": sweep.code or code_digest(),
     }
     name = f"{title}-{digest_json(decides)[:10]}"
     config = config.model_copy(update={"output": sweep.output / "runs" / name})

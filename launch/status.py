@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cfusion.files import read_json
+from cfusion.program import code_digest
 from launch.markers import FAILED, LOCK, LOG, attempts, holder, read_failure
 from launch.plan import PlannedRun, SweepConfig
 from launch.sweep import fold_count
@@ -100,6 +102,14 @@ def stale(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> list[str]:
     planned = {run.name for run in runs}
     folder = sweep.output / "runs"
     return sorted(name for name in _names(folder) if name not in planned and (folder / name).is_dir())
+
+
+def codes_of(sweep: SweepConfig, names: Sequence[str]) -> dict[str, int]:
+    """How many of the named runs are done, by the code that did them, other than this program's."""
+    folders = [sweep.output / "runs" / name for name in names]
+    done = [read_json(folder / "run.json")["provenance"] for folder in folders if (folder / "done.json").is_file()]
+    found = Counter(provenance.get("code") for provenance in done)
+    return {code: number for code, number in found.items() if code not in (None, code_digest())}
 
 
 def counts(statuses: Sequence[RunStatus]) -> dict[str, int]:

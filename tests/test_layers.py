@@ -12,6 +12,7 @@ MODULES = sorted(p for top in ("cfusion", "preprocess", "launch") for p in (ROOT
 LAYERS = (
     ("cfusion.errors",),
     ("cfusion.files", "cfusion.console", "cfusion.yaml_files"),
+    ("cfusion.program",),
     ("cfusion.types",),
     ("cfusion.config",),
     ("cfusion.cohort", "cfusion.cohort_tables", "cfusion.splits", "cfusion.audit", "cfusion.survival"),

@@ -59,7 +59,8 @@ def promote(
     """Make a version the champion, if the rule on the strict C-index allows it.
 
     A version becomes champion if its patients were scored once, under the strict protocol and with their real
-    outcomes, and its pooled C-index is higher than the champion's on the same patients of the same cohort.
+    outcomes, and its pooled C-index is higher than the champion's on the same patients of the same cohort; the first
+    one if its interval lies above .5.
 
       cfusion registry promote tcga_blca-crossfusion --version 3
     """

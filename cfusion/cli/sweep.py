@@ -44,10 +44,13 @@ def _stale(settings: SweepConfig, runs: list[PlannedRun], only: list[str] | None
 
 
 def _echo_json(settings: SweepConfig, statuses: list[RunStatus], stale: list[str], **more: Any) -> None:
-    from launch.status import counts
+    from launch.status import codes_of, counts
 
     runs = [status.to_json() for status in statuses]
-    told = {"name": settings.name, "output": str(settings.output), "counts": counts(statuses), "stale": stale, **more}
+    told = {
+        "name": settings.name, "output": str(settings.output), "counts": counts(statuses), "stale": stale,
+        "stale_codes": codes_of(settings, stale), **more,
+    }  # fmt: skip
     typer.echo(json.dumps({**told, "runs": runs}, indent=1))
 
 
@@ -63,7 +66,7 @@ def plan(file: SweepFile, overrides: Overrides = None, only: Only = None, as_jso
 
     cfusion sweep plan configs/sweeps/backbones.yaml
     """
-    from launch.status import counts, look
+    from launch.status import codes_of, counts, look
 
     settings, runs = _planned(file, overrides, only)
     statuses, stale = look(runs), _stale(settings, runs, only)
@@ -79,7 +82,11 @@ def plan(file: SweepFile, overrides: Overrides = None, only: Only = None, as_jso
     console.print(runs_table(statuses, list(settings.axes)))
     console.print(f"{len(runs):,} runs  ", legend(counts(statuses)))
     if stale:
-        console.print(f"{len(stale):,} stale: folders of runs whose configuration, data or program has changed since")
+        console.print(f"{len(stale):,} stale: folders of runs whose configuration, data or code has changed since")
+    for code, number in codes_of(settings, stale).items():
+        console.print(
+            f"{number:,} of them done by code {code}; if its numbers are the same, `code: {code}` in {file}"
+        )
 
 
 @sweep.command()

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cfusion.models.dropped_attention import DroppedAttention, attention_weights, query_chunks
-from cfusion.models.linear import Linear
+from cfusion.models.chunked_attention import ChunkedAttention, attention_weights, query_chunks
+from cfusion.models.linear import Linear, by_onednn, linear
 
 Visit = Callable[[slice, Tensor], None]
 """Called with a range of queries and their weights [bag, head, query, key]."""
@@ -45,12 +45,15 @@ def attend(
         dropout: Share of the attention weights set to zero, the others scaled up.
         visit: Shown the weights; dropout must be 0 then.
     """
-    if visit is None and (not dropout or query.device.type != "cpu"):
+    by_library = query.device.type != "cpu" or not (
+        dropout or by_onednn(query, key, query[0, 0].numel() * key.shape[2])
+    )
+    if visit is None and by_library:
         where = None if mask is None else mask[:, None, None, :]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=where, dropout_p=dropout)
     bias = None if mask is None else torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
     if visit is None:
-        return DroppedAttention.apply(query, key, value, bias, dropout)
+        return ChunkedAttention.apply(query, key, value, bias, dropout)
     out = []
     for rows in query_chunks(query.shape[2], key.shape[2], query.shape[0] * query.shape[1]):
         scaled = query[:, :, rows] * query.shape[3] ** -0.5
@@ -60,8 +63,32 @@ def attend(
     return torch.cat(out, dim=2)
 
 
+class QueryKeyValue(nn.Linear):
+    """Query, key and value of each token, by one linear map.
+
+    Args:
+        dim: Width of the tokens.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, 3 * dim)
+
+    def forward(  # type: ignore[override]
+        self, tokens: Float[Tensor, "bag token dim"], queries: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Each [bag, token, dim]; queries of the first `queries` tokens alone, if given."""
+        if queries is None:
+            query, key, value = linear(tokens, self.weight, self.bias).chunk(3, dim=2)
+            return query, key, value
+        (query_weight, rest), (query_bias, rest_bias) = (
+            part.split([self.in_features, 2 * self.in_features]) for part in (self.weight, self.bias)
+        )
+        key, value = linear(tokens, rest, rest_bias).chunk(2, dim=2)
+        return linear(tokens[:, :queries], query_weight, query_bias), key, value
+
+
 class SelfAttention(Attention):
-    """Multi-head self-attention, query, key and value by one linear map.
+    """Multi-head self-attention.
 
     Args:
         dim: Width of the tokens.
@@ -73,15 +100,15 @@ class SelfAttention(Attention):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.query_key_value = Linear(dim, 3 * dim)
+        self.query_key_value = QueryKeyValue(dim)
         self.out = Linear(dim, dim)
 
     def forward(
-        self, tokens: Float[Tensor, "bag token dim"], mask: Bool[Tensor, "bag token"] | None
-    ) -> Float[Tensor, "bag token dim"]:
-        """What each token found among the real tokens."""
-        heads = self.query_key_value(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key, value = heads.unbind(0)
+        self, tokens: Float[Tensor, "bag token dim"], mask: Bool[Tensor, "bag token"] | None, queries: int | None = None
+    ) -> Float[Tensor, "bag query dim"]:
+        """What each token, or each of the first `queries`, found among the real tokens."""
+        parts = self.query_key_value(tokens, queries)
+        query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
         found = attend(query, key, value, mask, self.dropout if self.training else 0.0, self.visit)
         return self.out(found.transpose(1, 2).flatten(2))
 

@@ -25,8 +25,9 @@ class AttentionMap:
 
     Attributes:
         magnification: Whose tiles these are.
-        received: [head, tile], mean weight that a tile received from all queries of the block. It sums to 1, less what
-            a class token or TransMIL's zeros received; TransMIL's approximated weights may be negative.
+        received: [head, tile], mean weight that a tile received from all queries of the block (in CrossFusion's last
+            one, the class token alone). It sums to 1, less what a class token or TransMIL's zeros received; TransMIL's
+            approximated weights may be negative.
         summary: [row, tile], weights by which a summary of the bag read the tiles: those of the class token, a row
             for each head, or those of a pooling; None where all queries are tiles.
     """

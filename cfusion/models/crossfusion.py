@@ -95,8 +95,9 @@ class CrossFusion(BagModel):
             streams.append(self.transformers[module_name(name)](grid.tokens(found), grid))
         tokens = self.mixer(streams, grid)
         class_token = self.class_token.to(tokens.dtype).expand(len(tokens), 1, -1)
-        tokens = self.final(torch.cat([class_token, tokens], dim=1), grid)
-        return SurvivalOutput.from_logits(self.head(tokens[:, 0]))
+        # Nothing but the class token is read, so the last block computes no other.
+        summary = self.final(torch.cat([class_token, tokens], dim=1), grid, queries=1)
+        return SurvivalOutput.from_logits(self.head(summary[:, 0]))
 
     def tile_view(self, block: str, bag: BagBatch) -> TileView:
         """See `BagModel`."""

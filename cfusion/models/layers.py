@@ -72,11 +72,11 @@ class SelfBlock(nn.Module):
         self.feed_forward = FeedForward(dim, dropout)
 
     def forward(
-        self, tokens: Float[Tensor, "bag token dim"], mask: Bool[Tensor, "bag token"] | None
-    ) -> Float[Tensor, "bag token dim"]:
-        """The block's output; `mask` is true where a token is real."""
+        self, tokens: Float[Tensor, "bag token dim"], mask: Bool[Tensor, "bag token"] | None, queries: int | None = None
+    ) -> Float[Tensor, "bag query dim"]:
+        """The block's output for every token, or for the first `queries`; `mask` is true where a token is real."""
         normed = self.attention_norm(tokens)
-        attended = self.feed_forward_norm(normed + self.attention(normed, mask))
+        attended = self.feed_forward_norm(normed[:, :queries] + self.attention(normed, mask, queries))
         return attended + self.feed_forward(attended)
 
 
@@ -167,17 +167,26 @@ class PadTransformer(nn.Module):
         self.post = nn.ModuleList(SelfBlock(dim, heads, dropout, attention_dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, tokens: Float[Tensor, "bag token dim"], grid: TokenGrid) -> Float[Tensor, "bag token dim"]:
-        """The transformed tokens, as many as came in: the grid's, or a class token and the grid's."""
+    def forward(
+        self, tokens: Float[Tensor, "bag token dim"], grid: TokenGrid, queries: int | None = None
+    ) -> Float[Tensor, "bag query dim"]:
+        """The transformed tokens: as many as came in (the grid's, or a class token and the grid's), or the first few.
+
+        Args:
+            tokens: The tokens.
+            grid: Where they stand.
+            queries: How many are asked for, from the first; the last block then leaves out what the others would get.
+        """
         mask = grid.mask
         if mask is not None and tokens.shape[1] > mask.shape[1]:
             mask = F.pad(mask, (1, 0), value=True)
         for block in self.pre:
             tokens = block(tokens, mask)
         tokens = self.position(tokens, grid)
-        for block in self.post:
+        *others, last = self.post
+        for block in others:
             tokens = block(tokens, mask)
-        return self.norm(tokens)
+        return self.norm(last(tokens, mask, queries))
 
 
 class ConvMixer(nn.Module):

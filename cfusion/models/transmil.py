@@ -17,8 +17,8 @@ from cfusion.errors import ConfigError
 from cfusion.models.attention import Attention, Visit, attend
 from cfusion.models.bag import TileView, check_share
 from cfusion.models.baselines import FinestBagModel
+from cfusion.models.chunked_attention import attention_weights, query_chunks
 from cfusion.models.dropout import Dropout
-from cfusion.models.dropped_attention import attention_weights, query_chunks
 from cfusion.models.grid import TokenGrid, file_grid
 from cfusion.models.layers import PositionEncoding
 from cfusion.models.linear import Linear

@@ -134,7 +134,8 @@ def _check_alike(first: Run, other: Run) -> None:
     differing = {str(name) for name in one.index[one != two]}
     fold_apart = "config.splits.fold" in differing
     seeds = {"config.seed", "config.data.order_seed", "config.splits.fold"}
-    elsewhere = {"platform", "config.cohort.table", "config.data.shards"}  # the same by their digests
+    # Tables and shards are the same by their digests; what code did which run is told in the report.
+    elsewhere = {"platform", "code", "config.cohort.table", "config.data.shards"}
     wrong = {name for name in differing - seeds - elsewhere if not name.startswith("packages.")}
     wrong -= {"splits_digest"} if fold_apart else set()
     if wrong or not differing & {"config.seed", "config.splits.fold"}:

@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 
 RULE = (
     "A version becomes champion if its patients were scored once, under the strict protocol and with their real "
-    "outcomes, and its pooled C-index is higher than the champion's on the same patients of the same cohort."
+    "outcomes, and its pooled C-index is higher than the champion's on the same patients of the same cohort; the first "
+    "one if its interval lies above .5."
 )
+
+CHANCE = 0.5
+"""C-index of risks that tell nothing."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +68,15 @@ def judge(client: MlflowClient, name: str, version: str | None = None, *, replic
     wrong = _unfit(challenger, table)
     if wrong:
         return Verdict(name, number, False, (wrong,))
-    pooled, told = _scored(table, f"Version {number}", replicates)
+    pooled, low, told = _scored(table, f"Version {number}", replicates)
     if champion is None:
-        return Verdict(name, number, True, (told, "There is no champion to hold it against."))
+        chance = "Its interval lies above .5." if low > CHANCE else "Its interval reaches .5: no better than chance."
+        return Verdict(name, number, low > CHANCE, (told, "There is no champion to hold it against.", chance))
     other = _predictions(client, find_version(client, name, str(champion)))
     differs = _differs(table, other, str(champion))
     if differs:
         return Verdict(name, number, False, (told, differs))
-    best, best_told = _scored(other, f"Champion {champion}", replicates)
+    best, _, best_told = _scored(other, f"Champion {champion}", replicates)
     comparison = "Higher" if pooled > best else "Not higher"
     reasons = (told, best_told, f"{comparison} by {pooled - best:+.3f}.", _paired(table, other, replicates))
     return Verdict(name, number, pooled > best, reasons)
@@ -115,14 +120,15 @@ def _differs(table: pd.DataFrame, other: pd.DataFrame, champion: str) -> str:
     return ""
 
 
-def _scored(table: pd.DataFrame, what: str, replicates: int) -> tuple[float, str]:
+def _scored(table: pd.DataFrame, what: str, replicates: int) -> tuple[float, float, str]:
+    """The pooled C-index, the lower end of its interval, and both in a sentence."""
     row = score(table, bootstrap=replicates).summary.iloc[0]
     pooled = float(row["cindex_pooled"])
     told = (
         f"{what}: pooled strict C {pooled:.3f} [{row['cindex_low']:.3f}, {row['cindex_high']:.3f}] on {row['n']} "
         f"patients of {row['cohort']} with {row['events']} events."
     )
-    return pooled, told
+    return pooled, float(row["cindex_low"]), told
 
 
 def _paired(table: pd.DataFrame, other: pd.DataFrame, replicates: int) -> str:

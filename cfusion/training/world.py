@@ -7,17 +7,15 @@ without a word. So every process asserts that what it sees is what was launched,
 from __future__ import annotations
 
 import atexit
-import functools
 import logging
 import os
 import re
-from pathlib import Path
 
 import torch
 
 from cfusion.config import ParallelConfig
 from cfusion.errors import ConfigError
-from cfusion.files import digest_file, digest_json
+from cfusion.program import program_digest
 from cfusion.training.runtime import Runtime
 from cfusion.training.zero import ZeroRuntime
 
@@ -112,14 +110,6 @@ def another_process_has_ended(error: Exception) -> bool:
     if isinstance(error, torch.distributed.DistError):
         return True
     return isinstance(error, RuntimeError) and re.search(r"gloo/transport/|NCCL error", str(error)) is not None
-
-
-@functools.cache
-def program_digest() -> str:
-    """Digest of the program's source files, as they were at the first call, and of the version of torch."""
-    package = Path(__file__).parents[1]
-    files = sorted(path for path in package.rglob("*.py"))
-    return digest_json([torch.__version__, [[str(f.relative_to(package)), digest_file(f)] for f in files]])
 
 
 def _check_gpus(processes: int, gpus: int) -> None:

@@ -46,21 +46,6 @@ def test_processes_of_another_version_of_the_program_stop_at_the_start(tmp_path)
     run_world(2, other_program, tmp_path)
 
 
-def test_the_program_is_its_source_files_and_torch(tmp_path, monkeypatch):
-    digest = world_module.program_digest.__wrapped__
-    (tmp_path / "training").mkdir()
-    source = tmp_path / "training" / "world.py"
-    source.write_text("x = 1\n")
-    monkeypatch.setattr(world_module, "__file__", str(source))
-    digests = [digest(), digest()]
-    source.write_text("x = 2\n")
-    digests.append(digest())
-    monkeypatch.setattr(torch, "__version__", "2.0")
-    digests.append(digest())
-    assert digests[0] == digests[1]
-    assert len(set(digests)) == 3
-
-
 @pytest.mark.parametrize("precision", ["f64", "fp16"])
 def test_zero_refuses_a_precision_it_does_not_compute_in(environment, precision):
     environment.setattr(torch.cuda, "is_available", lambda: precision == "fp16")

@@ -14,9 +14,12 @@ import yaml
 from factories import CohortFiles
 from typer.testing import CliRunner
 
+from cfusion import program
 from cfusion.cli.main import app
 from cfusion.cli.sweep_views import duration, legend, picture, runs_table, words
 from cfusion.errors import ConfigError, DataError, PartialResultError
+from launch import plan as plan_module
+from launch import status as status_module
 from launch.markers import attempts, write_failure
 from launch.plan import PlannedRun, SweepConfig, load_sweep, plan
 from launch.results import members_of
@@ -71,6 +74,23 @@ def test_only_chooses_and_a_changed_setting_leaves_stale_runs(done):
     told = json.loads(cfusion("plan", str(done), "train.epochs=5", "--json"))
     assert told["counts"]["open"] == 4
     assert len(told["stale"]) == 3
+
+
+def test_runs_of_other_code_are_stale_unless_the_file_counts_them(done, monkeypatch):
+    name = json.loads(cfusion("plan", str(done), "--json"))["runs"][0]["name"]
+    mine = program.code_digest()
+    for module in (plan_module, status_module):
+        monkeypatch.setattr(module, "code_digest", lambda: "edited")
+    told = json.loads(cfusion("plan", str(done), "--json"))
+    assert told["counts"]["done"] == 0
+    assert len(told["stale"]) == 3
+    assert told["stale_codes"] == {mine: 3}
+    kept = done.with_name("kept.yaml")
+    kept.write_text(f"code: {mine}\n{done.read_text()}")
+    told = json.loads(cfusion("plan", str(kept), "--json"))
+    assert told["counts"]["done"] == 3
+    assert told["runs"][0]["name"] == name
+    assert told["stale"] == []
 
 
 def test_a_dry_run_trains_nothing_and_audits_the_data(done):

@@ -1,5 +1,7 @@
 """Attention and attribution per tile."""
 
+import math
+
 import pytest
 import torch
 from made_up_bags import WIDTH, bag, build, pad
@@ -7,14 +9,14 @@ from made_up_bags import WIDTH, bag, build, pad
 from cfusion.models import (
     MODELS,
     attention_maps,
-    dropped_attention,
+    chunked_attention,
     input_times_gradient,
     tile_attention,
     visit_attention,
 )
 from cfusion.models.attention import Attention, AttentionPooling, CrossAttention
 from cfusion.models.attribution import split_bags
-from cfusion.models.dropped_attention import CHUNK_ELEMENTS
+from cfusion.models.chunked_attention import CHUNK_ELEMENTS
 
 WITH_ATTENTION = [name for name in MODELS if name != "mean_mil"]
 
@@ -27,14 +29,14 @@ def output_of(module: Attention, inputs: tuple, weights: torch.Tensor) -> torch.
     if isinstance(module, CrossAttention):
         value = module.key_value(inputs[1] + module.scale_embedding).chunk(2, dim=2)[1]
     else:
-        value = module.query_key_value(tokens).chunk(3, dim=2)[2]
+        value = module.query_key_value(tokens)[2]
     return module.out((weights @ value.unflatten(2, (module.heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2))
 
 
 @pytest.mark.parametrize("name", [n for n in WITH_ATTENTION if n != "transmil"])
 def test_weights_shown_are_the_ones_the_output_is_made_of(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(dropped_attention, "SMALLEST_CHUNK", 5)
-    monkeypatch.setattr(dropped_attention, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(chunked_attention, "SMALLEST_CHUNK", 5)
+    monkeypatch.setattr(chunked_attention, "CHUNK_ELEMENTS", 1)
     model, batch = build(name, dtype=torch.float64, published=True), pad([bag(3, 9), bag(4, 6)])
     blocks = {m: key.removesuffix(".attention") for key, m in model.named_modules() if isinstance(m, Attention)}
     caught, shown = {}, {}
@@ -51,7 +53,7 @@ def test_weights_shown_are_the_ones_the_output_is_made_of(name: str, monkeypatch
     for block, (module, inputs, output) in caught.items():
         weights = torch.cat([w for _, w in shown[block]], dim=2)
         assert [rows.start for rows, _ in shown[block]] == [0, *[rows.stop for rows, _ in shown[block]][:-1]]
-        assert len(shown[block]) > 1 or isinstance(module, AttentionPooling)
+        assert len(shown[block]) == math.ceil(weights.shape[2] / 5)
         torch.testing.assert_close(weights.sum(dim=3), torch.ones_like(weights[..., 0]))
         # The output is of a pass in which nothing was shown.
         torch.testing.assert_close(output_of(module, inputs, weights), output)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cfusion.models import dropped_attention
+from cfusion.models import chunked_attention
 from cfusion.models.attention import attend
+from cfusion.models.chunked_attention import ChunkedAttention
 from cfusion.models.dropout import Dropout, keep_mask, random_keys
-from cfusion.models.dropped_attention import DroppedAttention
 
 CPU = torch.device("cpu")
 
@@ -72,19 +72,20 @@ def explicit(query, key, value, bias, share: float) -> torch.Tensor:
     return (weights * kept / (1 - share)) @ value
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_with_dropout_is_what_it_says_with_its_gradients(masked: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(dropped_attention, "SMALLEST_CHUNK", 5)
-    monkeypatch.setattr(dropped_attention, "CHUNK_ELEMENTS", 1)
+def test_attention_is_what_it_says_with_its_gradients(masked: bool, share: float, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chunked_attention, "SMALLEST_CHUNK", 5)
+    monkeypatch.setattr(chunked_attention, "CHUNK_ELEMENTS", 1)
     torch.manual_seed(1)
     query = torch.randn(2, 3, 13, 4, dtype=torch.float64, requires_grad=True)
     key, value = (torch.randn(2, 3, 17, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     bias = torch.where(torch.arange(17) < torch.tensor([[17], [9]]), 0.0, -torch.inf).double() if masked else None
     cotangent = torch.randn(2, 3, 13, 4, dtype=torch.float64)
     results = []
-    for function in (DroppedAttention.apply, explicit):
+    for function in (ChunkedAttention.apply, explicit):
         torch.manual_seed(2)
-        out = function(query, key, value, bias, 0.4)
+        out = function(query, key, value, bias, share)
         results.append([out, *torch.autograd.grad((out * cotangent).sum(), (query, key, value))])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-10)
@@ -111,4 +112,4 @@ def test_no_tensor_of_all_weights_is_made():
     query, key, value = (torch.randn(1, 2, 3000, 8, requires_grad=True) for _ in range(3))
     with Largest():
         attend(query, key, value, None, 0.2).sum().backward()
-    assert 0 < Largest.elements <= dropped_attention.CHUNK_ELEMENTS
+    assert 0 < Largest.elements <= chunked_attention.CHUNK_ELEMENTS

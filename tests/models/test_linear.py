@@ -1,10 +1,14 @@
 """The library that multiplies changes nothing but the rounding."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from cfusion.models import build_model, linear
+from cfusion.models import build_model, chunked_attention, linear
+from cfusion.models.attention import attend
+from cfusion.models.dropout import seeded
 from cfusion.models.linear import Linear
 from cfusion.types import BagBatch
 
@@ -15,16 +19,15 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 def onednn(monkeypatch):
     """Every product in f32 goes to oneDNN; yields the rows of each."""
     rows = []
-    decide = linear._by_onednn
+    multiply = linear._onednn
 
-    def noted(values, weight):
-        chosen = decide(values, weight)
-        rows.extend([values.shape[-2]] * chosen)
-        return chosen
+    def noted(values, weight, bias):
+        rows.append(len(values))
+        return multiply(values, weight, bias)
 
     monkeypatch.setattr(linear, "LARGE", 0)
     monkeypatch.setattr(linear, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(linear, "_by_onednn", noted)
+    monkeypatch.setattr(linear, "_onednn", noted)
     return rows
 
 
@@ -44,7 +47,41 @@ def test_values_and_gradients_are_those_of_torch(onednn, bias, shape, learnt):
     for left, right in zip(*found, strict=True):
         assert left.layout == torch.strided
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
-    assert len(onednn) == 1
+    rows = math.prod(shape[:-1])
+    assert onednn == [rows, *([rows] if learnt else []), 10]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_attention_is_that_of_torch(onednn, monkeypatch, masked, dropout):
+    monkeypatch.setattr(chunked_attention, "SMALLEST_CHUNK", 5)
+    monkeypatch.setattr(chunked_attention, "CHUNK_ELEMENTS", 1)
+    torch.manual_seed(0)
+    # As the model has them: parts of one tensor, so that a row of a head is followed by a gap.
+    query, key, value = torch.randn(3, 2, 13, 3, 8).transpose(2, 3).requires_grad_().unbind(0)
+    mask = torch.arange(13) < torch.tensor([[13], [9]]) if masked else None
+    cotangent = torch.randn(2, 3, 13, 8)
+    found = []
+    for asked in (True, False):
+        monkeypatch.setattr(linear, "onednn_is_faster", lambda asked=asked: asked)
+        with seeded(7, query.device):
+            out = attend(query, key, value, mask, dropout)
+        found.append([out, *torch.autograd.grad((out * cotangent).sum(), (query, key, value))])
+        times = len(onednn)
+    assert times == 2 * 3 * 3 * (2 + 5)
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
+def test_onednn_is_given_no_matrix_with_gaps():
+    part = torch.randn(6, 5, 4)[:, 2]
+    for matrix in (part, part.T):
+        dense = linear._dense(matrix)
+        assert torch.equal(dense, matrix)
+        assert dense.is_contiguous() or dense.T.is_contiguous()
+    whole = torch.randn(6, 4)
+    assert linear._dense(whole) is whole
+    assert linear._dense(whole.T).data_ptr() == whole.data_ptr()
 
 
 def test_a_model_gives_the_same_and_again_the_same_bits(onednn, monkeypatch):

@@ -75,10 +75,11 @@ def call(client: MlflowClient, *arguments: str, **options: object):
 
 
 def test_a_better_version_on_the_same_patients_becomes_champion_and_says_why(client, version):
-    version("rule", predictions(2.0))
+    version("rule", predictions(0.7))
     first = call(client, "registry", "promote", "rule", "--yes")
     assert first.exit_code == 0, first.output
     assert "There is no champion to hold it against" in first.stdout
+    assert "Its interval lies above .5." in first.stdout
     assert champion(client, "rule") == "1"
     version("rule", predictions(0.3, seed=1))
     told = call(client, "registry", "promote", "rule", "--yes").stdout
@@ -105,6 +106,14 @@ def test_the_difference_is_that_of_the_two_scores(client, version):
     assert not verdict.passes
     assert f"pooled strict C {expected[1]:.3f} [" in verdict.reasons[0]
     assert verdict.reasons[2] == f"Not higher by {expected[1] - expected[0]:+.3f}."
+
+
+def test_the_first_champion_is_better_than_chance(client, version):
+    version("chance", predictions(30.0))
+    result = call(client, "registry", "promote", "chance", "--yes")
+    assert "Its interval reaches .5: no better than chance." in result.stdout
+    assert isinstance(result.exception, ConfigError)
+    assert champion(client, "chance") is None
 
 
 @pytest.mark.parametrize(
