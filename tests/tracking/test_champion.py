@@ -75,18 +75,18 @@ def call(client: MlflowClient, *arguments: str, **options: object):
 
 
 def test_a_better_version_on_the_same_patients_becomes_champion_and_says_why(client, version):
-    version("rule", predictions(0.7))
+    version("rule", predictions(1.0, patients=200))
     first = call(client, "registry", "promote", "rule", "--yes")
     assert first.exit_code == 0, first.output
     assert "There is no champion to hold it against" in first.stdout
     assert "Its interval lies above .5." in first.stdout
     assert champion(client, "rule") == "1"
-    version("rule", predictions(0.3, seed=1))
+    version("rule", predictions(0.3, patients=200, seed=1))
     told = call(client, "registry", "promote", "rule", "--yes").stdout
     lines = told.splitlines()
     assert lines[0].startswith("Version 2: pooled strict C 0.")
     assert lines[1].startswith("Champion 1: pooled strict C 0.")
-    assert "on 60 patients of made_up with 60 events" in lines[1]
+    assert "on 200 patients of made_up with 200 events" in lines[1]
     assert lines[2].startswith("Higher by +0.")
     assert lines[3].startswith("Paired, within folds: +0.")
     assert lines[3].endswith("more than chance would give.")
