@@ -42,7 +42,7 @@ def visit_attention(model: nn.Module, batch: BagBatch, visit: BlockVisit, only: 
     """Show the attention weights of every block to `visit`, a few queries at a time.
 
     They are the very weights that the output is made of in evaluation. No N×N tensor is made: of a large bag, a call
-    holds at least 32 queries and about a million weights.
+    holds at least 128 queries and about a million weights.
 
     Args:
         model: Any model built of `cfusion.models.attention.Attention` modules.

@@ -19,7 +19,7 @@ from cfusion.models.linear import product
 CHUNK_ELEMENTS = 1 << 20
 """Attention weights computed at a time: they stay in the processor's cache."""
 
-SMALLEST_CHUNK = 32
+SMALLEST_CHUNK = 128
 """Queries computed at a time at least, below which matrix products are slow."""
 
 
