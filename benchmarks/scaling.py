@@ -4,8 +4,8 @@ Run `python -m benchmarks.scaling [--quick] [--memory] [--json FILE]`.
 
 Cost is user and system time of all processes, reading and exchange included, over an epoch of bags of a thousand tiles
 at 20x, in global batches of 32, after a first one that is not counted; each process computes on one thread. Worlds take
-turns, so that a busy machine is busy for all, and the cheapest of the repeats is shown; 1 process is the other side, and
-.91 is the aim (at most 1.1 times its cost).
+turns, so that a busy machine is busy for all, and the cheapest of the repeats is shown; 1 process is the other side,
+and the aim is .91 (at most 1.1 times its cost).
 
 `--memory` trains CrossFusion with D = 2048 (348M parameters, f32, AdamW) on 2 processes: the most that a process held
 while it trained, and since its start, when the whole model is made before it is cut up. It needs 14 GB.
