@@ -45,10 +45,9 @@ def attend(
         dropout: Share of the attention weights set to zero, the others scaled up.
         visit: Shown the weights; dropout must be 0 then.
     """
-    by_library = query.device.type != "cpu" or not (
-        dropout or by_onednn(query, key, query[0, 0].numel() * key.shape[2])
-    )
-    if visit is None and by_library:
+    multiplications = query[0, 0].numel() * key.shape[2]
+    chunked = query.device.type == "cpu" and (dropout > 0 or by_onednn(query, key, multiplications))
+    if visit is None and not chunked:
         where = None if mask is None else mask[:, None, None, :]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=where, dropout_p=dropout)
     bias = None if mask is None else torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
