@@ -160,17 +160,6 @@ def _check_models(sweep: SweepConfig, names: set[str]) -> None:
         raise ConfigError(f"sweep {sweep.name}: model.name={name!r}: no such model.", nearest(name, MODELS))
 
 
-def check_choice(what: str, word: str, known: Iterable[str]) -> None:
-    """Refuse a word that is not `known`.
-
-    Raises:
-        ConfigError: It is not; the nearest one is offered.
-    """
-    names = list(known)
-    if word not in names:
-        raise ConfigError(f"{what} {word!r}: expected one of {', '.join(names)}.", nearest(word, names))
-
-
 def nearest(word: str, known: Iterable[str]) -> str:
     """A remedy for a name that is not `known`: the nearest one, or all of them."""
     names = list(known)

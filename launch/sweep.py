@@ -23,15 +23,12 @@ _TOLD = 5
 """Causes that the closing word names; `cfusion sweep status` shows all."""
 
 
-EXECUTORS = ("local", "slurm", "ray")
-
-
 @dataclass(frozen=True)
 class Execution:
     """How a sweep is done.
 
     Attributes:
-        executor: Of `EXECUTORS`. `local`: worker processes of this machine; `slurm`: a job array; `ray`: tasks of a
+        executor: `local`: worker processes of this machine; `slurm`: a job array; `ray`: tasks of a
             Ray cluster.
         slots: Workers at the same time (local); none: `slots_per_gpu` for each GPU, or one.
         slots_per_gpu: Runs on one GPU at the same time, each with an equal share of its memory.

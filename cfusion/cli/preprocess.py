@@ -12,15 +12,19 @@ from typer.core import TyperGroup
 
 from cfusion.cli import shard
 from cfusion.cli.completion import encoders
+from cfusion.cli.options import refuse_unheard
 from cfusion.errors import ConfigError, DataError, PartialResultError
 
 if TYPE_CHECKING:
-    from preprocess.executors import FanOut
     from preprocess.outcome import Summary
 
 
 TASK_THREADS = 4
 """Reading threads of a task on slurm or ray, whose machine is not this one."""
+
+
+TAKES = {"local": {"strict"}, "slurm": {"tasks", "gpus", "partition", "hours"}, "ray": {"tasks", "gpus"}}
+"""Options of `cfusion preprocess run` that not every executor takes."""
 
 
 class _RunByDefault(TyperGroup):
@@ -43,6 +47,7 @@ shard.register(app)
 
 @app.command()
 def run(
+    context: typer.Context,
     slides: Annotated[Path, typer.Argument(help="A slide, or a folder that is searched for slides.")],
     store: Annotated[Path, typer.Option(help="Feature store to write.")] = Path("features"),
     encoder: Annotated[
@@ -84,12 +89,14 @@ def run(
     cfusion preprocess slides/ --store features --encoder uni --encoder conch
     """
     from cfusion.config import PreprocessConfig, validate
-    from preprocess.executors import fan_out
+    from preprocess.executors import FanOut, fan_out
     from preprocess.extraction import preprocess_slides
 
-    plan = _spread(executor, strict, tasks=tasks, gpus=gpus, partition=partition, minutes=math.ceil(60 * hours))
-    if threads is None and plan:
-        threads = TASK_THREADS
+    refuse_unheard(context, executor, TAKES)
+    plan = None
+    if executor != "local":
+        plan = FanOut(executor, tasks=tasks, gpus=gpus, partition=partition, minutes=math.ceil(60 * hours))  # type: ignore[arg-type]
+        threads = TASK_THREADS if threads is None else threads
     values = {
         "slides": slides, "store": store, "encoders": tuple(encoder or ["stain-texture"]), "masks": masks,
         "magnifications": _numbers(magnifications), "resolution": resolution, "default_mpp": default_mpp,
@@ -178,21 +185,6 @@ def import_(
     typer.echo(f"{len(report.imported)} slides imported into {store}, {len(report.refused)} refused")
     if report.refused:
         raise PartialResultError(f"{len(report.refused)} of the slides were not imported.", "See above.")
-
-
-def _spread(executor: str, strict: bool, **options: Any) -> FanOut | None:
-    """How the work is spread; none: it is not. Options that would go unheard are refused."""
-    from preprocess.executors import FanOut
-
-    if executor in ("slurm", "ray"):
-        if strict:
-            raise ConfigError("--strict stops the tasks of this machine alone.", "Leave it out, or --executor.")
-        return FanOut(executor=executor, **options)  # type: ignore[arg-type]
-    if executor != "local":
-        raise ConfigError(f"--executor {executor}: expected local, slurm or ray.")
-    if options["tasks"] > 1 or options["gpus"] or options["partition"]:
-        raise ConfigError("--tasks, --gpus and --partition spread the work.", "Give --executor slurm or ray as well.")
-    return None
 
 
 def _numbers(text: str) -> tuple[float, ...]:

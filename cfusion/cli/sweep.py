@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cfusion.cli.options import refuse_unheard
+
 if TYPE_CHECKING:
     from launch.plan import PlannedRun, SweepConfig
     from launch.status import RunStatus
@@ -20,6 +22,12 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.key=value for all runs; output=FOLDER moves the sweep.")
 ]
 Only = Annotated[list[str] | None, typer.Option("--only", help="axis=value: these runs alone; may be repeated.")]
+TAKES = {
+    "local": {"slots", "slots_per_gpu"},
+    "slurm": {"partition", "hours", "cpus", "gpus", "mem", "max_parallel", "chunk"},
+    "ray": {"cpus", "gpus", "max_parallel", "ray_address"},
+}
+"""Options of `cfusion sweep run` that not every executor takes."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -115,14 +123,17 @@ def status(file: SweepFile, overrides: Overrides = None, only: Only = None, as_j
 
 @sweep.command()
 def run(
+    context: typer.Context,
     file: SweepFile,
     overrides: Overrides = None,
     only: Only = None,
     executor: Annotated[str, typer.Option(help="local, slurm (job array) or ray (cluster).")] = "local",
     slots: Annotated[
-        int | None, typer.Option(help="Runs at the same time; default: one, or by the GPUs.", min=1)
+        int | None, typer.Option(help="local: runs at the same time; default: one, or by the GPUs.", min=1)
     ] = None,
-    slots_per_gpu: Annotated[int, typer.Option(help="Runs on one GPU, each with its share of the memory.", min=1)] = 1,
+    slots_per_gpu: Annotated[
+        int, typer.Option(help="local: runs on one GPU, each its share of the memory.", min=1)
+    ] = 1,
     processes: Annotated[int, typer.Option(help="Processes of a run (torchrun), a GPU each.", min=1)] = 1,
     retries: Annotated[int, typer.Option(help="Further tries of a run that was killed.", min=0)] = 1,
     limit: Annotated[int | None, typer.Option(help="Do so many of the runs that are left.", min=1)] = None,
@@ -148,11 +159,10 @@ def run(
     """
     from cfusion.crossval import is_done
     from launch.executors import Resources
-    from launch.plan import check_choice
-    from launch.sweep import EXECUTORS, Execution, run_all
+    from launch.sweep import Execution, run_all
 
+    refuse_unheard(context, executor, TAKES)
     settings, runs = _planned(file, overrides, only)
-    check_choice("--executor", executor, EXECUTORS)
     if limit is not None:
         runs = [run for run in runs if not is_done(run.config.output)][:limit]
     if dry_run:

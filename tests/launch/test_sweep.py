@@ -164,9 +164,18 @@ def test_a_wrong_sweep_file_is_told(files, tmp_path, more, message):
         plan(load_sweep(written(files, tmp_path, **more)))
 
 
-def test_an_unknown_executor_is_told(done):
-    with pytest.raises(ConfigError, match=r"--executor .slrum.: expected one of .* Did you mean slurm\?"):
-        cfusion("run", str(done), "--executor", "slrum")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--executor", "slrum"], r"--executor slrum: expected one of .* Did you mean slurm\?"),
+        (["--gpus", "1"], r"--gpus does not go with --executor local\. Leave it out, or give --executor slurm or ray"),
+        (["--executor", "ray", "--hours", "2"], r"--hours does not go with --executor ray\. .* --executor slurm\."),
+        (["--executor", "slurm", "--slots", "2"], r"--slots does not go with --executor slurm"),
+    ],
+)
+def test_an_option_that_the_executor_does_not_hear_is_told(done, options, message):
+    with pytest.raises(ConfigError, match=message):
+        cfusion("run", str(done), *options)
 
 
 def test_an_unknown_cohort_and_encoder_are_told_with_what_is_there(files, tmp_path):

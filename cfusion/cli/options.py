@@ -1,0 +1,37 @@
+"""Options that go with one choice and not with another."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+
+import typer
+
+from cfusion.errors import ConfigError
+
+
+def refuse_unheard(context: typer.Context, executor: str, takes: Mapping[str, Collection[str]]) -> None:
+    """Refuse options that the chosen executor would not hear, rather than do without them.
+
+    Args:
+        context: Of the command.
+        executor: The chosen one.
+        takes: Executor → parameters that it takes and not every other does.
+
+    Raises:
+        ConfigError: There is no such executor, or an option was given that it does not take.
+    """
+    if executor not in takes:
+        near = difflib.get_close_matches(executor, takes, n=1)
+        raise ConfigError(
+            f"--executor {executor}: expected one of {', '.join(takes)}.", f"Did you mean {near[0]}?" if near else ""
+        )
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        others = [other for other, names in takes.items() if name in names]
+        source = context.get_parameter_source(name)
+        if others and executor not in others and source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(
+                f"{parameter.opts[0]} does not go with --executor {executor}.",
+                f"Leave it out, or give --executor {' or '.join(others)}.",
+            )
