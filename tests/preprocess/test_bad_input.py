@@ -317,17 +317,21 @@ import sys, time
 sys.path[:0] = [{tests!r}]
 from pathlib import Path
 from preprocess.test_bad_input import MeanColour, extract
+store, go = Path({store!r}), Path({go!r})
 class Slow(MeanColour):
     def encode(self, tiles):
+        while any(store.glob("mean-colour/[!.]*.zarr")) and not go.exists():
+            time.sleep(0.01)
         time.sleep(0.05)
         return super().encode(tiles)
 print("ready", flush=True)
-extract(Path({slides!r}), Path({store!r}), Slow(), batch_size=1)
+extract(Path({slides!r}), store, Slow(), batch_size=1)
 """
 
 
-def start_slow(slides: Path, store: Path) -> subprocess.Popen:
-    code = SLOW.format(tests=str(Path(__file__).parents[1]), slides=str(slides), store=str(store))
+def start_slow(slides: Path, store: Path, go: Path) -> subprocess.Popen:
+    """A process that extracts slides; with the first one in the store it goes on when there is a file `go`."""
+    code = SLOW.format(tests=str(Path(__file__).parents[1]), slides=str(slides), store=str(store), go=str(go))
     code = code.replace("from preprocess.test_bad_input", "from test_bad_input")
     code = code.replace("sys.path[:0] = [", f"sys.path[:0] = [{str(Path(__file__).parent)!r}, ")
     root = str(Path(__file__).parents[2])
@@ -344,10 +348,12 @@ def wait_for(condition, seconds: float = 60.0) -> None:
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
 def test_an_interrupted_run_leaves_whole_slides_and_the_same_call_does_the_rest(slides: Path, tmp_path: Path, kill):
     store = tmp_path / "store"
-    process = start_slow(slides, store)
+    go = tmp_path / "go"
+    process = start_slow(slides, store, go)
     try:
         wait_for(lambda: list(store.glob("mean-colour/[!.]*.zarr")) or process.poll() is not None)
         process.send_signal(kill)
+        go.touch()
         process.wait(60)
     finally:
         process.kill()
@@ -373,7 +379,9 @@ def test_an_interrupted_run_leaves_whole_slides_and_the_same_call_does_the_rest(
 
 def test_two_processes_on_the_same_slides_both_end_well(slides: Path, tmp_path: Path):
     store = tmp_path / "store"
-    processes = [start_slow(slides, store) for _ in range(2)]
+    go = tmp_path / "go"
+    go.touch()
+    processes = [start_slow(slides, store, go) for _ in range(2)]
     codes = []
     for process in processes:
         try:
