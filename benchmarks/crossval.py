@@ -165,7 +165,7 @@ def stacked(tiles: int, repeats: int) -> list[Row]:
     gradient = torch.func.vmap(torch.func.grad(loss))
 
     def together() -> None:
-        with mock.patch.object(linear, "onednn_is_faster", return_value=False):  # vmap knows no layouts of oneDNN
+        with mock.patch.object(linear, "onednn_is_faster", return_value=False):  # vmap has no rule for it
             gradient(parameters)
 
     wide = torch.randn(5 * 512, DIM, requires_grad=True)

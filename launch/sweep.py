@@ -28,8 +28,7 @@ class Execution:
     """How a sweep is done.
 
     Attributes:
-        executor: `local`: worker processes of this machine; `slurm`: a job array; `ray`: tasks of a
-            Ray cluster.
+        executor: `local`: worker processes of this machine; `slurm`: a job array; `ray`: tasks of a Ray cluster.
         slots: Workers at the same time (local); none: `slots_per_gpu` for each GPU, or one.
         slots_per_gpu: Runs on one GPU at the same time, each with an equal share of its memory.
         retries: How often a run is tried again that was killed or failed unexpectedly; bad input is not tried again.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping
 
 import typer
@@ -22,10 +21,9 @@ def refuse_unheard(context: typer.Context, executor: str, takes: Mapping[str, Co
         ConfigError: There is no such executor, or an option was given that it does not take.
     """
     if executor not in takes:
-        near = difflib.get_close_matches(executor, takes, n=1)
-        raise ConfigError(
-            f"--executor {executor}: expected one of {', '.join(takes)}.", f"Did you mean {near[0]}?" if near else ""
-        )
+        from launch.plan import nearest
+
+        raise ConfigError(f"--executor {executor}: expected one of {', '.join(takes)}.", nearest(executor, takes))
     for parameter in context.command.params:
         name = str(parameter.name)
         others = [other for other, names in takes.items() if name in names]

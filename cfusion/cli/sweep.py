@@ -22,13 +22,14 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.key=value for all runs; output=FOLDER moves the sweep.")
 ]
 Only = Annotated[list[str] | None, typer.Option("--only", help="axis=value: these runs alone; may be repeated.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
 TAKES = {
     "local": {"slots", "slots_per_gpu"},
     "slurm": {"partition", "hours", "cpus", "gpus", "mem", "max_parallel", "chunk"},
     "ray": {"cpus", "gpus", "max_parallel", "ray_address"},
 }
 """Options of `cfusion sweep run` that not every executor takes."""
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def register(app: typer.Typer) -> None:

@@ -32,16 +32,13 @@ class ChunkedAttention(torch.autograd.Function):
         bags, heads, queries, dim = query.shape
         keys = [random_keys((bags * heads, *s), query.device) for s in ((queries, 1), (1, key.shape[2])) if dropout]
         q, k, v = (t.flatten(0, 1).contiguous() for t in (query * dim**-0.5, key, value))
-        rows_of_bias = None if bias is None else bias.repeat_interleave(heads, dim=0)
         out = query.new_empty(bags, queries, heads, dim).transpose(1, 2)
         for matrix, rows in _parts(q, k):
-            weights = attention_weights(
-                q[matrix, rows], k[matrix], None if rows_of_bias is None else rows_of_bias[matrix]
-            )
+            weights = attention_weights(q[matrix, rows], k[matrix], None if bias is None else bias[matrix // heads])
             if dropout:
                 clear_dropped(weights, _mask(keys, matrix, rows, dropout, weights.dtype))
             out[*divmod(matrix, heads), rows] = product(weights, v[matrix]).mul_(1 / (1 - dropout))
-        ctx.save_for_backward(q, k, v, rows_of_bias, out, *keys)
+        ctx.save_for_backward(q, k, v, bias, out, *keys)
         ctx.dropout = dropout
         return out
 
@@ -49,7 +46,7 @@ class ChunkedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of query, key and value."""
-        q, k, v, rows_of_bias, out, *keys = ctx.saved_tensors
+        q, k, v, bias, out, *keys = ctx.saved_tensors
         bags, heads = grad.shape[:2]
         # With the upscaling moved into the incoming gradient, the mask only ever clears.
         grad_out = (grad * (1 / (1 - ctx.dropout))).flatten(0, 1).contiguous()
@@ -57,7 +54,7 @@ class ChunkedAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for matrix, rows in _parts(q, k):
             at = matrix, rows
-            weights = attention_weights(q[at], k[matrix], None if rows_of_bias is None else rows_of_bias[matrix])
+            weights = attention_weights(q[at], k[matrix], None if bias is None else bias[matrix // heads])
             grad_scores = product(grad_out[at], v[matrix].T)
             if ctx.dropout:
                 mask = _mask(keys, matrix, rows, ctx.dropout, weights.dtype)
