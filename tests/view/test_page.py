@@ -57,6 +57,7 @@ class Window:
         self.page.wait_for_selector("#stage[data-state=open]")
         if slide == EXPLAINED:
             self.page.wait_for_selector("#stage[data-shown]")
+            until(lambda: self.colour(-60)[3] > 0)
         return self.page
 
     def colour(self, right: float = 0, down: float = 0) -> list[int]:
@@ -280,8 +281,8 @@ def test_search_narrows_the_list_and_opens(window: Window):
     page.keyboard.press("/")
     assert page.evaluate("document.activeElement.id") == "search"
     page.keyboard.type("0002")
-    assert page.locator("#count").inner_text() == "1 of 3 slides"
-    assert page.locator("#list b").all_inner_texts() == [PLAIN]
+    expect(page.locator("#count")).to_have_text("1 of 3 slides")
+    expect(page.locator("#list b")).to_have_text([PLAIN])
     page.keyboard.press("Enter")
     expect(page.locator("#slide-name")).to_have_text(PLAIN)
     expect(page.locator("#heatmap-none")).to_contain_text("cfusion explain")

@@ -228,7 +228,10 @@ async function start() {
   if (deep) await loadScript("/assets/openseadragon.min.js");
   const on = {
     change: redraw,
-    open: () => (byId("stage").dataset.state = "open"),
+    open: () => {
+      byId("stage").dataset.state = "open";
+      redraw();
+    },
     fail: tileFailed,
     click: readTile,
   };

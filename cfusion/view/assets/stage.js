@@ -85,10 +85,7 @@ export class StillStage {
     this.picture = document.createElement("img");
     this.picture.className = "still";
     element.prepend(this.picture);
-    this.picture.addEventListener("load", () => {
-      on.open();
-      on.change();
-    });
+    this.picture.addEventListener("load", on.open);
     this.picture.addEventListener("error", () => this.picture.getAttribute("src") && on.fail());
     new ResizeObserver(on.change).observe(element);
     this.picture.addEventListener("click", (event) => {
