@@ -6,7 +6,6 @@ are refused when the file is read, not when the run meets them.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cfusion.errors import ConfigError
+from cfusion.errors import ConfigError, nearest
 from cfusion.yaml_files import apply_override, read_yaml
 
 Protocol = Literal["strict", "fixed-epoch", "published"]
@@ -367,6 +366,5 @@ def _explain(section: type[BaseModel], item: Any) -> str:
     owner: Any = section
     for parent in parents:
         owner = owner.model_fields[parent].annotation if parent in owner.model_fields else owner
-    near = difflib.get_close_matches(key, owner.model_fields, n=1, cutoff=0.5)
-    hint = f"Did you mean {'.'.join([*parents, near[0]])}?" if near else f"Known: {', '.join(owner.model_fields)}."
+    hint = nearest(key, owner.model_fields, "".join(f"{parent}." for parent in parents))
     return f"unknown key {location}. {hint}"

@@ -6,6 +6,8 @@ with its exit code. Anything else that escapes is a defect of the program.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -134,3 +136,10 @@ class RequeueError(CfusionError):
 
     exit_code = 75
     topic = "requeue"
+
+
+def nearest(word: str, known: Iterable[str], parent: str = "") -> str:
+    """A remedy for a name that is not `known`: the nearest one, behind the `parent.` it belongs to, or all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"Did you mean {parent}{near[0]}?" if near else f"Known: {', '.join(names) or 'none'}."

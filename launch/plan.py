@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from cfusion.config import Config, Section, validate
-from cfusion.errors import ConfigError
+from cfusion.errors import ConfigError, nearest
 from cfusion.files import digest_file, digest_json, read_json, write_json
 from cfusion.program import code_digest
 from cfusion.yaml_files import apply_override, read_yaml, set_key
@@ -158,13 +157,6 @@ def _check_models(sweep: SweepConfig, names: set[str]) -> None:
 
     for name in sorted(names - set(MODELS)):
         raise ConfigError(f"sweep {sweep.name}: model.name={name!r}: no such model.", nearest(name, MODELS))
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A remedy for a name that is not `known`: the nearest one, or all of them."""
-    names = list(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(names) or 'none'}."
 
 
 def _combinations(sweep: SweepConfig) -> Iterator[dict[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from importlib.resources import files
@@ -10,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cfusion.errors import ConfigError
+from cfusion.errors import ConfigError, nearest
 
 _HEADING = re.compile(r"^## (?P<title>.+?) \{#(?P<topic>[a-z-]+)\}$", re.MULTILINE)
 
@@ -45,10 +44,7 @@ def explain(
             typer.echo(f"{name:<17}{title}")
         return
     if topic not in known:
-        near = difflib.get_close_matches(topic, known, n=1, cutoff=0.5)
-        raise ConfigError(
-            f"{topic!r}: there is no such topic.", f"Did you mean {near[0]}?" if near else "`cfusion help` lists them."
-        )
+        raise ConfigError(f"{topic!r}: there is no such topic.", nearest(topic, known))
     title, text = known[topic]
     if not sys.stdout.isatty():
         typer.echo(f"{title}\n\n{text}")

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 import typer
 
-from cfusion.errors import ConfigError
+from cfusion.errors import ConfigError, nearest
 
 
 def refuse_unheard(context: typer.Context, executor: str, takes: Mapping[str, Collection[str]]) -> None:
@@ -21,8 +21,6 @@ def refuse_unheard(context: typer.Context, executor: str, takes: Mapping[str, Co
         ConfigError: There is no such executor, or an option was given that it does not take.
     """
     if executor not in takes:
-        from launch.plan import nearest
-
         raise ConfigError(f"--executor {executor}: expected one of {', '.join(takes)}.", nearest(executor, takes))
     for parameter in context.command.params:
         name = str(parameter.name)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from torch import nn
 
-from cfusion.errors import ConfigError
+from cfusion.errors import ConfigError, nearest
 from cfusion.models.baselines import AMIL, DSMIL, MeanMIL
 from cfusion.models.crossfusion import CrossFusion
 from cfusion.models.transmil import TransMIL
@@ -58,7 +57,7 @@ def build_model(
         ConfigError: No such model, no such option, or values that do not fit together.
     """
     if name not in MODELS:
-        raise ConfigError(f"model.name={name!r}: no such model.", _suggest(name, list(MODELS)))
+        raise ConfigError(f"model.name={name!r}: no such model.", nearest(name, MODELS))
     builder = MODELS[name]
     sizes = {
         "backbone_dim": backbone_dim, "n_bins": n_bins, "embed_dim": embed_dim, "num_heads": num_heads,
@@ -72,14 +71,9 @@ def build_model(
     known = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and name not in shape]
     for option in options:
         if option not in known:
-            raise ConfigError(f"model.options.{option}: {name} has no such option.", _suggest(option, known))
+            raise ConfigError(f"model.options.{option}: {name} has no such option.", nearest(option, known))
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return builder(**{k: v for k, v in shape.items() if takes_all or k in parameters}, **options)
-
-
-def _suggest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known) or 'none'}."
 
 
 def _crossfusion(mixer: Literal["conv", "concat"], finest_alone: bool = False) -> Builder:
