@@ -138,10 +138,14 @@ def test_an_interruption_ends_the_transfers_that_are_under_way(server, tmp_path:
         def advance(self, count: int = 1, note: str = "") -> None:
             raise KeyboardInterrupt
 
-    stopped = []
+    under_way, stopped = {"id-1": threading.Event(), "id-2": threading.Event()}, []
 
     def transfer(url, part, size, stop):
-        if not url.endswith("id-0"):
+        name = url.rpartition("/")[2]
+        if name == "id-0":
+            assert all(begun.wait(30) for begun in under_way.values())
+        else:
+            under_way[name].set()
             stopped.append(stop.wait(30))
         raise DataError("it broke off")
 
