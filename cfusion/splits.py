@@ -48,6 +48,17 @@ def make_splits(cohort: Cohort, config: SplitsConfig, protocol: Protocol = "stri
     return [_under_protocol(cohort, split, config, protocol) for split in outer]
 
 
+def fold_count(config: SplitsConfig) -> int:
+    """How many folds `make_splits` gives, counted without a cohort."""
+    if config.within is not None:
+        numbers = list(range(config.folds))
+    elif config.directory is not None:
+        numbers = [int(match[2]) for path in config.directory.glob("*.csv") if (match := _FILE.fullmatch(path.name))]
+    else:
+        numbers = list(range(1 if config.test_cases is not None else config.folds)) * config.repeats
+    return len(numbers) if config.fold is None else numbers.count(config.fold)
+
+
 def _outer(cohort: Cohort, config: SplitsConfig) -> list[Split]:
     if config.directory is not None:
         return read_splits(config.directory)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from cfusion.config import Config, Section, validate
-from cfusion.errors import ConfigError, nearest
+from cfusion.errors import ConfigError, DataError, nearest
 from cfusion.files import digest_file, digest_json, read_json, write_json
 from cfusion.program import code_digest
 from cfusion.yaml_files import apply_override, read_yaml, set_key
@@ -68,6 +68,8 @@ class SweepConfig(Section):
 
     @model_validator(mode="after")
     def _names_are_plain(self) -> SweepConfig:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"name: {self.name!r} becomes a folder's name: letters, digits and . _ + = - alone")
         for axis, values in self.axes.items():
             for name in (axis, *values):
                 if not _NAME.fullmatch(name):
@@ -76,6 +78,18 @@ class SweepConfig(Section):
                     )
         if "output" in self.base or any("output" in keys for values in self.axes.values() for keys in values.values()):
             raise ValueError("output is the sweep's, each run has a folder below it; set it at the top of the file")
+        return self
+
+    @model_validator(mode="after")
+    def _axes_set_keys_of_their_own(self) -> SweepConfig:
+        owners = {axis: {key for settings in values.values() for key in settings} for axis, values in self.axes.items()}
+        for (one, keys), (other, others) in itertools.combinations(owners.items(), 2):
+            for key, twin in itertools.product(sorted(keys), sorted(others)):
+                if f"{key}.".startswith(f"{twin}.") or f"{twin}.".startswith(f"{key}."):
+                    raise ValueError(
+                        f"axes {one} and {other} both set {max(key, twin, key=len)}, and one would hide the other; let "
+                        f"one of them set it, with {{{one}}} in its text where it follows from both"
+                    )
         return self
 
 
@@ -89,6 +103,7 @@ class PlannedRun:
         config: Its resolved configuration, `output` included.
         absent: What of its data is not there, in a sentence; empty where all is.
         data: Digest of each of its tables, splits and shards, by path.
+        code: Digest of the program that planned it.
     """
 
     name: str
@@ -96,6 +111,16 @@ class PlannedRun:
     config: Config
     absent: str = ""
     data: Mapping[str, str] = field(default_factory=dict)
+    code: str = field(default_factory=code_digest)
+
+    def changed(self) -> str:
+        """What is no longer as it was when the run was named, in a sentence; empty where all is."""
+        now, absent = DataDigests({}).of(self.config)
+        if absent:
+            return absent
+        other = [place for place, digest in self.data.items() if now[place] != digest]
+        other += ["the program"] if code_digest() != self.code else []
+        return f"Changed since the run was planned: {', '.join(other)}. Start the sweep again." if other else ""
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -105,7 +130,9 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
         ConfigError: It cannot be read, a key is unknown, or an override sets what an axis sets.
     """
     values = read_yaml(path)
-    base = dict(values.get("base") or {})
+    base = values.get("base") or {}
+    if not isinstance(base, dict):
+        raise ConfigError(f"{path}: base={base!r}: expected sections with keys, found {type(base).__name__}.")
     keys = [apply_override(base, override) for override in overrides]
     if "output" in keys:
         values["output"] = base.pop("output")
@@ -141,7 +168,12 @@ def plan(sweep: SweepConfig, only: Sequence[str] = ()) -> list[PlannedRun]:
         for values in _combinations(sweep)
         if all(values[axis] in names for axis, names in chosen.items())
     ]
+    if not runs:
+        raise ConfigError(
+            f"sweep {sweep.name}: has no runs.", "All are left out by exclude or --only, or an axis is empty."
+        )
     _check_models(sweep, {run.config.model.name for run in runs})
+    _check_twins(sweep, runs)
     return runs
 
 
@@ -150,6 +182,18 @@ def _check_value(sweep: SweepConfig, axis: str, value: str, what: str) -> None:
         raise ConfigError(f"{what}: there is no axis {axis}.", nearest(axis, sweep.axes))
     if value not in sweep.axes[axis]:
         raise ConfigError(f"{what}: there is no {value} on the axis {axis}.", nearest(value, sweep.axes[axis]))
+
+
+def _check_twins(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> None:
+    seen: dict[str, str] = {}
+    for run in runs:
+        digest = run.name.rpartition("-")[2]
+        if digest in seen:
+            raise ConfigError(
+                f"sweep {sweep.name}: {seen[digest]} and {run.name} are one run, no setting differs.",
+                "Leave out one of the values that make them.",
+            )
+        seen[digest] = run.name
 
 
 def _check_models(sweep: SweepConfig, names: set[str]) -> None:
@@ -170,7 +214,9 @@ def _planned(sweep: SweepConfig, values: Mapping[str, str], data: DataDigests) -
     title = "-".join(values.values()) or sweep.name
     source = f"sweep {sweep.name}, run {title}"
     settings = _filled(sweep.base, values, source)
-    settings.setdefault("tracking", {}).setdefault("experiment", sweep.name)
+    tracking = settings.setdefault("tracking", {})
+    if isinstance(tracking, dict):
+        tracking.setdefault("experiment", sweep.name)
     for axis, value in values.items():
         for key, setting in sweep.axes[axis][value].items():
             set_key(settings, key, _filled(setting, values, source))
@@ -250,7 +296,10 @@ def _digest_place(place: str) -> tuple[str, str]:
     if "://" in place:
         from cfusion.data.remote import RangeSource
 
-        return digest_json(RangeSource(place).read_all(INDEX_NAME).hex()), ""
+        try:
+            return digest_json(RangeSource(place).read_all(INDEX_NAME).hex()), ""
+        except DataError as error:
+            return _ABSENT, str(error)
     path = Path(place)
     if path.is_file():
         return digest_file(path), ""

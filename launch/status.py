@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from cfusion.files import read_json
 from cfusion.program import code_digest
+from cfusion.splits import fold_count
 from launch.markers import FAILED, LOCK, LOG, attempts, holder, read_failure
 from launch.plan import PlannedRun, SweepConfig
-from launch.sweep import fold_count
 
 State = Literal["done", "running", "failed", "open"]
 STATES: tuple[State, ...] = ("done", "running", "failed", "open")
@@ -73,7 +73,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _status(run: PlannedRun, files: Sequence[str]) -> RunStatus:
-    folder, folds = run.config.output, fold_count(run)
+    folder, folds = run.config.output, fold_count(run.config.splits)
     done = sum(1 for name in files if _FOLD.fullmatch(name))
 
     def status(state: State, word: str = "", log: Path | None = None) -> RunStatus:
@@ -101,7 +101,8 @@ def stale(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> list[str]:
     """
     planned = {run.name for run in runs}
     folder = sweep.output / "runs"
-    return sorted(name for name in _names(folder) if name not in planned and (folder / name).is_dir())
+    # Other folders may lie beside the runs, such as the artifacts of tracking.
+    return sorted(name for name in _names(folder) if name not in planned and (folder / name / LOCK).is_file())
 
 
 def codes_of(sweep: SweepConfig, names: Sequence[str]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from cfusion.console import Progress, progress
 from cfusion.errors import PartialResultError, RequeueError
 from cfusion.files import digest_json
+from cfusion.splits import fold_count
 from launch.executors import Resources, Tick, run_ray, run_slurm
 from launch.local import run_local, slots_here
 from launch.markers import LOG
@@ -69,7 +70,10 @@ def run_all(runs: Sequence[PlannedRun], execution: Execution, folder: Path) -> N
     remember_data(folder, runs)
     outcomes = {run.name: Outcome(run.name, "failed", run.absent) for run in missing if run.absent}
     todo = [run for run in missing if not run.absent]
-    with progress(f"{len(todo)} runs, folds", sum(map(fold_count, todo))) as bar, graceful_stop():
+    with (
+        progress(f"{len(todo)} runs, folds", sum(fold_count(run.config.splits) for run in todo)) as bar,
+        graceful_stop(),
+    ):
         folds = _Folds(bar)
         for attempt in range(execution.retries + 1):
             for outcome in _dispatch(jobs_of(todo, execution), execution, folder, folds.look):
@@ -148,15 +152,6 @@ def audits(runs: Sequence[PlannedRun]) -> Iterator[str]:
         if key not in seen:
             seen.add(key)
             yield from ([run.absent] if run.absent else describe(prepare(config)).splitlines())
-
-
-def fold_count(run: PlannedRun) -> int:
-    """How many folds a run trains."""
-    splits = run.config.splits
-    if splits.fold is not None:
-        return splits.repeats
-    published = len(list(splits.directory.glob("splits_*.csv"))) if splits.directory is not None else 0
-    return published or splits.folds * splits.repeats
 
 
 def folds_done(run: PlannedRun) -> int:

@@ -76,6 +76,9 @@ def do(job: Job) -> list[Outcome]:
                 outcomes.append(Outcome(run.name, "done"))
                 continue
             clear_failure(run.config.output)
+            if changed := run.changed():
+                outcomes.append(_refused(run, changed))
+                continue
             mine.append(run)
             locks.append(lock)
         return outcomes + (_attempt(job, mine, locks) if mine else [])
@@ -83,20 +86,32 @@ def do(job: Job) -> list[Outcome]:
 
 def lost(job: Job, cause: str, *, stopped: bool = False) -> list[Outcome]:
     """How the runs of a job went whose worker ended without a word; those not done are marked with the cause."""
+    return [_lost(run, cause, stopped) for run in job.runs]
+
+
+def _lost(run: PlannedRun, cause: str, stopped: bool) -> Outcome:
     from cfusion.crossval import is_done
 
-    outcomes = []
-    for run in job.runs:
-        folder = run.config.output
-        if is_done(folder):
-            outcomes.append(Outcome(run.name, "done"))
-        elif stopped:
-            outcomes.append(Outcome(run.name, "stopped", "asked to stop"))
-        else:
+    folder = run.config.output
+    if is_done(folder):
+        return Outcome(run.name, "done")
+    if stopped:
+        return Outcome(run.name, "stopped", "asked to stop")
+    try:
+        with claim(folder):
             add_attempt(folder, {"outcome": "killed"})
             write_failure(folder, cause)
-            outcomes.append(Outcome(run.name, "failed", cause, "yes"))
-    return outcomes
+    except HeldError as error:
+        return Outcome(run.name, "held", error.message)
+    return Outcome(run.name, "failed", cause, "yes")
+
+
+def _refused(run: PlannedRun, cause: str) -> Outcome:
+    """Mark a run that is not begun as failed; another try would end alike."""
+    with _logged_to([run.config.output]) as log:
+        log.error("%s", cause)
+    write_failure(run.config.output, cause)
+    return Outcome(run.name, "failed", cause)
 
 
 def _attempt(job: Job, runs: list[PlannedRun], locks: list[int]) -> list[Outcome]:

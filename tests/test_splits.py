@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cfusion.cohort import read_cohort
 from cfusion.config import CohortConfig, SplitsConfig
 from cfusion.errors import ConfigError, DataError
-from cfusion.splits import make_splits, read_splits, splits_digest, write_splits
+from cfusion.splits import fold_count, make_splits, read_splits, splits_digest, write_splits
 from cfusion.types import Cohort, Split
 
 COHORTS = ("blca", "brca", "coad", "gbmlgg", "luad", "ucec")
@@ -217,3 +217,22 @@ def test_one_outer_fold_alone_is_that_fold_of_all(shared: Path):
     assert make_splits(cohort, config.model_copy(update={"fold": 3})) == [whole[3]]
     with pytest.raises(ConfigError, match=r"splits\.fold=5: there are the folds 0 to 4"):
         make_splits(cohort, config.model_copy(update={"fold": 5}))
+
+
+def test_folds_are_counted_as_they_are_made(tmp_path: Path) -> None:
+    cohort = made_up(120, 0.7)
+    (tmp_path / "test.csv").write_text("case_id\np0000\np0001\np0002\n")
+    write_splits(make_splits(cohort, SplitsConfig(folds=4)), tmp_path / "drawn")
+    write_splits(make_splits(cohort, SplitsConfig(folds=3, repeats=2)), tmp_path / "repeated")
+    outer = [
+        {}, {"folds": 3, "repeats": 2}, {"directory": tmp_path / "drawn"}, {"directory": tmp_path / "repeated"},
+        {"test_cases": tmp_path / "test.csv"}, {"test_cases": tmp_path / "test.csv", "repeats": 3},
+    ]  # fmt: skip
+    counted = []
+    for chosen in outer:
+        for one in ({}, {"fold": 0}, {"within": 0}, {"within": 0, "fold": 1}):
+            config = SplitsConfig(**chosen, **one)
+            counted.append(fold_count(config))
+            assert counted[-1] == len(make_splits(cohort, config)), config
+    assert counted[:4] == [5, 1, 5, 1]
+    assert counted[-4:-2] == [3, 3]

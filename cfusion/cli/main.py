@@ -58,6 +58,15 @@ SECONDS_FOR_RANK_0 = 5.0
 SECONDS_FOR_THE_CAUSE = 0.5
 """So long a process waits that ends because another has."""
 
+DISK = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Make room; the same command goes on from what is whole."),
+    **dict.fromkeys(
+        (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS),
+        "Give another path, or the right to it.",
+    ),
+}
+"""What to do about what a file system refuses, by error number."""
+
 app = typer.Typer(
     help=HELP,
     no_args_is_help=True,
@@ -96,10 +105,10 @@ def run() -> None:
         sys.stderr.write(f"error: {error}\n       explained by: cfusion help {error.topic}\n")
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        sys.stderr.write(f"error: {where}{error.strerror}. Make room; the same command goes on from what is whole.\n")
+        sys.stderr.write(f"error: {where}{error.strerror}. {DISK[error.errno]}\n")
         sys.exit(CfusionError.exit_code)
     except SystemExit as left:
         # Typer has turned Ctrl-C into this code.

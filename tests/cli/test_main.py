@@ -127,6 +127,19 @@ def test_a_real_slide_goes_the_whole_way_to_shards(shared, tmp_path):
     assert done.returncode == 0, done.stderr + done.stdout
 
 
+def test_an_output_that_cannot_be_a_folder_is_told(config, tmp_path):
+    (tmp_path / "taken").touch()
+    sweep = tmp_path / "sweep.yaml"
+    base = yaml.safe_load(config.read_text())
+    del base["output"]
+    sweep.write_text(yaml.safe_dump({"name": "toy", "output": str(tmp_path / "taken"), "base": base}))
+    done = cfusion("sweep", "run", sweep)
+    assert done.returncode == 2, done.stderr
+    assert "taken" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].endswith("Give another path, or the right to it.")
+
+
 def test_a_full_disk_ends_in_a_line(monkeypatch, capsys, tmp_path):
     full = typer.Typer()
 

@@ -11,8 +11,8 @@ from cfusion.errors import ConfigError, PartialResultError, RequeueError
 from launch import local, sweep
 from launch.local import slots_here
 from launch.plan import PlannedRun
-from launch.sweep import Execution, fold_count, run_all
-from launch.work import Job, Outcome
+from launch.sweep import Execution, run_all
+from launch.work import Outcome
 
 
 @pytest.fixture(autouse=True)
@@ -119,16 +119,3 @@ def test_what_is_stopped_wants_to_be_started_again(tmp_path, monkeypatch):
     with pytest.raises(RequeueError, match="1 of 2 runs are left"):
         run_all(runs, Execution(retries=3), tmp_path)
     assert len(fake.calls) == 1
-
-
-def test_folds_are_counted_from_the_configuration(tmp_path):
-    config = Config()
-    for name in range(4):
-        (tmp_path / f"splits_{name}.csv").write_text("train,val\n")
-
-    def count(**splits) -> int:
-        changed = config.splits.model_copy(update=splits)
-        return fold_count(PlannedRun("x", {}, config.model_copy(update={"splits": changed})))
-
-    assert [count(), count(repeats=3), count(fold=1), count(directory=tmp_path)] == [5, 15, 1, 4]
-    assert Job(()).share == 1.0

@@ -1,6 +1,7 @@
 """Sweeps as people use them: the command line, its words for what is wrong, and runs that share a read."""
 
 import json
+import socket
 import sqlite3
 import threading
 import time
@@ -20,11 +21,12 @@ from cfusion.cli.sweep_views import duration, legend, picture, runs_table, words
 from cfusion.errors import ConfigError, DataError, PartialResultError
 from launch import plan as plan_module
 from launch import status as status_module
-from launch.markers import attempts, write_failure
+from launch.markers import FAILED, attempts, claim, write_failure
 from launch.plan import PlannedRun, SweepConfig, load_sweep, plan
 from launch.results import members_of
 from launch.status import counts, grid, look, seconds_left
 from launch.sweep import Execution, jobs_of, run_all
+from launch.work import Job, do, lost
 
 AXES: dict[str, Any] = {
     "encoder": {"made-up": {}},
@@ -157,6 +159,18 @@ def test_wrong_words_on_the_command_line_are_told(done, arguments, message):
             r"names no axis with \{chort\}\. Did you mean cohort\?",
         ),
         ({"exclude": [{"modell": "amil"}]}, r"there is no axis modell\. Did you mean model\?"),
+        ({"exclude": [{"model": "amil"}, {"model": "mean"}]}, r"sweep toy: has no runs"),
+        ({"axes": {"seed": [1, 2], "other": {"a": {"seed": 5}}}}, "axes seed and other both set seed"),
+        (
+            {"axes": {"cohort": {"c": {"data": {"shards": "x"}}}, "encoder": {"e": {"data.shards": "y"}}}},
+            r"axes cohort and encoder both set data\.shards",
+        ),
+        ({"axes": {"pace": {"slow": {"seed": 3}, "fast": {"seed": 3}}}}, r"slow-\w+ and fast-\w+ are one run"),
+        ({"name": "my study/v1"}, "name: 'my study/v1' becomes a folder's name"),
+        ({"base": "hello"}, "base='hello': expected sections with keys"),
+        ({"base": [1]}, r"base=\[1\]: expected sections with keys"),
+        ({"base": {"tracking": None}}, "tracking=None"),
+        ({"base": {"tracking": 5}}, "tracking=5"),
     ],
 )
 def test_a_wrong_sweep_file_is_told(files, tmp_path, more, message):
@@ -261,6 +275,48 @@ def test_names_follow_shards_tables_and_splits(files, tmp_path):
     assert not second & names()
 
 
+def test_a_run_whose_data_or_program_changed_after_it_was_named_is_not_begun(files, tmp_path, monkeypatch):
+    table = tmp_path / "clinical.csv"
+    table.write_text(files.table.read_text())
+    path = written(CohortFiles(table, files.shards), tmp_path, axes={"seed": [1]})
+    runs = plan(load_sweep(path))
+    table.write_text(files.table.read_text() + "\n")
+    [outcome] = do(Job(tuple(runs)))
+    assert (outcome.state, outcome.again) == ("failed", "no")
+    assert outcome.cause == f"Changed since the run was planned: {table}. Start the sweep again."
+    [status] = look(runs)
+    assert status.word.startswith(outcome.cause)
+    assert outcome.cause in status.log.read_text()
+    again = plan(load_sweep(path))
+    monkeypatch.setattr(plan_module, "code_digest", lambda: "edited")
+    assert again[0].changed() == "Changed since the run was planned: the program. Start the sweep again."
+    monkeypatch.undo()
+    run_all(again, Execution(), tmp_path / "sweep")
+    assert again[0].name != runs[0].name
+
+
+def test_what_tracking_keeps_beside_the_runs_is_no_stale_run(files, tmp_path):
+    path = written(files, tmp_path, axes={"seed": [1]})
+    cfusion("run", str(path), "tracking.enabled=true")
+    told = json.loads(cfusion("plan", str(path), "tracking.enabled=true", "--json"))
+    [run] = told["runs"]
+    assert {entry.name for entry in (tmp_path / "sweep" / "runs").iterdir() if entry.is_dir()} > {run["name"]}
+    assert told["stale"] == []
+
+
+def test_a_place_that_is_not_reached_keeps_its_own_runs_from_starting(files, tmp_path, monkeypatch):
+    from cfusion.data import remote
+
+    monkeypatch.setattr(remote, "_pauses", lambda: [None])
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        far = f"http://127.0.0.1:{nobody.getsockname()[1]}/shards"
+        axes = {"encoder": {"near": {"data.shards": str(files.shards)}, "far": {"data.shards": far}}}
+        near, away = plan(load_sweep(written(files, tmp_path, axes=axes)))
+    assert near.absent == ""
+    assert far in away.absent
+
+
 def test_runs_keep_their_names_where_their_shards_have_gone(files, tmp_path):
     import shutil
 
@@ -310,6 +366,15 @@ def test_folds_as_an_axis_are_one_result(files, tmp_path):
     pd.testing.assert_frame_equal(together, pd.read_csv(whole[0].config.output / "predictions.csv"))
 
 
+def test_a_run_that_another_process_holds_is_not_marked_by_who_lost_a_worker(files, tmp_path):
+    free, held = plan(load_sweep(written(files, tmp_path, axes={"seed": [1, 2]})))
+    with claim(held.config.output):
+        outcomes = lost(Job((free, held)), "the worker was killed")
+    assert [outcome.state for outcome in outcomes] == ["failed", "held"]
+    assert [attempts(run.config.output) for run in (free, held)] == [[{"outcome": "killed"}], []]
+    assert not (held.config.output / FAILED).exists()
+
+
 def test_what_else_varies_makes_another_model(files, tmp_path):
     axes = {**AXES, "lr": {"slow": {"train.lr": 1e-4}, "fast": {"train.lr": 1e-2}}}
     runs = plan(load_sweep(written(files, tmp_path, axes=axes)))
@@ -323,8 +388,8 @@ def test_a_report_needs_a_finished_run(files, tmp_path):
 
 
 def test_ten_thousand_runs_are_planned_and_looked_at(files, tmp_path):
-    axes = {f"axis{i}": {str(v): {} for v in range(10)} for i in range(3)}
-    axes["seed"] = {str(v): {"seed": v} for v in range(10)}
+    keys = ("seed", "data.order_seed", "splits.seed", "train.epochs")
+    axes = {key: {str(v): {key: v} for v in range(1, 11)} for key in keys}
     sweep = SweepConfig(name="large", output=tmp_path, axes=axes)
     runs = plan(sweep)
     assert len({run.name for run in runs}) == 10_000
