@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from factories import ENCODER, CohortFiles, make_cohort
+from factories import ENCODER, CohortFiles, make_cohort, slide_features
 from spawn import run_world
 from typer.testing import CliRunner
 
@@ -104,7 +104,7 @@ def test_shards_and_the_store_they_were_packed_from_give_the_same(
 ):
     for source, name in ((files.shards, "shards.csv"), (store, "store.csv")):
         told = cfusion("predict", source, "--model", ensemble_folder, "--cases", cases, "--out", tmp_path / name)
-        assert told.startswith("30 patients")
+        assert told.startswith("30 patients, ")
     one, other = (
         pd.read_csv(tmp_path / name).set_index("case_id").sort_index() for name in ("shards.csv", "store.csv")
     )
@@ -159,6 +159,28 @@ def test_json_has_the_curve_of_each_patient(cfusion, files, ensemble_folder):
     assert set(rows[0]) == {"case_id", "slides", "risk", "risk_sd", "group", "curve"}
     assert rows[0]["curve"]["months"] == sorted({edge for edges in EDGES for edge in edges[1:]})
     assert len(rows[0]["curve"]["survival"]) == len(rows[0]["curve"]["months"])
+
+
+def test_slides_taken_for_patients_are_told_and_counted_as_slides(
+    cfusion, files, cases, ensemble_folder, tmp_path, caplog
+):
+    source = (files.shards, "--model", ensemble_folder, "--out", tmp_path / "out.csv")
+    assert cfusion("predict", *source).startswith("33 slides, ")
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "33 of 33 slides bear no TCGA barcode: each is taken for a patient. --cases TABLE groups them."
+    ]
+    caplog.clear()
+    assert cfusion("predict", *source, "--cases", cases).startswith("30 patients, ")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_slides_with_and_without_barcode_are_counted_apart(cfusion, ensemble_folder, tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    for name in ("TCGA-AA-0001-01Z-00-DX1", "TCGA-AA-0001-01Z-00-DX2", "other"):
+        write_slide(tmp_path / "store", slide_features(name, 2, 8, rng))
+    told = cfusion("predict", tmp_path / "store", "--model", ensemble_folder, "--out", tmp_path / "out.csv")
+    assert told.startswith("1 patients and 1 slides, ")
+    assert "1 of 3 slides bear no TCGA barcode" in caplog.text
 
 
 def test_tcga_slides_belong_to_their_barcodes_patient():
