@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import logging
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -259,6 +261,41 @@ def test_what_cannot_be_predicted_is_told_and_nothing_is_written(cfusion, files,
         assert not out.exists()
     with pytest.raises(ConfigError, match="nothing would be kept"):
         cfusion("predict", files.shards, "--model", good)
+
+
+def test_fold_models_of_several_runs_are_no_ensemble(cfusion, files, tmp_path):
+    sweep = tmp_path / "sweep"
+    for name in ("real", "permuted"):
+        run = untrained(sweep / "runs" / name)
+        (run / "run.json").write_text("{}")
+        (run / "done.json").write_text("{}")
+    out = tmp_path / "out.csv"
+    told = f"{sweep}: holds fold models of 2 runs, such as {sweep}/runs/permuted and {sweep}/runs/real, which"
+    with pytest.raises(DataError, match=re.escape(told)) as refused:
+        cfusion("predict", files.shards, "--model", sweep, "--out", out)
+    assert refused.value.remedy == "Give the folder of one run, or of one of its folds."
+    assert not out.exists()
+    for name in ("real", "permuted"):  # nor are folders of models that have lost their run.json
+        (sweep / "runs" / name / "run.json").unlink()
+    with pytest.raises(DataError, match="fold models of 2 runs"):
+        FoldEnsemble.load(sweep)
+
+
+def test_the_models_of_a_run_are_those_of_its_folds_alone(cfusion, files, tmp_path):
+    run = untrained(tmp_path / "sweep" / "run")
+    fold = run / "fold_0" / "model"
+    alone = [fold, run / "fold_1" / "model"]
+    assert FoldEnsemble.folders(run) == FoldEnsemble.folders(tmp_path / "sweep") == alone
+    assert FoldEnsemble.folders(run / "fold_0") == FoldEnsemble.folders(fold) == [fold]
+    shutil.copytree(run / "fold_0", run / ".fold_0.0123abcd_7_0123abcd.tmp")
+    assert FoldEnsemble.folders(run) == alone, "what a killed writer left is no fold"
+    (run / "run.json").write_text("{}")
+    untrained(run / "null")
+    shutil.copytree(fold, run / "consolidated")
+    assert FoldEnsemble.folders(run) == alone, "another run, or a model put there by hand, is no fold"
+    shutil.rmtree(run / "null")
+    with pytest.raises(DataError, match=r"sweep/run: its run is not finished"):
+        cfusion("predict", files.shards, "--model", tmp_path / "sweep", "--json")
 
 
 def test_a_real_slide_is_preprocessed_with_the_models_encoder(cfusion, shared, tmp_path):

@@ -93,9 +93,9 @@ def load_ensemble(model: str, uri: str | None, folder: Path) -> FoldEnsemble:
         folder: Where a registered model's files are put; made where it is needed.
 
     Raises:
-        DataError: There is no such model, or its run is not finished.
+        DataError: There is no such model, its run is not finished, or the folder holds models of several runs.
     """
-    from cfusion.prediction import FoldEnsemble
+    from cfusion.prediction import FoldEnsemble, run_folder
 
     if model.startswith("models:"):
         from cfusion.tracking.registry import fetch_ensemble, model_address
@@ -106,8 +106,9 @@ def load_ensemble(model: str, uri: str | None, folder: Path) -> FoldEnsemble:
         client = connect(address)
         with unavailable(address):
             return fetch_ensemble(client, name, which, folder)
-    if (Path(model) / "run.json").is_file() and not (Path(model) / "done.json").is_file():
-        raise DataError(f"{model}: its run is not finished.", "Finish it, or give the folder of one of its folds.")
+    run = run_folder(Path(model))
+    if (run / "run.json").is_file() and not (run / "done.json").is_file():
+        raise DataError(f"{run}: its run is not finished.", "Finish it, or give the folder of one of its folds.")
     return FoldEnsemble.load(Path(model))
 
 
