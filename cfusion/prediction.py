@@ -223,19 +223,41 @@ class FoldEnsemble:
         Returns:
             One row per month at which some model's time bin ends: `months`, `survival` (mean over folds), and, the
             same in each row, `risk` (mean over folds) and `risk_sd` (over folds).
+
+        Raises:
+            DataError: A feature or the risk is not finite, or the positions are not those of the tiles.
         """
         card = self.models[0].card
         names = [magnification_name(m) for m in card.magnifications]
         placed = None
         if positions:
             placed = {name: _checked_positions(positions, name, len(features[name])) for name in names}
-        tensors = {name: torch.as_tensor(np.array(features[name], dtype=np.float32))[None] for name in names}
+        tensors = {name: _checked_features(features[name], name) for name in names}
         batch = BagBatch(tensors, None, placed)
         with torch.inference_mode():
             outputs = [m.module(batch) for m in self.models]
         survival = self._mean_curve([output.survival[0].double().numpy() for output in outputs])
         risks = np.array([output.risk.item() for output in outputs])
+        if not np.isfinite(risks).all():
+            raise DataError("The risk of this bag is not finite.", "Its features may be too large for the model.")
         return pd.DataFrame({"months": self.months, "survival": survival, "risk": risks.mean(), "risk_sd": risks.std()})
+
+
+def _checked_features(features: np.ndarray, name: str) -> torch.Tensor:
+    """Features [1, tile, dim] of a magnification, in f32.
+
+    Raises:
+        DataError: A value is not finite.
+    """
+    with np.errstate(over="ignore"):  # what f32 cannot hold becomes infinite, and is told
+        values = np.array(features, dtype=np.float32)
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        raise DataError(
+            f"features of {name}: row {int(np.argmin(finite))}, counted from 0, holds a value that is not finite.",
+            "Extract the slide again.",
+        )
+    return torch.from_numpy(values)[None]
 
 
 def _checked_positions(positions: Mapping[str, Sequence[Sequence[int]]], name: str, tiles: int) -> torch.Tensor:

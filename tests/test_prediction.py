@@ -298,6 +298,27 @@ def test_the_models_of_a_run_are_those_of_its_folds_alone(cfusion, files, tmp_pa
         cfusion("predict", files.shards, "--model", tmp_path / "sweep", "--json")
 
 
+def random_bag() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(size=(n, 8)).astype(np.float32) for name, n in (("x20", 16), ("x10", 4), ("x5", 1))}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39])
+def test_a_bag_with_a_value_that_is_not_finite_is_refused_by_row(tmp_path, value):
+    ensemble = FoldEnsemble.load(untrained(tmp_path, grid="file"))
+    bag = {name: values.astype(np.float64) for name, values in random_bag().items()}
+    assert np.isfinite(ensemble.predict_bag(bag)["risk"]).all()
+    bag["x10"][2:, 5] = value
+    with pytest.raises(DataError, match=r"features of x10: row 2, counted from 0, holds a value that is not finite"):
+        ensemble.predict_bag(bag)
+
+
+def test_a_bag_whose_risk_is_not_finite_is_refused(tmp_path):
+    ensemble = FoldEnsemble.load(untrained(tmp_path, grid="file"))
+    with pytest.raises(DataError, match="The risk of this bag is not finite"):
+        ensemble.predict_bag({name: np.full_like(values, 3e38) for name, values in random_bag().items()})
+
+
 def test_a_real_slide_is_preprocessed_with_the_models_encoder(cfusion, shared, tmp_path):
     slide = shared / "slides" / "cmu_small_region.svs"
     folder = untrained(tmp_path / "model", encoder="stain-texture", dim=DIM)
