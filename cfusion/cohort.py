@@ -39,7 +39,12 @@ OUTCOMES = "outcomes.csv"
 
 def patient_of(name: str) -> str:
     """The patient a slide, sample or case name belongs to: a TCGA barcode's first 12 characters, else the name."""
-    return name[:12] if _BARCODE.match(name) else name
+    return name[:12] if tells_its_patient(name) else name
+
+
+def tells_its_patient(name: str) -> bool:
+    """Whether the patient of a slide, sample or case can be told from its name alone, a TCGA barcode."""
+    return _BARCODE.match(name) is not None
 
 
 def slide_stem(name: str) -> str:

@@ -22,6 +22,9 @@ from cfusion.training.runtime import Runtime
 from cfusion.training.world import join_world, launched
 from cfusion.types import BagBatch, SurvivalOutput, magnification_name
 
+_RUN = "run.json"
+"""File that makes a folder a run's."""
+
 
 def predict(
     model: FittedModel, data: DataConfig, cases: Sequence[str] | Mapping[str, Sequence[str]], *, micro_batch: int = 1
@@ -72,6 +75,38 @@ def slides_by_name(cases: Sequence[str], slide_ids: Sequence[str]) -> dict[str, 
     return found
 
 
+def run_folder(folder: Path) -> Path:
+    """The folder of the one run whose fold models lie at or below `folder`; `folder` itself where there are none.
+
+    Raises:
+        DataError: They belong to several runs; two are named.
+    """
+    if (folder / _RUN).is_file():
+        return folder
+    runs = sorted({_run_of(model, folder) for model in _model_folders(folder, "**")})
+    if len(runs) > 1:
+        raise DataError(
+            f"{folder}: holds fold models of {len(runs)} runs, such as {runs[0]} and {runs[1]}, which are no ensemble.",
+            "Give the folder of one run, or of one of its folds.",
+        )
+    return runs[0] if runs else folder
+
+
+def _model_folders(folder: Path, pattern: str) -> list[Path]:
+    """Folders of models, sorted; a hidden one is a killed writer's."""
+    found = (path.parent for path in folder.glob(f"{pattern}/model.json"))
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+
+
+def _run_of(model: Path, top: Path) -> Path:
+    """The run of a model at or below `top`: the nearest folder with a run.json, or else that of its fold's folder."""
+    for parent in model.parents:
+        if parent.is_relative_to(top) and (parent / _RUN).is_file():
+            return parent
+    run = model.parents[1] if model.name == "model" else model.parent
+    return run if run.is_relative_to(top) else top
+
+
 @dataclass(frozen=True)
 class FoldEnsemble:
     """The models of all folds of a cross-validation, which together predict for patients none of them has seen."""
@@ -80,10 +115,10 @@ class FoldEnsemble:
 
     @classmethod
     def load(cls, folder: Path) -> FoldEnsemble:
-        """Read every fold's model below `folder`.
+        """Read every fold's model of the run at or below `folder`.
 
         Raises:
-            DataError: There is none, or they do not read the same embeddings.
+            DataError: There is none, they belong to several runs, or they do not read the same embeddings.
         """
         models = tuple(FittedModel.load(path) for path in cls.folders(folder))
         if not models:
@@ -94,8 +129,14 @@ class FoldEnsemble:
 
     @staticmethod
     def folders(folder: Path) -> list[Path]:
-        """The folders of the fold models below `folder`, sorted."""
-        return sorted(path.parent for path in folder.glob("**/model.json"))
+        """The folders of the fold models of the run at or below `folder`, sorted.
+
+        Raises:
+            DataError: There are fold models of several runs.
+        """
+        run = run_folder(folder)
+        # What else lies in a run's folder, such as another run, is no fold of it.
+        return _model_folders(run, "*fold_*/model" if (run / _RUN).is_file() else "**")
 
     @property
     def risk_cutoff(self) -> float | None:
@@ -182,19 +223,41 @@ class FoldEnsemble:
         Returns:
             One row per month at which some model's time bin ends: `months`, `survival` (mean over folds), and, the
             same in each row, `risk` (mean over folds) and `risk_sd` (over folds).
+
+        Raises:
+            DataError: A feature or the risk is not finite, or the positions are not those of the tiles.
         """
         card = self.models[0].card
         names = [magnification_name(m) for m in card.magnifications]
         placed = None
         if positions:
             placed = {name: _checked_positions(positions, name, len(features[name])) for name in names}
-        tensors = {name: torch.as_tensor(np.array(features[name], dtype=np.float32))[None] for name in names}
+        tensors = {name: _checked_features(features[name], name) for name in names}
         batch = BagBatch(tensors, None, placed)
         with torch.inference_mode():
             outputs = [m.module(batch) for m in self.models]
         survival = self._mean_curve([output.survival[0].double().numpy() for output in outputs])
         risks = np.array([output.risk.item() for output in outputs])
+        if not np.isfinite(risks).all():
+            raise DataError("The risk of this bag is not finite.", "Its features may be too large for the model.")
         return pd.DataFrame({"months": self.months, "survival": survival, "risk": risks.mean(), "risk_sd": risks.std()})
+
+
+def _checked_features(features: np.ndarray, name: str) -> torch.Tensor:
+    """Features [1, tile, dim] of a magnification, in f32.
+
+    Raises:
+        DataError: A value is not finite.
+    """
+    with np.errstate(over="ignore"):  # what f32 cannot hold becomes infinite, and is told
+        values = np.array(features, dtype=np.float32)
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        raise DataError(
+            f"features of {name}: row {int(np.argmin(finite))}, counted from 0, holds a value that is not finite.",
+            "Extract the slide again.",
+        )
+    return torch.from_numpy(values)[None]
 
 
 def _checked_positions(positions: Mapping[str, Sequence[Sequence[int]]], name: str, tiles: int) -> torch.Tensor:

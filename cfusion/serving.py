@@ -11,8 +11,10 @@ from typing import Any
 
 import mlflow.models
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel
 
+from cfusion.errors import DataError
 from cfusion.prediction import FoldEnsemble
 
 
@@ -30,9 +32,15 @@ class ServedEnsemble(PythonModel):
 
         The parameter `positions` is JSON of each tile's column and row per magnification name. `model_input` has no
         annotation, which MLflow would take for another signature than the registered one.
+
+        Raises:
+            MlflowException: The bag cannot be used; the server answers 400 with what is wrong.
         """
         positions = json.loads((params or {}).get("positions") or "null")
-        return self.ensemble.predict_bag(model_input, positions)
+        try:
+            return self.ensemble.predict_bag(model_input, positions)
+        except DataError as error:  # of any other class than its own, MLflow's server hides the message
+            raise MlflowException.invalid_parameter_value(str(error)) from error
 
 
 mlflow.models.set_model(ServedEnsemble())

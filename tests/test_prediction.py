@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import logging
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from factories import ENCODER, CohortFiles, make_cohort
+from factories import ENCODER, CohortFiles, make_cohort, slide_features
 from spawn import run_world
 from typer.testing import CliRunner
 
@@ -104,7 +106,7 @@ def test_shards_and_the_store_they_were_packed_from_give_the_same(
 ):
     for source, name in ((files.shards, "shards.csv"), (store, "store.csv")):
         told = cfusion("predict", source, "--model", ensemble_folder, "--cases", cases, "--out", tmp_path / name)
-        assert told.startswith("30 patients")
+        assert told.startswith("30 patients, ")
     one, other = (
         pd.read_csv(tmp_path / name).set_index("case_id").sort_index() for name in ("shards.csv", "store.csv")
     )
@@ -159,6 +161,28 @@ def test_json_has_the_curve_of_each_patient(cfusion, files, ensemble_folder):
     assert set(rows[0]) == {"case_id", "slides", "risk", "risk_sd", "group", "curve"}
     assert rows[0]["curve"]["months"] == sorted({edge for edges in EDGES for edge in edges[1:]})
     assert len(rows[0]["curve"]["survival"]) == len(rows[0]["curve"]["months"])
+
+
+def test_slides_taken_for_patients_are_told_and_counted_as_slides(
+    cfusion, files, cases, ensemble_folder, tmp_path, caplog
+):
+    source = (files.shards, "--model", ensemble_folder, "--out", tmp_path / "out.csv")
+    assert cfusion("predict", *source).startswith("33 slides, ")
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "33 of 33 slides bear no TCGA barcode: each is taken for a patient. --cases TABLE groups them."
+    ]
+    caplog.clear()
+    assert cfusion("predict", *source, "--cases", cases).startswith("30 patients, ")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_slides_with_and_without_barcode_are_counted_apart(cfusion, ensemble_folder, tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    for name in ("TCGA-AA-0001-01Z-00-DX1", "TCGA-AA-0001-01Z-00-DX2", "other"):
+        write_slide(tmp_path / "store", slide_features(name, 2, 8, rng))
+    told = cfusion("predict", tmp_path / "store", "--model", ensemble_folder, "--out", tmp_path / "out.csv")
+    assert told.startswith("1 patients and 1 slides, ")
+    assert "1 of 3 slides bear no TCGA barcode" in caplog.text
 
 
 def test_tcga_slides_belong_to_their_barcodes_patient():
@@ -237,6 +261,62 @@ def test_what_cannot_be_predicted_is_told_and_nothing_is_written(cfusion, files,
         assert not out.exists()
     with pytest.raises(ConfigError, match="nothing would be kept"):
         cfusion("predict", files.shards, "--model", good)
+
+
+def test_fold_models_of_several_runs_are_no_ensemble(cfusion, files, tmp_path):
+    sweep = tmp_path / "sweep"
+    for name in ("real", "permuted"):
+        run = untrained(sweep / "runs" / name)
+        (run / "run.json").write_text("{}")
+        (run / "done.json").write_text("{}")
+    out = tmp_path / "out.csv"
+    told = f"{sweep}: holds fold models of 2 runs, such as {sweep}/runs/permuted and {sweep}/runs/real, which"
+    with pytest.raises(DataError, match=re.escape(told)) as refused:
+        cfusion("predict", files.shards, "--model", sweep, "--out", out)
+    assert refused.value.remedy == "Give the folder of one run, or of one of its folds."
+    assert not out.exists()
+    for name in ("real", "permuted"):  # nor are folders of models that have lost their run.json
+        (sweep / "runs" / name / "run.json").unlink()
+    with pytest.raises(DataError, match="fold models of 2 runs"):
+        FoldEnsemble.load(sweep)
+
+
+def test_the_models_of_a_run_are_those_of_its_folds_alone(cfusion, files, tmp_path):
+    run = untrained(tmp_path / "sweep" / "run")
+    fold = run / "fold_0" / "model"
+    alone = [fold, run / "fold_1" / "model"]
+    assert FoldEnsemble.folders(run) == FoldEnsemble.folders(tmp_path / "sweep") == alone
+    assert FoldEnsemble.folders(run / "fold_0") == FoldEnsemble.folders(fold) == [fold]
+    shutil.copytree(run / "fold_0", run / ".fold_0.0123abcd_7_0123abcd.tmp")
+    assert FoldEnsemble.folders(run) == alone, "what a killed writer left is no fold"
+    (run / "run.json").write_text("{}")
+    untrained(run / "null")
+    shutil.copytree(fold, run / "consolidated")
+    assert FoldEnsemble.folders(run) == alone, "another run, or a model put there by hand, is no fold"
+    shutil.rmtree(run / "null")
+    with pytest.raises(DataError, match=r"sweep/run: its run is not finished"):
+        cfusion("predict", files.shards, "--model", tmp_path / "sweep", "--json")
+
+
+def random_bag() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(size=(n, 8)).astype(np.float32) for name, n in (("x20", 16), ("x10", 4), ("x5", 1))}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39])
+def test_a_bag_with_a_value_that_is_not_finite_is_refused_by_row(tmp_path, value):
+    ensemble = FoldEnsemble.load(untrained(tmp_path, grid="file"))
+    bag = {name: values.astype(np.float64) for name, values in random_bag().items()}
+    assert np.isfinite(ensemble.predict_bag(bag)["risk"]).all()
+    bag["x10"][2:, 5] = value
+    with pytest.raises(DataError, match=r"features of x10: row 2, counted from 0, holds a value that is not finite"):
+        ensemble.predict_bag(bag)
+
+
+def test_a_bag_whose_risk_is_not_finite_is_refused(tmp_path):
+    ensemble = FoldEnsemble.load(untrained(tmp_path, grid="file"))
+    with pytest.raises(DataError, match="The risk of this bag is not finite"):
+        ensemble.predict_bag({name: np.full_like(values, 3e38) for name, values in random_bag().items()})
 
 
 def test_a_real_slide_is_preprocessed_with_the_models_encoder(cfusion, shared, tmp_path):

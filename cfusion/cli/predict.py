@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from cfusion.prediction import FoldEnsemble
     from cfusion.training.fitted import ModelCard
     from cfusion.training.runtime import Runtime
+
+logger = logging.getLogger(__name__)
 
 
 def register(app: typer.Typer) -> None:
@@ -47,7 +50,7 @@ def predict(
 
     Slides are preprocessed with the encoder that the model names; embeddings of another encoder are refused. A row a
     patient: mean risk over the fold models and its standard deviation, the risk group by their cut-off, and survival
-    at each month where a time bin ends.
+    at each month where a time bin ends. Without --cases, a slide without a TCGA barcode is taken for a patient.
 
     \b
       cfusion predict slides/ --model models:/blca@champion --out risks.csv
@@ -57,7 +60,6 @@ def predict(
         raise ConfigError("cfusion predict: nothing would be kept.", "Give --out FILE.csv or --json.")
     from cfusion.bag_sources import group_slides
     from cfusion.config import ParallelConfig
-    from cfusion.files import atomic_path
     from cfusion.training.world import join_world, launched
 
     runtime = join_world(ParallelConfig(global_batch=launched()))
@@ -72,16 +74,11 @@ def predict(
         where = runtime.from_main(str(store or Path(scratch) / "features"))
         found = _source(sources, ensemble.models[0].card, Path(where), options, runtime)
         slides = group_slides(found.slide_ids, cases)
+        alone = 0 if cases else _taken_for_patients(found.slide_ids, runtime)
         table = ensemble.predict(found.source, slides, runtime)
         runtime.barrier()
     if runtime.is_main:
-        if out is not None:
-            with atomic_path(out) as temporary:
-                table.to_csv(temporary, index=False)
-        if as_json:
-            typer.echo(json.dumps(_records(table), indent=1))
-        else:
-            typer.echo(f"{len(table)} patients, {(table['group'] == 'high').sum()} of high risk: {out}")
+        _deliver(table, alone, out, as_json)
         if found.failed:
             lost = ", ".join(found.failed[:5])
             raise PartialResultError(f"{len(found.failed)} slides could not be read: {lost}.", "See above.")
@@ -96,9 +93,9 @@ def load_ensemble(model: str, uri: str | None, folder: Path) -> FoldEnsemble:
         folder: Where a registered model's files are put; made where it is needed.
 
     Raises:
-        DataError: There is no such model, or its run is not finished.
+        DataError: There is no such model, its run is not finished, or the folder holds models of several runs.
     """
-    from cfusion.prediction import FoldEnsemble
+    from cfusion.prediction import FoldEnsemble, run_folder
 
     if model.startswith("models:"):
         from cfusion.tracking.registry import fetch_ensemble, model_address
@@ -109,8 +106,9 @@ def load_ensemble(model: str, uri: str | None, folder: Path) -> FoldEnsemble:
         client = connect(address)
         with unavailable(address):
             return fetch_ensemble(client, name, which, folder)
-    if (Path(model) / "run.json").is_file() and not (Path(model) / "done.json").is_file():
-        raise DataError(f"{model}: its run is not finished.", "Finish it, or give the folder of one of its folds.")
+    run = run_folder(Path(model))
+    if (run / "run.json").is_file() and not (run / "done.json").is_file():
+        raise DataError(f"{run}: its run is not finished.", "Finish it, or give the folder of one of its folds.")
     return FoldEnsemble.load(Path(model))
 
 
@@ -155,6 +153,34 @@ def _preprocess(
     config = validate(PreprocessConfig, values, "cfusion predict")
     summary = preprocess_slides(config, strict=slides.is_file(), share=(runtime.rank, runtime.world_size))
     return [(outcome.slide_id, outcome.status in ("done", "skipped")) for outcome in summary.outcomes]
+
+
+def _taken_for_patients(slide_ids: Sequence[str], runtime: Runtime) -> int:
+    """How many slides stand for a patient each, since no name tells whose they are; said once."""
+    from cfusion.cohort import tells_its_patient
+
+    alone = sum(not tells_its_patient(slide) for slide in slide_ids)
+    if alone and runtime.is_main:
+        logger.warning(
+            "%d of %d slides bear no TCGA barcode: each is taken for a patient. --cases TABLE groups them.",
+            alone, len(slide_ids),
+        )  # fmt: skip
+    return alone
+
+
+def _deliver(table: pd.DataFrame, alone: int, out: Path | None, as_json: bool) -> None:
+    """Write the predictions and say what they are of; `alone` of the rows are slides taken for patients."""
+    from cfusion.files import atomic_path
+
+    if out is not None:
+        with atomic_path(out) as temporary:
+            table.to_csv(temporary, index=False)
+    if as_json:
+        typer.echo(json.dumps(_records(table), indent=1))
+        return
+    rows = {"patients": len(table) - alone, "slides": alone}
+    told = " and ".join(f"{count} {name}" for name, count in rows.items() if count)
+    typer.echo(f"{told}, {(table['group'] == 'high').sum()} of high risk: {out}")
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, object]]:

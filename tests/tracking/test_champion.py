@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from test_prediction import cfusion, files, untrained  # noqa: F401 - fixtures
 from typer.testing import CliRunner
 
@@ -210,10 +211,15 @@ def test_a_served_model_that_needs_positions_takes_them(tmp_path):
     ]
     assert risks[0] == FoldEnsemble.load(folder).predict_bag(bag, square)["risk"].iloc[0]
     assert risks[0] != risks[1], "where the tiles lie matters"
-    with pytest.raises(DataError, match="positions of x5: expected 1 pairs"):
-        served.predict(None, bag, {"positions": json.dumps({**square, "x5": []})})
-    with pytest.raises(DataError, match="grid: spatial needs the position"):
-        served.predict(None, bag)
+    damaged = {**bag, "x10": np.where(np.arange(4)[:, None] == 3, np.nan, bag["x10"]).astype(np.float32)}
+    for given, where, told in (
+        (bag, {**square, "x5": []}, "positions of x5: expected 1 pairs"),
+        (bag, None, "grid: spatial needs the position"),
+        (damaged, square, "features of x10: row 3, counted from 0, holds a value that is not finite"),
+    ):
+        with pytest.raises(MlflowException, match=told) as refused:
+            served.predict(None, given, {"positions": json.dumps(where)})
+        assert refused.value.get_http_status_code() == 400
 
 
 def test_a_name_of_another_contract_is_refused_with_both_named(client, version):

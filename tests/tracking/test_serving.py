@@ -70,6 +70,11 @@ def test_a_served_candidate_answers_a_bag_as_its_fold_models_do(tmp_path):
         status, answer = ask(url, {"inputs": lacking})
         assert status == 400
         assert "x5" in json.dumps(answer)
+        bag["x10"][3, 0] = np.nan
+        damaged = {name: values.tolist() for name, values in bag.items()}
+        status, answer = ask(url, {"inputs": damaged, "params": {"positions": json.dumps(positions)}})
+        assert status == 400
+        assert "features of x10: row 3, counted from 0, holds a value that is not finite" in answer["message"]
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
