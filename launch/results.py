@@ -43,7 +43,7 @@ def members_of(runs: Sequence[PlannedRun], statuses: Sequence[RunStatus]) -> lis
             permuted=run.config.evaluation.permute_outcomes,
             state=status.state,
             word=status.word,
-            cost=_cost(run.config.output) if status.folds_done or status.state == "done" else Cost(),
+            cost=_cost(run.config.output),
         )
         for run, status in zip(runs, statuses, strict=True)
     ]

@@ -12,13 +12,16 @@ from joblib import Parallel, cpu_count, delayed
 
 from cfusion.errors import DataError
 from cfusion.report.runs import outcomes_and_splits
-from cfusion.survival.comparison import compare, holm
+from cfusion.survival.comparison import COLUMNS, compare, holm
 from cfusion.survival.predictions import read_predictions
 from cfusion.survival.ranks import Ranking, rank_methods
 from cfusion.survival.score import score
 
 LEVEL = 0.05
 """Of the tests and of the critical difference."""
+
+RANKED = ("models", "encoders")
+"""What is ranked over cohorts."""
 
 _PARALLEL_FROM = 60
 """Cells from which processes are started; below, starting them costs more than it saves."""
@@ -44,6 +47,13 @@ class Cost:
         """The sum; its energy is known where each one's is."""
         energy = sum(c.energy_kwh for c in costs) if costs else _NAN
         return Cost(sum(c.cpu_hours for c in costs), sum(c.gpu_hours for c in costs), energy)
+
+    @property
+    def words(self) -> str:
+        """What it is, in a few words."""
+        parts = [(self.gpu_hours, "GPU h"), (self.cpu_hours, "CPU h"), (self.energy_kwh, "kWh")]
+        told = ((f"{value:,.0f}" if value >= 1000 else f"{value:.3g}", unit) for value, unit in parts if value > 0)
+        return ", ".join(f"{number} {unit}" for number, unit in told) or "–"
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,13 @@ class Cell:
         return self.p_best >= LEVEL
 
     @property
+    def mark(self) -> str:
+        """How it stands to the best, as a sign behind its value; none: the best, or told from it."""
+        if self.best or not self.complete:
+            return ""
+        return "‡" if math.isnan(self.p_best) else "†" if self.tied else ""
+
+    @property
     def label(self) -> str:
         """Encoder and model, as one method."""
         return f"{self.encoder} / {self.model}"
@@ -130,6 +147,14 @@ class Cell:
     def value(self) -> float:
         """Harrell's C, mean over folds and seeds; NaN where the cell is not complete."""
         return float(self.summary["cindex_mean"]) if self.summary is not None and self.complete else _NAN
+
+    @property
+    def pooled(self) -> str:
+        """Pooled C with its interval, in words; a dash where the cell is not complete."""
+        if self.summary is None or not self.complete:
+            return "–"
+        value, low, high = (self.summary[f"cindex_{name}"] for name in ("pooled", "low", "high"))
+        return f"{value:.3f}" if math.isnan(low) else f"{value:.3f} ({low:.3f} to {high:.3f})"
 
     @property
     def states(self) -> str:
@@ -152,7 +177,7 @@ class Comparison:
         cells: In the order of the sweep.
         tests: A row per cell that was held against the best of its cohort and protocol: the columns of
             `cfusion.survival.comparison.compare`, `model` and `reference` as `ENCODER / MODEL`.
-        rankings: By protocol and what is ranked (`models`, `encoders`), over cohorts with every one of them.
+        rankings: By protocol and what is ranked (see `RANKED`), over cohorts with every one of them.
     """
 
     cells: tuple[Cell, ...]
@@ -230,7 +255,7 @@ def _tested(cells: Sequence[Cell], bootstrap: int) -> tuple[list[Cell], pd.DataF
             frame = pd.concat([_predictions(cells[n], cells[n].members) for n in numbers], ignore_index=True)
             tables.append(compare(frame, reference=cells[best].label, replicates=bootstrap))
     if not tables:
-        return marked, pd.DataFrame()
+        return marked, pd.DataFrame(columns=list(COLUMNS))
     tests = pd.concat(tables, ignore_index=True)
     tests["p_holm"] = holm(tests["p"])
     found = {
@@ -245,10 +270,11 @@ def _rankings(cells: Sequence[Cell]) -> dict[tuple[str, str], Ranking]:
             for c in cells]  # fmt: skip
     found: dict[tuple[str, str], Ranking] = {}
     for protocol, table in pd.DataFrame(rows).groupby("protocol", sort=False):
-        for ranked, other in (("model", "encoder"), ("encoder", "model")):
+        for what in RANKED:
+            ranked, other = ("model", "encoder") if what == "models" else ("encoder", "model")
             # A mean over the other axis is one of equals only where none is missing; such cohorts are left out.
             wide = table.pivot(index=["cohort", other], columns=ranked, values="value")
             whole = wide.groupby(level="cohort").filter(lambda rows: bool(rows.notna().to_numpy().all()))
             if wide.shape[1] > 1 and len(whole):
-                found[str(protocol), f"{ranked}s"] = rank_methods(whole.groupby(level="cohort").mean())
+                found[str(protocol), what] = rank_methods(whole.groupby(level="cohort").mean())
     return found

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
 from cfusion.files import write_text
-from cfusion.report.comparison import Comparison, Cost, Member
-from cfusion.report.comparison_tables import (
-    Grid,
-    cells_table,
-    latex,
-    markdown,
-    runs_table,
-    tests_table,
-)
+from cfusion.report.comparison import RANKED, Comparison, Cost, Member
+from cfusion.report.comparison_print import latex, markdown
+from cfusion.report.comparison_tables import Grid, cells_table, runs_table, tests_table
 from cfusion.report.critical_difference import cd_diagram
-from cfusion.report.page import PROTOCOLS, report_environment
+from cfusion.report.page import report_environment
+from cfusion.report.protocols import PROTOCOLS
 from cfusion.report.standalone import standalone
 from cfusion.report.write import write_table
 
@@ -29,7 +24,7 @@ def write_comparison(comparison: Comparison, out: Path, *, title: str) -> Path:
 
     `index.html` is the page, one file that needs no network and whose cells lead to their runs; `cells.csv` a row per
     cell with all its scores, `runs.csv` a row per run, `tests.csv` the paired tests; `table.md` and `table.tex` the
-    table to print; `ranks_*.svg` the critical-difference diagrams.
+    tables to print; `ranks_*.svg` the critical-difference diagrams.
 
     Args:
         comparison: What was compared.
@@ -44,20 +39,29 @@ def write_comparison(comparison: Comparison, out: Path, *, title: str) -> Path:
     write_table(out / "tests.csv", comparison.tests)
     write_text(out / "table.md", markdown(comparison, title))
     write_text(out / "table.tex", latex(comparison))
-    for (protocol, what), ranking in comparison.rankings.items():
-        write_text(out / f"ranks_{what}_{protocol}.svg", standalone(cd_diagram(ranking, what)))
+    _write_diagrams(comparison, out)
     write_text(out / "index.html", render_comparison(comparison, out, title))
     return out / "index.html"
+
+
+def _write_diagrams(comparison: Comparison, out: Path) -> None:
+    """A diagram per ranking; those of an earlier report that this one lacks would be read as its own, and go."""
+    for what, protocol in itertools.product(RANKED, PROTOCOLS):
+        path = out / f"ranks_{what}_{protocol}.svg"
+        ranking = comparison.rankings.get((protocol, what))
+        if ranking is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_text(path, standalone(cd_diagram(ranking, what, protocol)))
 
 
 def render_comparison(comparison: Comparison, out: Path, title: str) -> str:
     """The page as HTML; links to runs are relative to `out`."""
     environment = report_environment()
-    environment.filters["hours"] = _hours
     members = [m for cell in comparison.cells for m in (*cell.members, *cell.permuted)]
-    costs = [m.cost for m in members]
+    costs, tests = [m.cost for m in members], tests_table(comparison)
     figures = {
-        f"{what}, protocol {protocol}": Markup(cd_diagram(ranking, what))  # noqa: S704 - the figure escapes its words
+        f"{what}, protocol {protocol}": Markup(cd_diagram(ranking, what, protocol))  # noqa: S704 - the figure escapes its words
         for (protocol, what), ranking in comparison.rankings.items()
     }
     return environment.get_template("comparison.html.j2").render(
@@ -65,12 +69,13 @@ def render_comparison(comparison: Comparison, out: Path, title: str) -> str:
         grids=[Grid.of(comparison, protocol) for protocol in comparison.protocols],
         anchors={cell.key: f"cell-{number}" for number, cell in enumerate(comparison.cells)},
         cells=comparison.cells,
-        tests=tests_table(comparison),
+        tests=tests,
+        tested=sum(not row["why"] for row in tests),
         figures=figures,
         failed=[m for m in members if m.state == "failed"],
         counts={state: sum(m.state == state for m in members) for state in ("done", "running", "failed", "open")},
         total=Cost.total(costs),
-        protocols={p: PROTOCOLS.get(p, "") for p in comparison.protocols},
+        protocols={p: PROTOCOLS[p] for p in comparison.protocols},
         nulls=any(cell.permuted for cell in comparison.cells),
         links=lambda member: _links(member, out),
         style=Markup(environment.get_template("style.css").render()),  # noqa: S704 - our own style sheet
@@ -85,10 +90,3 @@ def _links(member: Member, out: Path) -> dict[str, str]:
         for word, name in names.items()
         if (member.folder / name).exists()
     }
-
-
-def _hours(cost: Cost) -> str:
-    """A cost in a few words."""
-    parts: list[tuple[float, str]] = [(cost.gpu_hours, "GPU h"), (cost.cpu_hours, "CPU h"), (cost.energy_kwh, "kWh")]
-    told: list[Any] = [f"{value:.3g} {unit}" for value, unit in parts if value > 0]
-    return ", ".join(told) or "–"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from cfusion.report.figures import p_text
+from cfusion.report.protocols import named, optimistic
 from cfusion.report.svg import Plot, number
 from cfusion.survival.ranks import Ranking
 
@@ -13,13 +14,13 @@ _BAR = 9.0
 _SIDE = 170.0
 
 
-def cd_diagram(ranking: Ranking, what: str) -> str:
+def cd_diagram(ranking: Ranking, what: str, protocol: str) -> str:
     """Draw a ranking as SVG (after Demšar, 2006): the better half on the left, best on top."""
     methods = len(ranking.names)
     left = (methods + 1) // 2
     top = 62.0
     below = top + 16 + _BAR * len(ranking.cliques)
-    height = below + _ROW * max(left, methods - left) + 12
+    height = below + _ROW * max(left, methods - left) + (12 + _ROW if optimistic(protocol) else 12)
     plot = Plot((1, methods), (0, 1), width=720, height=height, margins=(_SIDE, 0, _SIDE, 0))
     _scale(plot, ranking, top)
     for place, (name, rank) in enumerate(zip(ranking.names, ranking.mean_ranks, strict=True)):
@@ -35,7 +36,24 @@ def cd_diagram(ranking: Ranking, what: str) -> str:
         start, end = (plot.px(places[name]) for name in (clique[0], clique[-1]))
         y = top + 12 + _BAR * level
         plot.add(f'<path class="line series1 clique" d="M{number(start - 4)} {number(y)}H{number(end + 4)}"/>')
-    return plot.finish(f"Mean ranks of {what} over {ranking.blocks} cohorts", _words(ranking))
+    if optimistic(protocol):
+        plot.text(plot.width / 2, height - 10, named(protocol), "note")
+    return plot.finish(f"Mean ranks of {what} over {cohorts_of(ranking)}", f"{_words(ranking)} {named(protocol)}")
+
+
+def cohorts_of(ranking: Ranking) -> str:
+    """Over how many a ranking goes, in words."""
+    return "1 cohort" if ranking.blocks == 1 else f"{ranking.blocks} cohorts"
+
+
+def verdict(ranking: Ranking) -> str:
+    """What a ranking tells apart, in words."""
+    if math.isnan(ranking.critical_difference):
+        return "One cohort gives no test."
+    alike = "; ".join(", ".join(clique) for clique in ranking.cliques)
+    told = f"Not told apart: {alike}." if alike else "All are told apart."
+    friedman = "" if math.isnan(ranking.p) else f"; Friedman {p_text(ranking.p)}"
+    return f"Critical difference {ranking.critical_difference:.2f} (Nemenyi){friedman}. {told}"
 
 
 def _scale(plot: Plot, ranking: Ranking, top: float) -> None:
@@ -55,8 +73,4 @@ def _scale(plot: Plot, ranking: Ranking, top: float) -> None:
 
 def _words(ranking: Ranking) -> str:
     ranks = ", ".join(f"{n} {r:.2f}" for n, r in zip(ranking.names, ranking.mean_ranks, strict=True))
-    alike = "; ".join(", ".join(clique) for clique in ranking.cliques)
-    told = f"Not told apart: {alike}." if alike else "All are told apart."
-    if math.isnan(ranking.critical_difference):
-        told = "One cohort gives no test."
-    return f"Mean ranks, 1 is best: {ranks}. {told}"
+    return f"Mean ranks, 1 is best: {ranks}. {verdict(ranking)}"

@@ -23,6 +23,11 @@ def p_text(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
+def bare_p(p: float) -> str:
+    """A p-value in a column that says what it is."""
+    return "–" if math.isnan(p) else p_text(p).removeprefix("p ").removeprefix("= ")
+
+
 def kaplan_meier(scores: PatientScores, where: str) -> str:
     """Survival of the two risk groups, with numbers at risk and the log-rank test."""
     if scores.low is None or scores.high is None:

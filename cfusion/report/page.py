@@ -14,20 +14,12 @@ from markupsafe import Markup
 import cfusion
 from cfusion.report import figures
 from cfusion.report.context import ReportContext
+from cfusion.report.protocols import PROTOCOLS
 from cfusion.survival.predictions import UNIT
 from cfusion.survival.score import Key, Scores
 
 _OPEN_DETAILS = 12
 """Figures of so many models stand open; more are folded."""
-
-PROTOCOLS = {
-    "strict": "The epoch is chosen on an inner validation split of the training patients; the outer fold is scored "
-    "once.",
-    "fixed-epoch": "The number of epochs is set before; nothing is chosen; the outer fold is scored once.",
-    "published": "OPTIMISTIC: the epoch is chosen on the same fold that is scored. This reproduces the papers' tables "
-    "and is no claim; signal-free risks score well above 0.5 in this way.",
-    "unknown": "The predictions do not say how the epoch was chosen. The null assumes the worst: on the scored fold.",
-}
 
 
 def _number(value: Any, digits: int = 3, sign: str = "") -> str:
@@ -40,18 +32,13 @@ def _interval(row: dict, names: str, digits: int = 3, sign: str = "") -> str:
     return "" if math.isnan(low) else f"{low:{sign}.{digits}f} to {high:{sign}.{digits}f}"
 
 
-def _bare_p(p: float) -> str:
-    """A p-value in a column that says what it is."""
-    return "–" if math.isnan(p) else figures.p_text(p).removeprefix("p ").removeprefix("= ")
-
-
 def report_environment() -> jinja2.Environment:
     """Templates of the report's pages, with their filters; what a template names must be given."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cfusion.report"), autoescape=jinja2.select_autoescape(["html.j2"]),
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.filters.update(num=_number, p=figures.p_text, bare_p=_bare_p, to=_interval)
+    environment.filters.update(num=_number, p=figures.p_text, bare_p=figures.bare_p, to=_interval)
     environment.globals["version"] = cfusion.__version__
     return environment
 

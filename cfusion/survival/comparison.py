@@ -13,6 +13,11 @@ from scipy.stats import norm
 from cfusion.errors import DataError
 from cfusion.survival.bootstrap import Resamples, percentile_interval
 
+COLUMNS = (
+    "cohort", "protocol", "model", "reference", "patients", "seeds", "difference", "low", "high", "p", "p_holm",
+)  # fmt: skip
+"""Of a table of comparisons."""
+
 _RUN = ["seed", "repeat"]
 _SEED = 7
 
@@ -78,9 +83,7 @@ def compare(
                 bases[runs, patients] = _Scored.of(models[base], runs, patients, replicates, seed)
             result = bases[runs, patients].against(other)
             rows.append({"cohort": cohort, "protocol": protocol, "model": model, "reference": base, **result})
-    table = pd.DataFrame(rows, columns=[
-        "cohort", "protocol", "model", "reference", "patients", "seeds", "difference", "low", "high", "p",
-    ])  # fmt: skip
+    table = pd.DataFrame(rows, columns=list(COLUMNS[:-1]))
     return table.assign(p_holm=holm(table["p"]) if len(table) else [])
 
 

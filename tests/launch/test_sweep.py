@@ -21,7 +21,7 @@ from cfusion.cli.sweep_views import duration, legend, picture, runs_table, words
 from cfusion.errors import ConfigError, DataError, PartialResultError
 from launch import plan as plan_module
 from launch import status as status_module
-from launch.markers import FAILED, attempts, claim, write_failure
+from launch.markers import FAILED, add_attempt, attempts, claim, write_failure
 from launch.plan import PlannedRun, SweepConfig, load_sweep, plan
 from launch.results import members_of
 from launch.status import counts, grid, look, seconds_left
@@ -380,6 +380,20 @@ def test_what_else_varies_makes_another_model(files, tmp_path):
     runs = plan(load_sweep(written(files, tmp_path, axes=axes)))
     models = {member.model for member in members_of(runs, look(runs))}
     assert models == {"amil, slow", "amil, fast", "mean, slow", "mean, fast"}
+
+
+def test_attempts_that_ended_before_a_first_fold_cost_what_they_cost(files, tmp_path):
+    runs = plan(load_sweep(written(files, tmp_path)))
+    spent = {"wall_s": 1800.0, "cpu_s": 3600.0, "gpu_s": 1800.0, "energy_j": 3.6e6, "together": 1}
+    failed, stopped, killed, untried = runs
+    for run, outcome, cost in (failed, "failed", spent), (failed, "failed", spent), (stopped, "stopped", spent):
+        add_attempt(run.config.output, {"outcome": outcome, **cost})
+    write_failure(failed.config.output, "no loss")
+    add_attempt(killed.config.output, {"outcome": "killed"})
+    costs = {member.name: member.cost for member in members_of(runs, look(runs))}
+    assert (costs[failed.name].cpu_hours, costs[failed.name].gpu_hours, costs[failed.name].energy_kwh) == (2, 1, 2)
+    assert costs[stopped.name].cpu_hours == 1
+    assert [costs[run.name].cpu_hours + costs[run.name].gpu_hours for run in (killed, untried)] == [0, 0]
 
 
 def test_a_report_needs_a_finished_run(files, tmp_path):
