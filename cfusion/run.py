@@ -34,6 +34,7 @@ from cfusion.tracking.registry import check_registration
 from cfusion.training.folds import FoldRun, open_run_shards
 from cfusion.training.runtime import Runtime
 from cfusion.types import Cohort, Split, magnification_name
+from cfusion.yaml_files import differences
 
 MARKER = "run.json"
 """File of a run's folder that says which run it is of."""
@@ -73,7 +74,7 @@ class PreparedRun:
     @property
     def identity(self) -> str:
         """Digest of all that decides the numbers."""
-        return digest_json({k: v for k, v in self.provenance.items() if k not in {"platform", "packages"}})
+        return digest_json(_deciding(self.provenance))
 
 
 def prepare(config: Config) -> PreparedRun:
@@ -108,6 +109,11 @@ def prepare(config: Config) -> PreparedRun:
         "platform": platform.platform(),
     }
     return PreparedRun(config, found, dataset, provenance)
+
+
+def _deciding(provenance: dict[str, Any]) -> dict[str, Any]:
+    """What of it decides the numbers."""
+    return {key: value for key, value in provenance.items() if key not in {"platform", "packages"}}
 
 
 def describe(run: PreparedRun) -> str:
@@ -193,9 +199,9 @@ def _claim(run: PreparedRun) -> None:
     if marker.exists():
         other = read_json(marker)
         if other["identity"] != run.identity:
-            changed = [k for k in run.provenance if other["provenance"].get(k) != run.provenance[k]]
+            changed = differences(_deciding(other["provenance"]), _deciding(run.provenance))
             raise ConfigError(
-                f"{folder}: holds a run that differs in {', '.join(changed)}.",
+                f"{folder}: holds a run that differs in {', '.join(changed[:5])}.",
                 "Give another output=..., or delete the folder.",
                 topic="checkpoint",
             )

@@ -1,4 +1,4 @@
-"""YAML mappings and `section.key=value` overrides, as nested plain values."""
+"""YAML mappings, `section.key=value` overrides and differences, as nested plain values."""
 
 from __future__ import annotations
 
@@ -58,3 +58,17 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(target, dict):
             raise ConfigError(f"{key}: {section} is not a section.")
     target[last] = value
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """The keys in which two nested mappings differ, each with both values."""
+    one, other = _flat(there), _flat(here)
+    keys = sorted(one.keys() | other.keys())
+    return [f"{key} ({one.get(key)} there, {other.get(key)} here)" for key in keys if one.get(key) != other.get(key)]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    inner = (_flat(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items())
+    return {key: item for flat in inner for key, item in flat.items()}

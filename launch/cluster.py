@@ -57,7 +57,7 @@ class Resources:
         gpus: GPUs per node; 0: the CPU computes.
         processes: Processes per node; none: one per GPU, or one.
         cpus: Cores per process.
-        hours: Time after which the run saves its state and asks to be started again.
+        hours: Time after which the run saves its state and asks to be started again; 0: as long as it takes.
     """
 
     nodes: int = 1
@@ -101,14 +101,8 @@ class LaunchPlan:
         return str(nodes) if self.least_nodes == nodes else f"{self.least_nodes}:{nodes}"
 
     def environment(self) -> dict[str, str]:
-        """Variables of every node.
-
-        A shared store dies with the node that made it, and the others then wait for good; hence the first variable.
-        """
-        values = {
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-            "OMP_NUM_THREADS": str(self.resources.cpus),
-        }
+        """Variables of every node."""
+        values = {"OMP_NUM_THREADS": str(self.resources.cpus)}
         if not self.resources.gpus:
             values["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is there would be taken
         return values | ({"MLFLOW_TRACKING_URI": self.tracking_uri} if self.tracking_uri else {})

@@ -21,13 +21,14 @@ class K8sOptions:
 
     Attributes:
         image: Container image with cfusion in it.
-        claim: PersistentVolumeClaim that all nodes mount at `folder`; the run's data and its state lie there.
+        claim: PersistentVolumeClaim that all nodes mount at `folder`; the run's data and its state lie there, as what
+            a pod writes elsewhere ends with it.
         folder: Working folder of the run.
         secret: Secret whose entries become environment variables, such as MLFLOW_TRACKING_PASSWORD.
     """
 
     image: str
-    claim: str | None = None
+    claim: str
     folder: str = "/work"
     secret: str | None = None
 
@@ -36,7 +37,8 @@ def k8s_manifest(plan: LaunchPlan, options: K8sOptions) -> str:
     """The manifest of a plan: a Service and a Job, as YAML.
 
     A pod that leaves with 75, or that the cluster takes away, is started again and not counted; one that leaves with 2
-    or 3 ends the job, as it would leave so again. The first node's end is the job's.
+    or 3 ends the job, as it would leave so again. The first node's end is the job's. After the plan's hours the job is
+    ended for good, its state saved.
     """
     return yaml.safe_dump_all([_service(plan), _job(plan, options)], sort_keys=False, width=120)
 
@@ -81,7 +83,7 @@ def _job(plan: LaunchPlan, options: K8sOptions) -> dict[str, Any]:
             "completions": nodes,
             "parallelism": nodes,
             "backoffLimit": MAX_RESTARTS * nodes,
-            "activeDeadlineSeconds": round(plan.resources.hours * 3600),
+            **({"activeDeadlineSeconds": round(plan.resources.hours * 3600)} if plan.resources.hours else {}),
             "podFailurePolicy": {
                 "rules": [
                     {"action": "FailJob", "onExitCodes": _codes(*FINAL)},
@@ -101,11 +103,14 @@ def _codes(*values: int) -> dict[str, Any]:
 
 def _pod(plan: LaunchPlan, options: K8sOptions) -> dict[str, Any]:
     # NCCL and torch's workers speak through /dev/shm, which is 64 MiB in a container unless told otherwise.
-    volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
-    mounts = [{"name": "shm", "mountPath": "/dev/shm"}]  # noqa: S108 - a mount point, not a file in a shared folder
-    if options.claim:
-        volumes.append({"name": "work", "persistentVolumeClaim": {"claimName": options.claim}})
-        mounts.append({"name": "work", "mountPath": options.folder})
+    volumes = [
+        {"name": "shm", "emptyDir": {"medium": "Memory"}},
+        {"name": "work", "persistentVolumeClaim": {"claimName": options.claim}},
+    ]
+    mounts = [
+        {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - a mount point, not a file in a shared folder
+        {"name": "work", "mountPath": options.folder},
+    ]
     return {
         "subdomain": plan.name,
         "restartPolicy": "Never",

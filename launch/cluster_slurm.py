@@ -12,10 +12,11 @@ from pathlib import Path
 
 from cfusion.errors import CfusionError, ConfigError
 from cfusion.files import write_text
-from launch.cluster import MAX_RESTARTS, REQUEUE, WARNING_SECONDS, LaunchPlan, one_line, shell
+from launch.cluster import FINAL, MAX_RESTARTS, REQUEUE, WARNING_SECONDS, LaunchPlan, one_line, shell
 
 MOST_REQUEUES = {REQUEUE: 100, 137: MAX_RESTARTS}
-"""How often a job queues itself again after an exit code: it was asked to, or a node's agent was killed."""
+"""Exit codes after which a job queues itself again: it was asked to, or a node's agent was killed. With each, after how
+many restarts, whatever their cause, it no longer does."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class SlurmOptions:
         account: Account that is charged.
         extra: Further options of sbatch, such as `{"mem": "0", "constraint": "a100"}`.
         setup: Lines of shell before the run, such as `module load cuda`.
-        image: Container image, where the cluster has pyxis.
+        image: Container image, where the cluster has pyxis; the working folder is mounted in its place.
+        mounts: Further folders that the container sees, `/data` or `/data:/where`.
     """
 
     partition: str | None = None
@@ -35,6 +37,7 @@ class SlurmOptions:
     extra: Mapping[str, str] = field(default_factory=dict)
     setup: tuple[str, ...] = ()
     image: str | None = None
+    mounts: tuple[str, ...] = ()
 
 
 def slurm_script(plan: LaunchPlan, options: SlurmOptions) -> str:
@@ -57,9 +60,9 @@ def slurm_script(plan: LaunchPlan, options: SlurmOptions) -> str:
         f"--cpus-per-task={_cpus(plan)}",
         *(["--no-kill"] if plan.least_nodes < plan.resources.nodes else []),
     ]
-    step += [f"--container-image={one_line('--image', options.image)}"] if options.image else []
+    step += _container(options)
     run = f"{shlex.join(step)} \\\n    {shell(agent)}"
-    for variable in ("$host:$port", "$SLURM_JOB_ID"):
+    for variable in ("$host:$port", "$SLURM_JOB_ID", *_container(options)[1:]):
         run = run.replace(shlex.quote(variable), f'"{variable}"')
     done = shlex.quote(str(plan.output / "done.json"))
     return "\n".join(
@@ -78,6 +81,8 @@ def slurm_script(plan: LaunchPlan, options: SlurmOptions) -> str:
             "status=0",
             f"{run} || status=$?",
             "",
+            "# What was refused is not done, though another run of this folder may be.",
+            f'case "$status" in {"|".join(map(str, FINAL))}) exit "$status" ;; esac',
             "# A node that was lost leaves its mark on srun's code, even where the others have ended the run.",
             f"if [ -e {done} ]; then exit 0; fi",
             'case "$status" in',
@@ -107,6 +112,20 @@ def submit_slurm(script: str, path: Path) -> str:
     if done.returncode:
         raise CfusionError(f"sbatch refused {path}: {' '.join(done.stderr.split())}")
     return done.stdout.strip()
+
+
+def _container(options: SlurmOptions) -> list[str]:
+    """What srun is told of a container: its image, then what the script fills in."""
+    if options.image is None:
+        if options.mounts:
+            raise ConfigError("--mount needs the --image whose container sees it.")
+        return []
+    for mount in options.mounts:
+        if not re.fullmatch(r"/[\w./+=@-]*(:/[\w./+=@-]*)?", mount):
+            raise ConfigError(f"--mount {mount!r}: expected a folder or FOLDER:WHERE, both from the root on.")
+    mounts = ",".join(["$PWD:$PWD", *(mount if ":" in mount else f"{mount}:{mount}" for mount in options.mounts)])
+    image = f"--container-image={one_line('--image', options.image)}"
+    return [image, f"--container-mounts={mounts}", "--container-workdir=$PWD"]
 
 
 def _told(plan: LaunchPlan) -> str:

@@ -180,6 +180,13 @@ def _slurm() -> str:
     return done.stdout.strip()
 
 
+def _launcher() -> str:
+    from cfusion.training.world import launched
+
+    started = launched()
+    return f"started {started} process{'' if started == 1 else 'es'}"
+
+
 CHECKS: tuple[tuple[str, bool, Callable[[], str]], ...] = (
     ("torch", True, _torch),
     ("gpu", False, _gpu),
@@ -192,5 +199,6 @@ CHECKS: tuple[tuple[str, bool, Callable[[], str]], ...] = (
     ("disk", True, _disk),
     ("clock", False, _clock),
     ("slurm", False, _slurm),
+    ("launcher", True, _launcher),
 )
 """Name, whether a run cannot do without it, and the check."""

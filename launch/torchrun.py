@@ -2,7 +2,8 @@
 
 `python -m launch.torchrun` takes torchrun's arguments. torchrun leaves with 1 whatever its processes left with, so a
 scheduler cannot tell a run to be started again (75) from one whose input is bad (2), and it starts even the latter
-again and again; this one does neither.
+again and again; this one does neither. And torchrun hands its own store to the processes, which dies with the node that
+made it, and in which processes that are started again find the addresses of the dead; here they make one of their own.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str]) -> int:
         0 when they are done; 75 when they were asked to stop, or when too few nodes came; 2 or 3 as the processes left;
         1 otherwise, also when the first node is lost, whose loss ends the run.
     """
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     parsed = parse_args(list(arguments))
     if (host := is_host()) is not None:
         parsed.rdzv_conf = ",".join(filter(None, [parsed.rdzv_conf, f"is_host={str(host).lower()}"]))

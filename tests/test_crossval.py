@@ -122,7 +122,7 @@ def test_the_folder_of_another_run_is_refused_and_left_alone(files, tmp_path):
     config = files.config(tmp_path / "run")
     cross_validate(config)
     before = (config.output / "run.json").read_bytes()
-    with pytest.raises(ConfigError, match=r"holds a run that differs in config"):
+    with pytest.raises(ConfigError, match=r"holds a run that differs in config\.seed \(7 there, 99 here\)\."):
         cross_validate(files.config(tmp_path / "run", seed=99))
     assert (config.output / "run.json").read_bytes() == before
 

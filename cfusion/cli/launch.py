@@ -22,7 +22,7 @@ Nodes = Annotated[int, typer.Option(help="Number of nodes.", min=1)]
 Gpus = Annotated[int, typer.Option(help="GPUs per node, with a process each; 0: the CPU computes.", min=0)]
 Processes = Annotated[int | None, typer.Option(help="Processes per node, where not one per GPU.", min=1)]
 Cpus = Annotated[int, typer.Option(help="Cores per process.", min=1)]
-Hours = Annotated[float, typer.Option(help="Time limit; before it, the run saves and leaves.", min=0.1)]
+Hours = Annotated[float, typer.Option(help="Time limit; before it, the run saves and leaves.", min=0.1, max=9999)]
 Engine = Annotated[str | None, typer.Option(help="ddp, zero1, zero2 or zero3; default: as the configuration says.")]
 Name = Annotated[str | None, typer.Option(help="Name of the job; default: of cohort and model.")]
 Python = Annotated[str | None, typer.Option(help="The interpreter on the nodes.")]
@@ -51,7 +51,12 @@ def slurm(
     account: Annotated[str | None, typer.Option(help="Account that is charged.")] = None,
     sbatch: Annotated[list[str] | None, typer.Option(help="Further option of sbatch, as KEY=VALUE.")] = None,
     setup: Annotated[list[str] | None, typer.Option(help="Line of shell before the run: module load cuda.")] = None,
-    image: Annotated[str | None, typer.Option(help="Container image, where the cluster has pyxis.")] = None,
+    image: Annotated[
+        str | None, typer.Option(help="Container image, where the cluster has pyxis; it sees this folder.")
+    ] = None,
+    mount: Annotated[
+        list[str] | None, typer.Option(help="Further folder for the container: /data or /data:/where.")
+    ] = None,
     dry_run: DryRun = False,
     out: Out = None,
 ) -> None:
@@ -61,8 +66,9 @@ def slurm(
     """
     from launch.cluster_slurm import SlurmOptions, slurm_script, submit_slurm
 
-    plan = _plan(config, overrides, nodes, gpus, processes, cpus, hours, engine, name, python or sys.executable)
-    options = SlurmOptions(partition, account, _pairs(sbatch), tuple(setup or ()), image)
+    python = python or ("python" if image else sys.executable)
+    plan = _plan(config, overrides, nodes, gpus, processes, cpus, hours, engine, name, python)
+    options = SlurmOptions(partition, account, _pairs(sbatch), tuple(setup or ()), image, tuple(mount or ()))
     script = slurm_script(plan, options)
     if dry_run:
         _show(script, out)
@@ -73,17 +79,20 @@ def slurm(
 @launch.command()
 def k8s(
     config: ConfigFile,
+    claim: Annotated[str, typer.Option(help="PersistentVolumeClaim with the data and the runs.")],
     overrides: Overrides = None,
     image: Annotated[str, typer.Option(help="Container image with cfusion in it.")] = "cfusion:latest",
     nodes: Nodes = 1,
     gpus: Gpus = 1,
     processes: Processes = None,
     cpus: Cpus = 8,
-    hours: Hours = 24.0,
+    hours: Annotated[
+        float | None,
+        typer.Option(help="Limit of the whole run, final; default: none.", min=0.1, max=9999),
+    ] = None,
     engine: Engine = None,
     name: Name = None,
     python: Python = None,
-    claim: Annotated[str | None, typer.Option(help="PersistentVolumeClaim with the data and the runs.")] = None,
     folder: Annotated[str, typer.Option(help="Where it is mounted; paths are relative to it.")] = "/work",
     secret: Annotated[str | None, typer.Option(help="Secret with variables such as MLFLOW_TRACKING_PASSWORD.")] = None,
     dry_run: DryRun = False,
@@ -95,7 +104,7 @@ def k8s(
     """
     from launch.cluster_k8s import K8sOptions, k8s_manifest, submit_k8s
 
-    plan = _plan(config, overrides, nodes, gpus, processes, cpus, hours, engine, name, python or "python")
+    plan = _plan(config, overrides, nodes, gpus, processes, cpus, hours or 0.0, engine, name, python or "python")
     manifest = k8s_manifest(plan, K8sOptions(image, claim, folder, secret))
     if dry_run:
         _show(manifest, out)

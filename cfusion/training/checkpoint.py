@@ -22,6 +22,7 @@ from cfusion.files import read_json
 from cfusion.training.checkpoint_files import NUMBERS, Stored, open_checkpoint, write_checkpoint
 from cfusion.training.runtime import Runtime
 from cfusion.training.snapshot import OtherTrainingError, Snapshot
+from cfusion.yaml_files import differences
 
 logger = logging.getLogger(__name__)
 
@@ -146,13 +147,14 @@ class Checkpoints:
             CheckpointError: All are damaged, or the newest belongs to another model, data or engine.
         """
         problem = ""
-        for folder in self.runtime.from_main(kept_checkpoints(self.folder)):
+        kept = self.runtime.from_main(kept_checkpoints(self.folder))
+        for folder in kept:
             told, state = self._try(folder, snapshot)
             problem = problem or told
             if state is not None:
                 self._tidy(newest=folder)
                 return state
-            if self.runtime.is_main:
+            if self.runtime.is_main and folder != kept[-1]:
                 logger.warning("%s The checkpoint before it is taken.", told)
         if problem:
             raise CheckpointError(problem, f"No checkpoint is whole. Delete {self.folder} to train from the start.")
@@ -192,12 +194,7 @@ class Checkpoints:
                 f"{stored.folder}: was written by parallel.engine={numbers['engine']}; this run has {engine}.", remedy
             )
         if numbers["identity"] != self.identity:
-            there, here = _flat(numbers["identity"]), _flat(self.identity)
-            differing = [
-                f"{key} ({there.get(key)} there, {here.get(key)} here)"
-                for key in sorted(there.keys() | here.keys())
-                if there.get(key) != here.get(key)
-            ]
+            differing = differences(numbers["identity"], self.identity)
             raise OtherTrainingError(
                 f"{stored.folder}: belongs to another training; it differs in {', '.join(differing[:5])}.", remedy
             )
@@ -228,10 +225,3 @@ def _step_folder(folder: Path, step: int) -> Path:
 
 def _best_folder(folder: Path, epoch: int) -> Path:
     return folder / f"best_epoch_{epoch:04d}"
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    inner = (_flat(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items())
-    return {key: item for flat in inner for key, item in flat.items()}

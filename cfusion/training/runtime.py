@@ -13,7 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor, nn
 
 from cfusion.config import ParallelConfig
@@ -81,6 +87,8 @@ class Runtime:
         accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision=parallel.precision if parallel.precision == "fp16" else "no",
+            # Steps are put together here; a variable of the environment would have Accelerate divide each loss again.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=TIMEOUT),
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),

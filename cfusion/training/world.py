@@ -21,22 +21,27 @@ from cfusion.training.zero import ZeroRuntime
 
 logger = logging.getLogger(__name__)
 
+_SINGLES = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+"""Variables in which launchers say how many tasks they started, that know nothing of each other."""
+
 
 def launched() -> int:
     """Number of processes the launcher started.
 
     Raises:
-        ConfigError: It started several that know nothing of each other, or one where several were asked for.
+        ConfigError: It started several that know nothing of each other, or one where several were asked for, or its
+            variables make no world.
     """
     if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks > 1:
-        raise ConfigError(
-            f"srun started {tasks} tasks, each of which would do the whole run alone.",
-            "Have it start torchrun, one task a node, as cfusion launch slurm does; or give it --ntasks=1.",
-            topic="world",
-        )
+        return _told_size()
+    for variable, launcher in _SINGLES.items():
+        tasks = os.environ.get(variable, "1")
+        if tasks != "1":
+            raise ConfigError(
+                f"{launcher} started {tasks} tasks, each of which would do the whole run alone.",
+                "Have it start torchrun, one task a node, as cfusion launch slurm does; or one task alone.",
+                topic="world",
+            )
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
         raise ConfigError(
             "accelerate launch was asked for several processes and started one, as it does with --cpu and MULTI_CPU.",
@@ -44,6 +49,28 @@ def launched() -> int:
             topic="world",
         )
     return 1
+
+
+def _told_size() -> int:
+    size = os.environ["WORLD_SIZE"]
+    if not size.isdecimal() or int(size) < 1:
+        raise ConfigError(f"WORLD_SIZE={size}: expected the number of processes.", "Unset it.", topic="world")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if int(size) > 1 and missing:
+        raise ConfigError(
+            f"WORLD_SIZE={size} without {', '.join(missing)}: the processes cannot find each other.",
+            "Start with torchrun, which sets them all; or unset WORLD_SIZE.",
+            topic="world",
+        )
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and again != "0":
+        raise ConfigError(
+            "torchrun started the processes again, but its store still holds the addresses of those that died.",
+            "Use python -m launch.torchrun, which takes the same arguments; or export "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun.",
+            topic="world",
+        )
+    return int(size)
 
 
 def join_world(parallel: ParallelConfig) -> Runtime:

@@ -15,6 +15,7 @@ from cfusion.config import ParallelConfig
 from cfusion.errors import ConfigError, MissingExtraError
 from cfusion.training.runtime import Runtime
 from cfusion.training.world import join_world, launched
+from launch.doctor import check_node
 
 
 @pytest.fixture
@@ -28,6 +29,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         "WORLD_SIZE",
         "MASTER_ADDR",
         "MASTER_PORT",
+        "TORCHELASTIC_USE_AGENT_STORE",
+        "TORCHELASTIC_RESTART_COUNT",
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -91,6 +94,7 @@ def test_a_library_that_sees_another_world_is_refused(environment, who):
     ("variables", "message"),
     [
         ({"SLURM_STEP_NUM_TASKS": "2"}, r"srun started 2 tasks, each of which would do the whole run alone"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, r"mpirun started 4 tasks"),
         ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, r"asked for several processes and started one"),
     ],
 )
@@ -101,6 +105,35 @@ def test_a_launcher_whose_processes_would_each_believe_to_be_alone_is_refused(en
         join_world(ParallelConfig())
     environment.setenv("WORLD_SIZE", "1")
     assert launched() == 1, "where a launcher has told each process of the others, theirs is the word"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, r"WORLD_SIZE=two: expected the number of processes"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, r"WORLD_SIZE=2 without MASTER_ADDR, MASTER_PORT"),
+        (
+            {"WORLD_SIZE": "1", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "1"},
+            r"started the processes again.*python -m launch\.torchrun",
+        ),
+    ],
+)
+def test_variables_that_make_no_world_are_told_to_a_run_and_by_the_doctor(environment, variables, message):
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        join_world(ParallelConfig())
+    (check,) = [check for check in check_node() if check.name == "launcher"]
+    assert (check.passed, check.required) == (False, True)
+    assert variables["WORLD_SIZE"] in check.told or "started the processes again" in check.told
+
+
+def test_accelerates_own_accumulation_is_off_whatever_the_environment_says(environment):
+    environment.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    runtime = join_world(ParallelConfig())
+    weight = torch.nn.Parameter(torch.ones((), dtype=runtime.dtype, device=runtime.device))
+    runtime.backward(weight * 2)
+    assert weight.grad == 2
 
 
 def test_more_processes_than_gpus_are_refused(environment):

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from cfusion.cli.main import app
 from cfusion.errors import CfusionError, ConfigError
-from launch.cluster import LaunchPlan, Resources, least_nodes, make_plan
+from launch.cluster import MONITOR_SECONDS, RENDEZVOUS, LaunchPlan, Resources, least_nodes, make_plan
 from launch.cluster_k8s import K8sOptions, k8s_manifest
 from launch.cluster_local import run_code, run_here
 from launch.cluster_slurm import SlurmOptions, slurm_script, submit_slurm
@@ -109,7 +109,8 @@ def directives(script: str) -> dict[str, str]:
 
 
 def test_the_sbatch_script_asks_for_what_the_plan_says(config, tmp_path):
-    options = SlurmOptions("gpu", "lab", {"mem": "0", "constraint": "a100"}, ("module load cuda",), "cfusion.sqsh")
+    extra = {"mem": "0", "constraint": "a100"}
+    options = SlurmOptions("gpu", "lab", extra, ("module load cuda",), "a.sqsh", ("/data",))
     script = slurm_script(plan(config, "cohort.name=it's", hours=1.5), options)
     asked = directives(script)
     assert set(asked) <= SBATCH_OPTIONS
@@ -119,9 +120,8 @@ def test_the_sbatch_script_asks_for_what_the_plan_says(config, tmp_path):
         "open-mode": "append", "output": "", "partition": "gpu", "account": "lab", "mem": "0", "constraint": "a100",
     }  # fmt: skip
     assert "array" not in asked
-    assert "--container-image=cfusion.sqsh" in script
+    assert '--container-image=a.sqsh "--container-mounts=$PWD:$PWD,/data:/data" "--container-workdir=$PWD"' in script
     assert re.search(r"^srun .*--cpus-per-task=64", script, re.M), "srun does not take it from sbatch"
-    assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in script
     path = tmp_path / "job.sbatch"
     path.write_text(script)
     subprocess.run(["bash", "-n", str(path)], check=True)
@@ -138,6 +138,9 @@ def test_a_job_that_cannot_lose_a_node_is_ended_and_requeued_by_slurm_itself(con
         (SlurmOptions(setup=("true\nrm -r x",)), "holds a line break"),
         (SlurmOptions(extra={"nodes": "9"}), "nodes follows from the plan"),
         (SlurmOptions(extra={"mem 4": "9"}), "not an option of sbatch"),
+        (SlurmOptions(image="a", mounts=('/x" --uid=0 "',)), "expected a folder or FOLDER:WHERE"),
+        (SlurmOptions(image="a", mounts=("data",)), "expected a folder or FOLDER:WHERE"),
+        (SlurmOptions(mounts=("/data",)), "--mount needs the --image"),
     ],
 )
 def test_an_option_that_breaks_out_of_its_line_is_refused(config, options, message):
@@ -221,6 +224,8 @@ def test_a_job_that_is_warned_saves_queues_itself_again_and_ends_as_if_undisturb
 def test_a_job_whose_input_is_bad_is_not_queued_again(files, tmp_path, slurm):
     job = planned(files, tmp_path / "job", nodes=2)
     Path(job.command[1]).write_text("data: {shards: nowhere}\n")
+    job.output.mkdir(parents=True)
+    (job.output / "done.json").write_text("{}")  # of another run
     told = submit_slurm(slurm_script(job, SlurmOptions()), tmp_path / "job.sbatch")
     assert re.findall(r"left with (\d+)", told) == ["2"], (tmp_path / f"{job.name}-4711.out").read_text()
 
@@ -237,7 +242,7 @@ def test_sbatch_that_is_missing_or_refuses_is_told(config, slurm, monkeypatch):
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 4])
-@pytest.mark.parametrize("options", [K8sOptions("cfusion:1"), K8sOptions("cfusion:1", "data", "/data", "mlflow")])
+@pytest.mark.parametrize("options", [K8sOptions("cfusion:1", "data"), K8sOptions("cfusion:1", "d", "/data", "mlflow")])
 def test_the_manifest_fits_the_schema_of_kubernetes(config, nodes, options):
     service, job = yaml.safe_load_all(k8s_manifest(plan(config, nodes=nodes), options))
     for document in (service, job):
@@ -254,13 +259,27 @@ def test_the_manifest_fits_the_schema_of_kubernetes(config, nodes, options):
 
 
 def test_kubernetes_starts_again_what_wants_it_and_nothing_else(config):
-    job = list(yaml.safe_load_all(k8s_manifest(plan(config), K8sOptions("cfusion:1"))))[1]
+    job = list(yaml.safe_load_all(k8s_manifest(plan(config), K8sOptions("cfusion:1", "data"))))[1]
     rules = {
         rule["action"]: rule.get("onExitCodes", {}).get("values")
         for rule in job["spec"]["podFailurePolicy"]["rules"][:2]
     }
     assert rules == {"FailJob": [2, 3], "Ignore": [75]}
     assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never", "as podFailurePolicy needs it"
+
+
+def test_kubernetes_ends_a_job_after_hours_that_were_given_alone(config):
+    def deadline(**resources: float) -> int | None:
+        manifest = k8s_manifest(plan(config, **resources), K8sOptions("cfusion:1", "data"))
+        return list(yaml.safe_load_all(manifest))[1]["spec"].get("activeDeadlineSeconds")
+
+    assert [deadline(hours=1.5), deadline(hours=0.0)] == [5400, None]
+
+
+def test_a_lost_node_is_noticed_and_no_longer_waited_for_within_ten_seconds():
+    """With the start of Python and the last checkpoint that is within 15 s of it; torch's own settings take 46."""
+    silent = RENDEZVOUS["keep_alive_interval"] * RENDEZVOUS["keep_alive_max_attempt"]
+    assert silent + MONITOR_SECONDS + RENDEZVOUS["last_call_timeout"] <= 10
 
 
 @pytest.mark.parametrize(
@@ -274,7 +293,8 @@ def test_the_nodes_codes_make_one(codes, code):
     ("arguments", "told"),
     [
         (["slurm", "--gpus", "8", "--partition", "gpu"], "#SBATCH --partition=gpu"),
-        (["k8s", "--image", "cfusion:1"], "kind: Job"),
+        (["k8s", "--image", "cfusion:1", "--claim", "data"], "kind: Job"),
+        (["slurm", "--image", "a.sqsh"], "\n    python -m launch.torchrun"),
         (["local", "--processes", "2"], "--nproc-per-node 2"),
     ],
 )

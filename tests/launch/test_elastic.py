@@ -5,13 +5,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from elastic_run import PATIENCE, Agent, lose, numbers, planned, read_step, running, step_of, wait_for
+from elastic_run import PATIENCE, Agent, lose, numbers, planned, read_step, running, step_of, wait_for, workers_of
 from factories import CohortFiles, make_cohort
 
 from launch.cluster import REQUEUE, LaunchPlan
@@ -106,6 +107,18 @@ def test_a_run_waits_for_a_replacement_where_fewer_nodes_cannot_share_the_batch(
         assert [agents[0].wait(PATIENCE), agents[2].wait(PATIENCE)] == [0, 0]
     assert run_here(planned(files, tmp_path / "calm", nodes=2, pause=0)) == 0
     assert numbers(disturbed.output) == numbers(tmp_path / "calm")
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_alone_is_started_again_also_by_torchrun_without_a_plan(files, tmp_path):
+    run = planned(files, tmp_path / "run", nodes=1)
+    standalone = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", *run.command]
+    agent = subprocess.Popen([sys.executable, "-m", "launch.torchrun", *standalone], start_new_session=True)
+    with running([agent]):
+        wait_for(lambda: read_step(run.output) >= 8, "the first steps", agent)
+        workers_of(agent)[1].kill()
+        assert agent.wait(PATIENCE) == 0
+    assert len(numbers(run.output)) == 3
 
 
 @pytest.mark.slow
