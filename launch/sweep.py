@@ -165,7 +165,7 @@ def _dispatch(jobs: Sequence[Job], execution: Execution, folder: Path, tick: Tic
     if execution.executor == "slurm":
         return run_slurm(jobs, execution.resources, folder / "jobs", tick)
     if execution.executor == "ray":
-        return run_ray(jobs, execution.resources, execution.address, execution.retries, tick)
+        return run_ray(jobs, execution.resources, execution.address, tick)
     return run_local(jobs, slots_here(execution.slots, execution.slots_per_gpu, execution.processes), tick)
 
 

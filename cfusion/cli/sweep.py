@@ -150,7 +150,7 @@ def run(
     mem: Annotated[float | None, typer.Option(help="slurm: memory of a task in GB.", min=0.1)] = None,
     max_parallel: Annotated[int | None, typer.Option(help="slurm, ray: tasks at the same time.", min=1)] = None,
     chunk: Annotated[int, typer.Option(help="slurm: runs one after the other in a task.", min=1)] = 1,
-    ray_address: Annotated[str, typer.Option(help="ray: auto, ray://HOST:10001, or local.")] = "auto",
+    ray_address: Annotated[str, typer.Option(help="ray: auto, HOST:6379, ray://HOST:10001, or local.")] = "auto",
 ) -> None:
     """Do what is missing of a sweep; started again after any end, it goes on.
 

@@ -1,13 +1,17 @@
 """The same plan on each executor: the same bytes, whatever is killed or asked to stop on the way."""
 
+import contextlib
 import functools
 import io
 import os
+import re
 import shlex
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -30,6 +34,7 @@ from launch.sweep import Execution, run_all
 from launch.work import Job
 
 ONE_CORE = Resources(cpus=1)
+ROOT = Path(executors.__file__).parents[1]
 
 
 def planned(files: CohortFiles, output: Path, **more) -> list[PlannedRun]:
@@ -53,10 +58,13 @@ def predictions(runs: list[PlannedRun]) -> list[bytes]:
 
 
 class Disturbance:
-    """Sends a signal, once, to the processes that `find` names, as soon as a first fold is done below `folder`."""
+    """Sends a signal, once, to the processes that `find` names, `when`: none: a first fold is done below `folder`."""
 
-    def __init__(self, folder: Path, number: int, find: Callable[[], list[int]]) -> None:
-        self._folder, self._number, self._find = folder, number, find
+    def __init__(
+        self, folder: Path, number: int, find: Callable[[], list[int]], when: Callable[[], bool] | None = None
+    ) -> None:
+        self._number, self._find = number, find
+        self._when = when or (lambda: bool(list(folder.glob("runs/*/fold_0/fold.json"))))
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self.hit: list[int] = []
@@ -71,7 +79,7 @@ class Disturbance:
 
     def _watch(self) -> None:
         while not self._over.is_set() and not self.hit:
-            if list(self._folder.glob("runs/*/fold_0/fold.json")):
+            if self._when():
                 for pid in self._find():
                     os.kill(pid, self._number)
                     self.hit.append(pid)
@@ -132,15 +140,102 @@ def test_ray_ends_with_the_same_bytes_though_a_worker_is_killed(files, expected,
     assert predictions(runs) == expected
 
 
+def endless(files: CohortFiles, output: Path) -> list[PlannedRun]:
+    """Runs that end when they are asked to, and not before."""
+    base = files.config(output, train={"epochs": 1_000_000}).model_dump(mode="json", exclude={"output"})
+    return planned(files, output, base=base)
+
+
+def newest_step(run: PlannedRun) -> str:
+    return max(path.name for path in run.config.output.glob("checkpoints/fold_0/step_*"))
+
+
+def test_asked_to_stop_ray_has_the_runs_at_work_save_and_does_not_begin_the_rest(files, tmp_path):
+    pytest.importorskip("ray")
+    runs = endless(files, tmp_path)
+    one_at_a_time = Execution("ray", resources=Resources(cpus=1, max_parallel=1), address="local")
+    begun = functools.partial(lambda folder: holder(folder)[1], runs[0].config.output)
+    steps = []
+    for number, error in ((signal.SIGTERM, RequeueError), (signal.SIGINT, KeyboardInterrupt)):
+        with Disturbance(tmp_path, number, lambda: [os.getpid()], begun) as asked, pytest.raises(error):
+            run_all(runs, one_at_a_time, tmp_path)
+        assert asked.hit
+        steps.append(newest_step(runs[0]))
+    assert [attempt["outcome"] for attempt in attempts(runs[0].config.output)] == ["stopped", "stopped"]
+    assert steps[0] < steps[1], "the second call went on from the state that the first one saved"
+    assert not runs[1].config.output.exists()
+    assert [status.state for status in look(runs)] == ["open", "open"]
+
+
+def test_a_signal_while_ray_starts_asks_for_a_stop(files, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+
+    def start(**_: object) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(ray, "init", start)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RequeueError, match="before a run was begun"):
+        run_all(planned(files, tmp_path), Execution("ray", address="local"), tmp_path)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+AFTER_RAY = """
+import signal
+from cfusion.training.interruption import graceful_stop, stop_requested
+from launch.executors import Resources, run_ray
+with graceful_stop():
+    list(run_ray([], Resources(), "local", print))
+    signal.raise_signal(signal.SIGTERM)
+    assert stop_requested()
+"""
+
+
+def test_a_signal_after_ray_has_ended_asks_for_a_stop():
+    pytest.importorskip("ray")
+    # A process of its own: Ray leaves the signal to the system, which ends the process.
+    ended = subprocess.run([sys.executable, "-c", AFTER_RAY], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_run_whose_ray_worker_always_dies_is_tried_as_often_as_asked(files, tmp_path):
+    pytest.importorskip("ray")
+    run = endless(files, tmp_path)[0]
+    killed: set[int] = set()
+    over = threading.Event()
+
+    def kill() -> None:
+        while not over.wait(0.05):
+            left, held = holder(run.config.output)
+            if held and left.pid > 0 and left.pid not in killed:
+                killed.add(left.pid)
+                os.kill(left.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        with pytest.raises(PartialResultError, match="its Ray task was lost"):
+            run_all([run], Execution("ray", resources=ONE_CORE, address="local", retries=1), tmp_path)
+    finally:
+        over.set()
+        killer.join()
+    assert len(killed) == 2
+    assert [attempt["outcome"] for attempt in attempts(run.config.output)] == ["killed", "killed"]
+
+
 @pytest.fixture
 def slurm(tmp_path, monkeypatch) -> Path:
     """Scripts in the place of SLURM's commands: sbatch keeps what it is asked for, sacct says what `state` holds."""
+    submitit = pytest.importorskip("submitit")
+    submitit.SlurmJob.watcher.clear()
     tools = tmp_path / "bin"
     tools.mkdir()
     commands = {
-        "sbatch": f'cp "$1" {tmp_path}/asked.sh; echo Submitted batch job 77',
+        "sbatch": f'cp "$1" {tmp_path}/asked.sh; echo >> {tmp_path}/calls; echo Submitted batch job 77',
         "srun": "true",
-        "sacct": f'echo "JobID|State|NodeList"; for i in 0 1 2; do echo "77_$i|$(cat {tmp_path}/state)|n1"; done',
+        "sacct": f'touch {tmp_path}/looked; echo "JobID|State|NodeList"\n'
+        f'for i in 0 1 2; do echo "77_$i|$(cat {tmp_path}/state)|n1"; done',
     }
     for name, answer in commands.items():
         (tools / name).write_text(f"#!/bin/sh\n{answer}\n")
@@ -175,6 +270,38 @@ def test_tasks_that_are_still_queued_are_followed_and_not_queued_again(files, sl
     assert executors.queued(jobs, slurm / "jobs") == {}
 
 
+@contextlib.contextmanager
+def ending(state: Path) -> Iterator[None]:
+    """Has SLURM's tasks end after a while, so that who waits for them without end fails and does not hang."""
+    timer = threading.Timer(60, state.write_text, ["CANCELLED"])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def test_asked_to_stop_the_command_leaves_the_array_to_slurm_and_the_same_command_queues_nothing_twice(files, slurm):
+    runs = planned(files, slurm)
+    state, looked = slurm / "state", slurm / "looked"
+    state.write_text("PENDING")
+    for _ in range(2):
+        looked.unlink(missing_ok=True)
+        with (
+            ending(state),
+            Disturbance(slurm, signal.SIGTERM, lambda: [os.getpid()], looked.exists),
+            pytest.raises(
+                RequeueError, match=r"SLURM's job 77 goes on without it\. The same command .* scancel 77 ends"
+            ),
+        ):
+            run_all(runs, Execution("slurm", resources=ONE_CORE), slurm)
+        assert (slurm / "calls").read_text() == "\n"
+        assert [status.state for status in look(runs)] == ["open", "open"]
+    run_all(runs, Execution(slots=1), slurm)
+    run_all(runs, Execution("slurm", resources=ONE_CORE), slurm)
+    assert (slurm / "calls").read_text() == "\n"
+
+
 def test_slurm_where_there_is_none_is_told(files, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"there is no sbatch here\. Run it where jobs are submitted"):
@@ -185,6 +312,18 @@ def test_a_ray_cluster_that_is_not_there_is_told(files, tmp_path):
     pytest.importorskip("ray")
     with pytest.raises(DataError, match=r"no Ray cluster at 127\.0\.0\.1:1\. Start one with ray start"):
         run_all(planned(files, tmp_path), Execution("ray", address="127.0.0.1:1"), tmp_path)
+
+
+@pytest.mark.parametrize("address", ["bogus", "host:99999", "ray://host", "http://host:8265", ""])
+def test_what_is_no_address_of_a_ray_cluster_is_told_what_one_looks_like(files, tmp_path, monkeypatch, address):
+    pytest.importorskip("ray")
+    told = rf"={re.escape(address)} is no address of a Ray cluster\. Give HOST:6379, ray://HOST:10001, auto .* local"
+    with pytest.raises(ConfigError, match=f"--ray-address{told}"):
+        run_all(planned(files, tmp_path), Execution("ray", address=address), tmp_path)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(ConfigError, match=f"RAY_ADDRESS{told}"):
+            run_all(planned(files, tmp_path), Execution("ray", address="auto"), tmp_path)
 
 
 def test_the_job_for_kuberay_asks_for_what_its_workers_have():
