@@ -12,10 +12,12 @@ from cfusion.console import Progress, progress
 from cfusion.errors import PartialResultError, RequeueError
 from cfusion.files import digest_json
 from cfusion.splits import fold_count
-from launch.executors import Resources, Tick, run_ray, run_slurm
+from launch.executors import Resources, Tick
 from launch.local import run_local, slots_here
 from launch.markers import LOG
 from launch.plan import PlannedRun, remember_data
+from launch.ray_tasks import run_ray
+from launch.slurm_array import run_slurm
 from launch.work import Job, Outcome
 
 logger = logging.getLogger(__name__)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import io
 import os
 import re
@@ -24,7 +25,7 @@ from factories import CohortFiles
 from cfusion.cli.sweep import sweep as sweep_app
 from cfusion.config import validate
 from cfusion.errors import ConfigError, DataError, MissingExtraError, PartialResultError, RequeueError
-from launch import executors
+from launch import slurm_array
 from launch import sweep as sweeps
 from launch.executors import Resources
 from launch.markers import attempts, claim, holder
@@ -34,7 +35,7 @@ from launch.sweep import Execution, run_all
 from launch.work import Job
 
 ONE_CORE = Resources(cpus=1)
-ROOT = Path(executors.__file__).parents[1]
+ROOT = Path(slurm_array.__file__).parents[1]
 
 
 def planned(files: CohortFiles, output: Path, **more) -> list[PlannedRun]:
@@ -99,7 +100,7 @@ def processes(words: str) -> list[int]:
 
 
 def in_submitit(runs: list[PlannedRun], folder: Path, monkeypatch: pytest.MonkeyPatch, **how) -> None:
-    monkeypatch.setattr(sweeps, "run_slurm", functools.partial(executors.run_slurm, cluster="local"))
+    monkeypatch.setattr(sweeps, "run_slurm", functools.partial(slurm_array.run_slurm, cluster="local"))
     run_all(runs, Execution("slurm", **{"resources": ONE_CORE, **how}), folder)
 
 
@@ -184,7 +185,8 @@ def test_a_signal_while_ray_starts_asks_for_a_stop(files, tmp_path, monkeypatch)
 AFTER_RAY = """
 import signal
 from cfusion.training.interruption import graceful_stop, stop_requested
-from launch.executors import Resources, run_ray
+from launch.executors import Resources
+from launch.ray_tasks import run_ray
 with graceful_stop():
     list(run_ray([], Resources(), "local", print))
     signal.raise_signal(signal.SIGTERM)
@@ -247,7 +249,7 @@ def slurm(tmp_path, monkeypatch) -> Path:
 def test_what_slurm_is_asked_for(files, slurm):
     resources = Resources(cpus=6, gpus=1, mem_gb=32, hours=1.5, partition="gpu", max_parallel=5, chunk=2)
     jobs = [Job((run,)) for run in planned(files, slurm, axes={"seed": [1, 2, 3, 4, 5]})]
-    tasks = executors.submit(jobs, resources, slurm / "jobs")
+    tasks = slurm_array.submit(jobs, resources, slurm / "jobs")
     assert [len(part) for part in tasks.values()] == [2, 2, 1]
     assert [task.job_id for task in tasks] == ["77_0", "77_1", "77_2"]
     asked = set((slurm / "asked.sh").read_text().splitlines())
@@ -259,15 +261,15 @@ def test_what_slurm_is_asked_for(files, slurm):
 
 def test_tasks_that_are_still_queued_are_followed_and_not_queued_again(files, slurm):
     jobs = [Job((run,)) for run in planned(files, slurm, axes={"seed": [1, 2, 3]})]
-    executors.submit(jobs, ONE_CORE, slurm / "jobs")
+    slurm_array.submit(jobs, ONE_CORE, slurm / "jobs")
     (slurm / "state").write_text("PENDING")
-    assert [task.job_id for task in executors.queued(jobs[:1], slurm / "jobs")] == ["77_0"]
-    waiting = executors.queued(jobs[1:], slurm / "jobs")
+    assert [task.job_id for task in slurm_array.queued(jobs[:1], slurm / "jobs")] == ["77_0"]
+    waiting = slurm_array.queued(jobs[1:], slurm / "jobs")
     assert {task.job_id: part for task, part in waiting.items()} == {"77_1": (jobs[1],), "77_2": (jobs[2],)}
     (slurm / "state").write_text("CANCELLED")
-    assert executors.queued(jobs, slurm / "jobs") == {}
+    assert slurm_array.queued(jobs, slurm / "jobs") == {}
     (slurm / "state").write_text("PENDING")
-    assert executors.queued(jobs, slurm / "jobs") == {}
+    assert slurm_array.queued(jobs, slurm / "jobs") == {}
 
 
 @contextlib.contextmanager
@@ -327,7 +329,7 @@ def test_what_is_no_address_of_a_ray_cluster_is_told_what_one_looks_like(files, 
 
 
 def test_the_job_for_kuberay_asks_for_what_its_workers_have():
-    path = Path(executors.__file__).parent / "kubernetes" / "sweep_rayjob.yaml"
+    path = Path(slurm_array.__file__).parent / "kubernetes" / "sweep_rayjob.yaml"
     job = yaml.safe_load(path.read_text())
     command = shlex.split(shlex.split(job["spec"]["entrypoint"])[2].partition("&&")[2])
     assert command[:3] == ["cfusion", "sweep", "run"]
@@ -347,7 +349,7 @@ def test_the_job_for_kuberay_asks_for_what_its_workers_have():
 
 @pytest.mark.parametrize(("executor", "package"), [("slurm", "submitit"), ("ray", "ray")])
 def test_an_executor_that_is_not_installed_is_named(files, tmp_path, monkeypatch, executor, package):
-    monkeypatch.setattr(executors.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=rf"{package}, which is not installed. Install .*cfusion\[{executor}\]"):
         run_all(planned(files, tmp_path), Execution(executor), tmp_path)
 
