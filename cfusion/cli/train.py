@@ -56,5 +56,10 @@ def train(
         f"{row['cohort']} {row['model']} ({resolved.evaluation.protocol}): pooled C {row['cindex_pooled']:.3f} "
         f"[{row['cindex_low']:.3f}, {row['cindex_high']:.3f}], mean over folds {row['cindex_mean']:.3f}"
     )
+    if resolved.evaluation.permute_outcomes is not None:
+        typer.echo(
+            f"a null, on permuted outcomes; beside the real one: cfusion report RUN {resolved.output} --out report"
+        )
+        return
     page = report_runs([resolved.output], resolved.output / "report", title=f"{row['cohort']}: {row['model']}")
     typer.echo(f"report: {page}")

@@ -100,6 +100,13 @@ def test_a_whole_run_alone_and_under_torchrun_gives_the_same_c(config, tmp_path)
     assert launched.stdout.count("pooled C") == 1, "rank 0 alone speaks"
 
 
+def test_a_run_on_permuted_outcomes_ends_well_and_says_what_it_is(config, tmp_path):
+    done = cfusion("train", config, "evaluation.permute_outcomes=1")
+    assert done.returncode == 0, done.stderr
+    assert f"a null, on permuted outcomes; beside the real one: cfusion report RUN {tmp_path / 'run'}" in done.stdout
+    assert not (tmp_path / "run" / "report").exists()
+
+
 def test_doctor_says_what_is_here():
     done = cfusion("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
