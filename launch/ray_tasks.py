@@ -59,20 +59,22 @@ def run_ray(jobs: Sequence[Job], resources: Resources, address: str, tick: Tick)
         waiting: dict[Any, Job] = {}
         stopping = False
         try:
-            while True:
-                if stop_requested() and not stopping:
-                    stopping = True
-                    todo.clear()
-                    _cancel(waiting)
-                while todo and len(waiting) < (resources.max_parallel or len(jobs)):
-                    job = todo.popleft()
-                    waiting[task.remote(job, str(Path.cwd()), resources.cpus)] = job
-                if not waiting:
-                    return
-                ended, _ = ray.wait(list(waiting), timeout=TICK_SECONDS)
-                for future in ended:
-                    yield from _ray_result(future, waiting.pop(future), stopping)
-                tick(list(waiting.values()))
+            with _interruptions() as interrupted:
+                while not interrupted.is_set():
+                    if stop_requested() and not stopping:
+                        stopping = True
+                        todo.clear()
+                        _cancel(waiting)
+                    while todo and len(waiting) < (resources.max_parallel or len(jobs)):
+                        job = todo.popleft()
+                        waiting[task.remote(job, str(Path.cwd()), resources.cpus)] = job
+                    if not waiting:
+                        return
+                    ended, _ = ray.wait(list(waiting), timeout=TICK_SECONDS)
+                    for future in ended:
+                        yield from _ray_result(future, waiting.pop(future), stopping)
+                    tick(list(waiting.values()))
+            raise KeyboardInterrupt
         finally:
             # After Ctrl-C, too, the runs at work save their state.
             if waiting:
@@ -137,6 +139,20 @@ def _signals_kept() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _interruptions() -> Iterator[threading.Event]:
+    """Ctrl-C within the block, as an event: Ray's own code now and then swallows the exception."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    before = signal.signal(signal.SIGINT, lambda _number, _frame: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _expect_answer(address: str) -> None:
