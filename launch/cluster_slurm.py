@@ -52,6 +52,7 @@ def slurm_script(plan: LaunchPlan, options: SlurmOptions) -> str:
     """
     # One port a job, so that jobs on a shared node do not meet.
     agent = plan.agent(endpoint="$host:$port", run_id="$SLURM_JOB_ID")
+    container = _container(options)
     step = [
         "srun",
         "--kill-on-bad-exit=0",
@@ -59,10 +60,10 @@ def slurm_script(plan: LaunchPlan, options: SlurmOptions) -> str:
         # Since SLURM 22.05 srun does not take it from sbatch, and a node's processes would share a core.
         f"--cpus-per-task={_cpus(plan)}",
         *(["--no-kill"] if plan.least_nodes < plan.resources.nodes else []),
+        *container,
     ]
-    step += _container(options)
     run = f"{shlex.join(step)} \\\n    {shell(agent)}"
-    for variable in ("$host:$port", "$SLURM_JOB_ID", *_container(options)[1:]):
+    for variable in ("$host:$port", "$SLURM_JOB_ID", *container[1:]):
         run = run.replace(shlex.quote(variable), f'"{variable}"')
     done = shlex.quote(str(plan.output / "done.json"))
     return "\n".join(

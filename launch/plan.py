@@ -113,9 +113,13 @@ class PlannedRun:
     data: Mapping[str, str] = field(default_factory=dict)
     code: str = field(default_factory=code_digest)
 
-    def changed(self) -> str:
-        """What is no longer as it was when the run was named, in a sentence; empty where all is."""
-        now, absent = DataDigests({}).of(self.config)
+    def changed(self, data: DataDigests) -> str:
+        """What is no longer as it was when the run was named, in a sentence; empty where all is.
+
+        Args:
+            data: What is read now, once for several runs.
+        """
+        now, absent = data.of(self.config)
         if absent:
             return absent
         other = [place for place, digest in self.data.items() if now[place] != digest]

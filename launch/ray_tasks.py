@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,9 @@ def run_ray(jobs: Sequence[Job], resources: Resources, address: str, tick: Tick)
         todo = deque(jobs)
         waiting: dict[Any, Job] = {}
         stopping = False
+        interrupted = threading.Event()  # not the exception, which Ray's own code now and then swallows
         try:
-            with _interruptions() as interrupted:
+            with _interruption(interrupted.set):
                 while not interrupted.is_set():
                     if stop_requested() and not stopping:
                         stopping = True
@@ -142,15 +143,14 @@ def _signals_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _interruptions() -> Iterator[threading.Event]:
-    """Ctrl-C within the block, as an event: Ray's own code now and then swallows the exception."""
-    interrupted = threading.Event()
+def _interruption(does: Callable[[], object]) -> Iterator[None]:
+    """Within the block SIGINT, by Ctrl-C or as Ray cancels a task, does this; the main thread alone hears it."""
     if threading.current_thread() is not threading.main_thread():
-        yield interrupted
+        yield
         return
-    before = signal.signal(signal.SIGINT, lambda _number, _frame: interrupted.set())
+    before = signal.signal(signal.SIGINT, lambda _number, _frame: does())
     try:
-        yield interrupted
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -188,15 +188,5 @@ def _at_place(job: Job, folder: str, threads: int) -> list[Outcome]:
         cause = f"{folder} is not on the node {os.uname().nodename}; the sweep's folder must be shared by all nodes"
         return [Outcome(run.name, "failed", cause) for run in job.runs]
     os.chdir(folder)
-    with graceful_stop(), _interrupt_asks_to_stop():
+    with graceful_stop(), _interruption(lambda: signal.raise_signal(signal.SIGTERM)):
         return with_threads(job, threads)
-
-
-@contextlib.contextmanager
-def _interrupt_asks_to_stop() -> Iterator[None]:
-    """Within the block SIGINT, by which Ray cancels a task on whichever node, is taken for the request to stop."""
-    before = signal.signal(signal.SIGINT, lambda _number, _frame: signal.raise_signal(signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -20,7 +20,7 @@ from cfusion.errors import CfusionError, DataError, RequeueError
 from cfusion.files import write_text
 from launch.cost import Meter
 from launch.markers import LOG, HeldError, add_attempt, claim, clear_failure, write_failure
-from launch.plan import PlannedRun
+from launch.plan import DataDigests, PlannedRun
 
 _POLL_SECONDS = 0.2
 
@@ -63,6 +63,7 @@ def do(job: Job) -> list[Outcome]:
     from cfusion.crossval import is_done
 
     outcomes: list[Outcome] = []
+    data = DataDigests({})
     with contextlib.ExitStack() as held:
         mine: list[PlannedRun] = []
         locks: list[int] = []
@@ -76,7 +77,7 @@ def do(job: Job) -> list[Outcome]:
                 outcomes.append(Outcome(run.name, "done"))
                 continue
             clear_failure(run.config.output)
-            if changed := run.changed():
+            if changed := run.changed(data):
                 outcomes.append(_refused(run, changed))
                 continue
             mine.append(run)

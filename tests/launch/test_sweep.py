@@ -22,7 +22,7 @@ from cfusion.errors import ConfigError, DataError, PartialResultError
 from launch import plan as plan_module
 from launch import status as status_module
 from launch.markers import FAILED, add_attempt, attempts, claim, write_failure
-from launch.plan import PlannedRun, SweepConfig, load_sweep, plan
+from launch.plan import DataDigests, PlannedRun, SweepConfig, load_sweep, plan
 from launch.results import members_of
 from launch.status import counts, grid, look, seconds_left
 from launch.sweep import Execution, jobs_of, run_all
@@ -289,7 +289,7 @@ def test_a_run_whose_data_or_program_changed_after_it_was_named_is_not_begun(fil
     assert outcome.cause in status.log.read_text()
     again = plan(load_sweep(path))
     monkeypatch.setattr(plan_module, "code_digest", lambda: "edited")
-    assert again[0].changed() == "Changed since the run was planned: the program. Start the sweep again."
+    assert again[0].changed(DataDigests({})) == "Changed since the run was planned: the program. Start the sweep again."
     monkeypatch.undo()
     run_all(again, Execution(), tmp_path / "sweep")
     assert again[0].name != runs[0].name
