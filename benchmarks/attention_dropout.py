@@ -18,8 +18,8 @@ from scipy import stats
 
 from benchmarks.table import Row, options, present
 from cfusion.config import Config, validate
-from cfusion.crossval import cross_validate
-from launch.demo import SETTINGS
+from cfusion.demo import SETTINGS
+from cfusion.runs.crossval import cross_validate
 
 
 def pooled_cindex(cohort: Path, out: Path, dropout: float, seed: int) -> float:

@@ -37,12 +37,12 @@ from benchmarks.published_model import PublishedAMIL, PublishedCrossFusion
 from benchmarks.published_training import BINS, Spent, measured, theirs
 from benchmarks.table import Row, options, present
 from cfusion.config import Config, validate
-from cfusion.crossval import cross_validate
 from cfusion.data import loader
 from cfusion.data.batches import RawBatch
 from cfusion.models import build_model, linear
+from cfusion.runs.crossval import cross_validate
 from cfusion.tracking import TrackedRun
-from cfusion.training.group import Group
+from cfusion.training.group.group import Group
 
 USUAL = {"amil": Size(None, 2048, 4), "crossfusion": Size(None, 512, 3)}
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cfusion.cohort import read_cohort
+from cfusion.cohort.read import read_cohort
 from cfusion.config import CohortConfig
 from cfusion.types import Cohort, SlideFeatures
 from preprocess.packing import pack_store

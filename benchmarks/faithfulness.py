@@ -22,17 +22,17 @@ import pandas as pd
 from sklearn.metrics import roc_auc_score
 
 import cfusion
+from benchmarks.phantom_regions import Signal, draw_planted, read_planted
 from benchmarks.table import Row, options, present
+from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.config import PreprocessConfig, load_config
 from cfusion.data.store import FeatureStore
+from cfusion.demo import ENCODER, MODELS, SETTINGS
 from cfusion.explanation import explain
 from cfusion.explanation.faithfulness import deletion_areas, deletion_curves
-from cfusion.prediction import FoldEnsemble
-from launch.demo import ENCODER, MODELS, SETTINGS
 from preprocess.extraction import preprocess_slides
 from preprocess.packing import pack_store
-from preprocess.phantom import PHANTOMS, draw_cohort
-from preprocess.phantom_regions import Signal, draw_planted, read_planted
+from preprocess.phantom.draw import PHANTOMS, draw_cohort
 
 UNIT = ["model", "signal", "magnification", "method"]
 

@@ -34,10 +34,10 @@ import torch
 from benchmarks.bags import Slides
 from benchmarks.model_step import matrix_peak, peak_memory
 from benchmarks.table import Row, options, present
-from cfusion.cohort import read_cohort
+from cfusion.cohort.read import read_cohort
+from cfusion.cohort.splits import make_splits
 from cfusion.config import Config, load_config
 from cfusion.data.shards import ShardDataset
-from cfusion.splits import make_splits
 from cfusion.survival.losses import LOSSES
 from cfusion.training.folds import ReadyFold, ready_fold
 from cfusion.training.loop import FoldJob, train_fold

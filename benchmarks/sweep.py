@@ -19,8 +19,8 @@ import yaml
 import cfusion
 from benchmarks.table import Row, options, present
 from cfusion.files import digest_file, digest_json, write_json
-from launch.plan import PlannedRun, load_sweep, plan
-from launch.status import counts, look
+from launch.sweep.plan import PlannedRun, load_sweep, plan
+from launch.sweep.status import counts, look
 
 
 def sweep_file(folder: Path, runs: int) -> Path:

@@ -35,9 +35,9 @@ from benchmarks.table import Row, options, present
 from cfusion.config import PreprocessConfig
 from preprocess.extraction import preprocess_slides
 from preprocess.grid import Grid, make_grid
-from preprocess.plan import CellTiles, SlidePlan, rows_by_cell
 from preprocess.readers import JPEG, choose_reader
 from preprocess.resample import area_average
+from preprocess.slide_plan import CellTiles, SlidePlan, rows_by_cell
 from preprocess.slides import open_slide
 
 SIDE_PX, TILE_PX, LEVELS, JPEG_QUALITY = 30_720, 256, (1, 4, 16, 32), 80

@@ -12,10 +12,10 @@ __version__ = "0.1.0"
 
 _API = {
     "load_config": "cfusion.config",
-    "read_cohort": "cfusion.cohort",
-    "make_splits": "cfusion.splits",
+    "read_cohort": "cfusion.cohort.read",
+    "make_splits": "cfusion.cohort.splits",
     "fit": "cfusion.training.folds",
-    "predict": "cfusion.prediction",
+    "predict": "cfusion.apply.ensemble",
     "FeatureStore": "cfusion.data.store",
     "explain": "cfusion.explanation",
     "score": "cfusion.survival.score",

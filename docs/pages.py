@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 import cfusion
 from cfusion.cli.main import app
 from cfusion.config import Config, PreprocessConfig, Section
-from launch.plan import SweepConfig
+from launch.sweep.plan import SweepConfig
 from preprocess import descriptor
 from preprocess.encoders import StainTexture
 from preprocess.encoders.cards import CARDS

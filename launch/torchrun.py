@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
 from torch.distributed.run import parse_args, run
 
-from launch.cluster import FINAL, REQUEUE
+from launch.cluster.cluster_plan import FINAL, REQUEUE
 
 logger = logging.getLogger(__name__)
 

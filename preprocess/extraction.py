@@ -23,8 +23,8 @@ from preprocess.encoders import Encoder, load_slots
 from preprocess.grid import GRID_VERSION, check_magnifications
 from preprocess.outcome import SlideOutcome, Summary, write_summary
 from preprocess.pipeline import Pipeline, Work
-from preprocess.plan import plan_slide
 from preprocess.resolution import read_mpp_table
+from preprocess.slide_plan import plan_slide
 from preprocess.slides import find_slides, same_name, slide_id_of
 from preprocess.tissue import METHOD
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from cfusion.errors import CfusionError, DataError
 from preprocess.encoders import Encoder
-from preprocess.plan import CellTiles, SlidePlan
+from preprocess.slide_plan import CellTiles, SlidePlan
 
 logger = logging.getLogger(__name__)
 

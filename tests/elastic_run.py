@@ -13,7 +13,7 @@ import psutil
 import yaml
 from factories import CohortFiles
 
-from launch.cluster import LaunchPlan, Resources, make_plan
+from launch.cluster.cluster_plan import LaunchPlan, Resources, make_plan
 
 WORKER = Path(__file__).with_name("elastic_worker.py")
 PATIENCE = 180.0

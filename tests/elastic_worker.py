@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from cfusion.config import load_config
-from cfusion.crossval import cross_validate
 from cfusion.errors import CfusionError
+from cfusion.runs.crossval import cross_validate
 from cfusion.training import checkpoint, loop
 
 torch.set_num_threads(1)

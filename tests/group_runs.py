@@ -11,9 +11,9 @@ import cfusion
 from cfusion.config import Config
 from cfusion.errors import CfusionError
 from cfusion.training.folds import FoldRun, fit, open_run_shards, ready_fold
-from cfusion.training.group import Group
-from cfusion.training.group_checkpoint import GroupCheckpoints
-from cfusion.training.group_member import Member
+from cfusion.training.group.group import Group
+from cfusion.training.group.group_checkpoint import GroupCheckpoints
+from cfusion.training.group.member import Member
 from cfusion.training.inference import BagSet
 from cfusion.training.world import join_world
 from cfusion.types import Cohort, Split

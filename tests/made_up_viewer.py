@@ -18,9 +18,9 @@ from slide_factory import tissue_picture, write_slide
 from cfusion.explanation.result import Explanation, TileScores, write_explanation
 from cfusion.view.api import Viewer
 from cfusion.view.explanations import Explanations
+from cfusion.view.patient_curve import CohortCurves
+from cfusion.view.served_slides import SlideFolder
 from cfusion.view.server import listen, make_server
-from cfusion.view.slides import SlideFolder
-from cfusion.view.survival import CohortCurves
 
 SIZE = (2048, 1536)
 SIDES = {"x20": 256.0, "x10": 512.0, "x5": 1024.0}

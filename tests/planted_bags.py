@@ -8,7 +8,7 @@ import numpy as np
 from factories import make_cohort, slide_features
 
 import cfusion
-from cfusion.prediction import FoldEnsemble
+from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.types import SlideFeatures
 
 DIM = 8

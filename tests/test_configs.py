@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cfusion
-from cfusion.audit import audit
+from cfusion.cohort.audit import audit
 from cfusion.config import PUBLISHED_RECIPE, Config
 from cfusion.errors import ConfigError
-from launch.plan import load_sweep, plan
+from launch.sweep.plan import load_sweep, plan
 from preprocess.encoders.cards import CARDS
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -14,21 +14,21 @@ import time
 import typer
 
 from cfusion.cli import (
-    checkpoint,
-    demo,
-    doctor,
-    evidence,
-    explain,
-    gdc,
-    help,
-    launch,
-    predict,
-    preprocess,
-    registry,
-    reproduce,
-    sweep,
-    train,
-    view,
+    cmd_checkpoint,
+    cmd_demo,
+    cmd_doctor,
+    cmd_evidence,
+    cmd_explain,
+    cmd_gdc,
+    cmd_help,
+    cmd_launch,
+    cmd_predict,
+    cmd_preprocess,
+    cmd_registry,
+    cmd_reproduce,
+    cmd_sweep,
+    cmd_train,
+    cmd_view,
 )  # fmt: skip
 from cfusion.errors import CfusionError, RequeueError
 
@@ -74,10 +74,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(preprocess.app, name="preprocess")
-app.add_typer(gdc.app, name="gdc")
+app.add_typer(cmd_preprocess.app, name="preprocess")
+app.add_typer(cmd_gdc.app, name="gdc")
 COMMANDS = (
-    demo, doctor, train, checkpoint, predict, launch, sweep, evidence, registry, reproduce, explain, view, help,
+    cmd_demo, cmd_doctor, cmd_train, cmd_checkpoint, cmd_predict, cmd_launch, cmd_sweep,
+    cmd_evidence, cmd_registry, cmd_reproduce, cmd_explain, cmd_view, cmd_help,
 )  # fmt: skip
 for module in COMMANDS:
     module.register(app)

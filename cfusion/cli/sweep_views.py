@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from launch.status import RunStatus
+    from launch.sweep.status import RunStatus
 
 COLOURS = {"done": "green", "running": "yellow", "failed": "red", "open": "bright_black"}
 _ROWS = 60

@@ -16,11 +16,11 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 
+from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.console import progress
 from cfusion.explanation.removal import Lineage, risks_without
 from cfusion.explanation.result import METHODS, Explanation
 from cfusion.explanation.scoring import slide_bag
-from cfusion.prediction import FoldEnsemble
 from cfusion.report.svg import Plot, number
 from cfusion.training.fitted import FittedModel
 from cfusion.types import BagBatch, SlideFeatures, magnification_words

@@ -13,7 +13,8 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 
-from cfusion.bag_sources import Embeddings
+from cfusion.apply.ensemble import FoldEnsemble
+from cfusion.apply.sources import Embeddings
 from cfusion.console import Progress, progress
 from cfusion.data.positions import bag_positions
 from cfusion.errors import ConfigError, DataError
@@ -21,7 +22,6 @@ from cfusion.explanation.removal import Keep, Lineage, risks_without
 from cfusion.explanation.result import METHODS, Explanation, TileScores
 from cfusion.models import input_times_gradient, tile_attention
 from cfusion.models.bag import BagModel
-from cfusion.prediction import FoldEnsemble
 from cfusion.training.fitted import FittedModel
 from cfusion.types import BagBatch, SlideFeatures, SurvivalOutput
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cfusion.errors import ConfigError, DataError
-from cfusion.models.grid import TokenGrid
+from cfusion.models.token_grid import TokenGrid
 from cfusion.types import BagBatch, SurvivalOutput, magnification_name
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from cfusion.errors import ConfigError, DataError
 from cfusion.models.bag import BagModel, TileView, check_magnifications, check_share
-from cfusion.models.grid import TokenGrid, file_grid, spatial_grid
 from cfusion.models.layers import ConcatMixer, ConvMixer, CrossBlock, PadTransformer, init_linear
 from cfusion.models.linear import Linear
+from cfusion.models.token_grid import TokenGrid, file_grid, spatial_grid
 from cfusion.types import BagBatch, SurvivalOutput, magnification_name
 
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from cfusion.models.attention import CrossAttention, SelfAttention
 from cfusion.models.dropout import Dropout
-from cfusion.models.grid import TokenGrid
 from cfusion.models.linear import Linear
+from cfusion.models.token_grid import TokenGrid
 
 
 def init_linear(module: nn.Module) -> None:

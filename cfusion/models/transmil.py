@@ -19,9 +19,9 @@ from cfusion.models.bag import TileView, check_share
 from cfusion.models.baselines import FinestBagModel
 from cfusion.models.chunked_attention import attention_weights, query_chunks
 from cfusion.models.dropout import Dropout
-from cfusion.models.grid import TokenGrid, file_grid
 from cfusion.models.layers import PositionEncoding
 from cfusion.models.linear import Linear
+from cfusion.models.token_grid import TokenGrid, file_grid
 from cfusion.types import BagBatch, SurvivalOutput
 
 

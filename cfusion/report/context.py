@@ -17,7 +17,7 @@ class ReportContext:
 
     Attributes:
         title: Heading of the page.
-        audits: For each cohort, `cfusion.audit.Audit.to_json()`.
+        audits: For each cohort, `cfusion.cohort.audit.Audit.to_json()`.
         provenance: For each run, digests, versions, seeds and configuration.
         curves: Learning curves: `cohort, model, protocol, fold, epoch` and a column per metric.
         oracle: Harrell's C of the true risk, where it is known (made-up cohorts).

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from cfusion.audit import LOST
+from cfusion.cohort.audit import LOST
 from cfusion.report.svg import Plot, nice_ticks, number, shortened
 from cfusion.survival.groups import Curve
 from cfusion.survival.patients import PatientScores

@@ -9,13 +9,13 @@ from typing import Any
 
 import pandas as pd
 
-from cfusion.cohort import OUTCOMES, read_outcomes
+from cfusion.cohort.read import OUTCOMES, read_outcomes
+from cfusion.cohort.splits import read_splits
 from cfusion.config import Config, load_config
 from cfusion.errors import DataError
 from cfusion.files import read_json
 from cfusion.report.context import ReportContext
-from cfusion.report.write import write_report
-from cfusion.splits import read_splits
+from cfusion.report.report_files import write_report
 from cfusion.survival.predictions import read_predictions
 from cfusion.survival.score import Key, Scores, score
 from cfusion.types import Cohort, Split

@@ -10,8 +10,8 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 
-from cfusion.cohort import LONGEST_FOLLOW_UP_MONTHS, patient_of
-from cfusion.cohort_tables import coded_events, numbers, read_table
+from cfusion.cohort.parsing import coded_events, numbers, read_table
+from cfusion.cohort.read import LONGEST_FOLLOW_UP_MONTHS, patient_of
 from cfusion.config import Protocol
 from cfusion.errors import CohortError, PredictionsError
 from cfusion.types import Cohort

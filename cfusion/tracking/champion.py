@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from cfusion.survival.comparison import compare
+from cfusion.survival.paired import compare
 from cfusion.survival.predictions import read_predictions
 from cfusion.survival.score import score
-from cfusion.tracking.registry import CANDIDATE, CHAMPION, find_version
+from cfusion.tracking.model_registry import CANDIDATE, CHAMPION, find_version
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from cfusion.errors import ConfigError, DataError
 from cfusion.files import read_json, write_json
+from cfusion.tracking.address import REFUSALS, connect, experiment_id, met_another_writer, public_name, unavailable
 from cfusion.tracking.journal import JOURNAL_NAME, PARENT, Record, read_records
-from cfusion.tracking.server import REFUSALS, connect, experiment_id, met_another_writer, public_name, unavailable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -254,7 +254,7 @@ class _Sender:
         self.client.set_terminated(run_id, record["status"], end_time=record["time"])
 
     def _register(self, run_id: str, record: Record) -> None:
-        from cfusion.tracking.registry import register_ensemble
+        from cfusion.tracking.model_registry import register_ensemble
 
         version = register_ensemble(self.client, run_id, self.folder, record["name"], record["about"])
         self.state.versions[record["name"]] = version

@@ -26,9 +26,9 @@ from cfusion.explanation.result import Explanation
 from cfusion.types import magnification_name, magnification_value
 from cfusion.view import openseadragon
 from cfusion.view.explanations import Explanations, described, level_of, lineage
-from cfusion.view.pictures import PictureCache
-from cfusion.view.slides import ServedSlide, SlideFolder, SlideGoneError, UnknownSlideError, stamp_of
-from cfusion.view.survival import CohortCurves, patient_panel
+from cfusion.view.patient_curve import CohortCurves, patient_panel
+from cfusion.view.picture_cache import PictureCache
+from cfusion.view.served_slides import ServedSlide, SlideFolder, SlideGoneError, UnknownSlideError, stamp_of
 from preprocess.deepzoom import OVERLAP_PX, TILE_PX, DeepZoom, NotReadyError
 from preprocess.grid import TILE_PX as PATCH_PX
 from preprocess.resolution import finest_scale

@@ -13,7 +13,7 @@ import numpy as np
 from cfusion.errors import DataError
 from cfusion.explanation.result import METHODS, ZARR_NAME, Explanation, TileScores, read_explanation
 from cfusion.files import read_json
-from cfusion.view.slides import UnknownSlideError
+from cfusion.view.served_slides import UnknownSlideError
 from preprocess.deepzoom import DeepZoom
 
 logger = logging.getLogger(__name__)

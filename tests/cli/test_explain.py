@@ -13,6 +13,7 @@ from slide_factory import GLASS
 from slide_factory import write_slide as write_tiff
 from typer.testing import CliRunner
 
+from benchmarks.phantom_regions import draw_planted
 from cfusion.cli.main import app
 from cfusion.config import ModelConfig
 from cfusion.data.store import FeatureStore, write_slide
@@ -20,7 +21,6 @@ from cfusion.errors import CfusionError, ConfigError, DataError, PartialResultEr
 from cfusion.explanation.result import read_explanation
 from cfusion.training.fitted import FittedModel, ModelCard, build
 from preprocess.descriptor import DIM
-from preprocess.phantom_regions import draw_planted
 
 MAGNIFICATIONS = (20.0, 10.0, 5.0)
 
@@ -117,8 +117,8 @@ def test_slides_of_a_store_are_chosen(made_up):
 
 
 def test_a_registered_model_explains_as_the_folder_it_came_from(made_up):
-    from cfusion.tracking.registry import register_ensemble
-    from cfusion.tracking.server import connect
+    from cfusion.tracking.address import connect
+    from cfusion.tracking.model_registry import register_ensemble
 
     client = connect(f"sqlite:///{made_up / 'mlflow.db'}")
     register_ensemble(client, client.create_run("0").info.run_id, made_up / "run", "whole", {"cohort": "made_up"})

@@ -7,9 +7,11 @@ import pytest
 from slide_factory import break_tile, tissue_picture, write_slide
 from typer.testing import CliRunner
 
-from cfusion.cli import gdc, main, preprocess
+from cfusion.cli import cmd_gdc as gdc
+from cfusion.cli import cmd_preprocess as preprocess
+from cfusion.cli import main
 from cfusion.errors import ConfigError, DataError, PartialResultError
-from preprocess import executors
+from launch import extract as executors
 
 
 def call(*arguments: str | Path, app=preprocess.app):

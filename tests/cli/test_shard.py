@@ -4,7 +4,7 @@ import pytest
 from made_up_slides import make_slide
 from typer.testing import CliRunner
 
-from cfusion.cli import preprocess
+from cfusion.cli import cmd_preprocess as preprocess
 from cfusion.data.shards import ShardDataset
 from cfusion.data.store import write_slide
 from cfusion.errors import ConfigError, DataError, PartialResultError

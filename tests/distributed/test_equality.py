@@ -78,7 +78,7 @@ def test_any_number_of_processes_gives_the_same_parameters(worlds, world, varian
 
 def disagree(config: Config) -> None:
     """In a worker: the last rank comes with another seed."""
-    from cfusion.crossval import cross_validate
+    from cfusion.runs.crossval import cross_validate
 
     seed = 7 + int(os.environ["RANK"] == "1")
     with pytest.raises(ConfigError, match=r"Ranks \[1\] have another configuration"):
@@ -92,7 +92,7 @@ def test_ranks_that_disagree_stop_before_training(files, tmp_path):
 
 def write_to_disks_of_their_own(config: Config) -> None:
     """In a worker: each process has a disk of its own."""
-    from cfusion.crossval import cross_validate
+    from cfusion.runs.crossval import cross_validate
 
     output = config.output / os.environ["RANK"]
     with pytest.raises(ConfigError, match=r"rank 0 has made this folder, and ranks \[1\] do not see it.*all nodes"):

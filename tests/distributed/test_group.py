@@ -12,7 +12,7 @@ from spawn import run_world
 
 from cfusion.config import Config
 from cfusion.errors import RequeueError
-from cfusion.training import group
+from cfusion.training.group import group
 
 VARIANTS: dict[str, dict[str, dict[str, object]]] = {
     "dropout, moving average, patience": {

@@ -12,10 +12,10 @@ from spawn import run_world
 import cfusion.training.runtime as runtime_module
 import cfusion.training.world as world_module
 from cfusion.config import ParallelConfig
+from cfusion.doctor.checks import check_node
 from cfusion.errors import ConfigError, MissingExtraError
 from cfusion.training.runtime import Runtime
 from cfusion.training.world import join_world, launched
-from launch.doctor import check_node
 
 
 @pytest.fixture

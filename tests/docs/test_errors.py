@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cfusion import errors
-from cfusion.cli.help import topics
+from cfusion.cli.cmd_help import topics
 from cfusion.errors import ConfigError, MissingExtraError, RequeueError
 
 ROOT = Path(__file__).parents[2]

@@ -20,12 +20,12 @@ import yaml
 from factories import make_cohort
 
 from cfusion.config import Config, PreprocessConfig, validate
-from cfusion.crossval import cross_validate
 from cfusion.data.shards import ShardDataset
 from cfusion.data.store import FeatureStore
+from cfusion.runs.crossval import cross_validate
 from preprocess.extraction import preprocess_slides
 from preprocess.packing import pack_store
-from preprocess.phantom import PHANTOMS, draw_cohort
+from preprocess.phantom.draw import PHANTOMS, draw_cohort
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])

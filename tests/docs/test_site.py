@@ -98,6 +98,6 @@ def test_every_command_option_and_setting_is_there(site):
 
 
 def test_every_error_has_its_heading(site):
-    from cfusion.cli.help import topics
+    from cfusion.cli.cmd_help import topics
 
     assert set(topics()) <= read(site / "errors.html").anchors

@@ -3,7 +3,7 @@
 import pytest
 from planted_bags import ensemble
 
-from cfusion.prediction import FoldEnsemble
+from cfusion.apply.ensemble import FoldEnsemble
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from planted_bags import DIM, ensemble, planted_slide
 from sklearn.metrics import roc_auc_score
 
+from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.errors import ConfigError, DataError
 from cfusion.explanation import explain
 from cfusion.explanation.removal import Lineage, risks_without
 from cfusion.explanation.result import METHODS, read_explanation, write_explanation
 from cfusion.explanation.scoring import slide_bag
-from cfusion.prediction import FoldEnsemble
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from planted_bags import planted_slide
 
 from cfusion.explanation import explain
 from cfusion.explanation.colour import Scale
+from cfusion.explanation.explanation_files import write_results
 from cfusion.explanation.faithfulness import RANDOM, deletion_areas, deletion_curves, draw_deletion
 from cfusion.explanation.geojson import write_geojson
-from cfusion.explanation.pictures import draw_overlay, extreme_tiles
+from cfusion.explanation.overlays import draw_overlay, extreme_tiles
 from cfusion.explanation.result import read_explanation
-from cfusion.explanation.write import write_results
 
 
 class MadeUpPictures:
@@ -136,7 +136,7 @@ def test_a_failure_leaves_the_old_folder_as_it_was(written, found, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("cfusion.explanation.write.write_geojson", fail)
+    monkeypatch.setattr("cfusion.explanation.explanation_files.write_geojson", fail)
     before = sorted(p.name for p in written.parent.rglob("*"))
     with pytest.raises(OSError, match="disk full"):
         write_results(found, written)

@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 
 from cfusion.cli.main import app
 from cfusion.errors import CfusionError, ConfigError
-from launch.cluster import MONITOR_SECONDS, RENDEZVOUS, LaunchPlan, Resources, least_nodes, make_plan
-from launch.cluster_k8s import K8sOptions, k8s_manifest
-from launch.cluster_local import run_code, run_here
-from launch.cluster_slurm import SlurmOptions, slurm_script, submit_slurm
+from launch.cluster.cluster_plan import MONITOR_SECONDS, RENDEZVOUS, LaunchPlan, Resources, least_nodes, make_plan
+from launch.cluster.kubernetes_job import K8sOptions, k8s_manifest
+from launch.cluster.local_agents import run_code, run_here
+from launch.cluster.slurm_job import SlurmOptions, slurm_script, submit_slurm
 
 ROOT = Path(__file__).parents[2]
 SBATCH_OPTIONS = set(

@@ -15,8 +15,8 @@ import pytest
 from elastic_run import PATIENCE, Agent, lose, numbers, planned, read_step, running, step_of, wait_for, workers_of
 from factories import CohortFiles, make_cohort
 
-from launch.cluster import REQUEUE, LaunchPlan
-from launch.cluster_local import run_here, start_agents
+from launch.cluster.cluster_plan import REQUEUE, LaunchPlan
+from launch.cluster.local_agents import run_here, start_agents
 
 
 @pytest.fixture(scope="module")

@@ -22,17 +22,17 @@ import typer
 import yaml
 from factories import CohortFiles
 
-from cfusion.cli.sweep import sweep as sweep_app
+from cfusion.cli.cmd_sweep import sweep as sweep_app
 from cfusion.config import validate
 from cfusion.errors import ConfigError, DataError, MissingExtraError, PartialResultError, RequeueError
-from launch import slurm_array
-from launch import sweep as sweeps
-from launch.executors import Resources
-from launch.markers import attempts, claim, holder
-from launch.plan import PlannedRun, SweepConfig, plan
-from launch.status import look
-from launch.sweep import Execution, run_all
-from launch.work import Job
+from launch.sweep import execute as sweeps
+from launch.sweep.execute import Execution, run_all
+from launch.sweep.markers import attempts, claim, holder
+from launch.sweep.plan import PlannedRun, SweepConfig, plan
+from launch.sweep.status import look
+from launch.sweep.work import Job
+from launch.tasks import slurm_array
+from launch.tasks.resources import Resources
 
 ONE_CORE = Resources(cpus=1)
 ROOT = Path(slurm_array.__file__).parents[1]
@@ -185,8 +185,8 @@ def test_a_signal_while_ray_starts_asks_for_a_stop(files, tmp_path, monkeypatch)
 AFTER_RAY = """
 import signal
 from cfusion.training.interruption import graceful_stop, stop_requested
-from launch.executors import Resources
-from launch.ray_tasks import run_ray
+from launch.tasks.resources import Resources
+from launch.tasks.ray_tasks import run_ray
 with graceful_stop():
     list(run_ray([], Resources(), "local", print))
     signal.raise_signal(signal.SIGTERM)

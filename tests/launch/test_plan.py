@@ -12,9 +12,9 @@ from factories import CohortFiles
 
 from cfusion.config import validate
 from cfusion.errors import ConfigError, PartialResultError
-from launch.plan import PlannedRun, SweepConfig, load_sweep, plan
-from launch.sweep import Execution
-from launch.sweep import run_all as run_sweep
+from launch.sweep.execute import Execution
+from launch.sweep.execute import run_all as run_sweep
+from launch.sweep.plan import PlannedRun, SweepConfig, load_sweep, plan
 
 
 def run_all(runs: list[PlannedRun], **how) -> None:

@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from cfusion.config import Config
 from cfusion.errors import ConfigError, PartialResultError, RequeueError
-from launch import local, sweep
-from launch.local import slots_here
-from launch.plan import PlannedRun
-from launch.sweep import Execution, run_all
-from launch.work import Outcome
+from launch.sweep import execute as sweep
+from launch.sweep import workers as local
+from launch.sweep.execute import Execution, run_all
+from launch.sweep.plan import PlannedRun
+from launch.sweep.work import Outcome
+from launch.sweep.workers import slots_here
 
 
 @pytest.fixture(autouse=True)

@@ -19,14 +19,14 @@ from cfusion import program
 from cfusion.cli.main import app
 from cfusion.cli.sweep_views import duration, legend, picture, runs_table, words
 from cfusion.errors import ConfigError, DataError, PartialResultError
-from launch import plan as plan_module
-from launch import status as status_module
-from launch.markers import FAILED, add_attempt, attempts, claim, write_failure
-from launch.plan import DataDigests, PlannedRun, SweepConfig, load_sweep, plan
-from launch.results import members_of
-from launch.status import counts, grid, look, seconds_left
-from launch.sweep import Execution, jobs_of, run_all
-from launch.work import Job, do, lost
+from launch.sweep import plan as plan_module
+from launch.sweep import status as status_module
+from launch.sweep.execute import Execution, jobs_of, run_all
+from launch.sweep.markers import FAILED, add_attempt, attempts, claim, write_failure
+from launch.sweep.plan import DataDigests, PlannedRun, SweepConfig, load_sweep, plan
+from launch.sweep.results import members_of
+from launch.sweep.status import counts, grid, look, seconds_left
+from launch.sweep.work import Job, do, lost
 
 AXES: dict[str, Any] = {
     "encoder": {"made-up": {}},

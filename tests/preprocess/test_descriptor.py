@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cfusion.errors import DataError
 from preprocess.descriptor import DIM, NAME, describe
-from preprocess.phantom_tissue import Stain, draw_tissue
+from preprocess.phantom.histology import Stain, draw_tissue
 
 OCTAVE_H = 11
 """Index of the finest octave's haematoxylin energy; the next octaves follow in steps of 2."""

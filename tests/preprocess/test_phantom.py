@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cfusion.cohort import read_cohort
+from cfusion.cohort.read import read_cohort
 from cfusion.config import CohortConfig
 from cfusion.errors import ConfigError, DataError
 from cfusion.survival.metrics import concordance
 from preprocess.descriptor import describe
-from preprocess.phantom import PHANTOMS, PhantomCohort, PhantomSpec, draw_cohort, plan_patients
-from preprocess.phantom_tissue import Stain, atlas, draw_tissue, gland_field
+from preprocess.phantom.draw import PHANTOMS, PhantomCohort, PhantomSpec, draw_cohort, plan_patients
+from preprocess.phantom.histology import Stain, atlas, draw_tissue, gland_field
 
 SMALL = PhantomSpec("small", seed=5, patients=6, cells=(1, 1), share_40x=0.34, two_slides=1)
 

@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from cfusion.cli import evidence
+from cfusion.cli import cmd_evidence as evidence
 from cfusion.config import Config
 from cfusion.errors import CfusionError, ConfigError, DataError
 
@@ -89,7 +89,7 @@ def test_null_trains_on_permuted_outcomes_beside_the_run(
         seen.append((settings.evaluation.permute_outcomes, settings.output))
         return SimpleNamespace(summary=pd.DataFrame([{"cindex_mean": 0.5, "cindex_pooled": 0.49}]))
 
-    monkeypatch.setattr("cfusion.crossval.cross_validate", cross_validate)
+    monkeypatch.setattr("cfusion.runs.crossval.cross_validate", cross_validate)
     output = run("null", config, f"output={tmp_path}/run", "--permutations", "2", "--repetitions", "2")
     assert seen == [(0, tmp_path / "run-permuted-0"), (1, tmp_path / "run-permuted-1")]
     assert "permuted outcomes, seed 1 (strict): mean C 0.500, pooled C 0.490" in output

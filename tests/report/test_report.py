@@ -13,14 +13,14 @@ import pytest
 import yaml
 from made_up_outcomes import cohort, predicted
 
-from cfusion.audit import audit
-from cfusion.cohort import write_outcomes
+from cfusion.cohort.audit import audit
+from cfusion.cohort.read import write_outcomes
+from cfusion.cohort.splits import make_splits, write_splits
 from cfusion.config import Config, SplitsConfig, validate
 from cfusion.errors import ConfigError, DataError
 from cfusion.files import write_json, write_text
 from cfusion.report import ReportContext, figures, write_report
 from cfusion.report.runs import report_runs
-from cfusion.splits import make_splits, write_splits
 from cfusion.survival.predictions import read_predictions
 from cfusion.survival.score import Scores, score
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfusion.errors import DataError
-from cfusion.survival.comparison import compare, holm
+from cfusion.survival.paired import compare, holm
 from cfusion.survival.predictions import checked_predictions
 
 

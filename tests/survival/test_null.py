@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cfusion.cohort import read_cohort
+from cfusion.cohort.read import read_cohort
+from cfusion.cohort.splits import make_splits
 from cfusion.config import CohortConfig, SplitsConfig
 from cfusion.errors import DataError, UndefinedMetricError
-from cfusion.splits import make_splits
 from cfusion.survival.metrics import concordance
 from cfusion.survival.null import Outcomes, scored_outcomes, simulate_null
 from cfusion.survival.predictions import read_predictions

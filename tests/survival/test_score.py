@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from made_up_outcomes import cohort
 
+from cfusion.cohort.splits import make_splits
 from cfusion.config import SplitsConfig
 from cfusion.errors import DataError, UndefinedMetricError
-from cfusion.splits import make_splits
 from cfusion.survival.bins import TimeBins
 from cfusion.survival.foldscores import References
 from cfusion.survival.predictions import checked_predictions, read_predictions

@@ -14,14 +14,14 @@ from mlflow.exceptions import MlflowException
 from test_prediction import cfusion, files, untrained  # noqa: F401 - fixtures
 from typer.testing import CliRunner
 
-from cfusion.bag_sources import ShardSource, group_slides
+from cfusion.apply.ensemble import FoldEnsemble
+from cfusion.apply.sources import ShardSource, group_slides
 from cfusion.cli.main import app
 from cfusion.config import DataConfig, ParallelConfig
 from cfusion.errors import CfusionError, ConfigError, DataError
-from cfusion.prediction import FoldEnsemble
+from cfusion.tracking.address import connect
 from cfusion.tracking.champion import judge
-from cfusion.tracking.registry import Contract, check_name, list_versions, model_address, register_ensemble
-from cfusion.tracking.server import connect
+from cfusion.tracking.model_registry import Contract, check_name, list_versions, model_address, register_ensemble
 from cfusion.training.world import join_world
 
 
@@ -197,7 +197,7 @@ def test_the_served_model_has_signature_example_encoder_and_time_bins(client, tm
 
 
 def test_a_served_model_that_needs_positions_takes_them(tmp_path):
-    from cfusion.serving import ServedEnsemble
+    from cfusion.apply.serving import ServedEnsemble
 
     folder = untrained(tmp_path / "run", grid="spatial")
     served = ServedEnsemble()

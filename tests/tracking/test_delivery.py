@@ -22,12 +22,13 @@ from typer.testing import CliRunner
 
 from cfusion.cli.main import app
 from cfusion.config import TrackingConfig
-from cfusion.crossval import cross_validate
 from cfusion.errors import ConfigError, DataError, RequeueError
-from cfusion.tracking import TrackedRun, delivery, run
+from cfusion.runs.crossval import cross_validate
+from cfusion.tracking import TrackedRun, delivery
+from cfusion.tracking import tracked_run as run
+from cfusion.tracking.address import TrackingUnavailableError, connect, public_name, tracking_uri
 from cfusion.tracking.delivery import delivery_of, send, unsent
 from cfusion.tracking.journal import Journal
-from cfusion.tracking.server import TrackingUnavailableError, connect, public_name, tracking_uri
 
 ROOT = Path(__file__).parents[2]
 
@@ -287,12 +288,12 @@ def test_how_a_run_ended_and_why_is_told(database, tmp_path, error, status):
 
 _KILLED = """
 import os, signal, sys
-from cfusion import crossval
+from cfusion.runs import crossval
 from cfusion.cli.main import app
 from cfusion.config import load_config
 from cfusion.tracking import TrackedRun
 from cfusion.tracking.delivery import send
-from cfusion.tracking.server import tracking_uri
+from cfusion.tracking.address import tracking_uri
 config = load_config(sys.argv[1])
 die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
 whole = TrackedRun.log

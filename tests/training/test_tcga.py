@@ -11,7 +11,7 @@ from factories import ENCODER, slide_features
 
 import cfusion
 from cfusion.config import Config, validate
-from cfusion.crossval import cross_validate
+from cfusion.runs.crossval import cross_validate
 from cfusion.types import SlideFeatures
 from preprocess.packing import pack_store
 

@@ -14,7 +14,7 @@ from cfusion.explanation.result import TileScores, write_explanation
 from cfusion.view import openseadragon
 from cfusion.view.api import Viewer, load_deep_zoom
 from cfusion.view.explanations import Explanations
-from cfusion.view.slides import SlideFolder
+from cfusion.view.served_slides import SlideFolder
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = sync_api.expect

@@ -34,15 +34,15 @@ from made_up_viewer import (
 from PIL import Image
 from slide_factory import break_tile, tissue_picture, write_slide
 
-from cfusion.cli.view import view
+from cfusion.cli.cmd_view import view
 from cfusion.errors import ConfigError, DataError
 from cfusion.explanation.result import read_explanation, write_explanation
 from cfusion.survival.groups import kaplan_meier
 from cfusion.view.api import Viewer
 from cfusion.view.explanations import Explanations
+from cfusion.view.patient_curve import CohortCurves, patient_panel
+from cfusion.view.served_slides import MAX_OPEN, SlideFolder
 from cfusion.view.server import listen
-from cfusion.view.slides import MAX_OPEN, SlideFolder
-from cfusion.view.survival import CohortCurves, patient_panel
 from preprocess import deepzoom
 from preprocess.slides import Overview, Slide, open_slide
 

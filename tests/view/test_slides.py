@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cfusion.errors import DataError
-from cfusion.view.pictures import PictureCache
-from cfusion.view.slides import OpenSlides, SlideFolder, SlideGoneError
+from cfusion.view.picture_cache import PictureCache
+from cfusion.view.served_slides import OpenSlides, SlideFolder, SlideGoneError
 
 
 class Opened:

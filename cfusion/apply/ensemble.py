@@ -1,0 +1,277 @@
+"""Predictions of a trained model, or of a fold ensemble, for the patients of a source or for one bag in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from cfusion.apply.sources import BagSource, Cases, ShardSource
+from cfusion.config import DataConfig, ParallelConfig
+from cfusion.console import progress
+from cfusion.data.partition import evaluation_slices
+from cfusion.errors import DataError
+from cfusion.survival.predictions import curve_table
+from cfusion.training.fitted import FittedModel
+from cfusion.training.inference import BagSet, predict_logits, prediction_frame
+from cfusion.training.runtime import Runtime
+from cfusion.training.world import join_world, launched
+from cfusion.types import BagBatch, SurvivalOutput, magnification_name
+
+_RUN = "run.json"
+"""File that makes a folder a run's."""
+
+
+def predict(
+    model: FittedModel, data: DataConfig, cases: Sequence[str] | Mapping[str, Sequence[str]], *, micro_batch: int = 1
+) -> pd.DataFrame:
+    """Risk and survival curve of each patient, computed once each at any number of processes.
+
+    Args:
+        model: A trained model, as `fit` or `FittedModel.load` gives it.
+        data: Where the shards are and how they are read.
+        cases: Patients, or their slides by patient. The slides of a patient given by name alone are those whose name
+            is the patient's or begins with it and a hyphen, as TCGA's barcodes do.
+        micro_batch: Bags in one forward pass.
+
+    Returns:
+        One row per patient: `model, protocol, fold` (as the model's card tells), `case_id, risk, risk_cutoff` (of the
+        model; NaN where it has none), `survival_1…K, edge_1…K`. `cfusion.score` takes it with the patients' cohort.
+
+    Raises:
+        DataError: The shards are of another encoder or width, or a patient has no slide in them.
+    """
+    source = ShardSource(data)
+    source.embeddings.check(model.card)
+    slides = cases if isinstance(cases, Mapping) else slides_by_name(cases, source.slide_ids)
+    runtime = join_world(ParallelConfig(global_batch=launched()))
+    bags = BagSet.open(source.dataset, slides, data, runtime, magnifications=model.card.magnifications)
+    model.module.to(device=runtime.device, dtype=runtime.dtype)
+    frame = prediction_frame(predict_logits(runtime, model.module, bags, micro_batch), bags, model.bins)
+    card = model.card
+    cutoff = np.nan if card.risk_cutoff is None else card.risk_cutoff
+    told = {"model": card.model["name"], "protocol": card.protocol, "fold": card.fold}
+    first = [*told, "case_id", "risk", "risk_cutoff"]
+    return frame.assign(**told, risk_cutoff=cutoff)[[*first, *frame.columns[2:]]]
+
+
+def slides_by_name(cases: Sequence[str], slide_ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The slides whose name is the patient's, or begins with it and a hyphen.
+
+    Raises:
+        DataError: A patient has none.
+    """
+    found = {case: tuple(s for s in slide_ids if s == case or s.startswith(f"{case}-")) for case in cases}
+    missing = [case for case, slides in found.items() if not slides]
+    if missing:
+        raise DataError(
+            f"No slide in the shards is named after {len(missing)} of {len(found)} patients: {', '.join(missing[:5])}.",
+            "Give the slides of each patient as a mapping, or pack the missing slides.",
+        )
+    return found
+
+
+def run_folder(folder: Path) -> Path:
+    """The folder of the one run whose fold models lie at or below `folder`; `folder` itself where there are none.
+
+    Raises:
+        DataError: They belong to several runs; two are named.
+    """
+    if (folder / _RUN).is_file():
+        return folder
+    runs = sorted({_run_of(model, folder) for model in _model_folders(folder, "**")})
+    if len(runs) > 1:
+        raise DataError(
+            f"{folder}: holds fold models of {len(runs)} runs, such as {runs[0]} and {runs[1]}, which are no ensemble.",
+            "Give the folder of one run, or of one of its folds.",
+        )
+    return runs[0] if runs else folder
+
+
+def _model_folders(folder: Path, pattern: str) -> list[Path]:
+    """Folders of models, sorted; a hidden one is a killed writer's."""
+    found = (path.parent for path in folder.glob(f"{pattern}/model.json"))
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+
+
+def _run_of(model: Path, top: Path) -> Path:
+    """The run of a model at or below `top`: the nearest folder with a run.json, or else that of its fold's folder."""
+    for parent in model.parents:
+        if parent.is_relative_to(top) and (parent / _RUN).is_file():
+            return parent
+    run = model.parents[1] if model.name == "model" else model.parent
+    return run if run.is_relative_to(top) else top
+
+
+@dataclass(frozen=True)
+class FoldEnsemble:
+    """The models of all folds of a cross-validation, which together predict for patients none of them has seen."""
+
+    models: tuple[FittedModel, ...]
+
+    @classmethod
+    def load(cls, folder: Path) -> FoldEnsemble:
+        """Read every fold's model of the run at or below `folder`.
+
+        Raises:
+            DataError: There is none, they belong to several runs, or they do not read the same embeddings.
+        """
+        models = tuple(FittedModel.load(path) for path in cls.folders(folder))
+        if not models:
+            raise DataError(f"{folder}: holds no model.json.", "Give the folder of a finished run.")
+        if len({(m.card.encoder, m.card.backbone_dim, m.card.magnifications) for m in models}) > 1:
+            raise DataError(f"{folder}: its models read different embeddings.", topic="encoder")
+        return cls(models)
+
+    @staticmethod
+    def folders(folder: Path) -> list[Path]:
+        """The folders of the fold models of the run at or below `folder`, sorted.
+
+        Raises:
+            DataError: There are fold models of several runs.
+        """
+        run = run_folder(folder)
+        # What else lies in a run's folder, such as another run, is no fold of it.
+        return _model_folders(run, "*fold_*/model" if (run / _RUN).is_file() else "**")
+
+    @property
+    def risk_cutoff(self) -> float | None:
+        """Mean of the folds' cut-offs, as its risk is the mean of theirs; above it is the high-risk group."""
+        cutoffs = [model.card.risk_cutoff for model in self.models if model.card.risk_cutoff is not None]
+        return float(np.mean(cutoffs)) if len(cutoffs) == len(self.models) else None
+
+    def predict(self, source: BagSource, cases: Cases, runtime: Runtime) -> pd.DataFrame:
+        """Risk and survival curve of each patient; each bag is read once for all models, and on one rank.
+
+        As in training, a patient's slides form one bag, or their curves and risks are averaged (`ModelCard.unit`).
+
+        Args:
+            source: Where the embeddings are.
+            cases: Slides of each patient.
+            runtime: The processes; every rank gets all rows.
+
+        Returns:
+            One row per patient: `case_id, slides, risk` and `risk_sd` (mean and standard deviation over folds), `group`
+            (high where the risk is above `risk_cutoff`, or else low; empty where a fold has none), `survival_1…K,
+            edge_1…K` (mean over folds at each month where some model's time bin ends).
+
+        Raises:
+            StoreError: The source's embeddings are not those the models read.
+        """
+        card = self.models[0].card
+        source.embeddings.check(card)
+        by_slide = card.unit == "slide"
+        apart = {slide: (slide,) for slides in cases.values() for slide in slides}
+        bags = source.open(apart if by_slide else cases, card.magnifications, runtime)
+        mine = evaluation_slices(bags.costs, runtime.world_size)[runtime.rank].tolist()
+        for model in self.models:
+            model.module.to(device=runtime.device, dtype=runtime.dtype)
+        rows: list[tuple[str, list[np.ndarray]]] = []
+        with progress("Bags", len(mine)) as bar, torch.inference_mode():
+            for index, batch in zip(mine, bags.stream(mine), strict=True):
+                rows.append((bags.case_ids[index], [self._survival(model, batch) for model in self.models]))
+                bar.advance()
+        gathered = dict(runtime.gather(rows))
+        survival = []
+        for case, slides in cases.items():
+            of_bags = [gathered[key] for key in (slides if by_slide else [case])]
+            survival.append([np.mean(curves, axis=0) for curves in zip(*of_bags, strict=True)])
+        return self._table(cases, survival)
+
+    @staticmethod
+    def _survival(model: FittedModel, batch: BagBatch) -> np.ndarray:
+        return SurvivalOutput.from_logits(model.module(batch).logits.double()).survival[0].cpu().numpy()
+
+    def _table(self, cases: Cases, survival: list[list[np.ndarray]]) -> pd.DataFrame:
+        risks = np.array([[-curve.sum() for curve in of_models] for of_models in survival])
+        curves = np.array([self._mean_curve(of_models) for of_models in survival])
+        frame = curve_table(list(cases), curves, self.months.tolist(), risks.mean(axis=1))
+        cutoff = self.risk_cutoff
+        group = "" if cutoff is None else np.where(frame["risk"] > cutoff, "high", "low")
+        frame.insert(1, "slides", [len(slides) for slides in cases.values()])
+        frame.insert(3, "risk_sd", risks.std(axis=1))
+        frame.insert(4, "group", group)
+        return frame
+
+    @property
+    def months(self) -> np.ndarray:
+        """Every month at which some model's time bin ends, in order."""
+        return np.unique(np.concatenate([m.bins.right_edges_months for m in self.models]))
+
+    def _mean_curve(self, survival: Sequence[np.ndarray]) -> np.ndarray:
+        """The mean over models of their survival curves [bin] at `months`."""
+        curves = [
+            _step_curve(model.bins.right_edges_months, curve, self.months)
+            for model, curve in zip(self.models, survival, strict=True)
+        ]
+        return np.mean(curves, axis=0)
+
+    def predict_bag(
+        self, features: Mapping[str, np.ndarray], positions: Mapping[str, Sequence[Sequence[int]]] | None = None
+    ) -> pd.DataFrame:
+        """Risk and survival of one bag.
+
+        Args:
+            features: Per magnification name, f32 [tile, dim].
+            positions: Per magnification name, [tile, 2], column and row of each tile on its magnification's grid, as
+                `bag_positions` gives them; CrossFusion with `grid: spatial` cannot do without.
+
+        Returns:
+            One row per month at which some model's time bin ends: `months`, `survival` (mean over folds), and, the
+            same in each row, `risk` (mean over folds) and `risk_sd` (over folds).
+
+        Raises:
+            DataError: A feature or the risk is not finite, or the positions are not those of the tiles.
+        """
+        card = self.models[0].card
+        names = [magnification_name(m) for m in card.magnifications]
+        placed = None
+        if positions:
+            placed = {name: _checked_positions(positions, name, len(features[name])) for name in names}
+        tensors = {name: _checked_features(features[name], name) for name in names}
+        batch = BagBatch(tensors, None, placed)
+        with torch.inference_mode():
+            outputs = [m.module(batch) for m in self.models]
+        survival = self._mean_curve([output.survival[0].double().numpy() for output in outputs])
+        risks = np.array([output.risk.item() for output in outputs])
+        if not np.isfinite(risks).all():
+            raise DataError("The risk of this bag is not finite.", "Its features may be too large for the model.")
+        return pd.DataFrame({"months": self.months, "survival": survival, "risk": risks.mean(), "risk_sd": risks.std()})
+
+
+def _checked_features(features: np.ndarray, name: str) -> torch.Tensor:
+    """Features [1, tile, dim] of a magnification, in f32.
+
+    Raises:
+        DataError: A value is not finite.
+    """
+    with np.errstate(over="ignore"):  # what f32 cannot hold becomes infinite, and is told
+        values = np.array(features, dtype=np.float32)
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        raise DataError(
+            f"features of {name}: row {int(np.argmin(finite))}, counted from 0, holds a value that is not finite.",
+            "Extract the slide again.",
+        )
+    return torch.from_numpy(values)[None]
+
+
+def _checked_positions(positions: Mapping[str, Sequence[Sequence[int]]], name: str, tiles: int) -> torch.Tensor:
+    """Positions [1, tile, 2] of a magnification.
+
+    Raises:
+        DataError: They are not columns and rows of that many tiles.
+    """
+    table = np.asarray(positions.get(name, ()))
+    if table.shape != (tiles, 2) or table.dtype.kind not in "iu" or table.min(initial=0) < 0:
+        raise DataError(f"positions of {name}: expected {tiles} pairs of column and row, whole numbers from 0.")
+    return torch.as_tensor(table.astype(np.int64))[None]
+
+
+def _step_curve(edges: Sequence[float], survival: np.ndarray, months: np.ndarray) -> np.ndarray:
+    """A discrete survival curve at other times: it holds the value of the last bin that has ended, 1 before any."""
+    return np.concatenate([[1.0], survival])[np.searchsorted(edges, months, side="right")]

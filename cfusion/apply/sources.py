@@ -1,0 +1,266 @@
+"""Where the bags of a prediction come from: packed shards, or a feature store as it was extracted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from cfusion.cohort.parsing import read_table
+from cfusion.cohort.read import patient_of, slide_stem
+from cfusion.config import DataConfig
+from cfusion.data.partition import bag_cost
+from cfusion.data.positions import bag_positions
+from cfusion.data.shards import ShardDataset
+from cfusion.data.store import FeatureStore
+from cfusion.errors import CohortError, StoreError
+from cfusion.training.fitted import ModelCard
+from cfusion.training.inference import BagSet, open_shards
+from cfusion.training.runtime import Runtime
+from cfusion.types import BagBatch, magnification_name
+
+SAME_FOR_ALL = ("version", "weights", "transform", "pool", "resolution", "resample")
+"""What two sets of embeddings of one encoder must have in common for a model of the one to read the other."""
+
+Cases = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """What a source holds, for comparison with what a model reads.
+
+    Attributes:
+        where: The source, for messages.
+        encoder: Name of the encoder.
+        dim: Width of an embedding.
+        magnifications: Names.
+        made: How they were made, as far as all slides agree: weight digest, transform, …
+    """
+
+    where: str
+    encoder: str
+    dim: int
+    magnifications: tuple[str, ...]
+    made: Mapping[str, Any]
+
+    def check(self, card: ModelCard) -> None:
+        """Refuse embeddings that the model of a card was not trained on.
+
+        Raises:
+            StoreError: The encoder, its weights or the width differ, or a magnification is missing.
+        """
+        if (self.encoder, self.dim) != (card.encoder, card.backbone_dim):
+            raise StoreError(
+                f"{self.where}: holds embeddings of {self.encoder} ({self.dim} wide), but the model reads "
+                f"{card.encoder} ({card.backbone_dim} wide).",
+                "Embed the slides with the model's encoder.", topic="encoder",
+            )  # fmt: skip
+        missing = [name for name in map(magnification_name, card.magnifications) if name not in self.magnifications]
+        if missing:
+            raise StoreError(
+                f"{self.where}: holds {', '.join(self.magnifications)}, but the model also reads {', '.join(missing)}.",
+                f"Extract the slides at {','.join(f'{m:g}' for m in card.magnifications)}.",
+            )
+        for key in SAME_FOR_ALL:
+            ours, theirs = self.made.get(key), card.embeddings.get(key)
+            if ours is not None and theirs is not None and ours != theirs:
+                raise StoreError(
+                    f"{self.where}: its embeddings of {self.encoder} have {key} {ours}, but those the model was "
+                    f"trained on have {theirs}.",
+                    "Extract the slides as the training's were.", topic="encoder",
+                )  # fmt: skip
+
+
+class Bags(Protocol):
+    """Bags in a fixed order, a patient each."""
+
+    @property
+    def case_ids(self) -> tuple[str, ...]:
+        """The patients."""
+        ...
+
+    @property
+    def costs(self) -> np.ndarray:
+        """Work that each bag makes, for sharing it evenly."""
+        ...
+
+    def stream(self, indices: Sequence[int]) -> Iterator[BagBatch]:
+        """The given bags, one a batch, in order."""
+        ...
+
+
+class BagSource(Protocol):
+    """Slides with their embeddings."""
+
+    @property
+    def embeddings(self) -> Embeddings:
+        """What it holds."""
+        ...
+
+    @property
+    def slide_ids(self) -> tuple[str, ...]:
+        """Its slides."""
+        ...
+
+    def open(self, cases: Cases, magnifications: Sequence[float], runtime: Runtime) -> Bags:
+        """A bag a patient."""
+        ...
+
+
+class ShardSource:
+    """Packed shards, local or remote.
+
+    Attributes:
+        dataset: The shards.
+    """
+
+    def __init__(self, data: DataConfig) -> None:
+        self._data = data
+        self.dataset: ShardDataset = open_shards(data)
+
+    @property
+    def embeddings(self) -> Embeddings:
+        """What the index says."""
+        index = self.dataset.index
+        return Embeddings(self._data.shards, index.encoder, index.dim, index.magnifications, index.provenance)
+
+    @property
+    def slide_ids(self) -> tuple[str, ...]:
+        """The slides, in the order of the shards."""
+        return self.dataset.slide_ids
+
+    def open(self, cases: Cases, magnifications: Sequence[float], runtime: Runtime) -> Bags:
+        """A bag a patient, read ahead by threads."""
+        return _ShardBags(BagSet.open(self.dataset, cases, self._data, runtime, magnifications=magnifications))
+
+
+@dataclass(frozen=True)
+class _ShardBags:
+    bags: BagSet
+
+    @property
+    def case_ids(self) -> tuple[str, ...]:
+        return tuple(bag.case_id for bag in self.bags.bags)
+
+    @property
+    def costs(self) -> np.ndarray:
+        return self.bags.costs
+
+    def stream(self, indices: Sequence[int]) -> Iterator[BagBatch]:
+        return self.bags.loader.stream([[i] for i in indices], epoch=0, training=False)
+
+
+class StoreSource:
+    """The slides of one encoder in a feature store.
+
+    Args:
+        root: The feature store.
+        encoder: Encoder whose features are read.
+    """
+
+    def __init__(self, root: Path, encoder: str) -> None:
+        self._store = FeatureStore.open(root, encoder)
+        self._root = root
+
+    @property
+    def embeddings(self) -> Embeddings:
+        """What the groups say; every slide is looked at.
+
+        Raises:
+            StoreError: Slides differ in width or magnifications.
+        """
+        shapes = {slide: self._store.shapes(slide) for slide in self.slide_ids}
+        kinds: dict[tuple, str] = {}
+        for slide, by_name in shapes.items():
+            kinds.setdefault((tuple(by_name), *(dim for _, dim in by_name.values())), slide)
+        if len(kinds) != 1:
+            raise StoreError(
+                f"{self._store.path}: slides {', '.join(list(kinds.values())[:2])} differ in width or magnifications.",
+                "Extract them again with the same settings.",
+            )
+        ((names, dim, *_),) = kinds
+        attrs = [self._store.attrs(slide) for slide in self.slide_ids]
+        made = {key: attrs[0].get(key) for key in SAME_FOR_ALL if all(a.get(key) == attrs[0].get(key) for a in attrs)}
+        return Embeddings(str(self._root), self._store.encoder, dim, names, made)
+
+    @property
+    def slide_ids(self) -> tuple[str, ...]:
+        """The slides, sorted."""
+        return tuple(self._store.slide_ids())
+
+    def open(self, cases: Cases, magnifications: Sequence[float], runtime: Runtime) -> Bags:
+        """A bag a patient, read when its turn comes."""
+        names = tuple(magnification_name(m) for m in sorted(magnifications, reverse=True))
+        return _StoreBags(self._store, {case: tuple(slides) for case, slides in cases.items()}, names, runtime)
+
+
+@dataclass(frozen=True)
+class _StoreBags:
+    store: FeatureStore
+    slides_of: Mapping[str, tuple[str, ...]]
+    names: tuple[str, ...]
+    runtime: Runtime
+
+    @property
+    def case_ids(self) -> tuple[str, ...]:
+        return tuple(self.slides_of)
+
+    @property
+    def costs(self) -> np.ndarray:
+        shapes = [[self.store.shapes(slide) for slide in slides] for slides in self.slides_of.values()]
+        return np.array([bag_cost({n: sum(by[n][0] for by in bag) for n in self.names}) for bag in shapes])
+
+    def stream(self, indices: Sequence[int]) -> Iterator[BagBatch]:
+        for index in indices:
+            yield self._batch(self.case_ids[index])
+
+    def _batch(self, case: str) -> BagBatch:
+        slides = [self.store.read(slide) for slide in self.slides_of[case]]
+        features = {
+            name: torch.from_numpy(np.concatenate([slide.features[name] for slide in slides]))[None]
+            for name in self.names
+        }
+        positions = None
+        sides = [slide.attrs.get("tile_px_level0", {}) for slide in slides]
+        if all(
+            len(s.coords.get(n, ())) and n in side for s, side in zip(slides, sides, strict=True) for n in self.names
+        ):
+            placed = bag_positions([{n: slide.coords[n] for n in self.names} for slide in slides], sides)
+            positions = {name: torch.from_numpy(grid)[None] for name, grid in placed.items()}
+        return BagBatch(features, None, positions, (case,)).to(self.runtime.device, self.runtime.dtype)
+
+
+def group_slides(slide_ids: Sequence[str], table: Path | None) -> dict[str, tuple[str, ...]]:
+    """The slides of each patient.
+
+    Args:
+        slide_ids: What there is.
+        table: Table `slide_id, case_id` of the slides that are wanted; none: all, by TCGA's barcodes, where a name is
+            one, or else each slide for itself.
+
+    Raises:
+        CohortError: The table lacks a column, or names slides that are not there.
+    """
+    if table is None:
+        rows = [(patient_of(slide), slide) for slide in slide_ids]
+    else:
+        cells = read_table(table)
+        if lacking := [name for name in ("slide_id", "case_id") if name not in cells.columns]:
+            raise CohortError(f"{table}: lacks the columns {', '.join(lacking)}.", "Expected slide_id and case_id.")
+        rows = [
+            (str(case), slide_stem(str(slide))) for case, slide in zip(cells["case_id"], cells["slide_id"], strict=True)
+        ]
+        absent = sorted({slide for _, slide in rows} - set(slide_ids))
+        if absent:
+            raise CohortError(
+                f"{table}: {len(absent)} of its slides are not there: {', '.join(absent[:5])}.",
+                "Leave them out, or extract them.",
+            )
+    grouped: dict[str, list[str]] = {}
+    for case, slide in rows:
+        grouped.setdefault(case, []).append(slide)
+    return {case: tuple(dict.fromkeys(slides)) for case, slides in grouped.items()}

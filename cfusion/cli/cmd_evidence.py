@@ -1,0 +1,171 @@
+"""Commands for evidence: score, report, null, audit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cfusion.cli.completion import settings
+
+if TYPE_CHECKING:
+    from cfusion.config import Config
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="section.key=value, such as evaluation.protocol=published", autocompletion=settings),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    for command in (score, report, null, audit):
+        app.command()(command)
+
+
+def score(
+    predictions: Annotated[Path, typer.Option(help="CSV of out-of-fold predictions, one row per patient and model.")],
+    out: Annotated[Path, typer.Option(help="Folder for scores.csv, summary.csv and the report.")],
+    bootstrap: Annotated[int, typer.Option(help="Patient-bootstrap replicates of each interval.", min=0)] = 1000,
+    horizons: Annotated[str, typer.Option(help="Months of the time-dependent AUC.")] = "12,36,60",
+    title: Annotated[str, typer.Option(help="Heading of the report.")] = "Scores of out-of-fold predictions",
+) -> None:
+    """Score anyone's predictions: tables, intervals, nulls and a report.
+
+    Columns: model, cohort, fold, case_id, risk (higher is worse), survival_months, event (1 = happened) or censorship
+    (1 = censored); optional protocol, seed, repeat, slide_id, risk_cutoff, survival_1..K and edge_1..K (months).
+
+      cfusion score --predictions predictions.csv --out scored
+    """
+    import pandas as pd
+
+    from cfusion.files import digest_file
+    from cfusion.report import ReportContext, write_report
+    from cfusion.survival.predictions import read_predictions
+    from cfusion.survival.score import score as compute
+
+    scores = compute(read_predictions(predictions), bootstrap=bootstrap, horizons=_months(horizons))
+    source = {predictions.name: {"sha256": digest_file(predictions), "bootstrap": bootstrap, "horizons": horizons}}
+    page = write_report([scores], out, context=ReportContext(title=title, provenance=source))
+    for note in scores.notes:
+        typer.echo(f"note: {note}")
+    for row in scores.summary.to_dict("records"):
+        interval = f" [{row['cindex_low']:.3f}, {row['cindex_high']:.3f}]" if pd.notna(row["cindex_low"]) else ""
+        typer.echo(
+            f"{row['cohort']}\t{row['model']}\tmean C {row['cindex_mean']:.3f} ± {row['cindex_std']:.3f}\tpooled C "
+            f"{row['cindex_pooled']:.3f}{interval}"
+        )
+    typer.echo(f"report: {page}")
+
+
+def _months(text: str) -> tuple[float, ...]:
+    from cfusion.errors import ConfigError
+
+    try:
+        months = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        months = ()
+    if not all(0 < month < float("inf") for month in months) or not months or list(months) != sorted(set(months)):
+        raise ConfigError(f"--horizons {text!r}: expected increasing months, such as 12,36,60.")
+    return months
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Output folders of finished runs.")],
+    out: Annotated[Path, typer.Option(help="Folder of the report.")],
+    title: Annotated[str, typer.Option(help="Heading.")] = "Survival from whole-slide images",
+) -> None:
+    """Write one report over finished runs; seeds are scored together, permuted runs become the null of the others.
+
+    cfusion report runs/study runs/study-amil --out report
+    """
+    from cfusion.report.runs import report_runs
+
+    typer.echo(f"report: {report_runs(runs, out, title=title)}")
+
+
+def null(
+    config: Annotated[Path, typer.Argument(help="YAML configuration.")],
+    overrides: Overrides = None,
+    permutations: Annotated[int, typer.Option(help="Also train so many times on permuted outcomes.", min=0)] = 0,
+    unit: Annotated[str, typer.Option(help="Rows that are scored: case or slide.")] = "case",
+    repetitions: Annotated[int, typer.Option(help="Repetitions of the simulation.", min=2)] = 40,
+) -> None:
+    """Say what a model without any signal scores on a cohort and its folds, under each protocol.
+
+    The closed simulation takes seconds and trains nothing. With --permutations the configuration itself is trained on
+    outcomes dealt to other patients; those runs lie beside the run's output folder.
+
+      cfusion null study.yaml --permutations 1
+    """
+    from cfusion.config import load_config
+
+    settings = load_config(config, overrides or [])
+    _echo_simulation(settings, unit, repetitions)
+    for seed in range(permutations):
+        _echo_permutation(settings, seed)
+
+
+def _echo_simulation(settings: Config, unit: str, repetitions: int) -> None:
+    from cfusion.cohort.read import read_cohort
+    from cfusion.cohort.splits import make_splits
+    from cfusion.errors import ConfigError
+    from cfusion.survival.null import scored_outcomes, simulate_null
+
+    if unit not in ("case", "slide"):
+        raise ConfigError(f"--unit {unit!r}: expected case or slide.")
+    cohort = read_cohort(settings.cohort)
+    folds = scored_outcomes(cohort, make_splits(cohort, settings.splits, settings.evaluation.protocol), unit)
+    typer.echo("cohort\tprotocol\tepochs\tmean C\tsd\t97.5% limit")
+    kinds = [("strict, fixed-epoch", "–", False, 0.0), ("published", "independent", True, 0.0),
+             ("published", "correlated", True, 0.9)]  # fmt: skip
+    for protocol, epochs, chosen, memory in kinds:
+        result = simulate_null(folds, chosen_on_scored_fold=chosen, autocorrelation=memory, repetitions=repetitions)
+        numbers = f"{result.mean:.3f}\t{result.sd:.3f}\t{result.high:.3f}"
+        typer.echo(f"{cohort.name}\t{protocol}\t{epochs}\t{numbers}")
+
+
+def _echo_permutation(settings: Config, seed: int) -> None:
+    from cfusion.runs.crossval import cross_validate
+
+    evaluation = settings.evaluation.model_copy(update={"permute_outcomes": seed})
+    output = settings.output.with_name(f"{settings.output.name}-permuted-{seed}")
+    scores = cross_validate(settings.model_copy(update={"evaluation": evaluation, "output": output}))
+    row = scores.summary.iloc[0]
+    typer.echo(
+        f"permuted outcomes, seed {seed} ({settings.evaluation.protocol}): mean C {row['cindex_mean']:.3f}, pooled C "
+        f"{row['cindex_pooled']:.3f} in {output}"
+    )
+
+
+def audit(
+    config: Annotated[Path, typer.Argument(help="YAML configuration.")],
+    overrides: Overrides = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop where anything is dropped or doubted.")] = False,
+) -> None:
+    """Read a cohort and its splits; say what a run would drop or doubt, and why.
+
+    Slides are not looked for here; `cfusion train --dry-run` also checks them against the shards.
+
+      cfusion audit configs/tcga_blca.yaml
+    """
+    from cfusion.cohort.audit import audit as examine
+    from cfusion.cohort.read import read_cohort
+    from cfusion.cohort.splits import make_splits
+    from cfusion.config import load_config
+
+    settings = load_config(config, overrides or [])
+    cohort = read_cohort(settings.cohort)
+    result = examine(
+        cohort,
+        make_splits(cohort, settings.splits, settings.evaluation.protocol),
+        n_bins=settings.evaluation.n_bins,
+        keep_zero_times=settings.cohort.keep_zero_times,
+    )
+    for finding in result.findings:
+        typer.echo(finding)
+    for step, patients, slides in result.flow:
+        typer.echo(f"{step}: {patients} patients, {slides} slides")
+    if strict or settings.evaluation.strict:
+        result.raise_if_strict()

@@ -1,0 +1,74 @@
+"""`cfusion explain`: what raises and lowers a slide's risk, tile by tile."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cfusion.cli.cmd_predict import load_ensemble
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command()(explain)
+
+
+def explain(
+    source: Annotated[Path, typer.Argument(help="A slide, a feature store, or one slide's group in it (.zarr).")],
+    model: Annotated[str, typer.Option(help="models:/NAME@champion, a run's folder, or one fold's.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; each slide gets a folder of its own in it.")],
+    uri: Annotated[str | None, typer.Option(help="MLflow server; default: MLFLOW_TRACKING_URI.")] = None,
+    slide: Annotated[list[str] | None, typer.Option(help="Of a store, this slide; default all.")] = None,
+    slides: Annotated[Path | None, typer.Option(help="Of a store, where its slides are, for the pictures.")] = None,
+    magnification: Annotated[list[float] | None, typer.Option(help="Report this one; default all read.")] = None,
+    occlusion: Annotated[
+        Literal["cells", "tiles", "none"], typer.Option(help="Remove those of the coarsest magnification, or all.")
+    ] = "cells",
+    most_removals: Annotated[
+        int, typer.Option(help="Of more cells than these, several are removed at once, in squares.", min=1)
+    ] = 256,
+    faithfulness: Annotated[bool, typer.Option("--faithfulness", help="Also draw deletion curves.")] = False,
+    default_mpp: Annotated[float | None, typer.Option(help="µm/px of slides whose files do not tell.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Of a slide, folder of tissue masks; they win.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Of a slide, folder of encoder checkpoints.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network for weights.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda:0, …; default a GPU where there is one.")] = None,
+) -> None:
+    """Score every tile of a slide: attention, input×gradient, occlusion; mean and spread over folds.
+
+    Each slide gets a folder with index.html, explanation.zarr, overlays, a gallery of the tiles that raise and lower
+    the risk most, and GeoJSON that QuPath opens. A slide is preprocessed with the encoder that the model names.
+
+    \b
+      cfusion explain a.svs --model models:/blca@champion --out explained
+      cfusion explain features --slides slides --model runs/blca --out explained
+    """  # noqa: D301 - the escape is typer's mark for lines that stay as they are
+    from cfusion.apply.explain import checked_device, explain_source, from_slide, from_store
+    from cfusion.types import magnification_name
+
+    with tempfile.TemporaryDirectory() as scratch:
+        ensemble = load_ensemble(model, uri, Path(scratch) / "model")
+    card = ensemble.models[0].card
+    if source.is_dir():
+        chosen = from_store(source, card, slide or (), slides)
+    else:
+        settings = {"default_mpp": default_mpp, "masks": masks, "weights": weights, "offline": offline}
+        chosen = from_slide(source, card, out / "features", **settings)
+    results = explain_source(
+        chosen,
+        ensemble,
+        out,
+        magnifications=[magnification_name(m) for m in magnification or ()] or None,
+        occlusion=occlusion,
+        most_removals=most_removals,
+        faithfulness=faithfulness,
+        default_mpp=default_mpp,
+        device=checked_device(device),
+    )
+    for done in results:
+        typer.echo(f"{done.explanation.slide_id}: {done.explanation.told_risk}; {done.page}")
+        if done.areas is not None:
+            typer.echo(done.areas.to_string(index=False, float_format="{:.3g}".format))

@@ -1,0 +1,168 @@
+"""`cfusion launch`: one run over several nodes, by SLURM, by Kubernetes or on this machine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from launch.cluster.cluster_plan import LaunchPlan
+
+launch = typer.Typer(
+    help="Start `cfusion train` on several nodes, which go on when one is lost and start again when time is up.",
+    no_args_is_help=True,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration, as the nodes will find it.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, such as train.epochs=20")]
+Nodes = Annotated[int, typer.Option(help="Number of nodes.", min=1)]
+Gpus = Annotated[int, typer.Option(help="GPUs per node, with a process each; 0: the CPU computes.", min=0)]
+Processes = Annotated[int | None, typer.Option(help="Processes per node, where not one per GPU.", min=1)]
+Cpus = Annotated[int, typer.Option(help="Cores per process.", min=1)]
+Hours = Annotated[float, typer.Option(help="Time limit; before it, the run saves and leaves.", min=0.1, max=9999)]
+Engine = Annotated[str | None, typer.Option(help="ddp, zero1, zero2 or zero3; default: as the configuration says.")]
+Name = Annotated[str | None, typer.Option(help="Name of the job; default: of cohort and model.")]
+Python = Annotated[str | None, typer.Option(help="The interpreter on the nodes.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be started, and stop.")]
+Out = Annotated[Path | None, typer.Option(help="Also write what is shown to this file.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.add_typer(launch, name="launch")
+
+
+@launch.command()
+def slurm(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Nodes = 1,
+    gpus: Gpus = 1,
+    processes: Processes = None,
+    cpus: Cpus = 8,
+    hours: Hours = 24.0,
+    engine: Engine = None,
+    name: Name = None,
+    python: Python = None,
+    partition: Annotated[str | None, typer.Option(help="Partition of the cluster.")] = None,
+    account: Annotated[str | None, typer.Option(help="Account that is charged.")] = None,
+    sbatch: Annotated[list[str] | None, typer.Option(help="Further option of sbatch, as KEY=VALUE.")] = None,
+    setup: Annotated[list[str] | None, typer.Option(help="Line of shell before the run: module load cuda.")] = None,
+    image: Annotated[
+        str | None, typer.Option(help="Container image, where the cluster has pyxis; it sees this folder.")
+    ] = None,
+    mount: Annotated[
+        list[str] | None, typer.Option(help="Further folder for the container: /data or /data:/where.")
+    ] = None,
+    dry_run: DryRun = False,
+    out: Out = None,
+) -> None:
+    """Submit a run to SLURM.
+
+    cfusion launch slurm study.yaml --nodes 2 --gpus 8 --hours 12 --dry-run
+    """
+    from launch.cluster.slurm_job import SlurmOptions, slurm_script, submit_slurm
+
+    python = python or ("python" if image else sys.executable)
+    plan = _plan(config, overrides, nodes, gpus, processes, cpus, hours, engine, name, python)
+    options = SlurmOptions(partition, account, _pairs(sbatch), tuple(setup or ()), image, tuple(mount or ()))
+    script = slurm_script(plan, options)
+    if dry_run:
+        _show(script, out)
+    else:
+        typer.echo(submit_slurm(script, out or Path(f"{plan.name}.sbatch")))
+
+
+@launch.command()
+def k8s(
+    config: ConfigFile,
+    claim: Annotated[str, typer.Option(help="PersistentVolumeClaim with the data and the runs.")],
+    overrides: Overrides = None,
+    image: Annotated[str, typer.Option(help="Container image with cfusion in it.")] = "cfusion:latest",
+    nodes: Nodes = 1,
+    gpus: Gpus = 1,
+    processes: Processes = None,
+    cpus: Cpus = 8,
+    hours: Annotated[
+        float | None,
+        typer.Option(help="Limit of the whole run, final; default: none.", min=0.1, max=9999),
+    ] = None,
+    engine: Engine = None,
+    name: Name = None,
+    python: Python = None,
+    folder: Annotated[str, typer.Option(help="Where it is mounted; paths are relative to it.")] = "/work",
+    secret: Annotated[str | None, typer.Option(help="Secret with variables such as MLFLOW_TRACKING_PASSWORD.")] = None,
+    dry_run: DryRun = False,
+    out: Out = None,
+) -> None:
+    """Apply a run to Kubernetes, as an Indexed Job with a headless Service.
+
+    cfusion launch k8s study.yaml --image IMAGE --claim DATA --nodes 2
+    """
+    from launch.cluster.kubernetes_job import K8sOptions, k8s_manifest, submit_k8s
+
+    plan = _plan(config, overrides, nodes, gpus, processes, cpus, hours or 0.0, engine, name, python or "python")
+    manifest = k8s_manifest(plan, K8sOptions(image, claim, folder, secret))
+    if dry_run:
+        _show(manifest, out)
+    else:
+        typer.echo(submit_k8s(manifest))
+
+
+@launch.command()
+def local(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Nodes = 1,
+    gpus: Gpus = 0,
+    processes: Processes = None,
+    cpus: Cpus = 1,
+    engine: Engine = None,
+    name: Name = None,
+    dry_run: DryRun = False,
+    out: Out = None,
+) -> None:
+    """Run on this machine, each node an agent with its processes.
+
+    cfusion launch local configs/tcga_blca.yaml --nodes 2 --processes 2
+    """
+    import shlex
+
+    from launch.cluster.local_agents import run_here
+
+    plan = _plan(config, overrides, nodes, gpus, processes, cpus, 0.0, engine, name, sys.executable)
+    if not dry_run:
+        raise typer.Exit(run_here(plan))
+    variables = " ".join(f"{key}={shlex.quote(value)}" for key, value in plan.environment().items())
+    agent = shlex.join(plan.agent(endpoint="127.0.0.1:29400", run_id=plan.name, local_address="127.0.0.1"))
+    _show("".join(f"NODE_RANK={node} {variables} {agent} &\n" for node in range(nodes)) + "wait\n", out)
+
+
+def _plan(
+    config: Path, overrides: list[str] | None, nodes: int, gpus: int, processes: int | None, cpus: int, hours: float,
+    engine: str | None, name: str | None, python: str,
+) -> LaunchPlan:  # fmt: skip
+    from launch.cluster.cluster_plan import Resources, make_plan
+
+    resources = Resources(nodes, gpus, processes, cpus, hours)
+    return make_plan(config, overrides or [], resources, python=python, name=name, engine=engine)
+
+
+def _pairs(options: list[str] | None) -> dict[str, str]:
+    from cfusion.errors import ConfigError
+
+    for option in options or []:
+        if "=" not in option:
+            raise ConfigError(f"--sbatch {option!r}: expected KEY=VALUE, such as mem=64G.")
+    return {key: value for key, _, value in (option.partition("=") for option in options or [])}
+
+
+def _show(text: str, out: Path | None) -> None:
+    from cfusion.files import write_text
+
+    typer.echo(text, nl=False)
+    if out is not None:
+        write_text(out, text)

@@ -1,0 +1,224 @@
+"""`cfusion preprocess`: slides to a feature store, and what can be asked of a store."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from cfusion.cli import cmd_shard as shard
+from cfusion.cli.completion import encoders
+from cfusion.cli.options import refuse_unheard
+from cfusion.errors import ConfigError, DataError, PartialResultError
+
+if TYPE_CHECKING:
+    from preprocess.outcome import Summary
+
+
+TASK_THREADS = 4
+"""Reading threads of a task on slurm or ray, whose machine is not this one."""
+
+
+TAKES = {"local": {"strict"}, "slurm": {"tasks", "gpus", "partition", "hours"}, "ray": {"tasks", "gpus"}}
+"""Options of `cfusion preprocess run` that not every executor takes."""
+
+
+class _RunByDefault(TyperGroup):
+    """`cfusion preprocess SLIDES …` is `cfusion preprocess run SLIDES …`, the options before or after the slides."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in {*self.commands, *ctx.help_option_names}:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_RunByDefault,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Slides to embeddings at 20x, 10x and 5x. `cfusion preprocess SLIDES` is short for `… run SLIDES`.",
+)
+shard.register(app)
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    slides: Annotated[Path, typer.Argument(help="A slide, or a folder that is searched for slides.")],
+    store: Annotated[Path, typer.Option(help="Feature store to write.")] = Path("features"),
+    encoder: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Encoder; several share one decoding of the slides. Default stain-texture.", autocompletion=encoders
+        ),
+    ] = None,
+    magnifications: Annotated[str, typer.Option(help="Finest first, each half the one before.")] = "20,10,5",
+    resolution: Annotated[str, typer.Option(help="nominal: 40x/20x/10x, as CLAM; exact: the true µm/px.")] = "nominal",
+    default_mpp: Annotated[float | None, typer.Option(help="µm/px of slides whose files do not tell.")] = None,
+    mpp_table: Annotated[Path | None, typer.Option(help="CSV slide_id,mpp for such slides.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder of tissue masks (.png) or .geojson; they win.")] = None,
+    resample: Annotated[str, typer.Option(help="area, or bicubic as PIL's default.")] = "area",
+    min_tissue: Annotated[float, typer.Option(help="Share of a finest tile that must be tissue.")] = 0.25,
+    sheets: Annotated[bool, typer.Option(help="Write masks, contours and sheets to look at.")] = True,
+    batch_size: Annotated[int, typer.Option(help="Tiles an encoder takes at once.")] = 64,
+    weights: Annotated[
+        Path | None, typer.Option(help="A checkpoint, or a folder of them, ENCODER.safetensors.")
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network for weights.")] = False,
+    precision: Annotated[str, typer.Option(help="card, f32, bf16 or f16.")] = "card",
+    device: Annotated[list[str] | None, typer.Option(help="cpu, cuda:0, …; default all GPUs.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Reading threads; default all cores, on slurm and ray 4 a task.")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first slide that fails, on this machine.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo slides made with other settings.")] = False,
+    executor: Annotated[str, typer.Option(help="local, slurm or ray.")] = "local",
+    tasks: Annotated[int, typer.Option(help="Shares of the slides, one task each, on slurm or ray.", min=1)] = 1,
+    gpus: Annotated[int, typer.Option(help="GPUs of a task, on slurm or ray.")] = 0,
+    partition: Annotated[str, typer.Option(help="SLURM partition.")] = "",
+    hours: Annotated[float, typer.Option(help="Time limit of a SLURM task.", min=0.1)] = 24.0,
+) -> None:
+    """Extract the features of slides; run it again and it does what is left.
+
+    cfusion preprocess slides/ --store features --encoder uni --encoder conch
+    """
+    from cfusion.config import PreprocessConfig, validate
+    from launch.extract import FanOut, fan_out
+    from preprocess.extraction import preprocess_slides
+
+    refuse_unheard(context, executor, TAKES)
+    plan = None
+    if executor != "local":
+        plan = FanOut(executor, tasks=tasks, gpus=gpus, partition=partition, minutes=math.ceil(60 * hours))  # type: ignore[arg-type]
+        threads = TASK_THREADS if threads is None else threads
+    values = {
+        "slides": slides, "store": store, "encoders": tuple(encoder or ["stain-texture"]), "masks": masks,
+        "magnifications": _numbers(magnifications), "resolution": resolution, "default_mpp": default_mpp,
+        "mpp_table": mpp_table, "resample": resample, "min_tissue": min_tissue, "sheets": sheets, "weights": weights,
+        "offline": offline, "batch_size": batch_size, "precision": precision, "devices": tuple(device or ()),
+        **({} if threads is None else {"threads": threads}),
+    }  # fmt: skip
+    config = validate(PreprocessConfig, values, "cfusion preprocess")
+    if plan:
+        _tell(fan_out(config, plan, overwrite=overwrite))
+    else:
+        _tell(preprocess_slides(config, strict=strict or slides.is_file(), overwrite=overwrite))
+
+
+@app.command()
+def verify(
+    store: Annotated[Path, typer.Argument(help="Feature store, or folder of shards.")],
+    encoder: Annotated[str | None, typer.Option(help="One encoder of a store alone.")] = None,
+) -> None:
+    """Read every byte of a store or of shards again, and compare shapes and digests with what was written.
+
+    cfusion preprocess verify features
+    """
+    if (store / "index.json").is_file() or any(store.glob("*.tar")):
+        shard.verify_shards(store)
+        return
+    from preprocess.inspection import list_store, verify_store
+
+    wrong = verify_store(store, encoder)
+    for slide, why in wrong.items():
+        typer.echo(f"WRONG   {slide}: {why}")
+    if wrong:
+        raise DataError(f"{store}: {len(wrong)} slides are not what was written.", "Delete them and extract again.")
+    typer.echo(f"{store}: {len(list_store(store, encoder))} slides are what was written.")
+
+
+@app.command()
+def inspect(
+    store: Annotated[Path, typer.Argument(help="Feature store.")],
+    slide: Annotated[str | None, typer.Option(help="Draw this slide.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="One encoder alone.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Picture to write; default SLIDE.png.")] = None,
+) -> None:
+    """Show a store as a table, or one slide as a picture.
+
+    cfusion preprocess inspect features --slide SLIDE_ID --out slide.png
+    """
+    from preprocess.inspection import draw_slide, list_store
+
+    if slide is not None:
+        from cfusion.data.store import FeatureStore
+
+        target = out or Path(f"{slide}.png")
+        draw_slide(FeatureStore.open(store, encoder).read(slide), target)
+        typer.echo(str(target))
+        return
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    # A pipe has no width to fit, and what reads it wants a line a slide.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    table = Table("encoder", Column("slide", overflow="fold"), "tiles", "width", "µm/px", "unreadable", box=None)
+    for row in list_store(store, encoder):
+        tiles = " ".join(f"{name}:{count}" for name, count in row.tiles.items())
+        table.add_row(row.encoder, row.slide_id, tiles, str(row.dim), row.mpp, str(row.unreadable or ""))
+    console.print(table)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="Folder of features that another program made.")],
+    store: Annotated[Path, typer.Option(help="Feature store to write.")] = Path("features"),
+    layout: Annotated[str, typer.Option("--from", help="auto, published, clam, trident or stamp.")] = "auto",
+    encoder: Annotated[str | None, typer.Option(help="Name of the encoder, where the files do not tell.")] = None,
+) -> None:
+    """Take over features made by the published program, CLAM, TRIDENT or STAMP.
+
+    cfusion preprocess import clam/ --store features --from clam --encoder uni
+    """
+    from preprocess.importers import import_features
+
+    report = import_features(source, store, layout, encoder)
+    typer.echo(f"{report.layout}: {report.alignment}")
+    for name, why in report.refused.items():
+        typer.echo(f"refused {name}: {why}")
+    typer.echo(f"{len(report.imported)} slides imported into {store}, {len(report.refused)} refused")
+    if report.refused:
+        raise PartialResultError(f"{len(report.refused)} of the slides were not imported.", "See above.")
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--magnifications {text}: expected numbers, such as 20,10,5.") from None
+
+
+def _tell(summary: Summary) -> None:
+    for outcome in summary.of("failed") + summary.of("stale"):
+        typer.echo(f"{outcome.status:<8}{outcome.slide_id}: {outcome.why}")
+    _table(summary)
+    speed = summary.tiles / max(1e-9, summary.seconds)
+    typer.echo(
+        f"{summary.tiles} tiles in {summary.seconds:.1f} s ({speed:.0f} tiles/s, "
+        f"{summary.pixels * 3 / 1e9 / max(1e-9, summary.seconds):.2f} GB/s, "
+        f"encoders idle {summary.encoder_idle:.0%}); {summary.table}"
+    )
+    partly = [o for o in summary.of("done") if o.why]
+    for outcome in partly:
+        typer.echo(f"partly  {outcome.slide_id}: {outcome.why}")
+    failed, stale = len(summary.of("failed")), len(summary.of("stale"))
+    if failed or stale:
+        told = [f"{failed} failed"] * bool(failed) + [f"{stale} are stale"] * bool(stale)
+        raise PartialResultError(f"of {len(summary.outcomes)} slides {' and '.join(told)}.", f"See {summary.table}.")
+
+
+def _table(summary: Summary) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    table = Table("slides", Column("number", justify="right"), Column("tiles", justify="right"), box=None)
+    for status in ("done", "skipped", "stale", "failed"):
+        found = summary.of(status)
+        table.add_row(status, str(len(found)), f"{sum(o.tiles for o in found):,}")
+    Console().print(table)

@@ -1,0 +1,43 @@
+"""`cfusion reproduce`: train a finished run again and compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cfusion.errors import DataError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command()(reproduce)
+
+
+def reproduce(
+    run: Annotated[Path, typer.Argument(help="Output folder of a finished run.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the second run; default: RUN-again.")] = None,
+    tolerance: Annotated[float, typer.Option(help="Largest difference that still counts as equal.")] = 0.0,
+) -> None:
+    """Train a finished run again from its own configuration and compare every prediction.
+
+    On the same CPU and library versions the predictions are equal bit for bit; on a GPU give a --tolerance. What
+    differs in data, program or packages is said first. Leaves with 2 where the predictions differ.
+
+      cfusion reproduce runs/study
+    """
+    from cfusion.runs.reproduction import reproduce_run
+
+    result = reproduce_run(run, out or run.with_name(f"{run.name}-again"))
+    if result.largest == float("inf"):
+        raise DataError(f"{run}: was not reproduced; other patients are predicted.", _advice(result.differences))
+    typer.echo(f"{result.cases} predictions, largest difference {result.largest:.3g}")
+    if result.largest > tolerance:
+        raise DataError(f"{run}: was not reproduced.", _advice(result.differences))
+
+
+def _advice(differences: tuple[str, ...]) -> str:
+    if differences:
+        return f"{'; '.join(differences)}."
+    return "Data, program and packages are the same: another device or number of threads gives other bits."

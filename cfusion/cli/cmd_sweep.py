@@ -1,0 +1,203 @@
+"""`cfusion sweep`: many runs from one file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cfusion.cli.options import refuse_unheard
+
+if TYPE_CHECKING:
+    from launch.sweep.plan import PlannedRun, SweepConfig
+    from launch.sweep.status import RunStatus
+
+sweep = typer.Typer(help="Plan, run and follow the product of cohorts, encoders, models, seeds and protocols.")
+
+SweepFile = Annotated[Path, typer.Argument(help="YAML file of the sweep; see configs/sweeps/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.key=value for all runs; output=FOLDER moves the sweep.")
+]
+Only = Annotated[list[str] | None, typer.Option("--only", help="axis=value: these runs alone; may be repeated.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+TAKES = {
+    "local": {"slots", "slots_per_gpu"},
+    "slurm": {"partition", "hours", "cpus", "gpus", "mem", "max_parallel", "chunk"},
+    "ray": {"cpus", "gpus", "max_parallel", "ray_address"},
+}
+"""Options of `cfusion sweep run` that not every executor takes."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.add_typer(sweep, name="sweep")
+
+
+def _planned(file: Path, overrides: list[str] | None, only: list[str] | None) -> tuple[SweepConfig, list[PlannedRun]]:
+    from launch.sweep.plan import load_sweep
+    from launch.sweep.plan import plan as plan_runs
+
+    settings = load_sweep(file, overrides or [])
+    return settings, plan_runs(settings, only or [])
+
+
+def _stale(settings: SweepConfig, runs: list[PlannedRun], only: list[str] | None) -> list[str]:
+    from launch.sweep.plan import plan as plan_runs
+    from launch.sweep.status import stale
+
+    return stale(settings, plan_runs(settings) if only else runs)
+
+
+def _echo_json(settings: SweepConfig, statuses: list[RunStatus], stale: list[str], **more: Any) -> None:
+    from launch.sweep.status import codes_of, counts
+
+    runs = [status.to_json() for status in statuses]
+    told = {
+        "name": settings.name, "output": str(settings.output), "counts": counts(statuses), "stale": stale,
+        "stale_codes": codes_of(settings, stale), **more,
+    }  # fmt: skip
+    typer.echo(json.dumps({**told, "runs": runs}, indent=1))
+
+
+def _echo_lines(statuses: list[RunStatus]) -> None:
+    """Tab-separated, a run a line: state, name, folds, word, log."""
+    lines = [f"{s.state}\t{s.name}\t{s.folds_done}/{s.folds}\t{s.word}\t{s.log or ''}".rstrip("\t") for s in statuses]
+    typer.echo("\n".join(lines))
+
+
+@sweep.command()
+def plan(file: SweepFile, overrides: Overrides = None, only: Only = None, as_json: AsJson = False) -> None:
+    """List the runs of a sweep and the state of each; a table on a terminal, tab-separated lines in a pipe.
+
+    cfusion sweep plan configs/sweeps/backbones.yaml
+    """
+    from launch.sweep.status import codes_of, counts, look
+
+    settings, runs = _planned(file, overrides, only)
+    statuses, stale = look(runs), _stale(settings, runs, only)
+    if as_json:
+        return _echo_json(settings, statuses, stale)
+    if not sys.stdout.isatty():
+        return _echo_lines(statuses)
+    from rich.console import Console
+
+    from cfusion.cli.sweep_views import legend, runs_table
+
+    console = Console(highlight=False)
+    console.print(runs_table(statuses, list(settings.axes)))
+    console.print(f"{len(runs):,} runs  ", legend(counts(statuses)))
+    if stale:
+        console.print(f"{len(stale):,} stale: folders of runs whose configuration, data or code has changed since")
+    for code, number in codes_of(settings, stale).items():
+        console.print(f"{number:,} of them done by code {code}; if its numbers are the same, `code: {code}` in {file}")
+
+
+@sweep.command()
+def status(file: SweepFile, overrides: Overrides = None, only: Only = None, as_json: AsJson = False) -> None:
+    """Show how far a sweep is: what is done, who trains what, what failed and why, how long the rest will take.
+
+    cfusion sweep status configs/sweeps/backbones.yaml
+    """
+    from launch.sweep.status import counts, grid, look, seconds_left
+
+    settings, runs = _planned(file, overrides, only)
+    statuses = look(runs)
+    left = seconds_left(statuses)
+    if as_json:
+        return _echo_json(settings, statuses, _stale(settings, runs, only), seconds_left=left)
+    if not sys.stdout.isatty():
+        return _echo_lines(statuses)
+    from rich.console import Console
+
+    from cfusion.cli.sweep_views import duration, legend, picture, words
+
+    console = Console(highlight=False)
+    console.print(picture(*grid(statuses, list(settings.axes)), console.width))
+    console.print(legend(counts(statuses)), f"   about {duration(left)} left" if left else "")
+    for line in words(statuses):
+        console.print(line)
+
+
+@sweep.command()
+def run(
+    context: typer.Context,
+    file: SweepFile,
+    overrides: Overrides = None,
+    only: Only = None,
+    executor: Annotated[str, typer.Option(help="local, slurm (job array) or ray (cluster).")] = "local",
+    slots: Annotated[
+        int | None, typer.Option(help="local: runs at the same time; default: one, or by the GPUs.", min=1)
+    ] = None,
+    slots_per_gpu: Annotated[
+        int, typer.Option(help="local: runs on one GPU, each its share of the memory.", min=1)
+    ] = 1,
+    processes: Annotated[int, typer.Option(help="Processes of a run (torchrun), a GPU each.", min=1)] = 1,
+    retries: Annotated[int, typer.Option(help="Further tries of a run that was killed.", min=0)] = 1,
+    limit: Annotated[int | None, typer.Option(help="Do so many of the runs that are left.", min=1)] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, audit its data, and stop.")
+    ] = False,
+    partition: Annotated[str, typer.Option(help="slurm: partition.")] = "",
+    hours: Annotated[
+        float, typer.Option(help="slurm: time limit of a task; near it a task is queued again.", min=0.1)
+    ] = 24.0,
+    cpus: Annotated[int, typer.Option(help="slurm, ray: cores of a task.", min=1)] = 4,
+    gpus: Annotated[int, typer.Option(help="slurm, ray: GPUs of a task.", min=0)] = 0,
+    mem: Annotated[float | None, typer.Option(help="slurm: memory of a task in GB.", min=0.1)] = None,
+    max_parallel: Annotated[int | None, typer.Option(help="slurm, ray: tasks at the same time.", min=1)] = None,
+    chunk: Annotated[int, typer.Option(help="slurm: runs one after the other in a task.", min=1)] = 1,
+    ray_address: Annotated[str, typer.Option(help="ray: auto, HOST:6379, ray://HOST:10001, or local.")] = "auto",
+) -> None:
+    """Do what is missing of a sweep; started again after any end, it goes on.
+
+    A run is held while it is trained: several sweeps in one folder share the work. Failed runs are tried anew.
+
+      cfusion sweep run configs/sweeps/backbones.yaml --executor slurm --gpus 1
+    """
+    from cfusion.runs.crossval import is_done
+    from launch.sweep.execute import Execution, run_all
+    from launch.tasks.resources import Resources
+
+    refuse_unheard(context, executor, TAKES)
+    settings, runs = _planned(file, overrides, only)
+    if limit is not None:
+        runs = [run for run in runs if not is_done(run.config.output)][:limit]
+    if dry_run:
+        return _rehearse(runs)
+    resources = Resources(cpus, gpus, mem, hours, partition, max_parallel, chunk)
+    how = Execution(executor, slots, slots_per_gpu, retries, processes, settings.group, resources, ray_address)
+    run_all(runs, how, settings.output)
+    typer.echo(f"{len(runs)} runs are done; table: cfusion sweep report {file}")
+
+
+def _rehearse(runs: list[PlannedRun]) -> None:
+    """List what would be done, and audit each cohort with each encoder once."""
+    from launch.sweep.execute import audits
+    from launch.sweep.status import look
+
+    left = [run for run, status in zip(runs, look(runs), strict=True) if status.state != "done"]
+    for run in left:
+        typer.echo(f"would train\t{run.name}")
+    for line in audits(left):
+        typer.echo(f"audit\t{line}")
+
+
+@sweep.command()
+def report(
+    file: SweepFile,
+    overrides: Overrides = None,
+    only: Only = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report; default: report/ in the sweep's.")] = None,
+) -> None:
+    """Compare what is finished: models, cohorts and encoders in one table, as HTML, CSV, Markdown and LaTeX.
+
+    cfusion sweep report configs/sweeps/backbones.yaml
+    """
+    from launch.sweep.results import report_sweep
+
+    settings, runs = _planned(file, overrides, only)
+    typer.echo(f"report: {report_sweep(settings, runs, out or settings.output / 'report')}")

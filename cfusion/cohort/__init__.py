@@ -1,0 +1,1 @@
+"""Cohorts: patients, outcomes, slides, folds, and the audit of all of them."""

@@ -1,0 +1,325 @@
+"""What is dropped or doubted before training, slide by slide and patient by patient, and why.
+
+Nothing is dropped in silence: every finding names its subject, and under `evaluation.strict` any finding stops the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pandas as pd
+
+from cfusion.cohort.read import patient_of
+from cfusion.errors import DataError
+from cfusion.survival.bootstrap import has_comparable_pair
+from cfusion.types import Cohort, Split
+
+LOST = {
+    "with a usable outcome": (
+        "missing_time", "negative_time", "zero_time", "unknown_event", "no_outcome", "duplicate_slide",
+    ),
+    "with slides": ("no_slides",),
+    "with features": ("missing_features", "missing_magnification", "no_slides"),
+}  # fmt: skip
+"""For each step of the flow, the kinds of findings that lost patients or slides on the way to it."""
+
+POLARITY_MINIMUM = 10
+"""Events and censored patients needed before their medians are compared."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing the audit dropped or doubts.
+
+    Attributes:
+        kind: Stable name of the rule, such as `missing_features`.
+        subject: The slide, patient, fold or cohort it concerns.
+        action: `dropped`: left out of the run; `doubted`: kept, but a person should look.
+        message: What was found and what it means; reads on from the subject.
+    """
+
+    kind: str
+    subject: str
+    action: Literal["dropped", "doubted"]
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.action}: {self.subject} {self.message} [{self.kind}]"
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The outcome of an audit.
+
+    Attributes:
+        cohort: What is kept.
+        splits: The folds of the kept patients.
+        findings: Everything dropped or doubted.
+        flow: Counts from the tables to the run, for the flow diagram: (step, patients, slides).
+    """
+
+    cohort: Cohort
+    splits: list[Split]
+    findings: list[Finding]
+    flow: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)
+
+    def raise_if_strict(self) -> None:
+        """Refuse to go on where anything was dropped or doubted.
+
+        Raises:
+            DataError: There are findings; the message counts them by kind and names the first.
+        """
+        if not self.findings:
+            return
+        counts = ", ".join(f"{count} {kind}" for kind, count in self.counts().items())
+        raise DataError(
+            f"cohort {self.cohort.name}: the audit has {len(self.findings)} findings ({counts}); first: "
+            f"{self.findings[0].subject} {self.findings[0].message}.",
+            "Correct the tables, or set evaluation.strict=false to go on without what was dropped.",
+            topic="audit",
+        )
+
+    def counts(self) -> dict[str, int]:
+        """Number of findings of each kind, the most frequent first."""
+        return dict(Counter(finding.kind for finding in self.findings).most_common())
+
+    def lines(self, most: int) -> list[str]:
+        """The findings as lines, at most so many of a kind; what is left out is counted."""
+        lines = []
+        for kind, count in self.counts().items():
+            lines += [str(finding) for finding in self.findings if finding.kind == kind][:most]
+            if count > most:
+                lines.append(f"… and {count - most} more [{kind}]")
+        return lines
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per finding: kind, subject, action, message."""
+        columns = [field.name for field in dataclasses.fields(Finding)]
+        return pd.DataFrame([dataclasses.asdict(finding) for finding in self.findings], columns=columns)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a run's artifacts and for its report."""
+        return {
+            "cohort": self.cohort.name,
+            "findings": [dataclasses.asdict(finding) for finding in self.findings],
+            "flow": [{"step": step, "patients": patients, "slides": slides} for step, patients, slides in self.flow],
+        }
+
+
+def audit(
+    cohort: Cohort,
+    splits: Sequence[Split],
+    *,
+    available: Mapping[str, set[str]] | None = None,
+    magnifications: Sequence[str] = (),
+    n_bins: int = 4,
+    keep_zero_times: bool = False,
+) -> Audit:
+    """Drop what cannot be used, name it, and doubt what looks wrong.
+
+    Args:
+        cohort: As read.
+        splits: As read or drawn; patients who are dropped leave every side.
+        available: For each slide that has features, its magnification names; None where features play no part. Where
+            the cohort names no slides at all, these are its slides, by the patient in their names (TCGA barcodes).
+        magnifications: Names (`x20`) of those every slide must have, with `available`.
+        n_bins: Time bins that every training side must be able to fill.
+        keep_zero_times: Whether a follow-up of 0 is kept; without, such patients are dropped.
+
+    Raises:
+        DataError: Nobody is left, a patient is scored by two folds, or a fold cannot be trained or scored: no patients,
+            no event or no comparable pair on a side, or fewer distinct event times in training than bins.
+    """
+    findings: list[Finding] = []
+    listed = _named_slides(cohort, available)
+    flow = [("in the tables", len(cohort.cases), len(listed))]
+    known = _known_slides(cohort, listed, findings)
+    slides = _usable_slides(known, available, magnifications, findings)
+    bad = _bad_outcomes(cohort, keep_zero_times, findings)
+    flow.append(("with a usable outcome", len(cohort.cases) - len(bad), int((~known["case_id"].isin(bad)).sum())))
+    if available is not None or len(cohort.slides):
+        without = set(cohort.cases.index) - set(slides["case_id"]) - bad
+        findings += [_dropped("no_slides", case, "has no usable slide") for case in sorted(without)]
+        bad |= without
+    kept = [case for case in cohort.cases.index if case not in bad]
+    if not kept:
+        raise DataError(
+            f"cohort {cohort.name}: the audit leaves no patient ({_first_messages(findings)}).",
+            "Check that the slide names of the clinical table and of the features are the same.",
+            topic="audit",
+        )
+    cases = cohort.cases.loc[kept].astype({"event": bool})
+    clean = dataclasses.replace(cohort, cases=cases, slides=slides[slides["case_id"].isin(kept)])
+    flow.append(("with slides" if available is None else "with features", len(clean.cases), len(clean.slides)))
+    findings += outcome_doubts(clean.name, clean.cases["time_months"], clean.cases["event"])
+    named = dict.fromkeys(case for split in splits for case in (*split.train, *split.validation, *split.test))
+    strangers = [case for case in named if case not in cohort.cases.index]
+    findings += [_dropped("not_in_cohort", c, "is named by the splits, not by the clinical table") for c in strangers]
+    folds = [_clean_split(clean, split, findings) for split in splits]
+    for split in folds:
+        _check_fold(clean, split, n_bins)
+    _check_scored_once(clean, folds)
+    scored = {case for split in folds for case in (*split.train, *split.validation, *split.test)}
+    if folds:
+        flow.append(("in the splits", len(scored), int(clean.slides["case_id"].isin(scored).sum())))
+    return Audit(clean, folds, findings, flow)
+
+
+def _dropped(kind: str, subject: str, message: str) -> Finding:
+    return Finding(kind, subject, "dropped", message)
+
+
+def _first_messages(findings: Sequence[Finding]) -> str:
+    examples = {finding.kind: f"{finding.subject} {finding.message}" for finding in reversed(findings)}
+    return "; ".join(examples.values())
+
+
+def _named_slides(cohort: Cohort, available: Mapping[str, set[str]] | None) -> pd.DataFrame:
+    """The slides that the tables name, or where they name none, those with features whose names tell the patient."""
+    if not cohort.slides.empty or not available:
+        return cohort.slides
+    owners = pd.DataFrame({"case_id": [patient_of(slide) for slide in available]}, index=list(available))
+    return owners[owners["case_id"].isin(cohort.cases.index)].rename_axis("slide_id")
+
+
+def _known_slides(cohort: Cohort, slides: pd.DataFrame, findings: list[Finding]) -> pd.DataFrame:
+    """Each slide once, of patients of the table."""
+    twice = slides.index.duplicated()
+    findings += [_dropped("duplicate_slide", str(s), "is listed twice; one row is kept") for s in slides.index[twice]]
+    slides = slides[~twice]
+    unknown = ~slides["case_id"].isin(cohort.cases.index)
+    findings += [_dropped("no_outcome", str(s), "belongs to no patient of the table") for s in slides.index[unknown]]
+    return slides[~unknown]
+
+
+def _usable_slides(
+    slides: pd.DataFrame,
+    available: Mapping[str, set[str]] | None,
+    magnifications: Sequence[str],
+    findings: list[Finding],
+) -> pd.DataFrame:
+    if available is None:
+        return slides
+    wanted = set(magnifications)
+    keep = []
+    for slide in slides.index:
+        if slide not in available:
+            findings.append(_dropped("missing_features", slide, "has no features"))
+        elif wanted - available[slide]:
+            lacking = ", ".join(sorted(wanted - available[slide]))
+            findings.append(_dropped("missing_magnification", slide, f"has no features at {lacking}"))
+        else:
+            keep.append(slide)
+    return slides.loc[keep]
+
+
+def _bad_outcomes(cohort: Cohort, keep_zero: bool, findings: list[Finding]) -> set[str]:
+    bad = set()
+    for case, time, event in zip(cohort.cases.index, cohort.cases["time_months"], cohort.cases["event"], strict=True):
+        if pd.isna(time):
+            finding = _dropped("missing_time", case, "has no follow-up time")
+        elif time < 0:
+            finding = _dropped("negative_time", case, f"has a follow-up of {time:g} months")
+        elif time == 0 and not keep_zero:
+            finding = _dropped("zero_time", case, "has a follow-up of 0 (cohort.keep_zero_times=true keeps it)")
+        elif pd.isna(event):
+            finding = _dropped("unknown_event", case, "does not say whether the event happened")
+        else:
+            continue
+        findings.append(finding)
+        bad.add(case)
+    return bad
+
+
+def outcome_doubts(name: str, time_months: pd.Series, event: pd.Series) -> list[Finding]:
+    """Signs of flipped polarity and of a wrong unit, which only a person can settle.
+
+    Args:
+        name: Of the cohort.
+        time_months: [case].
+        event: [case], true where the event happened.
+    """
+    doubts: list[tuple[str, str]] = []
+    dead, censored = time_months[event], time_months[~event]
+    if min(len(dead), len(censored)) >= POLARITY_MINIMUM and dead.median() > censored.median():
+        doubts.append(
+            (
+                "polarity",
+                f"events have a longer median follow-up ({dead.median():.1f} months) than censored patients "
+                f"({censored.median():.1f} months); check that 1 means what the table's column says",
+            )
+        )
+    if event.mean() > 0.9 and len(event) >= POLARITY_MINIMUM:
+        doubts.append(("polarity", f"{event.mean():.0%} of the patients have the event"))
+    if not event.any():
+        doubts.append(("all_censored", "no patient has the event"))
+    if time_months.median() > 180:
+        doubts.append(("unit", f"the median follow-up is {time_months.median():.0f} months; are the times in days?"))
+    if time_months.max() < 6:
+        doubts.append(("unit", f"the longest follow-up is {time_months.max():.1f} months; are the times in years?"))
+    return [Finding(kind, name, "doubted", message) for kind, message in doubts]
+
+
+def _clean_split(clean: Cohort, split: Split, findings: list[Finding]) -> Split:
+    """Remove dropped patients from every side, and whoever is tested from the training side."""
+    test = set(split.test)
+    known = set(clean.cases.index)
+    optimistic = set(split.validation) == test
+    where = f"fold {split.fold}" + (f" of repeat {split.repeat}" if split.repeat else "")
+    held_out = test | set(split.validation)
+    both = [case for case in dict.fromkeys(split.train) if case in held_out]
+    if not optimistic:
+        both += [c for c in split.validation if c in test and c not in both]
+    findings += [
+        _dropped("both_sides", case, f"is on both sides of {where}; it was taken from the training side")
+        for case in both
+    ]  # fmt: skip
+    return dataclasses.replace(
+        split,
+        train=tuple(c for c in split.train if c in known and c not in both),
+        validation=tuple(c for c in split.validation if c in known and (optimistic or c not in test)),
+        test=tuple(c for c in split.test if c in known),
+    )
+
+
+def _check_scored_once(cohort: Cohort, splits: Sequence[Split]) -> None:
+    scored: dict[tuple[int, str], int] = {}
+    for split in splits:
+        for case in split.test:
+            other = scored.setdefault((split.repeat, case), split.fold)
+            if other != split.fold:
+                raise DataError(
+                    f"cohort {cohort.name}: {case} is scored in fold {other} and in fold {split.fold}.",
+                    "Each patient is scored by one fold of a cross-validation; correct the split files.",
+                    topic="splits",
+                )
+
+
+def _check_fold(cohort: Cohort, split: Split, n_bins: int) -> None:
+    where = f"cohort {cohort.name}, fold {split.fold}"
+    for side in ("train", "validation", "test") if split.validation else ("train", "test"):
+        cases = cohort.cases.loc[list(getattr(split, side))]
+        time, event = cases["time_months"].to_numpy(float), cases["event"].to_numpy(bool)
+        if not event.any():
+            raise DataError(
+                f"{where}: the {side} side has {len(cases)} patients and no event.", "Draw other folds.", topic="splits"
+            )
+        if not has_comparable_pair(time, event):
+            raise DataError(
+                f"{where}: the {side} side has {len(cases)} patients, {int(event.sum())} with the event, and no "
+                "comparable pair.",
+                "Draw other folds.",
+                topic="splits",
+            )
+    train = cohort.cases.loc[list(split.train)]
+    distinct = train.loc[train["event"], "time_months"].nunique()
+    if distinct < n_bins:
+        raise DataError(
+            f"{where}: {distinct} distinct event times in training cannot fill {n_bins} time bins.",
+            f"Set evaluation.n_bins={max(distinct, 2)} or fewer, or draw fewer folds.",
+            topic="splits",
+        )

@@ -1,0 +1,235 @@
+"""Who trains, who chooses the model, and who is scored: read from published files or drawn by patient.
+
+Under `strict` the model is chosen on patients taken from the training side; under `fixed-epoch` on nobody; under
+`published` on the scored fold itself, which is optimistic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+from cfusion.cohort.parsing import read_table
+from cfusion.cohort.read import patient_of
+from cfusion.config import Protocol, SplitsConfig
+from cfusion.errors import ConfigError, DataError
+from cfusion.files import atomic_path, digest_json, read_json, write_json
+from cfusion.types import Cohort, Split
+
+_FILE = re.compile(r"splits_(?:(\d+)_)?(\d+)\.csv")
+_DIGEST = "splits.json"
+_SIDES = ("train", "validation", "test")
+
+
+def make_splits(cohort: Cohort, config: SplitsConfig, protocol: Protocol = "strict") -> list[Split]:
+    """Read or draw the folds of a cohort under a protocol.
+
+    Published files name patients, or slides for which their patients stand. Names that the cohort does not know, and
+    patients on both sides, are kept as the files have them; `cfusion.cohort.audit.audit` drops and names them. Drawn
+    folds are stratified by event and quantiles of the time; the inner validation is drawn in the same way, and by whole
+    tissue source sites where the folds are.
+
+    Raises:
+        ConfigError: The folder holds no split files, or `within` or `fold` names no fold.
+        DataError: A file is not a split, or the cohort has too few events or sites for the folds.
+    """
+    outer = _outer(cohort, config)
+    if config.within is not None:
+        outer = _within(cohort, outer, config)
+    if config.fold is not None:
+        outer = _alone(outer, config.fold)
+    return [_under_protocol(cohort, split, config, protocol) for split in outer]
+
+
+def fold_count(config: SplitsConfig) -> int:
+    """How many folds `make_splits` gives, counted without a cohort."""
+    if config.within is not None:
+        numbers = list(range(config.folds))
+    elif config.directory is not None:
+        numbers = [int(match[2]) for path in config.directory.glob("*.csv") if (match := _FILE.fullmatch(path.name))]
+    else:
+        numbers = list(range(1 if config.test_cases is not None else config.folds)) * config.repeats
+    return len(numbers) if config.fold is None else numbers.count(config.fold)
+
+
+def _outer(cohort: Cohort, config: SplitsConfig) -> list[Split]:
+    if config.directory is not None:
+        return read_splits(config.directory)
+    if config.test_cases is not None:
+        return _external(cohort, config.test_cases, config.repeats)
+    return [
+        dataclasses.replace(split, repeat=repeat)
+        for repeat in range(config.repeats)
+        for split in _draw(cohort, tuple(cohort.cases.index), config, config.folds, config.seed + repeat)
+    ]
+
+
+def _within(cohort: Cohort, outer: Sequence[Split], config: SplitsConfig) -> list[Split]:
+    chosen = [split for split in outer if split.fold == config.within and split.repeat == 0]
+    if not chosen:
+        raise ConfigError(f"splits.within={config.within}: there are the folds 0 to {len(outer) - 1}.")
+    known = set(cohort.cases.index)
+    side = tuple(c for c in (*chosen[0].train, *chosen[0].validation) if c in known)
+    return _draw(cohort, side, config, config.folds, config.seed)
+
+
+def _alone(splits: Sequence[Split], fold: int) -> list[Split]:
+    chosen = [split for split in splits if split.fold == fold]
+    if not chosen:
+        raise ConfigError(f"splits.fold={fold}: there are the folds 0 to {max(split.fold for split in splits)}.")
+    return chosen
+
+
+def _under_protocol(cohort: Cohort, split: Split, config: SplitsConfig, protocol: Protocol) -> Split:
+    if protocol == "published":
+        return dataclasses.replace(split, train=split.train + split.validation, validation=split.test)
+    if protocol == "fixed-epoch":
+        return dataclasses.replace(split, train=split.train + split.validation, validation=())
+    if split.validation:
+        return split
+    known = set(cohort.cases.index)
+    side = tuple(case for case in split.train if case in known)
+    folds = max(2, round(1 / config.validation_fraction))
+    seed = config.seed + 1000 * split.repeat + split.fold
+    validation = set(_draw(cohort, side, config, folds, seed)[0].test)
+    train = tuple(case for case in split.train if case not in validation)
+    return dataclasses.replace(split, train=train, validation=tuple(c for c in side if c in validation))
+
+
+def _draw(cohort: Cohort, case_ids: tuple[str, ...], config: SplitsConfig, folds: int, seed: int) -> list[Split]:
+    cases = cohort.cases.loc[list(case_ids)]
+    events = int(cases["event"].sum())
+    if events < folds or len(cases) - events < 0 or len(cases) < 2 * folds:
+        raise DataError(
+            f"cohort {cohort.name}: {len(cases)} patients with {events} events cannot be dealt to {folds} folds.",
+            "Ask for fewer folds (splits.folds) or a smaller share of validation.",
+        )
+    strata = _strata(cases, folds)
+    if config.scheme == "site":
+        sites = _sites(cohort, cases, folds)
+        deal = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(cases, strata, sites)
+    else:
+        deal = StratifiedKFold(folds, shuffle=True, random_state=seed).split(cases, strata)
+    ids = np.array(case_ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a stratum smaller than the folds is dealt as far as it goes
+        splits = [Split(fold, tuple(ids[a]), (), tuple(ids[b])) for fold, (a, b) in enumerate(deal)]
+    for split in splits:
+        if not cases.loc[list(split.test), "event"].any():
+            raise DataError(
+                f"cohort {cohort.name}, fold {split.fold}: the drawn test side has no event.",
+                "Ask for fewer folds (splits.folds), another seed, or splits.scheme=stratified.",
+            )
+    return splits
+
+
+def _strata(cases: pd.DataFrame, folds: int) -> np.ndarray:
+    """Event × quartile of the time within it, with fewer quantiles where a group is small."""
+    strata = np.zeros(len(cases), dtype=int)
+    event = cases["event"].fillna(False).to_numpy(bool)
+    for happened in (False, True):
+        rows = np.flatnonzero(event == happened)
+        quantiles = int(np.clip(len(rows) // folds, 1, 4))
+        order = cases["time_months"].iloc[rows].rank(method="first", na_option="bottom").to_numpy() - 1
+        strata[rows] = 4 * happened + (order * quantiles // max(len(rows), 1)).astype(int)
+    return strata
+
+
+def _sites(cohort: Cohort, cases: pd.DataFrame, folds: int) -> np.ndarray:
+    if "site" not in cases.columns or cases["site"].isna().any():
+        raise DataError(
+            f"cohort {cohort.name}: splits.scheme=site needs the site of every patient.",
+            "Add a column site to the clinical table, or take splits.scheme=stratified.",
+        )
+    if cases["site"].nunique() < folds:
+        raise DataError(f"cohort {cohort.name}: {cases['site'].nunique()} sites cannot be dealt to {folds} folds.")
+    return cases["site"].to_numpy()
+
+
+def _external(cohort: Cohort, path: Path, repeats: int) -> list[Split]:
+    table = read_table(path)
+    if "case_id" not in table.columns:
+        raise DataError(f"{path}: expected a column case_id.")
+    test = _patients(table["case_id"])
+    unknown = [case for case in test if case not in cohort.cases.index]
+    if unknown:
+        raise DataError(f"{path}: {len(unknown)} patients are not in cohort {cohort.name}, such as {unknown[0]}.")
+    train = tuple(case for case in cohort.cases.index if case not in set(test))
+    if not train:
+        raise DataError(f"{path}: names every patient of cohort {cohort.name}; nobody is left to train on.")
+    return [Split(0, train, (), test, repeat) for repeat in range(repeats)]
+
+
+def read_splits(directory: Path) -> list[Split]:
+    """Read `splits_K.csv` or `splits_R_K.csv`: columns train and val (scored), or train, val and test (scored).
+
+    A file whose val and test are the same, as `published` writes it, has no validation of its own.
+
+    Raises:
+        ConfigError: The folder holds no such file.
+        DataError: A file lacks the columns, a side is empty, or the folds are not those of the digest beside them.
+    """
+    files = [(match, path) for path in directory.glob("*.csv") if (match := _FILE.fullmatch(path.name))]
+    if not files:
+        raise ConfigError(f"{directory}: holds no splits_K.csv.", "Set splits.directory to a folder of split files.")
+    splits, written = [], []
+    for match, path in sorted(files, key=lambda item: (int(item[0][1] or 0), int(item[0][2]))):
+        table = read_table(path)
+        if not {"train", "val"} <= set(table.columns):
+            raise DataError(f"{path}: expected the columns train and val, found {', '.join(table.columns)}.")
+        nested = "test" in table.columns and table["test"].notna().any()
+        sides = ("train", "val", "test") if nested else ("train", "val")
+        patients = [_patients(table[side]) for side in sides]
+        validation = patients[1] if nested and set(patients[1]) != set(patients[2]) else ()
+        if not patients[0] or not patients[-1]:
+            raise DataError(f"{path}: the {'train' if not patients[0] else sides[-1]} column names nobody.")
+        splits.append(Split(int(match[2]), patients[0], validation, patients[-1], int(match[1] or 0)))
+        written.append(dataclasses.replace(splits[-1], validation=patients[1] if nested else ()))
+    _check_digest(directory, written)
+    return splits
+
+
+def _check_digest(directory: Path, written: Sequence[Split]) -> None:
+    told = directory / _DIGEST
+    if told.exists() and read_json(told).get("digest") != splits_digest(written):
+        raise DataError(
+            f"{directory}: the folds are not those that {_DIGEST} is the digest of.",
+            f"Write them again, or delete {_DIGEST} if they were changed on purpose.",
+            topic="splits",
+        )
+
+
+def _patients(names: pd.Series) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(patient_of(name.strip()) for name in names.dropna()))
+
+
+def write_splits(splits: Sequence[Split], directory: Path) -> str:
+    """Write splits as `splits_K.csv` (columns train, val, test), which `make_splits` reads back, and their digest.
+
+    With several repeats the names are `splits_R_K.csv`. `splits.json` holds the digest, which is returned.
+    """
+    repeated = any(split.repeat for split in splits)
+    digest = splits_digest(splits)
+    with atomic_path(directory) as folder:
+        folder.mkdir()
+        for split in splits:
+            name = f"splits_{split.repeat}_{split.fold}.csv" if repeated else f"splits_{split.fold}.csv"
+            sides = {"train": split.train, "val": split.validation, "test": split.test}
+            pd.DataFrame({k: pd.Series(v, dtype=object) for k, v in sides.items()}).to_csv(folder / name)
+        write_json(folder / _DIGEST, {"digest": digest, "splits": len(splits)})
+    return digest
+
+
+def splits_digest(splits: Sequence[Split]) -> str:
+    """SHA-256 over folds, sides and patients; the order of patients within a side does not count."""
+    ordered = sorted(splits, key=lambda split: (split.repeat, split.fold))
+    return digest_json([
+        [split.repeat, split.fold, *(sorted(getattr(split, side)) for side in _SIDES)] for split in ordered
+    ])  # fmt: skip

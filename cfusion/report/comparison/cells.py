@@ -1,0 +1,280 @@
+"""Models, encoders and cohorts of a sweep compared: a cell for each, tested against the best, ranked over cohorts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pandas as pd
+from joblib import Parallel, cpu_count, delayed
+
+from cfusion.errors import DataError
+from cfusion.report.runs import outcomes_and_splits
+from cfusion.survival.paired import COLUMNS, compare, holm
+from cfusion.survival.predictions import read_predictions
+from cfusion.survival.ranks import Ranking, rank_methods
+from cfusion.survival.score import score
+
+LEVEL = 0.05
+"""Of the tests and of the critical difference."""
+
+RANKED = ("models", "encoders")
+"""What is ranked over cohorts."""
+
+_PARALLEL_FROM = 60
+"""Cells from which processes are started; below, starting them costs more than it saves."""
+_NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What runs cost. Killed attempts are not in it: nobody was left to tell.
+
+    Attributes:
+        cpu_hours: User and system time.
+        gpu_hours: GPUs × time.
+        energy_kwh: Drawn by the GPUs; NaN where unknown.
+    """
+
+    cpu_hours: float = 0.0
+    gpu_hours: float = 0.0
+    energy_kwh: float = _NAN
+
+    @staticmethod
+    def total(costs: Sequence[Cost]) -> Cost:
+        """The sum; its energy is known where each one's is."""
+        energy = sum(c.energy_kwh for c in costs) if costs else _NAN
+        return Cost(sum(c.cpu_hours for c in costs), sum(c.gpu_hours for c in costs), energy)
+
+    @property
+    def words(self) -> str:
+        """What it is, in a few words."""
+        parts = [(self.gpu_hours, "GPU h"), (self.cpu_hours, "CPU h"), (self.energy_kwh, "kWh")]
+        told = ((f"{value:,.0f}" if value >= 1000 else f"{value:.3g}", unit) for value, unit in parts if value > 0)
+        return ", ".join(f"{number} {unit}" for number, unit in told) or "–"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a sweep, where it stands in the comparison.
+
+    Attributes:
+        name: Of the run.
+        folder: Where it lies.
+        cohort: Row or column words of its cell.
+        encoder: Of the embeddings.
+        model: The model, with whatever else the sweep varies.
+        protocol: See `cfusion.cohort.splits`.
+        seed: Of the training.
+        permuted: Seed by which outcomes were dealt to other patients; None: real outcomes.
+        state: done, running, failed or open.
+        word: Why it failed.
+        cost: What it cost.
+    """
+
+    name: str
+    folder: Path
+    cohort: str
+    encoder: str
+    model: str
+    protocol: str
+    seed: int
+    permuted: int | None
+    state: str
+    word: str = ""
+    cost: Cost = field(default_factory=Cost)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cohort, encoder, model and protocol: all its runs, scored together.
+
+    Attributes:
+        cohort: Short name.
+        encoder: Of the embeddings.
+        model: With whatever else the sweep varies.
+        protocol: See `cfusion.cohort.splits`.
+        members: Runs on real outcomes: seeds, and folds where each is a run.
+        permuted: Runs on permuted outcomes.
+        summary: A row of `cfusion.survival.score.Scores.summary`; None where no run is done.
+        null: C of the permuted runs that are done, mean over folds, seeds and deals; NaN without any.
+        p_best: Holm-corrected p-value against the best of its cohort and protocol; NaN for the best itself, and where
+            the cell is not complete.
+        best: Whether it is the best of its cohort and protocol among complete cells.
+    """
+
+    cohort: str
+    encoder: str
+    model: str
+    protocol: str
+    members: tuple[Member, ...]
+    permuted: tuple[Member, ...]
+    summary: pd.Series | None = None
+    null: float = _NAN
+    p_best: float = _NAN
+    best: bool = False
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """Cohort, encoder, model and protocol."""
+        return self.cohort, self.encoder, self.model, self.protocol
+
+    @property
+    def complete(self) -> bool:
+        """Whether every run on real outcomes is done; only then it is ranked, tested and averaged."""
+        return bool(self.members) and all(member.state == "done" for member in self.members)
+
+    @property
+    def tied(self) -> bool:
+        """Whether it is not significantly different from the best."""
+        return self.p_best >= LEVEL
+
+    @property
+    def mark(self) -> str:
+        """How it stands to the best, as a sign behind its value; none: the best, or told from it."""
+        if self.best or not self.complete:
+            return ""
+        return "‡" if math.isnan(self.p_best) else "†" if self.tied else ""
+
+    @property
+    def label(self) -> str:
+        """Encoder and model, as one method."""
+        return f"{self.encoder} / {self.model}"
+
+    @property
+    def value(self) -> float:
+        """Harrell's C, mean over folds and seeds; NaN where the cell is not complete."""
+        return float(self.summary["cindex_mean"]) if self.summary is not None and self.complete else _NAN
+
+    @property
+    def pooled(self) -> str:
+        """Pooled C with its interval, in words; a dash where the cell is not complete."""
+        if self.summary is None or not self.complete:
+            return "–"
+        value, low, high = (self.summary[f"cindex_{name}"] for name in ("pooled", "low", "high"))
+        return f"{value:.3f}" if math.isnan(low) else f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+    @property
+    def states(self) -> str:
+        """What is not done, in words; empty where all is."""
+        counts = {s: sum(1 for m in self.members if m.state == s) for s in ("failed", "running", "open")}
+        told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+        return f"{told} of {len(self.members)}" if told else ""
+
+    @property
+    def cost(self) -> Cost:
+        """Of its runs on real outcomes."""
+        return Cost.total([member.cost for member in self.members])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that a sweep's report shows.
+
+    Attributes:
+        cells: In the order of the sweep.
+        tests: A row per cell that was held against the best of its cohort and protocol: the columns of
+            `cfusion.survival.paired.compare`, `model` and `reference` as `ENCODER / MODEL`.
+        rankings: By protocol and what is ranked (see `RANKED`), over cohorts with every one of them.
+    """
+
+    cells: tuple[Cell, ...]
+    tests: pd.DataFrame
+    rankings: dict[tuple[str, str], Ranking]
+
+    @property
+    def protocols(self) -> list[str]:
+        """In the order of the sweep."""
+        return list(dict.fromkeys(cell.protocol for cell in self.cells))
+
+    def of(self, protocol: str) -> list[Cell]:
+        """The cells of a protocol."""
+        return [cell for cell in self.cells if cell.protocol == protocol]
+
+
+def compare_members(members: Sequence[Member], bootstrap: int = 1000) -> Comparison:
+    """Score every cell, test it against the best of its cohort and protocol, and rank models and encoders.
+
+    Args:
+        members: All runs of a sweep, done or not.
+        bootstrap: Replicates of the intervals and tests; 0: neither.
+
+    Raises:
+        DataError: No run is done.
+    """
+    if not any(member.state == "done" for member in members):
+        raise DataError("none of the sweep's runs is done.", "Run it: cfusion sweep run.")
+    grouped: dict[tuple[str, str, str, str], list[Member]] = {}
+    for member in members:
+        grouped.setdefault((member.cohort, member.encoder, member.model, member.protocol), []).append(member)
+    empty = [
+        Cell(*key, tuple(m for m in found if m.permuted is None), tuple(m for m in found if m.permuted is not None))
+        for key, found in grouped.items()
+    ]
+    jobs = min(cpu_count(), len(empty)) if len(empty) >= _PARALLEL_FROM else 1
+    cells = list(Parallel(n_jobs=jobs)(delayed(_scored)(cell, bootstrap) for cell in empty))
+    cells, tests = _tested(cells, bootstrap)
+    return Comparison(tuple(cells), tests, _rankings(cells))
+
+
+def _scored(cell: Cell, bootstrap: int) -> Cell:
+    """The cell with the scores of its runs that are done."""
+    deals = dict.fromkeys(member.permuted for member in cell.permuted)
+    nulls = [_summary(cell, [m for m in cell.permuted if m.permuted == deal], 0) for deal in deals]
+    known = [float(null["cindex_mean"]) for null in nulls if null is not None]
+    null = sum(known) / len(known) if known else _NAN
+    return replace(cell, summary=_summary(cell, cell.members, bootstrap), null=null)
+
+
+def _summary(cell: Cell, members: Sequence[Member], bootstrap: int) -> pd.Series | None:
+    done = [member for member in members if member.state == "done"]
+    if not done:
+        return None
+    truth = outcomes_and_splits([member.folder for member in done], cell.cohort)
+    return score(_predictions(cell, done), *truth, bootstrap=bootstrap).summary.iloc[0]
+
+
+def _predictions(cell: Cell, members: Sequence[Member]) -> pd.DataFrame:
+    frames = [read_predictions(member.folder / "predictions.csv") for member in members]
+    return pd.concat(frames, ignore_index=True).assign(model=cell.label, cohort=cell.cohort)
+
+
+def _tested(cells: Sequence[Cell], bootstrap: int) -> tuple[list[Cell], pd.DataFrame]:
+    """Mark the best of each cohort and protocol, and hold the other complete cells against it."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for number, cell in enumerate(cells):
+        if cell.complete and not math.isnan(cell.value):
+            groups.setdefault((cell.cohort, cell.protocol), []).append(number)
+    marked, tables = list(cells), []
+    for numbers in groups.values():
+        best = max(numbers, key=lambda number: cells[number].value)
+        marked[best] = replace(cells[best], best=True)
+        if len(numbers) > 1 and bootstrap:
+            frame = pd.concat([_predictions(cells[n], cells[n].members) for n in numbers], ignore_index=True)
+            tables.append(compare(frame, reference=cells[best].label, replicates=bootstrap))
+    if not tables:
+        return marked, pd.DataFrame(columns=list(COLUMNS))
+    tests = pd.concat(tables, ignore_index=True)
+    tests["p_holm"] = holm(tests["p"])
+    found = {
+        (str(c), str(p), str(m)): float(value)
+        for c, p, m, value in tests[["cohort", "protocol", "model", "p_holm"]].itertuples(index=False)
+    }
+    return [replace(c, p_best=found.get((c.cohort, c.protocol, c.label), _NAN)) for c in marked], tests
+
+
+def _rankings(cells: Sequence[Cell]) -> dict[tuple[str, str], Ranking]:
+    rows = [{"cohort": c.cohort, "encoder": c.encoder, "model": c.model, "protocol": c.protocol, "value": c.value}
+            for c in cells]  # fmt: skip
+    found: dict[tuple[str, str], Ranking] = {}
+    for protocol, table in pd.DataFrame(rows).groupby("protocol", sort=False):
+        for what in RANKED:
+            ranked, other = ("model", "encoder") if what == "models" else ("encoder", "model")
+            # A mean over the other axis is one of equals only where none is missing; such cohorts are left out.
+            wide = table.pivot(index=["cohort", other], columns=ranked, values="value")
+            whole = wide.groupby(level="cohort").filter(lambda rows: bool(rows.notna().to_numpy().all()))
+            if wide.shape[1] > 1 and len(whole):
+                found[str(protocol), what] = rank_methods(whole.groupby(level="cohort").mean())
+    return found

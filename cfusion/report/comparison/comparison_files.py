@@ -1,0 +1,92 @@
+"""Write the comparison of a sweep: one page, its tables as CSV, Markdown and LaTeX, its diagrams as SVG."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+from markupsafe import Markup
+
+from cfusion.files import write_text
+from cfusion.report.comparison.cells import RANKED, Comparison, Cost, Member
+from cfusion.report.comparison.comparison_tables import Grid, cells_table, runs_table, tests_table
+from cfusion.report.comparison.critical_difference import cd_diagram
+from cfusion.report.comparison.paper import latex, markdown
+from cfusion.report.protocols import PROTOCOLS
+from cfusion.report.report_files import write_table
+from cfusion.report.run_page import report_environment
+from cfusion.report.standalone import standalone
+
+
+def write_comparison(comparison: Comparison, out: Path, *, title: str) -> Path:
+    """Write the report of a sweep to a folder.
+
+    `index.html` is the page, one file that needs no network and whose cells lead to their runs; `cells.csv` a row per
+    cell with all its scores, `runs.csv` a row per run, `tests.csv` the paired tests; `table.md` and `table.tex` the
+    tables to print; `ranks_*.svg` the critical-difference diagrams.
+
+    Args:
+        comparison: What was compared.
+        out: Folder, made where it is missing.
+        title: Heading.
+
+    Returns:
+        The path of the page.
+    """
+    write_table(out / "cells.csv", cells_table(comparison))
+    write_table(out / "runs.csv", runs_table(comparison))
+    write_table(out / "tests.csv", comparison.tests)
+    write_text(out / "table.md", markdown(comparison, title))
+    write_text(out / "table.tex", latex(comparison))
+    _write_diagrams(comparison, out)
+    write_text(out / "index.html", render_comparison(comparison, out, title))
+    return out / "index.html"
+
+
+def _write_diagrams(comparison: Comparison, out: Path) -> None:
+    """A diagram per ranking; those of an earlier report that this one lacks would be read as its own, and go."""
+    for what, protocol in itertools.product(RANKED, PROTOCOLS):
+        path = out / f"ranks_{what}_{protocol}.svg"
+        ranking = comparison.rankings.get((protocol, what))
+        if ranking is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_text(path, standalone(cd_diagram(ranking, what, protocol)))
+
+
+def render_comparison(comparison: Comparison, out: Path, title: str) -> str:
+    """The page as HTML; links to runs are relative to `out`."""
+    environment = report_environment()
+    members = [m for cell in comparison.cells for m in (*cell.members, *cell.permuted)]
+    costs, tests = [m.cost for m in members], tests_table(comparison)
+    figures = {
+        f"{what}, protocol {protocol}": Markup(cd_diagram(ranking, what, protocol))  # noqa: S704 - the figure escapes its words
+        for (protocol, what), ranking in comparison.rankings.items()
+    }
+    return environment.get_template("comparison.html.j2").render(
+        title=title,
+        grids=[Grid.of(comparison, protocol) for protocol in comparison.protocols],
+        anchors={cell.key: f"cell-{number}" for number, cell in enumerate(comparison.cells)},
+        cells=comparison.cells,
+        tests=tests,
+        tested=sum(not row["why"] for row in tests),
+        figures=figures,
+        failed=[m for m in members if m.state == "failed"],
+        counts={state: sum(m.state == state for m in members) for state in ("done", "running", "failed", "open")},
+        total=Cost.total(costs),
+        protocols={p: PROTOCOLS[p] for p in comparison.protocols},
+        nulls=any(cell.permuted for cell in comparison.cells),
+        links=lambda member: _links(member, out),
+        style=Markup(environment.get_template("style.css").render()),  # noqa: S704 - our own style sheet
+    )
+
+
+def _links(member: Member, out: Path) -> dict[str, str]:
+    """What of a run's folder is there to look at, relative to the page."""
+    names = {"folder": "", "report": "report/index.html", "predictions": "predictions.csv", "log": "run.log"}
+    return {
+        word: Path(os.path.relpath(member.folder / name, out)).as_posix()
+        for word, name in names.items()
+        if (member.folder / name).exists()
+    }

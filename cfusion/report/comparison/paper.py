@@ -1,0 +1,172 @@
+"""The comparison as a paper prints it: tables of words, set in Markdown to paste and in LaTeX to print."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from cfusion.report.comparison.cells import RANKED, Cell, Comparison
+from cfusion.report.comparison.comparison_tables import Grid, tests_table
+from cfusion.report.comparison.critical_difference import cohorts_of, verdict
+from cfusion.report.figures import bare_p
+from cfusion.report.protocols import PROTOCOLS, named
+
+_TEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", "±": r"$\pm$", "†": r"$^\dagger$", "‡": r"$^\ddagger$", "–": "--", "−": r"$-$",
+}  # fmt: skip
+
+_RESULTS = (
+    "Harrell's C, mean ± standard deviation over folds and seeds. Bold: the best of a cohort; † not significantly "
+    "different from it (paired patient bootstrap, Holm over all tests of the sweep, level .05); ‡ not tested against "
+    "it. What is not done is named, and enters no mean. Hours: all cohorts, seeds and folds."
+)
+_COHORT = (
+    "C pooled over patients, and the paired difference of C within folds from the best, each with its 95% "
+    "patient-bootstrap interval;{null} p corrected (Holm) over the {tested} tests of the sweep. The best was chosen on "
+    "these same numbers, which flatters it."
+)
+_RANKS = "Mean ranks by mean C, 1 is best; cohorts that lack one are left out."
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A table in plain words, before it is set.
+
+    Attributes:
+        title: Its heading.
+        caption: What it shows, and under which protocol.
+        head: Names of its columns; the first two hold words.
+        rows: Those alike in the first column stand together.
+        bold: Rows and columns of what is best.
+    """
+
+    title: str
+    caption: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    bold: frozenset[tuple[int, int]] = frozenset()
+
+
+def printed(comparison: Comparison, protocol: str) -> list[Printed]:
+    """The tables of a protocol: results of all cohorts, each cohort with its tests, ranks over cohorts."""
+    grid = Grid.of(comparison, protocol)
+    tests = tests_table(comparison)
+    cohorts = [_cohort(grid, cohort, tests) for cohort in grid.cohorts]
+    return [_results(grid), *cohorts, *_ranks(comparison, protocol)]
+
+
+def markdown(comparison: Comparison, title: str) -> str:
+    """A section a protocol, under its meaning."""
+    parts = [f"# {title}"]
+    for protocol in comparison.protocols:
+        parts += [f"## Protocol {protocol}", PROTOCOLS[protocol]]
+        parts += [_markdown_table(table) for table in printed(comparison, protocol)]
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(comparison: Comparison) -> str:
+    """Every table as a `table*`; the document loads booktabs."""
+    tables = [table for protocol in comparison.protocols for table in printed(comparison, protocol)]
+    return "\n\n".join(["% Needs \\usepackage{booktabs}.", *map(_latex_table, tables)]) + "\n"
+
+
+def escape_latex(words: str) -> str:
+    """The words as LaTeX prints them."""
+    return re.sub(r"[\\&%$#_{}~^<>|±†‡–−]", lambda found: _TEX[found[0]], words)
+
+
+def _results(grid: Grid) -> Printed:
+    rows, bold = [], set()
+    costs = {method: grid.cost(*method) for method in grid.methods}
+    on_gpus = any(cost.gpu_hours > 0 for cost in costs.values())
+    for number, (encoder, model) in enumerate(grid.methods):
+        cells = grid.row(encoder, model)
+        mean = grid.mean(encoder, model)
+        told = "–" if math.isnan(mean) else f"{mean:.3f}"
+        hours = costs[encoder, model].gpu_hours if on_gpus else costs[encoder, model].cpu_hours
+        rows.append((encoder, model, *map(_mean_and_sd, cells), told, f"{hours:,.1f}"))
+        bold |= {(number, 2 + place) for place, cell in enumerate(cells) if cell is not None and cell.best}
+    head = ("Encoder", "Model", *grid.cohorts, "Mean", "GPU h" if on_gpus else "CPU h")
+    return Printed("Results", f"{_RESULTS} {named(grid.protocol)}", head, tuple(rows), frozenset(bold))
+
+
+def _mean_and_sd(cell: Cell | None) -> str:
+    if cell is None or cell.summary is None or not cell.complete:
+        return (cell.states if cell is not None else "") or "–"
+    return f"{cell.value:.3f} ± {cell.summary['cindex_std']:.3f}{cell.mark}"
+
+
+def _cohort(grid: Grid, cohort: str, tests: list[dict[str, Any]]) -> Printed:
+    """A cohort's methods with what the table of results has no room for."""
+    found = {row["model"]: row for row in tests if (row["cohort"], row["protocol"]) == (cohort, grid.protocol)}
+    cells = [cell for cell in grid.cells.values() if cell.cohort == cohort]
+    nulls = any(not math.isnan(cell.null) for cell in cells)
+    rows = []
+    for cell in cells:
+        null = ("–" if math.isnan(cell.null) else f"{cell.null:.3f}",) if nulls else ()
+        pooled = cell.pooled if cell.complete else cell.states or "–"
+        rows.append((cell.encoder, cell.model, pooled, *null, *_test(cell, found.get(cell.label)), cell.cost.words))
+    null_head = ("Null",) if nulls else ()
+    head = ("Encoder", "Model", "Pooled C (95%)", *null_head, "Difference (95%)", "p", "p, Holm", "Cost")
+    null_told = " null: the same model on permuted outcomes, mean of folds;" if nulls else ""
+    caption = _COHORT.format(tested=sum(not row["why"] for row in tests), null=null_told)
+    return Printed(f"Cohort {cohort}", f"{caption} {named(grid.protocol)}", head, tuple(rows))
+
+
+def _test(cell: Cell, row: dict[str, Any] | None) -> tuple[str, str, str]:
+    """Difference with its interval, p, and p after Holm."""
+    if row is None or row["why"]:
+        return "the best" if cell.best else row["why"] if row else "–", "–", "–"
+    interval = f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+    return interval.replace("-", "−"), bare_p(row["p"]), bare_p(row["p_holm"])
+
+
+def _ranks(comparison: Comparison, protocol: str) -> list[Printed]:
+    """One table of all that is ranked; none where nothing is."""
+    found = [(what, comparison.rankings.get((protocol, what))) for what in RANKED]
+    rankings = [(what, ranking) for what, ranking in found if ranking is not None]
+    if not rankings:
+        return []
+    rows = [
+        (f"{what}, {cohorts_of(ranking)}", name, f"{rank:.2f}")
+        for what, ranking in rankings
+        for name, rank in zip(ranking.names, ranking.mean_ranks, strict=True)
+    ]
+    told = " ".join(f"{what.capitalize()}: {verdict(ranking)}" for what, ranking in rankings)
+    head = ("Ranked", "Name", "Mean rank")
+    return [Printed("Ranks over cohorts", f"{_RANKS} {told} {named(protocol)}", head, tuple(rows))]
+
+
+def _markdown_table(table: Printed) -> str:
+    def line(words: tuple[str, ...]) -> str:
+        return "| " + " | ".join(word.replace("|", r"\|") for word in words) + " |"
+
+    rows = [
+        tuple(f"**{word}**" if (number, column) in table.bold else word for column, word in enumerate(row))
+        for number, row in enumerate(table.rows)
+    ]
+    lines = [line(table.head), line(("---",) * len(table.head)), *map(line, rows)]
+    return "\n\n".join([f"### {table.title}", table.caption, "\n".join(lines)])
+
+
+def _latex_table(table: Printed) -> str:
+    body: list[str] = []
+    last: str | None = None
+    for number, row in enumerate(table.rows):
+        if last not in (None, row[0]):
+            body.append(r"\midrule")
+        words = [escape_latex(word) for word in ("" if row[0] == last else row[0], *row[1:])]
+        words = [rf"\textbf{{{w}}}" if (number, column) in table.bold else w for column, w in enumerate(words)]
+        body.append(rf"{' & '.join(words)} \\")
+        last = row[0]
+    head = " & ".join(map(escape_latex, table.head))
+    return "\n".join([
+        r"\begin{table*}", r"\centering", rf"\caption{{{escape_latex(f'{table.title}. {table.caption}')}}}",
+        r"\scriptsize", r"\setlength{\tabcolsep}{2.5pt}",
+        rf"\begin{{tabular}}{{@{{}}ll{'c' * (len(table.head) - 2)}@{{}}}}", r"\toprule", rf"{head} \\", r"\midrule",
+         *body, r"\bottomrule", r"\end{tabular}", r"\end{table*}",
+    ])  # fmt: skip

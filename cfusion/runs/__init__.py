@@ -1,0 +1,1 @@
+"""Runs: one configuration trained over all folds, scored, tracked and reproduced."""

@@ -1,0 +1,198 @@
+"""A whole run: cohort, audit, splits, every fold once, scores, tracking, in one folder.
+
+A fold's folder appears whole or not at all, so a run that was stopped or killed goes on with the folds that are
+missing and ends with the numbers it would have had. A fold that fails fails the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from cfusion.config import Config
+from cfusion.console import Progress, progress
+from cfusion.errors import CfusionError, ConfigError, PartialResultError
+from cfusion.files import digest_json
+from cfusion.runs.run import (
+    PreparedRun,
+    describe,
+    fold_folder,
+    is_done,
+    mark_done,
+    open_run,
+    prepare,
+    scored_run,
+    tracked_run,
+    write_fold,
+)
+from cfusion.survival.score import Scores
+from cfusion.tracking import TrackedRun
+from cfusion.training.folds import EpochCallback, FoldRun, fit, ready_fold
+from cfusion.training.group.group import Group
+from cfusion.training.group.group_checkpoint import GroupCheckpoints
+from cfusion.training.group.member import Member
+from cfusion.training.inference import BagSet
+from cfusion.training.interruption import graceful_stop
+from cfusion.training.runtime import Runtime
+from cfusion.training.world import join_world
+from cfusion.types import Split
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["cross_validate", "cross_validate_together", "describe", "is_done", "prepare", "shares_a_read"]
+
+
+def cross_validate(config: Config) -> Scores:
+    """Train, predict and score every fold, and leave predictions and scores in `config.output`.
+
+    Started again on the same folder it does what is missing. Under `torchrun` every rank calls it.
+
+    Raises:
+        ConfigError: The folder holds another run, or ranks disagree on the configuration.
+        RequeueError: The process was asked to stop and has saved its state.
+    """
+    if config.train.folds == "together":
+        return cross_validate_together([config])[0]
+    runtime = join_world(config.parallel)
+    run = open_run(runtime, config)
+    with tracked_run(runtime, run) as parent:
+        with graceful_stop(), progress(f"{run.cohort.name} {config.model.name}", len(run.splits)) as bar:
+            for split in run.splits:
+                _fold(runtime, run, split, parent, bar)
+        scores = scored_run(runtime, run, parent)
+    mark_done(runtime, run, parent)
+    return scores
+
+
+def shares_a_read(config: Config) -> str:
+    """Digest of what runs must have in common to be trained together: patients, bags and arithmetic."""
+    return digest_json(_shared(config))
+
+
+def cross_validate_together(configs: Sequence[Config]) -> list[Scores]:
+    """As `cross_validate` for several runs, all folds of all of them from one pass over the shards an epoch.
+
+    Each run ends with the files that it would have alone. A run that fails leaves the others going on. The state of
+    all folds is kept in the folder of the first run: give the runs in the same order to resume.
+
+    Args:
+        configs: Runs with `train.folds=together` and the same `shares_a_read`, such as other seeds and models.
+
+    Raises:
+        ConfigError: They cannot share a read, or as `cross_validate`.
+        PartialResultError: Some runs failed, each told with its cause; the others are done.
+        RequeueError: The process was asked to stop and has saved its state.
+    """
+    _check_shared(configs)
+    runtime = join_world(configs[0].parallel)
+    runs = [open_run(runtime, config) for config in configs]
+    tracked = [tracked_run(runtime, run) for run in runs]
+    failed: dict[int, CfusionError] = {}
+    name = f"{runs[0].cohort.name}, {len(runs)} runs together"
+    try:
+        with graceful_stop(), progress(name, sum(len(run.splits) for run in runs)) as bar:
+            failed = _train_together(runtime, runs, tracked, bar)
+        scores = [scored_run(runtime, run, tracked[i]) for i, run in enumerate(runs) if i not in failed]
+    except BaseException as error:
+        for parent in tracked:
+            parent.__exit__(type(error), error, error.__traceback__)
+        raise
+    for i, (run, parent) in enumerate(zip(runs, tracked, strict=True)):
+        cause = failed.get(i)
+        parent.__exit__(type(cause) if cause else None, cause, None)
+        if cause is None:
+            mark_done(runtime, run, parent)
+    if len(runs) == 1 and failed:
+        raise failed[0]
+    if failed:
+        causes = "; ".join(f"{runs[i].config.output}: {error.message}" for i, error in failed.items())
+        raise PartialResultError(f"{len(failed)} of {len(runs)} runs failed, the others are done. {causes}")
+    return scores
+
+
+def _train_together(
+    runtime: Runtime, runs: Sequence[PreparedRun], tracked: Sequence[TrackedRun], bar: Progress
+) -> dict[int, CfusionError]:
+    """Train the folds that are missing and write each; returns the runs that failed."""
+    slides = {case: s for run in runs for case, s in run.cohort.slides_of(list(run.cohort.cases.index)).items()}
+    data, dataset = runs[0].config.data, runs[0].dataset
+    whole = BagSet.open(dataset, slides, data, runtime, magnifications=data.magnifications)
+    run_of: dict[Member, int] = {}
+    children: dict[Member, TrackedRun] = {}
+    failed: dict[int, CfusionError] = {}
+
+    def done(member: Member, result: FoldRun) -> None:
+        folder = fold_folder(runs[run_of[member]], member.fold.split)
+        if runtime.is_main:
+            write_fold(folder, result)
+        runtime.barrier()
+        children[member].artifacts(folder)
+        children[member].close()
+        bar.advance(note=f"{folder.parent.name}/{folder.name}")
+
+    def fails(member: Member, error: CfusionError) -> list[Member]:
+        logger.warning("%s: %s The other runs go on.", runs[run_of[member]].config.output, error.message)
+        failed[run_of[member]] = error
+        return [other for other in run_of if run_of[other] == run_of[member]]
+
+    for number, run in enumerate(runs):
+        for split in run.splits:
+            folder = fold_folder(run, split)
+            if runtime.from_main(folder.is_dir()):
+                bar.advance(note=folder.name)
+                continue
+            child = tracked[number].child(folder.name, {"fold": split.fold, "repeat": split.repeat})
+            fold = ready_fold(
+                run.config, run.cohort, split, dataset, runtime,
+                folder=folder, on_epoch=_logging_to(child),
+            )  # fmt: skip
+            member = Member(runtime, fold, whole)
+            run_of[member], children[member] = number, child
+    checkpoints = GroupCheckpoints(runs[0].config.output / "checkpoints" / "group", runtime)
+    Group(runtime, whole, data, checkpoints, done, fails).train(list(run_of))
+    return failed
+
+
+def _logging_to(child: TrackedRun) -> EpochCallback:
+    return lambda epoch, metrics: child.log(metrics, epoch)
+
+
+def _shared(config: Config) -> dict[str, Any]:
+    return config.model_dump(mode="json", include={"cohort": True, "data": True, "parallel": {"precision"}})
+
+
+def _check_shared(configs: Sequence[Config]) -> None:
+    for config in configs:
+        if config.train.folds != "together":
+            raise ConfigError(f"{config.output}: train.folds={config.train.folds}.", "Set train.folds=together.")
+        for section, values in _shared(config).items():
+            first = _shared(configs[0])[section]
+            differing = [f"{section}.{key}" for key in values if values[key] != first[key]]
+            if differing:
+                raise ConfigError(
+                    f"{config.output} and {configs[0].output} cannot share a read: they differ in "
+                    f"{', '.join(differing)}.",
+                    "Train them apart.",
+                )
+    if len({config.output for config in configs}) < len(configs):
+        raise ConfigError("Runs that are trained together need different outputs.")
+
+
+def _fold(runtime: Runtime, run: PreparedRun, split: Split, parent: TrackedRun, bar: Progress) -> None:
+    folder = fold_folder(run, split)
+    checkpoints = run.config.output / "checkpoints" / folder.name
+    with parent.child(folder.name, {"fold": split.fold, "repeat": split.repeat}) as child:
+        if runtime.from_main(not folder.is_dir()):
+            result = fit(
+                run.config, run.cohort, split, runtime=runtime, folder=checkpoints,
+                on_epoch=lambda epoch, metrics: child.log(metrics, epoch),
+            )  # fmt: skip
+            if runtime.is_main:
+                write_fold(folder, result)
+            runtime.barrier()
+        if runtime.is_main:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        child.artifacts(folder)
+    bar.advance(note=folder.name)

@@ -1,0 +1,74 @@
+"""Train a finished run again from what it left, and compare."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from cfusion.errors import DataError
+from cfusion.report.runs import read_run
+from cfusion.runs.crossval import cross_validate, is_done, prepare
+from cfusion.survival.predictions import read_predictions
+
+logger = logging.getLogger(__name__)
+
+KEY = ["repeat", "fold", "case_id"]
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """How a second training compares with the first.
+
+    Attributes:
+        cases: Predictions compared.
+        largest: Largest absolute difference of a predicted value (risk, cut-off, survival, time bin); infinite where
+            the predicted patients differ.
+        differences: What differs in the provenance of the two, a line each.
+    """
+
+    cases: int
+    largest: float
+    differences: tuple[str, ...]
+
+
+def reproduce_run(folder: Path, out: Path) -> Reproduction:
+    """Train the run in `folder` again into `out`, untracked, and compare the predictions.
+
+    What differs in data, program and packages is said before the training starts.
+
+    Raises:
+        DataError: `folder` holds no finished run, or `out` is taken.
+    """
+    run = read_run(folder)
+    if is_done(out):
+        raise DataError(f"{out}: holds a finished run.", "Give another --out.")
+    tracking = run.config.tracking.model_copy(update={"enabled": False, "register_as": None})
+    config = run.config.model_copy(update={"output": out, "tracking": tracking})
+    differences = _differences(run.provenance, prepare(config).provenance)
+    for line in differences:
+        logger.warning("%s: %s", folder, line)
+    cross_validate(config)
+    first, second = (read_predictions(path / "predictions.csv").set_index(KEY).sort_index() for path in (folder, out))
+    return Reproduction(len(first), _largest(first, second), differences)
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:
+    """A line per value, with sections as `config.train.lr`."""
+    before, after = (pd.json_normalize(dict(values), sep=".").iloc[0].to_dict() for values in (then, now))
+    return tuple(
+        f"{name} was {before.get(name, 'not told')} and is {after.get(name, 'not told')}"
+        for name in dict.fromkeys([*before, *after])
+        if str(before.get(name)) != str(after.get(name))
+    )
+
+
+def _largest(first: pd.DataFrame, second: pd.DataFrame) -> float:
+    if not first.index.equals(second.index):
+        return float("inf")
+    values = first.select_dtypes(float).columns.drop("survival_months")
+    return float((first[values] - second[values]).abs().to_numpy().max())

@@ -1,0 +1,294 @@
+"""One member of a group: what it learns from each bag that passes, when it steps, and how its epoch is chosen.
+
+An epoch's validation bags come by in the pass after it, and are shown to a copy of the parameters as they stood at its
+end. Whether training should have stopped is known one pass late; what was learnt since is then dropped.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfusion.data.batches import join
+from cfusion.errors import ConfigError
+from cfusion.survival.losses import LOSSES
+from cfusion.training.checkpoint import TrainState
+from cfusion.training.folds import FoldRun, ReadyFold, fold_run
+from cfusion.training.group.order import Window, windows
+from cfusion.training.inference import BagSet
+from cfusion.training.loop import is_best, move_average, out_of_patience, targets_of, validation_scores
+from cfusion.training.runtime import Runtime
+from cfusion.training.schedule import learning_rate, make_optimizer
+from cfusion.training.snapshot import Snapshot
+from cfusion.training.step import Share, Stepper, dropout_seed
+from cfusion.types import BagBatch, SurvivalOutput, Targets
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A bag of a pass, as it comes to all members.
+
+    Attributes:
+        seen: How many bags of the order are behind after it.
+        bag: Its number.
+        learnt: As training sees it; None where no member of this rank learns from it.
+        shown: As it is; None where no member of this rank is judged by it.
+    """
+
+    seen: int
+    bag: int
+    learnt: BagBatch | None
+    shown: BagBatch | None
+
+
+class Member:
+    """A fold that is trained beside others.
+
+    Attributes:
+        fold: The fold.
+        chosen: Whether its parameters are chosen; then its bags are predicted and it is done.
+        position: Where its training stands.
+        verdict: The epochs that were judged, with the best of them.
+    """
+
+    def __init__(self, runtime: Runtime, fold: ReadyFold, whole: BagSet) -> None:
+        train, numbers = fold.job.config.train, {bag.key: number for number, bag in enumerate(whole.bags)}
+        self.fold = fold
+        self.chosen = False
+        self.position, self.verdict = TrainState(), TrainState()
+        self._runtime = runtime
+        self._whole = whole
+        network = fold.network.to(device=runtime.device, dtype=runtime.dtype).train()
+        optimizer = make_optimizer(network, train)
+        self._stepper = Stepper(runtime, network, optimizer, LOSSES[train.loss], train.alpha, train.clip_norm)
+        self._evaluated = copy.deepcopy(network).eval()
+        self._snapshot = Snapshot(runtime.parts(network, optimizer))
+        if train.ema:
+            self._snapshot.average = self._snapshot.parameters()
+        sets = {"train": fold.job.train, "validation": fold.job.validation, "test": fold.test}
+        self._numbers = {name: [numbers[bag.key] for bag in bags.bags] for name, bags in sets.items() if bags}
+        targets = targets_of(fold.job, fold.job.train)
+        self._targets = {number: i for i, number in enumerate(self._numbers["train"])}
+        self._outcomes = targets.to(runtime.device)
+        # Metrics of the epoch whose validation is under way; none where there is no such epoch.
+        self._judged: dict[str, float] | None = None
+        self._logits: dict[int, list[float]] = {}
+        self._shown: frozenset[int] = frozenset()
+        self._windows: deque[Window] = deque()
+        self._passes: dict[int, tuple[int, ...]] = {}
+        self._held: dict[int, BagBatch] = {}
+        self._loss = 0.0
+
+    @property
+    def learns(self) -> Collection[int]:
+        """Bags that it trains on in this pass."""
+        going_on = not self.chosen and self.position.epoch < self.fold.job.config.train.epochs
+        return self._targets.keys() if going_on else ()
+
+    @property
+    def shown(self) -> Collection[int]:
+        """Bags that are shown to its copy in this pass."""
+        if self.chosen:
+            return {*self._numbers["train"], *self._numbers["test"]}
+        return self._numbers["validation"] if self._judged is not None else ()
+
+    def begin(self, order: np.ndarray, mine: Collection[int]) -> None:
+        """Plan what is left of a pass.
+
+        Args:
+            order: Bags of the pass.
+            mine: Those that this rank reads.
+        """
+        config = self.fold.job.config
+        planned = windows(
+            order, self.learns, mine, self._whole.costs, self._whole.lengths,
+            global_batch=config.parallel.global_batch, micro_batch=config.train.micro_batch,
+            token_budget=config.data.token_budget,
+        )  # fmt: skip
+        self._windows = deque(planned[math.ceil(self.position.samples_seen / config.parallel.global_batch) :])
+        self._passes = {bag: bags for window in self._windows for bags in window.passes for bag in bags}
+        self._shown = frozenset(self.shown)
+        self._held.clear()
+        self._loss = 0.0
+
+    def wants(self, bag: int) -> bool:
+        """Whether this rank needs a bag for training."""
+        return bag in self._passes
+
+    def misses(self, bag: int) -> bool:
+        """Whether a bag is still to be shown to the copy."""
+        return bag in self._shown and bag not in self._logits
+
+    def visit(self, visit: Visit) -> None:
+        """Learn from a bag, be judged by it, step behind the last of a global batch. Every rank has to call this.
+
+        Raises:
+            DataError: The loss or its gradient is not finite; the bags are named.
+        """
+        if visit.learnt is not None and self.wants(visit.bag):
+            self._learn(visit.bag, visit.learnt)
+        if visit.shown is not None and self.misses(visit.bag):
+            self._show(visit.bag, visit.shown)
+        if self._windows and self._windows[0].end == visit.seen:
+            self._step()
+
+    def _learn(self, bag: int, batch: BagBatch) -> None:
+        """Take a bag in; a forward pass runs when its last bag is there, or, for losses over sets, when all are."""
+        self._held[bag] = batch
+        bags = self._passes.pop(bag)
+        if self._stepper.loss.set_wise or not all(other in self._held for other in bags):
+            return
+        self._loss += self._stepper.accumulate([self._share(bags)], cases=len(self._windows[0].bags))
+
+    def _show(self, bag: int, batch: BagBatch) -> None:
+        """Note the logits of a bag by the copy."""
+        with torch.no_grad():
+            output: SurvivalOutput = self._evaluated(batch)
+        self._logits[bag] = output.logits[0].double().tolist()
+
+    def _step(self) -> None:
+        job, state, window = self.fold.job, self.position, self._windows[0]
+        cases = len(window.bags)
+        if self._stepper.loss.set_wise:
+            self._loss = self._stepper.accumulate([self._share(bags) for bags in window.passes], cases=cases)
+        self._average_gradients()
+        steps = math.ceil(len(job.train) / job.config.parallel.global_batch)
+        lr = learning_rate(job.config.train, step=state.step, steps_per_epoch=steps)
+        own = [self._whole.bags[bag].case_id for bags in window.passes for bag in bags]
+        report = self._stepper.move(self._loss, own, cases=cases, lr=lr)
+        move_average(self._snapshot, job.config.train.ema)
+        state.step += 1
+        state.samples_seen += cases
+        state.loss_sum += report.loss * cases
+        self._windows.popleft()
+        self._loss = 0.0
+
+    def conclude(self, seconds: float) -> FoldRun | None:
+        """End a pass: judge the epoch before, put this one up to be judged. Every rank has to call this.
+
+        Args:
+            seconds: Duration of the pass.
+
+        Returns:
+            The result, once its bags are predicted.
+
+        Raises:
+            DataError: A validation score is not finite.
+            ConfigError: Training has ended and no epoch may be chosen.
+        """
+        trained = bool(self.learns)
+        if self.shown:
+            everyone = self._runtime.gather([self._logits])
+            self._logits = {bag: logits for part in everyone for bag, logits in part.items()}
+        if self.chosen:
+            training, scored = self._collected("train"), self._collected("test")
+            return fold_run(self.fold, self._evaluated, self.verdict, training, scored)
+        if self._judged is not None:
+            self._judge(self._judged, seconds)
+        if trained and not self.chosen:
+            self._put_up()
+            if self.fold.job.validation is None and self._judged is not None:
+                self._judge(self._judged, seconds)
+        return None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that a resumed training needs, to read and to write."""
+        parts = self._snapshot.parts
+        groups = {
+            "model": {name: part.values for name, part in parts.items()},
+            "average": self._snapshot.average,
+            "best": self._snapshot.best,
+            "evaluated": self._evaluated.state_dict(),
+        }
+        found = {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+        for name, part in parts.items():
+            found |= {f"{moment}/{name}": values for moment, values in part.moments.items()}
+        return found
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest of the state. Every rank has to call this."""
+        logits = {bag: values for part in self._runtime.gather([self._logits]) for bag, values in part.items()}
+        return {
+            "position": dataclasses.asdict(self.position),
+            "verdict": dataclasses.asdict(self.verdict),
+            "judged": self._judged,
+            "chosen": self.chosen,
+            "logits": [[self._whole.bags[bag].key, values] for bag, values in sorted(logits.items())],
+        }
+
+    def restore(self, numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Take up the state that `numbers` and `tensors` gave."""
+        self.position, self.verdict = TrainState(**numbers["position"]), TrainState(**numbers["verdict"])
+        self._judged, self.chosen = numbers["judged"], numbers["chosen"]
+        keys = {bag.key: number for number, bag in enumerate(self._whole.bags)}
+        self._logits = {keys[key]: values for key, values in numbers["logits"]}
+        if self.verdict.best_epoch >= 0:
+            self._snapshot.best = self._snapshot.parameters()
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                tensor.copy_(tensors[name])
+
+    def _share(self, bags: tuple[int, ...]) -> Share:
+        rows = torch.tensor([self._targets[bag] for bag in bags], device=self._runtime.device)
+        targets = Targets(*(getattr(self._outcomes, f.name)[rows] for f in dataclasses.fields(Targets)))
+        keys = [self._whole.bags[bag].key for bag in bags]
+        seed = dropout_seed(self.fold.job.name, self.position.epoch, keys, [0] * len(bags))
+        weights = torch.ones(len(bags), dtype=self._runtime.dtype, device=self._runtime.device)
+        return Share(join([self._held.pop(bag) for bag in bags]), targets, weights, seed)
+
+    def _average_gradients(self) -> None:
+        """What DistributedDataParallel does, once a step, in one exchange; a rank without a bag adds zero."""
+        if self._runtime.world_size == 1:
+            return
+        learnt = [p for p in self._stepper.model.parameters() if p.requires_grad]
+        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in learnt])
+        torch.distributed.all_reduce(flat)
+        flat /= self._runtime.world_size
+        for parameter, gradient in zip(learnt, flat.split([p.numel() for p in learnt]), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+
+    def _put_up(self) -> None:
+        """Copy the parameters of the finished epoch and go on to the next."""
+        config, state = self.fold.job.config, self.position
+        steps = math.ceil(len(self.fold.job.train) / config.parallel.global_batch)
+        lr = learning_rate(config.train, step=state.step - 1, steps_per_epoch=steps)
+        self._judged = {"train_loss": state.loss_sum / state.samples_seen, "learning_rate": lr}
+        self._evaluated.load_state_dict(self._snapshot.average or self._stepper.model.state_dict())
+        state.epoch, state.samples_seen, state.loss_sum = state.epoch + 1, 0, 0.0
+
+    def _judge(self, metrics: dict[str, float], seconds: float) -> None:
+        job, state = self.fold.job, self.verdict
+        if job.validation is not None:
+            metrics = metrics | validation_scores(job, job.validation, self._collected("validation"))
+        if is_best(state, metrics, job):
+            self._snapshot.best = {name: t.clone() for name, t in self._evaluated.state_dict().items()}
+        state.history.append({"epoch": state.epoch, **metrics})
+        if self._runtime.is_main:
+            job.on_epoch(state.epoch, {**metrics, "epoch_seconds": seconds})
+        state.epoch += 1
+        self._judged = None
+        if state.epoch == job.config.train.epochs or out_of_patience(state, job.config.train.patience):
+            self._choose()
+
+    def _choose(self) -> None:
+        if not self._snapshot.best:
+            raise ConfigError(
+                f"No epoch was chosen: train.min_epoch={self.fold.job.config.train.min_epoch}, but training ended "
+                f"after {self.verdict.epoch} epochs.",
+                "Raise train.epochs or lower train.min_epoch.",
+            )
+        self._evaluated.load_state_dict(self._snapshot.best)
+        self.chosen = True
+
+    def _collected(self, part: str) -> Tensor:
+        """Logits [bag, bin] of a part's bags; they are used up."""
+        return torch.tensor([self._logits.pop(bag) for bag in self._numbers[part]], dtype=torch.float64)

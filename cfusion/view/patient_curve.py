@@ -1,0 +1,119 @@
+"""A patient's predicted survival within the Kaplan–Meier curve of the cohort, from a finished run."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from cfusion.cohort.read import patient_of, read_cohort, slide_stem
+from cfusion.config import load_config
+from cfusion.errors import CfusionError, DataError
+from cfusion.explanation.result import Explanation
+from cfusion.report.svg import Plot, nice_ticks
+from cfusion.survival.groups import kaplan_meier
+from cfusion.survival.predictions import read_predictions, survival_columns
+
+logger = logging.getLogger(__name__)
+
+
+class CohortCurves:
+    """The patients of a run: their outcomes, and what was predicted for them out of fold.
+
+    Args:
+        run: Output folder of `cfusion train`.
+
+    Raises:
+        DataError: The folder holds no predictions, or they cannot be read.
+    """
+
+    def __init__(self, run: Path) -> None:
+        if not (run / "predictions.csv").is_file():
+            raise DataError(
+                f"{run}: holds no predictions.csv.", "Give the output folder of `cfusion train`.", topic="viewer"
+            )
+        table = read_predictions(run / "predictions.csv")
+        self.name = str(table["cohort"].iloc[0])
+        folds = table.groupby(["seed", "repeat", "fold"])["risk"]
+        self.table = table.assign(percentile=100 * (folds.rank() - 1) / (folds.transform("size") - 1).clip(lower=1))
+        self._predicted = survival_columns(table)
+        self.cases = table.drop_duplicates("case_id").set_index("case_id")
+        self.observed = kaplan_meier(self.cases["survival_months"].to_numpy(float), self.cases["event"].to_numpy(bool))
+        self._case_of = _cases_of_slides(run)
+
+    def case_of(self, slide_id: str) -> str | None:
+        """The patient of a slide; None where the run has no such patient."""
+        stem = slide_stem(slide_id)
+        for case in (self._case_of.get(stem), patient_of(stem), stem):
+            if case in self.cases.index:
+                return str(case)
+        return None
+
+    def predicted(self, case: str) -> list[list[tuple[float, float]]]:
+        """The patient's predicted curves, one per repetition: (months, survival), from (0, 1)."""
+        if self._predicted is None:
+            return []
+        survival, edges = self._predicted
+        rows = self.table.index[self.table["case_id"] == case]
+        return [[(0.0, 1.0), *zip(edges[r].tolist(), survival[r].tolist(), strict=True)] for r in rows]
+
+    def percentile(self, case: str) -> float:
+        """How many of a hundred other patients of the same fold have a lower risk."""
+        return float(self.table.loc[self.table["case_id"] == case, "percentile"].mean())
+
+
+def _cases_of_slides(run: Path) -> dict[str, str]:
+    try:
+        slides = read_cohort(load_config(run / "config.yaml").cohort).slides
+    except CfusionError as error:
+        logger.info("%s: patients are told by the names of their slides (%s)", run, error)
+        return {}
+    return {str(slide): str(case) for slide, case in slides["case_id"].items()}
+
+
+def patient_panel(curves: CohortCurves | None, slide_id: str, explanation: Explanation | None) -> dict[str, Any] | None:
+    """What the page shows of a slide's patient: a figure, and in words what it shows; None where nothing is known."""
+    case = curves.case_of(slide_id) if curves is not None else None
+    if explanation is None and case is None:
+        return None if curves is None else {"case": None, "words": f"The run has no patient for the slide {slide_id}."}
+    words, lines = [], []
+    if curves is not None and case is not None:
+        row = curves.cases.loc[case]
+        lines += [("patient", curve) for curve in curves.predicted(case)]
+        outcome = "event" if row["event"] else "last seen without event"
+        words.append(f"{outcome} at {row['survival_months']:.1f} months")
+        words.append(f"out-of-fold risk above {curves.percentile(case):.0f}% of the patients of its fold")
+    if explanation is not None:
+        lines.append(("ensemble", list(zip(explanation.curve["months"], explanation.curve["survival"], strict=True))))
+        models = f"fold ensemble of {len(explanation.risks)}" if len(explanation.risks) > 1 else "one model"
+        words.append(f"{models}: risk {explanation.risk:.3f}".replace("-", "\N{MINUS SIGN}"))
+    figure = _figure(curves, case, lines, "; ".join(words))
+    return {"case": case, "words": "; ".join(words), "figure": figure}
+
+
+def _figure(
+    curves: CohortCurves | None, case: str | None, lines: list[tuple[str, list[tuple[float, float]]]], words: str
+) -> str:
+    ends = [curve[-1][0] for _, curve in lines] + ([curves.observed.months[-1]] if curves is not None else [])
+    end = max((e for e in ends if math.isfinite(e)), default=1.0)
+    plot = Plot((0, end), (0, 1), width=340, height=230)
+    plot.axes("months", "survival", x_ticks=nice_ticks(0, end))
+    if curves is not None:
+        observed = curves.observed
+        x = [min(m, end) for m in observed.months]
+        plot.step_band(x, observed.low, observed.high, "band cohort")
+        plot.steps(x, observed.survival, "line cohort")
+    for css, curve in lines:
+        plot.steps([min(m, end) for m, _ in curve], [s for _, s in curve], f"line {css}")
+    if curves is not None and case is not None:
+        row: Any = curves.cases.loc[case]
+        at = min(float(row["survival_months"]), end)
+        shift, anchor = (4, "start") if at < end / 2 else (-4, "end")
+        plot.segment((at, 0), (at, 1), "rule")
+        plot.text(plot.px(at) + shift, plot.py(0) - 5, "event" if row["event"] else "last seen", "tick", anchor)
+    title = f"Survival predicted for {case or 'this slide'}"
+    within = f", within the Kaplan–Meier curve of the {len(curves.cases)} patients of {curves.name}" if curves else ""
+    # The page's rules allow no inline style; its style sheet sets the width.
+    return re.sub(r' style="[^"]*"', "", plot.finish(title + within, f"{words}."), count=1)

@@ -1,0 +1,81 @@
+"""The runs of a sweep as the report compares them: which cell each belongs to, how it ended, what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cfusion.report.comparison.cells import Cost, Member, compare_members
+from cfusion.report.comparison.comparison_files import write_comparison
+from launch.sweep.markers import attempts
+from launch.sweep.plan import PlannedRun, SweepConfig
+from launch.sweep.status import RunStatus, look
+
+
+def report_sweep(sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path) -> Path:
+    """Compare what is finished of a sweep, and write it to `out`; returns the page.
+
+    Raises:
+        DataError: None of the runs is finished.
+    """
+    members = members_of(runs, look(runs))
+    bootstrap = max(run.config.evaluation.bootstrap for run in runs)
+    return write_comparison(compare_members(members, bootstrap), out, title=sweep.name)
+
+
+def members_of(runs: Sequence[PlannedRun], statuses: Sequence[RunStatus]) -> list[Member]:
+    """The runs with the cell each belongs to.
+
+    Cohort, encoder, protocol, seed, fold and permuted outcomes are those of the configuration. What else a sweep
+    varies makes another model: its name is that on the axis `model`, or its own, and with it stand the values of all
+    axes that differ between runs which are alike in everything above.
+    """
+    varied = _varied(runs)
+    return [
+        Member(
+            name=run.name,
+            folder=run.config.output,
+            cohort=run.config.cohort.name,
+            encoder=_encoder(run),
+            model=", ".join([_model(run), *(run.values[axis] for axis in varied)]),
+            protocol=run.config.evaluation.protocol,
+            seed=run.config.seed,
+            permuted=run.config.evaluation.permute_outcomes,
+            state=status.state,
+            word=status.word,
+            cost=_cost(run.config.output),
+        )
+        for run, status in zip(runs, statuses, strict=True)
+    ]
+
+
+def _model(run: PlannedRun) -> str:
+    return run.values.get("model", run.config.model.name)
+
+
+def _encoder(run: PlannedRun) -> str:
+    return run.values.get("encoder") or run.config.data.encoder or "any encoder"
+
+
+def _varied(runs: Sequence[PlannedRun]) -> list[str]:
+    """Axes, the model's aside, whose values differ between runs of one cell."""
+    alike: dict[tuple, list[PlannedRun]] = {}
+    for run in runs:
+        config = run.config
+        key = (
+            config.cohort.name, _encoder(run), _model(run), config.evaluation.protocol, config.seed,
+            config.splits.fold, config.evaluation.permute_outcomes,
+        )  # fmt: skip
+        alike.setdefault(key, []).append(run)
+    axes = [axis for axis in (runs[0].values if runs else ()) if axis not in ("model", "encoder")]
+    return [axis for axis in axes if any(len({run.values[axis] for run in group}) > 1 for group in alike.values())]
+
+
+def _cost(folder: Path) -> Cost:
+    told = [attempt for attempt in attempts(folder) if "wall_s" in attempt]
+    energies = [attempt["energy_j"] for attempt in told]
+    return Cost(
+        sum(attempt["cpu_s"] for attempt in told) / 3600,
+        sum(attempt["gpu_s"] for attempt in told) / 3600,
+        float("nan") if not energies or None in energies else sum(energies) / 3.6e6,
+    )

@@ -1,0 +1,148 @@
+"""How far a sweep is: the state of every run, what failed and why, and how long the rest will take."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cfusion.cohort.splits import fold_count
+from cfusion.files import read_json
+from cfusion.program import code_digest
+from launch.sweep.markers import FAILED, LOCK, LOG, attempts, holder, read_failure
+from launch.sweep.plan import PlannedRun, SweepConfig
+
+State = Literal["done", "running", "failed", "open"]
+STATES: tuple[State, ...] = ("done", "running", "failed", "open")
+
+_FOLD = re.compile(r"(repeat_\d+_)?fold_\d+")
+_SAMPLE = 200
+"""Finished runs that an estimate is made from."""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run of a sweep.
+
+    Attributes:
+        name: Of the run.
+        values: Its value on each axis.
+        state: `running`: a process holds it; `failed`: it ended before it was done, and is not being tried again.
+        folder: Where it lies.
+        folds_done: Folds that are whole.
+        folds: All its folds.
+        word: The cause of a failure, who trains it, or, where it cannot be begun, what of its data is absent.
+        log: Path of its log where it failed.
+    """
+
+    name: str
+    values: Mapping[str, str]
+    state: State
+    folder: Path
+    folds_done: int
+    folds: int
+    word: str = ""
+    log: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "name": self.name, "values": dict(self.values), "state": self.state, "folder": str(self.folder),
+            "folds_done": self.folds_done, "folds": self.folds, "word": self.word,
+            "log": str(self.log) if self.log else None,
+        }  # fmt: skip
+
+
+def look(runs: Sequence[PlannedRun]) -> list[RunStatus]:
+    """The state of every run, from what lies in its folder."""
+    present = set(_names(runs[0].config.output.parent)) if runs else set()
+    return [_status(run, _names(run.config.output) if run.name in present else []) for run in runs]
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208 - ten thousand folders are listed, names alone are wanted
+    except OSError:
+        return []
+
+
+def _status(run: PlannedRun, files: Sequence[str]) -> RunStatus:
+    folder, folds = run.config.output, fold_count(run.config.splits)
+    done = sum(1 for name in files if _FOLD.fullmatch(name))
+
+    def status(state: State, word: str = "", log: Path | None = None) -> RunStatus:
+        return RunStatus(run.name, run.values, state, folder, done, folds, word, log)
+
+    if "done.json" in files:
+        return status("done")
+    left, held = holder(folder) if LOCK in files else (None, False)
+    if held:
+        return status("running", str(left))
+    failure = read_failure(folder) if FAILED in files else None
+    if failure is not None:
+        return status("failed", f"{failure['cause']} (attempt {max(1, failure['attempts'])})", folder / failure["log"])
+    if left is not None:
+        return status("failed", f"{left} ended without a word: killed, out of memory perhaps", folder / LOG)
+    return status("open", run.absent)
+
+
+def stale(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> list[str]:
+    """Folders of runs that the sweep no longer means: their configuration, data or program has changed.
+
+    Args:
+        sweep: The sweep.
+        runs: All its runs.
+    """
+    planned = {run.name for run in runs}
+    folder = sweep.output / "runs"
+    # Other folders may lie beside the runs, such as the artifacts of tracking.
+    return sorted(name for name in _names(folder) if name not in planned and (folder / name / LOCK).is_file())
+
+
+def codes_of(sweep: SweepConfig, names: Sequence[str]) -> dict[str, int]:
+    """How many of the named runs are done, by the code that did them, other than this program's."""
+    folders = [sweep.output / "runs" / name for name in names]
+    done = [read_json(folder / "run.json")["provenance"] for folder in folders if (folder / "done.json").is_file()]
+    found = Counter(provenance.get("code") for provenance in done)
+    return {code: number for code, number in found.items() if code not in (None, code_digest())}
+
+
+def counts(statuses: Sequence[RunStatus]) -> dict[str, int]:
+    """Runs in each state."""
+    found = Counter(status.state for status in statuses)
+    return {state: found[state] for state in STATES}
+
+
+def seconds_left(statuses: Sequence[RunStatus]) -> float | None:
+    """An estimate of the time that the folds left will take at the pace of finished runs; None before one is."""
+    finished = itertools.islice((status for status in statuses if status.state == "done"), _SAMPLE)
+    paces = []
+    for status in finished:
+        walls = [a["wall_s"] / a["together"] for a in attempts(status.folder) if "wall_s" in a]
+        if walls:
+            paces.append(sum(walls) / status.folds)
+    if not paces:
+        return None
+    left = sum(status.folds - status.folds_done for status in statuses if status.state in ("running", "open"))
+    at_work = sum(1 for status in statuses if status.state == "running")
+    return left * statistics.fmean(paces) / max(1, at_work)
+
+
+def grid(
+    statuses: Sequence[RunStatus], axes: Sequence[str]
+) -> tuple[str, str | None, dict[tuple[str, str], list[RunStatus]]]:
+    """The runs by two axes, cohort and encoder where the sweep has them: row axis, column axis, runs of each cell."""
+    rows = "cohort" if "cohort" in axes else axes[0] if axes else ""
+    rest = [axis for axis in axes if axis != rows]
+    columns = "encoder" if "encoder" in rest else rest[0] if rest else None
+    cells: dict[tuple[str, str], list[RunStatus]] = {}
+    for status in statuses:
+        key = (status.values.get(rows, "all"), status.values[columns] if columns else "runs")
+        cells.setdefault(key, []).append(status)
+    return rows, columns, cells

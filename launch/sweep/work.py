@@ -1,0 +1,220 @@
+"""One job in a worker: a run, or several that share one read, claimed, trained, and told about."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from cfusion.errors import CfusionError, DataError, RequeueError
+from cfusion.files import write_text
+from launch.sweep.cost import Meter
+from launch.sweep.markers import LOG, HeldError, add_attempt, claim, clear_failure, write_failure
+from launch.sweep.plan import DataDigests, PlannedRun
+
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one worker does at a time.
+
+    Attributes:
+        runs: One run, or several that share one read of the shards.
+        processes: Processes of each run; more than one are started by torchrun.
+        share: Part of its GPUs that the worker may fill.
+    """
+
+    runs: tuple[PlannedRun, ...]
+    processes: int = 1
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run went.
+
+    Attributes:
+        name: Of the run.
+        state: `held`: another process trains it; `stopped`: asked to stop, its state is saved.
+        cause: Why it is not done, in one line.
+        again: Whether another try may end otherwise: not where the input is bad; `alone` on a whole GPU where its share
+            was too small.
+    """
+
+    name: str
+    state: Literal["done", "failed", "stopped", "held"]
+    cause: str = ""
+    again: Literal["no", "yes", "alone"] = "no"
+
+
+def do(job: Job) -> list[Outcome]:
+    """Do the runs of a job that are neither done nor held by another process; failed ones are marked with the cause."""
+    from cfusion.runs.crossval import is_done
+
+    outcomes: list[Outcome] = []
+    data = DataDigests({})
+    with contextlib.ExitStack() as held:
+        mine: list[PlannedRun] = []
+        locks: list[int] = []
+        for run in job.runs:
+            try:
+                lock = held.enter_context(claim(run.config.output))
+            except HeldError as error:
+                outcomes.append(Outcome(run.name, "held", error.message))
+                continue
+            if is_done(run.config.output):
+                outcomes.append(Outcome(run.name, "done"))
+                continue
+            clear_failure(run.config.output)
+            if changed := run.changed(data):
+                outcomes.append(_refused(run, changed))
+                continue
+            mine.append(run)
+            locks.append(lock)
+        return outcomes + (_attempt(job, mine, locks) if mine else [])
+
+
+def lost(job: Job, cause: str, *, stopped: bool = False) -> list[Outcome]:
+    """How the runs of a job went whose worker ended without a word; those not done are marked with the cause."""
+    return [_lost(run, cause, stopped) for run in job.runs]
+
+
+def _lost(run: PlannedRun, cause: str, stopped: bool) -> Outcome:
+    from cfusion.runs.crossval import is_done
+
+    folder = run.config.output
+    if is_done(folder):
+        return Outcome(run.name, "done")
+    if stopped:
+        return Outcome(run.name, "stopped", "asked to stop")
+    try:
+        with claim(folder):
+            add_attempt(folder, {"outcome": "killed"})
+            write_failure(folder, cause)
+    except HeldError as error:
+        return Outcome(run.name, "held", error.message)
+    return Outcome(run.name, "failed", cause, "yes")
+
+
+def _refused(run: PlannedRun, cause: str) -> Outcome:
+    """Mark a run that is not begun as failed; another try would end alike."""
+    with _logged_to([run.config.output]) as log:
+        log.error("%s", cause)
+    write_failure(run.config.output, cause)
+    return Outcome(run.name, "failed", cause)
+
+
+def _attempt(job: Job, runs: list[PlannedRun], locks: list[int]) -> list[Outcome]:
+    """Train the runs and say how each went; the attempt and what it cost are recorded with each."""
+    from cfusion.runs.crossval import is_done
+
+    meter = Meter(job.share, len(runs))
+    missed = Outcome("", "failed", "ended without its marker of completion")
+    with _logged_to([run.config.output for run in runs]) as log:
+        try:
+            _train(job, runs, locks)
+        except RequeueError as error:
+            missed = Outcome("", "stopped", error.message)
+        except CfusionError as error:
+            log.error("%s", error)
+            missed = Outcome("", "failed", str(error))
+        except Exception as error:  # noqa: BLE001 - a worker tells its cause whatever it is; the sweep then fails
+            log.error("%s", traceback.format_exc())
+            missed = Outcome("", "failed", _line(error), "alone" if _out_of_memory(error) and job.share < 1 else "yes")
+        cost = meter.read()
+        log.info("ended after %.0f s", cost["wall_s"])
+    outcomes = []
+    for run in runs:
+        done = is_done(run.config.output)
+        outcome = Outcome(run.name, "done") if done else Outcome(run.name, missed.state, missed.cause, missed.again)
+        add_attempt(run.config.output, {"outcome": outcome.state, **cost})
+        if outcome.state == "failed":
+            write_failure(run.config.output, outcome.cause)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _out_of_memory(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def _train(job: Job, runs: list[PlannedRun], locks: list[int]) -> None:
+    from cfusion.runs.crossval import cross_validate, cross_validate_together
+
+    if job.processes > 1:
+        for run, lock in zip(runs, locks, strict=True):
+            _torchrun(run, job.processes, lock)
+    elif len(runs) > 1:
+        cross_validate_together([run.config for run in runs])
+    else:
+        cross_validate(runs[0].config)
+
+
+def _torchrun(run: PlannedRun, processes: int, lock: int) -> None:
+    """Train a run in several processes; they hold its lock too, so it stays held should this process be killed."""
+    from cfusion.runs.crossval import is_done
+    from cfusion.training.interruption import graceful_stop, stop_requested
+
+    folder = run.config.output
+    planned = folder / "planned.yaml"
+    write_text(planned, yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
+    command = [sys.executable, "-m", "launch.torchrun", "--standalone", "--nproc-per-node", str(processes)]
+    threads = max(1, int(os.environ.get("OMP_NUM_THREADS", processes)) // processes)
+    with (folder / LOG).open("ab") as log, graceful_stop():
+        start = log.tell()
+        child = subprocess.Popen(
+            [*command, "-m", "cfusion", "train", str(planned)], stdout=log, stderr=subprocess.STDOUT,
+            pass_fds=(lock,), env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )  # fmt: skip
+        asked = False
+        while child.poll() is None:
+            if stop_requested() and not asked:
+                child.terminate()
+                asked = True
+            time.sleep(_POLL_SECONDS)
+    if not is_done(folder):
+        if asked or child.returncode == RequeueError.exit_code:
+            raise RequeueError("asked to stop; its state is saved.")
+        with (folder / LOG).open("rb") as log:
+            log.seek(start)
+            lines = log.read().decode(errors="replace").splitlines()
+        for line in reversed(lines):
+            if line.startswith("error: "):
+                raise DataError(line.removeprefix("error: "))
+        raise ChildProcessError(f"torchrun ended with {child.returncode}; the last words are in its log")
+
+
+@contextlib.contextmanager
+def _logged_to(folders: Sequence[Path]) -> Iterator[logging.Logger]:
+    """Within the block, what the program logs goes to `run.log` in each folder."""
+    log = logging.getLogger("cfusion")
+    level = log.level
+    handlers = [logging.FileHandler(folder / LOG) for folder in folders]
+    log.setLevel(logging.INFO)
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.addHandler(handler)
+    try:
+        yield log
+    finally:
+        log.setLevel(level)
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()

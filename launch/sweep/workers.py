@@ -1,0 +1,207 @@
+"""Run jobs on this machine: worker processes, each with its cores and GPUs, which keep their imports between runs.
+
+A worker that is killed takes its own run down and nobody else's; another takes its place.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import psutil
+
+from cfusion.errors import ConfigError
+from launch.sweep.work import Job, Outcome, do, lost
+
+logger = logging.getLogger(__name__)
+
+_TICK_SECONDS = 0.5
+_GRACE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for one worker.
+
+    Attributes:
+        threads: Cores that it computes on.
+        gpus: Its GPUs as `CUDA_VISIBLE_DEVICES` names them; none: as the machine has them.
+        share: Part of each of these GPUs that it may fill.
+    """
+
+    threads: int
+    gpus: str | None = None
+    share: float = 1.0
+
+
+def slots_here(slots: int | None, slots_per_gpu: int, processes: int) -> list[Slot]:
+    """The slots of this machine: `slots` of them over its GPUs in turn, or as many as its GPUs give, or one.
+
+    Args:
+        slots: How many; none: `slots_per_gpu` for each GPU, or for each group of `processes` GPUs. The cores are shared
+            out among them; OMP_NUM_THREADS, where it is set, is the most threads of each.
+        slots_per_gpu: Workers on one GPU, each with an equal share of its memory.
+        processes: Processes of a run, each with a GPU of its own where there are GPUs.
+
+    Raises:
+        ConfigError: A run asks for more GPUs than there are.
+    """
+    gpus = visible_gpus()
+    if gpus and len(gpus) < processes:
+        raise ConfigError(f"--processes {processes}: this machine shows {len(gpus)} GPUs.", "Ask for fewer.")
+    groups = [",".join(gpus[i : i + processes]) for i in range(0, len(gpus) - processes + 1, processes)]
+    count = slots or max(1, len(groups) * slots_per_gpu)
+    threads = max(1, usable_cores() // count)
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        threads = min(threads, max(1, int(os.environ["OMP_NUM_THREADS"])))
+    if not groups:
+        return [Slot(threads)] * count
+    share = 1 / math.ceil(count / len(groups))
+    return [Slot(threads, groups[i % len(groups)], share) for i in range(count)]
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: fewer than the machine has where a scheduler has bound it to some."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that this process may use."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+    return names if torch.cuda.is_available() else []
+
+
+def run_local(jobs: Sequence[Job], slots: Sequence[Slot], tick: Callable[[Sequence[Job]], None]) -> Iterator[Outcome]:
+    """Do the jobs, one per slot at a time.
+
+    Args:
+        jobs: What is to be done.
+        slots: Where.
+        tick: Called now and then with the jobs at work.
+
+    Yields:
+        How each run went, as it ends. After a request to stop (see `cfusion.training.interruption`) the runs at work
+        save their state and end as `stopped`; the rest is not begun.
+    """
+    from cfusion.training.interruption import stop_requested
+
+    _warn_of_memory(jobs, len(slots))
+    waiting = deque(jobs)
+    workers = [_Worker(slot) for slot in slots[: len(jobs)]]
+    stopping = False
+    try:
+        while True:
+            if stop_requested() and not stopping:
+                stopping = True
+                waiting.clear()
+                for worker in workers:
+                    worker.stop()
+            for worker in workers:
+                if waiting and worker.job is None:
+                    worker.start(waiting.popleft())
+            busy = {worker.ready: worker for worker in workers if worker.job is not None}
+            if not busy:
+                return
+            for ready in wait(list(busy), timeout=_TICK_SECONDS):
+                yield from busy[ready].finish(stopping)  # type: ignore[index]
+            tick([worker.job for worker in workers if worker.job is not None])
+    finally:
+        for worker in workers:
+            worker.stop()
+        for worker in workers:
+            worker.close()
+
+
+class _Worker:
+    """A process that does one job after the other; it is started with its first job, and again after it was killed."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.job: Job | None = None
+        self._slot = slot
+        self._process: Any = None
+        self._pipe: Connection | None = None
+
+    @property
+    def ready(self) -> Connection:
+        """Readable when the job has ended, one way or the other."""
+        assert self._pipe is not None
+        return self._pipe
+
+    def start(self, job: Job) -> None:
+        if self._process is None or not self._process.is_alive():
+            context = multiprocessing.get_context("spawn")
+            self._pipe, other = context.Pipe()
+            self._process = context.Process(target=_serve, args=(other, self._slot))
+            self._process.start()
+            other.close()
+        self.job = Job(job.runs, job.processes, self._slot.share)
+        self.ready.send(self.job)
+
+    def finish(self, stopping: bool) -> list[Outcome]:
+        """The outcomes of the job that has ended."""
+        job, self.job = self.job, None
+        assert job is not None
+        try:
+            return self.ready.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            code = self._process.exitcode
+            cause = f"its worker process was killed by signal {-code}" if code < 0 else f"its worker left with {code}"
+            return lost(job, cause + ", out of memory perhaps" * (-code == signal.SIGKILL), stopped=stopping)
+
+    def stop(self) -> None:
+        """Ask the run at work, if there is one, to save its state and end."""
+        if self.job is not None:
+            self._process.terminate()
+
+    def close(self) -> None:
+        """End the process, once it has told how its run went."""
+        if self._process is None:
+            return
+        if self.job is not None and self.ready.poll(_GRACE_SECONDS):
+            self.finish(stopping=True)
+        self.ready.close()
+        self._process.join(_GRACE_SECONDS)
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(pipe: Connection, slot: Slot) -> None:
+    """A worker's life. Ctrl-C is the parent's to answer; the end of the parent is the end of the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["OMP_NUM_THREADS"] = str(slot.threads)
+    if slot.gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpus
+    import torch
+
+    torch.set_num_threads(slot.threads)
+    if slot.share < 1:
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.set_per_process_memory_fraction(slot.share, device)
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(do(job))
+
+
+def _warn_of_memory(jobs: Sequence[Job], slots: int) -> None:
+    ahead = max((run.config.data.buffer_bytes for job in jobs for run in job.runs), default=0)
+    available = psutil.virtual_memory().available
+    if ahead * min(slots, len(jobs)) > available:
+        logger.warning(
+            "%d runs at a time may read %.1f GB ahead (data.buffer_bytes each), %.1f GB of memory are free",
+            slots, ahead * slots / 1e9, available / 1e9,
+        )  # fmt: skip

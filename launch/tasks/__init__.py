@@ -1,0 +1,1 @@
+"""Work on other machines: SLURM job arrays and Ray tasks."""

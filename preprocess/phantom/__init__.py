@@ -1,0 +1,1 @@
+"""Phantom cohorts: drawn slides with a known risk."""

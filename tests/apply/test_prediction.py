@@ -1,0 +1,348 @@
+"""A fold ensemble on new patients: the same from shards, a store or many processes, and refused where it must be."""
+
+import dataclasses
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from factories import ENCODER, CohortFiles, make_cohort, slide_features
+from spawn import run_world
+from typer.testing import CliRunner
+
+from cfusion.apply.ensemble import FoldEnsemble, predict
+from cfusion.apply.sources import Embeddings, ShardSource, StoreSource, group_slides
+from cfusion.cli.main import app
+from cfusion.config import DataConfig, ModelConfig, ParallelConfig
+from cfusion.data.shards import ShardDataset
+from cfusion.data.store import write_slide
+from cfusion.errors import CfusionError, CohortError, ConfigError, DataError, PartialResultError, StoreError
+from cfusion.training.fitted import FittedModel, ModelCard, build
+from cfusion.training.folds import fit
+from cfusion.training.world import join_world
+from cfusion.types import SlideFeatures
+from preprocess.descriptor import DIM
+
+MAGNIFICATIONS = (20.0, 10.0, 5.0)
+NAMES = ("x20", "x10", "x5")
+EDGES = ((0.0, 6.0, 14.0, 30.0, 200.0), (0.0, 6.0, 15.0, 31.0, 200.0))
+
+
+@pytest.fixture(autouse=True)
+def keep_logging(monkeypatch):
+    """The command line sets up logging for its process; here the process is the tests'."""
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
+    return make_cohort(tmp_path_factory.mktemp("cohort"), patients=30, two_slides=3)
+
+
+def untrained(folder: Path, *, grid: str = "spatial", encoder: str = ENCODER, dim: int = 8) -> Path:
+    """Two fold models as a run leaves them, with weights drawn at random."""
+    settings = ModelConfig(embed_dim=16, num_heads=2, options={"grid": grid})
+    for fold, edges in enumerate(EDGES):
+        torch.manual_seed(fold)
+        card = ModelCard(
+            model=settings.model_dump(mode="json"), backbone_dim=dim, magnifications=MAGNIFICATIONS, edges_months=edges,
+            encoder=encoder, cohort="made_up", endpoint="OS", fold=fold, risk_cutoff=-2.2 + 0.1 * fold,
+        )  # fmt: skip
+        network = build(settings, dim, 4, MAGNIFICATIONS).eval()
+        with torch.no_grad():  # a fresh network has parts that do nothing yet, such as the position encoding
+            for parameter in network.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        FittedModel(network, card).save(folder / f"fold_{fold}" / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ensemble_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return untrained(tmp_path_factory.mktemp("ensemble"))
+
+
+@pytest.fixture(scope="module")
+def store(files: CohortFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cohort's slides as a feature store."""
+    root = tmp_path_factory.mktemp("features")
+    dataset = ShardDataset.open(files.shards)
+    for slide in dataset.slide_ids:
+        features = dataset.read(slide, NAMES)
+        coords = {n: dataset.read(slide, [f"coords_{n}"])[f"coords_{n}"] for n in NAMES}
+        attrs = {"encoder": ENCODER, "tile_px_level0": dataset.sample(slide).tile_px_level0}
+        write_slide(root, SlideFeatures(slide, features, coords, {}, attrs))
+    return root
+
+
+@pytest.fixture(scope="module")
+def cases(files: CohortFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cases") / "cases.csv"
+    rows = pd.read_csv(files.table).rename(columns={"patient": "case_id", "slide": "slide_id"})
+    rows["slide_id"] += ".svs"
+    rows[["slide_id", "case_id"]].to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture
+def cfusion() -> Callable[..., str]:
+    def call(*arguments: object) -> str:
+        result = CliRunner().invoke(app, [str(a) for a in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    return call
+
+
+def test_shards_and_the_store_they_were_packed_from_give_the_same(
+    cfusion, files, store, cases, ensemble_folder, tmp_path
+):
+    for source, name in ((files.shards, "shards.csv"), (store, "store.csv")):
+        told = cfusion("predict", source, "--model", ensemble_folder, "--cases", cases, "--out", tmp_path / name)
+        assert told.startswith("30 patients, ")
+    one, other = (
+        pd.read_csv(tmp_path / name).set_index("case_id").sort_index() for name in ("shards.csv", "store.csv")
+    )
+    assert one["slides"].tolist() == [2] * 3 + [1] * 27
+    assert one["group"].tolist() == other["group"].tolist()
+    numbers = one.columns.drop("group")
+    np.testing.assert_allclose(one[numbers], other[numbers], rtol=1e-6)
+
+
+def test_a_row_is_the_mean_over_the_folds_and_its_curve_holds_every_edge(files, cases, ensemble_folder):
+    source = ShardSource(DataConfig(shards=str(files.shards)))
+    slides = group_slides(source.slide_ids, cases)
+    ensemble = FoldEnsemble.load(ensemble_folder)
+    table = ensemble.predict(source, slides, join_world(ParallelConfig())).set_index("case_id")
+    alone = [predict(m, DataConfig(shards=str(files.shards)), slides).set_index("case_id") for m in ensemble.models]
+    risks = np.stack([frame.loc[table.index, "risk"] for frame in alone])
+    np.testing.assert_allclose(table["risk"], risks.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(table["risk_sd"], risks.std(axis=0), rtol=1e-9)
+    assert ensemble.risk_cutoff == pytest.approx(-2.15)
+    assert ((table["group"] == "high") == (table["risk"] > -2.15)).all()
+    months = sorted({edge for edges in EDGES for edge in edges[1:]})
+    assert [table[f"edge_{k + 1}"].iloc[0] for k in range(len(months))] == months
+    curves = table[[f"survival_{k + 1}" for k in range(len(months))]].to_numpy()
+    assert (np.diff(curves, axis=1) <= 0).all()
+    at_14 = (alone[0].loc[table.index, "survival_2"] + alone[1].loc[table.index, "survival_1"]) / 2
+    np.testing.assert_allclose(curves[:, months.index(14.0)], at_14, rtol=1e-12)
+
+
+@pytest.mark.parametrize("unit", ["case", "slide"])
+def test_one_fold_predicts_its_test_patients_as_its_training_did(files, tmp_path, unit):
+    from cfusion import make_splits, read_cohort
+
+    sections = {"train": {"epochs": 1}, "splits": {"folds": 2}, "model": {"name": "amil"}, "data": {"unit": unit}}
+    config = files.config(tmp_path / "run", **sections)
+    cohort = read_cohort(config.cohort)
+    split = make_splits(cohort, config.splits)[0]
+    run = fit(config, cohort, split)
+    run.model.save(tmp_path / "fold_0" / "model")
+    source = ShardSource(config.data)
+    slides = cohort.slides_of(split.test)
+    assert max(map(len, slides.values())) == 2
+    table = FoldEnsemble.load(tmp_path / "fold_0").predict(source, slides, join_world(ParallelConfig()))
+    expected = run.predictions.set_index("case_id").loc[table["case_id"]]
+    np.testing.assert_allclose(table["risk"], expected["risk"], rtol=1e-6)
+    assert (table["group"] == "high").tolist() == (expected["risk"] > expected["risk_cutoff"]).tolist()
+    assert (table["risk_sd"] == 0).all()
+
+
+def test_json_has_the_curve_of_each_patient(cfusion, files, ensemble_folder):
+    rows = json.loads(cfusion("predict", files.shards, "--model", ensemble_folder, "--json"))
+    assert len(rows) == 33, "without a table of cases a slide stands for itself"
+    assert set(rows[0]) == {"case_id", "slides", "risk", "risk_sd", "group", "curve"}
+    assert rows[0]["curve"]["months"] == sorted({edge for edges in EDGES for edge in edges[1:]})
+    assert len(rows[0]["curve"]["survival"]) == len(rows[0]["curve"]["months"])
+
+
+def test_slides_taken_for_patients_are_told_and_counted_as_slides(
+    cfusion, files, cases, ensemble_folder, tmp_path, caplog
+):
+    source = (files.shards, "--model", ensemble_folder, "--out", tmp_path / "out.csv")
+    assert cfusion("predict", *source).startswith("33 slides, ")
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "33 of 33 slides bear no TCGA barcode: each is taken for a patient. --cases TABLE groups them."
+    ]
+    caplog.clear()
+    assert cfusion("predict", *source, "--cases", cases).startswith("30 patients, ")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_slides_with_and_without_barcode_are_counted_apart(cfusion, ensemble_folder, tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    for name in ("TCGA-AA-0001-01Z-00-DX1", "TCGA-AA-0001-01Z-00-DX2", "other"):
+        write_slide(tmp_path / "store", slide_features(name, 2, 8, rng))
+    told = cfusion("predict", tmp_path / "store", "--model", ensemble_folder, "--out", tmp_path / "out.csv")
+    assert told.startswith("1 patients and 1 slides, ")
+    assert "1 of 3 slides bear no TCGA barcode" in caplog.text
+
+
+def test_tcga_slides_belong_to_their_barcodes_patient():
+    slides = ["TCGA-AA-0001-01Z-00-DX1", "TCGA-AA-0001-01Z-00-DX2", "other"]
+    assert group_slides(slides, None) == {"TCGA-AA-0001": tuple(slides[:2]), "other": ("other",)}
+
+
+def _predicts(shards: str, folder: str, out: str) -> None:
+    runtime = join_world(ParallelConfig(global_batch=2))
+    source = ShardSource(DataConfig(shards=shards))
+    table = FoldEnsemble.load(Path(folder)).predict(source, group_slides(source.slide_ids, None), runtime)
+    table.to_csv(Path(out) / f"{runtime.rank}.csv", index=False)
+
+
+def test_two_processes_predict_as_one_does(files, ensemble_folder, tmp_path):
+    run_world(2, _predicts, tmp_path, str(files.shards), str(ensemble_folder), str(tmp_path))
+    source = ShardSource(DataConfig(shards=str(files.shards)))
+    alone = FoldEnsemble.load(ensemble_folder).predict(
+        source, group_slides(source.slide_ids, None), join_world(ParallelConfig())
+    )
+    for rank in range(2):
+        table = pd.read_csv(tmp_path / f"{rank}.csv")
+        assert table["case_id"].tolist() == alone["case_id"].tolist()
+        np.testing.assert_allclose(table["risk"], alone["risk"], rtol=1e-6)
+
+
+def embeddings(**changes: object) -> Embeddings:
+    made = {"weights": "abc", "resample": "area"}
+    return dataclasses.replace(Embeddings("here", ENCODER, 8, NAMES, made), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"encoder": "other"}, r"here: holds embeddings of other \(8 wide\), but the model reads made-up \(8 wide\)"),
+        ({"dim": 9}, r"made-up \(9 wide\), but the model reads made-up \(8 wide\)"),
+        ({"magnifications": ("x20", "x10")}, r"holds x20, x10, but the model also reads x5"),
+        ({"made": {"weights": "xyz"}}, r"have weights xyz, but those the model was trained on have abc"),
+        ({"made": {"resample": "bicubic"}}, r"have resample bicubic"),
+    ],
+)
+def test_embeddings_a_model_was_not_trained_on_are_refused(ensemble_folder, changes, told):
+    card = dataclasses.replace(FoldEnsemble.load(ensemble_folder).models[0].card, embeddings=dict(embeddings().made))
+    embeddings().check(card)
+    embeddings(made={}).check(card)
+    with pytest.raises(StoreError, match=told):
+        embeddings(**changes).check(card)
+
+
+def test_what_cannot_be_predicted_is_told_and_nothing_is_written(cfusion, files, store, cases, tmp_path):
+    other = untrained(tmp_path / "other", encoder="uni")
+    wide = untrained(tmp_path / "wide", dim=6)
+    good = untrained(tmp_path / "good")
+    unfinished = untrained(tmp_path / "unfinished")
+    (unfinished / "run.json").write_text("{}")
+    absent = tmp_path / "absent.csv"
+    absent.write_text("slide_id,case_id\nnowhere.svs,PT-1\n")
+    untaught = untrained(tmp_path / "stain", encoder="stain-texture", dim=DIM)
+    database = f"sqlite:///{tmp_path / 'm.db'}"
+    out = tmp_path / "out.csv"
+    attempts: list[tuple[type[CfusionError], str, list[object]]] = [
+        (StoreError, "holds embeddings of made-up", [files.shards, "--model", other]),
+        (StoreError, "holds no features of the encoder 'uni'", [store, "--model", other]),
+        (StoreError, r"made-up \(8 wide\), but the model reads made-up \(6 wide\)", [files.shards, "--model", wide]),
+        (StoreError, r"made-up \(8 wide\), but the model reads made-up \(6 wide\)", [store, "--model", wide]),
+        (DataError, "its run is not finished", [files.shards, "--model", unfinished]),
+        (DataError, "holds no model.json", [files.shards, "--model", tmp_path / "nothing"]),
+        (CohortError, "1 of its slides are not there: nowhere", [files.shards, "--model", good, "--cases", absent]),
+        (DataError, "there is no such file or folder", [tmp_path / "gone", "--model", untaught]),
+        (ConfigError, "Which registry", [files.shards, "--model", "models:/a@champion"]),
+        (ConfigError, r"expected models:/NAME@ALIAS", [files.shards, "--model", "models:/a", "--uri", database]),
+    ]  # fmt: skip
+    for kind, told, arguments in attempts:
+        with pytest.raises(kind, match=told):
+            cfusion("predict", *arguments, "--out", out)
+        assert not out.exists()
+    with pytest.raises(ConfigError, match="nothing would be kept"):
+        cfusion("predict", files.shards, "--model", good)
+
+
+def test_fold_models_of_several_runs_are_no_ensemble(cfusion, files, tmp_path):
+    sweep = tmp_path / "sweep"
+    for name in ("real", "permuted"):
+        run = untrained(sweep / "runs" / name)
+        (run / "run.json").write_text("{}")
+        (run / "done.json").write_text("{}")
+    out = tmp_path / "out.csv"
+    told = f"{sweep}: holds fold models of 2 runs, such as {sweep}/runs/permuted and {sweep}/runs/real, which"
+    with pytest.raises(DataError, match=re.escape(told)) as refused:
+        cfusion("predict", files.shards, "--model", sweep, "--out", out)
+    assert refused.value.remedy == "Give the folder of one run, or of one of its folds."
+    assert not out.exists()
+    for name in ("real", "permuted"):  # nor are folders of models that have lost their run.json
+        (sweep / "runs" / name / "run.json").unlink()
+    with pytest.raises(DataError, match="fold models of 2 runs"):
+        FoldEnsemble.load(sweep)
+
+
+def test_the_models_of_a_run_are_those_of_its_folds_alone(cfusion, files, tmp_path):
+    run = untrained(tmp_path / "sweep" / "run")
+    fold = run / "fold_0" / "model"
+    alone = [fold, run / "fold_1" / "model"]
+    assert FoldEnsemble.folders(run) == FoldEnsemble.folders(tmp_path / "sweep") == alone
+    assert FoldEnsemble.folders(run / "fold_0") == FoldEnsemble.folders(fold) == [fold]
+    shutil.copytree(run / "fold_0", run / ".fold_0.0123abcd_7_0123abcd.tmp")
+    assert FoldEnsemble.folders(run) == alone, "what a killed writer left is no fold"
+    (run / "run.json").write_text("{}")
+    untrained(run / "null")
+    shutil.copytree(fold, run / "consolidated")
+    assert FoldEnsemble.folders(run) == alone, "another run, or a model put there by hand, is no fold"
+    shutil.rmtree(run / "null")
+    with pytest.raises(DataError, match=r"sweep/run: its run is not finished"):
+        cfusion("predict", files.shards, "--model", tmp_path / "sweep", "--json")
+
+
+def random_bag() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(size=(n, 8)).astype(np.float32) for name, n in (("x20", 16), ("x10", 4), ("x5", 1))}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39])
+def test_a_bag_with_a_value_that_is_not_finite_is_refused_by_row(tmp_path, value):
+    ensemble = FoldEnsemble.load(untrained(tmp_path, grid="file"))
+    bag = {name: values.astype(np.float64) for name, values in random_bag().items()}
+    assert np.isfinite(ensemble.predict_bag(bag)["risk"]).all()
+    bag["x10"][2:, 5] = value
+    with pytest.raises(DataError, match=r"features of x10: row 2, counted from 0, holds a value that is not finite"):
+        ensemble.predict_bag(bag)
+
+
+def test_a_bag_whose_risk_is_not_finite_is_refused(tmp_path):
+    ensemble = FoldEnsemble.load(untrained(tmp_path, grid="file"))
+    with pytest.raises(DataError, match="The risk of this bag is not finite"):
+        ensemble.predict_bag({name: np.full_like(values, 3e38) for name, values in random_bag().items()})
+
+
+def test_a_real_slide_is_preprocessed_with_the_models_encoder(cfusion, shared, tmp_path):
+    slide = shared / "slides" / "cmu_small_region.svs"
+    folder = untrained(tmp_path / "model", encoder="stain-texture", dim=DIM)
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    (slides / slide.name).symlink_to(slide)
+    (slides / "broken.svs").write_bytes(b"no slide")
+    out = tmp_path / "out.csv"
+    with pytest.raises(PartialResultError, match="1 slides could not be read: broken"):
+        cfusion("predict", slides, "--model", folder, "--out", out, "--store", tmp_path / "features")
+    table = pd.read_csv(out)
+    assert table["case_id"].tolist() == [slide.stem]
+    again = tmp_path / "again.csv"
+    cfusion("predict", tmp_path / "features", "--model", folder, "--out", again)
+    assert again.read_text() == out.read_text()
+    with pytest.raises(DataError, match="broken"):
+        cfusion("predict", slides / "broken.svs", "--model", folder, "--out", tmp_path / "none.csv")
+    assert not (tmp_path / "none.csv").exists()
+
+
+def test_a_store_with_slides_of_two_widths_is_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    for slide, dim in (("a", 4), ("b", 5)):
+        features = {"x5": rng.normal(size=(3, dim)).astype(np.float16)}
+        write_slide(tmp_path, SlideFeatures(slide, features, {}, {}, {"encoder": "e"}))
+    with pytest.raises(StoreError, match="slides a, b differ in width"):
+        _ = StoreSource(tmp_path, "e").embeddings

@@ -1,0 +1,80 @@
+"""`mlflow models serve` as a process on loopback: a bag in, risk and survival curve out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+from mlflow_server import wait_for
+from spawn import free_port
+from test_prediction import untrained
+
+from cfusion.apply.ensemble import FoldEnsemble
+from cfusion.tracking.address import connect
+from cfusion.tracking.model_registry import register_ensemble
+
+
+def ask(url: str, body: dict) -> tuple[int, dict]:
+    request = urllib.request.Request(
+        f"{url}/invocations", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def grid(columns: int, rows: int) -> list[list[int]]:
+    return [[column, row] for row in range(rows) for column in range(columns)]
+
+
+@pytest.mark.slow
+def test_a_served_candidate_answers_a_bag_as_its_fold_models_do(tmp_path):
+    folder = untrained(tmp_path / "run", grid="spatial")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = connect(uri)
+    register_ensemble(client, client.create_run("0").info.run_id, folder, "served", {})
+    port = free_port()
+    command = [
+        sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", "models:/served@candidate", "--env-manager",
+        "local", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+    ]  # fmt: skip
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"  # noqa: PTH120
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true", "PATH": path}
+    with (tmp_path / "serve.log").open("wb") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment, cwd=tmp_path, start_new_session=True
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(f"{url}/ping", process, tmp_path / "serve.log")
+        rng = np.random.default_rng(0)
+        bag = {name: rng.normal(size=(n, 8)).astype(np.float32) for name, n in (("x20", 32), ("x10", 8), ("x5", 2))}
+        positions = {"x20": grid(8, 4), "x10": grid(4, 2), "x5": grid(2, 1)}
+        inputs = {name: values.tolist() for name, values in bag.items()}
+        status, answer = ask(url, {"inputs": inputs, "params": {"positions": json.dumps(positions)}})
+        assert status == 200, answer
+        expected = FoldEnsemble.load(folder).predict_bag(bag, positions)
+        rows = answer["predictions"]
+        assert [row["months"] for row in rows] == expected["months"].tolist()
+        np.testing.assert_allclose([row["survival"] for row in rows], expected["survival"], rtol=1e-6)
+        assert rows[0]["risk"] == pytest.approx(expected["risk"].iloc[0], rel=1e-6)
+        assert rows[0]["risk_sd"] == pytest.approx(expected["risk_sd"].iloc[0], rel=1e-6)
+        lacking = {name: values.tolist() for name, values in bag.items() if name != "x5"}
+        status, answer = ask(url, {"inputs": lacking})
+        assert status == 400
+        assert "x5" in json.dumps(answer)
+        bag["x10"][3, 0] = np.nan
+        damaged = {name: values.tolist() for name, values in bag.items()}
+        status, answer = ask(url, {"inputs": damaged, "params": {"positions": json.dumps(positions)}})
+        assert status == 400
+        assert "features of x10: row 3, counted from 0, holds a value that is not finite" in answer["message"]
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

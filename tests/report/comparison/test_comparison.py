@@ -1,0 +1,294 @@
+"""A sweep compared: what is not done has no value, what is printed is what was scored."""
+
+import itertools
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cfusion.cohort.splits import write_splits
+from cfusion.errors import DataError
+from cfusion.files import digest_json
+from cfusion.report.comparison.cells import Comparison, Cost, Member, compare_members
+from cfusion.report.comparison.comparison_files import write_comparison
+from cfusion.report.comparison.paper import escape_latex, printed
+from cfusion.survival.metrics import concordance
+from cfusion.survival.paired import COLUMNS
+from cfusion.types import Split
+
+PATIENTS, FOLDS = 60, 3
+STRENGTH = {("uni", "good_model"): 3.0, ("uni", "weak"): 0.0, ("conch", "good_model"): 2.0, ("conch", "weak"): 0.0}
+
+
+def member(
+    folder: Path,
+    cohort: str,
+    encoder: str,
+    model: str,
+    seed: int,
+    state: str = "done",
+    permuted: int | None = None,
+    protocol: str = "strict",
+) -> Member:
+    """A run with made-up predictions, if it is done."""
+    name = f"{cohort}-{encoder}-{model}-{seed}{'' if permuted is None else f'-permuted-{permuted}'}"
+    if state == "done":
+        write_run(folder / name, cohort, model, seed, STRENGTH[encoder, model] if permuted is None else 0.0, protocol)
+    word = "DataError: no <b>loss</b> & no gain" if state == "failed" else ""
+    cost = Cost(0.5, 0.25, 0.1)
+    return Member(name, folder / name, cohort, encoder, model, protocol, seed, permuted, state, word, cost)
+
+
+def write_run(folder: Path, cohort: str, model: str, seed: int, strength: float, protocol: str) -> None:
+    rng = np.random.default_rng(int(digest_json(cohort)[:8], 16))
+    hazard = rng.normal(size=PATIENTS)
+    death, censoring = rng.exponential(size=PATIENTS) * 20 * np.exp(-hazard), rng.exponential(size=PATIENTS) * 60
+    fold = np.arange(PATIENTS) % FOLDS
+    ids = np.array([f"{cohort}-{i:03d}" for i in range(PATIENTS)])
+    noise = np.random.default_rng(int(digest_json([folder.name])[:8], 16)).normal(size=PATIENTS)
+    folder.mkdir(parents=True)
+    table = {
+        "model": model, "cohort": cohort, "protocol": protocol, "seed": seed, "repeat": 0, "fold": fold, "case_id": ids,
+        "risk": strength * hazard + noise, "survival_months": np.minimum(death, censoring) + 0.1,
+        "event": death <= censoring,
+    }  # fmt: skip
+    pd.DataFrame(table).to_csv(folder / "predictions.csv", index=False)
+    splits = [Split(k, tuple(ids[fold != k]), (), tuple(ids[fold == k])) for k in range(FOLDS)]
+    write_splits(splits, folder / "splits")
+    outcomes = pd.DataFrame(table)[["case_id", "survival_months", "event"]]
+    outcomes.rename(columns={"survival_months": "time_months"}).to_csv(folder / "outcomes.csv", index=False)
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory: pytest.TempPathFactory) -> list[Member]:
+    folder = tmp_path_factory.mktemp("sweep") / "runs"
+    cells = [(c, e, m) for c in ("a", "b", "c_d") for e, m in STRENGTH]
+    found = [member(folder, *cell, seed) for cell in cells for seed in (1, 2) if cell != ("b", "conch", "weak")]
+    found.append(member(folder, "b", "conch", "weak", 1))
+    found.append(member(folder, "b", "conch", "weak", 2, state="failed"))
+    deals = [member(folder, "a", "uni", "good_model", 1, permuted=deal) for deal in (0, 1)]
+    return [*found, *deals]
+
+
+@pytest.fixture(scope="module")
+def comparison(members) -> Comparison:
+    return compare_members(members, bootstrap=100)
+
+
+def cell(comparison: Comparison, cohort: str, encoder: str, model: str):
+    return next(c for c in comparison.cells if (c.cohort, c.encoder, c.model) == (cohort, encoder, model))
+
+
+def test_a_cell_is_the_mean_over_folds_and_seeds(comparison):
+    found = cell(comparison, "a", "uni", "good_model")
+    by_hand = []
+    for run in found.members:
+        for _, rows in pd.read_csv(run.folder / "predictions.csv").groupby("fold"):
+            by_hand.append(concordance(rows["survival_months"], rows["event"], rows["risk"]).cindex)
+    assert found.value == pytest.approx(np.mean(by_hand))
+    assert found.summary["cindex_std"] == pytest.approx(np.std(by_hand))
+    assert found.summary["cindex_low"] < found.summary["cindex_pooled"] < found.summary["cindex_high"]
+    dealt = [pd.read_csv(run.folder / "predictions.csv") for run in found.permuted]
+    folds = [
+        concordance(f["survival_months"], f["event"], f["risk"]).cindex for d in dealt for _, f in d.groupby("fold")
+    ]
+    assert found.null == pytest.approx(np.mean(folds))
+    assert found.null < found.value
+
+
+def test_a_failed_run_leaves_its_cell_without_a_value(comparison):
+    broken = cell(comparison, "b", "conch", "weak")
+    assert np.isnan(broken.value)
+    assert broken.states == "1 failed of 2"
+    assert not broken.best
+    assert np.isnan(broken.p_best)
+    assert "conch / weak" not in set(comparison.tests.query("cohort == 'b'")["model"])
+    assert comparison.rankings["strict", "models"].blocks == 2
+
+
+def test_one_best_a_cohort_and_noise_is_told_from_it(comparison):
+    for cohort in ("a", "b", "c_d"):
+        best = [c for c in comparison.cells if c.cohort == cohort and c.best]
+        assert len(best) == 1
+        assert best[0].model == "good_model"
+        others = [c for c in comparison.cells if c.cohort == cohort and c.complete]
+        assert best[0].value == max(c.value for c in others)
+    assert not cell(comparison, "a", "uni", "weak").tied
+    assert (comparison.tests["p_holm"] >= comparison.tests["p"]).all()
+    assert comparison.rankings["strict", "models"].names == ("good_model", "weak")
+
+
+def test_the_files_say_the_same_and_every_link_leads_to_a_run(comparison, members, tmp_path):
+    page = write_comparison(comparison, tmp_path / "report", title="A & B <sweep>")
+    html = page.read_text()
+    assert "A &amp; B &lt;sweep&gt;" in html
+    assert "no &lt;b&gt;loss&lt;/b&gt; &amp; no gain" in html
+    value = cell(comparison, "a", "uni", "good_model").value
+    assert f"{value:.3f} ± " in html
+    assert "1 failed of 2" in html
+    links = re.findall(r'href="((?!#)[^"]+)"', html)
+    assert len(links) >= 2 * sum(m.state == "done" for m in members)
+    for link in links:
+        assert (page.parent / link).exists(), link
+    anchors = re.findall(r'href="#([^"]+)"', html)
+    assert all(f'id="{anchor}"' in html for anchor in anchors)
+    table = pd.read_csv(page.parent / "cells.csv").set_index(["cohort", "encoder", "model"])
+    assert table.loc[("a", "uni", "good_model"), "cindex_mean"] == value
+    assert not table.loc[("b", "conch", "weak"), "complete"]
+    assert table.loc[("a", "uni", "good_model"), "cpu_hours"] == 1.0
+    runs = pd.read_csv(page.parent / "runs.csv")
+    assert len(runs) == len(members)
+    assert runs["cpu_hours"].tolist() == [0.5] * len(members)
+    assert "cost" not in runs
+    assert not table["optimistic"].any()
+    svg = (page.parent / "ranks_models_strict.svg").read_text()
+    assert svg.startswith("<svg xmlns=")
+    assert "good_model" in svg
+
+
+@pytest.fixture(scope="module")
+def papers(comparison, tmp_path_factory) -> tuple[str, str]:
+    """The comparison in Markdown and in LaTeX."""
+    out = write_comparison(comparison, tmp_path_factory.mktemp("paper"), title="t").parent
+    return (out / "table.md").read_text(), (out / "table.tex").read_text()
+
+
+def rows_of(text: str, start: str) -> list[list[str]]:
+    """The body of the first table after `start`, in either language, as words; a blank first word is that above."""
+    part = text[text.index(start) :]
+    if part.startswith("###"):
+        lines = re.search(r"\| ---.*\n((?:\|.*\n)+)", part)[1].splitlines()
+        return [[word.strip() for word in line.strip("|").split(" | ")] for line in lines]
+    body = part[part.index(r"\midrule") : part.index(r"\bottomrule")]
+    rows = [
+        [word.strip() for word in line.removesuffix(r"\\").split(" & ")] for line in body.splitlines() if " & " in line
+    ]
+    for above, row in itertools.pairwise(rows):
+        row[0] = row[0] or above[0]
+    return rows
+
+
+@pytest.mark.parametrize("language", [0, 1])
+def test_the_best_of_a_cohort_and_no_other_is_bold(comparison, papers, language):
+    rows = rows_of(papers[language], ("### Results", r"\caption{Results")[language])
+    opening, plus_minus = (("**", " ± "), (r"\textbf{", r" $\pm$ "))[language]
+    assert len(rows) == len(STRENGTH)
+    for encoder, model, *words in rows:
+        for cohort, word in zip(("a", "b", "c_d"), words, strict=False):
+            found = cell(comparison, cohort, encoder, model.replace("\\", ""))
+            assert word.startswith(opening) == found.best, word
+            assert (f"{found.value:.3f}{plus_minus}" in word) == found.complete, word
+        assert words[-1] == "1.5"
+
+
+@pytest.mark.parametrize("language", [0, 1])
+def test_a_cohorts_table_has_pooled_c_null_difference_p_and_cost(comparison, papers, language):
+    rows = rows_of(papers[language], ("### Cohort a", r"\caption{Cohort a")[language])
+    told = {(row[0], row[1].replace("\\", "")): row[2:] for row in rows}
+    tests = comparison.tests.set_index(["cohort", "model"])
+    for (encoder, model), (pooled, null, difference, p, p_holm, cost) in told.items():
+        found = cell(comparison, "a", encoder, model)
+        scores = found.summary
+        assert pooled == f"{scores.cindex_pooled:.3f} ({scores.cindex_low:.3f} to {scores.cindex_high:.3f})"
+        assert null == (("–", "--")[language] if np.isnan(found.null) else f"{found.null:.3f}")
+        assert cost == "0.5 GPU h, 1 CPU h, 0.2 kWh"
+        if found.best:
+            assert difference == "the best"
+            continue
+        test = tests.loc[("a", found.label)]
+        told_difference = f"{test.difference:+.3f} ({test.low:+.3f} to {test.high:+.3f})"
+        assert difference == told_difference.replace("-", ("−", "$-$")[language])
+        assert [p, p_holm] == [
+            f"{value:.3f}" if value >= 0.001 else ("< 0.001", r"\textless{} 0.001")[language]
+            for value in (test.p, test.p_holm)
+        ]
+    broken = rows_of(papers[language], ("### Cohort b", r"\caption{Cohort b")[language])[-1]
+    assert broken[2:6] == ["1 failed of 2", *[("–", "--")[language]] * 3]
+
+
+@pytest.mark.parametrize("language", [0, 1])
+def test_ranks_stand_in_the_papers_tables(comparison, papers, language):
+    rows = rows_of(papers[language], ("### Ranks", r"\caption{Ranks")[language])
+    models, encoders = (comparison.rankings["strict", what] for what in ("models", "encoders"))
+    assert [row[2] for row in rows] == [f"{rank:.2f}" for rank in (*models.mean_ranks, *encoders.mean_ranks)]
+    assert [row[0] for row in rows] == ["models, 2 cohorts"] * 2 + ["encoders, 2 cohorts"] * 2
+    assert f"Critical difference {models.critical_difference:.2f}" in papers[language]
+
+
+def test_latex_is_whole_and_its_names_are_escaped(comparison, papers):
+    tex = papers[1]
+    assert r"good\_model" in tex
+    assert r"c\_d" in tex
+    for table in re.findall(r"\\begin\{table\*\}.*?\\end\{table\*\}", tex, re.DOTALL):
+        columns = re.search(r"\\begin\{tabular\}\{@\{\}(\w+)@\{\}\}", table)[1]
+        lines = [line for line in table.splitlines() if line.endswith(r"\\")]
+        assert {line.count("&") for line in lines} == {len(columns) - 1}
+        assert table.count("{") == table.count("}")
+        assert table.isascii()
+    assert tex.count(r"\toprule") == tex.count(r"\bottomrule") == len(printed(comparison, "strict")) == 5
+    assert escape_latex("50%_a\\b{c}<|") == r"50\%\_a\textbackslash{}b\{c\}\textless{}\textbar{}"
+
+
+def test_every_output_of_the_published_protocol_says_that_it_is_optimistic(tmp_path):
+    names = [(c, m) for c in ("a", "b") for m in ("good_model", "weak")]
+    published = [member(tmp_path / "p", c, "uni", m, 1, protocol="published") for c, m in names]
+    strict = [member(tmp_path / "s", c, "uni", m, 1) for c, m in names]
+    out = write_comparison(compare_members([*strict, *published], bootstrap=20), tmp_path / "out", title="t").parent
+    warned = "OPTIMISTIC: the epoch is chosen on the same fold"
+    sections = (out / "table.md").read_text().split("## Protocol ")[1:]
+    assert [(part.split()[0], part.count(warned)) for part in sections] == [("strict", 0), ("published", 5)]
+    captions = re.findall(r"\\caption\{(.*)\}", (out / "table.tex").read_text())
+    assert [warned in caption for caption in captions] == [False] * 4 + [True] * 4
+    cells = pd.read_csv(out / "cells.csv")
+    assert (cells["optimistic"] == (cells["protocol"] == "published")).all()
+    assert warned in (out / "index.html").read_text()
+    for protocol, said in ("published", True), ("strict", False):
+        svg = (out / f"ranks_models_{protocol}.svg").read_text()
+        for tag in ("desc", "text"):
+            assert any(warned in words for words in re.findall(f"<{tag}[^>]*>(.*?)</{tag}>", svg)) == said
+
+
+def test_a_large_cost_is_told_in_plain_digits():
+    assert Cost(12345.6, 1.26, float("nan")).words == "1.26 GPU h, 12,346 CPU h"
+    assert Cost().words == "–"
+
+
+def test_a_narrower_report_leaves_no_diagram_of_a_wider_one(comparison, members, tmp_path):
+    write_comparison(comparison, tmp_path, title="t")
+    (tmp_path / "ranks_mine.svg").write_text("<svg/>")
+    models = compare_members([m for m in members if m.encoder == "uni"], bootstrap=0)
+    write_comparison(models, tmp_path, title="t")
+    assert sorted(path.name for path in tmp_path.glob("*.svg")) == ["ranks_mine.svg", "ranks_models_strict.svg"]
+
+
+def test_models_without_a_common_seed_are_said_not_to_be_compared(tmp_path):
+    apart = [member(tmp_path, "a", "uni", "good_model", 1), member(tmp_path, "a", "uni", "weak", 2)]
+    compared = compare_members(apart, bootstrap=20)
+    out = write_comparison(compared, tmp_path / "out", title="t").parent
+    html, md, tex = ((out / name).read_text() for name in ("index.html", "table.md", "table.tex"))
+    assert "over the 0 tests" in html
+    assert f"{cell(compared, 'a', 'uni', 'weak').value:.3f} ± " in html
+    for text in html, md, tex:
+        assert "not compared: no common seed" in text
+        assert not re.search(r"\bnan\b", text)
+    assert "‡ |" in md
+    assert r"$^\ddagger$ &" in tex
+
+
+def test_without_a_bootstrap_nothing_is_tested(members, tmp_path):
+    without = compare_members([m for m in members if m.cohort == "a"], bootstrap=0)
+    assert without.tests.empty
+    written = pd.read_csv(write_comparison(without, tmp_path, title="t").parent / "tests.csv")
+    assert written.empty
+    assert tuple(written.columns) == COLUMNS
+    assert {cell.mark for cell in without.cells if not cell.best} == {"‡"}
+    assert sum(cell.best for cell in without.cells) == 1
+    assert not any(cell.tied for cell in without.cells)
+    assert np.isnan(without.cells[0].summary["cindex_low"])
+
+
+def test_nothing_done_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="none of the sweep's runs is done"):
+        compare_members([member(tmp_path, "a", "uni", "weak", 1, state="open")])

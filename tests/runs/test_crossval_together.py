@@ -1,0 +1,110 @@
+"""Whole runs whose folds share one read leave what each leaves alone."""
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from factories import CohortFiles, make_cohort
+from mlflow import MlflowClient
+
+from cfusion.config import Config
+from cfusion.errors import ConfigError, DataError, PartialResultError, RequeueError
+from cfusion.runs.crossval import cross_validate, cross_validate_together, is_done, shares_a_read
+from cfusion.training.group import group
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
+    return make_cohort(tmp_path_factory.mktemp("cohort"), patients=40)
+
+
+def run(files: CohortFiles, output: Path, folds: str = "together", **sections) -> Config:
+    train = {"epochs": 2, "folds": folds, **sections.pop("train", {})}
+    values = {"splits": {"folds": 2}, "model": {"name": "amil", "embed_dim": 16}, "evaluation": {"bootstrap": 20}}
+    parallel = {"precision": "f64", "global_batch": 8}
+    return files.config(output, train=train, parallel=parallel, **{**values, **sections})
+
+
+def contents(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_runs_together_leave_the_files_and_numbers_of_each_alone(files, tmp_path):
+    def tracked(how: str) -> dict[str, dict[str, object]]:
+        return {"tracking": {"enabled": True, "uri": f"sqlite:///{tmp_path / how / 'mlflow.db'}", "experiment": "t"}}
+
+    seeds = (1, 2)
+    alone = [run(files, tmp_path / "separate" / str(s), "separate", seed=s, **tracked("separate")) for s in seeds]
+    together = [run(files, tmp_path / "together" / str(s), seed=s, **tracked("together")) for s in seeds]
+    assert len({shares_a_read(config) for config in together}) == 1
+    for config in alone:
+        cross_validate(config)
+    scores = cross_validate_together(together)
+    for one, other, scored in zip(alone, together, scores, strict=True):
+        assert is_done(other.output)
+        assert contents(one.output) == contents(other.output)
+        left, right = (pd.read_csv(config.output / "predictions.csv") for config in (one, other))
+        np.testing.assert_allclose(left["risk"], right["risk"], atol=1e-9)
+        np.testing.assert_allclose(
+            pd.read_csv(one.output / "summary.csv")["cindex_pooled"], scored.summary["cindex_pooled"], atol=1e-9
+        )
+    client = MlflowClient(together[0].tracking.uri)
+    runs = client.search_runs([client.get_experiment_by_name("t").experiment_id])
+    assert len(runs) == 6
+    assert {found.info.status for found in runs} == {"FINISHED"}
+    child = next(found for found in runs if "mlflow.parentRunId" in found.data.tags)
+    assert [point.step for point in client.get_metric_history(child.info.run_id, "train_loss")] == [0, 1]
+
+
+def test_a_run_that_fails_leaves_the_others_going_on(files, tmp_path):
+    good = run(files, tmp_path / "good")
+    bad = run(files, tmp_path / "bad", train={"lr": 1e200, "clip_norm": None, "warmup_fraction": 0.0})
+    with pytest.raises(PartialResultError, match=r"1 of 2 runs failed.*bad: The .* is not finite.*bags: PT-"):
+        cross_validate_together([bad, good])
+    assert is_done(good.output)
+    assert not is_done(bad.output)
+    assert not (bad.output / "summary.csv").exists()
+    with pytest.raises(DataError, match="not finite"):
+        cross_validate(bad)
+
+
+def test_a_stopped_run_leaves_with_75_and_does_what_is_missing(files, tmp_path, monkeypatch):
+    config = run(files, tmp_path / "run")
+    original, seen = group.stop_requested, 0
+
+    def signalled() -> bool:
+        nonlocal seen
+        seen += 1
+        if seen == 60:
+            signal.raise_signal(signal.SIGTERM)
+        return original()
+
+    monkeypatch.setattr(group, "stop_requested", signalled)
+    with pytest.raises(RequeueError) as stopped:
+        cross_validate(config)
+    assert stopped.value.exit_code == 75
+    assert not is_done(config.output)
+    cross_validate(config)
+    assert is_done(config.output)
+    before = (config.output / "predictions.csv").read_bytes()
+    for path in sorted((config.output / "fold_1").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    (config.output / "fold_1").rmdir()
+    kept = (config.output / "fold_0" / "predictions.csv").stat().st_mtime_ns
+    cross_validate(config)
+    assert (config.output / "predictions.csv").read_bytes() == before
+    assert (config.output / "fold_0" / "predictions.csv").stat().st_mtime_ns == kept
+
+
+def test_runs_that_cannot_share_a_read_are_refused_by_what_differs(files, tmp_path):
+    one = run(files, tmp_path / "one")
+    with pytest.raises(ConfigError, match=r"cannot share a read: they differ in data\.unit, data\.order_seed"):
+        cross_validate_together([one, run(files, tmp_path / "two", data={"order_seed": 1, "unit": "slide"})])
+    with pytest.raises(ConfigError, match=r"two: train\.folds=separate"):
+        cross_validate_together([one, run(files, tmp_path / "two", "separate")])
+    with pytest.raises(ConfigError, match="different outputs"):
+        cross_validate_together([one, one])
+    assert shares_a_read(one) == shares_a_read(run(files, tmp_path / "two", seed=5, model={"name": "mean_mil"}))
+    assert not (tmp_path / "one").exists()
