@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import types
@@ -24,6 +25,7 @@ from preprocess.encoders import StainTexture
 from preprocess.encoders.cards import CARDS
 
 ROOT = Path(__file__).parents[1]
+MAPPED = ("cfusion", "preprocess", "launch", "benchmarks", "docs")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -36,6 +38,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "reference/python.md": python_reference(),
         "reference/configuration.md": configuration_reference(),
         "reference/encoders.md": encoder_reference(),
+        "reference/map.md": module_map(),
         **module_pages(),
     }
     for path, text in pages.items():
@@ -202,6 +205,32 @@ def module_pages() -> dict[str, str]:
     packages += [folder for folder in (ROOT / "cfusion").iterdir() if (folder / "__init__.py").exists()]
     pages = {f"reference/api/{p.name}.md": _package_page(p) for p in packages if p.name != "cli"}
     return {"reference/api/cfusion.md": _package_page(ROOT / "cfusion", deep=False), **pages}
+
+
+def module_map() -> str:
+    """Every module and script, folder by folder, with the first line of its docstring or head comment."""
+    files = [f for top in MAPPED for f in (ROOT / top).rglob("*") if f.suffix in (".py", ".sh")]
+    lines = [
+        "# Map of the modules", "",
+        "Every module and script with its first line, generated from the files. `tests/` mirrors these folders.", "",
+    ]  # fmt: skip
+    for folder in sorted({f.parent for f in files}, key=lambda f: (MAPPED.index(f.relative_to(ROOT).parts[0]), f)):
+        lines += [f"## {folder.relative_to(ROOT)}/", ""]
+        if (folder / "__init__.py").exists():
+            lines += [first_line(folder / "__init__.py"), ""]
+        modules = sorted(f for f in files if f.parent == folder and f.name != "__init__.py")
+        rows = [f"| `{f.name}` | {_cell(first_line(f))} |" for f in modules]
+        lines += ["| module | what it is for |", "|---|---|", *rows, ""] if rows else []
+    return "\n".join(lines)
+
+
+def first_line(file: Path) -> str:
+    """The first line of a module's docstring, or of the comment below a script's `#!` line; may be empty."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".sh":
+        head = text.splitlines()[1:2]
+        return head[0].removeprefix("#").strip() if head and head[0].startswith("#") else ""
+    return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
 
 
 def python_reference() -> str:
