@@ -25,7 +25,7 @@ import cfusion
 from benchmarks.phantom_regions import Signal, draw_planted, read_planted
 from benchmarks.table import Row, options, present
 from cfusion.apply.ensemble import FoldEnsemble
-from cfusion.config import PreprocessConfig, load_config
+from cfusion.config import load_config
 from cfusion.data.store import FeatureStore
 from cfusion.demo import ENCODER, MODELS, SETTINGS
 from cfusion.explanation import explain
@@ -33,6 +33,7 @@ from cfusion.explanation.faithfulness import deletion_areas, deletion_curves
 from preprocess.extraction import preprocess_slides
 from preprocess.packing import pack_store
 from preprocess.phantom.draw import PHANTOMS, draw_cohort
+from preprocess.settings import PreprocessConfig
 
 UNIT = ["model", "signal", "magnification", "method"]
 

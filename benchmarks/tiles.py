@@ -32,11 +32,11 @@ import tifffile
 from PIL import Image
 
 from benchmarks.table import Row, options, present
-from cfusion.config import PreprocessConfig
 from preprocess.extraction import preprocess_slides
 from preprocess.grid import Grid, make_grid
 from preprocess.readers import JPEG, choose_reader
 from preprocess.resample import area_average
+from preprocess.settings import PreprocessConfig
 from preprocess.slide_plan import CellTiles, SlidePlan, rows_by_cell
 from preprocess.slides import open_slide
 

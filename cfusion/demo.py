@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 
-from cfusion.config import PreprocessConfig
 from cfusion.data.store import FeatureStore
 from cfusion.report.runs import report_runs
 from cfusion.survival.metrics import concordance
@@ -19,6 +18,7 @@ from launch.sweep.plan import PlannedRun, SweepConfig, plan
 from preprocess.extraction import preprocess_slides
 from preprocess.packing import pack_store
 from preprocess.phantom.draw import PHANTOMS, PhantomCohort, PhantomSpec, draw_cohort
+from preprocess.settings import PreprocessConfig
 
 logger = logging.getLogger(__name__)
 

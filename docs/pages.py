@@ -18,11 +18,12 @@ from pydantic.fields import FieldInfo
 
 import cfusion
 from cfusion.cli.main import app
-from cfusion.config import Config, PreprocessConfig, Section
+from cfusion.config import Config, Section
 from launch.sweep.plan import SweepConfig
 from preprocess import descriptor
 from preprocess.encoders import StainTexture
 from preprocess.encoders.cards import CARDS
+from preprocess.settings import PreprocessConfig
 
 ROOT = Path(__file__).parents[1]
 MAPPED = ("cfusion", "preprocess", "launch", "benchmarks", "docs")

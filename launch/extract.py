@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cfusion.config import PreprocessConfig
 from cfusion.errors import CfusionError, ConfigError, DataError, MissingExtraError
 from preprocess.extraction import preprocess_slides
 from preprocess.outcome import SlideOutcome, Summary, write_summary
+from preprocess.settings import PreprocessConfig
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 import cfusion
-from cfusion.config import PreprocessConfig
 from cfusion.console import Progress, progress
 from cfusion.data.store import FeatureStore, write_slide
 from cfusion.errors import CfusionError, ConfigError, DataError
@@ -24,6 +23,7 @@ from preprocess.grid import GRID_VERSION, check_magnifications
 from preprocess.outcome import SlideOutcome, Summary, write_summary
 from preprocess.pipeline import Pipeline, Work
 from preprocess.resolution import read_mpp_table
+from preprocess.settings import PreprocessConfig
 from preprocess.slide_plan import plan_slide
 from preprocess.slides import find_slides, same_name, slide_id_of
 from preprocess.tissue import METHOD

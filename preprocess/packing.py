@@ -23,11 +23,11 @@ from pydantic import BaseModel, ConfigDict
 from cfusion.console import progress
 from cfusion.data.shard_index import (
     INDEX_NAME,
-    Member,
     Sample,
     Shard,
     ShardIndex,
     StoredDtype,
+    TarMember,
     parse,
     read_index,
     tar_key,
@@ -307,7 +307,7 @@ def _write_sample(tar: TarStream, slide: EncodedSlide, shard: int, plan: _Plan) 
     for name, (header, array) in slide.members.items():
         size = len(header) + array.nbytes
         offset = tar.add(f"{key}.{name}", size, header, array)
-        members[name] = Member(
+        members[name] = TarMember(
             offset=offset, size=size, dtype=array.dtype.str, shape=array.shape, crc32=slide.checksums[name]
         )
     return Sample(

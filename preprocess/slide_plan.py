@@ -13,7 +13,6 @@ from typing import Literal
 
 import numpy as np
 
-from cfusion.config import PreprocessConfig
 from cfusion.errors import DataError, SlideError
 from cfusion.files import digest_file
 from preprocess.annotation import find_mask, read_mask, write_sheets
@@ -21,6 +20,7 @@ from preprocess.grid import Grid, make_grid
 from preprocess.readers import Reader, choose_reader
 from preprocess.resample import area_tiles, bicubic_tiles
 from preprocess.resolution import finest_scale
+from preprocess.settings import PreprocessConfig
 from preprocess.slides import Slide, open_slide
 from preprocess.tissue import METHOD, tissue_mask
 

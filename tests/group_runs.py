@@ -9,12 +9,12 @@ import torch
 
 import cfusion
 from cfusion.config import Config
+from cfusion.data.loader import BagSet
 from cfusion.errors import CfusionError
 from cfusion.training.folds import FoldRun, fit, open_run_shards, ready_fold
 from cfusion.training.group.group import Group
 from cfusion.training.group.group_checkpoint import GroupCheckpoints
-from cfusion.training.group.member import Member
-from cfusion.training.inference import BagSet
+from cfusion.training.group.member import GroupMember
 from cfusion.training.world import join_world
 from cfusion.types import Cohort, Split
 
@@ -34,16 +34,21 @@ def train_together(configs: Sequence[Config], folder: Path) -> list[FoldRun]:
     dataset, data = open_run_shards(configs[0]), configs[0].data
     cohort, _ = folds_of(configs[0])
     whole = BagSet.open(
-        dataset, cohort.slides_of(list(cohort.cases.index)), data, runtime, magnifications=data.magnifications
+        dataset,
+        cohort.slides_of(list(cohort.cases.index)),
+        data,
+        magnifications=data.magnifications,
+        device=runtime.device,
+        dtype=runtime.dtype,
     )
     members = [
-        Member(runtime, ready_fold(config, cohort, split, dataset, runtime, folder=folder, on_epoch=None), whole)
+        GroupMember(runtime, ready_fold(config, cohort, split, dataset, runtime, folder=folder, on_epoch=None), whole)
         for config in configs
         for split in folds_of(config)[1]
     ]
-    results: dict[Member, FoldRun] = {}
+    results: dict[GroupMember, FoldRun] = {}
 
-    def fails(member: Member, error: CfusionError) -> list[Member]:
+    def fails(member: GroupMember, error: CfusionError) -> list[GroupMember]:
         raise error
 
     checkpoints = GroupCheckpoints(folder / "group", runtime)

@@ -13,11 +13,12 @@ import torch
 from cfusion.apply.sources import BagSource, Cases, ShardSource
 from cfusion.config import DataConfig, ParallelConfig
 from cfusion.console import progress
+from cfusion.data.loader import BagSet
 from cfusion.data.partition import evaluation_slices
 from cfusion.errors import DataError
 from cfusion.survival.predictions import curve_table
 from cfusion.training.fitted import FittedModel
-from cfusion.training.inference import BagSet, predict_logits, prediction_frame
+from cfusion.training.inference import predict_logits, prediction_frame
 from cfusion.training.runtime import Runtime
 from cfusion.training.world import join_world, launched
 from cfusion.types import BagBatch, SurvivalOutput, magnification_name
@@ -49,7 +50,14 @@ def predict(
     source.embeddings.check(model.card)
     slides = cases if isinstance(cases, Mapping) else slides_by_name(cases, source.slide_ids)
     runtime = join_world(ParallelConfig(global_batch=launched()))
-    bags = BagSet.open(source.dataset, slides, data, runtime, magnifications=model.card.magnifications)
+    bags = BagSet.open(
+        source.dataset,
+        slides,
+        data,
+        magnifications=model.card.magnifications,
+        device=runtime.device,
+        dtype=runtime.dtype,
+    )
     model.module.to(device=runtime.device, dtype=runtime.dtype)
     frame = prediction_frame(predict_logits(runtime, model.module, bags, micro_batch), bags, model.bins)
     card = model.card

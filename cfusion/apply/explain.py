@@ -11,7 +11,6 @@ from typing import Any
 import pandas as pd
 
 from cfusion.apply.ensemble import FoldEnsemble
-from cfusion.config import PreprocessConfig
 from cfusion.data.store import SUFFIX, FeatureStore, encoders_in
 from cfusion.errors import CfusionError, ConfigError, DataError, PartialResultError, StoreError
 from cfusion.explanation import Explanation, explain
@@ -21,6 +20,7 @@ from cfusion.explanation.scoring import Occlusion
 from cfusion.training.fitted import ModelCard
 from preprocess.extraction import preprocess_slides
 from preprocess.regions import SlidePictures
+from preprocess.settings import PreprocessConfig
 from preprocess.slides import find_slides, slide_id_of
 
 logger = logging.getLogger(__name__)

@@ -13,13 +13,13 @@ import torch
 from cfusion.cohort.parsing import read_table
 from cfusion.cohort.read import patient_of, slide_stem
 from cfusion.config import DataConfig
+from cfusion.data.loader import BagSet
 from cfusion.data.partition import bag_cost
 from cfusion.data.positions import bag_positions
-from cfusion.data.shards import ShardDataset
+from cfusion.data.shards import ShardDataset, open_shards
 from cfusion.data.store import FeatureStore
 from cfusion.errors import CohortError, StoreError
 from cfusion.training.fitted import ModelCard
-from cfusion.training.inference import BagSet, open_shards
 from cfusion.training.runtime import Runtime
 from cfusion.types import BagBatch, magnification_name
 
@@ -135,7 +135,15 @@ class ShardSource:
 
     def open(self, cases: Cases, magnifications: Sequence[float], runtime: Runtime) -> Bags:
         """A bag a patient, read ahead by threads."""
-        return _ShardBags(BagSet.open(self.dataset, cases, self._data, runtime, magnifications=magnifications))
+        bags = BagSet.open(
+            self.dataset,
+            cases,
+            self._data,
+            magnifications=magnifications,
+            device=runtime.device,
+            dtype=runtime.dtype,
+        )
+        return _ShardBags(bags)
 
 
 @dataclass(frozen=True)

@@ -146,8 +146,9 @@ def _preprocess(
     slides: Path, card: ModelCard, store: Path, options: dict[str, object], runtime: Runtime
 ) -> list[tuple[str, bool]]:
     """Extract this rank's share of the slides as the training's were, with the model's encoder; which are there."""
-    from cfusion.config import PreprocessConfig, validate
+    from cfusion.config import validate
     from preprocess.extraction import preprocess_slides
+    from preprocess.settings import PreprocessConfig
 
     values = {"slides": slides, "store": store, "sheets": False, **card.preprocessing, **options}
     config = validate(PreprocessConfig, values, "cfusion predict")

@@ -88,9 +88,10 @@ def run(
 
     cfusion preprocess slides/ --store features --encoder uni --encoder conch
     """
-    from cfusion.config import PreprocessConfig, validate
+    from cfusion.config import validate
     from launch.extract import FanOut, fan_out
     from preprocess.extraction import preprocess_slides
+    from preprocess.settings import PreprocessConfig
 
     refuse_unheard(context, executor, TAKES)
     plan = None

@@ -9,13 +9,13 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
+from cfusion.cohort.findings import Finding, has_comparable_pair, outcome_doubts
 from cfusion.cohort.read import patient_of
 from cfusion.errors import DataError
-from cfusion.survival.bootstrap import has_comparable_pair
 from cfusion.types import Cohort, Split
 
 LOST = {
@@ -26,29 +26,6 @@ LOST = {
     "with features": ("missing_features", "missing_magnification", "no_slides"),
 }  # fmt: skip
 """For each step of the flow, the kinds of findings that lost patients or slides on the way to it."""
-
-POLARITY_MINIMUM = 10
-"""Events and censored patients needed before their medians are compared."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing the audit dropped or doubts.
-
-    Attributes:
-        kind: Stable name of the rule, such as `missing_features`.
-        subject: The slide, patient, fold or cohort it concerns.
-        action: `dropped`: left out of the run; `doubted`: kept, but a person should look.
-        message: What was found and what it means; reads on from the subject.
-    """
-
-    kind: str
-    subject: str
-    action: Literal["dropped", "doubted"]
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.action}: {self.subject} {self.message} [{self.kind}]"
 
 
 @dataclass(frozen=True)
@@ -233,35 +210,6 @@ def _bad_outcomes(cohort: Cohort, keep_zero: bool, findings: list[Finding]) -> s
         findings.append(finding)
         bad.add(case)
     return bad
-
-
-def outcome_doubts(name: str, time_months: pd.Series, event: pd.Series) -> list[Finding]:
-    """Signs of flipped polarity and of a wrong unit, which only a person can settle.
-
-    Args:
-        name: Of the cohort.
-        time_months: [case].
-        event: [case], true where the event happened.
-    """
-    doubts: list[tuple[str, str]] = []
-    dead, censored = time_months[event], time_months[~event]
-    if min(len(dead), len(censored)) >= POLARITY_MINIMUM and dead.median() > censored.median():
-        doubts.append(
-            (
-                "polarity",
-                f"events have a longer median follow-up ({dead.median():.1f} months) than censored patients "
-                f"({censored.median():.1f} months); check that 1 means what the table's column says",
-            )
-        )
-    if event.mean() > 0.9 and len(event) >= POLARITY_MINIMUM:
-        doubts.append(("polarity", f"{event.mean():.0%} of the patients have the event"))
-    if not event.any():
-        doubts.append(("all_censored", "no patient has the event"))
-    if time_months.median() > 180:
-        doubts.append(("unit", f"the median follow-up is {time_months.median():.0f} months; are the times in days?"))
-    if time_months.max() < 6:
-        doubts.append(("unit", f"the longest follow-up is {time_months.max():.1f} months; are the times in years?"))
-    return [Finding(kind, name, "doubted", message) for kind, message in doubts]
 
 
 def _clean_split(clean: Cohort, split: Split, findings: list[Finding]) -> Split:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -14,10 +15,11 @@ import torch
 from jaxtyping import Bool
 
 from cfusion.config import DataConfig
-from cfusion.data.bags import BagEntry
+from cfusion.data.bags import BagEntry, make_bags
 from cfusion.data.batches import RawBatch, finish, read_batch, select
 from cfusion.data.buffers import Buffers
 from cfusion.data.cache import Place, choose_cache, free_device_bytes, free_ram_bytes
+from cfusion.data.partition import bag_cost
 from cfusion.data.sampling import Rows, kept_channels, sample_tiles
 from cfusion.data.shards import ShardDataset
 from cfusion.types import BagBatch, magnification_name
@@ -184,3 +186,51 @@ class BagLoader:
         if not self._held:
             whole = self._ahead(((i,) for i in range(len(self.bags))), lambda batch: self._read(batch, lambda _: None))
             self._held = [dataclasses.replace(self._move(raw), held=True) for raw in whole]
+
+
+@dataclass(frozen=True)
+class BagSet:
+    """Bags of some patients, how they are read, and the most tiles of one that training sees."""
+
+    bags: tuple[BagEntry, ...]
+    loader: BagLoader
+    max_tiles: int | None
+
+    @classmethod
+    def open(
+        cls,
+        dataset: ShardDataset,
+        slides_of_case: Mapping[str, Sequence[str]],
+        data: DataConfig,
+        *,
+        magnifications: Sequence[float],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> BagSet:
+        """The bags of the given patients, read from `dataset` and delivered to `device` in `dtype`."""
+        bags = make_bags(dataset, slides_of_case, data.unit, magnifications)
+        loader = BagLoader(
+            dataset,
+            bags,
+            data,
+            magnifications=magnifications,
+            seed=data.order_seed,
+            device=device,
+            dtype=dtype,
+        )
+        return cls(bags, loader, data.max_tiles)
+
+    def __len__(self) -> int:
+        return len(self.bags)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Most tiles that training reads of each bag, over all magnifications."""
+        # Coarser tiles are ancestors of drawn ones, so there are never more of them.
+        most = self.max_tiles
+        return np.array([sum(min(count, most or count) for count in bag.tiles.values()) for bag in self.bags])
+
+    @property
+    def costs(self) -> np.ndarray:
+        """Work that each bag makes in training, for sharing it evenly."""
+        return np.array([bag_cost(bag.tiles, max_tiles=self.max_tiles) for bag in self.bags])

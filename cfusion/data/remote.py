@@ -18,7 +18,7 @@ from urllib.parse import urlsplit, urlunsplit
 from isal.isal_zlib import crc32
 
 from cfusion.data.shard_files import OpenFile
-from cfusion.data.shard_index import INDEX_NAME, Member, Shard, ShardIndex, parse_index
+from cfusion.data.shard_index import INDEX_NAME, Shard, ShardIndex, TarMember, parse_index
 from cfusion.errors import MissingExtraError, ShardsError
 from cfusion.files import atomic_path
 
@@ -235,10 +235,10 @@ class RemoteFiles:
         self._cache = cache
         self._prefix = prefix
 
-    def _name(self, number: int, member: Member) -> str:
+    def _name(self, number: int, member: TarMember) -> str:
         return f"{self._prefix}-{number}-{member.offset}"
 
-    def open(self, number: int, shard: Shard, member: Member) -> tuple[OpenFile, int]:
+    def open(self, number: int, shard: Shard, member: TarMember) -> tuple[OpenFile, int]:
         """A file with one member at its start."""
         name = self._name(number, member)
         file = self._cache.get(name)
@@ -246,7 +246,7 @@ class RemoteFiles:
             file = self._cache.put(name, self._fetch(shard, member))
         return file, -member.offset
 
-    def fetch(self, number: int, shard: Shard, members: Sequence[Member]) -> None:
+    def fetch(self, number: int, shard: Shard, members: Sequence[TarMember]) -> None:
         """Bring what is not cached of members that lie together in one range, as a request costs time by itself.
 
         What comes damaged, or does not fit in the cache, is left to `open`.
@@ -263,7 +263,7 @@ class RemoteFiles:
             if crc32(content) == member.crc32:
                 self._cache.put(self._name(number, member), content)
 
-    def _fetch(self, shard: Shard, member: Member) -> bytes:
+    def _fetch(self, shard: Shard, member: TarMember) -> bytes:
         for _ in range(2):
             data = self._source.read(shard.name, member.offset, member.size)
             if crc32(data) == member.crc32:
@@ -273,7 +273,7 @@ class RemoteFiles:
             "Copy the shard to the server again, together with its index.",
         )
 
-    def discard(self, number: int, member: Member) -> bool:
+    def discard(self, number: int, member: TarMember) -> bool:
         """Delete the cached copy."""
         return self._cache.drop(self._name(number, member))
 

@@ -15,7 +15,7 @@ import numpy as np
 from isal.isal_zlib import crc32
 from jaxtyping import UInt8
 
-from cfusion.data.shard_index import Member, Shard
+from cfusion.data.shard_index import Shard, TarMember
 from cfusion.errors import ShardsError
 
 REPAIR = "Copy or pack the shards again; `cfusion preprocess verify` lists the slides that are whole."
@@ -100,13 +100,13 @@ class ShardFiles(Protocol):
     remote: bool
     """Whether reading goes over a network."""
 
-    def open(self, number: int, shard: Shard, member: Member) -> tuple[OpenFile, int]:
+    def open(self, number: int, shard: Shard, member: TarMember) -> tuple[OpenFile, int]:
         """A file that holds a member, and what to add to an offset in the shard to find it there."""
 
-    def fetch(self, number: int, shard: Shard, members: Sequence[Member]) -> None:
+    def fetch(self, number: int, shard: Shard, members: Sequence[TarMember]) -> None:
         """Bring members that will be opened, where that is cheaper than one by one."""
 
-    def discard(self, number: int, member: Member) -> bool:
+    def discard(self, number: int, member: TarMember) -> bool:
         """Forget a damaged local copy of a member; true where there was one, so that another try can help."""
 
     def stream(self, shard: Shard) -> io.IOBase:
@@ -124,7 +124,7 @@ class LocalFiles:
         self._open: dict[int, OpenFile] = {}
         self._lock = threading.Lock()
 
-    def open(self, number: int, shard: Shard, member: Member) -> tuple[OpenFile, int]:
+    def open(self, number: int, shard: Shard, member: TarMember) -> tuple[OpenFile, int]:
         """The shard itself, which stays open: at most 256 at a time."""
         file = self._open.get(number)
         if file is not None:
@@ -140,10 +140,10 @@ class LocalFiles:
             self._open[number] = file
         return file, 0
 
-    def fetch(self, number: int, shard: Shard, members: Sequence[Member]) -> None:
+    def fetch(self, number: int, shard: Shard, members: Sequence[TarMember]) -> None:
         """They are here."""
 
-    def discard(self, number: int, member: Member) -> bool:
+    def discard(self, number: int, member: TarMember) -> bool:
         """There is no copy."""
         return False
 

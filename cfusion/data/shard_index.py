@@ -8,9 +8,11 @@ magnifications, and `meta.json`. The index gives each member's byte offset, so r
 from __future__ import annotations
 
 import functools
+import io
 import math
 import os
 import re
+import threading
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
@@ -27,6 +29,9 @@ StoredDtype = Literal["f16", "f32", "int8"]
 STORED_DTYPES: dict[str, np.dtype[Any]] = {
     "f16": np.dtype("<f2"), "f32": np.dtype("<f4"), "int8": np.dtype("i1"),
 }  # fmt: skip
+_HEADER = threading.Lock()
+"""Python 3.11 counts the depth of what `ast` builds over all threads, so headers read at once fail now and then."""
+
 _REPACK = "Pack the store again with `cfusion preprocess shard`."
 
 
@@ -54,7 +59,7 @@ class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Member(_Entry):
+class TarMember(_Entry):
     """One file in a tar: `size` bytes from `offset`, an `.npy` of `dtype` and `shape` (or JSON, as |u1)."""
 
     offset: int = Field(ge=512)
@@ -74,10 +79,33 @@ class Member(_Entry):
         return self.size - self.payload
 
     @model_validator(mode="after")
-    def _holds_its_array(self) -> Member:
+    def _holds_its_array(self) -> TarMember:
         if min(self.shape, default=0) < 0 or not 0 <= self.header <= 65536:
             raise ValueError(f"{self.size} bytes do not hold an array of shape {self.shape} and dtype {self.dtype}")
         return self
+
+
+def check_header(header: bytes, member: TarMember) -> str:
+    """What is wrong with an `.npy` header; empty where it says what the index says.
+
+    Args:
+        header: The bytes before the array.
+        member: The index entry. Its size was compared with its shape, so a header that claims more is a lie.
+    """
+    stream = io.BytesIO(header)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        with _HEADER:
+            shape, fortran, dtype = read(stream)
+    except Exception as error:  # noqa: BLE001 - numpy reads the text as Python, and raises whatever that leads to
+        return f"is not an .npy file ({error})"
+    if dtype.hasobject:
+        return "holds Python objects, which only unpickling could read; that is never done"
+    if fortran or shape != member.shape or dtype != np.dtype(member.dtype):
+        order = " in Fortran order" if fortran else ""
+        return f"its header claims {dtype.str} {shape}{order}, the index {member.dtype} {member.shape}"
+    return ""
 
 
 class Sample(_Entry):
@@ -94,7 +122,7 @@ class Sample(_Entry):
     slide_id: str
     shard: int = Field(ge=0)
     tile_px_level0: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
-    members: dict[str, Member]
+    members: dict[str, TarMember]
     error: dict[str, float] = {}
 
     @functools.cached_property

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from isal.isal_zlib import crc32
 
+from cfusion.config import DataConfig
 from cfusion.console import progress
-from cfusion.data.npy import check_header
 from cfusion.data.shard_files import REPAIR, LocalFiles, OpenFile, ShardFiles, array_bytes, read_pieces
-from cfusion.data.shard_index import Member, Sample, Shard, ShardIndex, read_index, tar_key
+from cfusion.data.shard_index import Sample, Shard, ShardIndex, TarMember, check_header, read_index, tar_key
 from cfusion.errors import CfusionError, DataError, ShardsError
 
 
@@ -242,7 +242,7 @@ class ShardDataset:
             arrays[name] = np.frombuffer(data, member.dtype, offset=member.header).reshape(member.shape)
         return arrays
 
-    def _member(self, slide_id: str, name: str) -> Member:
+    def _member(self, slide_id: str, name: str) -> TarMember:
         members = self.sample(slide_id).members
         member = members.get(f"{name}.npy")
         if member is None:
@@ -328,3 +328,8 @@ def _first_beyond(index: ShardIndex, shard: Shard, size: int) -> str:
     members = ((s.slide_id, name, m) for s in index.samples if s.shard == number for name, m in s.members.items())
     beyond = [(m.offset, slide_id, name) for slide_id, name, m in members if m.offset + m.size > size]
     return "; slide {1}, member {2} is the first beyond its end".format(*min(beyond)) if beyond else ""
+
+
+def open_shards(data: DataConfig) -> ShardDataset:
+    """The shards of a `data` section, local or remote."""
+    return ShardDataset.open(data.shards, cache_directory=data.cache_directory, cache_bytes=data.cache_bytes)

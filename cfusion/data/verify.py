@@ -13,13 +13,13 @@ import numpy as np
 from isal.isal_zlib import crc32
 
 from cfusion.console import progress
-from cfusion.data.npy import check_header
 from cfusion.data.shard_index import (
     INDEX_NAME,
     META,
-    Member,
     Sample,
     ShardIndex,
+    TarMember,
+    check_header,
     parse,
     read_index_file,
     tar_key,
@@ -143,7 +143,7 @@ def _check_headers(stream: BinaryIO, size: int, shard: str, samples: list[Sample
         yield Problem(shard, "", "", f"holds something else behind its last member ({error})", _COPY)
 
 
-def _place(member: tuple[str, str, Member]) -> int:
+def _place(member: tuple[str, str, TarMember]) -> int:
     return member[2].offset
 
 
@@ -186,7 +186,7 @@ def _check_entry(entry: tarfile.TarInfo, expected: str | None, size: int) -> str
     return ""
 
 
-def _check_member(data: bytes, name: str, member: Member) -> tuple[str, str]:
+def _check_member(data: bytes, name: str, member: TarMember) -> tuple[str, str]:
     """What is wrong with a member's bytes, and the remedy; empty where nothing is."""
     if len(data) != member.size:
         return f"the shard ends after {len(data)} of its {member.size} bytes", _COPY

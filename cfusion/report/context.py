@@ -1,4 +1,4 @@
-"""What a report says beyond the scores."""
+"""What a report says beyond the scores: where the numbers come from, and what each protocol means."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ from typing import Any
 import pandas as pd
 
 from cfusion.survival.score import Key
+
+_OPTIMISTIC = "OPTIMISTIC: the epoch is chosen on the same fold that is scored."
+
+PROTOCOLS = {
+    "strict": "The epoch is chosen on an inner validation split of the training patients; the outer fold is scored "
+    "once.",
+    "fixed-epoch": "The number of epochs is set before; nothing is chosen; the outer fold is scored once.",
+    "published": f"{_OPTIMISTIC} This reproduces the papers' tables and is no claim; signal-free risks score well "
+    "above 0.5 in this way.",
+    "unknown": "The predictions do not say how the epoch was chosen. The null assumes the worst: on the scored fold.",
+}
 
 
 @dataclass(frozen=True)
@@ -32,3 +43,13 @@ class ReportContext:
     oracle: Mapping[Key, float] = field(default_factory=dict)
     permuted: Mapping[Key, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
+
+
+def optimistic(protocol: str) -> bool:
+    """Whether numbers under a protocol are known to be too good."""
+    return protocol == "published"
+
+
+def named(protocol: str) -> str:
+    """The protocol as a caption names it, with its warning where its numbers are too good."""
+    return f"Protocol {protocol}. {_OPTIMISTIC}" if optimistic(protocol) else f"Protocol {protocol}."

@@ -13,8 +13,7 @@ from markupsafe import Markup
 
 import cfusion
 from cfusion.report import figures
-from cfusion.report.context import ReportContext
-from cfusion.report.protocols import PROTOCOLS
+from cfusion.report.context import PROTOCOLS, ReportContext
 from cfusion.survival.predictions import UNIT
 from cfusion.survival.score import Key, Scores
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from cfusion.config import Config
 from cfusion.console import Progress, progress
+from cfusion.data.loader import BagSet
 from cfusion.errors import CfusionError, ConfigError, PartialResultError
 from cfusion.files import digest_json
 from cfusion.runs.run import (
@@ -32,8 +33,7 @@ from cfusion.tracking import TrackedRun
 from cfusion.training.folds import EpochCallback, FoldRun, fit, ready_fold
 from cfusion.training.group.group import Group
 from cfusion.training.group.group_checkpoint import GroupCheckpoints
-from cfusion.training.group.member import Member
-from cfusion.training.inference import BagSet
+from cfusion.training.group.member import GroupMember
 from cfusion.training.interruption import graceful_stop
 from cfusion.training.runtime import Runtime
 from cfusion.training.world import join_world
@@ -118,12 +118,14 @@ def _train_together(
     """Train the folds that are missing and write each; returns the runs that failed."""
     slides = {case: s for run in runs for case, s in run.cohort.slides_of(list(run.cohort.cases.index)).items()}
     data, dataset = runs[0].config.data, runs[0].dataset
-    whole = BagSet.open(dataset, slides, data, runtime, magnifications=data.magnifications)
-    run_of: dict[Member, int] = {}
-    children: dict[Member, TrackedRun] = {}
+    whole = BagSet.open(
+        dataset, slides, data, magnifications=data.magnifications, device=runtime.device, dtype=runtime.dtype
+    )
+    run_of: dict[GroupMember, int] = {}
+    children: dict[GroupMember, TrackedRun] = {}
     failed: dict[int, CfusionError] = {}
 
-    def done(member: Member, result: FoldRun) -> None:
+    def done(member: GroupMember, result: FoldRun) -> None:
         folder = fold_folder(runs[run_of[member]], member.fold.split)
         if runtime.is_main:
             write_fold(folder, result)
@@ -132,7 +134,7 @@ def _train_together(
         children[member].close()
         bar.advance(note=f"{folder.parent.name}/{folder.name}")
 
-    def fails(member: Member, error: CfusionError) -> list[Member]:
+    def fails(member: GroupMember, error: CfusionError) -> list[GroupMember]:
         logger.warning("%s: %s The other runs go on.", runs[run_of[member]].config.output, error.message)
         failed[run_of[member]] = error
         return [other for other in run_of if run_of[other] == run_of[member]]
@@ -148,7 +150,7 @@ def _train_together(
                 run.config, run.cohort, split, dataset, runtime,
                 folder=folder, on_epoch=_logging_to(child),
             )  # fmt: skip
-            member = Member(runtime, fold, whole)
+            member = GroupMember(runtime, fold, whole)
             run_of[member], children[member] = number, child
     checkpoints = GroupCheckpoints(runs[0].config.output / "checkpoints" / "group", runtime)
     Group(runtime, whole, data, checkpoints, done, fails).train(list(run_of))

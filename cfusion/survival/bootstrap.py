@@ -20,17 +20,6 @@ TIED_RISK = 1e-8
 _BLOCK_ENTRIES = 1 << 23
 
 
-def has_comparable_pair(time: np.ndarray, event: np.ndarray) -> bool:
-    """Whether of any two patients it is known who had the event first: without, no C-index exists.
-
-    Args:
-        time: [case], months.
-        event: [case], true where the event happened.
-    """
-    first = time[event].min(initial=np.inf)
-    return bool(((time > first) | ((time == first) & ~event)).any())
-
-
 @dataclass(frozen=True, eq=False)
 class Resamples:
     """One set of bootstrap draws over the patients of a cohort, shared by all models so that they compare in pairs.

@@ -22,8 +22,9 @@ from sksurv.metrics import (
 from sksurv.nonparametric import CensoringDistributionEstimator, kaplan_meier_estimator
 from sksurv.util import Surv
 
+from cfusion.cohort.findings import has_comparable_pair
 from cfusion.errors import DataError, UndefinedMetricError
-from cfusion.survival.bootstrap import TIED_RISK, bootstrap_cindex, has_comparable_pair
+from cfusion.survival.bootstrap import TIED_RISK, bootstrap_cindex
 
 __all__ = [
     "Concordance", "Training", "auc_at", "bootstrap_cindex", "brier_times", "checked", "concordance",

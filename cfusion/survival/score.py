@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, cpu_count, delayed
 
-from cfusion.cohort.audit import outcome_doubts
+from cfusion.cohort.findings import outcome_doubts
 from cfusion.errors import DataError
 from cfusion.survival.bootstrap import Resamples
 from cfusion.survival.foldscores import FoldScores, References, interval_or_nan, score_fold

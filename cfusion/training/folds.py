@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from cfusion.config import Config
-from cfusion.data.shards import ShardDataset
+from cfusion.data.loader import BagSet
+from cfusion.data.shards import ShardDataset, open_shards
 from cfusion.errors import DataError
 from cfusion.files import digest_json
 from cfusion.survival.bins import TimeBins
@@ -22,7 +23,7 @@ from cfusion.survival.losses import LOSSES
 from cfusion.survival.predictions import fold_predictions
 from cfusion.training.checkpoint import TrainState
 from cfusion.training.fitted import FittedModel, ModelCard, build
-from cfusion.training.inference import BagSet, open_shards, patient_survival, predict_logits, prediction_frame
+from cfusion.training.inference import patient_survival, predict_logits, prediction_frame
 from cfusion.training.loop import FoldJob, train_fold
 from cfusion.training.runtime import Runtime
 from cfusion.training.schedule import make_optimizer
@@ -220,7 +221,14 @@ def _bag_set(
     config: Config, cohort: Cohort, dataset: ShardDataset, runtime: Runtime, patients: tuple[str, ...]
 ) -> BagSet:
     slides = cohort.slides_of(patients)
-    return BagSet.open(dataset, slides, config.data, runtime, magnifications=config.data.magnifications)
+    return BagSet.open(
+        dataset,
+        slides,
+        config.data,
+        magnifications=config.data.magnifications,
+        device=runtime.device,
+        dtype=runtime.dtype,
+    )
 
 
 def _outcomes(cohort: Cohort, patients: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:

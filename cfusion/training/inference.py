@@ -2,75 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from cfusion.config import DataConfig
-from cfusion.data.bags import BagEntry, make_bags
-from cfusion.data.loader import BagLoader
-from cfusion.data.partition import bag_cost, evaluation_slices
-from cfusion.data.shards import ShardDataset
+from cfusion.data.loader import BagSet
+from cfusion.data.partition import evaluation_slices
 from cfusion.survival.bins import TimeBins
 from cfusion.survival.predictions import curve_table
 from cfusion.training.runtime import Runtime
 from cfusion.types import SurvivalOutput
-
-
-@dataclass(frozen=True)
-class BagSet:
-    """Bags of some patients, how they are read, and the most tiles of one that training sees."""
-
-    bags: tuple[BagEntry, ...]
-    loader: BagLoader
-    max_tiles: int | None
-
-    @classmethod
-    def open(
-        cls,
-        dataset: ShardDataset,
-        slides_of_case: Mapping[str, Sequence[str]],
-        data: DataConfig,
-        runtime: Runtime,
-        *,
-        magnifications: Sequence[float],
-    ) -> BagSet:
-        """The bags of the given patients, read from `dataset`."""
-        bags = make_bags(dataset, slides_of_case, data.unit, magnifications)
-        loader = BagLoader(
-            dataset,
-            bags,
-            data,
-            magnifications=magnifications,
-            seed=data.order_seed,
-            device=runtime.device,
-            dtype=runtime.dtype,
-        )
-        return cls(bags, loader, data.max_tiles)
-
-    def __len__(self) -> int:
-        return len(self.bags)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Most tiles that training reads of each bag, over all magnifications."""
-        # Coarser tiles are ancestors of drawn ones, so there are never more of them.
-        most = self.max_tiles
-        return np.array([sum(min(count, most or count) for count in bag.tiles.values()) for bag in self.bags])
-
-    @property
-    def costs(self) -> np.ndarray:
-        """Work that each bag makes in training, for sharing it evenly."""
-        return np.array([bag_cost(bag.tiles, max_tiles=self.max_tiles) for bag in self.bags])
-
-
-def open_shards(data: DataConfig) -> ShardDataset:
-    """The shards of a `data` section, local or remote."""
-    return ShardDataset.open(data.shards, cache_directory=data.cache_directory, cache_bytes=data.cache_bytes)
 
 
 def predict_logits(runtime: Runtime, model: nn.Module, bags: BagSet, micro_batch: int) -> Tensor:

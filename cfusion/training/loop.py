@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from cfusion.config import Config
+from cfusion.data.loader import BagSet
 from cfusion.data.partition import MicroBatch, deal, earlier_draws, epoch_order, global_batches
 from cfusion.errors import ConfigError, DataError, RequeueError
 from cfusion.survival.bins import TimeBins
 from cfusion.survival.losses import LOSSES
 from cfusion.survival.metrics import concordance
 from cfusion.training.checkpoint import Checkpoints, TrainState
-from cfusion.training.inference import BagSet, patient_survival, predict_logits
+from cfusion.training.inference import patient_survival, predict_logits
 from cfusion.training.interruption import stop_requested
 from cfusion.training.runtime import Runtime
 from cfusion.training.schedule import learning_rate

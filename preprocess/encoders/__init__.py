@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cfusion.config import PreprocessConfig
 from cfusion.errors import ConfigError
 from preprocess.encoders.cards import CARDS
+from preprocess.settings import PreprocessConfig
 
 
 class Encoder(Protocol):

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cfusion.config import PreprocessConfig
 from cfusion.errors import ConfigError, DataError, MissingExtraError, WeightsError
 from cfusion.files import digest_file
 from preprocess.encoders.cards import CARDS, ModelCard
 from preprocess.encoders.weights import fetch, file_name, find_weights, read_weights, to_network_names
+from preprocess.settings import PreprocessConfig
 
 HUB = "https://huggingface.co"
 

@@ -19,13 +19,14 @@ import pytest
 import yaml
 from factories import make_cohort
 
-from cfusion.config import Config, PreprocessConfig, validate
+from cfusion.config import Config, validate
 from cfusion.data.shards import ShardDataset
 from cfusion.data.store import FeatureStore
 from cfusion.runs.crossval import cross_validate
 from preprocess.extraction import preprocess_slides
 from preprocess.packing import pack_store
 from preprocess.phantom.draw import PHANTOMS, draw_cohort
+from preprocess.settings import PreprocessConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from slide_factory import tissue_picture, write_slide
 
-from cfusion.config import PreprocessConfig
 from cfusion.data.store import FeatureStore
 from cfusion.errors import ConfigError, DataError, MissingExtraError
 from launch import extract as executors
 from launch.extract import FanOut, fan_out, run_submitit
 from preprocess.extraction import preprocess_slides
+from preprocess.settings import PreprocessConfig
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 from slide_factory import break_tile, drop_tile, tissue_picture, write_slide
 
-from cfusion.config import PreprocessConfig
 from cfusion.console import Progress
 from cfusion.data import store as feature_store
 from cfusion.data.store import FeatureStore
@@ -24,6 +23,7 @@ from cfusion.errors import ConfigError, DataError
 from cfusion.files import atomic_path
 from preprocess import extraction
 from preprocess.extraction import preprocess_slides
+from preprocess.settings import PreprocessConfig
 
 SIDE = 1700
 

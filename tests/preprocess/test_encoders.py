@@ -9,7 +9,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from slide_factory import tissue_picture, write_slide
 
-from cfusion.config import PreprocessConfig
 from cfusion.data.store import FeatureStore
 from cfusion.errors import ConfigError, DataError, MissingExtraError
 from cfusion.files import write_json
@@ -18,6 +17,7 @@ from preprocess.encoders.cards import CARDS
 from preprocess.encoders.networks import AttentionPooled, NetworkEncoder, build_network, card_of
 from preprocess.encoders.weights import find_weights, read_weights, to_network_names
 from preprocess.extraction import preprocess_slides
+from preprocess.settings import PreprocessConfig
 
 PUBLISHED_WIDTHS = {
     "resnet50": 1024, "resnet50-2048": 2048, "uni": 1024, "uni2-h": 1536, "conch": 512, "conch-v1.5": 768,

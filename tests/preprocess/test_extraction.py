@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cfusion.config import PreprocessConfig
 from cfusion.data.store import FeatureStore
 from preprocess.extraction import preprocess_slides
+from preprocess.settings import PreprocessConfig
 
 
 class MeanColour:

@@ -13,7 +13,7 @@ from cfusion.report.comparison.cells import RANKED, Comparison, Cost, Member
 from cfusion.report.comparison.comparison_tables import Grid, cells_table, runs_table, tests_table
 from cfusion.report.comparison.critical_difference import cd_diagram
 from cfusion.report.comparison.paper import latex, markdown
-from cfusion.report.protocols import PROTOCOLS
+from cfusion.report.context import PROTOCOLS
 from cfusion.report.report_files import write_table
 from cfusion.report.run_page import report_environment
 from cfusion.report.standalone import standalone

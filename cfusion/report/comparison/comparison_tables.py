@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from cfusion.report.comparison.cells import Cell, Comparison, Cost
-from cfusion.report.protocols import optimistic
+from cfusion.report.context import optimistic
 
 
 @dataclass(frozen=True)

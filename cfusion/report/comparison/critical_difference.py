@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from cfusion.report.context import named, optimistic
 from cfusion.report.figures import p_text
-from cfusion.report.protocols import named, optimistic
 from cfusion.report.svg import Plot, number
 from cfusion.survival.ranks import Ranking
 

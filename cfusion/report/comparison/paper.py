@@ -10,8 +10,8 @@ from typing import Any
 from cfusion.report.comparison.cells import RANKED, Cell, Comparison
 from cfusion.report.comparison.comparison_tables import Grid, tests_table
 from cfusion.report.comparison.critical_difference import cohorts_of, verdict
+from cfusion.report.context import PROTOCOLS, named
 from cfusion.report.figures import bare_p
-from cfusion.report.protocols import PROTOCOLS, named
 
 _TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",

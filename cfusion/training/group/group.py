@@ -16,14 +16,14 @@ from dataclasses import dataclass
 import torch
 
 from cfusion.config import DataConfig
+from cfusion.data.loader import BagSet
 from cfusion.data.partition import epoch_order
 from cfusion.errors import CfusionError, RequeueError
 from cfusion.training.folds import FoldRun
 from cfusion.training.group.group_checkpoint import GroupCheckpoints
 from cfusion.training.group.lanes import Lanes
-from cfusion.training.group.member import Member, Visit
+from cfusion.training.group.member import GroupMember, Visit
 from cfusion.training.group.order import owners, visits
-from cfusion.training.inference import BagSet
 from cfusion.training.interruption import stop_requested
 from cfusion.training.runtime import Runtime
 from cfusion.types import BagBatch
@@ -55,8 +55,8 @@ class Group:
     whole: BagSet
     data: DataConfig
     checkpoints: GroupCheckpoints
-    done: Callable[[Member, FoldRun], None]
-    failed: Callable[[Member, CfusionError], Sequence[Member]]
+    done: Callable[[GroupMember, FoldRun], None]
+    failed: Callable[[GroupMember, CfusionError], Sequence[GroupMember]]
 
     @functools.cached_property
     def lanes(self) -> Lanes | None:
@@ -64,7 +64,7 @@ class Group:
         alone = self.runtime.world_size == 1 and self.runtime.device.type == "cpu"
         return Lanes(torch.get_num_threads()) if alone and torch.get_num_threads() > 1 else None
 
-    def train(self, members: Sequence[Member]) -> None:
+    def train(self, members: Sequence[GroupMember]) -> None:
         """Train all members to their end.
 
         Those that a checkpoint knows go on from it; the others start when these are done.
@@ -80,7 +80,7 @@ class Group:
             if self.lanes is not None:
                 self.lanes.close()
 
-    def _train(self, members: Sequence[Member], number: int) -> None:
+    def _train(self, members: Sequence[GroupMember], number: int) -> None:
         active = list(members)
         while active:
             started = time.monotonic()
@@ -97,7 +97,7 @@ class Group:
         if members:
             self.checkpoints.clear()
 
-    def _pass(self, active: list[Member], number: int) -> None:
+    def _pass(self, active: list[GroupMember], number: int) -> None:
         """What is left of one pass; members that fail leave `active`."""
         whole, world = self.whole, self.runtime.world_size
         places = epoch_order([bag.key for bag in whole.bags], seed=self.data.order_seed, epoch=number)
@@ -133,7 +133,7 @@ class Group:
         return self.lanes is None or sum(self.whole.bags[bag].tiles.values()) > LONG
 
     def _delivered(
-        self, active: Sequence[Member], bags: Sequence[int], number: int
+        self, active: Sequence[GroupMember], bags: Sequence[int], number: int
     ) -> Generator[tuple[BagBatch | None, BagBatch | None]]:
         """Each of this rank's bags as training sees it, and as it is; None where nobody needs it."""
         learnt = {bag for bag in bags if any(member.wants(bag) for member in active)}
@@ -154,7 +154,7 @@ class Group:
         for bag in bags:
             yield next(sampled) if bag in learnt else None, next(plain) if bag in shown else None
 
-    def _hand_out(self, active: list[Member], turn: Sequence[Visit]) -> None:
+    def _hand_out(self, active: list[GroupMember], turn: Sequence[Visit]) -> None:
         if self.lanes is not None and not self._alone(turn[0].bag):
             failed = self.lanes.run({member: map(member.visit, turn) for member in active})
             for member, error in failed.items():
@@ -168,7 +168,7 @@ class Group:
                     with self._failing(member, active):
                         member.visit(visit)
 
-    def _save(self, active: Sequence[Member], number: int, seen: int) -> None:
+    def _save(self, active: Sequence[GroupMember], number: int, seen: int) -> None:
         """Write a checkpoint now and then, and where a signal asks for it, leave.
 
         Raises:
@@ -183,7 +183,7 @@ class Group:
             )
 
     @contextlib.contextmanager
-    def _failing(self, member: Member, active: list[Member]) -> Iterator[None]:
+    def _failing(self, member: GroupMember, active: list[GroupMember]) -> Iterator[None]:
         """Where a member's training cannot go on, the others do."""
         try:
             yield

@@ -12,7 +12,7 @@ from cfusion.errors import CheckpointError, DataError
 from cfusion.files import digest_json
 from cfusion.training.checkpoint import FORMAT, INTERVAL_SECONDS, kept_checkpoints
 from cfusion.training.checkpoint_files import Piece, Stored, open_checkpoint, write_checkpoint
-from cfusion.training.group.member import Member
+from cfusion.training.group.member import GroupMember
 from cfusion.training.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class GroupCheckpoints:
         self._saved = time.monotonic()
         self._took = 0.0
 
-    def save(self, members: Sequence[Member], number: int, seen: int, *, now: bool) -> None:
+    def save(self, members: Sequence[GroupMember], number: int, seen: int, *, now: bool) -> None:
         """Write a checkpoint if `now`, or if the one before is old enough.
 
         One that cannot be written, as on a full disk, is told of and tried again after the next interval.
@@ -80,7 +80,7 @@ class GroupCheckpoints:
             for old in kept_checkpoints(self.folder)[KEEP:]:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def load(self, members: Sequence[Member]) -> tuple[list[Member], int]:
+    def load(self, members: Sequence[GroupMember]) -> tuple[list[GroupMember], int]:
         """Restore the members that stand in the newest whole checkpoint, and say in which pass they are.
 
         Members that are not in it are left as they are. Damaged checkpoints are passed over with a warning.
@@ -107,7 +107,7 @@ class GroupCheckpoints:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._runtime.barrier()
 
-    def _restore(self, members: Sequence[Member], stored: Stored) -> tuple[list[Member], int]:
+    def _restore(self, members: Sequence[GroupMember], stored: Stored) -> tuple[list[GroupMember], int]:
         if stored.numbers.get("format") != FORMAT:
             raise CheckpointError(
                 f"{stored.folder}: has format {stored.numbers.get('format')}; this program reads {FORMAT}.",
@@ -125,6 +125,6 @@ class GroupCheckpoints:
         return found, int(stored.numbers["pass"])
 
 
-def name_of(member: Member) -> str:
+def name_of(member: GroupMember) -> str:
     """A member's name in checkpoints: what is trained on what."""
     return digest_json(member.fold.job.identity)[:16]

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from cfusion.data.batches import join
+from cfusion.data.loader import BagSet
 from cfusion.errors import ConfigError
 from cfusion.survival.losses import LOSSES
 from cfusion.training.checkpoint import TrainState
 from cfusion.training.folds import FoldRun, ReadyFold, fold_run
 from cfusion.training.group.order import Window, windows
-from cfusion.training.inference import BagSet
 from cfusion.training.loop import is_best, move_average, out_of_patience, targets_of, validation_scores
 from cfusion.training.runtime import Runtime
 from cfusion.training.schedule import learning_rate, make_optimizer
@@ -50,7 +50,7 @@ class Visit:
     shown: BagBatch | None
 
 
-class Member:
+class GroupMember:
     """A fold that is trained beside others.
 
     Attributes:
