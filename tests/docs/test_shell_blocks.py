@@ -2,7 +2,8 @@
 
 A comment before a block or at the head of a page says what the reader does not see:
 `<!-- not run: REASON -->`, `<!-- leaves with CODE -->`, and `<!-- set-up: NAME -->`: `cohort`, a small one in ./study
-with study.yaml; `trident`, the folder of another program; `two-encoders`, shards of two; `run`, drawn slides and a run.
+with study.yaml; `trident`, the folder of another program; `two-encoders`, shards of two; `run`, drawn slides and a run;
+`doors`, drawn slides, the folder of another program for them, and predictions.
 """
 
 import dataclasses
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from factories import make_cohort
@@ -29,7 +32,7 @@ from preprocess.phantom.draw import PHANTOMS, draw_cohort
 from preprocess.settings import PreprocessConfig
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 QUICK = ("docs/howto/score-predictions.md", "docs/howto/shell.md")
 """Pages that take seconds; the others are run with the slow tests."""
 _BLOCK = re.compile(
@@ -140,6 +143,42 @@ def _trident(folder: Path) -> None:
                 coords.attrs.update({"patch_size": 256, "patch_size_level0": side, "overlap": 0})
 
 
+def _doors(folder: Path) -> None:
+    """Drawn slides with their table, TRIDENT's features of the same slides, predictions, and study.yaml."""
+    drawn = draw_cohort(dataclasses.replace(PHANTOMS[0], patients=24), folder / "drawn")
+    drawn.slides.rename(folder / "slides")
+    drawn.table.rename(folder / "clinical.csv")
+    rng = np.random.default_rng(0)
+    for slide in sorted(path.stem for path in (folder / "slides").iterdir()):
+        for magnification, across in ((20, 8), (10, 4), (5, 2)):
+            job = folder / "trident_output" / f"{magnification}x_256px_0px_overlap" / "features_uni_v1"
+            job.mkdir(parents=True, exist_ok=True)
+            side = 256 * 20 // magnification
+            coords = np.stack(np.meshgrid(range(across), range(across)), axis=-1).reshape(-1, 2) * side
+            with h5py.File(job / f"{slide}.h5", "w") as file:
+                features = rng.standard_normal((len(coords), 16), dtype=np.float32)
+                file.create_dataset("features", data=features).attrs["encoder"] = "uni_v1"
+                file.create_dataset("coords", data=coords).attrs.update(
+                    {"patch_size": 256, "patch_size_level0": side, "overlap": 0}
+                )
+    table = pd.read_csv(folder / "clinical.csv").drop_duplicates("patient").reset_index(drop=True)
+    columns = {"case_id": table["patient"], "survival_months": table["time"], "event": table["event"]}
+    predictions = pd.DataFrame({"model": "mine", "cohort": "study", "fold": table.index % 2, **columns})
+    predictions.assign(risk=rng.standard_normal(len(table))).to_csv(folder / "predictions.csv", index=False)
+    values = {
+        "cohort": {"name": "study", "table": "clinical.csv"},
+        "splits": {"folds": 2},
+        "data": {"shards": "shards"},
+        "model": {"embed_dim": 16, "num_heads": 2},
+        "train": {"epochs": 1, "micro_batch": 8},
+        "parallel": {"global_batch": 8},
+        "evaluation": {"bootstrap": 20},
+        "tracking": {"enabled": False},
+        "output": "runs/study",
+    }
+    (folder / "study.yaml").write_text(yaml.safe_dump(values))
+
+
 def _two_encoders(folder: Path) -> None:
     """One cohort with shards of two encoders, shards/uni and shards/conch."""
     for encoder in ("uni", "conch"):
@@ -171,4 +210,4 @@ def _run(folder: Path) -> None:
     cross_validate(validate(Config, values, "set-up"))
 
 
-SET_UPS = {"cohort": _cohort, "trident": _trident, "two-encoders": _two_encoders, "run": _run}
+SET_UPS = {"cohort": _cohort, "trident": _trident, "two-encoders": _two_encoders, "run": _run, "doors": _doors}
