@@ -46,6 +46,12 @@ class ConfigError(CfusionError):
     topic = "config"
 
 
+class UntrustedCodeError(ConfigError):
+    """Code that came with a model and that the user has not said to trust."""
+
+    topic = "trust-code"
+
+
 class DataError(CfusionError):
     """A table, slide, store, shard or checkpoint that cannot be used."""
 

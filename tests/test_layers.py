@@ -12,7 +12,7 @@ MODULES = sorted(p for top in ("cfusion", "preprocess", "launch") for p in (ROOT
 LAYERS = (
     ("cfusion.errors",),
     ("cfusion.files", "cfusion.console"),
-    ("cfusion.yaml_files", "cfusion.program"),
+    ("cfusion.yaml_files", "cfusion.program", "cfusion.extensions"),
     ("cfusion.types",),
     ("cfusion.config",),
     ("cfusion.cohort", "cfusion.data", "cfusion.models"),
@@ -52,7 +52,7 @@ UPWARD = {
 """Imports that run up, and why each has to."""
 
 PREPROCESS_MAY_IMPORT = (
-    "cfusion.errors", "cfusion.files", "cfusion.console", "cfusion.types", "cfusion.config",
+    "cfusion.errors", "cfusion.files", "cfusion.console", "cfusion.types", "cfusion.config", "cfusion.extensions",
     "cfusion.data.store", "cfusion.data.shard_index", "cfusion.__version__",
 )  # fmt: skip
 DOORS = {

@@ -17,7 +17,7 @@ from cfusion.data.loader import BagSet
 from cfusion.data.partition import evaluation_slices
 from cfusion.errors import DataError
 from cfusion.survival.predictions import curve_table
-from cfusion.training.fitted import FittedModel
+from cfusion.training.fitted import FittedModel, ModelCard, read_card
 from cfusion.training.inference import predict_logits, prediction_frame
 from cfusion.training.runtime import Runtime
 from cfusion.training.world import join_world, launched
@@ -122,18 +122,33 @@ class FoldEnsemble:
     models: tuple[FittedModel, ...]
 
     @classmethod
-    def load(cls, folder: Path) -> FoldEnsemble:
+    def load(cls, folder: Path, *, trust_code: str | None = None) -> FoldEnsemble:
         """Read every fold's model of the run at or below `folder`.
+
+        Args:
+            folder: The run's folder, or one above or below it.
+            trust_code: Digest of code that came with the models and may run (see `FittedModel.load`).
+
+        Raises:
+            DataError: There is none, they belong to several runs, or they do not read the same embeddings.
+            UntrustedCodeError: The models come with code of their own, and `trust_code` does not name it.
+        """
+        cls.cards(folder)
+        return cls(tuple(FittedModel.load(path, trust_code=trust_code) for path in cls.folders(folder)))
+
+    @classmethod
+    def cards(cls, folder: Path) -> tuple[ModelCard, ...]:
+        """The cards of every fold's model of the run at or below `folder`; no code of a model is run.
 
         Raises:
             DataError: There is none, they belong to several runs, or they do not read the same embeddings.
         """
-        models = tuple(FittedModel.load(path) for path in cls.folders(folder))
-        if not models:
+        cards = tuple(read_card(path) for path in cls.folders(folder))
+        if not cards:
             raise DataError(f"{folder}: holds no model.json.", "Give the folder of a finished run.")
-        if len({(m.card.encoder, m.card.backbone_dim, m.card.magnifications) for m in models}) > 1:
+        if len({(card.encoder, card.backbone_dim, card.magnifications) for card in cards}) > 1:
             raise DataError(f"{folder}: its models read different embeddings.", topic="encoder")
-        return cls(models)
+        return cards
 
     @staticmethod
     def folders(folder: Path) -> list[Path]:
@@ -149,8 +164,7 @@ class FoldEnsemble:
     @property
     def risk_cutoff(self) -> float | None:
         """Mean of the folds' cut-offs, as its risk is the mean of theirs; above it is the high-risk group."""
-        cutoffs = [model.card.risk_cutoff for model in self.models if model.card.risk_cutoff is not None]
-        return float(np.mean(cutoffs)) if len(cutoffs) == len(self.models) else None
+        return mean_cutoff([model.card for model in self.models])
 
     def predict(self, source: BagSource, cases: Cases, runtime: Runtime) -> pd.DataFrame:
         """Risk and survival curve of each patient; each bag is read once for all models, and on one rank.
@@ -249,6 +263,12 @@ class FoldEnsemble:
         if not np.isfinite(risks).all():
             raise DataError("The risk of this bag is not finite.", "Its features may be too large for the model.")
         return pd.DataFrame({"months": self.months, "survival": survival, "risk": risks.mean(), "risk_sd": risks.std()})
+
+
+def mean_cutoff(cards: Sequence[ModelCard]) -> float | None:
+    """Mean of the cut-offs of several models; None where one has none."""
+    cutoffs = [card.risk_cutoff for card in cards if card.risk_cutoff is not None]
+    return float(np.mean(cutoffs)) if len(cutoffs) == len(cards) else None
 
 
 def _checked_features(features: np.ndarray, name: str) -> torch.Tensor:

@@ -6,6 +6,7 @@ MLflow keeps this file with the model and runs it to load it, so no pickled obje
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,12 @@ class ServedEnsemble(PythonModel):
     """A fold ensemble behind MLflow's generic interface."""
 
     def load_context(self, context: Any) -> None:
-        """Read the fold models among the run's artifacts."""
-        self.ensemble = FoldEnsemble.load(Path(context.artifacts["folds"]))
+        """Read the fold models among the run's artifacts.
+
+        Code that came with the models runs only where the variable `CFUSION_TRUST_CODE` names its SHA-256.
+        """
+        trust_code = os.environ.get("CFUSION_TRUST_CODE")
+        self.ensemble = FoldEnsemble.load(Path(context.artifacts["folds"]), trust_code=trust_code)
 
     def predict(  # type: ignore[no-untyped-def]
         self, context: Any, model_input, params: dict[str, Any] | None = None

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from cfusion.cli.options import TrustCode
 from cfusion.errors import ConfigError
 
 checkpoints = typer.Typer(no_args_is_help=True, help="Make a model of the checkpoints of a training in progress.")
@@ -32,6 +33,7 @@ def consolidate(
     folder: Annotated[Path, typer.Argument(help="Checkpoints of one fold, such as RUN/checkpoints/fold_0.")],
     out: Annotated[Path, typer.Option(help="Folder of the model: model.safetensors and model.json.")],
     weights: Annotated[Weights, typer.Option(help="Of the best epoch so far, or of the last step.")] = Weights.best,
+    trust_code: TrustCode = None,
 ) -> None:
     """Put together what the processes of a training wrote, as one model that every other command reads.
 
@@ -43,7 +45,7 @@ def consolidate(
 
     if out.exists():
         raise ConfigError(f"{out}: is there already.", "Give another --out.")
-    model = consolidate(folder, weights.value)
+    model = consolidate(folder, weights.value, trust_code=trust_code)
     model.save(out)
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
     typer.echo(f"{out}: {model.card.model['name']}, {parameters} parameters")

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from cfusion.cli.cmd_predict import load_ensemble
+from cfusion.cli.options import TrustCode
 
 
 def register(app: typer.Typer) -> None:
@@ -36,6 +37,7 @@ def explain(
     weights: Annotated[Path | None, typer.Option(help="Of a slide, folder of encoder checkpoints.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network for weights.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda:0, …; default a GPU where there is one.")] = None,
+    trust_code: TrustCode = None,
 ) -> None:
     """Score every tile of a slide: attention, input×gradient, occlusion; mean and spread over folds.
 
@@ -50,7 +52,7 @@ def explain(
     from cfusion.types import magnification_name
 
     with tempfile.TemporaryDirectory() as scratch:
-        ensemble = load_ensemble(model, uri, Path(scratch) / "model")
+        ensemble = load_ensemble(model, uri, Path(scratch) / "model", trust_code)
     card = ensemble.models[0].card
     if source.is_dir():
         chosen = from_store(source, card, slide or (), slides)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from cfusion.cli.options import TrustCode
 from cfusion.errors import ConfigError, DataError, PartialResultError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def predict(
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network for weights.")] = False,
     default_mpp: Annotated[float | None, typer.Option(help="µm/px of slides whose files do not tell.")] = None,
     threads: Annotated[int, typer.Option(help="Reading threads, for slides.", min=1)] = 2,
+    trust_code: TrustCode = None,
 ) -> None:
     """Predict risk and survival of patients, alone or under torchrun.
 
@@ -64,7 +66,7 @@ def predict(
 
     runtime = join_world(ParallelConfig(global_batch=launched()))
     with tempfile.TemporaryDirectory() as scratch:
-        ensemble = load_ensemble(model, uri, Path(scratch) / "model")
+        ensemble = load_ensemble(model, uri, Path(scratch) / "model", trust_code)
         options: dict[str, object] = {
             "weights": weights,
             "offline": offline,
@@ -84,13 +86,14 @@ def predict(
             raise PartialResultError(f"{len(found.failed)} slides could not be read: {lost}.", "See above.")
 
 
-def load_ensemble(model: str, uri: str | None, folder: Path) -> FoldEnsemble:
+def load_ensemble(model: str, uri: str | None, folder: Path, trust_code: str | None = None) -> FoldEnsemble:
     """The models that `--model` names.
 
     Args:
         model: models:/NAME@ALIAS, models:/NAME/VERSION, the folder of a finished run, or that of one fold.
         uri: MLflow server; None: MLFLOW_TRACKING_URI.
         folder: Where a registered model's files are put; made where it is needed.
+        trust_code: Digest of code that came with the model and may run.
 
     Raises:
         DataError: There is no such model, its run is not finished, or the folder holds models of several runs.
@@ -105,11 +108,11 @@ def load_ensemble(model: str, uri: str | None, folder: Path) -> FoldEnsemble:
         address = given_uri(uri)
         client = connect(address)
         with unavailable(address):
-            return fetch_ensemble(client, name, which, folder)
+            return fetch_ensemble(client, name, which, folder, trust_code=trust_code)
     run = run_folder(Path(model))
     if (run / "run.json").is_file() and not (run / "done.json").is_file():
         raise DataError(f"{run}: its run is not finished.", "Finish it, or give the folder of one of its folds.")
-    return FoldEnsemble.load(Path(model))
+    return FoldEnsemble.load(Path(model), trust_code=trust_code)
 
 
 class _Found(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cfusion.cli.options import TrustCode
 from cfusion.errors import DataError
 
 
@@ -19,6 +20,7 @@ def reproduce(
     run: Annotated[Path, typer.Argument(help="Output folder of a finished run.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the second run; default: RUN-again.")] = None,
     tolerance: Annotated[float, typer.Option(help="Largest difference that still counts as equal.")] = 0.0,
+    trust_code: TrustCode = None,
 ) -> None:
     """Train a finished run again from its own configuration and compare every prediction.
 
@@ -29,7 +31,7 @@ def reproduce(
     """
     from cfusion.runs.reproduction import reproduce_run
 
-    result = reproduce_run(run, out or run.with_name(f"{run.name}-again"))
+    result = reproduce_run(run, out or run.with_name(f"{run.name}-again"), trust_code=trust_code)
     if result.largest == float("inf"):
         raise DataError(f"{run}: was not reproduced; other patients are predicted.", _advice(result.differences))
     typer.echo(f"{result.cases} predictions, largest difference {result.largest:.3g}")

@@ -1,12 +1,18 @@
-"""Options that go with one choice and not with another."""
+"""Options that several commands have, and options that go with one choice and not with another."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Annotated
 
 import typer
 
 from cfusion.errors import ConfigError, nearest
+
+TrustCode = Annotated[
+    str | None,
+    typer.Option(metavar="DIGEST", help="Run code that came with the model if its SHA-256 begins with this."),
+]
 
 
 def refuse_unheard(context: typer.Context, executor: str, takes: Mapping[str, Collection[str]]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from cfusion.errors import ConfigError, nearest
+from cfusion.extensions import OwnCode, file_code, names_file, package_code, package_names
 from cfusion.models.baselines import AMIL, DSMIL, MeanMIL
 from cfusion.models.crossfusion import CrossFusion
 from cfusion.models.transmil import TransMIL
@@ -30,6 +31,7 @@ def build_model(
     magnifications: Sequence[float] = (20, 10, 5),
     source: float = 10,
     published: bool = False,
+    code: OwnCode | None = None,
     **options: Any,
 ) -> nn.Module:
     """Build a model with fresh weights.
@@ -38,7 +40,7 @@ def build_model(
     feed-forwards and convolution, .1 in TransMIL's attention output). All are off in evaluation.
 
     Args:
-        name: A key of `MODELS`.
+        name: A key of `MODELS`, `FILE.py:CLASS`, or an entry point `cfusion.models` of an installed package.
         backbone_dim: Width of the tile embeddings.
         n_bins: Time bins of the hazard.
         embed_dim: Width of the tokens.
@@ -47,6 +49,7 @@ def build_model(
         magnifications: Those the data offer. CrossFusion reads all, the others the finest.
         source: Magnification whose tokens set CrossFusion's grid; the others are its context.
         published: Train as the published program does: attention dropout .2, DSMIL's instance stream untrained.
+        code: The model's code where it is not the program's; None: found by its name.
         options: Of one model. CrossFusion and its variants: `grid` (`file` or `spatial`: tiles on a square in the order
             of their file, or where they lie in the tissue), `dropout`, `attention_dropout`. TransMIL: `dropout`.
 
@@ -54,11 +57,10 @@ def build_model(
         A module that takes a `BagBatch`, or [bag, tile, dim] tensors from coarse to fine, and returns `SurvivalOutput`.
 
     Raises:
-        ConfigError: No such model, no such option, or values that do not fit together.
+        ConfigError: No such model, no such option, values that do not fit together, or code that does not import.
     """
-    if name not in MODELS:
-        raise ConfigError(f"model.name={name!r}: no such model.", nearest(name, MODELS))
-    builder = MODELS[name]
+    code = code or model_code(name)
+    builder = MODELS[name] if code is None else code.load()
     sizes = {
         "backbone_dim": backbone_dim, "n_bins": n_bins, "embed_dim": embed_dim, "num_heads": num_heads,
         "num_layers": num_layers,
@@ -67,13 +69,51 @@ def build_model(
         if value < 1:
             raise ConfigError(f"{size}={value}: expected at least 1.")
     shape = {**sizes, "magnifications": tuple(magnifications), "source": source, "published": published}
+    module: object = builder(**_arguments(name, builder, shape, options))
+    if not isinstance(module, nn.Module):
+        raise ConfigError(
+            f"model.name={name}: gives a {type(module).__name__}.", "Return a torch.nn.Module.", topic="own-model"
+        )
+    return module
+
+
+def _arguments(name: str, builder: Builder, shape: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """What of `shape` the builder takes, with its options."""
     parameters = inspect.signature(builder).parameters
-    known = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and name not in shape]
+    by_keyword = [p for p in parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    known = [p.name for p in by_keyword if p.name not in shape]
     for option in options:
         if option not in known:
             raise ConfigError(f"model.options.{option}: {name} has no such option.", nearest(option, known))
+    for parameter in by_keyword:
+        if parameter.default is parameter.empty and parameter.name not in {*shape, *options}:
+            raise ConfigError(
+                f"model.name={name}: its argument {parameter.name} has no value.",
+                f"Set model.options.{parameter.name}, or give the argument a default. The program gives "
+                f"{', '.join(shape)}.",
+                topic="own-model",
+            )
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return builder(**{k: v for k, v in shape.items() if takes_all or k in parameters}, **options)
+    return {**{k: v for k, v in shape.items() if takes_all or k in parameters}, **options}
+
+
+def model_code(name: str) -> OwnCode | None:
+    """Where the code of a model is that is not the program's; None for a key of `MODELS`.
+
+    Raises:
+        ConfigError: No such model, or its file or package cannot be read.
+    """
+    if name in MODELS:
+        return None
+    if names_file(name):
+        return file_code(name)
+    code = package_code("cfusion.models", name)
+    if code is None:
+        hint = nearest(name, [*MODELS, *package_names("cfusion.models")])
+        if ":" in name or name.endswith(".py"):
+            hint = "A model in a file is named FILE.py:CLASS."
+        raise ConfigError(f"model.name={name!r}: no such model.", hint)
+    return code
 
 
 def _crossfusion(mixer: Literal["conv", "concat"], finest_alone: bool = False) -> Builder:
@@ -107,5 +147,5 @@ MODELS: dict[str, Builder] = {
     "transmil": TransMIL,
     "mean_mil": MeanMIL,
 }
-"""Builders by name. A user's own joins by an assignment. It is called by keywords, with those of `build_model`'s shape
-arguments that it names; its other keyword-only parameters are the model's options."""
+"""Builders of the program's own models by name. A builder is called by keywords, with those of `build_model`'s shape
+arguments that it names; its other parameters are the model's options."""

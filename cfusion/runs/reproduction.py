@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from cfusion.errors import DataError
+from cfusion.extensions import check_trusted, file_code, names_file
 from cfusion.report.runs import read_run
 from cfusion.runs.crossval import cross_validate, is_done, prepare
 from cfusion.survival.predictions import read_predictions
@@ -36,15 +37,21 @@ class Reproduction:
     differences: tuple[str, ...]
 
 
-def reproduce_run(folder: Path, out: Path) -> Reproduction:
+def reproduce_run(folder: Path, out: Path, *, trust_code: str | None = None) -> Reproduction:
     """Train the run in `folder` again into `out`, untracked, and compare the predictions.
 
-    What differs in data, program and packages is said before the training starts.
+    What differs in data, program and packages is said before the training starts. A model in
+    a user's file is read where the run's configuration says; as the configuration came with the run, the file runs only
+    where `trust_code` names its digest (see `FittedModel.load`).
 
     Raises:
         DataError: `folder` holds no finished run, or `out` is taken.
+        UntrustedCodeError: The model is in a user's file, and `trust_code` does not name it.
     """
     run = read_run(folder)
+    if names_file(run.config.model.name):
+        code = file_code(run.config.model.name)
+        check_trusted(code.path, code.digest, trust_code)
     if is_done(out):
         raise DataError(f"{out}: holds a finished run.", "Give another --out.")
     tracking = run.config.tracking.model_copy(update={"enabled": False, "register_as": None})

@@ -32,6 +32,7 @@ from cfusion.tracking.facts import run_inputs, run_name, run_params, run_tags, v
 from cfusion.tracking.machine import write_environment
 from cfusion.tracking.model_registry import check_registration
 from cfusion.training.folds import FoldRun, open_run_shards
+from cfusion.training.model_check import check_own_model
 from cfusion.training.runtime import Runtime
 from cfusion.types import Cohort, Split, magnification_name
 from cfusion.yaml_files import differences
@@ -81,10 +82,12 @@ def prepare(config: Config) -> PreparedRun:
     """Read cohort, shards and splits of a run and audit them.
 
     Raises:
-        ConfigError, DataError: Something cannot be read, or `evaluation.strict` is set and the audit found something.
+        ConfigError, DataError: Something cannot be read, a model of the user's own does not work, or
+            `evaluation.strict` is set and the audit found something.
     """
     cohort = read_cohort(config.cohort)
     dataset = open_run_shards(config)
+    code = check_own_model(config, dataset.index.dim)
     names = [magnification_name(m) for m in config.data.magnifications]
     found = audit(
         cohort,
@@ -102,6 +105,7 @@ def prepare(config: Config) -> PreparedRun:
         "program": cfusion.__version__,
         "code": code_digest(),
         "config": config.model_dump(mode="json", exclude={"output", "tracking"}),
+        **({} if code is None else {"model_code": code.identity}),
         "table_sha256": digest_file(config.cohort.table),
         "shards_digest": dataset.index.digest,
         "splits_digest": splits_digest(found.splits),

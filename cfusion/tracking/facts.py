@@ -10,12 +10,13 @@ import pandas as pd
 
 from cfusion.config import Config
 from cfusion.data.shard_index import ShardIndex
+from cfusion.extensions import plain_name
 from cfusion.types import Cohort
 
 
 def run_name(config: Config, encoder: str) -> str:
     """Cohort, encoder, model and seed, as a sweep crosses them; a protocol other than strict is added."""
-    parts = [config.cohort.name, encoder, config.model.name, f"seed{config.seed}"]
+    parts = [config.cohort.name, encoder, plain_name(config.model.name), f"seed{config.seed}"]
     if config.evaluation.protocol != "strict":
         parts.append(config.evaluation.protocol)
     if config.evaluation.permute_outcomes is not None:
@@ -39,6 +40,8 @@ def run_params(config: Config, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Every setting as `section.key`, and the digests of the data."""
     flat = pd.json_normalize(config.model_dump(mode="json", exclude={"output", "tracking"})).iloc[0]
     digests = {name: provenance[name] for name in ("shards_digest", "splits_digest", "table_sha256", "program")}
+    if "model_code" in provenance:
+        digests["model_code_sha256"] = provenance["model_code"]["sha256"]
     return {str(key): value for key, value in flat.items()} | digests
 
 

@@ -9,17 +9,17 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cfusion.apply.ensemble import FoldEnsemble
+from cfusion.apply.ensemble import FoldEnsemble, mean_cutoff
 from cfusion.config import Config
 from cfusion.data.shard_index import ShardIndex
-from cfusion.errors import ConfigError, DataError
+from cfusion.errors import ConfigError, DataError, UntrustedCodeError
 from cfusion.tracking.address import TrackingUnavailableError, connect, tracking_uri, unavailable
 from cfusion.training.fitted import ModelCard
 from cfusion.types import magnification_name
@@ -116,10 +116,10 @@ def register_ensemble(client: MlflowClient, run_id: str, folder: Path, name: str
         ConfigError: The name belongs to a model that reads other embeddings.
         DataError: There are no fold models.
     """
-    ensemble = FoldEnsemble.load(folder)
-    check_name(client, name, Contract.of(ensemble.models[0].card))
+    cards = FoldEnsemble.cards(folder)
+    check_name(client, name, Contract.of(cards[0]))
     known = client.search_model_versions(f"name='{_quoted(name)}' and run_id='{run_id}'")
-    version = str(known[0].version) if known else _new_version(client, run_id, ensemble, folder, name, about)
+    version = str(known[0].version) if known else _new_version(client, run_id, cards, folder, name, about)
     newest = _newest(client, name)
     if newest is not None and str(newest.version) == version:
         client.set_registered_model_alias(name, CANDIDATE, version)
@@ -127,17 +127,19 @@ def register_ensemble(client: MlflowClient, run_id: str, folder: Path, name: str
 
 
 def _new_version(
-    client: MlflowClient, run_id: str, ensemble: FoldEnsemble, folder: Path, name: str, about: Mapping[str, str]
+    client: MlflowClient, run_id: str, cards: Sequence[ModelCard], folder: Path, name: str, about: Mapping[str, str]
 ) -> str:
     from mlflow.exceptions import MlflowException
 
     with tempfile.TemporaryDirectory() as scratch:
-        _save_served(ensemble, folder, Path(scratch))
+        _save_served(cards, folder, Path(scratch))
         client.log_artifacts(run_id, str(Path(scratch) / MODEL_PATH), MODEL_PATH)
     with contextlib.suppress(MlflowException):  # another process may have made the name meanwhile
         client.create_registered_model(name)
-    contract = str(Contract.of(ensemble.models[0].card))
-    tags = {f"{_TAG}{key}": value for key, value in {**about, "contract": contract}.items()}
+    told = {**about, "contract": str(Contract.of(cards[0]))}
+    if cards[0].code is not None:
+        told["code_sha256"] = cards[0].code["sha256"]
+    tags = {f"{_TAG}{key}": value for key, value in told.items()}
     source = f"{client.get_run(run_id).info.artifact_uri}/{MODEL_PATH}"
     return str(client.create_model_version(name, source, run_id, tags=tags).version)
 
@@ -147,14 +149,14 @@ def _newest(client: MlflowClient, name: str) -> ModelVersion | None:
     return found[0] if found else None
 
 
-def _save_served(ensemble: FoldEnsemble, folder: Path, scratch: Path) -> None:
+def _save_served(cards: Sequence[ModelCard], folder: Path, scratch: Path) -> None:
     """Write the model as MLflow serves it: the fold models, `serving.py`, signature, example and what it reads."""
     import mlflow.pyfunc
 
     folds = scratch / FOLDS
     for path in FoldEnsemble.folders(folder):
         shutil.copytree(path, folds / path.relative_to(folder))
-    card = ensemble.models[0].card
+    card = cards[0]
     example = {
         magnification_name(m): np.zeros((count, card.backbone_dim), np.float32)
         for m, count in zip(card.magnifications, (16, 4, 1), strict=False)
@@ -167,7 +169,7 @@ def _save_served(ensemble: FoldEnsemble, folder: Path, scratch: Path) -> None:
             artifacts={FOLDS: str(folds)},
             signature=_signature(card),
             input_example=example,
-            metadata=_metadata(ensemble),
+            metadata=_metadata(cards),
             pip_requirements=["cfusion"],
         )
 
@@ -186,16 +188,17 @@ def _signature(card: ModelCard) -> ModelSignature:
     return ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs), params=params)
 
 
-def _metadata(ensemble: FoldEnsemble) -> dict[str, Any]:
-    card = ensemble.models[0].card
+def _metadata(cards: Sequence[ModelCard]) -> dict[str, Any]:
+    card = cards[0]
     return {
         "encoder": {"name": card.encoder, "dim": card.backbone_dim, **card.embeddings},
         "magnifications": list(card.magnifications),
         "cohort": card.cohort,
         "endpoint": card.endpoint,
         "model": card.model["name"],
-        "risk_cutoff": ensemble.risk_cutoff,
-        "edges_months": {f"fold_{m.card.fold}": list(m.card.edges_months) for m in ensemble.models},
+        "risk_cutoff": mean_cutoff(cards),
+        "edges_months": {f"fold_{card.fold}": list(card.edges_months) for card in cards},
+        **({} if card.code is None else {"model_code": card.code}),
     }
 
 
@@ -230,20 +233,32 @@ def model_address(text: str) -> tuple[str, str]:
     return found[1], found[2] or found[3]
 
 
-def fetch_ensemble(client: MlflowClient, name: str, which: str, folder: Path) -> FoldEnsemble:
+def fetch_ensemble(
+    client: MlflowClient, name: str, which: str, folder: Path, *, trust_code: str | None = None
+) -> FoldEnsemble:
     """The fold ensemble that is a version of a registered model, its files put into `folder`.
 
-    Only the fold models are fetched: cards as JSON and weights as safetensors; nothing is unpickled.
+    Only the fold models are fetched: cards as JSON and weights as safetensors; nothing is unpickled. Code that the
+    models were trained with is fetched with them, and runs only where `trust_code` names its digest.
 
     Raises:
         DataError: There is no such version, or it is no fold ensemble.
+        UntrustedCodeError: The models come with code of their own, and `trust_code` does not name it.
     """
     version = find_version(client, name, which)
     if f"{_TAG}contract" not in version.tags:
         raise DataError(f"models:/{name}/{version.version}: is not a model that cfusion registered.")
     folder.mkdir(parents=True, exist_ok=True)
-    fetched = client.download_artifacts(str(version.run_id), f"{MODEL_PATH}/artifacts/{FOLDS}", str(folder))
-    return FoldEnsemble.load(Path(fetched))
+    where = f"{MODEL_PATH}/artifacts/{FOLDS}"
+    fetched = Path(client.download_artifacts(str(version.run_id), where, str(folder)))
+    try:
+        return FoldEnsemble.load(fetched, trust_code=trust_code)
+    except UntrustedCodeError as error:
+        raise UntrustedCodeError(
+            f"models:/{name}/{version.version}: {error.message}",
+            f"Read the file first: mlflow artifacts download --run-id {version.run_id} --artifact-path {where} "
+            "--dst-path FOLDER. If you trust it, add --trust-code with the first 12 digits of its SHA-256.",
+        ) from error
 
 
 @dataclass(frozen=True)

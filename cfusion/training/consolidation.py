@@ -13,20 +13,25 @@ from cfusion.config import ModelConfig, validate
 from cfusion.errors import CheckpointError, DataError
 from cfusion.training.checkpoint import best_of, kept_checkpoints
 from cfusion.training.checkpoint_files import Stored, open_checkpoint
-from cfusion.training.fitted import FittedModel, ModelCard, build
+from cfusion.training.fitted import FittedModel, ModelCard, build, saved_code
 
 logger = logging.getLogger(__name__)
 
 
-def consolidate(folder: Path, weights: Literal["best", "last"] = "best") -> FittedModel:
+def consolidate(
+    folder: Path, weights: Literal["best", "last"] = "best", *, trust_code: str | None = None
+) -> FittedModel:
     """Put the weights of a training's newest whole checkpoint together.
 
     Args:
         folder: The training's checkpoints, such as `RUN/checkpoints/fold_0`.
         weights: `best`: of the best epoch so far; `last`: of the last step, averaged where the training averages.
+        trust_code: Digest of the model's own file, where it has one (see `FittedModel.load`). Checkpoints do not hold
+            the file: it is read where `model.name` says.
 
     Raises:
         CheckpointError: There is no checkpoint, none is whole, none holds a best epoch, or its card is not one.
+        UntrustedCodeError: The model is in a user's file, and `trust_code` does not name it.
     """
     steps = kept_checkpoints(folder)
     if not steps:
@@ -37,7 +42,7 @@ def consolidate(folder: Path, weights: Literal["best", "last"] = "best") -> Fitt
     for step in steps:
         try:
             with open_checkpoint(step) as stored:
-                return _model(folder, stored, weights)
+                return _model(folder, stored, weights, trust_code)
         except _NoBestError:
             raise
         except DataError as error:
@@ -50,25 +55,26 @@ class _NoBestError(CheckpointError):
     """No epoch has been the best yet."""
 
 
-def _model(folder: Path, stored: Stored, weights: str) -> FittedModel:
+def _model(folder: Path, stored: Stored, weights: str, trust_code: str | None) -> FittedModel:
     if weights == "last":
         averaged = any(key.startswith("average/") for key in stored.shapes)
-        return _fitted(stored, "average/" if averaged else "model/")
+        return _fitted(stored, "average/" if averaged else "model/", trust_code)
     best = best_of(folder, stored.numbers)
     if best is None:
         raise _NoBestError(f"{stored.folder}: no epoch has been chosen yet.", "Give --weights last.")
     with open_checkpoint(best) as chosen:
-        return _fitted(chosen, "model/")
+        return _fitted(chosen, "model/", trust_code)
 
 
-def _fitted(stored: Stored, prefix: str) -> FittedModel:
+def _fitted(stored: Stored, prefix: str, trust_code: str | None) -> FittedModel:
     try:
         card = TypeAdapter(ModelCard).validate_python(stored.numbers["card"])
     except ValidationError as error:
         told = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{stored.folder}: tells no model that it belongs to ({told}).") from error
     config = validate(ModelConfig, card.model, str(stored.folder))
-    module = build(config, card.backbone_dim, len(card.edges_months) - 1, card.magnifications)
+    code = saved_code(stored.folder, card, trust_code, None)
+    module = build(config, card.backbone_dim, len(card.edges_months) - 1, card.magnifications, code)
     tensors: dict[str, Tensor] = {
         key.removeprefix(prefix): stored.whole(key) for key in stored.shapes if key.startswith(prefix)
     }
@@ -76,4 +82,4 @@ def _fitted(stored: Stored, prefix: str) -> FittedModel:
         module.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{stored.folder}: the weights do not fit their card ({error}).") from error
-    return FittedModel(module.eval(), card)
+    return FittedModel(module.eval(), card, None if code is None else code.source)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cfusion.config import ModelConfig, validate
-from cfusion.errors import DataError
+from cfusion.errors import ConfigError, DataError
+from cfusion.extensions import OwnCode, check_trusted, file_code, names_file, package_code
 from cfusion.files import atomic_path, write_json
-from cfusion.models import build_model
+from cfusion.models import MODELS, build_model
 from cfusion.survival.bins import TimeBins
+
+logger = logging.getLogger(__name__)
+
+SOURCE = "model.py"
+"""File of a model's folder that holds the model's own code, where it has some."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class ModelCard:
         embeddings: How the embeddings were made, as the shards tell it: weight digest, transform, resample filter, …
         unit: What a bag of its training was; of slides, a patient's risks are averaged.
         protocol: How its epoch was chosen, as `evaluation.protocol` names it.
+        code: Code that is not the program's, as `OwnCode.identity` records it; None for a model of the program.
     """
 
     model: dict[str, Any]
@@ -50,6 +59,7 @@ class ModelCard:
     embeddings: dict[str, Any] = field(default_factory=dict)
     unit: Literal["case", "slide"] = "case"
     protocol: str = "unknown"
+    code: dict[str, str] | None = None
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -64,10 +74,17 @@ _CARD = TypeAdapter(ModelCard)
 
 @dataclass(frozen=True, repr=False)
 class FittedModel:
-    """A module and its card."""
+    """A module and its card.
+
+    Attributes:
+        module: The network.
+        card: What it is.
+        source: The user's file that its class is in, where it is in one.
+    """
 
     module: nn.Module
     card: ModelCard
+    source: bytes | None = None
 
     def __repr__(self) -> str:
         card = self.card
@@ -80,7 +97,7 @@ class FittedModel:
         return TimeBins(self.card.edges_months)
 
     def save(self, folder: Path) -> None:
-        """Write `model.safetensors` and `model.json`, atomically.
+        """Write `model.safetensors`, `model.json` and, for a model of a user's file, `model.py`, atomically.
 
         Raises:
             DataError: They cannot be written, as on a full disk; nothing is left of them.
@@ -92,32 +109,112 @@ class FittedModel:
                 save_file(tensors, temporary / "model.safetensors")
             except SafetensorError as error:
                 raise DataError(f"{folder}: the model cannot be written ({error}).", "Make room there.") from error
-            write_json(temporary / "model.json", asdict(self.card))
+            card = asdict(self.card)
+            write_json(temporary / "model.json", card if self.card.code else {k: card[k] for k in card if k != "code"})
+            if self.source is not None:
+                (temporary / SOURCE).write_bytes(self.source)
 
     @classmethod
-    def load(cls, folder: Path) -> FittedModel:
+    def load(cls, folder: Path, *, trust_code: str | None = None) -> FittedModel:
         """Read what `save` wrote, in evaluation mode.
+
+        Args:
+            folder: The model's folder.
+            trust_code: Run the code that came with the model if its SHA-256 is this, or begins with these 12 or more
+                digits. A model of the program, or of an installed package, has no need of it.
 
         Raises:
             DataError: A file is missing or damaged, or the weights do not fit the card.
+            UntrustedCodeError: The model comes with code of its own, and `trust_code` does not name it.
+            ConfigError: The package that the model's class is in is not installed.
         """
-        try:
-            card = _CARD.validate_json((folder / "model.json").read_text(encoding="utf-8"))
-        except (OSError, ValidationError) as error:
-            raise DataError(
-                f"{folder / 'model.json'}: is not a model card ({' '.join(str(error).split())})."
-            ) from error
+        card = read_card(folder)
         config = validate(ModelConfig, card.model, str(folder / "model.json"))
-        module = build(config, card.backbone_dim, len(card.edges_months) - 1, card.magnifications)
+        code = saved_code(folder, card, trust_code, folder / SOURCE)
+        module = build(config, card.backbone_dim, len(card.edges_months) - 1, card.magnifications, code)
         try:
             module.load_state_dict(load_file(folder / "model.safetensors"))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise DataError(f"{folder}: the weights do not load ({' '.join(str(error).split())[:200]}).") from error
-        return cls(module.eval(), card)
+        return cls(module.eval(), card, None if code is None else code.source)
 
 
-def build(model: ModelConfig, backbone_dim: int, n_bins: int, magnifications: tuple[float, ...]) -> nn.Module:
-    """The network of a `model` section."""
+def read_card(folder: Path) -> ModelCard:
+    """The card of the model in a folder; none of its code is run.
+
+    Raises:
+        DataError: It is missing or damaged.
+    """
+    try:
+        return _CARD.validate_json((folder / "model.json").read_text(encoding="utf-8"))
+    except (OSError, ValidationError) as error:
+        raise DataError(f"{folder / 'model.json'}: is not a model card ({' '.join(str(error).split())}).") from error
+
+
+def saved_code(where: Path, card: ModelCard, trust_code: str | None, copy: Path | None) -> OwnCode | None:
+    """The code of a saved model; None for a model of the program. It is not run here.
+
+    Args:
+        where: What holds the card, for messages.
+        card: The card.
+        trust_code: See `FittedModel.load`.
+        copy: The model's file as it was saved with the card; None: the file that the model's name points to.
+
+    Raises:
+        DataError: The card records no code, or the file is missing or was edited.
+        UntrustedCodeError: `trust_code` does not name the file.
+        ConfigError: The package that the model's class is in is not installed.
+    """
+    name = str(card.model.get("name"))
+    if card.code is None:
+        if name not in MODELS:
+            raise DataError(f"{where}: names the model {name}, which is not the program's, and records no code of it.")
+        return None
+    if "distribution" in card.code:
+        return _installed_code(name, card.code, where)
+    if not names_file(name):
+        raise DataError(f"{where}: names the model {name}; expected FILE.py:CLASS beside the code it records.")
+    if copy is not None and not copy.is_file():
+        raise DataError(f"{copy}: is missing, the code of {name}.", "Copy the model's complete folder.")
+    code = file_code(name, copy)
+    check_trusted(code.path, code.digest, trust_code)
+    if code.digest != card.code.get("sha256"):
+        raise DataError(
+            f"{code.path}: was edited after the model was saved: SHA-256 {code.digest}, recorded "
+            f"{card.code.get('sha256')}.",
+            "Restore the file, or train the model again.",
+        )
+    return code
+
+
+def _installed_code(name: str, recorded: Mapping[str, str], where: Path) -> OwnCode:
+    """The code of a saved model whose class an installed package offers.
+
+    Raises:
+        ConfigError: The package is not installed.
+    """
+    wanted = f"{recorded['distribution']} {recorded.get('version')}"
+    code = package_code("cfusion.models", name)
+    if code is None or code.package is None or code.package[0] != recorded["distribution"]:
+        found = "none" if code is None or code.package is None else code.package[0]
+        raise ConfigError(
+            f"{where}: the model {name} is in the package {wanted}, which is not installed (found: {found}).",
+            f"Install it: pip install '{recorded['distribution']}=={recorded.get('version')}'.",
+            topic="own-model",
+        )
+    if code.identity != recorded:
+        logger.warning("%s: was trained with %s; %s is installed.", where, wanted, " ".join(code.package))
+    return code
+
+
+def build(
+    model: ModelConfig,
+    backbone_dim: int,
+    n_bins: int,
+    magnifications: tuple[float, ...],
+    code: OwnCode | None = None,
+) -> nn.Module:
+    """The network of a `model` section; `code` is its class where it is not the program's (None: found by its name)."""
     return build_model(
         model.name,
         backbone_dim=backbone_dim,
@@ -127,5 +224,6 @@ def build(model: ModelConfig, backbone_dim: int, n_bins: int, magnifications: tu
         num_layers=model.num_layers,
         magnifications=magnifications,
         source=model.source,
+        code=code,
         **model.options,
     )

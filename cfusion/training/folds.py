@@ -18,6 +18,7 @@ from cfusion.data.loader import BagSet
 from cfusion.data.shards import ShardDataset, open_shards
 from cfusion.errors import DataError
 from cfusion.files import digest_json
+from cfusion.models.registry import model_code
 from cfusion.survival.bins import TimeBins
 from cfusion.survival.losses import LOSSES
 from cfusion.survival.predictions import fold_predictions
@@ -109,6 +110,7 @@ class ReadyFold:
         cohort: All patients.
         split: The fold's patients.
         test: Bags that are scored.
+        source: The user's file that the model's class is in, where it is in one.
     """
 
     job: FoldJob
@@ -117,6 +119,7 @@ class ReadyFold:
     cohort: Cohort
     split: Split
     test: BagSet
+    source: bytes | None = None
 
 
 def ready_fold(
@@ -133,7 +136,8 @@ def ready_fold(
     bins = TimeBins.fit(*_outcomes(cohort, split.train), config.evaluation.n_bins)
     train_set = _bag_set(config, cohort, dataset, runtime, split.train)
     torch.manual_seed(int(digest_json(["initial weights", _name(config, split)])[:15], 16))
-    network = build(config.model, dataset.index.dim, config.evaluation.n_bins, config.data.magnifications)
+    code = model_code(config.model.name)
+    network = build(config.model, dataset.index.dim, config.evaluation.n_bins, config.data.magnifications, code)
     card = ModelCard(
         model=config.model.model_dump(mode="json"),
         backbone_dim=dataset.index.dim,
@@ -147,6 +151,7 @@ def ready_fold(
         embeddings=dict(dataset.index.provenance),
         unit=config.data.unit,
         protocol=config.evaluation.protocol,
+        code=None if code is None else code.identity,
     )
     job = FoldJob(
         config=config,
@@ -157,12 +162,14 @@ def ready_fold(
         sampling_weights=_sampling_weights(config, cohort, train_set, bins),
         name=_name(config, split),
         identity=config.model_dump(mode="json", exclude={"output", "tracking"})
-        | {"split": split.__dict__, "shards_digest": dataset.index.digest},
+        | {"split": split.__dict__, "shards_digest": dataset.index.digest}
+        | ({} if code is None else {"model_code": code.identity}),
         card=asdict(card),
         folder=folder,
         on_epoch=on_epoch or (lambda epoch, metrics: None),
     )
-    return ReadyFold(job, network, card, cohort, split, _bag_set(config, cohort, dataset, runtime, split.test))
+    test = _bag_set(config, cohort, dataset, runtime, split.test)
+    return ReadyFold(job, network, card, cohort, split, test, None if code is None else code.source)
 
 
 def _train(runtime: Runtime, fold: ReadyFold) -> FoldRun:
@@ -197,7 +204,7 @@ def fold_run(fold: ReadyFold, module: nn.Module, state: TrainState, training: Te
         "repeat": split.repeat, "fold": split.fold, "risk_cutoff": card.risk_cutoff,
     }  # fmt: skip
     return FoldRun(
-        model=FittedModel(module.eval(), card),
+        model=FittedModel(module.eval(), card, fold.source),
         predictions=fold_predictions(frame, fold.cohort, told),
         history=pd.DataFrame(state.history).sort_index(axis=1).assign(fold=fold.split.fold),
         best_epoch=state.best_epoch,

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from cfusion.config import load_config
 from cfusion.errors import CfusionError, ConfigError, PartialResultError, RequeueError
+from cfusion.extensions import plain_name
 
 REQUEUE = RequeueError.exit_code
 """Exit code of a run that has saved its state and wants to be started again."""
@@ -169,7 +170,7 @@ def make_plan(
             "Give it without, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the nodes.",
         )
     return LaunchPlan(
-        name=_checked_name(name or f"cfusion-{resolved.cohort.name}-{resolved.model.name}"),
+        name=_checked_name(name or f"cfusion-{resolved.cohort.name}-{plain_name(resolved.model.name)}"),
         resources=resources,
         least_nodes=least_nodes(resources.nodes, per_node, resolved.parallel.global_batch),
         output=resolved.output,

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from cfusion.config import Config, Section, validate
 from cfusion.errors import ConfigError, DataError, nearest
+from cfusion.extensions import file_of, names_file, package_code, plain_name
 from cfusion.files import digest_file, digest_json, read_json, write_json
 from cfusion.program import code_digest
 from cfusion.yaml_files import apply_override, read_yaml, set_key
@@ -36,12 +37,14 @@ def _named_values(axes: Any) -> Any:
     """An axis may be a list: the values of the one setting that the axis is named after."""
     if not isinstance(axes, dict):
         return axes
-    return {
-        axis: {str(value): {_SETTINGS.get(axis, axis): value} for value in values}
-        if isinstance(values, list)
-        else values
-        for axis, values in axes.items()
-    }
+    return {axis: _named(axis, values) if isinstance(values, list) else values for axis, values in axes.items()}
+
+
+def _named(axis: str, values: list[Any]) -> dict[str, Settings]:
+    named = {plain_name(str(value)): {_SETTINGS.get(axis, axis): value} for value in values}
+    if len(named) < len(values):
+        raise ValueError(f"axes.{axis}: {', '.join(map(str, values))}: two values have one name; name them yourself")
+    return named
 
 
 class SweepConfig(Section):
@@ -201,10 +204,13 @@ def _check_twins(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> None:
 
 
 def _check_models(sweep: SweepConfig, names: set[str]) -> None:
-    from cfusion.models.registry import MODELS
+    from cfusion.models.registry import model_code
 
-    for name in sorted(names - set(MODELS)):
-        raise ConfigError(f"sweep {sweep.name}: model.name={name!r}: no such model.", nearest(name, MODELS))
+    for name in sorted(name for name in names if not names_file(name)):
+        try:
+            model_code(name)
+        except ConfigError as error:
+            raise ConfigError(f"sweep {sweep.name}: {error.message}", error.remedy, topic=error.topic) from error
 
 
 def _combinations(sweep: SweepConfig) -> Iterator[dict[str, str]]:
@@ -264,17 +270,30 @@ class DataDigests:
 
     remembered: Mapping[str, str]
     _known: dict[str, tuple[str, str]] = field(default_factory=dict)
+    _packages: dict[str, str] = field(default_factory=dict)
 
     def of(self, config: Config) -> tuple[dict[str, str], str]:
-        """Digests of a run's tables, splits and shards by path, and what is absent, in a sentence.
+        """Digests of a run's tables, splits, shards and model file by path, and what is absent, in a sentence.
 
-        Shards are known by their index, which holds a checksum of every tar.
+        Shards are known by their index, which holds a checksum of every tar; a model of an installed package by the
+        version of the package and its module.
         """
-        splits, cohort = config.splits, config.cohort
-        paths = (cohort.table, cohort.slides, splits.test_cases, splits.directory, config.data.shards)
+        splits, cohort, model = config.splits, config.cohort, config.model.name
+        own = file_of(model) if names_file(model) else None
+        paths = (cohort.table, cohort.slides, splits.test_cases, splits.directory, config.data.shards, own)
         found = {str(path): self._digest(str(path)) for path in paths if path is not None}
         absent = next((sentence for _, sentence in found.values() if sentence), "")
-        return {path: digest for path, (digest, _) in found.items()}, absent
+        digests = {path: digest for path, (digest, _) in found.items()}
+        if own is None and (digest := self._package(model)):
+            digests[f"model {model}"] = digest
+        return digests, absent
+
+    def _package(self, model: str) -> str:
+        """Digest of the installed package that offers a model; empty where none does."""
+        if model not in self._packages:
+            code = package_code("cfusion.models", model)
+            self._packages[model] = "" if code is None else digest_json(code.identity)
+        return self._packages[model]
 
     def _digest(self, place: str) -> tuple[str, str]:
         if place not in self._known:
