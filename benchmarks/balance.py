@@ -21,6 +21,7 @@ import numpy as np
 
 from benchmarks.table import Row, options, present
 from cfusion.data.partition import bag_cost, deal, epoch_order, global_batches
+from cfusion.study.packaged import FOLDER
 
 MEDIAN_TILES = 9000
 SIGMA = 0.5
@@ -75,7 +76,7 @@ def time_lost(costs: np.ndarray, world: int, batch: int, *, balanced: bool) -> f
 def main() -> None:
     """Simulate, print, and write the rows."""
     parser = options(__doc__)
-    parser.add_argument("--clinical", type=Path, default=Path("../shared/tcga/clinical"))
+    parser.add_argument("--clinical", type=Path, default=FOLDER / "tcga" / "clinical")
     parser.add_argument("--steps", type=int, default=8)
     chosen = parser.parse_args()
     slides = slides_per_case(chosen.clinical)

@@ -1,6 +1,6 @@
 """A 5-fold cross-validation: five published runs one after the other against all folds together.
 
-    python -m benchmarks.crossval [--quick] [--json FILE] [--shared ../shared]
+    python -m benchmarks.crossval [--quick] [--json FILE]
 
 Patients, slides, outcomes and folds are those of TCGA-BLCA; the embeddings (d = 1024) and the numbers of tiles
 (log-normal) are drawn, smaller than real ones so that a CPU gets through, at the sizes the title tells.
@@ -136,7 +136,7 @@ def compare(model: str, size: Size, arguments: argparse.Namespace) -> list[Row]:
     rows = []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         folder = Path(scratch)
-        files = make_files(arguments.shared, folder / "files", size, NAMES[model])
+        files = make_files(folder / "files", size, NAMES[model])
         build = {
             "crossfusion": lambda: PublishedCrossFusion(DIM, BINS, 512, 4, 1),
             "amil": lambda: PublishedAMIL(DIM, BINS),
@@ -203,7 +203,6 @@ def _fastest(call: Callable[[], object], repeats: int) -> float:
 def main() -> None:
     """Measure, print, and write the rows."""
     parser = options(__doc__)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with tcga/clinical, tcga/splits")
     parser.add_argument("--models", nargs="+", choices=sorted(NAMES), default=sorted(NAMES))
     parser.add_argument("--patients", type=int, help="so many, out of all folds; default: all")
     parser.add_argument("--tiles", type=int, help="median number at 20x")

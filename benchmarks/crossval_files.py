@@ -14,6 +14,7 @@ import torch
 
 from cfusion.cohort.read import read_cohort
 from cfusion.config import CohortConfig
+from cfusion.study.packaged import FOLDER
 from cfusion.types import Cohort, SlideFeatures
 from preprocess.packing import pack_store
 
@@ -74,10 +75,10 @@ class Files:
         return sorted((self.folder / "shards").glob("*.tar"))
 
 
-def make_files(shared: Path, folder: Path, size: Size, names: tuple[str, ...]) -> Files:
+def make_files(folder: Path, size: Size, names: tuple[str, ...]) -> Files:
     """Table, folds, shards and `.pt` files of the cohort, or of some of its patients out of every fold."""
-    table = pd.read_csv(shared / "tcga" / "clinical" / f"{COHORT}.csv")
-    splits = [pd.read_csv(shared / "tcga" / "splits" / COHORT / f"splits_{k}.csv") for k in range(5)]
+    table = pd.read_csv(FOLDER / "tcga" / "clinical" / f"{COHORT}.csv")
+    splits = [pd.read_csv(FOLDER / "tcga" / "splits" / COHORT / f"splits_{k}.csv") for k in range(5)]
     quota = None if size.patients is None else math.ceil(size.patients / len(splits))
     kept = {case for split in splits for case in split["val"].dropna()[:quota]} & set(table["case_id"])
     (folder / "splits").mkdir(parents=True)

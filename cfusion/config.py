@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cfusion.errors import ConfigError, nearest
+from cfusion.study.packaged import DataPath
 from cfusion.yaml_files import apply_override, read_yaml
 
 Protocol = Literal["strict", "fixed-epoch", "published"]
@@ -37,8 +38,8 @@ class CohortConfig(Section):
 
     name: str = "cohort"
     """Short name of the cohort; it heads every table and file."""
-    table: Path = Path("cohort.csv")
-    """Clinical table: CSV, TSV, or CSV in a ZIP file."""
+    table: DataPath = Path("cohort.csv")
+    """Clinical table: CSV, TSV, or CSV in a ZIP file. `package:tcga/clinical/tcga_blca.csv` is in the package."""
     format: Literal["auto", "published", "plain", "gdc", "cdr"] = "auto"
     """Layout of the table; `auto` tells by its columns and says which it took."""
     endpoint: Literal["OS", "DSS", "PFI"] = "OS"
@@ -49,14 +50,14 @@ class CohortConfig(Section):
     """What 1 means in a plain table's event column; a column `censorship` is taken first for `censored`."""
     keep_zero_times: bool = False
     """Whether patients with a follow-up of 0 stay (tables in whole months round early deaths to 0)."""
-    slides: Path | None = None
+    slides: DataPath | None = None
     """Table that names each slide's case (`slide_id, case_id`), or a GDC manifest, where `table` does not name them."""
 
 
 class SplitsConfig(Section):
     """Who trains, who chooses, who is scored."""
 
-    directory: Path | None = None
+    directory: DataPath | None = None
     """Folder of published `splits_K.csv` with columns train and val; none: folds are drawn."""
     folds: int = Field(5, ge=2)
     """Number of outer folds, where they are drawn."""
@@ -66,7 +67,7 @@ class SplitsConfig(Section):
     """`stratified`: patients by event and time; `site`: no tissue source site on both sides of a fold."""
     validation_fraction: float = Field(0.2, gt=0, lt=0.5)
     """Share of the training patients kept for early stopping and model choice under `strict`."""
-    test_cases: Path | None = None
+    test_cases: DataPath | None = None
     """Table with a column `case_id`: these patients are a fixed external test, all others train."""
     fold: int | None = Field(None, ge=0)
     """Train and score this outer fold alone; none: every fold."""

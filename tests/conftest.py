@@ -11,12 +11,26 @@ from jaxtyping import install_import_hook
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("MLFLOW_TRACKING_URI", None)
+MATERIAL = Path(__file__).parent / "material"
+TCGA = Path(__file__).parents[1] / "cfusion" / "study" / "tcga"
 install_import_hook(["cfusion.models", "cfusion.data", "cfusion.survival"], "typechecker.check")
 
 
 @pytest.fixture(scope="session")
+def tcga() -> Path:
+    """The package's tables, folds and manifests of TCGA."""
+    return TCGA
+
+
+@pytest.fixture(scope="session")
+def material() -> Path:
+    """What the tests compare with: figures of the published program, published predictions. Its README has sources."""
+    return MATERIAL
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of shared material: golden weights, published predictions, clinical tables, real slides."""
+    """The folder of what is too large to travel with the repository: weights of the published program, real slides."""
     folder = Path(os.environ.get("CFUSION_SHARED", Path(__file__).parents[2] / "shared"))
     if not folder.is_dir():
         pytest.skip(f"shared material is not at {folder}; set CFUSION_SHARED to its folder")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import cfusion
 from cfusion.cohort.audit import audit
+from cfusion.cohort.parsing import read_table
 from cfusion.config import PUBLISHED_RECIPE, Config
 from cfusion.errors import ConfigError
 from launch.sweep.plan import load_sweep, plan
@@ -32,24 +33,13 @@ def test_every_shipped_configuration_loads(path):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("tcga_*.yaml")), ids=lambda path: path.stem)
-def test_a_cohort_with_published_splits_is_what_its_tables_hold(path, shared):
-    config = at(shared, cfusion.load_config(path))
+def test_a_cohort_with_published_splits_is_what_its_tables_hold(path):
+    config = cfusion.load_config(path)
     cohort = cfusion.read_cohort(config.cohort)
     found = audit(cohort, cfusion.make_splits(cohort, config.splits), keep_zero_times=config.cohort.keep_zero_times)
     assert (len(found.cohort.cases), int(found.cohort.cases["event"].sum())) == COUNTS[path.stem]
     assert len(found.splits) == 5
     assert found.counts().get("not_in_cohort", 0) == STRANGERS.get(path.stem, 0)
-
-
-def at(shared: Path, config: Config) -> Config:
-    """The configuration with data/tcga where the tests have it."""
-    tcga = shared / "tcga"
-    table = tcga / config.cohort.table.relative_to("data/tcga")
-    directory = tcga / config.splits.directory.relative_to("data/tcga")
-    return config.model_copy(update={
-        "cohort": config.cohort.model_copy(update={"table": table}),
-        "splits": config.splits.model_copy(update={"directory": directory}),
-    })  # fmt: skip
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
@@ -109,3 +99,40 @@ def test_a_configuration_survives_being_written(epochs, lr, protocol):
     config = cfusion.load_config(None, [f"train.epochs={epochs}", f"evaluation.protocol={protocol}"])
     config = config.model_copy(update={"train": config.train.model_copy(update={"lr": lr})})
     assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_a_packaged_path_is_resolved_once_and_written_by_its_name(tcga):
+    config = cfusion.load_config(CONFIGS / "tcga_blca.yaml")
+    assert config.cohort.table == tcga / "clinical" / "tcga_blca.csv"
+    assert config.splits.directory == tcga / "splits" / "tcga_blca"
+    for mode in ("json", "python"):
+        written = config.model_dump(mode=mode)
+        assert written["cohort"]["table"] == "package:tcga/clinical/tcga_blca.csv"
+        assert written["splits"]["directory"] == "package:tcga/splits/tcga_blca"
+        assert Config.model_validate(written) == config
+    own = cfusion.load_config(None, ["cohort.table=mine/table.csv"])
+    assert (own.cohort.table, own.model_dump(mode="json")["cohort"]["table"]) == (
+        Path("mine/table.csv"), "mine/table.csv",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["tcga/clinical/tcga_blka.csv", "../../pyproject.toml", "../packaged.py"])
+def test_a_packaged_path_that_is_not_there_is_refused(name):
+    with pytest.raises(ConfigError, match=r"the package holds no .*(Did you mean|Known:) tcga/"):
+        cfusion.load_config(None, [f"cohort.table=package:{name}"])
+
+
+def test_every_cohort_of_the_package_is_complete(tcga):
+    names = {path.stem for path in CONFIGS.glob("tcga_*.yaml")}
+    for folder in ("clinical", "covariates", "manifests", "splits"):
+        assert {path.stem for path in (tcga / folder).iterdir()} == names
+    for name in names:
+        assert len(list((tcga / "splits" / name).iterdir())) == 5
+        covariates = read_table(tcga / "covariates" / f"{name}.csv").set_index("case_id")
+        wanted = {"age", "sex", "stage", "grade", "os", "dss", "pfi", "os_months", "dss_months", "pfi_months"}
+        assert wanted | {"pfi_competing", "redaction"} <= set(covariates.columns)
+        cohort = cfusion.read_cohort(cfusion.load_config(CONFIGS / f"{name}.yaml").cohort)
+        known = covariates.loc[cohort.cases.index]
+        status = known["os"].dropna().astype(int)
+        assert (status == cohort.cases.loc[status.index, "event"].astype(int)).all()
+    assert sum(path.stat().st_size for path in tcga.rglob("*") if path.is_file()) < 2.5e6

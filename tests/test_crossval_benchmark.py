@@ -10,10 +10,10 @@ from benchmarks.published_training import theirs
 from cfusion.data.shards import ShardDataset
 
 
-def test_both_sides_are_measured_on_the_same_patients(shared, tmp_path, monkeypatch):
+def test_both_sides_are_measured_on_the_same_patients(tmp_path, monkeypatch):
     monkeypatch.setattr(published_training, "WORKERS", 1)
     size = Size(patients=30, tiles=16, epochs=2)
-    files = make_files(shared, tmp_path / "files", size, NAMES["amil"])
+    files = make_files(tmp_path / "files", size, NAMES["amil"])
     assert len(files.cohort.cases) == 30
     assert sorted(case for _, val in files.folds for case in val) == sorted(files.cohort.cases.index)
     one_pass = sum(s.tiles["x20"] for s in ShardDataset.open(tmp_path / "files" / "shards").index.samples) * 1024

@@ -12,7 +12,7 @@ MODULES = sorted(p for top in ("cfusion", "preprocess", "launch") for p in (ROOT
 LAYERS = (
     ("cfusion.errors",),
     ("cfusion.files", "cfusion.console"),
-    ("cfusion.yaml_files", "cfusion.program", "cfusion.extensions"),
+    ("cfusion.yaml_files", "cfusion.program", "cfusion.extensions", "cfusion.study"),
     ("cfusion.types",),
     ("cfusion.config",),
     ("cfusion.cohort", "cfusion.data", "cfusion.models"),

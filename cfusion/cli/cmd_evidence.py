@@ -146,7 +146,7 @@ def audit(
 ) -> None:
     """Read a cohort and its splits; say what a run would drop or doubt, and why.
 
-    Slides are not looked for here; `cfusion train --dry-run` also checks them against the shards.
+    It needs no shards: whether each slide has features is checked by `cfusion train --dry-run`.
 
       cfusion audit configs/tcga_blca.yaml
     """
@@ -167,5 +167,6 @@ def audit(
         typer.echo(finding)
     for step, patients, slides in result.flow:
         typer.echo(f"{step}: {patients} patients, {slides} slides")
+    typer.echo(f"features: not checked; `cfusion train {config} --dry-run` checks them in {settings.data.shards}")
     if strict or settings.evaluation.strict:
         result.raise_if_strict()

@@ -11,7 +11,7 @@ from cfusion.errors import PartialResultError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Slides from the Genomic Data Commons (TCGA).")
 
-Source = Annotated[str, typer.Argument(help="A manifest, a sample sheet, or a cohort such as tcga_blca.")]
+Source = Annotated[str, typer.Argument(help="A manifest, a sample sheet, a cohort such as tcga_blca, or package:PATH.")]
 Api = Annotated[str, typer.Option(help="GDC endpoint.")]
 
 
@@ -30,7 +30,7 @@ def manifest(
 
     from preprocess.gdc import client_call, find_rows, write_manifest
 
-    rows = find_rows(source, api)
+    rows = find_rows(_resolved(source), api)
     write_manifest(out, rows)
     typer.echo(f"{out}: {len(rows)} slides, {sum(r.size for r in rows) / 1e12:.2f} TB")
     typer.echo(shlex.join(client_call(out, folder)))
@@ -43,19 +43,33 @@ def download(
     first: Annotated[int | None, typer.Option(help="Only the first so many.", min=1)] = None,
     client: Annotated[str | None, typer.Option(help="gdc-client to do the transfers; default none.")] = None,
     threads: Annotated[int, typer.Option(help="Files at the same time.", min=1)] = 4,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be downloaded, and stop.")] = False,
     api: Api = "https://api.gdc.cancer.gov",
 ) -> None:
     """Download slides and check their MD5 sums; run it again and it goes on where it stopped.
 
     cfusion gdc download tcga_blca --out slides --first 10
+
+    The package has manifests of six cohorts, which need no query:
+
+    cfusion gdc download package:tcga/manifests/tcga_blca.tsv --dry-run
     """
     from preprocess.gdc import download as fetch
     from preprocess.gdc import find_rows
 
-    rows = find_rows(source, api)[:first]
+    rows = find_rows(_resolved(source), api)[:first]
+    if dry_run:
+        typer.echo(f"{source}: {len(rows)} slides, {sum(r.size for r in rows) / 1e12:.2f} TB, would go to {out}")
+        return
     failed = fetch(rows, out, api=api, client=client, threads=threads)
     for name, why in failed.items():
         typer.echo(f"failed  {name}: {why}")
     typer.echo(f"{out}: {len(rows) - len(failed)} of {len(rows)} slides are there")
     if failed:
         raise PartialResultError(f"{len(failed)} slides were not downloaded.", "Run the same command again.")
+
+
+def _resolved(source: str) -> str:
+    from cfusion.study.packaged import find_data
+
+    return str(find_data(Path(source)))

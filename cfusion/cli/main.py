@@ -15,6 +15,7 @@ import typer
 
 from cfusion.cli import (
     cmd_checkpoint,
+    cmd_configs,
     cmd_demo,
     cmd_doctor,
     cmd_evidence,
@@ -76,6 +77,7 @@ app = typer.Typer(
 )
 app.add_typer(cmd_preprocess.app, name="preprocess")
 app.add_typer(cmd_gdc.app, name="gdc")
+app.add_typer(cmd_configs.app, name="configs")
 COMMANDS = (
     cmd_demo, cmd_doctor, cmd_train, cmd_checkpoint, cmd_predict, cmd_launch, cmd_sweep,
     cmd_evidence, cmd_registry, cmd_reproduce, cmd_explain, cmd_view, cmd_help,

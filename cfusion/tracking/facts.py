@@ -11,6 +11,7 @@ import pandas as pd
 from cfusion.config import Config
 from cfusion.data.shard_index import ShardIndex
 from cfusion.extensions import plain_name
+from cfusion.study.packaged import data_name
 from cfusion.types import Cohort
 
 
@@ -54,11 +55,13 @@ def run_inputs(
         "encoder": index.encoder, "dim": index.dim, "magnifications": index.magnifications, "dtype": index.dtype,
         "slides": len(index.samples), "bytes": sum(shard.size for shard in index.shards), **index.provenance,
     }  # fmt: skip
+    table, directory = data_name(config.cohort.table), config.splits.directory
+    folds = data_name(directory) if directory else "drawn"
     return [
-        _input(f"{cohort.name} outcomes", provenance["table_sha256"], str(config.cohort.table), "outcomes", patients),
+        _input(f"{cohort.name} outcomes", provenance["table_sha256"], table, "outcomes", patients),
         _input(f"{cohort.name} {index.encoder}", provenance["shards_digest"], config.data.shards, "bags", embeddings),
         _input(
-            f"{cohort.name} folds", provenance["splits_digest"], str(config.splits.directory or "drawn"), "folds",
+            f"{cohort.name} folds", provenance["splits_digest"], folds, "folds",
             config.splits.model_dump(mode="json"),
         ),
     ]  # fmt: skip

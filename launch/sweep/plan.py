@@ -16,6 +16,7 @@ from cfusion.errors import ConfigError, DataError, nearest
 from cfusion.extensions import file_of, names_file, package_code, plain_name
 from cfusion.files import digest_file, digest_json, read_json, write_json
 from cfusion.program import code_digest
+from cfusion.study.packaged import data_name
 from cfusion.yaml_files import apply_override, read_yaml, set_key
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
@@ -281,7 +282,7 @@ class DataDigests:
         splits, cohort, model = config.splits, config.cohort, config.model.name
         own = file_of(model) if names_file(model) else None
         paths = (cohort.table, cohort.slides, splits.test_cases, splits.directory, config.data.shards, own)
-        found = {str(path): self._digest(str(path)) for path in paths if path is not None}
+        found = {data_name(path) if isinstance(path, Path) else path: self._digest(str(path)) for path in paths if path}
         absent = next((sentence for _, sentence in found.values() if sentence), "")
         digests = {path: digest for path, (digest, _) in found.items()}
         if own is None and (digest := self._package(model)):

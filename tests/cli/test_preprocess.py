@@ -127,10 +127,10 @@ def test_a_changed_store_is_found(tmp_path: Path):
     assert isinstance(result.exception, DataError)
 
 
-def test_a_manifest_becomes_a_call_of_gdc_client(shared: Path, tmp_path: Path):
-    source = shared / "tcga/manifests/gdc_manifest_blca.tsv"
+def test_a_manifest_becomes_a_call_of_gdc_client(tmp_path: Path):
+    source = "package:tcga/manifests/tcga_blca.tsv"
     result = call("manifest", source, "--out", tmp_path / "m.tsv", "--folder", "some slides", app=gdc.app)
-    assert "926 slides" in result.output
+    assert "457 slides" in result.output
     assert f"gdc-client download --manifest {tmp_path / 'm.tsv'} --dir 'some slides'" in result.output
     refused = call("download", source, "--out", tmp_path, "--first", 1, "--api", "http://127.0.0.1:1", app=gdc.app)
     assert isinstance(refused.exception, PartialResultError)

@@ -199,9 +199,9 @@ def test_folds_that_cannot_be_trained_or_scored_stop_the_run(cohort: Cohort, spl
         ("brca", {"not_in_cohort": 85, "polarity": 1}),
     ],
 )  # fmt: skip
-def test_published_cohorts(shared: Path, name: str, counts: dict[str, int]) -> None:
-    cohort = read_cohort(CohortConfig(name=name, table=shared / f"tcga/clinical/tcga_{name}.csv"))
-    found = audit(cohort, make_splits(cohort, SplitsConfig(directory=shared / f"tcga/splits/tcga_{name}")))
+def test_published_cohorts(tcga: Path, name: str, counts: dict[str, int]) -> None:
+    cohort = read_cohort(CohortConfig(name=name, table=tcga / f"clinical/tcga_{name}.csv"))
+    found = audit(cohort, make_splits(cohort, SplitsConfig(directory=tcga / f"splits/tcga_{name}")))
     assert found.counts() == counts
     assert len(found.to_frame()) == len(found.findings)
     assert found.to_json()["flow"][0]["patients"] == len(cohort.cases)

@@ -29,8 +29,8 @@ def read(path: Path, **settings: object) -> Cohort:
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_published_tables(shared: Path, name: str) -> None:
-    cohort = read(shared / f"tcga/clinical/tcga_{name}.csv")
+def test_published_tables(tcga: Path, name: str) -> None:
+    cohort = read(tcga / f"clinical/tcga_{name}.csv")
     assert (len(cohort.cases), len(cohort.slides), int(cohort.cases["event"].sum())) == SIZES[name]
     assert cohort.cases["event"].dtype == bool
     assert cohort.cases["time_months"].between(0, 300).all()
@@ -39,8 +39,8 @@ def test_published_tables(shared: Path, name: str) -> None:
     assert not cohort.slides.index.str.endswith(".svs").any()
 
 
-def test_slide_named_table_becomes_patients(shared: Path) -> None:
-    cohort = read(shared / "tcga/clinical/tcga_coad.csv")
+def test_slide_named_table_becomes_patients(tcga: Path) -> None:
+    cohort = read(tcga / "clinical/tcga_coad.csv")
     assert cohort.cases.index.str.len().unique().tolist() == [12]
     assert cohort.slides_of(["TCGA-A6-2683"])["TCGA-A6-2683"] == (
         "TCGA-A6-2683-01Z-00-DX1.0dfc5d0a-68f4-45e1-a879-0428313c6dbc",
@@ -215,9 +215,9 @@ def test_slides_from_sample_sheet_or_manifest(tmp_path: Path, sheet: str) -> Non
     assert cohort.slides["case_id"].to_dict() == {"TCGA-AA-0001-01Z-00-DX1.X": "TCGA-AA-0001"}
 
 
-def test_manifest_covers_a_published_cohort(shared: Path) -> None:
-    cohort = read(shared / "tcga/clinical/tcga_gbmlgg.csv", slides=shared / "tcga/manifests/gdc_manifest_gbmlgg.tsv")
-    published = read(shared / "tcga/clinical/tcga_gbmlgg.csv")
+def test_manifest_covers_a_published_cohort(tcga: Path) -> None:
+    cohort = read(tcga / "clinical/tcga_gbmlgg.csv", slides=tcga / "manifests/tcga_gbmlgg.tsv")
+    published = read(tcga / "clinical/tcga_gbmlgg.csv")
     assert set(published.slides.index) <= set(cohort.slides.index)
 
 

@@ -17,8 +17,8 @@ from cfusion.types import Cohort, Split
 COHORTS = ("blca", "brca", "coad", "gbmlgg", "luad", "ucec")
 
 
-def cohort_of(shared: Path, name: str) -> Cohort:
-    return read_cohort(CohortConfig(name=name, table=shared / f"tcga/clinical/tcga_{name}.csv"))
+def cohort_of(tcga: Path, name: str) -> Cohort:
+    return read_cohort(CohortConfig(name=name, table=tcga / f"clinical/tcga_{name}.csv"))
 
 
 def made_up(size: int, event_rate: float, sites: int = 12, seed: int = 0) -> Cohort:
@@ -38,9 +38,9 @@ def made_up(size: int, event_rate: float, sites: int = 12, seed: int = 0) -> Coh
 
 @pytest.mark.parametrize("name", COHORTS)
 @pytest.mark.parametrize("protocol", ["strict", "fixed-epoch", "published"])
-def test_published_folds_under_each_protocol(shared: Path, name: str, protocol: str) -> None:
-    cohort = cohort_of(shared, name)
-    folds = make_splits(cohort, SplitsConfig(directory=shared / f"tcga/splits/tcga_{name}"), protocol)
+def test_published_folds_under_each_protocol(tcga: Path, name: str, protocol: str) -> None:
+    cohort = cohort_of(tcga, name)
+    folds = make_splits(cohort, SplitsConfig(directory=tcga / f"splits/tcga_{name}"), protocol)
     assert [split.fold for split in folds] == [0, 1, 2, 3, 4]
     tested = [case for split in folds for case in split.test]
     assert len(tested) == len(set(tested))
@@ -60,8 +60,8 @@ def test_published_folds_under_each_protocol(shared: Path, name: str, protocol: 
             assert abs(inner["event"].mean() - outer["event"].mean()) < 0.05
 
 
-def test_protocols_share_the_outer_folds(shared: Path) -> None:
-    cohort = cohort_of(shared, "blca")
+def test_protocols_share_the_outer_folds(tcga: Path) -> None:
+    cohort = cohort_of(tcga, "blca")
     strict, fixed, published = (
         make_splits(cohort, SplitsConfig(), protocol) for protocol in ("strict", "fixed-epoch", "published")
     )
@@ -97,8 +97,8 @@ def test_drawn_folds_are_stratified_by_time() -> None:
 
 
 @pytest.mark.parametrize("name", COHORTS)
-def test_site_preserving_folds(shared: Path, name: str) -> None:
-    cohort = cohort_of(shared, name)
+def test_site_preserving_folds(tcga: Path, name: str) -> None:
+    cohort = cohort_of(tcga, name)
     site = cohort.cases["site"]
     for split in make_splits(cohort, SplitsConfig(scheme="site")):
         sides = [set(site[list(side)]) for side in (split.train, split.validation, split.test)]
@@ -210,9 +210,9 @@ def test_bad_split_files(tmp_path: Path, text: str, message: str) -> None:
         read_splits(tmp_path / "nothing")
 
 
-def test_one_outer_fold_alone_is_that_fold_of_all(shared: Path):
-    cohort = cohort_of(shared, "blca")
-    config = SplitsConfig(directory=shared / "tcga/splits/tcga_blca")
+def test_one_outer_fold_alone_is_that_fold_of_all(tcga: Path):
+    cohort = cohort_of(tcga, "blca")
+    config = SplitsConfig(directory=tcga / "splits/tcga_blca")
     whole = make_splits(cohort, config)
     assert make_splits(cohort, config.model_copy(update={"fold": 3})) == [whole[3]]
     with pytest.raises(ConfigError, match=r"splits\.fold=5: there are the folds 0 to 4"):

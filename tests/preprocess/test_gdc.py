@@ -210,10 +210,10 @@ def test_gdc_client_does_the_transfers_where_it_is_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("cohort", "files"), [("blca", 926), ("coad", 1442), ("gbmlgg", 3625), ("luad", 1608), ("ucec", 1371)]
+    ("cohort", "files"), [("blca", 457), ("coad", 459), ("gbmlgg", 1704), ("luad", 541), ("ucec", 566)]
 )
-def test_the_published_manifests_are_read_and_written_alike(shared: Path, tmp_path: Path, cohort: str, files: int):
-    path = shared / "tcga/manifests" / f"gdc_manifest_{cohort}.tsv"
+def test_the_published_manifests_are_read_and_written_alike(tcga: Path, tmp_path: Path, cohort: str, files: int):
+    path = tcga / "manifests" / f"tcga_{cohort}.tsv"
     found = find_rows(str(path))
     assert len(found) == len({r.filename for r in found}) == files
     write_manifest(tmp_path / "m.tsv", found)

@@ -25,17 +25,17 @@ def run(*arguments: str | Path) -> str:
 
 
 @pytest.fixture
-def config(shared: Path, tmp_path: Path) -> Path:
+def config(tmp_path: Path) -> Path:
     path = tmp_path / "coad.yaml"
     path.write_text(
-        f"cohort: {{name: tcga_coad, table: {shared}/tcga/clinical/tcga_coad.csv}}\n"
-        f"splits: {{directory: {shared}/tcga/splits/tcga_coad}}\n"
+        "cohort: {name: tcga_coad, table: package:tcga/clinical/tcga_coad.csv}\n"
+        "splits: {directory: package:tcga/splits/tcga_coad}\n"
     )
     return path
 
 
-def test_score_writes_the_published_numbers(shared: Path, tmp_path: Path) -> None:
-    source = shared / "published/mcat_iccv2021/predictions.csv"
+def test_score_writes_the_published_numbers(material: Path, tmp_path: Path) -> None:
+    source = material / "published/mcat_iccv2021/predictions.csv"
     table = pd.read_csv(source)
     small = tmp_path / "predictions.csv"
     table[table["cohort"] == "ucec"].to_csv(small, index=False)

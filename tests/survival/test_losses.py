@@ -27,8 +27,8 @@ def cases(seed: int, count: int, bins: int = 4) -> tuple[torch.Tensor, Targets]:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 0.4])
 @pytest.mark.parametrize("name", ["nll", "ce"])
-def test_published_values(shared: Path, name: str, alpha: float):
-    golden = json.loads((shared / "golden" / "losses.json").read_text())
+def test_published_values(material: Path, name: str, alpha: float):
+    golden = json.loads((material / "golden" / "losses.json").read_text())
     logits = torch.tensor(golden["hazards"], dtype=torch.float64).logit()
     event = torch.tensor(golden["censorship"]) == 0
     targets = Targets(torch.tensor(golden["label"]), event, torch.ones(len(event)))

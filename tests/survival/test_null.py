@@ -28,16 +28,16 @@ def assert_reproduces(folds: list[Outcomes], independent: float, correlated: flo
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_measured_null_of_the_published_protocol(shared: Path, name: str) -> None:
+def test_measured_null_of_the_published_protocol(tcga: Path, name: str) -> None:
     unit, independent, correlated = TABLE[name]
-    cohort = read_cohort(CohortConfig(name=name, table=shared / f"tcga/clinical/tcga_{name}.csv"))
-    splits = make_splits(cohort, SplitsConfig(directory=shared / f"tcga/splits/tcga_{name}"), "published")
+    cohort = read_cohort(CohortConfig(name=name, table=tcga / f"clinical/tcga_{name}.csv"))
+    splits = make_splits(cohort, SplitsConfig(directory=tcga / f"splits/tcga_{name}"), "published")
     assert_reproduces(scored_outcomes(cohort, splits, unit), independent, correlated)
 
 
-def test_measured_null_of_brca(shared: Path) -> None:
+def test_measured_null_of_brca(material: Path) -> None:
     """The clinical table covers 871 of BRCA's 956 cases; the published predictions hold all outcomes."""
-    table = read_predictions(shared / "published/mcat_iccv2021/predictions.csv")
+    table = read_predictions(material / "published/mcat_iccv2021/predictions.csv")
     rows = table[(table["cohort"] == "brca") & (table["model"] == "AMIL")]
     folds = [(f["survival_months"].to_numpy(), f["event"].to_numpy()) for _, f in rows.groupby("fold")]
     assert_reproduces(folds, 0.649, 0.606)

@@ -22,19 +22,19 @@ MCAT = "published/mcat_iccv2021"
 
 
 @pytest.fixture(scope="module")
-def mcat(shared: Path) -> Scores:
-    return score(read_predictions(shared / MCAT / "predictions.csv"), bootstrap=50)
+def mcat(material: Path) -> Scores:
+    return score(read_predictions(material / MCAT / "predictions.csv"), bootstrap=50)
 
 
-def test_published_folds_return(shared: Path, mcat: Scores) -> None:
-    published = pd.read_csv(shared / MCAT / "cindex_per_fold.csv", float_precision="round_trip")
+def test_published_folds_return(material: Path, mcat: Scores) -> None:
+    published = pd.read_csv(material / MCAT / "cindex_per_fold.csv", float_precision="round_trip")
     both = mcat.folds.merge(published, on=["model", "cohort", "fold"], validate="one_to_one")
     assert len(both) == 50
     np.testing.assert_allclose(both["harrell_c"], both["cindex"], rtol=0, atol=1e-9)
 
 
-def test_published_summary_returns(shared: Path, mcat: Scores) -> None:
-    published = pd.read_csv(shared / MCAT / "summary.csv", float_precision="round_trip")
+def test_published_summary_returns(material: Path, mcat: Scores) -> None:
+    published = pd.read_csv(material / MCAT / "summary.csv", float_precision="round_trip")
     both = mcat.summary.merge(published, on=["model", "cohort"], suffixes=("", "_published"), validate="one_to_one")
     assert len(both) == 10
     for column in ("cindex_mean", "cindex_std", "cindex_pooled"):

@@ -37,10 +37,10 @@ class GeneratedStore:
         return self.read(slide_id).attrs
 
 
-def configuration(shared: Path, folder: Path) -> Config:
+def configuration(folder: Path) -> Config:
     values = {
-        "cohort": {"name": "tcga_blca", "table": str(shared / "tcga" / "clinical" / "tcga_blca.csv")},
-        "splits": {"directory": str(shared / "tcga" / "splits" / "tcga_blca")},
+        "cohort": {"name": "tcga_blca", "table": "package:tcga/clinical/tcga_blca.csv"},
+        "splits": {"directory": "package:tcga/splits/tcga_blca"},
         "data": {"shards": str(folder / "shards"), "encoder": ENCODER},
         "model": {"name": "amil"},
         "train": {"epochs": 1},
@@ -53,8 +53,8 @@ def configuration(shared: Path, folder: Path) -> Config:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_five_folds_of_blca_with_bags_of_realistic_size(shared, tmp_path):
-    config = configuration(shared, tmp_path)
+def test_five_folds_of_blca_with_bags_of_realistic_size(tmp_path):
+    config = configuration(tmp_path)
     cohort = cfusion.read_cohort(config.cohort)
     index = pack_store(GeneratedStore(list(cohort.slides.index)), tmp_path / "shards")
     tiles = [sample.tiles["x20"] for sample in index.samples]
