@@ -17,7 +17,7 @@ from jaxtyping import Bool
 
 from cfusion.errors import ConfigError, DataError
 from cfusion.files import atomic_path, read_json, write_text
-from preprocess.phantom.draw import CELL_PX, write_slide
+from preprocess.phantom.draw import CELL_PX, write_drawn_slide
 from preprocess.phantom.histology import Stain, draw_tissue
 
 Signal = Literal["both", "architecture", "nuclei"]
@@ -74,7 +74,7 @@ def draw_planted(
     image = np.where(where[..., None], inside, outside)
     files = PlantedSlide(folder / f"{name}.svs", folder / f"{name}.planted.geojson")
     with atomic_path(files.slide) as temporary:
-        write_slide(temporary, image, 20)
+        write_drawn_slide(temporary, image, 20)
     write_text(files.region, json.dumps(_geojson(planted, signal)) + "\n")
     return files
 

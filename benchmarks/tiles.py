@@ -33,7 +33,7 @@ from PIL import Image
 
 from benchmarks.table import Row, options, present
 from preprocess.extraction import preprocess_slides
-from preprocess.grid import Grid, make_grid
+from preprocess.grid import TileGrid, make_grid
 from preprocess.readers import JPEG, choose_reader
 from preprocess.resample import area_average
 from preprocess.settings import PreprocessConfig
@@ -80,7 +80,7 @@ def plan_all(path: Path, default_mpp: float | None) -> SlidePlan:
     return SlidePlan(slide, grid, reader, "area", "all", "", rows_by_cell(grid))
 
 
-def one_pass_per_magnification(path: Path, grid: Grid, numbers: list[int]) -> int:
+def one_pass_per_magnification(path: Path, grid: TileGrid, numbers: list[int]) -> int:
     """The tiles of some cells from level 0, resized; each magnification is a run of its own, as it is in CLAM."""
     count = 0
     for name in grid.names:
@@ -100,7 +100,7 @@ def one_reading_per_cell(plan: SlidePlan, numbers: list[int]) -> int:
     return sum(len(tiles) for cell in cells if cell.tiles is not None for tiles in cell.tiles.values())
 
 
-def decoding_alone(page: Any, stream: BinaryIO, grid: Grid, numbers: list[int]) -> int:
+def decoding_alone(page: Any, stream: BinaryIO, grid: TileGrid, numbers: list[int]) -> int:
     """Read and decode the raw tiles under some cells, each once, and throw the pixels away."""
     across, side = -(-page.imagewidth // page.tilewidth), 2048 // page.tilewidth
     for (column, row), j, i in itertools.product((grid.cells[numbers] * side).tolist(), range(side), range(side)):

@@ -57,14 +57,14 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run(parsed)
     except SignalException as error:
-        return _told(f"stopped by {error.sigval.name}", REQUEUE)
+        return _report_exit(f"stopped by {error.sigval.name}", REQUEUE)
     except RendezvousTimeoutError:
-        return _told("too few nodes came", REQUEUE)
+        return _report_exit("too few nodes came", REQUEUE)
     except RendezvousError as error:
-        return _told(f"another node has ended the run, or the first is lost ({error})", 1)
+        return _report_exit(f"another node has ended the run, or the first is lost ({error})", 1)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        return _told(f"processes left with {', '.join(f'{c} (rank {r})' for r, c in codes.items())}", _of(codes))
+        return _report_exit(f"processes left with {', '.join(f'{c} (rank {r})' for r, c in codes.items())}", _of(codes))
     return 0
 
 
@@ -77,7 +77,7 @@ def is_host() -> bool | None:
     return None if number is None else int(number) == 0
 
 
-def _told(what: str, code: int) -> int:
+def _report_exit(what: str, code: int) -> int:
     """Say why this node leaves, and hand on the code."""
     logger.warning("node %s: %s; leaving with %d", os.environ.get("NODE_RANK", "-"), what, code)
     return code

@@ -14,7 +14,7 @@ from skimage.draw import polygon
 
 from cfusion.errors import DataError
 from cfusion.files import atomic_path, write_text
-from preprocess.grid import Grid
+from preprocess.grid import TileGrid
 from preprocess.slides import Overview
 
 MASK_SUFFIXES = (".geojson", ".json", ".png", ".tif", ".tiff")
@@ -73,7 +73,7 @@ def contours_geojson(mask: np.ndarray, px_level0: tuple[float, float]) -> dict[s
     return {"type": "FeatureCollection", "features": features}
 
 
-def write_sheets(folder: Path, slide_id: str, overview: Overview, mask: np.ndarray, grid: Grid) -> None:
+def write_sheets(folder: Path, slide_id: str, overview: Overview, mask: np.ndarray, grid: TileGrid) -> None:
     """Write what a person looks at: `{slide_id}.jpg`, and the tissue as `.png` mask and `.geojson` contours."""
     write_text(folder / f"{slide_id}.geojson", json.dumps(contours_geojson(mask, overview.px_level0)) + "\n")
     with atomic_path(folder / f"{slide_id}.png") as temporary:
@@ -82,7 +82,7 @@ def write_sheets(folder: Path, slide_id: str, overview: Overview, mask: np.ndarr
         Image.fromarray(draw_sheet(overview, mask, grid)).save(temporary, "JPEG", quality=85)
 
 
-def draw_sheet(overview: Overview, mask: np.ndarray, grid: Grid, min_side_px: int = 512) -> np.ndarray:
+def draw_sheet(overview: Overview, mask: np.ndarray, grid: TileGrid, min_side_px: int = 512) -> np.ndarray:
     """The overview with the tissue's contours in green and the kept cells in blue, u8 [h, w, 3]."""
     zoom = max(1, round(min_side_px / max(mask.shape)))
     sheet = np.ascontiguousarray(np.kron(overview.rgb, np.ones((zoom, zoom, 1), np.uint8)))

@@ -48,7 +48,7 @@ _SPREAD = np.array([
 """Means and standard deviations over tiles of both phantom cohorts, the three magnifications alike."""
 
 
-def describe(tiles: UInt8[np.ndarray, "tile 256 256 3"]) -> Float32[np.ndarray, "tile dim"]:
+def describe_tiles(tiles: UInt8[np.ndarray, "tile 256 256 3"]) -> Float32[np.ndarray, "tile dim"]:
     """Describe RGB tiles.
 
     Each tile is described alone, in f32, on one thread: its numbers depend neither on its companions nor on the
@@ -149,4 +149,4 @@ def _orientation(
     return np.hypot(aa - bb, 2 * ab) / share / (2 * trace + 1e-5), trace
 
 
-__all__ = ["DIM", "NAME", "TILE_PX", "VERSION", "describe"]
+__all__ = ["DIM", "NAME", "TILE_PX", "VERSION", "describe_tiles"]

@@ -19,7 +19,7 @@ from cfusion.files import digest_file, digest_json
 from cfusion.types import SlideFeatures
 from preprocess.annotation import find_mask
 from preprocess.encoders import Encoder, load_slots
-from preprocess.grid import GRID_VERSION, check_magnifications
+from preprocess.grid import GRID_VERSION, check_halving
 from preprocess.outcome import SlideOutcome, Summary, write_summary
 from preprocess.pipeline import Pipeline, Work
 from preprocess.resolution import read_mpp_table
@@ -63,7 +63,7 @@ def preprocess_slides(
         ConfigError: An encoder, the magnifications or the table of resolutions cannot be used.
     """
     start = time.monotonic()
-    check_magnifications(config.magnifications)
+    check_halving(config.magnifications)
     if config.masks is not None and not config.masks.is_dir():
         raise ConfigError(f"masks={config.masks}: there is no such folder.")
     table = read_mpp_table(config.mpp_table) if config.mpp_table else {}

@@ -23,7 +23,7 @@ GRID_VERSION = "cells-1"
 
 
 @dataclass(frozen=True)
-class Grid:
+class TileGrid:
     """The tiles of a slide that hold tissue.
 
     Attributes:
@@ -68,12 +68,12 @@ class Grid:
         rows = {(int(c), int(r)): i for i, (c, r) in enumerate(self.tiles[coarser])}
         return np.array([rows[int(c) // 2, int(r) // 2] for c, r in self.tiles[name]], np.int32)
 
-    def without_cells(self, bad: Sequence[int]) -> Grid:
+    def without_cells(self, bad: Sequence[int]) -> TileGrid:
         """The grid without the cells of these numbers and their tiles."""
         keep = np.ones(len(self.cells), bool)
         keep[list(bad)] = False
         tiles = {n: t[keep[self.cell_of(n)]] for n, t in self.tiles.items()}
-        return Grid(self.magnifications, self.scale, tiles, self.cells[keep])
+        return TileGrid(self.magnifications, self.scale, tiles, self.cells[keep])
 
     def cell_of(self, name: str) -> np.ndarray:
         """Number of the cell that holds each tile, i64 [N]."""
@@ -88,7 +88,7 @@ def make_grid(
     scale: float,
     magnifications: Sequence[float],
     min_tissue: float = 0.25,
-) -> Grid:
+) -> TileGrid:
     """Lay the grid over a slide and keep the tiles that hold tissue.
 
     A tile of the finest magnification is kept where at least `min_tissue` of its area is tissue; a coarser tile where
@@ -101,7 +101,7 @@ def make_grid(
         magnifications: Finest first, each half the one before.
         min_tissue: Share of a tile's area.
     """
-    check_magnifications(magnifications)
+    check_halving(magnifications)
     factor = 2 ** (len(magnifications) - 1)
     cell_px = TILE_PX * factor * scale
     columns, rows = (max(1, int(np.ceil(side / cell_px - 1e-9))) for side in size_px)
@@ -113,10 +113,10 @@ def make_grid(
         kept[magnification_name(magnification)] = keep
     cells = np.argwhere(keep)[:, ::-1]
     tiles = {name: np.argwhere(flags)[:, ::-1] for name, flags in kept.items()}
-    return Grid(tuple(magnifications), scale, tiles, cells)
+    return TileGrid(tuple(magnifications), scale, tiles, cells)
 
 
-def check_magnifications(magnifications: Sequence[float]) -> None:
+def check_halving(magnifications: Sequence[float]) -> None:
     """Refuse magnifications that are not each half the one before.
 
     Raises:

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from preprocess.grid import TILE_PX, Grid
+from preprocess.grid import TILE_PX, TileGrid
 
 cv2.setNumThreads(1)  # cells are what runs in parallel
 
@@ -35,7 +35,7 @@ def area_average(picture: np.ndarray, width_px: int, height_px: int, out: np.nda
     return cv2.resize(picture, (width_px, height_px), dst=out, interpolation=cv2.INTER_AREA)
 
 
-def area_tiles(finest: np.ndarray, grid: Grid, wanted: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def area_tiles(finest: np.ndarray, grid: TileGrid, wanted: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Cut a cell into tiles; each magnification is the area average of the one before.
 
     Args:
@@ -58,7 +58,7 @@ def area_tiles(finest: np.ndarray, grid: Grid, wanted: Mapping[str, np.ndarray])
     return tiles
 
 
-def bicubic_tiles(region: np.ndarray, grid: Grid, wanted: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def bicubic_tiles(region: np.ndarray, grid: TileGrid, wanted: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Cut a cell into tiles, each `PIL.Image.resize` of its own level-0 pixels with PIL's default filter.
 
     Arguments and result are those of `area_tiles`, but `region` is u8 [h, w, 3] at level 0.

@@ -16,7 +16,7 @@ import numpy as np
 from cfusion.errors import DataError, SlideError
 from cfusion.files import digest_file
 from preprocess.annotation import find_mask, read_mask, write_sheets
-from preprocess.grid import Grid, make_grid
+from preprocess.grid import TileGrid, make_grid
 from preprocess.readers import Reader, choose_reader
 from preprocess.resample import area_tiles, bicubic_tiles
 from preprocess.resolution import finest_scale
@@ -59,7 +59,7 @@ class SlidePlan:
     """
 
     slide: Slide
-    grid: Grid
+    grid: TileGrid
     reader: Reader
     resample: Literal["area", "bicubic"]
     tissue: str
@@ -168,7 +168,7 @@ def plan_slide(path: Path, config: PreprocessConfig, mpp_table: dict[str, float]
     return SlidePlan(slide, grid, reader, config.resample, tissue, digest, rows_by_cell(grid))
 
 
-def rows_by_cell(grid: Grid) -> list[dict[str, np.ndarray]]:
+def rows_by_cell(grid: TileGrid) -> list[dict[str, np.ndarray]]:
     """For each cell, per magnification name, the rows of its tiles."""
     by_name = {}
     for name in grid.names:

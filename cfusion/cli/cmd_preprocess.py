@@ -122,7 +122,7 @@ def verify(
     cfusion preprocess verify features
     """
     if (store / "index.json").is_file() or any(store.glob("*.tar")):
-        shard.verify_shards(store)
+        shard.print_verification(store)
         return
     from preprocess.inspection import list_store, verify_store
 

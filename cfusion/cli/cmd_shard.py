@@ -53,12 +53,12 @@ def shard(
         raise PartialResultError(f"{len(index.refused)} slides were left out.", "The others are packed.")
 
 
-def verify_shards(shards: Path) -> None:
+def print_verification(shards: Path) -> None:
     """Check every byte of a folder of shards against its index, and tell what is found."""
-    from cfusion.data.verify import verify_shards as verify
+    from cfusion.data.verify import verify_shards
     from cfusion.errors import DataError
 
-    result = verify(shards)
+    result = verify_shards(shards)
     for problem in result.problems:
         typer.echo(str(problem))
     if not result.problems:

@@ -85,10 +85,10 @@ def plan(file: SweepFile, overrides: Overrides = None, only: Only = None, as_jso
         return _echo_lines(statuses)
     from rich.console import Console
 
-    from cfusion.cli.sweep_views import legend, runs_table
+    from cfusion.cli.sweep_views import legend, status_table
 
     console = Console(highlight=False)
-    console.print(runs_table(statuses, list(settings.axes)))
+    console.print(status_table(statuses, list(settings.axes)))
     console.print(f"{len(runs):,} runs  ", legend(counts(statuses)))
     if stale:
         console.print(f"{len(stale):,} stale: folders of runs whose configuration, data or code has changed since")

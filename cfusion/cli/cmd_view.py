@@ -34,7 +34,7 @@ def view(
     from cfusion.view import openseadragon
 
     if fetch:
-        typer.echo(f"OpenSeadragon {openseadragon.VERSION} (BSD-3-Clause): {openseadragon.fetch()}")
+        typer.echo(f"OpenSeadragon {openseadragon.VERSION} (BSD-3-Clause): {openseadragon.fetch_package()}")
     if slides is None:
         if fetch:
             return

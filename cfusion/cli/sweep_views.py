@@ -17,7 +17,7 @@ _SQUARES = 16
 """Most squares of a cell."""
 
 
-def runs_table(statuses: Sequence[RunStatus], axes: Sequence[str]) -> RenderableType:
+def status_table(statuses: Sequence[RunStatus], axes: Sequence[str]) -> RenderableType:
     """The runs, a row each; of many the first, and how to see the others."""
     from rich.table import Table
     from rich.text import Text

@@ -13,7 +13,7 @@ from cfusion.explanation.faithfulness import deletion_areas, draw_deletion
 from cfusion.explanation.geojson import write_geojson
 from cfusion.explanation.overlays import OVERVIEW_PX, Pictures, draw_gallery, draw_overlay
 from cfusion.explanation.result import ZARR_NAME, Explanation, write_explanation
-from cfusion.explanation.slide_page import draw_curve, render_page
+from cfusion.explanation.slide_page import draw_curve, render_slide_page
 from cfusion.files import atomic_path
 from cfusion.report.standalone import standalone
 
@@ -58,7 +58,7 @@ def write_results(
         for name in explanation.levels
     }
     galleries = {name: draw_gallery(explanation, name, pictures) for name in explanation.levels} if pictures else {}
-    page = render_page(explanation, overlays, galleries, curves)
+    page = render_slide_page(explanation, overlays, galleries, curves)
     with atomic_path(folder) as temporary:
         for place in ("overlays", *(["gallery"] if galleries else [])):
             (temporary / place).mkdir(parents=True)

@@ -21,7 +21,7 @@ from cfusion.report.svg import Plot, number
 from cfusion.types import magnification_words
 
 
-def render_page(
+def render_slide_page(
     explanation: Explanation,
     overlays: Mapping[str, Mapping[str, bytes]],
     galleries: Mapping[str, bytes],
@@ -110,4 +110,4 @@ def _provenance(explanation: Explanation) -> dict[str, Any]:
     }
 
 
-__all__ = ["draw_curve", "render_page"]
+__all__ = ["draw_curve", "render_slide_page"]

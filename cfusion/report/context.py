@@ -12,7 +12,7 @@ from cfusion.survival.score import Key
 
 _OPTIMISTIC = "OPTIMISTIC: the epoch is chosen on the same fold that is scored."
 
-PROTOCOLS = {
+PROTOCOL_TEXTS = {
     "strict": "The epoch is chosen on an inner validation split of the training patients; the outer fold is scored "
     "once.",
     "fixed-epoch": "The number of epochs is set before; nothing is chosen; the outer fold is scored once.",

@@ -28,7 +28,7 @@ def bare_p(p: float) -> str:
     return "–" if math.isnan(p) else p_text(p).removeprefix("p ").removeprefix("= ")
 
 
-def kaplan_meier(scores: PatientScores, where: str) -> str:
+def kaplan_meier_figure(scores: PatientScores, where: str) -> str:
     """Survival of the two risk groups, with numbers at risk and the log-rank test."""
     if scores.low is None or scores.high is None:
         return ""

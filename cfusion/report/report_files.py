@@ -12,7 +12,7 @@ from cfusion.errors import ConfigError
 from cfusion.files import atomic_path, write_json, write_text
 from cfusion.report.context import ReportContext
 from cfusion.report.evidence import evidence_table
-from cfusion.report.run_page import render_card, render_page
+from cfusion.report.run_page import render_card, render_run_page
 from cfusion.survival.paired import compare
 from cfusion.survival.score import Scores
 
@@ -49,7 +49,7 @@ def write_report(scores: Sequence[Scores], out_dir: Path | str, *, context: Repo
     write_table(out / "findings.csv", pd.DataFrame(findings, columns=["kind", "subject", "action", "message"]))
     write_json(out / "summary.json", summary_rows(summary))
     write_text(out / "model_card.md", render_card(summary, context))
-    write_text(out / "index.html", render_page(scores, summary, folds, comparisons, context))
+    write_text(out / "index.html", render_run_page(scores, summary, folds, comparisons, context))
     return out / "index.html"
 
 

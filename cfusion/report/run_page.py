@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 import cfusion
 from cfusion.report import figures
-from cfusion.report.context import PROTOCOLS, ReportContext
+from cfusion.report.context import PROTOCOL_TEXTS, ReportContext
 from cfusion.survival.predictions import UNIT
 from cfusion.survival.score import Key, Scores
 
@@ -42,7 +42,7 @@ def report_environment() -> jinja2.Environment:
     return environment
 
 
-def render_page(
+def render_run_page(
     scores: Sequence[Scores],
     summary: pd.DataFrame,
     folds: pd.DataFrame,
@@ -60,7 +60,7 @@ def render_page(
         rows=rows,
         horizons=[c for c in summary.columns if c.startswith("auc_") and c.count("_") == 1],
         cohorts=[_cohort(name, rows, folds, context) for name in dict.fromkeys(str(row["cohort"]) for row in rows)],
-        protocols={str(row["protocol"]): PROTOCOLS[str(row["protocol"])] for row in rows},
+        protocols={str(row["protocol"]): PROTOCOL_TEXTS[str(row["protocol"])] for row in rows},
         details=details,
         open_details=len(details) <= _OPEN_DETAILS,
         comparisons=comparisons.to_dict("records"),
@@ -75,7 +75,7 @@ def render_card(summary: pd.DataFrame, context: ReportContext) -> str:
     rows = [dict(zip(summary.columns, values, strict=True)) for values in summary.itertuples(index=False)]
     return report_environment().get_template("model_card.md.j2").render(
         title=context.title, rows=rows, notes=context.notes, audits=context.audits,
-        protocols={str(row["protocol"]): PROTOCOLS[str(row["protocol"])] for row in rows},
+        protocols={str(row["protocol"]): PROTOCOL_TEXTS[str(row["protocol"])] for row in rows},
         provenance=_flat_provenance(context),
     )  # fmt: skip
 
@@ -118,7 +118,7 @@ def _details(
         key = (row["cohort"], row["model"], row["protocol"])
         where = ", ".join(key)
         drawn = {
-            "Kaplan–Meier curves of the risk groups": figures.kaplan_meier(patients[key], where),
+            "Kaplan–Meier curves of the risk groups": figures.kaplan_meier_figure(patients[key], where),
             "C-index by fold, with the range of signal-free models": figures.fold_points(
                 by_key[key], (row["null_low"], row["null_high"]), where
             ),

@@ -30,7 +30,7 @@ def run_figures(scores: Scores, curves: pd.DataFrame) -> dict[str, str]:
     ((key, patients),) = scores.patients.items()
     where = ", ".join(key)
     return {
-        "kaplan_meier": figures.kaplan_meier(patients, where),
+        "kaplan_meier": figures.kaplan_meier_figure(patients, where),
         "folds": figures.fold_points(scores.folds, None, where),
         "auc": figures.auc_over_time(patients, where),
         "calibration": figures.calibration(patients, where),

@@ -23,7 +23,7 @@ _DEFAULTS: dict[str, str | int] = {"protocol": "unknown", "seed": 0, "repeat": 0
 FOLD = [*UNIT, "seed", "repeat", "fold"]
 """What one row of the scores per fold stands for."""
 
-PROTOCOLS = (*get_args(Protocol), "unknown")
+KNOWN_PROTOCOLS = (*get_args(Protocol), "unknown")
 """How the epoch was chosen; each has its own null."""
 
 _REQUIRED = ("model", "cohort", "fold", "case_id", "risk", "survival_months", "event")
@@ -102,10 +102,12 @@ def _check_values(frame: pd.DataFrame, source: str) -> None:
         refuse(_missing(frame[name]), f"{name} are missing or not finite", "Every row needs one.")
     for name in ("fold", "seed", "repeat"):
         refuse(frame[name].astype(float) % 1 != 0, f"{name} are no whole numbers", "Number them 0, 1, 2, …")
-    known = ", ".join(PROTOCOLS)
+    known = ", ".join(KNOWN_PROTOCOLS)
     refuse(
-        ~frame["protocol"].isin(PROTOCOLS), "protocol are not known", f"Known: {known}; without the column: unknown."
-    )
+        ~frame["protocol"].isin(KNOWN_PROTOCOLS),
+        "protocol are not known",
+        f"Known: {known}; without the column: unknown.",
+    )  # fmt: skip
     times = frame["survival_months"].astype(float)
     refuse(times < 0, "survival_months are negative", "Correct the rows, or leave the patients out.")
     refuse(times > LONGEST_FOLLOW_UP_MONTHS, "survival_months are over 50 years", "Are the times in days? Give months.")

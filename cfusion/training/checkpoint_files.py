@@ -53,7 +53,7 @@ def write_checkpoint(
         temporary.mkdir(parents=True, exist_ok=True)
         digest = _write_tensors(temporary / name, pieces)
     except (OSError, SafetensorError) as error:
-        problem = _told(error)
+        problem = _reason(error)
     told = runtime.gather([(name, digest, problem)])
     problem = next((failed for _, _, failed in told if failed), "")
     if runtime.is_main:
@@ -63,7 +63,7 @@ def write_checkpoint(
                 write_json(temporary / NUMBERS, {**numbers, "digest": digest_json(numbers)})
                 put_in_place(temporary, folder)
         except OSError as error:
-            problem = _told(error)
+            problem = _reason(error)
         shutil.rmtree(temporary, ignore_errors=True)
     return runtime.from_main(problem) or None
 
@@ -148,12 +148,12 @@ def open_checkpoint(folder: Path, *, turn: int = 0, turns: int = 1) -> Iterator[
                 file = stack.enter_context(safe_open(path, framework="pt"))
                 layout = json.loads(file.metadata()["pieces"])
             except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(f"{path}: cannot be read ({_told(error)}).") from error
+                raise CheckpointError(f"{path}: cannot be read ({_reason(error)}).") from error
             for key, (start, shape) in layout.items():
                 shapes[key] = torch.Size(shape)
                 places.setdefault(key, []).append((file, start))
         yield Stored(folder, numbers, shapes, places)
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200]

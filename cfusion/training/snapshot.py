@@ -95,8 +95,8 @@ class Snapshot:
             here = self.parts[name].shape if name in self.parts else None
             if there.get(name) != here:
                 raise OtherTrainingError(
-                    f"{stored.folder}: holds another model: {name} is {_told(there.get(name))} there and "
-                    f"{_told(here)} here."
+                    f"{stored.folder}: holds another model: {name} is {_shape_text(there.get(name))} there and "
+                    f"{_shape_text(here)} here."
                 )
 
 
@@ -105,5 +105,5 @@ def _read(stored: Stored, group: str, name: str, part: Part) -> Tensor:
     return values.to(part.values.device, part.values.dtype).view(part.values.shape)
 
 
-def _told(shape: torch.Size | None) -> str:
+def _shape_text(shape: torch.Size | None) -> str:
     return "absent" if shape is None else f"of shape {list(shape)}"

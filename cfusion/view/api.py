@@ -102,13 +102,13 @@ def routes(viewer: Viewer, lifespan: Callable[[Starlette], AbstractAsyncContextM
         f"{slide}/patch.jpg": api.patch,
         f"{slide}/whole.jpg": api.whole,
     }
-    handlers: dict[Any, Any] = dict.fromkeys((*STATUS, HTTPException, Exception), _told)
+    handlers: dict[Any, Any] = dict.fromkeys((*STATUS, HTTPException, Exception), _error_response)
     return Starlette(
         routes=[Route(path, answer) for path, answer in table.items()], exception_handlers=handlers, lifespan=lifespan
     )
 
 
-def _told(request: Request, error: Exception) -> Response:
+def _error_response(request: Request, error: Exception) -> Response:
     """An error as the page shows it."""
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail, "remedy": ""}, error.status_code, headers=error.headers)

@@ -31,7 +31,7 @@ def package_path() -> Path:
     return cache / "cfusion" / f"openseadragon-{VERSION}.tgz"
 
 
-def fetch() -> Path:
+def fetch_package() -> Path:
     """Fetch the package through npm, unless it is there; nothing of it is executed.
 
     Returns:

@@ -166,7 +166,7 @@ class SlideFolder:
 
 
 @dataclass
-class _Entry:
+class _CachedSlide:
     stamp: tuple[int, ...]
     users: int = 0
     retired: bool = False
@@ -185,7 +185,7 @@ class OpenSlides:
     def __init__(self, opener: Callable[[Path], DeepZoom], limit: int) -> None:
         self._opener = opener
         self._limit = limit
-        self._entries: OrderedDict[Path, _Entry] = OrderedDict()
+        self._entries: OrderedDict[Path, _CachedSlide] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -214,21 +214,21 @@ class OpenSlides:
             for path in list(self._entries):
                 self._retire(path)
 
-    def _enter(self, path: Path) -> _Entry:
+    def _enter(self, path: Path) -> _CachedSlide:
         stamp = stamp_of(path)
         with self._lock:
             if path in self._entries and (stamp is None or self._entries[path].stamp != stamp):
                 self._retire(path)
             if stamp is None:
                 raise gone(path)
-            entry = self._entries.setdefault(path, _Entry(stamp))
+            entry = self._entries.setdefault(path, _CachedSlide(stamp))
             self._entries.move_to_end(path)
             entry.users += 1
             for other in [p for p, e in self._entries.items() if not e.users][: max(0, len(self) - self._limit)]:
                 self._retire(other)
             return entry
 
-    def _leave(self, entry: _Entry) -> None:
+    def _leave(self, entry: _CachedSlide) -> None:
         with self._lock:
             entry.users -= 1
             if entry.retired and not entry.users and entry.zoom is not None:

@@ -69,7 +69,7 @@ def slurm_script(plan: LaunchPlan, options: SlurmOptions) -> str:
     return "\n".join(
         [
             "#!/bin/bash",
-            f"# {_told(plan)} Written by cfusion launch slurm.",
+            f"# {_summary_line(plan)} Written by cfusion launch slurm.",
             *(f"#SBATCH --{key}{f'={value}' if value else ''}" for key, value in _directives(plan, options).items()),
             "",
             *(one_line("--setup", line) for line in options.setup),
@@ -129,7 +129,7 @@ def _container(options: SlurmOptions) -> list[str]:
     return [image, f"--container-mounts={mounts}", "--container-workdir=$PWD"]
 
 
-def _told(plan: LaunchPlan) -> str:
+def _summary_line(plan: LaunchPlan) -> str:
     resources = plan.resources
     return f"{resources.nodes} nodes of {resources.processes_per_node} processes, {resources.hours:g} h."
 

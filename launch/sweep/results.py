@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cfusion.report.comparison.cells import Cost, Member, compare_members
+from cfusion.report.comparison.cells import ComparedRun, Cost, compare_runs
 from cfusion.report.comparison.comparison_files import write_comparison
 from launch.sweep.markers import attempts
 from launch.sweep.plan import PlannedRun, SweepConfig
@@ -20,10 +20,10 @@ def report_sweep(sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path) -> P
     """
     members = members_of(runs, look(runs))
     bootstrap = max(run.config.evaluation.bootstrap for run in runs)
-    return write_comparison(compare_members(members, bootstrap), out, title=sweep.name)
+    return write_comparison(compare_runs(members, bootstrap), out, title=sweep.name)
 
 
-def members_of(runs: Sequence[PlannedRun], statuses: Sequence[RunStatus]) -> list[Member]:
+def members_of(runs: Sequence[PlannedRun], statuses: Sequence[RunStatus]) -> list[ComparedRun]:
     """The runs with the cell each belongs to.
 
     Cohort, encoder, protocol, seed, fold and permuted outcomes are those of the configuration. What else a sweep
@@ -32,7 +32,7 @@ def members_of(runs: Sequence[PlannedRun], statuses: Sequence[RunStatus]) -> lis
     """
     varied = _varied(runs)
     return [
-        Member(
+        ComparedRun(
             name=run.name,
             folder=run.config.output,
             cohort=run.config.cohort.name,

@@ -38,7 +38,7 @@ class StainTexture:
     def __init__(self) -> None:
         from preprocess import descriptor
 
-        self._describe = descriptor.describe
+        self._describe = descriptor.describe_tiles
         self.dim: int = descriptor.DIM
         self.identity: dict[str, Any] = {
             "version": str(descriptor.VERSION), "weights": "none (untrained)", "transform": "none", "precision": "f32",

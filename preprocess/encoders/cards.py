@@ -18,7 +18,7 @@ SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}
 
 
 @dataclass(frozen=True)
-class ModelCard:
+class EncoderCard:
     """One encoder.
 
     Attributes:
@@ -65,21 +65,21 @@ _OPTIMUS: dict[str, Any] = {
     "img_size": 224, "init_values": 1e-5, "dynamic_img_size": False, "global_pool": "token",
 }  # fmt: skip
 
-CARDS: dict[str, ModelCard] = {
-    "resnet50": ModelCard(
+CARDS: dict[str, EncoderCard] = {
+    "resnet50": EncoderCard(
         1024, "resnet50", "timm/resnet50.tv_in1k", "https://huggingface.co/timm/resnet50.tv_in1k", "BSD-3-Clause",
         gated=False, options={"features_only": True, "out_indices": (3,)}, file="model.safetensors", pool="map",
         filter="bilinear",
     ),
-    "resnet50-2048": ModelCard(
+    "resnet50-2048": EncoderCard(
         2048, "resnet50", "timm/resnet50.tv_in1k", "https://huggingface.co/timm/resnet50.tv_in1k", "BSD-3-Clause",
         gated=False, file="model.safetensors", filter="bilinear",
     ),
-    "uni": ModelCard(
+    "uni": EncoderCard(
         1024, "vit_large_patch16_224", "MahmoodLab/UNI", "https://huggingface.co/MahmoodLab/UNI", "CC-BY-NC-ND-4.0",
         options={"init_values": 1e-5, "dynamic_img_size": True}, filter="bilinear", precision="f16",
     ),
-    "uni2-h": ModelCard(
+    "uni2-h": EncoderCard(
         1536, "vit_giant_patch14_224", "MahmoodLab/UNI2-h", "https://huggingface.co/MahmoodLab/UNI2-h",
         "CC-BY-NC-ND-4.0", filter="bilinear", precision="bf16", prefix_tokens=9,
         options={
@@ -87,55 +87,55 @@ CARDS: dict[str, ModelCard] = {
             "mlp_ratio": 2.66667 * 2, "no_embed_class": True, "reg_tokens": 8, "dynamic_img_size": True, **SWIGLU,
         },
     ),
-    "conch": ModelCard(
+    "conch": EncoderCard(
         512, "vit_base_patch16_224", "MahmoodLab/CONCH", "https://huggingface.co/MahmoodLab/CONCH", "CC-BY-NC-ND-4.0",
         options={"img_size": 448, "dynamic_img_size": True}, layout="conch", pool="attention", resize_px=448,
         image_px=448, colours=CLIP,
     ),
-    "conch-v1.5": ModelCard(
+    "conch-v1.5": EncoderCard(
         768, "vit_large_patch16_224", "MahmoodLab/conchv1_5", "https://huggingface.co/MahmoodLab/conchv1_5",
         "CC-BY-NC-ND-4.0", options={"img_size": 448, "dynamic_img_size": True, "init_values": 1.0},
         file="pytorch_model_vision.bin", layout="conch-v1.5", pool="attention", resize_px=448, image_px=448,
         filter="bilinear", precision="f16",
     ),
-    "quiltnet": ModelCard(
+    "quiltnet": EncoderCard(
         512, "vit_base_patch32_clip_quickgelu_224", "wisdomik/QuiltNet-B-32",
         "https://huggingface.co/wisdomik/QuiltNet-B-32", "MIT", gated=False, options={"num_classes": 512},
         file="open_clip_pytorch_model.bin", layout="open_clip", colours=CLIP,
     ),
-    "prov-gigapath": ModelCard(
+    "prov-gigapath": EncoderCard(
         1536, "vit_giant_patch14_dinov2", "prov-gigapath/prov-gigapath",
         "https://huggingface.co/prov-gigapath/prov-gigapath", "Apache-2.0 with the card's terms of use",
         options={"img_size": 224, "patch_size": 16, "init_values": 1e-5, "global_pool": "token"}, resize_px=256,
         precision="f16",
     ),
-    "virchow": ModelCard(
+    "virchow": EncoderCard(
         2560, "vit_huge_patch14_224", "paige-ai/Virchow", "https://huggingface.co/paige-ai/Virchow", "Apache-2.0",
         options=_VIRCHOW, pool="token+mean", precision="f16",
     ),
-    "virchow2": ModelCard(
+    "virchow2": EncoderCard(
         2560, "vit_huge_patch14_224", "paige-ai/Virchow2", "https://huggingface.co/paige-ai/Virchow2",
         "CC-BY-NC-ND-4.0", options={**_VIRCHOW, "reg_tokens": 4}, pool="token+mean", prefix_tokens=5, precision="f16",
     ),
-    "h-optimus-0": ModelCard(
+    "h-optimus-0": EncoderCard(
         1536, "vit_giant_patch14_reg4_dinov2", "bioptimus/H-optimus-0", "https://huggingface.co/bioptimus/H-optimus-0",
         "Apache-2.0", options=_OPTIMUS, colours=OPTIMUS, filter="bilinear", precision="f16", prefix_tokens=5,
     ),
-    "h-optimus-1": ModelCard(
+    "h-optimus-1": EncoderCard(
         1536, "vit_giant_patch14_reg4_dinov2", "bioptimus/H-optimus-1", "https://huggingface.co/bioptimus/H-optimus-1",
         "CC-BY-NC-ND-4.0", options=_OPTIMUS, colours=OPTIMUS, filter="bilinear", precision="f16", prefix_tokens=5,
     ),
-    "phikon-v2": ModelCard(
+    "phikon-v2": EncoderCard(
         1024, "vit_large_patch16_224", "owkin/phikon-v2", "https://huggingface.co/owkin/phikon-v2",
         "Owkin non-commercial licence", gated=False, options={"init_values": 1.0}, file="model.safetensors",
         layout="dinov2",
     ),
-    "hibou-b": ModelCard(
+    "hibou-b": EncoderCard(
         768, "vit_base_patch14_reg4_dinov2", "histai/hibou-b", "https://huggingface.co/histai/hibou-b", "Apache-2.0",
         options={"img_size": 224, "mlp_ratio": 2 * 2048 / 768, **SWIGLU}, file="model.safetensors", layout="dinov2",
         colours=HIBOU, prefix_tokens=5,
     ),
-    "hibou-l": ModelCard(
+    "hibou-l": EncoderCard(
         1024, "vit_large_patch14_reg4_dinov2", "histai/hibou-L", "https://huggingface.co/histai/hibou-L", "Apache-2.0",
         options={"img_size": 224, "mlp_ratio": 2 * 2736 / 1024, **SWIGLU}, file="model.safetensors", layout="dinov2",
         colours=HIBOU, prefix_tokens=5,

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from cfusion.errors import ConfigError, DataError, MissingExtraError, WeightsError
 from cfusion.files import digest_file
-from preprocess.encoders.cards import CARDS, ModelCard
-from preprocess.encoders.weights import fetch, file_name, find_weights, read_weights, to_network_names
+from preprocess.encoders.cards import CARDS, EncoderCard
+from preprocess.encoders.weights import fetch_weights, file_name, find_weights, read_weights, to_network_names
 from preprocess.settings import PreprocessConfig
 
 HUB = "https://huggingface.co"
@@ -36,7 +36,7 @@ class NetworkEncoder:
     """
 
     def __init__(
-        self, name: str, card: ModelCard, network: nn.Module, weights_digest: str, device: str, precision: str
+        self, name: str, card: EncoderCard, network: nn.Module, weights_digest: str, device: str, precision: str
     ) -> None:
         self.name, self.dim, self._card = file_name(name), card.dim, card
         self._device, self._dtype = torch.device(device), DTYPES[precision]
@@ -120,7 +120,7 @@ def load_network(name: str, config: PreprocessConfig, device: str) -> NetworkEnc
     return NetworkEncoder(name, card, network, digest_file(path), device, precision)
 
 
-def card_of(name: str, offline: bool = False) -> ModelCard:
+def card_of(name: str, offline: bool = False) -> EncoderCard:
     """The card of a name; that of `timm:NAME` and `hf:OWNER/NAME` is what timm knows of the model.
 
     Raises:
@@ -134,8 +134,8 @@ def card_of(name: str, offline: bool = False) -> ModelCard:
     kind, _, architecture = name.partition(":")
     repo = architecture
     if kind == "hf":
-        config = ModelCard(0, "", repo, f"{HUB}/{repo}", "see its card", gated=False, file="config.json")
-        architecture = f"local-dir:{fetch(name, config, offline).parent}"
+        config = EncoderCard(0, "", repo, f"{HUB}/{repo}", "see its card", gated=False, file="config.json")
+        architecture = f"local-dir:{fetch_weights(name, config, offline).parent}"
     try:
         network = timm.create_model(architecture, pretrained=False, num_classes=0)
     except (RuntimeError, ValueError, TypeError, OSError, KeyError) as error:
@@ -144,7 +144,7 @@ def card_of(name: str, offline: bool = False) -> ModelCard:
     image_px = told["input_size"][-1]
     if kind == "timm":
         repo = told.get("hf_hub_id") or ""
-    return ModelCard(
+    return EncoderCard(
         network.num_features, architecture, repo, f"{HUB}/{repo}", told.get("license") or "see its card",
         gated=False, file="model.safetensors", resize_px=round(image_px / (told.get("crop_pct") or 1)),
         image_px=image_px, filter="bilinear" if told.get("interpolation") == "bilinear" else "bicubic",
@@ -152,7 +152,7 @@ def card_of(name: str, offline: bool = False) -> ModelCard:
     )  # fmt: skip
 
 
-def build_network(card: ModelCard) -> nn.Module:
+def build_network(card: EncoderCard) -> nn.Module:
     """The network of a card, with random weights."""
     timm = import_timm()
     options = {"num_classes": 0, **card.options}
@@ -165,7 +165,7 @@ def build_network(card: ModelCard) -> nn.Module:
     return AttentionPooled(network, card.dim) if card.pool == "attention" else network
 
 
-def load_weights(network: nn.Module, card: ModelCard, path: Path) -> None:
+def load_weights(network: nn.Module, card: EncoderCard, path: Path) -> None:
     """Load a checkpoint into a network, every weight of which it must hold.
 
     Raises:

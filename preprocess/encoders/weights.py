@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cfusion.errors import MissingExtraError, WeightsError
-from preprocess.encoders.cards import ModelCard
+from preprocess.encoders.cards import EncoderCard
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 """Endings of a local checkpoint, in the order in which they are looked for."""
 
 
-def find_weights(name: str, card: ModelCard, folder: Path | None, offline: bool) -> Path:
+def find_weights(name: str, card: EncoderCard, folder: Path | None, offline: bool) -> Path:
     """The checkpoint of an encoder: a local file, or the hub's cache, or the hub.
 
     Args:
@@ -44,10 +44,10 @@ def find_weights(name: str, card: ModelCard, folder: Path | None, offline: bool)
             if (path := folder / f"{stem}{suffix}").is_file():
                 return path
     local = f", or put the file at {folder or 'WEIGHTS'}/{stem}{Path(card.file).suffix} (--weights)"
-    return fetch(name, card, offline, local)
+    return fetch_weights(name, card, offline, local)
 
 
-def fetch(name: str, card: ModelCard, offline: bool, otherwise: str = "") -> Path:
+def fetch_weights(name: str, card: EncoderCard, offline: bool, otherwise: str = "") -> Path:
     """`card.file` from the hub's cache or the hub; `otherwise` ends the remedy where it cannot be had.
 
     Raises:
@@ -103,7 +103,7 @@ def to_network_names(weights: Mapping[str, Tensor], layout: str) -> dict[str, Te
 
     Args:
         weights: Tensors as the checkpoint names them.
-        layout: See `ModelCard.layout`.
+        layout: See `EncoderCard.layout`.
     """
     if layout == "dinov2" and any(key.startswith("encoder.layer.") for key in weights):
         return _from_dinov2(weights)

@@ -241,10 +241,10 @@ def _draw_slide(spec: PhantomSpec, patient: Patient, number: int, folder: Path) 
     if patient.magnification == 40:
         image = image.repeat(2, axis=0).repeat(2, axis=1)
     with atomic_path(path) as temporary:
-        write_slide(temporary, image, patient.magnification)
+        write_drawn_slide(temporary, image, patient.magnification)
 
 
-def write_slide(path: Path, image: UInt8[np.ndarray, "y x 3"], magnification: int) -> None:
+def write_drawn_slide(path: Path, image: UInt8[np.ndarray, "y x 3"], magnification: int) -> None:
     """Write an image as a pyramid of JPEG tiles in Aperio's dialect of TIFF.
 
     Args:
@@ -277,5 +277,5 @@ def write_slide(path: Path, image: UInt8[np.ndarray, "y x 3"], magnification: in
 
 __all__ = [
     "CELL_PX", "JPEG_QUALITY", "PHANTOMS", "Patient", "PhantomCohort", "PhantomSpec", "draw_cohort", "plan_patients",
-    "write_slide",
+    "write_drawn_slide",
 ]  # fmt: skip

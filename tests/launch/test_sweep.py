@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from cfusion import program
 from cfusion.cli.main import app
-from cfusion.cli.sweep_views import duration, legend, picture, runs_table, words
+from cfusion.cli.sweep_views import duration, legend, picture, status_table, words
 from cfusion.errors import ConfigError, DataError, PartialResultError
 from launch.sweep import plan as plan_module
 from launch.sweep import status as status_module
@@ -118,7 +118,7 @@ def test_pictures_of_a_sweep(files, tmp_path):
     write_failure(runs[0].config.output, "RuntimeError: two\nlines")
     statuses = look(runs)
     console = rich.console.Console(width=120, record=True, file=(tmp_path / "out").open("w"))
-    for drawn in (runs_table(statuses, list(runs[0].values)), picture(*grid(statuses, list(runs[0].values)))):
+    for drawn in (status_table(statuses, list(runs[0].values)), picture(*grid(statuses, list(runs[0].values)))):
         console.print(drawn)
     for line in (legend(counts(statuses)), *words(statuses)):
         console.print(line)

@@ -16,7 +16,7 @@ from cfusion.cohort.read import read_cohort
 from cfusion.config import CohortConfig
 from cfusion.errors import ConfigError, DataError
 from cfusion.survival.metrics import concordance
-from preprocess.descriptor import describe
+from preprocess.descriptor import describe_tiles
 from preprocess.phantom.draw import PHANTOMS, PhantomCohort, PhantomSpec, draw_cohort, plan_patients
 from preprocess.phantom.histology import Stain, atlas, draw_tissue, gland_field
 
@@ -199,7 +199,7 @@ def slide_means(image: np.ndarray) -> list[np.ndarray]:
         rows, columns = image.shape[0] // 256, image.shape[1] // 256
         tiles = image.reshape(rows, 256, columns, 256, 3).swapaxes(1, 2).reshape(-1, 256, 256, 3)[::step]
         tiles = np.rint(tiles[tiles.min(axis=3).mean(axis=(1, 2)) < 225]).astype(np.uint8)
-        means.append(describe(tiles).mean(axis=0))
+        means.append(describe_tiles(tiles).mean(axis=0))
         image = halved(image)
     return means
 

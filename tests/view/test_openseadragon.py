@@ -45,14 +45,14 @@ def test_what_npm_packs_is_kept_and_loaded(tmp_path, cache, monkeypatch):
     assert openseadragon.load() is None
     script = f'echo "$@" > {tmp_path}/called; for last; do :; done; cp {tmp_path}/packed.tgz "$last/openseadragon.tgz"'
     npm(tmp_path / "bin", script, monkeypatch)
-    target = openseadragon.fetch()
+    target = openseadragon.fetch_package()
     assert target.is_relative_to(cache)
     called = (tmp_path / "called").read_text().split()
     assert called[:3] == ["pack", f"openseadragon@{openseadragon.VERSION}", "--ignore-scripts"]
     loaded = openseadragon.load()
     assert loaded == {"openseadragon.min.js": b"var OpenSeadragon;", "LICENSE.txt": b"BSD-3-Clause"}
     (tmp_path / "called").unlink()
-    assert openseadragon.fetch() == target
+    assert openseadragon.fetch_package() == target
     assert not (tmp_path / "called").exists(), "what is there is not fetched again"
 
 
@@ -60,7 +60,7 @@ def test_another_package_is_refused_and_leaves_nothing(tmp_path, cache, monkeypa
     (tmp_path / "packed.tgz").write_bytes(package(b"alert(1)"))
     npm(tmp_path / "bin", f'for last; do :; done; cp {tmp_path}/packed.tgz "$last/openseadragon.tgz"', monkeypatch)
     with pytest.raises(DataError, match=r"is not openseadragon .* digest"):
-        openseadragon.fetch()
+        openseadragon.fetch_package()
     assert not list(cache.rglob("*.tgz"))
 
 
@@ -78,8 +78,8 @@ def test_a_changed_cache_is_not_served(cache):
 def test_npm_that_fails_or_is_not_there_is_told(tmp_path, cache, monkeypatch):
     npm(tmp_path / "bin", "echo 'E404 not found' >&2; exit 1", monkeypatch)
     with pytest.raises(CfusionError, match="E404 not found"):
-        openseadragon.fetch()
+        openseadragon.fetch_package()
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     with pytest.raises(CfusionError, match="npm is not installed"):
-        openseadragon.fetch()
+        openseadragon.fetch_package()
     assert not cache.exists() or not list(cache.rglob("*.tgz"))

@@ -57,7 +57,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Member:
+class ComparedRun:
     """One run of a sweep, where it stands in the comparison.
 
     Attributes:
@@ -109,8 +109,8 @@ class Cell:
     encoder: str
     model: str
     protocol: str
-    members: tuple[Member, ...]
-    permuted: tuple[Member, ...]
+    members: tuple[ComparedRun, ...]
+    permuted: tuple[ComparedRun, ...]
     summary: pd.Series | None = None
     null: float = _NAN
     p_best: float = _NAN
@@ -194,7 +194,7 @@ class Comparison:
         return [cell for cell in self.cells if cell.protocol == protocol]
 
 
-def compare_members(members: Sequence[Member], bootstrap: int = 1000) -> Comparison:
+def compare_runs(members: Sequence[ComparedRun], bootstrap: int = 1000) -> Comparison:
     """Score every cell, test it against the best of its cohort and protocol, and rank models and encoders.
 
     Args:
@@ -206,7 +206,7 @@ def compare_members(members: Sequence[Member], bootstrap: int = 1000) -> Compari
     """
     if not any(member.state == "done" for member in members):
         raise DataError("none of the sweep's runs is done.", "Run it: cfusion sweep run.")
-    grouped: dict[tuple[str, str, str, str], list[Member]] = {}
+    grouped: dict[tuple[str, str, str, str], list[ComparedRun]] = {}
     for member in members:
         grouped.setdefault((member.cohort, member.encoder, member.model, member.protocol), []).append(member)
     empty = [
@@ -228,7 +228,7 @@ def _scored(cell: Cell, bootstrap: int) -> Cell:
     return replace(cell, summary=_summary(cell, cell.members, bootstrap), null=null)
 
 
-def _summary(cell: Cell, members: Sequence[Member], bootstrap: int) -> pd.Series | None:
+def _summary(cell: Cell, members: Sequence[ComparedRun], bootstrap: int) -> pd.Series | None:
     done = [member for member in members if member.state == "done"]
     if not done:
         return None
@@ -236,7 +236,7 @@ def _summary(cell: Cell, members: Sequence[Member], bootstrap: int) -> pd.Series
     return score(_predictions(cell, done), *truth, bootstrap=bootstrap).summary.iloc[0]
 
 
-def _predictions(cell: Cell, members: Sequence[Member]) -> pd.DataFrame:
+def _predictions(cell: Cell, members: Sequence[ComparedRun]) -> pd.DataFrame:
     frames = [read_predictions(member.folder / "predictions.csv") for member in members]
     return pd.concat(frames, ignore_index=True).assign(model=cell.label, cohort=cell.cohort)
 

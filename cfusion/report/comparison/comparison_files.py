@@ -9,11 +9,11 @@ from pathlib import Path
 from markupsafe import Markup
 
 from cfusion.files import write_text
-from cfusion.report.comparison.cells import RANKED, Comparison, Cost, Member
-from cfusion.report.comparison.comparison_tables import Grid, cells_table, runs_table, tests_table
+from cfusion.report.comparison.cells import RANKED, ComparedRun, Comparison, Cost
+from cfusion.report.comparison.comparison_tables import ResultGrid, cells_table, runs_table, tests_table
 from cfusion.report.comparison.critical_difference import cd_diagram
 from cfusion.report.comparison.paper import latex, markdown
-from cfusion.report.context import PROTOCOLS
+from cfusion.report.context import PROTOCOL_TEXTS
 from cfusion.report.report_files import write_table
 from cfusion.report.run_page import report_environment
 from cfusion.report.standalone import standalone
@@ -46,7 +46,7 @@ def write_comparison(comparison: Comparison, out: Path, *, title: str) -> Path:
 
 def _write_diagrams(comparison: Comparison, out: Path) -> None:
     """A diagram per ranking; those of an earlier report that this one lacks would be read as its own, and go."""
-    for what, protocol in itertools.product(RANKED, PROTOCOLS):
+    for what, protocol in itertools.product(RANKED, PROTOCOL_TEXTS):
         path = out / f"ranks_{what}_{protocol}.svg"
         ranking = comparison.rankings.get((protocol, what))
         if ranking is None:
@@ -66,7 +66,7 @@ def render_comparison(comparison: Comparison, out: Path, title: str) -> str:
     }
     return environment.get_template("comparison.html.j2").render(
         title=title,
-        grids=[Grid.of(comparison, protocol) for protocol in comparison.protocols],
+        grids=[ResultGrid.of(comparison, protocol) for protocol in comparison.protocols],
         anchors={cell.key: f"cell-{number}" for number, cell in enumerate(comparison.cells)},
         cells=comparison.cells,
         tests=tests,
@@ -75,14 +75,14 @@ def render_comparison(comparison: Comparison, out: Path, title: str) -> str:
         failed=[m for m in members if m.state == "failed"],
         counts={state: sum(m.state == state for m in members) for state in ("done", "running", "failed", "open")},
         total=Cost.total(costs),
-        protocols={p: PROTOCOLS[p] for p in comparison.protocols},
+        protocols={p: PROTOCOL_TEXTS[p] for p in comparison.protocols},
         nulls=any(cell.permuted for cell in comparison.cells),
         links=lambda member: _links(member, out),
         style=Markup(environment.get_template("style.css").render()),  # noqa: S704 - our own style sheet
     )
 
 
-def _links(member: Member, out: Path) -> dict[str, str]:
+def _links(member: ComparedRun, out: Path) -> dict[str, str]:
     """What of a run's folder is there to look at, relative to the page."""
     names = {"folder": "", "report": "report/index.html", "predictions": "predictions.csv", "log": "run.log"}
     return {

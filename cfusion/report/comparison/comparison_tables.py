@@ -13,7 +13,7 @@ from cfusion.report.context import optimistic
 
 
 @dataclass(frozen=True)
-class Grid:
+class ResultGrid:
     """The cells of one protocol, as a paper prints them.
 
     Attributes:
@@ -29,7 +29,7 @@ class Grid:
     cells: dict[tuple[str, str, str], Cell]
 
     @classmethod
-    def of(cls, comparison: Comparison, protocol: str) -> Grid:
+    def of(cls, comparison: Comparison, protocol: str) -> ResultGrid:
         """The grid of a protocol."""
         cells = comparison.of(protocol)
         return cls(

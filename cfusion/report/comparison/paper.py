@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cfusion.report.comparison.cells import RANKED, Cell, Comparison
-from cfusion.report.comparison.comparison_tables import Grid, tests_table
+from cfusion.report.comparison.comparison_tables import ResultGrid, tests_table
 from cfusion.report.comparison.critical_difference import cohorts_of, verdict
-from cfusion.report.context import PROTOCOLS, named
+from cfusion.report.context import PROTOCOL_TEXTS, named
 from cfusion.report.figures import bare_p
 
 _TEX = {
@@ -53,7 +53,7 @@ class Printed:
 
 def printed(comparison: Comparison, protocol: str) -> list[Printed]:
     """The tables of a protocol: results of all cohorts, each cohort with its tests, ranks over cohorts."""
-    grid = Grid.of(comparison, protocol)
+    grid = ResultGrid.of(comparison, protocol)
     tests = tests_table(comparison)
     cohorts = [_cohort(grid, cohort, tests) for cohort in grid.cohorts]
     return [_results(grid), *cohorts, *_ranks(comparison, protocol)]
@@ -63,7 +63,7 @@ def markdown(comparison: Comparison, title: str) -> str:
     """A section a protocol, under its meaning."""
     parts = [f"# {title}"]
     for protocol in comparison.protocols:
-        parts += [f"## Protocol {protocol}", PROTOCOLS[protocol]]
+        parts += [f"## Protocol {protocol}", PROTOCOL_TEXTS[protocol]]
         parts += [_markdown_table(table) for table in printed(comparison, protocol)]
     return "\n\n".join(parts) + "\n"
 
@@ -79,7 +79,7 @@ def escape_latex(words: str) -> str:
     return re.sub(r"[\\&%$#_{}~^<>|±†‡–−]", lambda found: _TEX[found[0]], words)
 
 
-def _results(grid: Grid) -> Printed:
+def _results(grid: ResultGrid) -> Printed:
     rows, bold = [], set()
     costs = {method: grid.cost(*method) for method in grid.methods}
     on_gpus = any(cost.gpu_hours > 0 for cost in costs.values())
@@ -100,7 +100,7 @@ def _mean_and_sd(cell: Cell | None) -> str:
     return f"{cell.value:.3f} ± {cell.summary['cindex_std']:.3f}{cell.mark}"
 
 
-def _cohort(grid: Grid, cohort: str, tests: list[dict[str, Any]]) -> Printed:
+def _cohort(grid: ResultGrid, cohort: str, tests: list[dict[str, Any]]) -> Printed:
     """A cohort's methods with what the table of results has no room for."""
     found = {row["model"]: row for row in tests if (row["cohort"], row["protocol"]) == (cohort, grid.protocol)}
     cells = [cell for cell in grid.cells.values() if cell.cohort == cohort]

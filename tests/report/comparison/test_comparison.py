@@ -11,7 +11,7 @@ import pytest
 from cfusion.cohort.splits import write_splits
 from cfusion.errors import DataError
 from cfusion.files import digest_json
-from cfusion.report.comparison.cells import Comparison, Cost, Member, compare_members
+from cfusion.report.comparison.cells import ComparedRun, Comparison, Cost, compare_runs
 from cfusion.report.comparison.comparison_files import write_comparison
 from cfusion.report.comparison.paper import escape_latex, printed
 from cfusion.survival.metrics import concordance
@@ -31,14 +31,14 @@ def member(
     state: str = "done",
     permuted: int | None = None,
     protocol: str = "strict",
-) -> Member:
+) -> ComparedRun:
     """A run with made-up predictions, if it is done."""
     name = f"{cohort}-{encoder}-{model}-{seed}{'' if permuted is None else f'-permuted-{permuted}'}"
     if state == "done":
         write_run(folder / name, cohort, model, seed, STRENGTH[encoder, model] if permuted is None else 0.0, protocol)
     word = "DataError: no <b>loss</b> & no gain" if state == "failed" else ""
     cost = Cost(0.5, 0.25, 0.1)
-    return Member(name, folder / name, cohort, encoder, model, protocol, seed, permuted, state, word, cost)
+    return ComparedRun(name, folder / name, cohort, encoder, model, protocol, seed, permuted, state, word, cost)
 
 
 def write_run(folder: Path, cohort: str, model: str, seed: int, strength: float, protocol: str) -> None:
@@ -62,7 +62,7 @@ def write_run(folder: Path, cohort: str, model: str, seed: int, strength: float,
 
 
 @pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory) -> list[Member]:
+def members(tmp_path_factory: pytest.TempPathFactory) -> list[ComparedRun]:
     folder = tmp_path_factory.mktemp("sweep") / "runs"
     cells = [(c, e, m) for c in ("a", "b", "c_d") for e, m in STRENGTH]
     found = [member(folder, *cell, seed) for cell in cells for seed in (1, 2) if cell != ("b", "conch", "weak")]
@@ -74,7 +74,7 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> list[Member]:
 
 @pytest.fixture(scope="module")
 def comparison(members) -> Comparison:
-    return compare_members(members, bootstrap=100)
+    return compare_runs(members, bootstrap=100)
 
 
 def cell(comparison: Comparison, cohort: str, encoder: str, model: str):
@@ -235,7 +235,7 @@ def test_every_output_of_the_published_protocol_says_that_it_is_optimistic(tmp_p
     names = [(c, m) for c in ("a", "b") for m in ("good_model", "weak")]
     published = [member(tmp_path / "p", c, "uni", m, 1, protocol="published") for c, m in names]
     strict = [member(tmp_path / "s", c, "uni", m, 1) for c, m in names]
-    out = write_comparison(compare_members([*strict, *published], bootstrap=20), tmp_path / "out", title="t").parent
+    out = write_comparison(compare_runs([*strict, *published], bootstrap=20), tmp_path / "out", title="t").parent
     warned = "OPTIMISTIC: the epoch is chosen on the same fold"
     sections = (out / "table.md").read_text().split("## Protocol ")[1:]
     assert [(part.split()[0], part.count(warned)) for part in sections] == [("strict", 0), ("published", 5)]
@@ -258,14 +258,14 @@ def test_a_large_cost_is_told_in_plain_digits():
 def test_a_narrower_report_leaves_no_diagram_of_a_wider_one(comparison, members, tmp_path):
     write_comparison(comparison, tmp_path, title="t")
     (tmp_path / "ranks_mine.svg").write_text("<svg/>")
-    models = compare_members([m for m in members if m.encoder == "uni"], bootstrap=0)
+    models = compare_runs([m for m in members if m.encoder == "uni"], bootstrap=0)
     write_comparison(models, tmp_path, title="t")
     assert sorted(path.name for path in tmp_path.glob("*.svg")) == ["ranks_mine.svg", "ranks_models_strict.svg"]
 
 
 def test_models_without_a_common_seed_are_said_not_to_be_compared(tmp_path):
     apart = [member(tmp_path, "a", "uni", "good_model", 1), member(tmp_path, "a", "uni", "weak", 2)]
-    compared = compare_members(apart, bootstrap=20)
+    compared = compare_runs(apart, bootstrap=20)
     out = write_comparison(compared, tmp_path / "out", title="t").parent
     html, md, tex = ((out / name).read_text() for name in ("index.html", "table.md", "table.tex"))
     assert "over the 0 tests" in html
@@ -278,7 +278,7 @@ def test_models_without_a_common_seed_are_said_not_to_be_compared(tmp_path):
 
 
 def test_without_a_bootstrap_nothing_is_tested(members, tmp_path):
-    without = compare_members([m for m in members if m.cohort == "a"], bootstrap=0)
+    without = compare_runs([m for m in members if m.cohort == "a"], bootstrap=0)
     assert without.tests.empty
     written = pd.read_csv(write_comparison(without, tmp_path, title="t").parent / "tests.csv")
     assert written.empty
@@ -291,4 +291,4 @@ def test_without_a_bootstrap_nothing_is_tested(members, tmp_path):
 
 def test_nothing_done_is_an_error(tmp_path):
     with pytest.raises(DataError, match="none of the sweep's runs is done"):
-        compare_members([member(tmp_path, "a", "uni", "weak", 1, state="open")])
+        compare_runs([member(tmp_path, "a", "uni", "weak", 1, state="open")])
