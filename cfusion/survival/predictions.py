@@ -104,8 +104,7 @@ def _check_values(frame: pd.DataFrame, source: str) -> None:
         refuse(frame[name].astype(float) % 1 != 0, f"{name} are no whole numbers", "Number them 0, 1, 2, …")
     known = ", ".join(KNOWN_PROTOCOLS)
     refuse(
-        ~frame["protocol"].isin(KNOWN_PROTOCOLS),
-        "protocol are not known",
+        ~frame["protocol"].isin(KNOWN_PROTOCOLS), "protocol are not known",
         f"Known: {known}; without the column: unknown.",
     )  # fmt: skip
     times = frame["survival_months"].astype(float)
