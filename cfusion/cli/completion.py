@@ -17,7 +17,10 @@ def settings(incomplete: str) -> list[tuple[str, str]]:
 
 def encoders(incomplete: str) -> list[tuple[str, str]]:
     """Names of the known encoders, with their licences."""
+    from cfusion.extensions import package_names
     from preprocess.encoders.cards import CARDS
 
-    found = {"stain-texture": "nothing learnt", **{name: card.licence for name, card in CARDS.items()}}
+    installed = dict.fromkeys(package_names("cfusion.encoders"), "of an installed package")
+    known = {name: card.licence for name, card in CARDS.items()}
+    found = {**installed, "stain-texture": "nothing learnt", **known}
     return [(name, told) for name, told in found.items() if name.startswith(incomplete)]

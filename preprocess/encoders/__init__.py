@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from cfusion.errors import ConfigError
+from cfusion.extensions import package_code, package_names
 from preprocess.encoders.cards import CARDS
 from preprocess.settings import PreprocessConfig
+
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+"""Names of encoders that can name a folder of the store."""
 
 
 class Encoder(Protocol):
@@ -50,8 +55,9 @@ class StainTexture:
 
 
 def encoder_names() -> list[str]:
-    """Every name the registry knows; besides, any `timm:NAME` and `hf:OWNER/NAME`."""
-    return [StainTexture.name, *CARDS]
+    """Every known name, those of installed packages last; any `timm:NAME` and `hf:OWNER/NAME` can be given as well."""
+    own = [StainTexture.name, *CARDS]
+    return [*own, *(name for name in package_names("cfusion.encoders") if name not in own)]
 
 
 def load_encoder(name: str, config: PreprocessConfig, device: str = "cpu") -> Encoder:
@@ -65,10 +71,15 @@ def load_encoder(name: str, config: PreprocessConfig, device: str = "cpu") -> En
     if name == StainTexture.name:
         return StainTexture()
     if name not in CARDS and not name.startswith(("timm:", "hf:")):
-        raise ConfigError(
-            f"encoder {name!r} is not known.",
-            f"Known: {', '.join(encoder_names())}; or timm:NAME, or hf:OWNER/NAME.",
-        )
+        code = package_code("cfusion.encoders", name) if _PLAIN.fullmatch(name) else None
+        if code is None:
+            raise ConfigError(
+                f"encoder {name!r} is not known.",
+                f"Known: {', '.join(encoder_names())}; or timm:NAME, or hf:OWNER/NAME.",
+            )
+        from preprocess.encoders.packaged import PackagedEncoder
+
+        return PackagedEncoder(code, config, device)
     from preprocess.encoders.networks import load_network
 
     return load_network(name, config, device)

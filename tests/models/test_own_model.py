@@ -388,3 +388,25 @@ def test_packages_that_offer_what_cannot_be_used(site):
 def test_plain_names_are_parts_of_paths():
     assert extensions.plain_name("models/mine.py:MaxMIL") == "mine-MaxMIL"
     assert extensions.plain_name("amil") == "amil"
+
+
+def test_a_sweep_over_files_has_plain_names_and_is_stale_after_an_edit(files, tmp_path, monkeypatch):
+    from launch.sweep.plan import SweepConfig, plan
+
+    monkeypatch.chdir(tmp_path)
+    Path("nets").mkdir()
+    Path("nets/mine.py").write_text(MAX_MIL)
+    base = files.config(tmp_path).model_dump(mode="json", exclude_defaults=True)
+    del base["model"], base["output"]
+    values = {"name": "own", "output": "sweep", "base": base, "axes": {"model": ["amil", "nets/mine.py:MaxMIL"]}}
+    before = plan(SweepConfig(**values))
+    assert [run.values["model"] for run in before] == ["amil", "mine-MaxMIL"]
+    assert before[1].config.output.parent == Path("sweep/runs")
+    Path("nets/mine.py").write_text(MAX_MIL + "# edited\n")
+    after = plan(SweepConfig(**values))
+    assert before[0].name == after[0].name
+    assert before[1].name != after[1].name
+    Path("nets/mine.py").unlink()
+    assert "nets/mine.py: is not there" in plan(SweepConfig(**values))[1].absent
+    with pytest.raises(ValueError, match="two values have one name"):
+        SweepConfig(**{**values, "axes": {"model": ["nets/mine.py:MaxMIL", "mine.py:MaxMIL"]}})
