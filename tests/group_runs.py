@@ -42,7 +42,11 @@ def train_together(configs: Sequence[Config], folder: Path) -> list[FoldRun]:
         dtype=runtime.dtype,
     )
     members = [
-        GroupMember(runtime, ready_fold(config, cohort, split, dataset, runtime, folder=folder, on_epoch=None), whole)
+        GroupMember(
+            runtime,
+            ready_fold(config, cohort, split, dataset, runtime, folder=folder / "group", on_epoch=None),
+            whole,
+        )
         for config in configs
         for split in folds_of(config)[1]
     ]
@@ -51,8 +55,7 @@ def train_together(configs: Sequence[Config], folder: Path) -> list[FoldRun]:
     def fails(member: GroupMember, error: CfusionError) -> list[GroupMember]:
         raise error
 
-    checkpoints = GroupCheckpoints(folder / "group", runtime)
-    Group(runtime, whole, data, checkpoints, results.__setitem__, fails).train(members)
+    Group(runtime, whole, data, GroupCheckpoints(members, runtime), results.__setitem__, fails).train(members)
     return [results[member] for member in members]
 
 

@@ -74,8 +74,8 @@ def shares_a_read(config: Config) -> str:
 def cross_validate_together(configs: Sequence[Config]) -> list[Scores]:
     """As `cross_validate` for several runs, all folds of all of them from one pass over the shards an epoch.
 
-    Each run ends with the files that it would have alone. A run that fails leaves the others going on. The state of
-    all folds is kept in the folder of the first run: give the runs in the same order to resume.
+    Each run ends with the files that it would have alone. If a run fails, the others continue. To resume, give the runs
+    in any order; runs that are done or have failed may be left out.
 
     Args:
         configs: Runs with `train.folds=together` and the same `shares_a_read`, such as other seeds and models.
@@ -148,12 +148,12 @@ def _train_together(
             child = tracked[number].child(folder.name, {"fold": split.fold, "repeat": split.repeat})
             fold = ready_fold(
                 run.config, run.cohort, split, dataset, runtime,
-                folder=folder, on_epoch=_logging_to(child),
+                folder=run.config.output / "checkpoints" / "group", on_epoch=_logging_to(child),
             )  # fmt: skip
             member = GroupMember(runtime, fold, whole)
             run_of[member], children[member] = number, child
-    checkpoints = GroupCheckpoints(runs[0].config.output / "checkpoints" / "group", runtime)
-    Group(runtime, whole, data, checkpoints, done, fails).train(list(run_of))
+    members = list(run_of)
+    Group(runtime, whole, data, GroupCheckpoints(members, runtime), done, fails).train(members)
     return failed
 
 

@@ -11,25 +11,20 @@ import dataclasses
 import json
 import logging
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cfusion.errors import CheckpointError, DataError
+from cfusion.errors import DataError
 from cfusion.files import read_json
 from cfusion.training.checkpoint_files import NUMBERS, Stored, open_checkpoint, write_checkpoint
+from cfusion.training.checkpoint_policy import FORMAT, INTERVAL_SECONDS, CheckpointPolicy, kept_checkpoints
 from cfusion.training.runtime import Runtime
 from cfusion.training.snapshot import OtherTrainingError, Snapshot
 from cfusion.yaml_files import differences
 
 logger = logging.getLogger(__name__)
-
-FORMAT = 2
-
-INTERVAL_SECONDS = 30.0
-"""A checkpoint is written at the first step this long after the one before."""
 
 
 @dataclass
@@ -59,7 +54,7 @@ class TrainState:
     loss_scale: dict[str, float] = field(default_factory=dict)
 
 
-class Checkpoints:
+class Checkpoints(CheckpointPolicy):
     """The checkpoints of one training, shared by all its processes; all of them call each method.
 
     Args:
@@ -79,38 +74,23 @@ class Checkpoints:
         keep: int = 2,
         card: Mapping[str, Any] | None = None,
     ) -> None:
-        self.folder = folder
+        super().__init__(folder, runtime, keep)
         self.identity = json.loads(json.dumps(identity, default=str))
-        self.runtime = runtime
-        self.keep = keep
         self.card = dict(card or {})
-        self._saved = time.monotonic()
         self._best = -1
 
     def save(self, state: TrainState, snapshot: Snapshot, *, now: bool) -> None:
-        """Write a checkpoint if `now`, or if the one before is `INTERVAL_SECONDS` old.
-
-        One that cannot be written, as on a full disk, is told of and tried again after the next interval.
+        """Write a checkpoint if `now`, or if the last one is `INTERVAL_SECONDS` old.
 
         Raises:
-            CheckpointError: It was to be written `now` and cannot be; older ones are as they were.
+            CheckpointError: It was to be written `now` and cannot be; older ones are unchanged.
         """
-        runtime = self.runtime
-        if not runtime.from_main(now or time.monotonic() - self._saved > INTERVAL_SECONDS):
-            return
-        problem = self._write(state, snapshot)
-        self._saved = time.monotonic()
-        if problem is None:
-            if runtime.is_main:
-                self._drop_older()
-            return
-        message = f"{_step_folder(self.folder, state.step)}: the checkpoint cannot be written ({problem})."
-        if now:
-            raise CheckpointError(message, "Make room there; the same command goes on from the checkpoint before.")
-        if runtime.is_main:
-            logger.warning("%s Training goes on; the checkpoint before is kept.", message)
+        if self._due(INTERVAL_SECONDS, now=now):
+            path = _step_folder(self.folder, state.step)
+            self._write(path, lambda: self._write_both(path, state, snapshot), now=now)
 
-    def _write(self, state: TrainState, snapshot: Snapshot) -> str | None:
+    def _write_both(self, path: Path, state: TrainState, snapshot: Snapshot) -> str | None:
+        """Write the best parameters, if they changed, and then the state."""
         numbers = {
             "format": FORMAT,
             "identity": self.identity,
@@ -125,14 +105,12 @@ class Checkpoints:
             if problem is not None:
                 return problem
             self._best = state.best_epoch
-        return write_checkpoint(self.runtime, _step_folder(self.folder, state.step), snapshot.pieces(), numbers)
+        return write_checkpoint(self.runtime, path, snapshot.pieces(), numbers)
 
     def _drop_older(self) -> None:
-        steps = kept_checkpoints(self.folder)
-        for old in steps[self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+        super()._drop_older()
         with contextlib.suppress(DataError):  # one that has been damaged since does not tell which best is its own
-            best = {best_of(self.folder, read_json(step / NUMBERS)) for step in steps[: self.keep]}
+            best = {best_of(self.folder, read_json(step / NUMBERS)) for step in kept_checkpoints(self.folder)}
             for folder in self.folder.glob("best_epoch_*"):
                 if folder not in best:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -146,49 +124,25 @@ class Checkpoints:
         Raises:
             CheckpointError: All are damaged, or the newest belongs to another model, data or engine.
         """
-        problem = ""
         kept = self.runtime.from_main(kept_checkpoints(self.folder))
-        for folder in kept:
-            told, state = self._try(folder, snapshot)
-            problem = problem or told
-            if state is not None:
-                self._tidy(newest=folder)
-                return state
-            if self.runtime.is_main and folder != kept[-1]:
-                logger.warning("%s The checkpoint before it is taken.", told)
-        if problem:
-            raise CheckpointError(problem, f"No checkpoint is whole. Delete {self.folder} to train from the start.")
-        self._tidy(newest=None)
-        return None
+        found = self._take_up(kept, lambda stored: self._restore(stored, snapshot))
+        self._tidy(newest=found[0] if found else None)
+        return found[1] if found else None
 
-    def _try(self, folder: Path, snapshot: Snapshot) -> tuple[str, TrainState | None]:
-        """What is wrong with a checkpoint, or the state that it holds; the same on every process."""
-        runtime = self.runtime
-        turns = {"turn": runtime.rank, "turns": runtime.world_size}
-        state, problem = None, ""
-        try:
-            with contextlib.ExitStack() as stack:
-                stored = stack.enter_context(open_checkpoint(folder, **turns))
-                self._check_identity(stored)
-                state = TrainState(**stored.numbers["state"])
-                best = best_of(self.folder, stored.numbers)
-                snapshot.fill(stored, None if best is None else stack.enter_context(open_checkpoint(best, **turns)))
-        except OtherTrainingError:
-            raise
-        except (DataError, OSError, RuntimeError) as error:
-            problem = " ".join(str(error).split())
-        problem = next((told for told in runtime.gather([problem]) if told), "")
-        if state is not None:
-            self._best = state.best_epoch
-        return problem, None if problem else state
+    def _restore(self, stored: Stored, snapshot: Snapshot) -> TrainState:
+        self._check_identity(stored)
+        state = TrainState(**stored.numbers["state"])
+        best = best_of(self.folder, stored.numbers)
+        turns = {"turn": self.runtime.rank, "turns": self.runtime.world_size}
+        with contextlib.nullcontext() if best is None else open_checkpoint(best, **turns) as stored_best:
+            snapshot.fill(stored, stored_best)
+        self._best = state.best_epoch
+        return state
 
     def _check_identity(self, stored: Stored) -> None:
+        self._check_format(stored)
         numbers, engine = stored.numbers, self.runtime.parallel.engine
         remedy = f"Delete {self.folder} to train from the start."
-        if numbers.get("format") != FORMAT:
-            raise OtherTrainingError(
-                f"{stored.folder}: has format {numbers.get('format')}; this program reads {FORMAT}.", remedy
-            )
         if numbers["engine"] != engine:
             raise OtherTrainingError(
                 f"{stored.folder}: was written by parallel.engine={numbers['engine']}; this run has {engine}.", remedy
@@ -206,11 +160,6 @@ class Checkpoints:
             for path in [*self.folder.glob(".*.tmp"), *self.folder.glob(".*.old"), *newer]:
                 shutil.rmtree(path, ignore_errors=True)
         self.runtime.barrier()
-
-
-def kept_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a training's folder, the newest first."""
-    return sorted((path for path in folder.glob("step_*") if path.is_dir()), reverse=True)
 
 
 def best_of(folder: Path, numbers: Mapping[str, Any]) -> Path | None:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from cfusion.config import ModelConfig, validate
 from cfusion.errors import CheckpointError, DataError
-from cfusion.training.checkpoint import best_of, kept_checkpoints
+from cfusion.training.checkpoint import best_of
 from cfusion.training.checkpoint_files import Stored, open_checkpoint
+from cfusion.training.checkpoint_policy import kept_checkpoints
 from cfusion.training.fitted import FittedModel, ModelCard, build, saved_code
 
 logger = logging.getLogger(__name__)

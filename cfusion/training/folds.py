@@ -24,8 +24,9 @@ from cfusion.survival.losses import LOSSES
 from cfusion.survival.predictions import fold_predictions
 from cfusion.training.checkpoint import TrainState
 from cfusion.training.fitted import FittedModel, ModelCard, build
+from cfusion.training.fold_job import FoldJob
 from cfusion.training.inference import patient_survival, predict_logits, prediction_frame
-from cfusion.training.loop import FoldJob, train_fold
+from cfusion.training.loop import train_fold
 from cfusion.training.runtime import Runtime
 from cfusion.training.schedule import make_optimizer
 from cfusion.training.step import Stepper

@@ -5,62 +5,24 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cfusion.config import Config
-from cfusion.data.loader import BagSet
 from cfusion.data.partition import MicroBatch, deal, earlier_draws, epoch_order, global_batches
-from cfusion.errors import ConfigError, DataError, RequeueError
-from cfusion.survival.bins import TimeBins
-from cfusion.survival.losses import LOSSES
-from cfusion.survival.metrics import concordance
+from cfusion.errors import RequeueError
 from cfusion.training.checkpoint import Checkpoints, TrainState
-from cfusion.training.inference import patient_survival, predict_logits
+from cfusion.training.choice import chosen_parameters, finish_epoch, has_ended, validation_scores
+from cfusion.training.fold_job import FoldJob, targets_of
+from cfusion.training.inference import predict_logits
 from cfusion.training.interruption import stop_requested
 from cfusion.training.runtime import Runtime
 from cfusion.training.schedule import learning_rate
 from cfusion.training.snapshot import Snapshot
 from cfusion.training.step import Share, Stepper, dropout_seed
-from cfusion.types import SurvivalOutput, Targets
-
-
-@dataclass(frozen=True)
-class FoldJob:
-    """One training: a configuration, its bags, and where its state lives.
-
-    Attributes:
-        config: The run's configuration.
-        train: Training bags.
-        validation: Bags that choose the epoch; None under `fixed-epoch`.
-        cases: Outcomes by patient: `time_months`, `event`.
-        bins: Time bins of the training patients.
-        sampling_weights: [bag], for `sampling: weighted`; None otherwise.
-        name: Of the training among those of other seeds and folds; its dropout follows from it.
-        identity: All of this as plain values, for checkpoints.
-        card: What the model is, for whoever reads a checkpoint without the run.
-        folder: Where checkpoints go.
-        on_epoch: Called on rank 0 with each finished epoch's number and metrics.
-    """
-
-    config: Config
-    train: BagSet
-    validation: BagSet | None
-    cases: pd.DataFrame
-    bins: TimeBins
-    sampling_weights: np.ndarray | None
-    name: str
-    identity: dict[str, Any]
-    card: dict[str, Any]
-    folder: Path
-    on_epoch: Callable[[int, dict[str, float]], None]
+from cfusion.types import Targets
 
 
 def train_fold(runtime: Runtime, job: FoldJob, model: nn.Module, stepper: Stepper) -> tuple[TrainState, Snapshot]:
@@ -86,7 +48,7 @@ def train_fold(runtime: Runtime, job: FoldJob, model: nn.Module, stepper: Steppe
     state = checkpoints.load(snapshot) or TrainState()
     runtime.loss_scale = state.loss_scale
     runtime.publish(model, snapshot.parts)
-    while state.epoch < train.epochs and not out_of_patience(state, train.patience):
+    while not has_ended(state, train):
         started = time.monotonic()
         lr = _train_epoch(runtime, job, state, snapshot, stepper, checkpoints)
         metrics = {"train_loss": state.loss_sum / state.samples_seen, "learning_rate": lr}
@@ -94,39 +56,12 @@ def train_fold(runtime: Runtime, job: FoldJob, model: nn.Module, stepper: Steppe
             if job.validation is not None:
                 logits = predict_logits(runtime, model, job.validation, train.micro_batch)
                 metrics |= validation_scores(job, job.validation, logits)
-            if is_best(state, metrics, job):
-                snapshot.best = snapshot.parameters()
-        state.history.append({"epoch": state.epoch, **metrics})
+            finish_epoch(job, state, snapshot, metrics, snapshot.parameters)
         if runtime.is_main:
-            job.on_epoch(state.epoch, {**metrics, "epoch_seconds": time.monotonic() - started})
-        state.epoch, state.samples_seen, state.loss_sum = state.epoch + 1, 0, 0.0
-    if not snapshot.best:
-        raise ConfigError(
-            f"No epoch was chosen: train.min_epoch={train.min_epoch}, but training ended after {state.epoch} epochs.",
-            "Raise train.epochs or lower train.min_epoch.",
-        )
-    snapshot.put(snapshot.best)
+            job.on_epoch(state.epoch - 1, {**metrics, "epoch_seconds": time.monotonic() - started})
+    snapshot.put(chosen_parameters(state, snapshot, train))
     runtime.publish(model, snapshot.parts)
     return state, snapshot
-
-
-def targets_of(job: FoldJob, bags: BagSet) -> Targets:
-    """Outcomes of the patients of `bags`, [bag]."""
-    rows = job.cases.loc[[bag.case_id for bag in bags.bags]]
-    return Targets(
-        torch.as_tensor(job.bins.label(rows["time_months"].to_numpy())),
-        torch.tensor(rows["event"].to_numpy(dtype=bool)),
-        torch.tensor(rows["time_months"].to_numpy(dtype=float)),
-    )
-
-
-def validation_scores(job: FoldJob, bags: BagSet, logits: Tensor) -> dict[str, float]:
-    """C-index over patients, and loss over bags; alpha is 0 here, as in the published program."""
-    loss = LOSSES[job.config.train.loss](SurvivalOutput.from_logits(logits), targets_of(job, bags), alpha=0.0)
-    survival = patient_survival(logits, bags)
-    cases = job.cases.loc[survival.index]
-    scored = concordance(cases["time_months"].to_numpy(), cases["event"].to_numpy(), -survival.sum(axis=1).to_numpy())
-    return {"validation_loss": loss.mean().item(), "validation_cindex": scored.cindex}
 
 
 def _train_epoch(
@@ -158,7 +93,7 @@ def _train_epoch(
     for batch, plan in zip(batches, plans, strict=True):
         lr = learning_rate(config.train, step=state.step, steps_per_epoch=steps_per_epoch)
         report = stepper.step([next(shares) for _ in plan], cases=len(batch), lr=lr, stop=stop_requested())
-        move_average(snapshot, config.train.ema)
+        snapshot.move_average(config.train.ema)
         state.step += 1
         state.samples_seen += len(batch)
         state.loss_sum += report.loss * len(batch)
@@ -192,42 +127,6 @@ def _shares(
         keys = [job.train.bags[i].key for i in indices]
         seed = dropout_seed(job.name, epoch, keys, earlier[step][list(micro.indices)].tolist())
         yield Share(batch, own.to(runtime.device), weights, seed)
-
-
-def out_of_patience(state: TrainState, patience: int | None) -> bool:
-    """Whether so many epochs have passed without a better validation score."""
-    return patience is not None and state.best_score is not None and state.epoch - 1 - state.best_epoch >= patience
-
-
-def is_best(state: TrainState, metrics: dict[str, float], job: FoldJob) -> bool:
-    """Whether the epoch that `state` stands in is the best so far; where nothing chooses, the latest is.
-
-    Its score is noted in `state`.
-
-    Raises:
-        DataError: The score is not finite.
-    """
-    train = job.config.train
-    if job.validation is None:
-        score = float(state.epoch)
-    else:
-        score = metrics["validation_cindex"] if train.monitor == "cindex" else -metrics["validation_loss"]
-    if not math.isfinite(score):
-        raise DataError(
-            f"The validation score of epoch {state.epoch} is not finite.", "Lower train.lr.", topic="not-finite"
-        )
-    if state.epoch < train.min_epoch or (state.best_score is not None and score <= state.best_score):
-        return False
-    state.best_score, state.best_epoch = score, state.epoch
-    return True
-
-
-def move_average(snapshot: Snapshot, decay: float | None) -> None:
-    """Move the average towards the parameters, where there is one."""
-    if decay is None:
-        return
-    for name, part in snapshot.parts.items():
-        snapshot.average[name].lerp_(part.values, 1 - decay)
 
 
 @contextlib.contextmanager

@@ -41,6 +41,14 @@ class Snapshot:
         for name, part in self.parts.items():
             part.values.copy_(values[name])
 
+    @torch.no_grad()
+    def move_average(self, decay: float | None) -> None:
+        """Move the average towards the parameters; nothing where there is none (`decay` None)."""
+        if decay is None:
+            return
+        for name, part in self.parts.items():
+            self.average[name].lerp_(part.values, 1 - decay)
+
     def pieces(self) -> dict[str, Piece]:
         """What this process writes to a checkpoint: parameters, their average and their moments."""
         groups = {"model": {name: part.values for name, part in self.parts.items()}, "average": self.average}

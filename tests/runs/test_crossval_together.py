@@ -98,6 +98,35 @@ def test_a_stopped_run_leaves_with_75_and_does_what_is_missing(files, tmp_path, 
     assert (config.output / "fold_0" / "predictions.csv").stat().st_mtime_ns == kept
 
 
+@pytest.mark.parametrize(("resumed", "later"), [((1, 0), ()), ((1,), (0,))], ids=["other order", "one left out"])
+def test_the_state_of_runs_together_is_found_in_any_order(files, tmp_path, monkeypatch, resumed, later):
+    """Stopped in the second pass; the first run's folder holds the state, and only the second's starts the resume."""
+    whole, stopped = ([run(files, tmp_path / how / str(s), seed=s) for s in (1, 2)] for how in ("whole", "stopped"))
+    passes: list[int] = []
+    original = group.Group._pass
+
+    def noted(self, active, number):
+        passes.append(number)
+        original(self, active, number)
+
+    monkeypatch.setattr(group.Group, "_pass", noted)
+    cross_validate_together(whole)
+    undisturbed = list(passes)
+    with monkeypatch.context() as patch:
+        patch.setattr(group, "stop_requested", lambda: passes[-1:] == [1] and len(passes) > len(undisturbed))
+        with pytest.raises(RequeueError):
+            cross_validate_together(stopped)
+    assert list((stopped[0].output / "checkpoints" / "group").glob("step_*"))
+    for numbers in (resumed, later):
+        passes.clear()
+        if numbers:
+            cross_validate_together([stopped[i] for i in numbers])
+            assert passes == undisturbed[1:], "the state was found: the first pass is not done again"
+    for one, other in zip(whole, stopped, strict=True):
+        assert (one.output / "predictions.csv").read_bytes() == (other.output / "predictions.csv").read_bytes()
+        assert contents(one.output) == contents(other.output)
+
+
 def test_runs_that_cannot_share_a_read_are_refused_by_what_differs(files, tmp_path):
     one = run(files, tmp_path / "one")
     with pytest.raises(ConfigError, match=r"cannot share a read: they differ in data\.unit, data\.order_seed"):

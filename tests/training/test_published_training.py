@@ -17,8 +17,8 @@ from cfusion.config import Config
 from cfusion.data.partition import epoch_order
 from cfusion.survival.losses import LOSSES
 from cfusion.training.checkpoint import TrainState
+from cfusion.training.choice import is_best, out_of_patience
 from cfusion.training.folds import fit, open_run_shards, ready_fold
-from cfusion.training.loop import is_best, out_of_patience
 from cfusion.training.schedule import make_optimizer
 from cfusion.training.step import Stepper
 from cfusion.training.world import join_world

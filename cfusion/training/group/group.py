@@ -67,15 +67,17 @@ class Group:
     def train(self, members: Sequence[GroupMember]) -> None:
         """Train all members to their end.
 
-        Those that a checkpoint knows go on from it; the others start when these are done.
+        Those that a checkpoint knows go on from it; the others follow when these are done.
 
         Raises:
             RequeueError: The process was asked to stop; the state is saved.
         """
-        there, number = self.checkpoints.load(members)
+        waiting = list(members)
         try:
-            self._train(there, number)
-            self._train([member for member in members if member not in there], 0)
+            while waiting:
+                found, number = self.checkpoints.load(waiting)
+                self._train(found or waiting, number)
+                waiting = [member for member in waiting if member not in found] if found else []
         finally:
             if self.lanes is not None:
                 self.lanes.close()

@@ -1,47 +1,45 @@
-"""Checkpoints of a group: the state of all its members at one point of a pass, whole or not at all."""
+"""Checkpoints of a group: the state of all its members at one point of a pass, complete or not at all.
+
+Each member's job names a folder for checkpoints. The state of the group is in one of these, and the other members'
+folders hold a file that points to it, so it is found in whatever order the runs are given, and also without the run
+whose folder it is in.
+"""
 
 from __future__ import annotations
 
-import logging
+import os
 import shutil
-import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from cfusion.errors import CheckpointError, DataError
-from cfusion.files import digest_json
-from cfusion.training.checkpoint import FORMAT, INTERVAL_SECONDS, kept_checkpoints
-from cfusion.training.checkpoint_files import Piece, Stored, open_checkpoint, write_checkpoint
+from cfusion.errors import DataError
+from cfusion.files import digest_json, read_json, write_json
+from cfusion.training.checkpoint_files import NUMBERS, Piece, Stored, write_checkpoint
+from cfusion.training.checkpoint_policy import FORMAT, INTERVAL_SECONDS, CheckpointPolicy, kept_checkpoints
 from cfusion.training.group.member import GroupMember
 from cfusion.training.runtime import Runtime
 
-logger = logging.getLogger(__name__)
-
 KEEP = 2
-"""So many of the newest stay."""
+"""Number of checkpoints that are kept, the newest."""
 
-SHARE = 0.05
-"""Most of the time that writing them may take."""
+POINTER = "elsewhere.json"
+"""File in a member's folder that names the folder with the group's state, relative to its own."""
 
 
-class GroupCheckpoints:
+class GroupCheckpoints(CheckpointPolicy):
     """The checkpoints of one group, shared by all its processes; all of them call each method.
 
     Args:
-        folder: Holds them and nothing else.
+        members: All members; the folders of their jobs hold checkpoints and nothing else.
         runtime: The processes.
     """
 
-    def __init__(self, folder: Path, runtime: Runtime) -> None:
-        self.folder = folder
-        self._runtime = runtime
-        self._saved = time.monotonic()
-        self._took = 0.0
+    def __init__(self, members: Sequence[GroupMember], runtime: Runtime) -> None:
+        self._used = _folders(members)
+        super().__init__(self._used[0] if self._used else Path(), runtime, KEEP)
 
     def save(self, members: Sequence[GroupMember], number: int, seen: int, *, now: bool) -> None:
-        """Write a checkpoint if `now`, or if the one before is old enough.
-
-        One that cannot be written, as on a full disk, is told of and tried again after the next interval.
+        """Write a checkpoint if `now`, or if the last one is old enough.
 
         Args:
             members: Those that are not done.
@@ -50,12 +48,17 @@ class GroupCheckpoints:
             now: Whether it must be written.
 
         Raises:
-            CheckpointError: It was to be written `now` and cannot be; older ones are as they were.
+            CheckpointError: It was to be written `now` and cannot be; older ones are unchanged.
         """
-        started = time.monotonic()
-        pause = max(INTERVAL_SECONDS, self._took / SHARE)
-        if not self._runtime.from_main(now or started - self._saved > pause):
+        if not self._due(INTERVAL_SECONDS, now=now) or not members:
             return
+        folders = _folders(members)
+        self.folder = folders[0]
+        path = self.folder / f"step_{number:06d}_{seen:06d}"
+        if self._write(path, lambda: self._write_all(path, members, number), now=now) and self.runtime.is_main:
+            self._point_to_it(folders)
+
+    def _write_all(self, path: Path, members: Sequence[GroupMember], number: int) -> str | None:
         numbers = {
             "format": FORMAT,
             "pass": number,
@@ -65,59 +68,52 @@ class GroupCheckpoints:
             f"{name_of(member)}/{key}": Piece(tensor.shape, 0, tensor)
             for member in members
             for key, tensor in member.tensors().items()
-            if self._runtime.is_main
+            if self.runtime.is_main
         }
-        path = self.folder / f"step_{number:06d}_{seen:06d}"
-        problem = write_checkpoint(self._runtime, path, pieces, numbers)
-        self._saved = time.monotonic()
-        self._took = self._saved - started
-        if problem is not None:
-            message = f"{path}: the checkpoint cannot be written ({problem})."
-            if now:
-                raise CheckpointError(message, "Make room there; the same command goes on from the checkpoint before.")
-            logger.warning("%s Training goes on; the checkpoint before is kept.", message)
-        elif self._runtime.is_main:
-            for old in kept_checkpoints(self.folder)[KEEP:]:
-                shutil.rmtree(old, ignore_errors=True)
+        return write_checkpoint(self.runtime, path, pieces, numbers)
+
+    def _point_to_it(self, folders: Sequence[Path]) -> None:
+        """Point to the new state from the other folders, and only then remove what it replaces there."""
+        for folder in folders[1:]:
+            write_json(folder / POINTER, {"folder": os.path.relpath(self.folder, folder)})
+        for folder in self._used:
+            if folder not in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+            elif folder != self.folder:
+                for old in kept_checkpoints(folder):
+                    shutil.rmtree(old, ignore_errors=True)
+        (self.folder / POINTER).unlink(missing_ok=True)
 
     def load(self, members: Sequence[GroupMember]) -> tuple[list[GroupMember], int]:
-        """Restore the members that stand in the newest whole checkpoint, and say in which pass they are.
+        """Restore the members that are in the best complete checkpoint, and say in which pass they are.
 
-        Members that are not in it are left as they are. Damaged checkpoints are passed over with a warning.
+        The best is the one with the most of these members, and of several such the newest. Members that are not in it
+        are left as they are. Damaged checkpoints are skipped with a warning.
 
         Raises:
-            CheckpointError: All are damaged, or the newest is of another version of the program.
+            CheckpointError: All are damaged, or the best is of another version of the program.
         """
-        problem = ""
-        for folder in self._runtime.from_main(kept_checkpoints(self.folder)):
-            try:
-                with open_checkpoint(folder) as stored:
-                    return self._restore(members, stored)
-            except (DataError, OSError, KeyError, RuntimeError) as error:
-                problem = problem or " ".join(str(error).split())
-                logger.warning("%s The checkpoint before it is taken.", problem)
-        if problem:
-            raise CheckpointError(problem, f"No checkpoint is whole. Delete {self.folder} to train from the start.")
-        return [], 0
+        ranked = self.runtime.from_main(_ranked(members))
+        taken = self._take_up(ranked, lambda stored: self._restore(members, stored))
+        found, number = taken[1] if taken else ([], 0)
+        self._used = _folders(found or members)
+        return found, number
 
     def clear(self) -> None:
-        """Remove all of them."""
-        self._runtime.barrier()
-        if self._runtime.is_main:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._runtime.barrier()
+        """Remove the checkpoints of the members that were loaded last."""
+        self.runtime.barrier()
+        if self.runtime.is_main:
+            for folder in self._used:
+                shutil.rmtree(folder, ignore_errors=True)
+        self.runtime.barrier()
 
     def _restore(self, members: Sequence[GroupMember], stored: Stored) -> tuple[list[GroupMember], int]:
-        if stored.numbers.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{stored.folder}: has format {stored.numbers.get('format')}; this program reads {FORMAT}.",
-                f"Delete {self.folder} to train from the start.",
-            )
+        self._check_format(stored)
         found = [member for member in members if name_of(member) in stored.numbers["members"]]
         for member in found:
             prefix = f"{name_of(member)}/"
             tensors = {
-                key.removeprefix(prefix): stored.whole(key).to(self._runtime.device)
+                key.removeprefix(prefix): stored.whole(key).to(self.runtime.device)
                 for key in stored.shapes
                 if key.startswith(prefix)
             }
@@ -128,3 +124,31 @@ class GroupCheckpoints:
 def name_of(member: GroupMember) -> str:
     """A member's name in checkpoints: what is trained on what."""
     return digest_json(member.fold.job.identity)[:16]
+
+
+def _folders(members: Sequence[GroupMember]) -> list[Path]:
+    return list(dict.fromkeys(member.fold.job.folder for member in members))
+
+
+def _ranked(members: Sequence[GroupMember]) -> list[Path]:
+    """Checkpoints with a state of some of the members, or which cannot be read, the best first."""
+    names = {name_of(member) for member in members}
+    places = [place for folder in _folders(members) for place in (folder, _pointed_to(folder)) if place is not None]
+    found = dict.fromkeys(path for place in dict.fromkeys(places) for path in kept_checkpoints(place))
+    ranked = [(_known(path, names), path.name, path) for path in found]
+    return [path for known, _, path in sorted(ranked, reverse=True) if known]
+
+
+def _known(checkpoint: Path, names: Collection[str]) -> int:
+    """How many of the named members have a state there; where that cannot be read, as if all had."""
+    try:
+        return sum(name in read_json(checkpoint / NUMBERS)["members"] for name in names)
+    except (DataError, OSError, KeyError, TypeError):
+        return len(names)
+
+
+def _pointed_to(folder: Path) -> Path | None:
+    try:
+        return Path(os.path.normpath(folder / read_json(folder / POINTER)["folder"]))
+    except (DataError, OSError, KeyError, TypeError):
+        return None

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from cfusion.data.batches import join
 from cfusion.data.loader import BagSet
-from cfusion.errors import ConfigError
 from cfusion.survival.losses import LOSSES
 from cfusion.training.checkpoint import TrainState
+from cfusion.training.choice import chosen_parameters, finish_epoch, has_ended, validation_scores
+from cfusion.training.fold_job import targets_of
 from cfusion.training.folds import FoldRun, ReadyFold, fold_run
 from cfusion.training.group.order import Window, windows
-from cfusion.training.loop import is_best, move_average, out_of_patience, targets_of, validation_scores
 from cfusion.training.runtime import Runtime
 from cfusion.training.schedule import learning_rate, make_optimizer
 from cfusion.training.snapshot import Snapshot
@@ -165,7 +165,7 @@ class GroupMember:
         lr = learning_rate(job.config.train, step=state.step, steps_per_epoch=steps)
         own = [self._whole.bags[bag].case_id for bags in window.passes for bag in bags]
         report = self._stepper.move(self._loss, own, cases=cases, lr=lr)
-        move_average(self._snapshot, job.config.train.ema)
+        self._snapshot.move_average(job.config.train.ema)
         state.step += 1
         state.samples_seen += cases
         state.loss_sum += report.loss * cases
@@ -269,25 +269,16 @@ class GroupMember:
         job, state = self.fold.job, self.verdict
         if job.validation is not None:
             metrics = metrics | validation_scores(job, job.validation, self._collected("validation"))
-        if is_best(state, metrics, job):
-            self._snapshot.best = {name: t.clone() for name, t in self._evaluated.state_dict().items()}
-        state.history.append({"epoch": state.epoch, **metrics})
+        finish_epoch(job, state, self._snapshot, metrics, self._copied)
         if self._runtime.is_main:
-            job.on_epoch(state.epoch, {**metrics, "epoch_seconds": seconds})
-        state.epoch += 1
+            job.on_epoch(state.epoch - 1, {**metrics, "epoch_seconds": seconds})
         self._judged = None
-        if state.epoch == job.config.train.epochs or out_of_patience(state, job.config.train.patience):
-            self._choose()
+        if has_ended(state, job.config.train):
+            self._evaluated.load_state_dict(chosen_parameters(state, self._snapshot, job.config.train))
+            self.chosen = True
 
-    def _choose(self) -> None:
-        if not self._snapshot.best:
-            raise ConfigError(
-                f"No epoch was chosen: train.min_epoch={self.fold.job.config.train.min_epoch}, but training ended "
-                f"after {self.verdict.epoch} epochs.",
-                "Raise train.epochs or lower train.min_epoch.",
-            )
-        self._evaluated.load_state_dict(self._snapshot.best)
-        self.chosen = True
+    def _copied(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in self._evaluated.state_dict().items()}
 
     def _collected(self, part: str) -> Tensor:
         """Logits [bag, bin] of a part's bags; they are used up."""

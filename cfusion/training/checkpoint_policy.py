@@ -1,0 +1,126 @@
+"""When checkpoints are written, which of them are kept, and which is taken up again: for one fold and for a group."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from cfusion.errors import CheckpointError, DataError
+from cfusion.training.checkpoint_files import Stored, open_checkpoint
+from cfusion.training.runtime import Runtime
+from cfusion.training.snapshot import OtherTrainingError
+
+logger = logging.getLogger(__name__)
+
+FoundT = TypeVar("FoundT")
+
+FORMAT = 2
+
+INTERVAL_SECONDS = 30.0
+"""A checkpoint is written at the first step this long after the one before; below 0: at every step."""
+
+SHARE = 0.05
+"""Largest share of the time that writing checkpoints may take."""
+
+
+class CheckpointPolicy:
+    """The checkpoints of a folder, shared by all processes of a training; all of them call each method.
+
+    Attributes:
+        folder: Holds the checkpoints.
+        runtime: The processes.
+        keep: Number of checkpoints that are kept, the newest.
+    """
+
+    def __init__(self, folder: Path, runtime: Runtime, keep: int) -> None:
+        self.folder = folder
+        self.runtime = runtime
+        self.keep = keep
+        self._saved = time.monotonic()
+        self._took = 0.0
+
+    def _due(self, interval: float, *, now: bool) -> bool:
+        """Whether a checkpoint is to be written: `now`, or because the last one is old enough."""
+        since = time.monotonic() - self._saved
+        return self.runtime.from_main(now or interval < 0 or since > max(interval, self._took / SHARE))
+
+    def _write(self, path: Path, write: Callable[[], str | None], *, now: bool) -> bool:
+        """Call `write`, which returns what went wrong, and remove older checkpoints if it succeeds.
+
+        If the checkpoint cannot be written, as on a full disk, a warning is logged and training continues.
+
+        Returns:
+            Whether it was written.
+
+        Raises:
+            CheckpointError: It was to be written `now` and cannot be; older ones are unchanged.
+        """
+        started = time.monotonic()
+        problem = write()
+        self._saved = time.monotonic()
+        self._took = self._saved - started
+        if problem is None:
+            if self.runtime.is_main:
+                self._drop_older()
+            return True
+        message = f"{path}: the checkpoint cannot be written ({problem})."
+        if now:
+            raise CheckpointError(message, "Make room there; the same command goes on from the checkpoint before.")
+        if self.runtime.is_main:
+            logger.warning("%s Training goes on; the checkpoint before is kept.", message)
+        return False
+
+    def _drop_older(self) -> None:
+        for old in kept_checkpoints(self.folder)[self.keep :]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _take_up(self, checkpoints: Sequence[Path], restore: Callable[[Stored], FoundT]) -> tuple[Path, FoundT] | None:
+        """Restore the first of `checkpoints` that is complete; damaged ones are skipped with a warning.
+
+        Returns:
+            Its folder and what `restore` gave; None if there is no checkpoint.
+
+        Raises:
+            OtherTrainingError: `restore` found a checkpoint of another training.
+            CheckpointError: All are damaged.
+        """
+        problem = ""
+        for folder in checkpoints:
+            found, damage = self._try(folder, restore)
+            if found is not None:
+                return folder, found
+            problem = problem or damage
+            if self.runtime.is_main and folder != checkpoints[-1]:
+                logger.warning("%s The checkpoint before it is taken.", damage)
+        if problem:
+            raise CheckpointError(problem, f"No checkpoint is whole. Delete {self.folder} to train from the start.")
+        return None
+
+    def _try(self, folder: Path, restore: Callable[[Stored], FoundT]) -> tuple[FoundT | None, str]:
+        """What `restore` makes of a checkpoint, or what is wrong with it; the same on every process."""
+        found, problem = None, ""
+        try:
+            with open_checkpoint(folder, turn=self.runtime.rank, turns=self.runtime.world_size) as stored:
+                found = restore(stored)
+        except OtherTrainingError:
+            raise
+        except (DataError, OSError, KeyError, RuntimeError) as error:
+            problem = " ".join(str(error).split())
+        problem = next((damage for damage in self.runtime.gather([problem]) if damage), "")
+        return (None if problem else found), problem
+
+    def _check_format(self, stored: Stored) -> None:
+        if stored.numbers.get("format") != FORMAT:
+            raise OtherTrainingError(
+                f"{stored.folder}: has format {stored.numbers.get('format')}; this program reads {FORMAT}.",
+                f"Delete {self.folder} to train from the start.",
+            )
+
+
+def kept_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a training's folder, the newest first."""
+    return sorted((path for path in folder.glob("step_*") if path.is_dir()), reverse=True)
