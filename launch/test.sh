@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to a checked one: lint, types and tests. Options go to pytest; --slow adds the slow tests.
+# From a fresh clone to a checked one: lint, types and tests. Options go to pytest; --slow adds the slow tests,
+# --coverage reports the share of lines that the tests run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh
@@ -7,7 +8,11 @@ setup_environment dev
 marker="not slow"
 options=()
 for option in "$@"; do
-    if [ "$option" = --slow ]; then marker=""; else options+=("$option"); fi
+    case "$option" in
+        --slow) marker="" ;;
+        --coverage) options+=(--cov --cov-report=term) ;;
+        *) options+=("$option") ;;
+    esac
 done
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

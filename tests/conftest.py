@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,16 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 MATERIAL = Path(__file__).parent / "material"
 TCGA = Path(__file__).parents[1] / "cfusion" / "study" / "tcga"
 install_import_hook(["cfusion.models", "cfusion.data", "cfusion.survival"], "typechecker.check")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """End the run with what was skipped, one line a reason."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if isinstance(report.longrepr, tuple)]
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        terminalreporter.section("skipped")
+        for reason, count in sorted(reasons.items()):
+            terminalreporter.line(f"{count:4}  {reason}")
 
 
 @pytest.fixture(scope="session")

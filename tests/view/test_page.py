@@ -372,7 +372,7 @@ def test_a_slide_that_vanishes_is_told_and_marked(browser, files: Files, tmp_pat
         page.wait_for_selector(f"#list .trouble:has-text('{PLAIN}')")
         page.locator("#list button", has_text=EXPLAINED).click()
         page.wait_for_selector("#stage[data-state=open]")
-        assert page.locator("#banner").is_hidden()
+        expect(page.locator("#banner")).to_be_hidden()
 
 
 @deep

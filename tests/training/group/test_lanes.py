@@ -43,7 +43,14 @@ def with_threads(count: int, config: Config, folder: Path) -> list:
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("train", [{}, {"loss": "cox"}, {"patience": 1, "epochs": 4}], ids=["nll", "cox", "patience"])
+@pytest.mark.parametrize(
+    "train",
+    [
+        pytest.param({}, id="nll"),
+        pytest.param({"loss": "cox"}, id="cox", marks=pytest.mark.slow),
+        pytest.param({"patience": 1, "epochs": 4}, id="patience", marks=pytest.mark.slow),
+    ],
+)
 def test_side_by_side_is_alone_and_hangs_on_no_number_of_threads(files, tmp_path, train):
     config = configuration(files, tmp_path, **train)
     two, three = (with_threads(count, config, tmp_path / str(count)) for count in (2, 3))
@@ -81,7 +88,7 @@ def bags_of(config: Config) -> list:
     return make_bags(ShardDataset.open(config.data.shards), slides, "case", config.data.magnifications)
 
 
-@pytest.mark.parametrize("stop_at", [2, 5])
+@pytest.mark.parametrize("stop_at", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_stopped_side_by_side_and_resumed_is_never_stopped(files, tmp_path, monkeypatch, stop_at):
     config = configuration(files, tmp_path)
     undisturbed = with_threads(2, config, tmp_path / "undisturbed")
