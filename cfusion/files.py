@@ -10,7 +10,7 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,25 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
     except ValueError as error:
         raise DataError(f"{path}: is not valid JSON ({error}).") from error
+
+
+def check_format(path: str | os.PathLike[str], values: Mapping[str, Any], reads: int) -> None:
+    """Refuse a file whose `format` is newer than this program; a file without one was written by 0.1.0 and passes.
+
+    Args:
+        path: Of the file, for the error.
+        values: What it holds.
+        reads: The highest format that this program reads.
+
+    Raises:
+        DataError: The number is higher than `reads`, or is no number.
+    """
+    found = values.get("format", 1)
+    if type(found) is not int or not 1 <= found <= reads:
+        raise DataError(
+            f"{path}: has format {found!r}; this program reads formats up to {reads}.",
+            "A newer cfusion wrote it: upgrade this one.",
+        )
 
 
 def digest_file(path: str | os.PathLike[str]) -> str:

@@ -15,6 +15,7 @@ LAYERS = (
     ("cfusion.yaml_files", "cfusion.program", "cfusion.extensions", "cfusion.study"),
     ("cfusion.types",),
     ("cfusion.config",),
+    ("cfusion.run_folder",),
     ("cfusion.cohort", "cfusion.data", "cfusion.models"),
     ("cfusion.survival",),
     (

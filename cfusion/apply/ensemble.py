@@ -16,15 +16,13 @@ from cfusion.console import progress
 from cfusion.data.loader import BagSet
 from cfusion.data.partition import evaluation_slices
 from cfusion.errors import DataError
+from cfusion.run_folder import CARD, fold_models
 from cfusion.survival.predictions import curve_table
 from cfusion.training.fitted import FittedModel, ModelCard, read_card
 from cfusion.training.inference import predict_logits, prediction_frame
 from cfusion.training.runtime import Runtime
 from cfusion.training.world import join_world, launched
 from cfusion.types import BagBatch, SurvivalOutput, magnification_name
-
-_RUN = "run.json"
-"""File that makes a folder a run's."""
 
 
 def predict(
@@ -83,38 +81,6 @@ def slides_by_name(cases: Sequence[str], slide_ids: Sequence[str]) -> dict[str, 
     return found
 
 
-def run_folder(folder: Path) -> Path:
-    """The folder of the one run whose fold models lie at or below `folder`; `folder` itself where there are none.
-
-    Raises:
-        DataError: They belong to several runs; two are named.
-    """
-    if (folder / _RUN).is_file():
-        return folder
-    runs = sorted({_run_of(model, folder) for model in _model_folders(folder, "**")})
-    if len(runs) > 1:
-        raise DataError(
-            f"{folder}: holds fold models of {len(runs)} runs, such as {runs[0]} and {runs[1]}, which are no ensemble.",
-            "Give the folder of one run, or of one of its folds.",
-        )
-    return runs[0] if runs else folder
-
-
-def _model_folders(folder: Path, pattern: str) -> list[Path]:
-    """Folders of models, sorted; a hidden one is a killed writer's."""
-    found = (path.parent for path in folder.glob(f"{pattern}/model.json"))
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-
-
-def _run_of(model: Path, top: Path) -> Path:
-    """The run of a model at or below `top`: the nearest folder with a run.json, or else that of its fold's folder."""
-    for parent in model.parents:
-        if parent.is_relative_to(top) and (parent / _RUN).is_file():
-            return parent
-    run = model.parents[1] if model.name == "model" else model.parent
-    return run if run.is_relative_to(top) else top
-
-
 @dataclass(frozen=True)
 class FoldEnsemble:
     """The models of all folds of a cross-validation, which together predict for patients none of them has seen."""
@@ -134,7 +100,7 @@ class FoldEnsemble:
             UntrustedCodeError: The models come with code of their own, and `trust_code` does not name it.
         """
         cls.cards(folder)
-        return cls(tuple(FittedModel.load(path, trust_code=trust_code) for path in cls.folders(folder)))
+        return cls(tuple(FittedModel.load(path, trust_code=trust_code) for path in fold_models(folder)))
 
     @classmethod
     def cards(cls, folder: Path) -> tuple[ModelCard, ...]:
@@ -143,23 +109,12 @@ class FoldEnsemble:
         Raises:
             DataError: There is none, they belong to several runs, or they do not read the same embeddings.
         """
-        cards = tuple(read_card(path) for path in cls.folders(folder))
+        cards = tuple(read_card(path) for path in fold_models(folder))
         if not cards:
-            raise DataError(f"{folder}: holds no model.json.", "Give the folder of a finished run.")
+            raise DataError(f"{folder}: holds no {CARD}.", "Give the folder of a finished run.")
         if len({(card.encoder, card.backbone_dim, card.magnifications) for card in cards}) > 1:
             raise DataError(f"{folder}: its models read different embeddings.", topic="encoder")
         return cards
-
-    @staticmethod
-    def folders(folder: Path) -> list[Path]:
-        """The folders of the fold models of the run at or below `folder`, sorted.
-
-        Raises:
-            DataError: There are fold models of several runs.
-        """
-        run = run_folder(folder)
-        # What else lies in a run's folder, such as another run, is no fold of it.
-        return _model_folders(run, "*fold_*/model" if (run / _RUN).is_file() else "**")
 
     @property
     def risk_cutoff(self) -> float | None:

@@ -98,7 +98,8 @@ def load_ensemble(model: str, uri: str | None, folder: Path, trust_code: str | N
     Raises:
         DataError: There is no such model, its run is not finished, or the folder holds models of several runs.
     """
-    from cfusion.apply.ensemble import FoldEnsemble, run_folder
+    from cfusion.apply.ensemble import FoldEnsemble
+    from cfusion.run_folder import find_run, is_done, is_run
 
     if model.startswith("models:"):
         from cfusion.tracking.address import connect, given_uri, unavailable
@@ -109,8 +110,8 @@ def load_ensemble(model: str, uri: str | None, folder: Path, trust_code: str | N
         client = connect(address)
         with unavailable(address):
             return fetch_ensemble(client, name, which, folder, trust_code=trust_code)
-    run = run_folder(Path(model))
-    if (run / "run.json").is_file() and not (run / "done.json").is_file():
+    run = find_run(Path(model))
+    if is_run(run) and not is_done(run):
         raise DataError(f"{run}: its run is not finished.", "Finish it, or give the folder of one of its folds.")
     return FoldEnsemble.load(Path(model), trust_code=trust_code)
 

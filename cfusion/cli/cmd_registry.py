@@ -94,13 +94,13 @@ def send_(
 
       cfusion track send runs/study
     """
-    from cfusion.config import load_config
+    from cfusion.run_folder import read_config
     from cfusion.tracking.address import checked_uri, public_name, tracking_uri
     from cfusion.tracking.delivery import send, unsent
 
     refused = 0
     for folder in runs:
-        address = checked_uri(uri) if uri else tracking_uri(load_config(folder / "config.yaml").tracking, folder)
+        address = checked_uri(uri) if uri else tracking_uri(read_config(folder).tracking, folder)
         waiting = unsent(folder, address)
         state = send(folder, address)
         refused += len(state.refused)

@@ -158,7 +158,7 @@ def run(
 
       cfusion sweep run configs/sweeps/backbones.yaml --executor slurm --gpus 1
     """
-    from cfusion.runs.crossval import is_done
+    from cfusion.run_folder import is_done
     from launch.sweep.execute import Execution, run_all
     from launch.tasks.resources import Resources
 

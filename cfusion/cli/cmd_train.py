@@ -41,15 +41,17 @@ def train(
     if print_config:
         typer.echo(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), nl=False)
         return
-    from cfusion.runs import crossval
+    from cfusion.runs.crossval import cross_validate
+    from cfusion.runs.run import Run
 
     if dry_run:
-        typer.echo(crossval.describe(crossval.prepare(resolved)))
+        typer.echo(Run.prepare(resolved).describe())
         return
-    scores = crossval.cross_validate(resolved)
+    scores = cross_validate(resolved)
     if os.environ.get("RANK", "0") != "0":
         return
     from cfusion.report.runs import report_runs
+    from cfusion.run_folder import REPORT
 
     row = scores.summary.iloc[0]
     typer.echo(
@@ -61,5 +63,5 @@ def train(
             f"a null, on permuted outcomes; beside the real one: cfusion report RUN {resolved.output} --out report"
         )
         return
-    page = report_runs([resolved.output], resolved.output / "report", title=f"{row['cohort']}: {row['model']}")
+    page = report_runs([resolved.output], resolved.output / REPORT, title=f"{row['cohort']}: {row['model']}")
     typer.echo(f"report: {page}")

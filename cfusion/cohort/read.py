@@ -33,10 +33,6 @@ _SLIDE_SUFFIX = re.compile(r"\.(?:svs|ndpi|tiff?|mrxs|scn|vms|vmu|bif|svslide|dc
 _COVARIATES = ("age", "is_female", "oncotree_code", "grade", "stage", "site")
 
 
-OUTCOMES = "outcomes.csv"
-"""File of a run's folder that `write_outcomes` writes."""
-
-
 def patient_of(name: str) -> str:
     """The patient a slide, sample or case name belongs to: a TCGA barcode's first 12 characters, else the name."""
     return name[:12] if tells_its_patient(name) else name

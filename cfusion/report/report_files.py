@@ -13,6 +13,7 @@ from cfusion.files import atomic_path, write_json, write_text
 from cfusion.report.context import ReportContext
 from cfusion.report.evidence import evidence_table
 from cfusion.report.run_page import render_card, render_run_page
+from cfusion.run_folder import SCORES, SUMMARY
 from cfusion.survival.paired import compare
 from cfusion.survival.score import Scores
 
@@ -42,8 +43,8 @@ def write_report(scores: Sequence[Scores], out_dir: Path | str, *, context: Repo
     folds = pd.concat([part.folds for part in scores], ignore_index=True)
     comparisons = compare(pd.concat([part.predictions for part in scores], ignore_index=True))
     out = Path(out_dir)
-    write_table(out / "summary.csv", summary)
-    write_table(out / "scores.csv", folds)
+    write_table(out / SUMMARY, summary)
+    write_table(out / SCORES, folds)
     write_table(out / "comparisons.csv", comparisons)
     findings = [finding for audit in context.audits.values() for finding in audit["findings"]]
     write_table(out / "findings.csv", pd.DataFrame(findings, columns=["kind", "subject", "action", "message"]))

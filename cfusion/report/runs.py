@@ -3,67 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from cfusion.cohort.read import OUTCOMES, read_outcomes
+from cfusion.cohort.read import read_outcomes
 from cfusion.cohort.splits import read_splits
-from cfusion.config import Config, load_config
 from cfusion.errors import DataError
-from cfusion.files import read_json
 from cfusion.report.context import ReportContext
 from cfusion.report.report_files import write_report
+from cfusion.run_folder import OUTCOMES, PREDICTIONS, SPLITS, FinishedRun, read_run
 from cfusion.survival.predictions import read_predictions
 from cfusion.survival.score import Key, Scores, score
 from cfusion.types import Cohort, Split
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run.
-
-    Attributes:
-        folder: Where it lies.
-        config: Its configuration.
-        audit: What the audit found, `Audit.to_json()`.
-        provenance: Digests, versions and seeds.
-    """
-
-    folder: Path
-    config: Config
-    audit: dict[str, Any]
-    provenance: dict[str, Any]
-
-    @property
-    def key(self) -> Key:
-        """Cohort, model and protocol."""
-        return self.config.cohort.name, self.config.model.name, self.config.evaluation.protocol
-
-    def curves(self) -> pd.DataFrame:
-        """Learning curves of its folds, with the run's cohort, model and protocol."""
-        frames = [pd.read_csv(path) for path in sorted(self.folder.glob("*fold_*/history.csv"))]
-        cohort, model, protocol = self.key
-        table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"fold": [], "epoch": []})
-        return table.assign(cohort=cohort, model=model, protocol=protocol)
-
-
-def read_run(folder: Path) -> Run:
-    """Read what a run left.
-
-    Raises:
-        DataError: The folder holds no finished run.
-    """
-    if not (folder / "done.json").is_file():
-        raise DataError(f"{folder}: holds no finished run.", "Give the output folder of cfusion train.")
-    return Run(
-        folder,
-        load_config(folder / "config.yaml"),
-        read_json(folder / "audit.json"),
-        read_json(folder / "run.json")["provenance"],
-    )
 
 
 def report_runs(folders: Sequence[Path], out: Path, *, title: str, oracle: dict[str, float] | None = None) -> Path:
@@ -87,7 +39,7 @@ def report_runs(folders: Sequence[Path], out: Path, *, title: str, oracle: dict[
     permuted = [run for run in runs if run.config.evaluation.permute_outcomes is not None]
     if not real:
         raise DataError("report: none of the runs has real outcomes.", "Add a run without evaluation.permute_outcomes.")
-    grouped: dict[Key, list[Run]] = {}
+    grouped: dict[Key, list[FinishedRun]] = {}
     for run in real:
         grouped.setdefault(run.key, []).append(run)
     null: dict[Key, list[float]] = {}
@@ -105,7 +57,7 @@ def report_runs(folders: Sequence[Path], out: Path, *, title: str, oracle: dict[
     return write_report(scores, out, context=context)
 
 
-def score_runs(runs: Sequence[Run], bootstrap: int) -> Scores:
+def score_runs(runs: Sequence[FinishedRun], bootstrap: int) -> Scores:
     """Score runs that differ in seed, or in the fold that each trained, as one result.
 
     Raises:
@@ -115,7 +67,7 @@ def score_runs(runs: Sequence[Run], bootstrap: int) -> Scores:
     for other in runs[1:]:
         _check_alike(first, other)
     return score(
-        pd.concat([read_predictions(run.folder / "predictions.csv") for run in runs], ignore_index=True),
+        pd.concat([read_predictions(run.folder / PREDICTIONS) for run in runs], ignore_index=True),
         *outcomes_and_splits([run.folder for run in runs], first.config.cohort.name),
         bootstrap=bootstrap,
         horizons=first.config.evaluation.horizons_months,
@@ -124,11 +76,11 @@ def score_runs(runs: Sequence[Run], bootstrap: int) -> Scores:
 
 def outcomes_and_splits(folders: Sequence[Path], cohort: str) -> tuple[Cohort, list[Split]]:
     """What runs of one cohort are scored against: the outcomes of all patients, and the folds of all runs."""
-    splits = {(split.repeat, split.fold): split for folder in folders for split in read_splits(folder / "splits")}
+    splits = {(split.repeat, split.fold): split for folder in folders for split in read_splits(folder / SPLITS)}
     return read_outcomes(folders[0] / OUTCOMES, cohort), list(splits.values())
 
 
-def _check_alike(first: Run, other: Run) -> None:
+def _check_alike(first: FinishedRun, other: FinishedRun) -> None:
     told = [pd.json_normalize(run.provenance, sep=".").iloc[0].astype(str) for run in (first, other)]
     one, two = told[0].align(told[1], fill_value="none")
     differing = {str(name) for name in one.index[one != two]}

@@ -16,18 +16,8 @@ from cfusion.console import Progress, progress
 from cfusion.data.loader import BagSet
 from cfusion.errors import CfusionError, ConfigError, PartialResultError
 from cfusion.files import digest_json
-from cfusion.runs.run import (
-    PreparedRun,
-    describe,
-    fold_folder,
-    is_done,
-    mark_done,
-    open_run,
-    prepare,
-    scored_run,
-    tracked_run,
-    write_fold,
-)
+from cfusion.run_folder import CHECKPOINTS, GROUP
+from cfusion.runs.run import Run
 from cfusion.survival.score import Scores
 from cfusion.tracking import TrackedRun
 from cfusion.training.folds import EpochCallback, FoldRun, fit, ready_fold
@@ -40,8 +30,6 @@ from cfusion.training.world import join_world
 from cfusion.types import Split
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["cross_validate", "cross_validate_together", "describe", "is_done", "prepare", "shares_a_read"]
 
 
 def cross_validate(config: Config) -> Scores:
@@ -56,13 +44,13 @@ def cross_validate(config: Config) -> Scores:
     if config.train.folds == "together":
         return cross_validate_together([config])[0]
     runtime = join_world(config.parallel)
-    run = open_run(runtime, config)
-    with tracked_run(runtime, run) as parent:
+    run = Run.open(runtime, config)
+    with run.tracked(runtime) as parent:
         with graceful_stop(), progress(f"{run.cohort.name} {config.model.name}", len(run.splits)) as bar:
             for split in run.splits:
                 _fold(runtime, run, split, parent, bar)
-        scores = scored_run(runtime, run, parent)
-    mark_done(runtime, run, parent)
+        scores = run.score(runtime, parent)
+    run.mark_done(runtime, parent)
     return scores
 
 
@@ -87,14 +75,14 @@ def cross_validate_together(configs: Sequence[Config]) -> list[Scores]:
     """
     _check_shared(configs)
     runtime = join_world(configs[0].parallel)
-    runs = [open_run(runtime, config) for config in configs]
-    tracked = [tracked_run(runtime, run) for run in runs]
+    runs = [Run.open(runtime, config) for config in configs]
+    tracked = [run.tracked(runtime) for run in runs]
     failed: dict[int, CfusionError] = {}
     name = f"{runs[0].cohort.name}, {len(runs)} runs together"
     try:
         with graceful_stop(), progress(name, sum(len(run.splits) for run in runs)) as bar:
             failed = _train_together(runtime, runs, tracked, bar)
-        scores = [scored_run(runtime, run, tracked[i]) for i, run in enumerate(runs) if i not in failed]
+        scores = [run.score(runtime, tracked[i]) for i, run in enumerate(runs) if i not in failed]
     except BaseException as error:
         for parent in tracked:
             parent.__exit__(type(error), error, error.__traceback__)
@@ -103,7 +91,7 @@ def cross_validate_together(configs: Sequence[Config]) -> list[Scores]:
         cause = failed.get(i)
         parent.__exit__(type(cause) if cause else None, cause, None)
         if cause is None:
-            mark_done(runtime, run, parent)
+            run.mark_done(runtime, parent)
     if len(runs) == 1 and failed:
         raise failed[0]
     if failed:
@@ -113,7 +101,7 @@ def cross_validate_together(configs: Sequence[Config]) -> list[Scores]:
 
 
 def _train_together(
-    runtime: Runtime, runs: Sequence[PreparedRun], tracked: Sequence[TrackedRun], bar: Progress
+    runtime: Runtime, runs: Sequence[Run], tracked: Sequence[TrackedRun], bar: Progress
 ) -> dict[int, CfusionError]:
     """Train the folds that are missing and write each; returns the runs that failed."""
     slides = {case: s for run in runs for case, s in run.cohort.slides_of(list(run.cohort.cases.index)).items()}
@@ -126,10 +114,9 @@ def _train_together(
     failed: dict[int, CfusionError] = {}
 
     def done(member: GroupMember, result: FoldRun) -> None:
-        folder = fold_folder(runs[run_of[member]], member.fold.split)
-        if runtime.is_main:
-            write_fold(folder, result)
-        runtime.barrier()
+        run = runs[run_of[member]]
+        folder = run.fold_folder(member.fold.split)
+        run.write_fold(runtime, result)
         children[member].artifacts(folder)
         children[member].close()
         bar.advance(note=f"{folder.parent.name}/{folder.name}")
@@ -141,14 +128,14 @@ def _train_together(
 
     for number, run in enumerate(runs):
         for split in run.splits:
-            folder = fold_folder(run, split)
-            if runtime.from_main(folder.is_dir()):
+            folder = run.fold_folder(split)
+            if run.has_fold(runtime, split):
                 bar.advance(note=folder.name)
                 continue
             child = tracked[number].child(folder.name, {"fold": split.fold, "repeat": split.repeat})
             fold = ready_fold(
                 run.config, run.cohort, split, dataset, runtime,
-                folder=run.config.output / "checkpoints" / "group", on_epoch=_logging_to(child),
+                folder=run.folder / CHECKPOINTS / GROUP, on_epoch=_logging_to(child),
             )  # fmt: skip
             member = GroupMember(runtime, fold, whole)
             run_of[member], children[member] = number, child
@@ -182,18 +169,15 @@ def _check_shared(configs: Sequence[Config]) -> None:
         raise ConfigError("Runs that are trained together need different outputs.")
 
 
-def _fold(runtime: Runtime, run: PreparedRun, split: Split, parent: TrackedRun, bar: Progress) -> None:
-    folder = fold_folder(run, split)
-    checkpoints = run.config.output / "checkpoints" / folder.name
+def _fold(runtime: Runtime, run: Run, split: Split, parent: TrackedRun, bar: Progress) -> None:
+    folder, checkpoints = run.fold_folder(split), run.fold_checkpoints(split)
     with parent.child(folder.name, {"fold": split.fold, "repeat": split.repeat}) as child:
-        if runtime.from_main(not folder.is_dir()):
+        if not run.has_fold(runtime, split):
             result = fit(
                 run.config, run.cohort, split, runtime=runtime, folder=checkpoints,
                 on_epoch=lambda epoch, metrics: child.log(metrics, epoch),
             )  # fmt: skip
-            if runtime.is_main:
-                write_fold(folder, result)
-            runtime.barrier()
+            run.write_fold(runtime, result)
         if runtime.is_main:
             shutil.rmtree(checkpoints, ignore_errors=True)
         child.artifacts(folder)

@@ -12,8 +12,9 @@ import pandas as pd
 
 from cfusion.errors import DataError
 from cfusion.extensions import check_trusted, file_code, names_file
-from cfusion.report.runs import read_run
-from cfusion.runs.crossval import cross_validate, is_done, prepare
+from cfusion.run_folder import PREDICTIONS, is_done, read_run
+from cfusion.runs.crossval import cross_validate
+from cfusion.runs.run import Run
 from cfusion.survival.predictions import read_predictions
 
 logger = logging.getLogger(__name__)
@@ -56,11 +57,11 @@ def reproduce_run(folder: Path, out: Path, *, trust_code: str | None = None) -> 
         raise DataError(f"{out}: holds a finished run.", "Give another --out.")
     tracking = run.config.tracking.model_copy(update={"enabled": False, "register_as": None})
     config = run.config.model_copy(update={"output": out, "tracking": tracking})
-    differences = _differences(run.provenance, prepare(config).provenance)
+    differences = _differences(run.provenance, Run.prepare(config).provenance)
     for line in differences:
         logger.warning("%s: %s", folder, line)
     cross_validate(config)
-    first, second = (read_predictions(path / "predictions.csv").set_index(KEY).sort_index() for path in (folder, out))
+    first, second = (read_predictions(path / PREDICTIONS).set_index(KEY).sort_index() for path in (folder, out))
     return Reproduction(len(first), _largest(first, second), differences)
 
 

@@ -1,4 +1,4 @@
-"""A run and its folder: what it will do, what it has done, and the scores of all its folds."""
+"""A run as an object: open its folder, train fold by fold, score, and mark it done."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 
 import cfusion
+from cfusion import run_folder
 from cfusion.cohort.audit import Audit, audit
-from cfusion.cohort.read import OUTCOMES, read_cohort, write_outcomes
+from cfusion.cohort.read import read_cohort, write_outcomes
 from cfusion.cohort.splits import make_splits, splits_digest, write_splits
 from cfusion.config import Config
 from cfusion.data.shards import ShardDataset
 from cfusion.errors import ConfigError
-from cfusion.files import atomic_path, digest_file, digest_json, read_json, write_json, write_text
+from cfusion.extensions import OwnCode
+from cfusion.files import atomic_path, digest_file, digest_json, write_json, write_text
 from cfusion.program import code_digest
 from cfusion.report import figures
 from cfusion.report.standalone import run_figures, write_figures
@@ -37,18 +38,17 @@ from cfusion.training.runtime import Runtime
 from cfusion.types import Cohort, Split, magnification_name
 from cfusion.yaml_files import differences
 
-MARKER = "run.json"
-"""File of a run's folder that says which run it is of."""
-
 logger = logging.getLogger(__name__)
 
 _FINDINGS_SHOWN = 10
-"""Of a kind, when a run starts; `audit.json` has them all."""
+"""Findings of one kind that are logged when a run starts; `audit.json` has all of them."""
 
 
 @dataclass(frozen=True)
-class PreparedRun:
-    """What a run will do, before anything is trained.
+class Run:
+    """A run: its data after the audit, and its folder.
+
+    `prepare` reads and audits the data and writes nothing; `open` also takes the folder.
 
     Attributes:
         config: Its configuration.
@@ -61,6 +61,61 @@ class PreparedRun:
     audit: Audit
     dataset: ShardDataset
     provenance: dict[str, Any]
+
+    @classmethod
+    def prepare(cls, config: Config) -> Run:
+        """Read cohort, shards and splits and audit them.
+
+        Raises:
+            ConfigError, DataError: Something cannot be read, a model of the user's own does not work, or
+                `evaluation.strict` is set and the audit found something.
+        """
+        cohort = read_cohort(config.cohort)
+        dataset = open_run_shards(config)
+        code = check_own_model(config, dataset.index.dim)
+        names = [magnification_name(m) for m in config.data.magnifications]
+        found = audit(
+            cohort,
+            make_splits(cohort, config.splits, config.evaluation.protocol),
+            available={slide: {n for n, count in dataset.tiles(slide).items() if count} for slide in dataset.slide_ids},
+            magnifications=names,
+            n_bins=config.evaluation.n_bins,
+            keep_zero_times=config.cohort.keep_zero_times,
+        )
+        if config.evaluation.strict:
+            found.raise_if_strict()
+        if config.evaluation.permute_outcomes is not None:
+            found = dataclasses.replace(found, cohort=permuted(found.cohort, config.evaluation.permute_outcomes))
+        return cls(config, found, dataset, _provenance(config, code, dataset, found))
+
+    @classmethod
+    def open(cls, runtime: Runtime, config: Config) -> Run:
+        """Read a run's data, and take its folder.
+
+        Raises:
+            ConfigError: Ranks disagree on the run, the folder holds another, or some rank does not see it.
+        """
+        run = cls.prepare(config)
+        runtime.agree("configuration, data or program version", run.identity)
+        if runtime.is_main:
+            for line in run.audit.lines(_FINDINGS_SHOWN):
+                logger.info("audit: %s", line)
+            check_registration(config, run.dataset.index)
+            run._claim()
+        runtime.barrier()
+        blind = [rank for rank, sees in enumerate(runtime.gather([run_folder.is_run(run.folder)])) if not sees]
+        if blind:
+            raise ConfigError(
+                f"{run.folder}: rank 0 has made this folder, and ranks {blind} do not see it.",
+                "Give an output on a disk that all nodes share.",
+                topic="world",
+            )
+        return run
+
+    @property
+    def folder(self) -> Path:
+        """Its folder."""
+        return self.config.output
 
     @property
     def cohort(self) -> Cohort:
@@ -77,61 +132,119 @@ class PreparedRun:
         """Digest of all that decides the numbers."""
         return digest_json(_deciding(self.provenance))
 
+    def describe(self) -> str:
+        """Return what the run will do, as text for the terminal."""
+        cohort, index = self.cohort, self.dataset.index
+        lines = [
+            f"{cohort.name}: {len(cohort.cases)} patients, {int(cohort.cases['event'].sum())} events, "
+            f"{len(cohort.slides)} slides, embeddings of {index.encoder} ({index.dim} wide)"
+        ]
+        lines += [f"audit: {finding}" for finding in self.audit.findings]
+        lines += [
+            f"fold {split.fold}: {len(split.train)} train, {len(split.validation)} choose, {len(split.test)} are scored"
+            for split in self.splits
+        ]
+        return "\n".join(lines)
 
-def prepare(config: Config) -> PreparedRun:
-    """Read cohort, shards and splits of a run and audit them.
+    def _claim(self) -> None:
+        """Take the output folder for this run, or refuse the folder of another."""
+        folder = self.folder
+        if run_folder.is_run(folder):
+            other = run_folder.read_marker(folder)
+            if other["identity"] != self.identity:
+                changed = differences(_deciding(other["provenance"]), _deciding(self.provenance))
+                raise ConfigError(
+                    f"{folder}: holds a run that differs in {', '.join(changed[:5])}.",
+                    "Give another output=..., or delete the folder.",
+                    topic="checkpoint",
+                )
+            return
+        run_folder.write_config(folder, self.config)
+        write_json(folder / run_folder.AUDIT, self.audit.to_json())
+        write_splits(self.splits, folder / run_folder.SPLITS)
+        write_outcomes(self.cohort, folder / run_folder.OUTCOMES)
+        run_folder.write_marker(folder, self.identity, self.provenance)
 
-    Raises:
-        ConfigError, DataError: Something cannot be read, a model of the user's own does not work, or
-            `evaluation.strict` is set and the audit found something.
-    """
-    cohort = read_cohort(config.cohort)
-    dataset = open_run_shards(config)
-    code = check_own_model(config, dataset.index.dim)
-    names = [magnification_name(m) for m in config.data.magnifications]
-    found = audit(
-        cohort,
-        make_splits(cohort, config.splits, config.evaluation.protocol),
-        available={slide: {n for n, count in dataset.tiles(slide).items() if count} for slide in dataset.slide_ids},
-        magnifications=names,
-        n_bins=config.evaluation.n_bins,
-        keep_zero_times=config.cohort.keep_zero_times,
-    )
-    if config.evaluation.strict:
-        found.raise_if_strict()
-    if config.evaluation.permute_outcomes is not None:
-        found = dataclasses.replace(found, cohort=permuted(found.cohort, config.evaluation.permute_outcomes))
-    provenance = {
-        "program": cfusion.__version__,
-        "code": code_digest(),
-        "config": config.model_dump(mode="json", exclude={"output", "tracking"}),
-        **({} if code is None else {"model_code": code.identity}),
-        "table_sha256": digest_file(config.cohort.table),
-        "shards_digest": dataset.index.digest,
-        "splits_digest": splits_digest(found.splits),
-        "packages": {"python": platform.python_version(), "torch": torch.__version__},
-        "platform": platform.platform(),
-    }
-    return PreparedRun(config, found, dataset, provenance)
+    def fold_folder(self, split: Split) -> Path:
+        """Return where a fold's model, predictions and history are once the fold is finished."""
+        return self.folder / run_folder.fold_name(split.fold, split.repeat, self.config.splits.repeats)
 
+    def fold_checkpoints(self, split: Split) -> Path:
+        """Return where a fold's checkpoints are while it trains."""
+        return self.folder / run_folder.CHECKPOINTS / self.fold_folder(split).name
 
-def _deciding(provenance: dict[str, Any]) -> dict[str, Any]:
-    """What of it decides the numbers."""
-    return {key: value for key, value in provenance.items() if key not in {"platform", "packages"}}
+    def has_fold(self, runtime: Runtime, split: Split) -> bool:
+        """Return whether a fold is finished, the same on every rank."""
+        return bool(runtime.from_main(run_folder.is_whole(self.fold_folder(split))))
 
+    def write_fold(self, runtime: Runtime, result: FoldRun) -> None:
+        """Write the result of a fold on rank 0, completely or not at all; every rank waits for it."""
+        if runtime.is_main:
+            with atomic_path(self.fold_folder(result.split)) as temporary:
+                result.model.save(temporary / run_folder.MODEL)
+                result.predictions.to_csv(temporary / run_folder.PREDICTIONS, index=False)
+                result.history.to_csv(temporary / run_folder.HISTORY, index=False)
+                curves = figures.learning_curves(result.history, f"fold {result.split.fold}")
+                write_figures(temporary, {"learning_curves": curves})
+                write_json(temporary / run_folder.FOLD, {"best_epoch": result.best_epoch, "fold": result.split.fold})
+        runtime.barrier()
 
-def describe(run: PreparedRun) -> str:
-    """What a run will do, as text for the terminal."""
-    lines = [
-        f"{run.cohort.name}: {len(run.cohort.cases)} patients, {int(run.cohort.cases['event'].sum())} events, "
-        f"{len(run.cohort.slides)} slides, embeddings of {run.dataset.index.encoder} ({run.dataset.index.dim} wide)"
-    ]
-    lines += [f"audit: {finding}" for finding in run.audit.findings]
-    lines += [
-        f"fold {split.fold}: {len(split.train)} train, {len(split.validation)} choose, {len(split.test)} are scored"
-        for split in run.splits
-    ]
-    return "\n".join(lines)
+    def tracked(self, runtime: Runtime) -> TrackedRun:
+        """Begin or resume the run in MLflow, on rank 0 only."""
+        config, encoder = self.config, self.dataset.index.encoder
+        tracking = config.tracking if runtime.is_main else config.tracking.model_copy(update={"enabled": False})
+        tracked = TrackedRun.begin(
+            tracking,
+            self.folder,
+            run_name(config, encoder),
+            run_params(config, self.provenance),
+            run_tags(config, encoder),
+        )
+        tracked.inputs(run_inputs(config, self.cohort, self.dataset.index, self.provenance))
+        return tracked
+
+    def score(self, runtime: Runtime, parent: TrackedRun) -> Scores:
+        """Score the folds on rank 0, and write the tables and figures of the run; every rank gets the scores."""
+        scores = [self._scored(parent)] if runtime.is_main else []
+        return runtime.from_main(scores)[0]
+
+    def _scored(self, parent: TrackedRun) -> Scores:
+        frames = [read_predictions(self.fold_folder(split) / run_folder.PREDICTIONS) for split in self.splits]
+        scores = score(
+            pd.concat(frames, ignore_index=True), self.cohort, self.splits,
+            bootstrap=self.config.evaluation.bootstrap, horizons=self.config.evaluation.horizons_months,
+        )  # fmt: skip
+        self._write_scores(scores)
+        self._track_scores(scores, parent)
+        return scores
+
+    def _write_scores(self, scores: Scores) -> None:
+        folder = self.folder
+        write_text(folder / run_folder.PREDICTIONS, scores.predictions.to_csv(index=False))
+        write_text(folder / run_folder.SCORES, scores.folds.to_csv(index=False))
+        write_text(folder / run_folder.SUMMARY, scores.summary.to_csv(index=False))
+        histories = pd.concat(run_folder.histories(folder), ignore_index=True)
+        write_figures(folder / run_folder.FIGURES, run_figures(scores, histories))
+        write_environment(folder / run_folder.ENVIRONMENT)
+
+    def _track_scores(self, scores: Scores, parent: TrackedRun) -> None:
+        row = scores.summary.iloc[0]
+        logged = ("cindex_pooled", "cindex_mean", "cindex_std", "cindex_low", "cindex_high")
+        parent.log({key: float(row[key]) for key in logged})
+        tables = (run_folder.OUTCOMES, run_folder.PREDICTIONS, run_folder.SCORES, run_folder.SUMMARY)
+        for name in (run_folder.CONFIG, run_folder.AUDIT, run_folder.RUN, *tables):
+            parent.artifacts(self.folder / name)
+        for name in (run_folder.FIGURES, run_folder.ENVIRONMENT, run_folder.SPLITS):
+            parent.artifacts(self.folder / name, under=name)
+        if self.config.tracking.register_as:
+            parent.register(self.config.tracking.register_as, version_tags(self.config, row))
+
+    def mark_done(self, runtime: Runtime, parent: TrackedRun) -> None:
+        """Write the marker of a finished run, last of all."""
+        if runtime.is_main:
+            name = self.config.tracking.register_as
+            run_folder.write_done(self.folder, self.identity, parent.registered(name) if name else None)
+        runtime.barrier()
 
 
 def permuted(cohort: Cohort, seed: int) -> Cohort:
@@ -142,127 +255,20 @@ def permuted(cohort: Cohort, seed: int) -> Cohort:
     return dataclasses.replace(cohort, cases=cases)
 
 
-def open_run(runtime: Runtime, config: Config) -> PreparedRun:
-    """Read a run's data, and take its folder.
-
-    Raises:
-        ConfigError: Ranks disagree on the run, the folder holds another, or some rank does not see it.
-    """
-    run = prepare(config)
-    runtime.agree("configuration, data or program version", run.identity)
-    if runtime.is_main:
-        for line in run.audit.lines(_FINDINGS_SHOWN):
-            logger.info("audit: %s", line)
-        check_registration(config, run.dataset.index)
-        _claim(run)
-    runtime.barrier()
-    blind = [rank for rank, sees in enumerate(runtime.gather([(config.output / MARKER).is_file()])) if not sees]
-    if blind:
-        raise ConfigError(
-            f"{config.output}: rank 0 has made this folder, and ranks {blind} do not see it.",
-            "Give an output on a disk that all nodes share.",
-            topic="world",
-        )
-    return run
+def _provenance(config: Config, code: OwnCode | None, dataset: ShardDataset, found: Audit) -> dict[str, Any]:
+    return {
+        "program": cfusion.__version__,
+        "code": code_digest(),
+        "config": config.model_dump(mode="json", exclude={"output", "tracking"}),
+        **({} if code is None else {"model_code": code.identity}),
+        "table_sha256": digest_file(config.cohort.table),
+        "shards_digest": dataset.index.digest,
+        "splits_digest": splits_digest(found.splits),
+        "packages": {"python": platform.python_version(), "torch": torch.__version__},
+        "platform": platform.platform(),
+    }
 
 
-def scored_run(runtime: Runtime, run: PreparedRun, parent: TrackedRun) -> Scores:
-    """Score the folds of a run on rank 0, and write what stands beside them; every rank gets the scores."""
-    scores = [_scored(run, parent)] if runtime.is_main else []
-    return runtime.from_main(scores)[0]
-
-
-def _scored(run: PreparedRun, parent: TrackedRun) -> Scores:
-    frames = [read_predictions(fold_folder(run, split) / "predictions.csv") for split in run.splits]
-    scores = score(
-        pd.concat(frames, ignore_index=True), run.cohort, run.splits,
-        bootstrap=run.config.evaluation.bootstrap, horizons=run.config.evaluation.horizons_months,
-    )  # fmt: skip
-    _finish(run, scores, parent)
-    return scores
-
-
-def mark_done(runtime: Runtime, run: PreparedRun, parent: TrackedRun) -> None:
-    """Write the marker of a finished run, last of all."""
-    if runtime.is_main:
-        name = run.config.tracking.register_as
-        version = parent.registered(name) if name else None
-        write_json(run.config.output / "done.json", {"identity": run.identity, "registered_version": version})
-    runtime.barrier()
-
-
-def is_done(folder: Path) -> bool:
-    """Whether a finished run lies in `folder`; its marker is written last."""
-    return (folder / "done.json").is_file()
-
-
-def _claim(run: PreparedRun) -> None:
-    """Take the output folder for this run, or refuse the folder of another."""
-    folder = run.config.output
-    marker = folder / MARKER
-    if marker.exists():
-        other = read_json(marker)
-        if other["identity"] != run.identity:
-            changed = differences(_deciding(other["provenance"]), _deciding(run.provenance))
-            raise ConfigError(
-                f"{folder}: holds a run that differs in {', '.join(changed[:5])}.",
-                "Give another output=..., or delete the folder.",
-                topic="checkpoint",
-            )
-        return
-    write_text(folder / "config.yaml", yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
-    write_json(folder / "audit.json", run.audit.to_json())
-    write_splits(run.splits, folder / "splits")
-    write_outcomes(run.cohort, folder / OUTCOMES)
-    write_json(marker, {"identity": run.identity, "provenance": run.provenance})
-
-
-def tracked_run(runtime: Runtime, run: PreparedRun) -> TrackedRun:
-    """The run in MLflow, begun or gone on with, on rank 0 alone."""
-    config, encoder = run.config, run.dataset.index.encoder
-    tracking = config.tracking if runtime.is_main else config.tracking.model_copy(update={"enabled": False})
-    tracked = TrackedRun.begin(
-        tracking,
-        config.output,
-        run_name(config, encoder),
-        run_params(config, run.provenance),
-        run_tags(config, encoder),
-    )
-    tracked.inputs(run_inputs(config, run.cohort, run.dataset.index, run.provenance))
-    return tracked
-
-
-def fold_folder(run: PreparedRun, split: Split) -> Path:
-    """Where a fold's model, predictions and history lie, once they are there."""
-    name = f"fold_{split.fold}" if run.config.splits.repeats == 1 else f"repeat_{split.repeat}_fold_{split.fold}"
-    return run.config.output / name
-
-
-def write_fold(folder: Path, result: FoldRun) -> None:
-    """Write what a fold gave, whole or not at all."""
-    with atomic_path(folder) as temporary:
-        result.model.save(temporary / "model")
-        result.predictions.to_csv(temporary / "predictions.csv", index=False)
-        result.history.to_csv(temporary / "history.csv", index=False)
-        curves = figures.learning_curves(result.history, f"fold {result.split.fold}")
-        write_figures(temporary, {"learning_curves": curves})
-        write_json(temporary / "fold.json", {"best_epoch": result.best_epoch, "fold": result.split.fold})
-
-
-def _finish(run: PreparedRun, scores: Scores, parent: TrackedRun) -> None:
-    folder = run.config.output
-    write_text(folder / "predictions.csv", scores.predictions.to_csv(index=False))
-    write_text(folder / "scores.csv", scores.folds.to_csv(index=False))
-    write_text(folder / "summary.csv", scores.summary.to_csv(index=False))
-    histories = [pd.read_csv(path) for path in sorted(folder.glob("*fold_*/history.csv"))]
-    write_figures(folder / "figures", run_figures(scores, pd.concat(histories, ignore_index=True)))
-    write_environment(folder / "environment")
-    row = scores.summary.iloc[0]
-    parent.log({k: float(row[k]) for k in ("cindex_pooled", "cindex_mean", "cindex_std", "cindex_low", "cindex_high")})
-    tables = (OUTCOMES, "predictions.csv", "scores.csv", "summary.csv")
-    for name in ("config.yaml", "audit.json", MARKER, *tables):
-        parent.artifacts(folder / name)
-    for name in ("figures", "environment", "splits"):
-        parent.artifacts(folder / name, under=name)
-    if run.config.tracking.register_as:
-        parent.register(run.config.tracking.register_as, version_tags(run.config, row))
+def _deciding(provenance: dict[str, Any]) -> dict[str, Any]:
+    """What of it decides the numbers."""
+    return {key: value for key, value in provenance.items() if key not in {"platform", "packages"}}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from cfusion.run_folder import PREDICTIONS
 from cfusion.survival.paired import compare
 from cfusion.survival.predictions import read_predictions
 from cfusion.survival.score import score
@@ -91,7 +92,7 @@ def promote(client: MlflowClient, verdict: Verdict) -> None:
 
 def _predictions(client: MlflowClient, version: ModelVersion) -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as scratch:
-        return read_predictions(Path(client.download_artifacts(str(version.run_id), "predictions.csv", scratch)))
+        return read_predictions(Path(client.download_artifacts(str(version.run_id), PREDICTIONS, scratch)))
 
 
 def _unfit(version: ModelVersion, table: pd.DataFrame) -> str:

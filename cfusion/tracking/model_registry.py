@@ -20,6 +20,7 @@ from cfusion.apply.ensemble import FoldEnsemble, mean_cutoff
 from cfusion.config import Config
 from cfusion.data.shard_index import ShardIndex
 from cfusion.errors import ConfigError, DataError, UntrustedCodeError
+from cfusion.run_folder import fold_models
 from cfusion.tracking.address import TrackingUnavailableError, connect, tracking_uri, unavailable
 from cfusion.training.fitted import ModelCard
 from cfusion.types import magnification_name
@@ -154,7 +155,7 @@ def _save_served(cards: Sequence[ModelCard], folder: Path, scratch: Path) -> Non
     import mlflow.pyfunc
 
     folds = scratch / FOLDS
-    for path in FoldEnsemble.folders(folder):
+    for path in fold_models(folder):
         shutil.copytree(path, folds / path.relative_to(folder))
     card = cards[0]
     example = {

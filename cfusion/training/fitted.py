@@ -16,8 +16,9 @@ from torch import nn
 from cfusion.config import ModelConfig, validate
 from cfusion.errors import ConfigError, DataError
 from cfusion.extensions import OwnCode, check_trusted, file_code, names_file, package_code
-from cfusion.files import atomic_path, write_json
+from cfusion.files import atomic_path, check_format, read_json, write_json
 from cfusion.models import MODELS, build_model
+from cfusion.run_folder import CARD, WEIGHTS
 from cfusion.survival.bins import TimeBins
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,9 @@ class ModelCard:
 
 _CARD = TypeAdapter(ModelCard)
 
+FORMAT = 1
+"""Format of a model's folder, as its card carries it; what 0.1.0 wrote carries none and is read as 1."""
+
 
 @dataclass(frozen=True, repr=False)
 class FittedModel:
@@ -106,11 +110,11 @@ class FittedModel:
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             try:
-                save_file(tensors, temporary / "model.safetensors")
+                save_file(tensors, temporary / WEIGHTS)
             except SafetensorError as error:
                 raise DataError(f"{folder}: the model cannot be written ({error}).", "Make room there.") from error
-            card = asdict(self.card)
-            write_json(temporary / "model.json", card if self.card.code else {k: card[k] for k in card if k != "code"})
+            card = {"format": FORMAT, **asdict(self.card)}
+            write_json(temporary / CARD, card if self.card.code else {k: card[k] for k in card if k != "code"})
             if self.source is not None:
                 (temporary / SOURCE).write_bytes(self.source)
 
@@ -129,11 +133,11 @@ class FittedModel:
             ConfigError: The package that the model's class is in is not installed.
         """
         card = read_card(folder)
-        config = validate(ModelConfig, card.model, str(folder / "model.json"))
+        config = validate(ModelConfig, card.model, str(folder / CARD))
         code = saved_code(folder, card, trust_code, folder / SOURCE)
         module = build(config, card.backbone_dim, len(card.edges_months) - 1, card.magnifications, code)
         try:
-            module.load_state_dict(load_file(folder / "model.safetensors"))
+            module.load_state_dict(load_file(folder / WEIGHTS))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise DataError(f"{folder}: the weights do not load ({' '.join(str(error).split())[:200]}).") from error
         return cls(module.eval(), card, None if code is None else code.source)
@@ -143,12 +147,14 @@ def read_card(folder: Path) -> ModelCard:
     """The card of the model in a folder; none of its code is run.
 
     Raises:
-        DataError: It is missing or damaged.
+        DataError: It is missing or damaged, or a newer program wrote it.
     """
     try:
-        return _CARD.validate_json((folder / "model.json").read_text(encoding="utf-8"))
-    except (OSError, ValidationError) as error:
-        raise DataError(f"{folder / 'model.json'}: is not a model card ({' '.join(str(error).split())}).") from error
+        values = read_json(folder / CARD)
+        check_format(folder / CARD, values if isinstance(values, dict) else {}, FORMAT)
+        return _CARD.validate_python(values)
+    except ValidationError as error:
+        raise DataError(f"{folder / CARD}: is not a model card ({' '.join(str(error).split())}).") from error
 
 
 def saved_code(where: Path, card: ModelCard, trust_code: str | None, copy: Path | None) -> OwnCode | None:

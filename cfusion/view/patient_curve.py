@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from cfusion.cohort.read import patient_of, read_cohort, slide_stem
-from cfusion.config import load_config
 from cfusion.errors import CfusionError, DataError
 from cfusion.explanation.result import Explanation
 from cfusion.report.svg import Plot, nice_ticks
+from cfusion.run_folder import PREDICTIONS, read_config
 from cfusion.survival.groups import kaplan_meier
 from cfusion.survival.predictions import read_predictions, survival_columns
 
@@ -30,11 +30,11 @@ class CohortCurves:
     """
 
     def __init__(self, run: Path) -> None:
-        if not (run / "predictions.csv").is_file():
+        if not (run / PREDICTIONS).is_file():
             raise DataError(
-                f"{run}: holds no predictions.csv.", "Give the output folder of `cfusion train`.", topic="viewer"
+                f"{run}: holds no {PREDICTIONS}.", "Give the output folder of `cfusion train`.", topic="viewer"
             )
-        table = read_predictions(run / "predictions.csv")
+        table = read_predictions(run / PREDICTIONS)
         self.name = str(table["cohort"].iloc[0])
         folds = table.groupby(["seed", "repeat", "fold"])["risk"]
         self.table = table.assign(percentile=100 * (folds.rank() - 1) / (folds.transform("size") - 1).clip(lower=1))
@@ -66,7 +66,7 @@ class CohortCurves:
 
 def _cases_of_slides(run: Path) -> dict[str, str]:
     try:
-        slides = read_cohort(load_config(run / "config.yaml").cohort).slides
+        slides = read_cohort(read_config(run).cohort).slides
     except CfusionError as error:
         logger.info("%s: patients are told by the names of their slides (%s)", run, error)
         return {}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cfusion.errors import CfusionError, ConfigError
 from cfusion.files import write_text
+from cfusion.run_folder import DONE
 from launch.cluster.cluster_plan import FINAL, MAX_RESTARTS, REQUEUE, WARNING_SECONDS, LaunchPlan, one_line, shell
 
 MOST_REQUEUES = {REQUEUE: 100, 137: MAX_RESTARTS}
@@ -65,7 +66,7 @@ def slurm_script(plan: LaunchPlan, options: SlurmOptions) -> str:
     run = f"{shlex.join(step)} \\\n    {shell(agent)}"
     for variable in ("$host:$port", "$SLURM_JOB_ID", *container[1:]):
         run = run.replace(shlex.quote(variable), f'"{variable}"')
-    done = shlex.quote(str(plan.output / "done.json"))
+    done = shlex.quote(str(plan.output / DONE))
     return "\n".join(
         [
             "#!/bin/bash",

@@ -12,6 +12,7 @@ from cfusion.cohort.splits import fold_count
 from cfusion.console import Progress, progress
 from cfusion.errors import PartialResultError, RequeueError
 from cfusion.files import digest_json
+from cfusion.run_folder import fold_folders, is_done
 from launch.sweep.markers import LOG
 from launch.sweep.plan import PlannedRun, remember_data
 from launch.sweep.work import Job, Outcome
@@ -63,7 +64,6 @@ def run_all(runs: Sequence[PlannedRun], execution: Execution, folder: Path) -> N
         PartialResultError: Some runs failed, or another process trains them; each is named with its cause.
         RequeueError: A signal asked for a stop; runs at work have saved their state.
     """
-    from cfusion.runs.crossval import is_done
     from cfusion.training.interruption import graceful_stop, stop_requested
 
     missing = [run for run in runs if not is_done(run.config.output)]
@@ -93,8 +93,6 @@ def run_all(runs: Sequence[PlannedRun], execution: Execution, folder: Path) -> N
 
 
 def _raise_if_not_done(runs: Sequence[PlannedRun], outcomes: Mapping[str, Outcome]) -> None:
-    from cfusion.runs.crossval import is_done
-
     left = [outcomes.get(run.name) for run in runs if not is_done(run.config.output)]
     if any(outcome is None or outcome.state == "stopped" for outcome in left):
         raise RequeueError(f"{len(left)} of {len(runs)} runs are left; those at work have saved their state.")
@@ -144,7 +142,7 @@ def jobs_of(runs: Sequence[PlannedRun], execution: Execution) -> list[Job]:
 
 def audits(runs: Sequence[PlannedRun]) -> Iterator[str]:
     """What the data of the runs are and what an audit drops or doubts; each cohort with each encoder is read once."""
-    from cfusion.runs.crossval import describe, prepare
+    from cfusion.runs.run import Run
 
     seen = set()
     for run in runs:
@@ -153,12 +151,12 @@ def audits(runs: Sequence[PlannedRun]) -> Iterator[str]:
                            config.data.shards, config.data.encoder, config.evaluation.protocol])  # fmt: skip
         if key not in seen:
             seen.add(key)
-            yield from ([run.absent] if run.absent else describe(prepare(config)).splitlines())
+            yield from ([run.absent] if run.absent else Run.prepare(config).describe().splitlines())
 
 
 def folds_done(run: PlannedRun) -> int:
     """How many folds of a run are whole."""
-    return len(list(run.config.output.glob("*fold_*/fold.json")))
+    return len(fold_folders(run.config.output))
 
 
 def _dispatch(jobs: Sequence[Job], execution: Execution, folder: Path, tick: Tick) -> Iterator[Outcome]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,15 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cfusion.cohort.splits import fold_count
-from cfusion.files import read_json
 from cfusion.program import code_digest
+from cfusion.run_folder import DONE, is_done, is_fold_name, read_marker
 from launch.sweep.markers import FAILED, LOCK, LOG, attempts, holder, read_failure
 from launch.sweep.plan import PlannedRun, SweepConfig
 
 State = Literal["done", "running", "failed", "open"]
 STATES: tuple[State, ...] = ("done", "running", "failed", "open")
 
-_FOLD = re.compile(r"(repeat_\d+_)?fold_\d+")
 _SAMPLE = 200
 """Finished runs that an estimate is made from."""
 
@@ -74,12 +72,12 @@ def _names(folder: Path) -> list[str]:
 
 def _status(run: PlannedRun, files: Sequence[str]) -> RunStatus:
     folder, folds = run.config.output, fold_count(run.config.splits)
-    done = sum(1 for name in files if _FOLD.fullmatch(name))
+    done = sum(1 for name in files if is_fold_name(name))
 
     def status(state: State, word: str = "", log: Path | None = None) -> RunStatus:
         return RunStatus(run.name, run.values, state, folder, done, folds, word, log)
 
-    if "done.json" in files:
+    if DONE in files:
         return status("done")
     left, held = holder(folder) if LOCK in files else (None, False)
     if held:
@@ -108,7 +106,7 @@ def stale(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> list[str]:
 def codes_of(sweep: SweepConfig, names: Sequence[str]) -> dict[str, int]:
     """How many of the named runs are done, by the code that did them, other than this program's."""
     folders = [sweep.output / "runs" / name for name in names]
-    done = [read_json(folder / "run.json")["provenance"] for folder in folders if (folder / "done.json").is_file()]
+    done = [read_marker(folder)["provenance"] for folder in folders if is_done(folder)]
     found = Counter(provenance.get("code") for provenance in done)
     return {code: number for code, number in found.items() if code not in (None, code_digest())}
 

@@ -18,6 +18,7 @@ import yaml
 
 from cfusion.errors import CfusionError, DataError, RequeueError
 from cfusion.files import write_text
+from cfusion.run_folder import is_done
 from launch.sweep.cost import Meter
 from launch.sweep.markers import LOG, HeldError, add_attempt, claim, clear_failure, write_failure
 from launch.sweep.plan import DataDigests, PlannedRun
@@ -60,8 +61,6 @@ class Outcome:
 
 def do(job: Job) -> list[Outcome]:
     """Do the runs of a job that are neither done nor held by another process; failed ones are marked with the cause."""
-    from cfusion.runs.crossval import is_done
-
     outcomes: list[Outcome] = []
     data = DataDigests({})
     with contextlib.ExitStack() as held:
@@ -91,8 +90,6 @@ def lost(job: Job, cause: str, *, stopped: bool = False) -> list[Outcome]:
 
 
 def _lost(run: PlannedRun, cause: str, stopped: bool) -> Outcome:
-    from cfusion.runs.crossval import is_done
-
     folder = run.config.output
     if is_done(folder):
         return Outcome(run.name, "done")
@@ -117,8 +114,6 @@ def _refused(run: PlannedRun, cause: str) -> Outcome:
 
 def _attempt(job: Job, runs: list[PlannedRun], locks: list[int]) -> list[Outcome]:
     """Train the runs and say how each went; the attempt and what it cost are recorded with each."""
-    from cfusion.runs.crossval import is_done
-
     meter = Meter(job.share, len(runs))
     missed = Outcome("", "failed", "ended without its marker of completion")
     with _logged_to([run.config.output for run in runs]) as log:
@@ -169,7 +164,6 @@ def _train(job: Job, runs: list[PlannedRun], locks: list[int]) -> None:
 
 def _torchrun(run: PlannedRun, processes: int, lock: int) -> None:
     """Train a run in several processes; they hold its lock too, so it stays held should this process be killed."""
-    from cfusion.runs.crossval import is_done
     from cfusion.training.interruption import graceful_stop, stop_requested
 
     folder = run.config.output

@@ -23,6 +23,7 @@ from cfusion.config import DataConfig, ModelConfig, ParallelConfig
 from cfusion.data.shards import ShardDataset
 from cfusion.data.store import write_slide
 from cfusion.errors import CfusionError, CohortError, ConfigError, DataError, PartialResultError, StoreError
+from cfusion.run_folder import fold_models
 from cfusion.training.fitted import FittedModel, ModelCard, build
 from cfusion.training.folds import fit
 from cfusion.training.world import join_world
@@ -285,14 +286,14 @@ def test_the_models_of_a_run_are_those_of_its_folds_alone(cfusion, files, tmp_pa
     run = untrained(tmp_path / "sweep" / "run")
     fold = run / "fold_0" / "model"
     alone = [fold, run / "fold_1" / "model"]
-    assert FoldEnsemble.folders(run) == FoldEnsemble.folders(tmp_path / "sweep") == alone
-    assert FoldEnsemble.folders(run / "fold_0") == FoldEnsemble.folders(fold) == [fold]
+    assert fold_models(run) == fold_models(tmp_path / "sweep") == alone
+    assert fold_models(run / "fold_0") == fold_models(fold) == [fold]
     shutil.copytree(run / "fold_0", run / ".fold_0.0123abcd_7_0123abcd.tmp")
-    assert FoldEnsemble.folders(run) == alone, "what a killed writer left is no fold"
+    assert fold_models(run) == alone, "what a killed writer left is no fold"
     (run / "run.json").write_text("{}")
     untrained(run / "null")
     shutil.copytree(fold, run / "consolidated")
-    assert FoldEnsemble.folders(run) == alone, "another run, or a model put there by hand, is no fold"
+    assert fold_models(run) == alone, "another run, or a model put there by hand, is no fold"
     shutil.rmtree(run / "null")
     with pytest.raises(DataError, match=r"sweep/run: its run is not finished"):
         cfusion("predict", files.shards, "--model", tmp_path / "sweep", "--json")

@@ -15,9 +15,10 @@ from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.config import Config
 from cfusion.errors import ConfigError, DataError
 from cfusion.report.runs import report_runs
+from cfusion.run_folder import is_done
 from cfusion.runs import crossval
-from cfusion.runs.crossval import cross_validate, is_done, prepare
-from cfusion.runs.run import permuted
+from cfusion.runs.crossval import cross_validate
+from cfusion.runs.run import Run, permuted
 from cfusion.training.folds import fit
 
 
@@ -42,7 +43,7 @@ def finished(files, tmp_path_factory) -> Config:
 def test_every_patient_is_predicted_once_by_a_model_that_never_saw_it(files, finished):
     predictions = pd.read_csv(finished.output / "predictions.csv")
     assert len(predictions) == predictions["case_id"].nunique() == 60
-    for split in prepare(finished).splits:
+    for split in Run.prepare(finished).splits:
         fold = predictions[predictions["fold"] == split.fold]
         assert set(fold["case_id"]) == set(split.test)
         assert not set(split.test) & {*split.train, *split.validation}
@@ -128,7 +129,7 @@ def test_the_folder_of_another_run_is_refused_and_left_alone(files, tmp_path):
 
 
 def test_permuted_outcomes_are_the_same_outcomes_of_other_patients(files, tmp_path):
-    real = prepare(files.config(tmp_path)).cohort
+    real = Run.prepare(files.config(tmp_path)).cohort
     dealt = permuted(real, 3)
     assert list(dealt.cases.index) == list(real.cases.index)
     assert not dealt.cases["time_months"].equals(real.cases["time_months"])
@@ -164,11 +165,11 @@ def test_a_slide_missing_from_the_shards_is_told_and_stops_under_strict(files, t
     extra = pd.DataFrame([{"patient": "PT-9999", "slide": "PT-9999-1", "time": 5.0, "event": 1}])
     pd.concat([rows, extra]).to_csv(table, index=False)
     config = CohortFiles(table, files.shards).config(tmp_path / "run")
-    run = prepare(config)
+    run = Run.prepare(config)
     assert any("PT-9999" in finding.subject or "PT-9999" in finding.message for finding in run.audit.findings)
     assert "PT-9999" not in run.cohort.cases.index
     with pytest.raises(DataError, match="PT-9999"):
-        prepare(CohortFiles(table, files.shards).config(tmp_path / "run", evaluation={"strict": True}))
+        Run.prepare(CohortFiles(table, files.shards).config(tmp_path / "run", evaluation={"strict": True}))
 
 
 def test_a_starting_run_says_what_the_audit_dropped(files, tmp_path, caplog):
@@ -196,7 +197,7 @@ def test_a_run_with_an_external_test_is_reported_as_it_was_scored(files, tmp_pat
 @pytest.mark.parametrize("protocol", ["strict", "fixed-epoch"])
 def test_the_outcomes_of_the_test_patients_change_nothing_in_training(files, tmp_path, protocol):
     config = files.config(tmp_path / "run", evaluation={"protocol": protocol}, train={"epochs": 3})
-    run = prepare(config)
+    run = Run.prepare(config)
     split, cases = run.splits[0], run.cohort.cases.copy()
     test = list(split.test)
     cases.loc[test, "time_months"] = cases.loc[test, "time_months"] * 3 + 1

@@ -11,7 +11,8 @@ from mlflow import MlflowClient
 
 from cfusion.config import Config
 from cfusion.errors import ConfigError, DataError, PartialResultError, RequeueError
-from cfusion.runs.crossval import cross_validate, cross_validate_together, is_done, shares_a_read
+from cfusion.run_folder import is_done
+from cfusion.runs.crossval import cross_validate, cross_validate_together, shares_a_read
 from cfusion.training.group import group
 
 

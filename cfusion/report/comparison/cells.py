@@ -12,6 +12,7 @@ from joblib import Parallel, cpu_count, delayed
 
 from cfusion.errors import DataError
 from cfusion.report.runs import outcomes_and_splits
+from cfusion.run_folder import PREDICTIONS
 from cfusion.survival.paired import COLUMNS, compare, holm
 from cfusion.survival.predictions import read_predictions
 from cfusion.survival.ranks import Ranking, rank_methods
@@ -237,7 +238,7 @@ def _summary(cell: Cell, members: Sequence[ComparedRun], bootstrap: int) -> pd.S
 
 
 def _predictions(cell: Cell, members: Sequence[ComparedRun]) -> pd.DataFrame:
-    frames = [read_predictions(member.folder / "predictions.csv") for member in members]
+    frames = [read_predictions(member.folder / PREDICTIONS) for member in members]
     return pd.concat(frames, ignore_index=True).assign(model=cell.label, cohort=cell.cohort)
 
 

@@ -17,6 +17,7 @@ from cfusion.report.context import PROTOCOL_TEXTS
 from cfusion.report.report_files import write_table
 from cfusion.report.run_page import report_environment
 from cfusion.report.standalone import standalone
+from cfusion.run_folder import PREDICTIONS, REPORT
 
 
 def write_comparison(comparison: Comparison, out: Path, *, title: str) -> Path:
@@ -84,7 +85,7 @@ def render_comparison(comparison: Comparison, out: Path, title: str) -> str:
 
 def _links(member: ComparedRun, out: Path) -> dict[str, str]:
     """What of a run's folder is there to look at, relative to the page."""
-    names = {"folder": "", "report": "report/index.html", "predictions": "predictions.csv", "log": "run.log"}
+    names = {"folder": "", "report": f"{REPORT}/index.html", "predictions": PREDICTIONS, "log": "run.log"}
     return {
         word: Path(os.path.relpath(member.folder / name, out)).as_posix()
         for word, name in names.items()

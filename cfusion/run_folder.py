@@ -1,0 +1,226 @@
+"""What the folder of a run contains: the names of its files, reading and writing them, and whether the run is done.
+
+The one owner of these names. Importable without torch, so that a launcher or a status page can look into ten thousand
+folders. It holds the files below and a folder for each fold; a fold's folder appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from cfusion.config import Config, load_config
+from cfusion.errors import DataError
+from cfusion.files import check_format, read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT = 1
+"""Format of the folder, as `run.json` carries it. A folder without a number was written by 0.1.0 and is read as 1."""
+
+RUN = "run.json"
+"""Which run the folder belongs to: `format`, `identity`, `provenance`."""
+DONE = "done.json"
+"""Marker of a finished run, written last."""
+CONFIG = "config.yaml"
+"""The configuration, resolved."""
+AUDIT = "audit.json"
+"""What the audit found, `Audit.to_json()`."""
+OUTCOMES = "outcomes.csv"
+"""The patients' outcomes, as the run is scored on them."""
+SPLITS = "splits"
+"""Folder of the folds' patients."""
+PREDICTIONS = "predictions.csv"
+"""Out-of-fold predictions; in a fold's folder, those of the fold."""
+SCORES = "scores.csv"
+"""Scores by fold."""
+SUMMARY = "summary.csv"
+"""Scores of the run."""
+FIGURES = "figures"
+"""Folder of the figures of the run."""
+ENVIRONMENT = "environment"
+"""Folder that describes the machine and the installed packages."""
+REPORT = "report"
+"""Folder of the report of the run."""
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints of unfinished folds."""
+GROUP = "group"
+"""Checkpoints of folds that are trained together, below `CHECKPOINTS`."""
+FOLD = "fold.json"
+"""In a fold's folder: `fold` and `best_epoch`."""
+HISTORY = "history.csv"
+"""In a fold's folder: metrics by epoch."""
+MODEL = "model"
+"""In a fold's folder: the model's folder."""
+CARD = "model.json"
+"""In a model's folder: the model card."""
+WEIGHTS = "model.safetensors"
+"""In a model's folder: the weights."""
+
+_FOLD_NAME = re.compile(r"(repeat_\d+_)?fold_\d+")
+_ANY_FOLD = "*fold_*"
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether `folder` belongs to a run, finished or not."""
+    return (folder / RUN).is_file()
+
+
+def is_done(folder: Path) -> bool:
+    """Return whether `folder` holds a finished run."""
+    return (folder / DONE).is_file()
+
+
+def fold_name(fold: int, repeat: int, repeats: int) -> str:
+    """Return the name of a fold's folder; the repeat is part of it where the run has several."""
+    return f"fold_{fold}" if repeats == 1 else f"repeat_{repeat}_fold_{fold}"
+
+
+def is_fold_name(name: str) -> bool:
+    """Return whether a file of this name in a run's folder is a fold; the temporary of a killed writer is none."""
+    return _FOLD_NAME.fullmatch(name) is not None
+
+
+def fold_folders(run: Path) -> list[Path]:
+    """Return the folders of the finished folds of a run, sorted by name."""
+    return sorted(path for path in run.glob(_ANY_FOLD) if is_fold_name(path.name) and is_whole(path))
+
+
+def is_whole(fold: Path) -> bool:
+    """Return whether a fold's folder is there; it appears only when the fold is finished."""
+    return (fold / FOLD).is_file()
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    """Read `run.json` of a run's folder: `identity` and `provenance`, among others.
+
+    Raises:
+        DataError: It cannot be read, or a newer program wrote it.
+    """
+    marker = read_json(folder / RUN)
+    check_format(folder / RUN, marker, FORMAT)
+    return dict(marker)
+
+
+def write_marker(folder: Path, identity: str, provenance: dict[str, Any]) -> None:
+    """Write `run.json` of a run's folder."""
+    write_json(folder / RUN, {"format": FORMAT, "identity": identity, "provenance": provenance})
+
+
+def write_done(folder: Path, identity: str, registered_version: str | None) -> None:
+    """Mark the run in `folder` as finished."""
+    write_json(folder / DONE, {"identity": identity, "registered_version": registered_version})
+
+
+def read_config(folder: Path) -> Config:
+    """Read the configuration of the run in `folder`.
+
+    Raises:
+        ConfigError: It cannot be read, or has a key that this program does not know.
+    """
+    return load_config(folder / CONFIG)
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Write the resolved configuration of a run to its folder."""
+    write_text(folder / CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run, as read from its folder.
+
+    Attributes:
+        folder: Where it lies.
+        config: Its configuration.
+        audit: What the audit found, `Audit.to_json()`.
+        provenance: Digests, versions and seeds.
+    """
+
+    folder: Path
+    config: Config
+    audit: dict[str, Any]
+    provenance: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Cohort, model and protocol."""
+        return self.config.cohort.name, self.config.model.name, self.config.evaluation.protocol
+
+    def curves(self) -> pd.DataFrame:
+        """Learning curves of its folds, with the run's cohort, model and protocol."""
+        import pandas as pd
+
+        frames = histories(self.folder)
+        cohort, model, protocol = self.key
+        table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"fold": [], "epoch": []})
+        return table.assign(cohort=cohort, model=model, protocol=protocol)
+
+
+def histories(run: Path) -> list[pd.DataFrame]:
+    """Read the metrics by epoch of each finished fold of a run."""
+    import pandas as pd
+
+    return [pd.read_csv(fold / HISTORY) for fold in fold_folders(run)]
+
+
+def read_run(folder: Path) -> FinishedRun:
+    """Read a finished run.
+
+    Raises:
+        DataError: The folder holds no finished run, or a newer program wrote it.
+    """
+    if not is_done(folder):
+        raise DataError(f"{folder}: holds no finished run.", "Give the output folder of cfusion train.")
+    provenance = read_marker(folder)["provenance"]
+    return FinishedRun(folder, read_config(folder), read_json(folder / AUDIT), provenance)
+
+
+def find_run(folder: Path) -> Path:
+    """Return the folder of the one run whose fold models lie at or below `folder`; `folder` itself if it has none.
+
+    Raises:
+        DataError: The fold models belong to several runs; two are named.
+    """
+    if is_run(folder):
+        return folder
+    runs = sorted({_run_of(model, folder) for model in _model_folders(folder.glob(f"**/{CARD}"), folder)})
+    if len(runs) > 1:
+        raise DataError(
+            f"{folder}: holds fold models of {len(runs)} runs, such as {runs[0]} and {runs[1]}, which are no ensemble.",
+            "Give the folder of one run, or of one of its folds.",
+        )
+    return runs[0] if runs else folder
+
+
+def fold_models(folder: Path) -> list[Path]:
+    """Return the folders of the fold models of the run at or below `folder`, sorted.
+
+    Raises:
+        DataError: There are fold models of several runs.
+    """
+    run = find_run(folder)
+    # Anything else in a run's folder, such as another run, is not one of its folds.
+    pattern = f"{_ANY_FOLD}/{MODEL}" if is_run(run) else "**"
+    return _model_folders(run.glob(f"{pattern}/{CARD}"), run)
+
+
+def _model_folders(cards: Iterable[Path], top: Path) -> list[Path]:
+    """Folders of model cards, sorted; a hidden one was left by a killed writer."""
+    found = (card.parent for card in cards)
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(top).parts))
+
+
+def _run_of(model: Path, top: Path) -> Path:
+    """The run of a model at or below `top`: the nearest folder with a run.json, or else that of its fold's folder."""
+    for parent in model.parents:
+        if parent.is_relative_to(top) and is_run(parent):
+            return parent
+    run = model.parents[1] if model.name == MODEL else model.parent
+    return run if run.is_relative_to(top) else top
