@@ -201,6 +201,7 @@ def test_a_signal_after_ray_has_ended_asks_for_a_stop():
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.slow
 def test_a_run_whose_ray_worker_always_dies_is_tried_as_often_as_asked(files, tmp_path):
     pytest.importorskip("ray")
     run = endless(files, tmp_path)[0]

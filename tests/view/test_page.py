@@ -18,6 +18,7 @@ from cfusion.view.served_slides import SlideFolder
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = sync_api.expect
+expect.set_options(timeout=30_000)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -228,10 +229,10 @@ def test_everything_works_from_the_keyboard(window: Window):
     page.wait_for_selector("#stage[data-shown='x10/gradient/PuOr_r']")
     for _ in range(3):
         keys.press("[")
-    assert page.locator("#opacity-words").inner_text() == "30%"
+    expect(page.locator("#opacity-words")).to_have_text("30%")
     assert window.colour(-120)[3] == pytest.approx(0.3 * 255, abs=1)
     keys.press("]")
-    assert page.locator("#opacity-words").inner_text() == "40%"
+    expect(page.locator("#opacity-words")).to_have_text("40%")
     keys.press("h")
     assert window.colour(-120)[3] == 0
     assert not page.get_by_label("Show over the slide").is_checked()
@@ -242,9 +243,9 @@ def test_everything_works_from_the_keyboard(window: Window):
     keys.press("Escape")
     page.wait_for_selector("#tile-body table", state="detached")
     keys.press("?")
-    assert page.get_by_role("dialog", name="Keyboard").is_visible()
+    expect(page.get_by_role("dialog", name="Keyboard")).to_be_visible()
     keys.press("Escape")
-    assert not page.get_by_role("dialog", name="Keyboard").is_visible()
+    expect(page.get_by_role("dialog", name="Keyboard")).to_be_hidden()
     keys.press("n")
     expect(page.locator("#slide-name")).to_have_text(PLAIN)
     keys.press("p")
@@ -295,8 +296,8 @@ def test_the_patients_curve_stands_within_the_cohort(window: Window):
     page = window.open()
     figure = page.locator("#patient-body svg")
     assert "within the Kaplan–Meier curve of the 40 patients of made_up" in figure.get_attribute("aria-label")
-    assert figure.locator("path.patient").count() == 1
-    assert page.locator("#patient-body .legend span").count() == 3
+    expect(figure.locator("path.patient")).to_have_count(1)
+    expect(page.locator("#patient-body .legend span")).to_have_count(3)
     assert "PT-0001" in page.locator("#patient-body").inner_text()
 
 
@@ -341,12 +342,12 @@ def test_a_narrow_screen(browser, files: Files):
     for window in windows(browser, shown(files), viewport={"width": 380, "height": 800}, has_touch=True):
         page = window.open()
         assert page.evaluate("document.documentElement.scrollWidth") <= 380
-        assert not page.locator("#list").is_visible()
+        expect(page.locator("#list")).to_be_hidden()
         page.get_by_role("button", name="Slides").click()
-        assert page.locator("#list").is_visible()
+        expect(page.locator("#list")).to_be_visible()
         page.locator("#list button", has_text=PLAIN).click()
         expect(page.locator("#slide-name")).to_have_text(PLAIN)
-        assert not page.locator("#list").is_visible()
+        expect(page.locator("#list")).to_be_hidden()
         page.keyboard.press("p")
         page.wait_for_selector("#stage[data-state=open]")
         page.locator("#stage").tap(position={"x": 190, "y": 250})
@@ -385,7 +386,7 @@ def test_a_name_is_never_taken_for_markup(browser, files: Files, tmp_path):
         page = window.open(name)
         expect(page.locator("#list b")).to_have_text(name)
         expect(page.locator("#slide-name")).to_have_text(name)
-        assert page.locator("img[src=x]").count() == 0
+        expect(page.locator("img[src=x]")).to_have_count(0)
         assert not window.complaints
 
 
@@ -408,7 +409,7 @@ def test_an_explanation_of_another_slide_is_not_drawn(browser, files: Files, tmp
         page = window.open(PLAIN)
         page.locator("#list button", has_text=EXPLAINED).click()
         page.wait_for_selector("#heatmap-none:has-text('another slide')")
-        assert not page.locator("#heatmap-form").is_visible()
+        expect(page.locator("#heatmap-form")).to_be_hidden()
         assert window.colour(-120)[3] == 0
 
 
@@ -417,7 +418,7 @@ def test_without_openseadragon_a_still_picture_bears_the_heatmap(browser, files:
     for window in windows(browser, shown(files)):
         page = window.open()
         assert "cfusion view --fetch" in page.locator("footer").inner_text()
-        assert not page.locator("#zoom").is_visible()
+        expect(page.locator("#zoom")).to_be_hidden()
         assert page.locator("img.still").evaluate("e => e.naturalWidth") == SIZE[0]
         assert window.colour(-120)[3] == 153
         page.locator("#stage").click(position={"x": 300, "y": 360})
