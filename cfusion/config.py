@@ -1,7 +1,8 @@
-"""One configuration: every setting of a run, its default and what it means.
+"""Define every setting of a run: its default, its range and its meaning.
 
-A file is YAML with the sections below; `section.key=value` overrides one key. Unknown keys and impossible combinations
-are refused when the file is read, not when the run meets them.
+A configuration file is YAML with the sections below; `section.key=value` overrides one key. Unknown keys and invalid
+combinations are rejected when the file is read, before anything is computed. The docstring under a setting is its
+description in the configuration reference.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from cfusion.study.packaged import DataPath
 from cfusion.yaml_files import apply_override, read_yaml
 
 Protocol = Literal["strict", "fixed-epoch", "published"]
-"""Where a model is chosen: on an inner validation split, nowhere, or (optimistically) on the scored fold."""
+"""Patients used to choose the model: an inner validation split, none, or (optimistically) the scored fold."""
 
 
 class Section(BaseModel):
@@ -27,7 +28,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        """What is not as by default: of a hundred settings a reader wants to see those."""
+        """Show only the settings that differ from their default."""
         for name, value in super().__repr_args__():
             if name is None or value != type(self).model_fields[name].get_default(call_default_factory=True):
                 yield name, value
@@ -37,75 +38,77 @@ class CohortConfig(Section):
     """Which patients, and what happened to them."""
 
     name: str = "cohort"
-    """Short name of the cohort; it heads every table and file."""
+    """Short name of the cohort, used in every table and file."""
     table: DataPath = Path("cohort.csv")
-    """Clinical table: CSV, TSV, or CSV in a ZIP file. `package:tcga/clinical/tcga_blca.csv` is in the package."""
+    """Clinical table: CSV, TSV, or CSV in a ZIP file. `package:PATH` names a file of the installed package, such as
+    `package:tcga/clinical/tcga_blca.csv`."""
     format: Literal["auto", "published", "plain", "gdc", "cdr"] = "auto"
-    """Layout of the table; `auto` tells by its columns and says which it took."""
+    """Layout of the table; `auto` detects it from the columns and logs the result."""
     endpoint: Literal["OS", "DSS", "PFI"] = "OS"
-    """Overall survival, disease-specific survival or progression-free interval, where the table has them."""
+    """Overall survival, disease-specific survival or progression-free interval; the table must have its columns."""
     time_unit: Literal["months", "days", "years"] = "months"
     """Unit of a plain table's time column."""
     event_is: Literal["event", "censored"] = "event"
-    """What 1 means in a plain table's event column; a column `censorship` is taken first for `censored`."""
+    """What 1 means in a plain table's event column. With `censored`, a column `censorship` takes precedence."""
     keep_zero_times: bool = False
-    """Whether patients with a follow-up of 0 stay (tables in whole months round early deaths to 0)."""
+    """Whether to keep patients with a follow-up of 0 (tables in whole months round early deaths to 0)."""
     slides: DataPath | None = None
-    """Table that names each slide's case (`slide_id, case_id`), or a GDC manifest, where `table` does not name them."""
+    """Table that maps slides to cases (`slide_id, case_id`), or a GDC manifest; needed if `table` names no slides."""
 
 
 class SplitsConfig(Section):
     """Who trains, who chooses, who is scored."""
 
     directory: DataPath | None = None
-    """Folder of published `splits_K.csv` with columns train and val; none: folds are drawn."""
+    """Folder of published `splits_K.csv` files with columns train and val; none: folds are drawn."""
     folds: int = Field(5, ge=2)
-    """Number of outer folds, where they are drawn."""
+    """Number of outer folds to draw."""
     repeats: int = Field(1, ge=1)
-    """How often the whole cross-validation is drawn anew."""
+    """Number of repetitions of the cross-validation, each with newly drawn folds."""
     scheme: Literal["stratified", "site"] = "stratified"
-    """`stratified`: patients by event and time; `site`: no tissue source site on both sides of a fold."""
+    """`stratified`: stratify patients by event and time; `site`: also keep each tissue source site on one side of a
+    fold."""
     validation_fraction: float = Field(0.2, gt=0, lt=0.5)
-    """Share of the training patients kept for early stopping and model choice under `strict`."""
+    """Share of the training patients held out for early stopping and model selection under `strict`."""
     test_cases: DataPath | None = None
-    """Table with a column `case_id`: these patients are a fixed external test, all others train."""
+    """Table with a column `case_id`: these patients are a fixed external test set; all others train."""
     fold: int | None = Field(None, ge=0)
-    """Train and score this outer fold alone; none: every fold."""
+    """Train and score only this outer fold; none: every fold."""
     within: int | None = Field(None, ge=0)
-    """Nested cross-validation: draw the folds inside the training side of this outer fold; none: no nesting."""
+    """Nested cross-validation: draw the folds from the training patients of this outer fold; none: no nesting."""
     seed: int = 7
-    """Seed of the drawn folds and of the inner validation."""
+    """Seed for drawing the folds and the inner validation split."""
 
 
 class DataConfig(Section):
     """Where bags come from and how they are read."""
 
     shards: str = "shards"
-    """Folder or URL of packed shards with their index."""
+    """Folder or URL of the packed shards and their index."""
     encoder: str | None = None
-    """Name of the encoder the shards must carry; none: whatever they carry."""
+    """Encoder that the shards must come from; none: any."""
     magnifications: tuple[float, ...] = (20.0, 10.0, 5.0)
     """Magnifications to read, finest first."""
     unit: Literal["case", "slide"] = "case"
-    """`case`: a patient's slides form one bag; `slide`: one bag a slide, and a patient's risks are averaged."""
+    """`case`: one bag per patient, from all of their slides; `slide`: one bag per slide, a patient's risks averaged."""
     max_tiles: int | None = Field(None, ge=1)
-    """At most so many tiles at the finest magnification, drawn anew each epoch; parents of kept tiles stay."""
+    """Maximum tiles per bag at the finest magnification, resampled every epoch; parents of sampled tiles are kept."""
     feature_dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of embedding channels set to zero in training, the same for a whole bag."""
+    """Share of embedding channels set to zero in training, the same channels for all tiles of a bag."""
     order_seed: int = 7
-    """Seed of the order of bags and of what is drawn of each; runs that differ only in `seed` can share one read."""
+    """Seed for the order of bags and the sampling of tiles; runs that differ only in `seed` can share one read."""
     cache: Literal["page", "ram", "gpu"] = "page"
-    """`page`: the operating system's page cache; `ram`/`gpu`: the cohort is held where it fits."""
+    """`page`: rely on the operating system's page cache; `ram`/`gpu`: keep the cohort in that memory if it fits."""
     read_threads: int = Field(2, ge=1)
     """Threads that read bags ahead of the model."""
     buffer_bytes: int = Field(1 << 30, ge=1 << 20)
-    """Memory that bags read ahead may take, in bytes; the next bag is read ahead whatever its size."""
+    """Maximum memory for bags read ahead, in bytes; one bag is always read ahead, whatever its size."""
     token_budget: int | None = Field(None, ge=1)
-    """Bags share a forward pass while bags × tiles of the longest stay within this; replaces train.micro_batch."""
+    """Maximum padded tiles (bags × tiles of the longest bag) of one forward pass; replaces train.micro_batch."""
     cache_directory: Path | None = None
-    """Folder for what is fetched of remote shards; none: `cfusion/shards` in the user's cache folder."""
+    """Local cache folder for remote shards; none: `cfusion/shards` in the user's cache folder."""
     cache_bytes: int = Field(64 << 30, ge=0)
-    """Most bytes kept there; the least recently used go first."""
+    """Maximum size of that cache in bytes; the least recently used data is deleted first."""
 
 
 class ModelConfig(Section):
@@ -114,15 +117,15 @@ class ModelConfig(Section):
     name: str = "crossfusion"
     """A key of the model registry: crossfusion, crossfusion_concat, crossfusion_single, amil, dsmil, transmil, …"""
     embed_dim: int = Field(512, ge=8)
-    """Width of the tokens; the paper has 512."""
+    """Token width; 512 in the paper."""
     num_heads: int = Field(4, ge=1)
-    """Attention heads; must divide `embed_dim`."""
+    """Number of attention heads; must divide `embed_dim`."""
     num_layers: int = Field(1, ge=1)
-    """Blocks on each side of the position encoding in every transformer."""
+    """Number of blocks on each side of the position encoding in every transformer."""
     source: float = 10.0
-    """Magnification whose tokens set the grid of CrossFusion; the others are its context."""
+    """Magnification whose tokens define CrossFusion's grid; the other magnifications provide context."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Options of one model, passed on to its builder by name."""
+    """Options specific to the model, passed to its builder by name."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -135,15 +138,15 @@ class TrainConfig(Section):
     """How a fold is trained."""
 
     recipe: Literal["default", "published"] = "default"
-    """`published` sets this section to the published training and refuses other values for what it sets."""
+    """`published` sets this section to the published training settings and rejects other values for those keys."""
     epochs: int = Field(40, ge=1)
-    """At most so many passes over the training bags."""
+    """Maximum number of epochs."""
     patience: int | None = Field(10, ge=1)
-    """Stop after so many epochs without a better validation score; none: never."""
+    """Number of epochs without a better validation score after which training stops; none: never stop early."""
     min_epoch: int = Field(0, ge=0)
     """First epoch (from 0) whose weights may be chosen."""
     monitor: Literal["cindex", "loss"] = "cindex"
-    """Validation score that chooses the epoch."""
+    """Validation score used to choose the epoch."""
     optimizer: Literal["adamw", "adam"] = "adamw"
     """AdamW (decoupled weight decay) or Adam (L2)."""
     lr: float = Field(3e-4, gt=0)
@@ -151,28 +154,30 @@ class TrainConfig(Section):
     weight_decay: float = Field(1e-2, ge=0)
     """Weight decay."""
     schedule: Literal["cosine", "constant", "published"] = "cosine"
-    """`cosine` to `final_lr` over all steps; `published`: a cosine of period 2 × 10 epochs with floor 0, by epoch."""
+    """`cosine`: decay to `final_lr` over all steps; `published`: a cosine with a period of 2 × 10 epochs and floor 0,
+    updated once an epoch."""
     warmup_fraction: float = Field(0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from 0."""
     final_lr: float = Field(0.05, ge=0, le=1)
-    """Last learning rate of `cosine`, as a share of `lr`."""
+    """Final learning rate of `cosine`, as a share of `lr`."""
     clip_norm: float | None = Field(1.0, gt=0)
-    """Largest norm of a step's gradient; none: no clipping."""
+    """Maximum gradient norm of a step; none: no clipping."""
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay of an exponential moving average of the weights, which is then what is evaluated; none: off."""
+    """Decay of an exponential moving average of the weights; if set, the averaged weights are evaluated; none: off."""
     loss: Literal["nll", "ce", "cox", "ranking"] = "nll"
     """A key of the loss registry."""
     alpha: float = Field(0.0, ge=0, le=1)
-    """In `nll`, censored cases weigh 1 − alpha; in `ce`, the cross-entropy weighs 1 − alpha and the likelihood of the
-    events alpha. 0 in validation; `cox` and `ranking` have no use for it."""
+    """In `nll`, the weight of censored cases is 1 − alpha; in `ce`, the weight of the cross-entropy is 1 − alpha and
+    that of the events' likelihood is alpha. 0 in validation; ignored by `cox` and `ranking`."""
     keep_checkpoints: int = Field(2, ge=1)
-    """So many of a fold's newest checkpoints are kept, beside its best parameters, while it trains."""
+    """Number of recent checkpoints to keep while a fold trains, in addition to its best parameters."""
     folds: Literal["separate", "together"] = "separate"
-    """`separate`: fold after fold; `together`: all folds from one pass over the shards an epoch, each as if alone."""
+    """`separate`: train the folds one after another; `together`: train all folds from one read of the shards per epoch,
+    with the results of separate training."""
     sampling: Literal["all", "weighted"] = "all"
     """`all`: every bag once an epoch; `weighted`: with replacement, by 1 / size of its (bin × censoring) class."""
     micro_batch: int = Field(1, ge=1)
-    """Bags in one forward pass, padded and masked. 1 as published, and for the same dropout at any world size."""
+    """Bags in one forward pass, padded and masked. 1 as published; only 1 gives the same dropout at any world size."""
 
 
 PUBLISHED_RECIPE: dict[str, Any] = {
@@ -180,49 +185,51 @@ PUBLISHED_RECIPE: dict[str, Any] = {
     "weight_decay": 4e-6, "schedule": "published", "warmup_fraction": 0.0, "clip_norm": None, "ema": None,
     "loss": "nll", "alpha": 0.2, "sampling": "weighted", "micro_batch": 1,
 }  # fmt: skip
-"""The published training (CrossFusion program, `recipe: published`); `model.options.published` goes with it, which has
-the published dropouts."""
+"""The published training settings (CrossFusion program, `recipe: published`). The recipe also sets
+`model.options.published`, which selects the published dropouts."""
 
 
 class ParallelConfig(Section):
-    """How a run is spread over processes."""
+    """How a run is distributed over processes."""
 
     engine: Literal["ddp", "zero1", "zero2", "zero3"] = "ddp"
-    """DistributedDataParallel or a stage of DeepSpeed's ZeRO."""
+    """DistributedDataParallel, or a stage of DeepSpeed's ZeRO."""
     precision: Literal["f32", "bf16", "fp16", "f64"] = "f32"
-    """Arithmetic of the forward pass; f64 is for tests of equality."""
+    """Precision of the forward pass; f64 is for tests of numerical equality."""
     global_batch: int = Field(32, ge=1)
-    """Bags of one optimizer step over all processes; accumulation follows from it."""
+    """Bags per optimizer step over all processes; the number of accumulation steps follows from it."""
 
 
 class EvaluationConfig(Section):
-    """How a run is judged."""
+    """How a run is evaluated."""
 
     protocol: Protocol = "strict"
-    """Where the model is chosen: on an inner validation split, nowhere, or (optimistically) on the scored fold."""
+    """Patients used to choose the model: `strict`: an inner validation split; `fixed-epoch`: none, the last epoch is
+    used; `published`: the scored fold, which is optimistic."""
     n_bins: int = Field(4, ge=2)
     """Time bins of the discrete hazard, at quantiles of the training patients' event times."""
     horizons_months: tuple[float, ...] = (12.0, 36.0, 60.0)
-    """Horizons of the time-dependent AUC."""
+    """Horizons of the time-dependent AUC, in months."""
     bootstrap: int = Field(1000, ge=0)
-    """Patient-bootstrap replicates of every interval."""
+    """Number of patient-bootstrap replicates for every confidence interval."""
     permute_outcomes: int | None = None
-    """Seed by which outcomes are dealt to other patients, for the null beside a score; none: real outcomes."""
+    """Seed that permutes the outcomes among patients, to get the null distribution of a score; none: real outcomes."""
     strict: bool = False
-    """Stop where the audit of the data drops or doubts anything, instead of saying so and going on."""
+    """Stop if the audit of the data drops anything or finds anything suspicious, instead of reporting it and
+    continuing."""
 
 
 class TrackingConfig(Section):
     """MLflow."""
 
     enabled: bool = True
-    """Whether runs are tracked."""
+    """Whether to track runs."""
     uri: str | None = None
-    """Tracking server or database; none: `MLFLOW_TRACKING_URI`, or else sqlite in the output folder."""
+    """Tracking server or database; none: `MLFLOW_TRACKING_URI` if set, otherwise sqlite next to the output folder."""
     experiment: str = "cfusion"
-    """Experiment under which the runs stand."""
+    """MLflow experiment of the runs."""
     register_as: str | None = None
-    """Name in the model registry for the fold ensemble; none: not registered."""
+    """Name under which to register the fold ensemble in the model registry; none: do not register it."""
 
 
 class Config(Section):
@@ -269,8 +276,8 @@ class Config(Section):
             return self
         if self.train.sampling == "weighted":
             raise ValueError(
-                "train.sampling=weighted (train.recipe=published sets it) draws the bags of each fold anew, so "
-                "train.folds=together finds no order that they share; set train.folds=separate or train.sampling=all"
+                "train.sampling=weighted (train.recipe=published sets it) draws different bags for each fold, so "
+                "train.folds=together cannot share one read; set train.folds=separate or train.sampling=all"
             )
         if self.parallel.engine != "ddp" or self.parallel.precision == "fp16":
             raise ValueError(
@@ -292,8 +299,8 @@ def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
     Paths in the file are relative to the working directory.
 
     Raises:
-        ConfigError: The file cannot be read, a key is unknown (the nearest valid one is offered), or a value or
-            combination is refused.
+        ConfigError: The file cannot be read, a key is unknown (the nearest valid one is suggested), or a value or
+            combination is invalid.
     """
     values = read_yaml(Path(path)) if path is not None else {}
     for override in overrides:
@@ -305,7 +312,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 def validate(section: type[SectionT], values: dict[str, Any], source: str) -> SectionT:
-    """Build `section` from plain values, with errors that name `source`, the key and the nearest valid key."""
+    """Build `section` from plain values; errors name `source`, the key and the nearest valid key."""
     try:
         return section.model_validate(values)
     except ValidationError as error:
