@@ -162,9 +162,9 @@ def _preprocess(
 
 def _taken_for_patients(slide_ids: Sequence[str], runtime: Runtime) -> int:
     """How many slides stand for a patient each, since no name tells whose they are; said once."""
-    from cfusion.cohort.read import tells_its_patient
+    from cfusion.cohort.read import has_barcode
 
-    alone = sum(not tells_its_patient(slide) for slide in slide_ids)
+    alone = sum(not has_barcode(slide) for slide in slide_ids)
     if alone and runtime.is_main:
         logger.warning(
             "%d of %d slides bear no TCGA barcode: each is taken for a patient. --cases TABLE groups them.",

@@ -1,1 +1,1 @@
-"""Cohorts: patients, outcomes, slides, folds, and the audit of all of them."""
+"""Read cohorts (patients, outcomes, slides), draw or read their folds, and audit both."""

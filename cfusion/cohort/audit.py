@@ -1,6 +1,7 @@
-"""What is dropped or doubted before training, slide by slide and patient by patient, and why.
+"""Check cohort data before training: what is dropped, what is suspicious, and why.
 
-Nothing is dropped in silence: every finding names its subject, and under `evaluation.strict` any finding stops the run.
+Nothing is dropped silently: every finding names its slide, patient or fold. Under `evaluation.strict` any finding stops
+the run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ LOST = {
     "with slides": ("no_slides",),
     "with features": ("missing_features", "missing_magnification", "no_slides"),
 }  # fmt: skip
-"""For each step of the flow, the kinds of findings that lost patients or slides on the way to it."""
+"""For each step of the flow, the kinds of findings that removed patients or slides before it."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Audit:
     """The outcome of an audit.
 
     Attributes:
-        cohort: What is kept.
-        splits: The folds of the kept patients.
+        cohort: The patients and slides that are kept.
+        splits: The folds, restricted to the kept patients.
         findings: Everything dropped or doubted.
         flow: Counts from the tables to the run, for the flow diagram: (step, patients, slides).
     """
@@ -45,7 +46,7 @@ class Audit:
     flow: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)
 
     def raise_if_strict(self) -> None:
-        """Refuse to go on where anything was dropped or doubted.
+        """Raise an error if anything was dropped or doubted.
 
         Raises:
             DataError: There are findings; the message counts them by kind and names the first.
@@ -56,16 +57,16 @@ class Audit:
         raise DataError(
             f"cohort {self.cohort.name}: the audit has {len(self.findings)} findings ({counts}); first: "
             f"{self.findings[0].subject} {self.findings[0].message}.",
-            "Correct the tables, or set evaluation.strict=false to go on without what was dropped.",
+            "Correct the tables, or set evaluation.strict=false to continue without the dropped patients and slides.",
             topic="audit",
         )
 
     def counts(self) -> dict[str, int]:
-        """Number of findings of each kind, the most frequent first."""
+        """Count the findings of each kind, most frequent first."""
         return dict(Counter(finding.kind for finding in self.findings).most_common())
 
     def lines(self, most: int) -> list[str]:
-        """The findings as lines, at most so many of a kind; what is left out is counted."""
+        """Format the findings as lines, at most `most` of each kind, with a count of the rest."""
         lines = []
         for kind, count in self.counts().items():
             lines += [str(finding) for finding in self.findings if finding.kind == kind][:most]
@@ -74,12 +75,12 @@ class Audit:
         return lines
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per finding: kind, subject, action, message."""
+        """Return a table with one row per finding: kind, subject, action, message."""
         columns = [field.name for field in dataclasses.fields(Finding)]
         return pd.DataFrame([dataclasses.asdict(finding) for finding in self.findings], columns=columns)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a run's artifacts and for its report."""
+        """Return plain values for a run's artifacts and report."""
         return {
             "cohort": self.cohort.name,
             "findings": [dataclasses.asdict(finding) for finding in self.findings],
@@ -96,20 +97,20 @@ def audit(
     n_bins: int = 4,
     keep_zero_times: bool = False,
 ) -> Audit:
-    """Drop what cannot be used, name it, and doubt what looks wrong.
+    """Drop unusable patients and slides, flag suspicious ones, and report both.
 
     Args:
-        cohort: As read.
-        splits: As read or drawn; patients who are dropped leave every side.
-        available: For each slide that has features, its magnification names; None where features play no part. Where
-            the cohort names no slides at all, these are its slides, by the patient in their names (TCGA barcodes).
-        magnifications: Names (`x20`) of those every slide must have, with `available`.
-        n_bins: Time bins that every training side must be able to fill.
-        keep_zero_times: Whether a follow-up of 0 is kept; without, such patients are dropped.
+        cohort: The cohort as read.
+        splits: The folds as read or drawn. Dropped patients are removed from every side.
+        available: Magnification names of each slide that has features; None to skip the check of features. If the
+            cohort names no slides, these slides are used and matched to patients by their TCGA barcodes.
+        magnifications: Names (`x20`) of the magnifications that every slide in `available` must have.
+        n_bins: Number of time bins that the training side of every fold must be able to fill.
+        keep_zero_times: Whether to keep patients with a follow-up of 0; otherwise they are dropped.
 
     Raises:
-        DataError: Nobody is left, a patient is scored by two folds, or a fold cannot be trained or scored: no patients,
-            no event or no comparable pair on a side, or fewer distinct event times in training than bins.
+        DataError: No patient is left, a patient is scored by two folds, or a fold cannot be trained or scored: a side
+            has no patients, no event or no comparable pair, or training has fewer distinct event times than bins.
     """
     findings: list[Finding] = []
     listed = _named_slides(cohort, available)
@@ -135,7 +136,7 @@ def audit(
     findings += outcome_doubts(clean.name, clean.cases["time_months"], clean.cases["event"])
     named = dict.fromkeys(case for split in splits for case in (*split.train, *split.validation, *split.test))
     strangers = [case for case in named if case not in cohort.cases.index]
-    findings += [_dropped("not_in_cohort", c, "is named by the splits, not by the clinical table") for c in strangers]
+    findings += [_dropped("not_in_cohort", c, "is in the splits but not in the clinical table") for c in strangers]
     folds = [_clean_split(clean, split, findings) for split in splits]
     for split in folds:
         _check_fold(clean, split, n_bins)
@@ -156,7 +157,7 @@ def _first_messages(findings: Sequence[Finding]) -> str:
 
 
 def _named_slides(cohort: Cohort, available: Mapping[str, set[str]] | None) -> pd.DataFrame:
-    """The slides that the tables name, or where they name none, those with features whose names tell the patient."""
+    """Return the slides named by the tables; if there are none, those with features and a known patient's barcode."""
     if not cohort.slides.empty or not available:
         return cohort.slides
     owners = pd.DataFrame({"case_id": [patient_of(slide) for slide in available]}, index=list(available))
@@ -164,7 +165,7 @@ def _named_slides(cohort: Cohort, available: Mapping[str, set[str]] | None) -> p
 
 
 def _known_slides(cohort: Cohort, slides: pd.DataFrame, findings: list[Finding]) -> pd.DataFrame:
-    """Each slide once, of patients of the table."""
+    """Drop repeated slides and slides of unknown patients."""
     twice = slides.index.duplicated()
     findings += [_dropped("duplicate_slide", str(s), "is listed twice; one row is kept") for s in slides.index[twice]]
     slides = slides[~twice]
@@ -213,7 +214,7 @@ def _bad_outcomes(cohort: Cohort, keep_zero: bool, findings: list[Finding]) -> s
 
 
 def _clean_split(clean: Cohort, split: Split, findings: list[Finding]) -> Split:
-    """Remove dropped patients from every side, and whoever is tested from the training side."""
+    """Remove dropped patients from every side, and tested patients from the training side."""
     test = set(split.test)
     known = set(clean.cases.index)
     optimistic = set(split.validation) == test
@@ -223,7 +224,7 @@ def _clean_split(clean: Cohort, split: Split, findings: list[Finding]) -> Split:
     if not optimistic:
         both += [c for c in split.validation if c in test and c not in both]
     findings += [
-        _dropped("both_sides", case, f"is on both sides of {where}; it was taken from the training side")
+        _dropped("both_sides", case, f"is on both sides of {where}; removed from the training side")
         for case in both
     ]  # fmt: skip
     return dataclasses.replace(
@@ -242,7 +243,7 @@ def _check_scored_once(cohort: Cohort, splits: Sequence[Split]) -> None:
             if other != split.fold:
                 raise DataError(
                     f"cohort {cohort.name}: {case} is scored in fold {other} and in fold {split.fold}.",
-                    "Each patient is scored by one fold of a cross-validation; correct the split files.",
+                    "A cross-validation scores each patient in only one fold; correct the split files.",
                     topic="splits",
                 )
 

@@ -1,4 +1,4 @@
-"""Findings of an audit, and what can be seen in outcomes alone: doubtful ones, and those that no C-index can score."""
+"""Define audit findings, and check outcomes for signs of errors and for pairs that a C-index can compare."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 import pandas as pd
 
 POLARITY_MINIMUM = 10
-"""Events and censored patients needed before their medians are compared."""
+"""Minimum number of events, and of censored patients, for a comparison of their medians."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing the audit dropped or doubts.
+    """One finding of an audit.
 
     Attributes:
         kind: Stable name of the rule, such as `missing_features`.
         subject: The slide, patient, fold or cohort it concerns.
-        action: `dropped`: left out of the run; `doubted`: kept, but a person should look.
-        message: What was found and what it means; reads on from the subject.
+        action: `dropped`: left out of the run; `doubted`: kept, but should be checked by a person.
+        message: What was found and what it means; a predicate that follows the subject.
     """
 
     kind: str
@@ -33,10 +33,10 @@ class Finding:
 
 
 def outcome_doubts(name: str, time_months: pd.Series, event: pd.Series) -> list[Finding]:
-    """Signs of flipped polarity and of a wrong unit, which only a person can settle.
+    """Find signs of a flipped event column or a wrong time unit, for a person to check.
 
     Args:
-        name: Of the cohort.
+        name: Name of the cohort.
         time_months: [case].
         event: [case], true where the event happened.
     """
@@ -47,7 +47,7 @@ def outcome_doubts(name: str, time_months: pd.Series, event: pd.Series) -> list[
             (
                 "polarity",
                 f"events have a longer median follow-up ({dead.median():.1f} months) than censored patients "
-                f"({censored.median():.1f} months); check that 1 means what the table's column says",
+                f"({censored.median():.1f} months); check the meaning of 1 in the event column",
             )
         )
     if event.mean() > 0.9 and len(event) >= POLARITY_MINIMUM:
@@ -62,7 +62,7 @@ def outcome_doubts(name: str, time_months: pd.Series, event: pd.Series) -> list[
 
 
 def has_comparable_pair(time: np.ndarray, event: np.ndarray) -> bool:
-    """Whether of any two patients it is known who had the event first: without, no C-index exists.
+    """Return whether at least one pair of patients has a known order of events; the C-index needs one.
 
     Args:
         time: [case], months.

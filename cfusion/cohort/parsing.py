@@ -1,4 +1,4 @@
-"""Cells of clinical tables, read strictly: what is not a number, a yes or a no is named with its row."""
+"""Parse clinical table cells strictly; errors name the row and the value."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _STATUS = {"dead": True, "deceased": True, "alive": False, "living": False}
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a CSV, TSV, a CSV or TSV alone in a ZIP file, or a GDC clinical JSON; every cell is text or missing.
+    """Read a CSV or TSV file, a ZIP file with one CSV or TSV, or a GDC clinical JSON; every cell is text or missing.
 
     Raises:
         CohortError: The file is missing, empty, or not such a table.
@@ -33,7 +33,7 @@ def read_table(path: Path) -> pd.DataFrame:
         header = text.partition("\n")[0]
         separator = "\t" if header.count("\t") > header.count(",") else ","
         _check_header(header, separator)
-        # Blank lines are read and dropped later, so that an error names the row that an editor shows.
+        # Blank lines are read first and dropped later, so that row numbers in errors match those in an editor.
         table = pd.read_csv(
             io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, na_values=_MISSING,
             skip_blank_lines=False,
@@ -54,16 +54,16 @@ def _check_header(header: str, separator: str) -> None:
     names = [name.strip() for name in next(csv.reader([header], delimiter=separator), []) if name.strip()]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"the columns {', '.join(twice)} stand twice")
+        raise ValueError(f"duplicate column names: {', '.join(twice)}")
 
 
 def _zipped_text(path: Path) -> str:
     with zipfile.ZipFile(path) as archive:
         names = [n for n in archive.namelist() if n.lower().endswith((".csv", ".tsv", ".txt"))]
-        # macOS adds a hidden twin of every file.
+        # macOS adds a hidden copy of every file.
         names = [n for n in names if not n.startswith("__MACOSX/") and not Path(n).name.startswith("._")]
         if len(names) != 1:
-            raise ValueError(f"holds {len(names)} tables where one was expected; save a spreadsheet as CSV")
+            raise ValueError(f"holds {len(names)} tables, expected one; save a spreadsheet as CSV")
         return archive.read(names[0]).decode("utf-8-sig")
 
 
@@ -86,15 +86,15 @@ def _flat_cases(cases: Any) -> list[dict[str, Any]]:
 
 
 def first_column(table: pd.DataFrame, *names: str) -> str:
-    """The first of `names` that the table has, or else the last one."""
+    """Return the first of `names` that is a column of the table, or the last name if none is."""
     return next((name for name in names if name in table.columns), names[-1])
 
 
 def numbers(cells: pd.Series, source: Path | str) -> pd.Series:
-    """Cells as floats, NaN where missing.
+    """Convert cells to floats, NaN where missing.
 
     Raises:
-        CohortError: A cell is text or infinite; it is named with its row (the header is row 1).
+        CohortError: A cell is text or infinite; the message names its row (the header is row 1) and its value.
     """
     values = pd.to_numeric(cells, errors="coerce").astype(float)
     wrong = (values.isna() & cells.notna()) | np.isinf(values)
@@ -103,20 +103,23 @@ def numbers(cells: pd.Series, source: Path | str) -> pd.Series:
         raise CohortError(
             f"{source}, row {cells.index[at] + 2}: {cells.name} is {cells.iloc[at]!r}, expected a finite number."
         )
-    # pandas reads some texts as a neighbour of the number that was written.
+    # pd.to_numeric can be off by one unit in the last place; float() is exact.
     return cells.map(float, na_action="ignore").astype(float)
 
 
 def coded_events(cells: pd.Series, source: Path | str, one_is: Literal["event", "censored"] = "event") -> pd.Series:
-    """Whether the event happened, as nullable booleans: the one place where polarity is turned.
+    """Convert cells to nullable booleans, true where the event happened.
+
+    This is the only place that inverts a censoring column.
 
     Args:
-        cells: 1, true, yes against 0, false, no, or dead against alive, which say by themselves what they mean.
-        source: Where they come from.
-        one_is: What 1 stands for.
+        cells: 1, true or yes and 0, false or no, whose meaning `one_is` gives; or dead and alive, whose meaning is
+            fixed.
+        source: The file, for errors.
+        one_is: Meaning of 1.
 
     Raises:
-        CohortError: A cell is none of these; it is named with its row.
+        CohortError: A cell has another value; the message names its row and the value.
     """
     meaning = _STATUS | dict.fromkeys(_ONE, one_is == "event") | dict.fromkeys(_ZERO, one_is == "censored")
     values = cells.astype("string").str.strip().str.lower().map(meaning).astype("boolean")

@@ -1,7 +1,7 @@
-"""Read patients, outcomes and slides from the tables people have, into one cohort.
+"""Read patients, outcomes and slides from common table layouts into a cohort.
 
-Published tables (CLAM, MCAT, SurvPath, CrossFusion), exports of the GDC portal, TCGA-CDR (Liu et al., Cell 2018) and
-plain tables are told apart by their columns. Whatever the source, time is in months, `event` true means that the event
+Columns identify the layout: published tables (CLAM, MCAT, SurvPath, CrossFusion), exports of the GDC portal, TCGA-CDR
+(Liu et al., Cell 2018) or plain tables. For every layout, times are converted to months, `event` is true if the event
 happened, and the unit is the patient: for TCGA the first 12 characters of the barcode.
 """
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 DAYS_PER_MONTH = 365.25 / 12
 LONGEST_FOLLOW_UP_MONTHS = 600.0
-"""No clinical cohort follows patients for 50 years; a longer time is one in days."""
+"""No clinical cohort follows patients for more than 50 years; a longer time is probably in days."""
 
 _MONTHS = {"months": 1.0, "days": 1 / DAYS_PER_MONTH, "years": 12.0}
 _BARCODE = re.compile(r"TCGA-(\w{2})-\w{4}")
@@ -34,39 +34,41 @@ _COVARIATES = ("age", "is_female", "oncotree_code", "grade", "stage", "site")
 
 
 def patient_of(name: str) -> str:
-    """The patient a slide, sample or case name belongs to: a TCGA barcode's first 12 characters, else the name."""
-    return name[:12] if tells_its_patient(name) else name
+    """Return the patient of a slide, sample or case name: the first 12 characters of a TCGA barcode, else the name."""
+    return name[:12] if has_barcode(name) else name
 
 
-def tells_its_patient(name: str) -> bool:
-    """Whether the patient of a slide, sample or case can be told from its name alone, a TCGA barcode."""
+def has_barcode(name: str) -> bool:
+    """Return whether a slide, sample or case name starts with a TCGA barcode, which identifies the patient."""
     return _BARCODE.match(name) is not None
 
 
 def slide_stem(name: str) -> str:
-    """The slide_id of a file name: without folder and slide suffix; dots inside (TCGA's UUIDs) stay."""
+    """Return the slide_id of a file name, without folder and slide suffix; other dots (TCGA's UUIDs) are kept."""
     return _SLIDE_SUFFIX.sub("", re.split(r"[\\/]", name)[-1])
 
 
 def read_cohort(config: CohortConfig) -> Cohort:
-    """Read a clinical table and, where given, the table that names the slides.
+    """Read a clinical table and, if configured, the table of slides.
 
-    Times may be missing, zero or negative and events unknown; `cfusion.cohort.audit.audit` drops and names those
+    Times may be missing, zero or negative, and events unknown. `cfusion.cohort.audit.audit` drops and reports those
     patients.
 
     Returns:
-        The cohort: times in months, `event` boolean (nullable where unknown). A slide listed twice stands twice.
+        The cohort: times in months, `event` boolean (nullable if any is unknown). A slide listed twice has two rows.
 
     Raises:
-        ConfigError: The table lacks the end point or has another layout than declared.
-        CohortError: A table cannot be read, a value is not what its column says, or rows of a patient contradict.
+        ConfigError: The table lacks the endpoint, or its layout is not the configured one.
+        CohortError: A table cannot be read, a value is invalid, or rows of one patient contradict each other.
     """
     table = read_table(config.table)
     layout = _layout(table, config)
     rows = _READERS[layout](table, config)
     nameless = rows["case_id"].isna()
     if nameless.any():
-        raise CohortError(f"{config.table}, row {rows.index[nameless][0] + 2}: names no patient.", "Correct the row.")
+        raise CohortError(
+            f"{config.table}, row {rows.index[nameless][0] + 2}: has no patient name.", "Correct the row."
+        )
     rows["case_id"] = rows["case_id"].str.strip().map(patient_of)
     _check_plausible(rows, config)
     cases = _one_row_per_case(rows, config)
@@ -76,20 +78,20 @@ def read_cohort(config: CohortConfig) -> Cohort:
 
 
 def write_outcomes(cohort: Cohort, path: Path) -> None:
-    """Write `case_id, time_months, event` of all patients: what a run's scores need beyond its predictions."""
+    """Write `case_id, time_months, event` of all patients, which are needed to score a run's predictions."""
     with atomic_path(path) as temporary:
         cohort.cases[["time_months", "event"]].astype({"event": int}).to_csv(temporary, float_format="%.17g")
 
 
 def read_outcomes(path: Path, name: str) -> Cohort:
-    """The patients that `write_outcomes` wrote, without their slides.
+    """Read the patients from a file of `write_outcomes`; the cohort has no slides.
 
     Args:
         path: The file.
-        name: Of the cohort.
+        name: Name of the cohort.
 
     Raises:
-        CohortError: The file cannot be read or is no such table.
+        CohortError: The file cannot be read or lacks a column.
     """
     table = read_table(path)
     if not {"case_id", "time_months", "event"} <= set(table.columns):
@@ -110,7 +112,7 @@ def _layout(table: pd.DataFrame, config: CohortConfig) -> str:
     if config.format != "auto":
         if not found[config.format]:
             raise ConfigError(
-                f"{config.table}: is not laid out as cohort.format={config.format}; its columns are "
+                f"{config.table}: the columns do not match cohort.format={config.format}; found "
                 f"{', '.join(table.columns)}.", f"Expected {_EXPECTED[config.format]}.",
             )  # fmt: skip
         return config.format
@@ -118,8 +120,8 @@ def _layout(table: pd.DataFrame, config: CohortConfig) -> str:
         if matches:
             return layout
     raise ConfigError(
-        f"{config.table}: no known layout has the columns {', '.join(table.columns)}.",
-        f"Name them {_EXPECTED['plain']} for a plain table.",
+        f"{config.table}: unknown table layout with the columns {', '.join(table.columns)}.",
+        f"For a plain table, name the columns {_EXPECTED['plain']}.",
     )
 
 
@@ -132,7 +134,7 @@ _EXPECTED = {
 
 
 def _published_columns(table: pd.DataFrame, endpoint: str) -> tuple[str, str] | None:
-    """The columns of time and censorship; end points other than OS carry a suffix, as in SurvPath's tables."""
+    """Return the columns of time and censorship; endpoints other than OS have a suffix, as in SurvPath's tables."""
     suffixes = ("", "_os") if endpoint == "OS" else (f"_{endpoint.lower()}",)
     pairs = ((f"survival_months{suffix}", f"censorship{suffix}") for suffix in suffixes)
     return next((pair for pair in pairs if set(pair) <= set(table.columns)), None)
@@ -150,7 +152,7 @@ def _published(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
         if other.any():
             raise CohortError(
                 f"{config.table}, row {table.index[other][0] + 2}: event and censorship contradict each other.",
-                "One of them is flipped; correct the table.",
+                "One of them is inverted; correct the table.",
             )
     rows = table[["case_id", *(c for c in (*_COVARIATES, "slide_id") if c in table.columns)]].copy()
     rows["time_months"] = numbers(table[time], config.table)
@@ -159,7 +161,7 @@ def _published(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
 
 
 def _no_endpoint(config: CohortConfig, columns: str) -> ConfigError:
-    return ConfigError(f"{config.table}: has no end point {config.endpoint} (columns {columns}).")
+    return ConfigError(f"{config.table}: has no endpoint {config.endpoint} (columns {columns}).")
 
 
 def _plain(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
@@ -179,10 +181,10 @@ def _cdr(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
     name = config.name.upper()
     types = sorted(t for t in table.get("type", pd.Series(dtype=str)).dropna().unique() if t in name)
     if types:
-        logger.info("%s: kept the cancer types %s, after cohort.name", config.table, ", ".join(types))
+        logger.info("%s: kept the cancer types named in cohort.name: %s", config.table, ", ".join(types))
         table = table[table["type"].isin(types)]
     elif "type" in table.columns:
-        logger.info("%s: cohort.name=%s names no cancer type; all are kept", config.table, config.name)
+        logger.info("%s: cohort.name=%s names no cancer type; kept all", config.table, config.name)
     rows = pd.DataFrame({"case_id": table["bcr_patient_barcode"].astype(str)})
     rows["time_months"] = numbers(table[time], config.table) / DAYS_PER_MONTH
     rows["event"] = coded_events(table[config.endpoint], config.table)
@@ -192,7 +194,7 @@ def _cdr(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
 def _gdc(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
     if config.endpoint != "OS":
         raise ConfigError(
-            f"{config.table}: this layout holds OS alone, not cohort.endpoint={config.endpoint}.",
+            f"{config.table}: this layout has only OS, not cohort.endpoint={config.endpoint}.",
             "TCGA-CDR has OS, DSS and PFI.",
         )
     column = {name.rsplit(".", 1)[-1]: name for name in reversed(table.columns)}
@@ -222,7 +224,7 @@ def _check_plausible(rows: pd.DataFrame, config: CohortConfig) -> None:
     if longest > LONGEST_FOLLOW_UP_MONTHS:
         case = rows["case_id"].iloc[int(rows["time_months"].argmax())]
         raise CohortError(
-            f"{config.table}, case {case}: a follow-up of {longest:g} months is over 50 years.",
+            f"{config.table}, case {case}: a follow-up of {longest:g} months is longer than 50 years.",
             "If the times are in days, set cohort.time_unit=days for a plain table, or convert them.",
         )
 
@@ -235,8 +237,8 @@ def _one_row_per_case(rows: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
             case = str(distinct.index[distinct > 1][0])
             values = ", ".join(str(v) for v in rows.loc[rows["case_id"] == case, column].drop_duplicates())
             raise CohortError(
-                f"{config.table}, case {case}: its rows give different values of {column} ({values}).",
-                "A patient has one outcome; correct the rows.",
+                f"{config.table}, case {case}: the rows have different values of {column} ({values}).",
+                "A patient has only one outcome; correct the rows.",
             )
     cases = grouped.first().drop(columns="slide_id", errors="ignore")
     if not cases["event"].isna().any():
@@ -258,7 +260,7 @@ def _read_slides(path: Path) -> pd.DataFrame:
     table = read_table(path)
     name = first_column(table, "slide_id", "File Name", "filename", "file_name")
     if name not in table.columns:
-        raise CohortError(f"{path}: names no slides.", "Expected a column slide_id, File Name or filename.")
+        raise CohortError(f"{path}: has no column of slides.", "Expected slide_id, File Name or filename.")
     slides = table if name == "slide_id" else table[table[name].str.contains(_SLIDE_SUFFIX, na=False)]
     if slides.empty:
         raise CohortError(f"{path}: none of the files in {name} is a slide.", "Give the sheet of the slide images.")
@@ -267,7 +269,7 @@ def _read_slides(path: Path) -> pd.DataFrame:
     if cells.isna().any(axis=None):
         row = cells.index[cells.isna().any(axis=1)][0] + 2
         raise CohortError(f"{path}, row {row}: lacks {name} or {case}.", "Correct the row.")
-    # A sample sheet names the case once for each sample of the file: "C3L-00001, C3L-00001".
+    # A sample sheet repeats the case for each sample of the file: "C3L-00001, C3L-00001".
     cases = slides[case].str.split(", ").str[0] if case in table.columns else slides[name].map(slide_stem)
     return _slides(slides[name], cases, str(path))
 
@@ -278,5 +280,5 @@ def _slides(names: pd.Series, cases: pd.Series, source: str) -> pd.DataFrame:
     owners = slides.groupby("slide_id")["case_id"].nunique()
     if (owners > 1).any():
         slide = owners.index[owners > 1][0]
-        raise CohortError(f"{source}, slide {slide}: stands for more than one patient.", "Correct its rows.")
+        raise CohortError(f"{source}, slide {slide}: belongs to more than one patient.", "Correct its rows.")
     return slides.set_index("slide_id")

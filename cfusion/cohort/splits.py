@@ -1,7 +1,7 @@
-"""Who trains, who chooses the model, and who is scored: read from published files or drawn by patient.
+"""Read published folds or draw new ones by patient: training, validation and test patients.
 
-Under `strict` the model is chosen on patients taken from the training side; under `fixed-epoch` on nobody; under
-`published` on the scored fold itself, which is optimistic.
+The protocol decides which patients choose the model: under `strict`, patients held out of the training side; under
+`fixed-epoch`, none; under `published`, the scored fold itself, which is optimistic.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ _SIDES = ("train", "validation", "test")
 def make_splits(cohort: Cohort, config: SplitsConfig, protocol: Protocol = "strict") -> list[Split]:
     """Read or draw the folds of a cohort under a protocol.
 
-    Published files name patients, or slides for which their patients stand. Names that the cohort does not know, and
-    patients on both sides, are kept as the files have them; `cfusion.cohort.audit.audit` drops and names them. Drawn
-    folds are stratified by event and quantiles of the time; the inner validation is drawn in the same way, and by whole
-    tissue source sites where the folds are.
+    Published files name patients, or slides, which are mapped to their patients. Names that are not in the cohort, and
+    patients on both sides, are kept here; `cfusion.cohort.audit.audit` drops and reports them. Drawn folds are
+    stratified by event and by quantiles of the time. The inner validation is drawn in the same way, and never splits a
+    tissue source site under `scheme: site`.
 
     Raises:
-        ConfigError: The folder holds no split files, or `within` or `fold` names no fold.
-        DataError: A file is not a split, or the cohort has too few events or sites for the folds.
+        ConfigError: The folder has no split files, or `within` or `fold` is not the number of a fold.
+        DataError: A file is not a split file, or the cohort has too few events or sites for the folds.
     """
     outer = _outer(cohort, config)
     if config.within is not None:
         outer = _within(cohort, outer, config)
     if config.fold is not None:
-        outer = _alone(outer, config.fold)
+        outer = _select_fold(outer, config.fold)
     return [_under_protocol(cohort, split, config, protocol) for split in outer]
 
 
 def fold_count(config: SplitsConfig) -> int:
-    """How many folds `make_splits` gives, counted without a cohort."""
+    """Return the number of folds that `make_splits` returns, without reading a cohort."""
     if config.within is not None:
         numbers = list(range(config.folds))
     elif config.directory is not None:
@@ -74,16 +74,17 @@ def _outer(cohort: Cohort, config: SplitsConfig) -> list[Split]:
 def _within(cohort: Cohort, outer: Sequence[Split], config: SplitsConfig) -> list[Split]:
     chosen = [split for split in outer if split.fold == config.within and split.repeat == 0]
     if not chosen:
-        raise ConfigError(f"splits.within={config.within}: there are the folds 0 to {len(outer) - 1}.")
+        raise ConfigError(f"splits.within={config.within}: no such fold; expected 0 to {len(outer) - 1}.")
     known = set(cohort.cases.index)
     side = tuple(c for c in (*chosen[0].train, *chosen[0].validation) if c in known)
     return _draw(cohort, side, config, config.folds, config.seed)
 
 
-def _alone(splits: Sequence[Split], fold: int) -> list[Split]:
+def _select_fold(splits: Sequence[Split], fold: int) -> list[Split]:
     chosen = [split for split in splits if split.fold == fold]
     if not chosen:
-        raise ConfigError(f"splits.fold={fold}: there are the folds 0 to {max(split.fold for split in splits)}.")
+        last = max(split.fold for split in splits)
+        raise ConfigError(f"splits.fold={fold}: no such fold; expected 0 to {last}.")
     return chosen
 
 
@@ -108,30 +109,31 @@ def _draw(cohort: Cohort, case_ids: tuple[str, ...], config: SplitsConfig, folds
     events = int(cases["event"].sum())
     if events < folds or len(cases) - events < 0 or len(cases) < 2 * folds:
         raise DataError(
-            f"cohort {cohort.name}: {len(cases)} patients with {events} events cannot be dealt to {folds} folds.",
-            "Ask for fewer folds (splits.folds) or a smaller share of validation.",
+            f"cohort {cohort.name}: {len(cases)} patients with {events} events are too few for {folds} folds.",
+            "Use fewer folds (splits.folds) or a larger splits.validation_fraction.",
         )
     strata = _strata(cases, folds)
     if config.scheme == "site":
         sites = _sites(cohort, cases, folds)
-        deal = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(cases, strata, sites)
+        sides = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(cases, strata, sites)
     else:
-        deal = StratifiedKFold(folds, shuffle=True, random_state=seed).split(cases, strata)
+        sides = StratifiedKFold(folds, shuffle=True, random_state=seed).split(cases, strata)
     ids = np.array(case_ids)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a stratum smaller than the folds is dealt as far as it goes
-        splits = [Split(fold, tuple(ids[a]), (), tuple(ids[b])) for fold, (a, b) in enumerate(deal)]
+        # scikit-learn warns if a stratum has fewer patients than folds; some folds then have none of it, which is fine.
+        warnings.simplefilter("ignore", UserWarning)
+        splits = [Split(fold, tuple(ids[a]), (), tuple(ids[b])) for fold, (a, b) in enumerate(sides)]
     for split in splits:
         if not cases.loc[list(split.test), "event"].any():
             raise DataError(
                 f"cohort {cohort.name}, fold {split.fold}: the drawn test side has no event.",
-                "Ask for fewer folds (splits.folds), another seed, or splits.scheme=stratified.",
+                "Use fewer folds (splits.folds), another splits.seed, or splits.scheme=stratified.",
             )
     return splits
 
 
 def _strata(cases: pd.DataFrame, folds: int) -> np.ndarray:
-    """Event × quartile of the time within it, with fewer quantiles where a group is small."""
+    """Return a stratum per patient: event × quartile of the time within the group (fewer quantiles if it is small)."""
     strata = np.zeros(len(cases), dtype=int)
     event = cases["event"].fillna(False).to_numpy(bool)
     for happened in (False, True):
@@ -146,10 +148,10 @@ def _sites(cohort: Cohort, cases: pd.DataFrame, folds: int) -> np.ndarray:
     if "site" not in cases.columns or cases["site"].isna().any():
         raise DataError(
             f"cohort {cohort.name}: splits.scheme=site needs the site of every patient.",
-            "Add a column site to the clinical table, or take splits.scheme=stratified.",
+            "Add a column site to the clinical table, or set splits.scheme=stratified.",
         )
     if cases["site"].nunique() < folds:
-        raise DataError(f"cohort {cohort.name}: {cases['site'].nunique()} sites cannot be dealt to {folds} folds.")
+        raise DataError(f"cohort {cohort.name}: {cases['site'].nunique()} sites are too few for {folds} folds.")
     return cases["site"].to_numpy()
 
 
@@ -163,22 +165,22 @@ def _external(cohort: Cohort, path: Path, repeats: int) -> list[Split]:
         raise DataError(f"{path}: {len(unknown)} patients are not in cohort {cohort.name}, such as {unknown[0]}.")
     train = tuple(case for case in cohort.cases.index if case not in set(test))
     if not train:
-        raise DataError(f"{path}: names every patient of cohort {cohort.name}; nobody is left to train on.")
+        raise DataError(f"{path}: names every patient of cohort {cohort.name}; no training patients are left.")
     return [Split(0, train, (), test, repeat) for repeat in range(repeats)]
 
 
 def read_splits(directory: Path) -> list[Split]:
     """Read `splits_K.csv` or `splits_R_K.csv`: columns train and val (scored), or train, val and test (scored).
 
-    A file whose val and test are the same, as `published` writes it, has no validation of its own.
+    If val and test are the same patients, as in files written under `published`, the split has no validation side.
 
     Raises:
-        ConfigError: The folder holds no such file.
-        DataError: A file lacks the columns, a side is empty, or the folds are not those of the digest beside them.
+        ConfigError: The folder has no such file.
+        DataError: A file lacks the columns, a side is empty, or the folds do not match the digest in `splits.json`.
     """
     files = [(match, path) for path in directory.glob("*.csv") if (match := _FILE.fullmatch(path.name))]
     if not files:
-        raise ConfigError(f"{directory}: holds no splits_K.csv.", "Set splits.directory to a folder of split files.")
+        raise ConfigError(f"{directory}: has no splits_K.csv.", "Set splits.directory to a folder of split files.")
     splits, written = [], []
     for match, path in sorted(files, key=lambda item: (int(item[0][1] or 0), int(item[0][2]))):
         table = read_table(path)
@@ -189,7 +191,7 @@ def read_splits(directory: Path) -> list[Split]:
         patients = [_patients(table[side]) for side in sides]
         validation = patients[1] if nested and set(patients[1]) != set(patients[2]) else ()
         if not patients[0] or not patients[-1]:
-            raise DataError(f"{path}: the {'train' if not patients[0] else sides[-1]} column names nobody.")
+            raise DataError(f"{path}: the {'train' if not patients[0] else sides[-1]} column is empty.")
         splits.append(Split(int(match[2]), patients[0], validation, patients[-1], int(match[1] or 0)))
         written.append(dataclasses.replace(splits[-1], validation=patients[1] if nested else ()))
     _check_digest(directory, written)
@@ -197,10 +199,10 @@ def read_splits(directory: Path) -> list[Split]:
 
 
 def _check_digest(directory: Path, written: Sequence[Split]) -> None:
-    told = directory / _DIGEST
-    if told.exists() and read_json(told).get("digest") != splits_digest(written):
+    path = directory / _DIGEST
+    if path.exists() and read_json(path).get("digest") != splits_digest(written):
         raise DataError(
-            f"{directory}: the folds are not those that {_DIGEST} is the digest of.",
+            f"{directory}: the folds do not match the digest in {_DIGEST}.",
             f"Write them again, or delete {_DIGEST} if they were changed on purpose.",
             topic="splits",
         )
@@ -211,9 +213,9 @@ def _patients(names: pd.Series) -> tuple[str, ...]:
 
 
 def write_splits(splits: Sequence[Split], directory: Path) -> str:
-    """Write splits as `splits_K.csv` (columns train, val, test), which `make_splits` reads back, and their digest.
+    """Write splits as `splits_K.csv` (columns train, val, test) for `make_splits`, and return their digest.
 
-    With several repeats the names are `splits_R_K.csv`. `splits.json` holds the digest, which is returned.
+    With several repeats the names are `splits_R_K.csv`. `splits.json` holds the digest.
     """
     repeated = any(split.repeat for split in splits)
     digest = splits_digest(splits)
@@ -228,7 +230,7 @@ def write_splits(splits: Sequence[Split], directory: Path) -> str:
 
 
 def splits_digest(splits: Sequence[Split]) -> str:
-    """SHA-256 over folds, sides and patients; the order of patients within a side does not count."""
+    """Return the SHA-256 of folds, sides and patients; the order of patients within a side does not matter."""
     ordered = sorted(splits, key=lambda split: (split.repeat, split.fold))
     return digest_json([
         [split.repeat, split.fold, *(sorted(getattr(split, side)) for side in _SIDES)] for split in ordered

@@ -1,4 +1,4 @@
-"""The audit: nothing is dropped in silence, and nothing leaks."""
+"""Test that the audit reports everything it drops, and that no patient is in both training and test."""
 
 import dataclasses
 from pathlib import Path
@@ -42,7 +42,7 @@ def with_cases(cohort: Cohort, **columns: dict[str, object]) -> Cohort:
     return dataclasses.replace(cohort, cases=cases)
 
 
-def test_a_clean_cohort_passes_whole(cohort: Cohort, split: Split) -> None:
+def test_a_clean_cohort_passes_unchanged(cohort: Cohort, split: Split) -> None:
     found = audit(cohort, [split])
     assert not found.findings
     assert found.splits == [split]
@@ -72,7 +72,7 @@ def test_bad_outcomes_are_dropped_and_named(
         found.raise_if_strict()
 
 
-def test_lines_count_what_they_leave_out(cohort: Cohort, split: Split) -> None:
+def test_lines_count_the_findings_they_omit(cohort: Cohort, split: Split) -> None:
     found = audit(with_cases(cohort, time_months={f"p{i}": 0.0 for i in range(5)} | {"p9": -1.0}), [split])
     lines = found.lines(2)
     assert len(lines) == 4

@@ -1,4 +1,4 @@
-"""Cohorts: every layout people have, read into one shape, and what cannot be read named with its row."""
+"""Test that every supported table layout is read into the same cohort, and that errors name the row."""
 
 import json
 import zipfile
@@ -97,7 +97,7 @@ TCGA-AA-0002,TCGA-AA-0002-01Z.svs,AA,24,1,24,1,20,0
     ("endpoint", "months", "events"),
     [("OS", [12, 24], [True, False]), ("DSS", [12, 24], [None, False]), ("PFI", [4, 20], [True, True])],
 )
-def test_published_end_points(tmp_path: Path, endpoint: str, months: list, events: list) -> None:
+def test_published_endpoints(tmp_path: Path, endpoint: str, months: list, events: list) -> None:
     cohort = read(write(tmp_path, SURVPATH), endpoint=endpoint)
     assert cohort.endpoint == endpoint
     assert cohort.cases["time_months"].tolist() == months
@@ -123,7 +123,7 @@ TCGA-BB-0003,BLCA,1,90,1,90,1,30
 """
 
 
-def test_cdr_end_points(tmp_path: Path) -> None:
+def test_cdr_endpoints(tmp_path: Path) -> None:
     path = write(tmp_path, CDR)
     settings = {"name": "tcga_gbmlgg", "table": path}
     overall = read_cohort(CohortConfig(**settings))
@@ -153,7 +153,7 @@ def test_gdc_tsv_and_json_agree(tmp_path: Path) -> None:
     for cohort in (table, from_json):
         assert cohort.cases["time_months"].tolist() == pytest.approx([300 / DAYS_PER_MONTH, 400 / DAYS_PER_MONTH])
         assert cohort.cases["event"].tolist() == [True, False]
-    with pytest.raises(ConfigError, match="holds OS alone"):
+    with pytest.raises(ConfigError, match="has only OS"):
         read(tmp_path / "clinical.tsv", endpoint="PFI")
 
 
@@ -174,14 +174,14 @@ def test_gdc_portal_rows_of_one_case_are_one_patient(tmp_path: Path) -> None:
     assert cohort.cases["event"].tolist() == [True, False, pd.NA, True]
     days = cohort.cases["time_months"] * DAYS_PER_MONTH
     assert days.tolist()[:3] == pytest.approx([300, 100, 50])
-    # Dead without a day of death: the audit drops and names it; the last follow-up is no substitute.
+    # Dead without a date of death: the audit drops the case; the last follow-up must not be used instead.
     assert cohort.cases["time_months"].isna().tolist() == [False, False, False, True]
 
 
 @pytest.mark.parametrize(
     "text", ['[{"submitter_id": "a", "diagnoses": ["x"]}]', '{"a": 1}', "[1]", '[{"demographic": "x"}]', "[{"]
 )
-def test_damaged_json_is_told(tmp_path: Path, text: str) -> None:
+def test_damaged_json_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(DataError, match=r"clinical\.json: is not a table"):
         read(write(tmp_path, text, "clinical.json"))
 
@@ -191,7 +191,7 @@ def test_damaged_json_is_told(tmp_path: Path, text: str) -> None:
     [
         ("File Name\tCase ID\nnotes.pdf\tTCGA-AA-0001\n", "none of the files in File Name is a slide"),
         ("slide_id\tcase_id\na1\t\n", "row 2: lacks slide_id or case_id"),
-        ("case_id\na\n", "names no slides"),
+        ("case_id\na\n", "has no column of slides"),
     ],
 )
 def test_sheets_that_name_no_slides(tmp_path: Path, sheet: str, message: str) -> None:
@@ -227,16 +227,16 @@ def test_manifest_covers_a_published_cohort(tcga: Path) -> None:
         ("patient,slide,time,event\na,a1,twelve,1\n", r"row 2: time is 'twelve', expected a finite number"),
         ("patient,slide,time,event\na,a1,3,1\nb,b1,inf,1\n", r"row 3: time is 'inf'"),
         ("patient,slide,time,event\na,a1,3,maybe\n", r"row 2: event is 'maybe', expected 0 or 1"),
-        ("patient,slide,time,event\na,a1,3,1\na,a2,4,1\n", r"case a: its rows give different values of time_months"),
-        ("patient,slide,time,event\na,a1,3,1\na,a2,3,0\n", r"case a: its rows give different values of event"),
-        ("patient,slide,time,event\na,s,3,1\nb,s,4,0\n", r"slide s: stands for more than one patient"),
-        ("patient,slide,time,event\na,a1,2400,1\n", r"over 50 years.*time_unit=days"),
+        ("patient,slide,time,event\na,a1,3,1\na,a2,4,1\n", r"case a: the rows have different values of time_months"),
+        ("patient,slide,time,event\na,a1,3,1\na,a2,3,0\n", r"case a: the rows have different values of event"),
+        ("patient,slide,time,event\na,s,3,1\nb,s,4,0\n", r"slide s: belongs to more than one patient"),
+        ("patient,slide,time,event\na,a1,2400,1\n", r"longer than 50 years.*time_unit=days"),
         (
             "case_id,slide_id,survival_months,censorship,event\na,a1,3,1,0\nb,b1,3,1,1\n",
             r"row 3: event and censorship contradict",
         ),
-        ("patient,slide,time,event\na,a1,3,1\n\n,b1,4,0\n", r"row 4: names no patient"),
-        ("patient,slide,time,event,event\na,a1,3,1,0\n", "the columns event stand twice"),
+        ("patient,slide,time,event\na,a1,3,1\n\n,b1,4,0\n", r"row 4: has no patient name"),
+        ("patient,slide,time,event,event\na,a1,3,1,0\n", "duplicate column names: event"),
         ("patient,slide,time,event\n", "has no rows"),
         ("", "is not a table"),
     ],
@@ -259,11 +259,11 @@ def test_missing_file_and_unknown_layout(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing\.csv: cannot be read"):
         read(tmp_path / "nothing.csv")
     path = write(tmp_path, "who,when\na,3\n")
-    with pytest.raises(ConfigError, match="no known layout has the columns who, when"):
+    with pytest.raises(ConfigError, match="unknown table layout with the columns who, when"):
         read(path)
-    with pytest.raises(ConfigError, match=r"not laid out as cohort\.format=cdr"):
+    with pytest.raises(ConfigError, match=r"the columns do not match cohort\.format=cdr"):
         read(path, format="cdr")
-    with pytest.raises(ConfigError, match=r"has no end point DSS \(columns survival_months_dss, censorship_dss\)"):
+    with pytest.raises(ConfigError, match=r"has no endpoint DSS \(columns survival_months_dss, censorship_dss\)"):
         read(write(tmp_path, "case_id,slide_id,survival_months,censorship\na,a1,3,1\n"), endpoint="DSS")
 
 

@@ -1,4 +1,4 @@
-"""Splits: disjoint, complete, balanced, repeatable, and the same after writing and reading."""
+"""Test that splits are disjoint, complete, balanced, reproducible, and unchanged by writing and reading."""
 
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def test_protocols_share_the_outer_folds(tcga: Path) -> None:
 @given(size=st.integers(40, 300), rate=st.floats(0.3, 0.9), folds=st.integers(2, 6), seed=st.integers(0, 99))
 def test_drawn_folds_partition_the_patients(size: int, rate: float, folds: int, seed: int) -> None:
     cohort = made_up(size, rate, seed=seed)
-    # Below that, an inner validation split has no event for each of its parts, which is refused (tested elsewhere).
+    # With fewer events, a part of the inner validation split has none, which is refused (tested elsewhere).
     assume(cohort.cases["event"].sum() >= max(4 * folds, 16))
     drawn = make_splits(cohort, SplitsConfig(folds=folds, seed=seed))
     tested = [case for split in drawn for case in split.test]
@@ -113,7 +113,7 @@ def test_site_folds_need_sites() -> None:
     bare = Cohort("bare", cohort.cases.drop(columns="site"), cohort.slides)
     with pytest.raises(DataError, match="needs the site of every patient"):
         make_splits(bare, SplitsConfig(scheme="site"))
-    with pytest.raises(DataError, match="3 sites cannot be dealt to 5 folds"):
+    with pytest.raises(DataError, match="3 sites are too few for 5 folds"):
         make_splits(made_up(100, 0.5, sites=3), SplitsConfig(scheme="site"))
 
 
@@ -162,13 +162,13 @@ def test_written_splits_read_back(tmp_path: Path, repeats: int, protocol: str) -
     assert digest in (tmp_path / "splits" / "splits.json").read_text()
 
 
-def test_folds_that_are_not_those_of_their_digest_are_refused(tmp_path: Path) -> None:
+def test_folds_that_do_not_match_their_digest_are_refused(tmp_path: Path) -> None:
     write_splits(make_splits(made_up(90, 0.5), SplitsConfig()), tmp_path / "splits")
     path = tmp_path / "splits" / "splits_1.csv"
     table = pd.read_csv(path, index_col=0, dtype=str)
     table.loc[0, ["train", "test"]] = table.loc[0, ["test", "train"]].to_numpy()
     table.to_csv(path)
-    with pytest.raises(DataError, match=r"not those that splits\.json is the digest of"):
+    with pytest.raises(DataError, match=r"the folds do not match the digest in splits\.json"):
         read_splits(tmp_path / "splits")
     (tmp_path / "splits" / "splits.json").unlink()
     assert len(read_splits(tmp_path / "splits")) == 5
@@ -194,32 +194,32 @@ def test_digest_ignores_order_within_a_side() -> None:
 
 def test_too_few_events() -> None:
     cohort = made_up(60, 0.0)
-    with pytest.raises(DataError, match="60 patients with 0 events cannot be dealt to 5 folds"):
+    with pytest.raises(DataError, match="60 patients with 0 events are too few for 5 folds"):
         make_splits(cohort, SplitsConfig())
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("train,test\na,b\n", "expected the columns train and val"), ("train,val\na,\n", "the val column names nobody")],
+    [("train,test\na,b\n", "expected the columns train and val"), ("train,val\na,\n", "the val column is empty")],
 )
 def test_bad_split_files(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "splits_0.csv").write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=message):
         read_splits(tmp_path)
-    with pytest.raises(ConfigError, match=r"holds no splits_K\.csv"):
+    with pytest.raises(ConfigError, match=r"has no splits_K\.csv"):
         read_splits(tmp_path / "nothing")
 
 
-def test_one_outer_fold_alone_is_that_fold_of_all(tcga: Path):
+def test_one_selected_fold_equals_that_fold_of_all(tcga: Path):
     cohort = cohort_of(tcga, "blca")
     config = SplitsConfig(directory=tcga / "splits/tcga_blca")
     whole = make_splits(cohort, config)
     assert make_splits(cohort, config.model_copy(update={"fold": 3})) == [whole[3]]
-    with pytest.raises(ConfigError, match=r"splits\.fold=5: there are the folds 0 to 4"):
+    with pytest.raises(ConfigError, match=r"splits\.fold=5: no such fold; expected 0 to 4"):
         make_splits(cohort, config.model_copy(update={"fold": 5}))
 
 
-def test_folds_are_counted_as_they_are_made(tmp_path: Path) -> None:
+def test_the_fold_count_matches_the_folds(tmp_path: Path) -> None:
     cohort = made_up(120, 0.7)
     (tmp_path / "test.csv").write_text("case_id\np0000\np0001\np0002\n")
     write_splits(make_splits(cohort, SplitsConfig(folds=4)), tmp_path / "drawn")
