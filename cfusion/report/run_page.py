@@ -11,9 +11,9 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-import cfusion
 from cfusion.report import figures
 from cfusion.report.context import PROTOCOL_TEXTS, ReportContext
+from cfusion.report.page_environment import page_environment
 from cfusion.survival.predictions import UNIT
 from cfusion.survival.score import Key, Scores
 
@@ -32,14 +32,8 @@ def _interval(row: dict, names: str, digits: int = 3, sign: str = "") -> str:
 
 
 def report_environment() -> jinja2.Environment:
-    """Templates of the report's pages, with their filters; what a template names must be given."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cfusion.report"), autoescape=jinja2.select_autoescape(["html.j2"]),
-        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    environment.filters.update(num=_number, p=figures.p_text, bare_p=figures.bare_p, to=_interval)
-    environment.globals["version"] = cfusion.__version__
-    return environment
+    """Templates of the report's pages, with their filters."""
+    return page_environment("cfusion.report", num=_number, p=figures.p_text, bare_p=figures.bare_p, to=_interval)
 
 
 def render_run_page(
