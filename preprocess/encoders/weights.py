@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -116,6 +116,15 @@ def to_network_names(weights: Mapping[str, Tensor], layout: str) -> dict[str, Te
     return dict(weights)
 
 
+def _renamed(key: str, names: Sequence[tuple[str, str]]) -> str:
+    """The key by the first of `names` (pattern, replacement) that it matches; itself where none does."""
+    for pattern, name in names:
+        key, found = re.subn(pattern, name, key)
+        if found:
+            break
+    return key
+
+
 _DINOV2 = (
     (r"^embeddings\.cls_token$", "cls_token"),
     (r"^embeddings\.register_tokens$", "reg_token"),
@@ -136,11 +145,7 @@ def _from_dinov2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in weights.items():
         if ".attention.attention." in key:
             continue
-        for pattern, name in _DINOV2:
-            key, found = re.subn(pattern, name, key)
-            if found:
-                break
-        named[key] = value
+        named[_renamed(key, _DINOV2)] = value
     layers = {m[1] for key in weights if (m := re.match(r"encoder\.layer\.(\d+)\.", key))}
     for layer in layers:
         for kind in ("weight", "bias"):
@@ -175,12 +180,7 @@ def _from_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in weights.items():
         if not key.startswith("visual."):
             continue
-        key = key.removeprefix("visual.")
-        for pattern, name in _OPEN_CLIP:
-            key, found = re.subn(pattern, name, key)
-            if found:
-                break
-        named[key] = value
+        named[_renamed(key.removeprefix("visual."), _OPEN_CLIP)] = value
     if "proj" in named:
         named["head.weight"] = named.pop("proj").T.contiguous()
         named["head.bias"] = torch.zeros(len(named["head.weight"]))
