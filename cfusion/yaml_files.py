@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,27 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
     target[last] = value
 
 
-def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """The keys in which two nested mappings differ, each with both values."""
-    one, other = _flat(there), _flat(here)
-    keys = sorted(one.keys() | other.keys())
-    return [f"{key} ({one.get(key)} there, {other.get(key)} here)" for key in keys if one.get(key) != other.get(key)]
+    found = differing_values(there, here)
+    return [f"{key} ({one} there, {other} here)" for key, (one, other) in sorted(found.items())]
+
+
+def differing_values(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """By key such as `train.lr`, the two values of each key in which nested mappings differ, in the mappings' order.
+
+    Values are compared as they print. A value that only one of the mappings has is `"not recorded"` in the other.
+    """
+    flat, flat_other = _flat(one), _flat(other)
+    pairs = {key: (flat.get(key, _ABSENT), flat_other.get(key, _ABSENT)) for key in {**flat, **flat_other}}
+    return {key: pair for key, pair in pairs.items() if str(pair[0]) != str(pair[1])}
+
+
+_ABSENT = "not recorded"
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return {prefix: value}
     inner = (_flat(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items())
     return {key: item for flat in inner for key, item in flat.items()}

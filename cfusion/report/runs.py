@@ -16,6 +16,7 @@ from cfusion.run_folder import OUTCOMES, PREDICTIONS, SPLITS, FinishedRun, read_
 from cfusion.survival.predictions import read_predictions
 from cfusion.survival.score import Key, Scores, score
 from cfusion.types import Cohort, Split
+from cfusion.yaml_files import differing_values
 
 
 def report_runs(folders: Sequence[Path], out: Path, *, title: str, oracle: dict[str, float] | None = None) -> Path:
@@ -81,9 +82,7 @@ def outcomes_and_splits(folders: Sequence[Path], cohort: str) -> tuple[Cohort, l
 
 
 def _check_alike(first: FinishedRun, other: FinishedRun) -> None:
-    told = [pd.json_normalize(run.provenance, sep=".").iloc[0].astype(str) for run in (first, other)]
-    one, two = told[0].align(told[1], fill_value="none")
-    differing = {str(name) for name in one.index[one != two]}
+    differing = differing_values(first.provenance, other.provenance).keys()
     fold_apart = "config.splits.fold" in differing
     seeds = {"config.seed", "config.data.order_seed", "config.splits.fold"}
     # Tables and shards are the same by their digests; what code did which run is told in the report.

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -16,6 +14,7 @@ from cfusion.run_folder import PREDICTIONS, is_done, read_run
 from cfusion.runs.crossval import cross_validate
 from cfusion.runs.run import Run
 from cfusion.survival.predictions import read_predictions
+from cfusion.yaml_files import differing_values
 
 logger = logging.getLogger(__name__)
 
@@ -57,22 +56,13 @@ def reproduce_run(folder: Path, out: Path, *, trust_code: str | None = None) -> 
         raise DataError(f"{out}: holds a finished run.", "Give another --out.")
     tracking = run.config.tracking.model_copy(update={"enabled": False, "register_as": None})
     config = run.config.model_copy(update={"output": out, "tracking": tracking})
-    differences = _differences(run.provenance, Run.prepare(config).provenance)
+    changed = differing_values(run.provenance, Run.prepare(config).provenance)
+    differences = tuple(f"{name} was {before} and is {after}" for name, (before, after) in changed.items())
     for line in differences:
         logger.warning("%s: %s", folder, line)
     cross_validate(config)
     first, second = (read_predictions(path / PREDICTIONS).set_index(KEY).sort_index() for path in (folder, out))
     return Reproduction(len(first), _largest(first, second), differences)
-
-
-def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:
-    """A line per value, with sections as `config.train.lr`."""
-    before, after = (pd.json_normalize(dict(values), sep=".").iloc[0].to_dict() for values in (then, now))
-    return tuple(
-        f"{name} was {before.get(name, 'not told')} and is {after.get(name, 'not told')}"
-        for name in dict.fromkeys([*before, *after])
-        if str(before.get(name)) != str(after.get(name))
-    )
 
 
 def _largest(first: pd.DataFrame, second: pd.DataFrame) -> float:
