@@ -74,11 +74,6 @@ class Audit:
                 lines.append(f"… and {count - most} more [{kind}]")
         return lines
 
-    def to_frame(self) -> pd.DataFrame:
-        """Return a table with one row per finding: kind, subject, action, message."""
-        columns = [field.name for field in dataclasses.fields(Finding)]
-        return pd.DataFrame([dataclasses.asdict(finding) for finding in self.findings], columns=columns)
-
     def to_json(self) -> dict[str, Any]:
         """Return plain values for a run's artifacts and report."""
         return {

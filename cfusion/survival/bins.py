@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -65,19 +63,3 @@ class TimeBins:
     def label(self, time_months: ArrayLike) -> np.ndarray:
         """The bin of each time, 0 … n_bins − 1; times beyond the outer edges fall into the outer bins."""
         return np.searchsorted(self.edges[1:-1], np.asarray(time_months, dtype=float), side="right").astype(np.int64)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for a run's artifacts."""
-        return {"edges_months": list(self.edges)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> TimeBins:
-        """The bins that `to_json` described.
-
-        Raises:
-            DataError: The edges are missing or do not increase.
-        """
-        edges = value.get("edges_months")
-        if not isinstance(edges, list) or len(edges) < 3 or (np.diff(edges) <= 0).any():
-            raise DataError("time bins: expected edges_months, at least three increasing times.")
-        return cls(tuple(float(edge) for edge in edges))

@@ -104,23 +104,3 @@ def percentile_interval(replicates: np.ndarray, level: float = 0.95) -> tuple[fl
         )
     low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-def bootstrap_cindex(
-    time: ArrayLike, event: ArrayLike, risk: ArrayLike, *, replicates: int, seed: int, fold: ArrayLike | None = None
-) -> tuple[float, float]:
-    """95% percentile interval of Harrell's C over resampled patients (Efron, Annals of Statistics 7, 1979).
-
-    Args:
-        time: [case], months.
-        event: [case], true where the event happened.
-        risk: [case], higher is worse.
-        replicates: Number of resamples.
-        seed: Of the draws.
-        fold: [case] or None; with it, patients are drawn and compared within a fold alone.
-
-    Raises:
-        UndefinedMetricError: Most replicates have no comparable pair.
-    """
-    resamples = Resamples.draw(time, event, replicates=replicates, seed=seed, stratum=fold)
-    return percentile_interval(resamples.cindex(risk, within=fold))

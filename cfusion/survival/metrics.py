@@ -24,10 +24,11 @@ from sksurv.util import Surv
 
 from cfusion.cohort.findings import has_comparable_pair
 from cfusion.errors import DataError, UndefinedMetricError
-from cfusion.survival.bootstrap import TIED_RISK, bootstrap_cindex
+from cfusion.survival.bootstrap import TIED_RISK
+from cfusion.survival.curves import step_values
 
 __all__ = [
-    "Concordance", "Training", "auc_at", "bootstrap_cindex", "brier_times", "checked", "concordance",
+    "Concordance", "Training", "auc_at", "brier_times", "checked", "concordance",
     "integrated_brier", "uno_cindex",
 ]  # fmt: skip
 
@@ -92,7 +93,7 @@ class Training:
     def survival_at(self, times: ArrayLike) -> np.ndarray:
         """[time], Kaplan–Meier survival of the training patients."""
         steps, survival = kaplan_meier_estimator(self.event, self.time)
-        return np.concatenate([[1.0], survival])[np.searchsorted(steps, np.asarray(times, dtype=float), side="right")]
+        return step_values(steps, survival, np.asarray(times, dtype=float), before=1.0)
 
     def truncated(self, time: np.ndarray, event: np.ndarray) -> np.ndarray:
         """Outcomes censored at the truncation time, so that none lies beyond the training patients' follow-up."""

@@ -60,12 +60,10 @@ class StepReport:
 
     Attributes:
         loss: Mean loss over the global batch.
-        gradient_norm: Norm of the gradient before clipping.
         stop: Some process was asked to stop.
     """
 
     loss: float
-    gradient_norm: float
     stop: bool
 
 
@@ -144,7 +142,7 @@ class Stepper:
         norm = self.runtime.advance(self.model, self.optimizer, lr=lr, clip_norm=self.clip_norm)
         if not math.isfinite(norm):
             self._refuse(bags, "gradient")
-        return StepReport(total / cases, norm, bool(stops))
+        return StepReport(total / cases, bool(stops))
 
     def _forward(self, micro: Share) -> SurvivalOutput:
         # Both passes of a set-wise loss come this way: the same dropout, the same arithmetic, the same logits.
