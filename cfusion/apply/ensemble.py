@@ -17,6 +17,7 @@ from cfusion.data.loader import BagSet
 from cfusion.data.partition import evaluation_slices
 from cfusion.errors import DataError
 from cfusion.run_folder import CARD, fold_models
+from cfusion.survival.curves import is_high_risk, step_values
 from cfusion.survival.predictions import curve_table
 from cfusion.training.fitted import FittedModel, ModelCard, read_card
 from cfusion.training.inference import predict_logits, prediction_frame
@@ -118,7 +119,7 @@ class FoldEnsemble:
 
     @property
     def risk_cutoff(self) -> float | None:
-        """Mean of the folds' cut-offs, as its risk is the mean of theirs; above it is the high-risk group."""
+        """Mean of the folds' cut-offs, as its risk is the mean of theirs; see `is_high_risk`."""
         return mean_cutoff([model.card for model in self.models])
 
     def predict(self, source: BagSource, cases: Cases, runtime: Runtime) -> pd.DataFrame:
@@ -133,7 +134,7 @@ class FoldEnsemble:
 
         Returns:
             One row per patient: `case_id, slides, risk` and `risk_sd` (mean and standard deviation over folds), `group`
-            (high where the risk is above `risk_cutoff`, or else low; empty where a fold has none), `survival_1…K,
+            (high where the risk is at least `risk_cutoff`, otherwise low; empty where a fold has none), `survival_1…K,
             edge_1…K` (mean over folds at each month where some model's time bin ends).
 
         Raises:
@@ -168,7 +169,7 @@ class FoldEnsemble:
         curves = np.array([self._mean_curve(of_models) for of_models in survival])
         frame = curve_table(list(cases), curves, self.months.tolist(), risks.mean(axis=1))
         cutoff = self.risk_cutoff
-        group = "" if cutoff is None else np.where(frame["risk"] > cutoff, "high", "low")
+        group = "" if cutoff is None else np.where(is_high_risk(frame["risk"].to_numpy(), cutoff), "high", "low")
         frame.insert(1, "slides", [len(slides) for slides in cases.values()])
         frame.insert(3, "risk_sd", risks.std(axis=1))
         frame.insert(4, "group", group)
@@ -182,7 +183,7 @@ class FoldEnsemble:
     def _mean_curve(self, survival: Sequence[np.ndarray]) -> np.ndarray:
         """The mean over models of their survival curves [bin] at `months`."""
         curves = [
-            _step_curve(model.bins.right_edges_months, curve, self.months)
+            step_values(model.bins.right_edges_months, curve, self.months, before=1.0)
             for model, curve in zip(self.models, survival, strict=True)
         ]
         return np.mean(curves, axis=0)
@@ -253,8 +254,3 @@ def _checked_positions(positions: Mapping[str, Sequence[Sequence[int]]], name: s
     if table.shape != (tiles, 2) or table.dtype.kind not in "iu" or table.min(initial=0) < 0:
         raise DataError(f"positions of {name}: expected {tiles} pairs of column and row, whole numbers from 0.")
     return torch.as_tensor(table.astype(np.int64))[None]
-
-
-def _step_curve(edges: Sequence[float], survival: np.ndarray, months: np.ndarray) -> np.ndarray:
-    """A discrete survival curve at other times: it holds the value of the last bin that has ended, 1 before any."""
-    return np.concatenate([[1.0], survival])[np.searchsorted(edges, months, side="right")]

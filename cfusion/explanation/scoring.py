@@ -22,6 +22,7 @@ from cfusion.explanation.removal import Keep, Lineage, risks_without
 from cfusion.explanation.result import METHODS, Explanation, TileScores
 from cfusion.models import input_times_gradient, tile_attention
 from cfusion.models.bag import BagModel
+from cfusion.survival.curves import step_values
 from cfusion.training.fitted import FittedModel
 from cfusion.types import BagBatch, SlideFeatures, SurvivalOutput
 
@@ -220,10 +221,10 @@ def _level(slide: SlideFeatures, name: str, methods: Sequence[Sequence[dict[str,
 def _curve(models: Sequence[FittedModel], outputs: Sequence[SurvivalOutput]) -> pd.DataFrame:
     """Survival, mean and spread over folds, at 0 and wherever some fold's time bin ends."""
     months = np.unique(np.concatenate([[0.0], *(m.bins.right_edges_months for m in models)]))
-    curves = []
-    for model, output in zip(models, outputs, strict=True):
-        values = np.concatenate([[1.0], output.survival[0].double().cpu().numpy()])
-        curves.append(values[np.searchsorted(model.bins.right_edges_months, months, side="right")])
+    curves = [
+        step_values(model.bins.right_edges_months, output.survival[0].double().cpu().numpy(), months, before=1.0)
+        for model, output in zip(models, outputs, strict=True)
+    ]
     spread = np.std(curves, axis=0) if len(models) > 1 else np.full(len(months), np.nan)
     return pd.DataFrame({"months": months, "survival": np.mean(curves, axis=0), "survival_sd": spread})
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
@@ -17,7 +16,9 @@ from PIL import Image
 import cfusion
 from cfusion.explanation.faithfulness import deletion_areas, draw_deletion
 from cfusion.explanation.result import METHODS, Explanation
+from cfusion.report.page_environment import page_environment
 from cfusion.report.svg import Plot, number
+from cfusion.survival.curves import is_high_risk
 from cfusion.types import magnification_words
 
 
@@ -35,12 +36,8 @@ def render_slide_page(
         galleries: PNG by magnification; empty where the slide was not at hand.
         curves: Deletion curves, where they were made.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cfusion.explanation"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    environment.filters["magnified"] = magnification_words
-    attrs = explanation.attrs
+    environment = page_environment("cfusion.explanation", magnified=magnification_words)
+    attrs, cutoff = explanation.attrs, explanation.attrs["risk_cutoff"]
     style = files("cfusion.report").joinpath("templates", "style.css").read_text(encoding="utf-8")
     return environment.get_template("page.html.j2").render(
         style=Markup(style),  # noqa: S704 - our own style sheet
@@ -51,7 +48,8 @@ def render_slide_page(
         endpoint=attrs["endpoint"],
         risk=explanation.risk,
         risk_sd=explanation.risk_sd,
-        cutoff=attrs["risk_cutoff"],
+        cutoff=cutoff,
+        group=None if cutoff is None else "high" if is_high_risk(explanation.risk, cutoff) else "low",
         curve=Markup(draw_curve(explanation)),  # noqa: S704 - figures escape their words
         summary=_table(explanation.summary()),
         overlays={n: {m: _source(png) for m, png in pngs.items()} for n, pngs in overlays.items()},

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import chi2
 
+from cfusion.survival.curves import step_values
 from cfusion.survival.groups import Curve, hazard_ratio, kaplan_meier
 
 _DECILES = 10
@@ -37,6 +38,11 @@ def survival_at(survival: np.ndarray, edges: np.ndarray, months: np.ndarray) -> 
 
     S_k holds at the right edge of bin k and S is 1 at 0; between, it is interpolated linearly (constant density,
     Kvamme and Borgan, 2021). Past the last edge it stays what it was there.
+
+    Predictions, explanations and the viewer draw the same survival as steps (`step_values`): what the model says and
+    nothing more. Calibration compares probabilities at the patients' own times, which mostly lie within a bin; read as
+    steps they would be that of the bin's start, too high for all of them, and D-calibration would find a few values
+    instead of a uniform distribution and reject every model.
 
     Args:
         survival: [case, bin].
@@ -128,5 +134,8 @@ def calibration_points(
 
 
 def _point(predicted: np.ndarray, curve: Curve, horizon: float) -> CalibrationPoint:
-    at = int(np.searchsorted(curve.months, horizon, side="right")) - 1
-    return CalibrationPoint(float(predicted.mean()), curve.survival[at], curve.low[at], curve.high[at], len(predicted))
+    observed, low, high = (
+        float(step_values(curve.months, values, horizon, before=1.0))
+        for values in (curve.survival, curve.low, curve.high)
+    )
+    return CalibrationPoint(float(predicted.mean()), observed, low, high, len(predicted))

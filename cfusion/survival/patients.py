@@ -20,6 +20,7 @@ from cfusion.survival.calibration import (
     d_calibration,
     survival_at,
 )
+from cfusion.survival.curves import is_high_risk
 from cfusion.survival.groups import Curve, HazardRatio, at_risk, hazard_ratio, kaplan_meier, log_rank
 from cfusion.survival.predictions import survival_columns
 
@@ -108,10 +109,11 @@ def score_patients(
     first = rows[(rows["seed"] == rows["seed"].iloc[0]) & (rows["repeat"] == rows["repeat"].iloc[0])]
     time, event, risk = (first[c].to_numpy() for c in ("survival_months", "event", "risk"))
     fold = first["fold"].to_numpy()
-    median_high = risk >= np.median(risk)
+    median_high = is_high_risk(risk, np.median(risk))
     high, rule = median_high, "median of the pooled risks"
     if "risk_cutoff" in first.columns and first["risk_cutoff"].notna().all():
-        high, rule = risk >= first["risk_cutoff"].to_numpy(float), "median risk of the training patients of each fold"
+        high = is_high_risk(risk, first["risk_cutoff"].to_numpy(float))
+        rule = "median risk of the training patients of each fold"
     both = high.any() and not high.all()
     months = tuple(float(m) for m in np.linspace(0, _round_up(time.max()), 6))
     known = np.isfinite(auc_curves).any(axis=0) if len(grid) else np.zeros(0, dtype=bool)

@@ -40,8 +40,8 @@ class ModelCard:
         cohort: Cohort it was trained on.
         endpoint: What its event is.
         fold: Fold it belongs to.
-        risk_cutoff: Median risk of its training patients; above it is the high-risk group. None where its training
-            did not come to its end.
+        risk_cutoff: Median risk of its training patients; at or above it is the high-risk group. None where its
+            training did not come to its end.
         embeddings: How the embeddings were made, as the shards tell it: weight digest, transform, resample filter, …
         unit: What a bag of its training was; of slides, a patient's risks are averaged.
         protocol: How its epoch was chosen, as `evaluation.protocol` names it.

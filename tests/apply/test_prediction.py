@@ -24,6 +24,7 @@ from cfusion.data.shards import ShardDataset
 from cfusion.data.store import write_slide
 from cfusion.errors import CfusionError, CohortError, ConfigError, DataError, PartialResultError, StoreError
 from cfusion.run_folder import fold_models
+from cfusion.survival.patients import score_patients
 from cfusion.training.fitted import FittedModel, ModelCard, build
 from cfusion.training.folds import fit
 from cfusion.training.world import join_world
@@ -127,7 +128,7 @@ def test_a_row_is_the_mean_over_the_folds_and_its_curve_holds_every_edge(files, 
     np.testing.assert_allclose(table["risk"], risks.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(table["risk_sd"], risks.std(axis=0), rtol=1e-9)
     assert ensemble.risk_cutoff == pytest.approx(-2.15)
-    assert ((table["group"] == "high") == (table["risk"] > -2.15)).all()
+    assert ((table["group"] == "high") == (table["risk"] >= -2.15)).all()
     months = sorted({edge for edges in EDGES for edge in edges[1:]})
     assert [table[f"edge_{k + 1}"].iloc[0] for k in range(len(months))] == months
     curves = table[[f"survival_{k + 1}" for k in range(len(months))]].to_numpy()
@@ -152,8 +153,25 @@ def test_one_fold_predicts_its_test_patients_as_its_training_did(files, tmp_path
     table = FoldEnsemble.load(tmp_path / "fold_0").predict(source, slides, join_world(ParallelConfig()))
     expected = run.predictions.set_index("case_id").loc[table["case_id"]]
     np.testing.assert_allclose(table["risk"], expected["risk"], rtol=1e-6)
-    assert (table["group"] == "high").tolist() == (expected["risk"] > expected["risk_cutoff"]).tolist()
+    assert (table["group"] == "high").tolist() == (expected["risk"] >= expected["risk_cutoff"]).tolist()
     assert (table["risk_sd"] == 0).all()
+
+
+def test_a_patient_at_the_cutoff_is_in_the_high_risk_group_of_prediction_and_report(files, cases, ensemble_folder):
+    source = ShardSource(DataConfig(shards=str(files.shards)))
+    slides = group_slides(source.slide_ids, cases)
+    first = FoldEnsemble.load(ensemble_folder).models[0]
+    risks = FoldEnsemble((first,)).predict(source, slides, join_world(ParallelConfig()))["risk"]
+    cutoff = float(risks.sort_values().iloc[len(risks) // 2])
+    at_cutoff = FoldEnsemble((dataclasses.replace(first, card=dataclasses.replace(first.card, risk_cutoff=cutoff)),))
+    table = at_cutoff.predict(source, slides, join_world(ParallelConfig()))
+    assert (table["risk"] == cutoff).sum() == 1
+    assert table.loc[table["risk"] == cutoff, "group"].tolist() == ["high"]
+    outcomes = {"survival_months": np.arange(1.0, len(table) + 1), "event": True, "fold": 0, "seed": 0, "repeat": 0}
+    rows = table[["case_id", "risk"]].assign(risk_cutoff=cutoff, **outcomes)
+    report = score_patients(rows, (), np.zeros(0), np.zeros((1, 0)))
+    assert report.high is not None
+    assert report.high.size == (table["group"] == "high").sum()
 
 
 def test_json_has_the_curve_of_each_patient(cfusion, files, ensemble_folder):

@@ -1,5 +1,6 @@
 """What is kept of an explanation: GeoJSON, pictures, page, deletion curves; all of it or nothing."""
 
+import dataclasses
 import io
 import json
 import re
@@ -123,6 +124,13 @@ def test_the_page_is_one_file_that_tells_the_risk(written, found):
     assert page.count("<img") == 9 + 3
     assert page.count("<svg") == 1 + 3
     assert "Research use only" in page
+
+
+@pytest.mark.parametrize(("above", "group"), [(0.0, "high"), (1e-9, "low")])
+def test_the_page_names_the_group_by_the_same_cutoff_as_a_prediction(found, tmp_path, above, group):
+    attrs = {**found.attrs, "risk_cutoff": found.risk + above}
+    page = write_results(dataclasses.replace(found, attrs=attrs), tmp_path / "slide").read_text()
+    assert f"<b>{group}-risk</b>" in page
 
 
 def test_without_the_slide_there_is_no_gallery_and_the_page_says_so(found, tmp_path):
