@@ -77,7 +77,7 @@ def load_encoder(name: str, config: PreprocessConfig, device: str = "cpu") -> En
                 f"encoder {name!r} is not known.",
                 f"Known: {', '.join(encoder_names())}; or timm:NAME, or hf:OWNER/NAME.",
             )
-        from preprocess.encoders.packaged import PackagedEncoder
+        from preprocess.encoders.installed_encoders import PackagedEncoder
 
         return PackagedEncoder(code, config, device)
     from preprocess.encoders.networks import load_network
