@@ -21,7 +21,7 @@ from cfusion.files import check_format, read_json, write_json, write_text
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = 1
+RUN_FORMAT = 1
 """Format of the folder, as `run.json` carries it. A folder without a number was written by 0.1.0 and is read as 1."""
 
 RUN = "run.json"
@@ -104,13 +104,13 @@ def read_marker(folder: Path) -> dict[str, Any]:
         DataError: It cannot be read, or a newer program wrote it.
     """
     marker = read_json(folder / RUN)
-    check_format(folder / RUN, marker, FORMAT)
+    check_format(folder / RUN, marker, RUN_FORMAT)
     return dict(marker)
 
 
 def write_marker(folder: Path, identity: str, provenance: dict[str, Any]) -> None:
     """Write `run.json` of a run's folder."""
-    write_json(folder / RUN, {"format": FORMAT, "identity": identity, "provenance": provenance})
+    write_json(folder / RUN, {"format": RUN_FORMAT, "identity": identity, "provenance": provenance})
 
 
 def write_done(folder: Path, identity: str, registered_version: str | None) -> None:

@@ -52,7 +52,7 @@ def test_a_folder_is_read_without_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("number", [run_folder.FORMAT + 1, "2", 0])
+@pytest.mark.parametrize("number", [run_folder.RUN_FORMAT + 1, "2", 0])
 def test_a_newer_folder_is_refused(tmp_path, number):
     (tmp_path / run_folder.RUN).write_text(json.dumps({"format": number, "identity": "a", "provenance": {}}))
     (tmp_path / run_folder.DONE).write_text("{}")

@@ -38,7 +38,7 @@ from cfusion.errors import DataError
 from cfusion.files import atomic_path
 from cfusion.types import magnification_value, titled_table
 
-FORMAT = "cfusion-explanation-1"
+EXPLANATION_FORMAT = "cfusion-explanation-1"
 
 ZARR_NAME = "explanation.zarr"
 """Name of the group in the folder of an explanation."""
@@ -185,7 +185,7 @@ def write_explanation(explanation: Explanation, target: str | os.PathLike[str]) 
         group.attrs.update(
             {
                 **explanation.attrs,
-                "format": FORMAT,
+                "format": EXPLANATION_FORMAT,
                 "program_version": cfusion.__version__,
                 "slide_id": explanation.slide_id,
                 "risk": explanation.risk,
@@ -219,8 +219,8 @@ def read_explanation(path: str | os.PathLike[str]) -> Explanation:
     try:
         group: Any = zarr.open_group(path, mode="r")
         attrs = dict(group.attrs)
-        if attrs.get("format") != FORMAT:
-            raise DataError(f"{path}: its format is {attrs.get('format')!r}, expected {FORMAT!r}.")
+        if attrs.get("format") != EXPLANATION_FORMAT:
+            raise DataError(f"{path}: its format is {attrs.get('format')!r}, expected {EXPLANATION_FORMAT!r}.")
         levels = {
             name: _read_level(group[name])
             for name in sorted(attrs["magnifications"], key=magnification_value, reverse=True)

@@ -19,7 +19,7 @@ from typing import Any
 from cfusion.errors import DataError
 from cfusion.files import read_json
 from cfusion.training.checkpoint_files import NUMBERS, Stored, open_checkpoint, write_checkpoint
-from cfusion.training.checkpoint_policy import FORMAT, INTERVAL_SECONDS, CheckpointPolicy, kept_checkpoints
+from cfusion.training.checkpoint_policy import CHECKPOINT_FORMAT, INTERVAL_SECONDS, CheckpointPolicy, kept_checkpoints
 from cfusion.training.runtime import Runtime
 from cfusion.training.snapshot import OtherTrainingError, Snapshot
 from cfusion.yaml_files import differences
@@ -92,7 +92,7 @@ class Checkpoints(CheckpointPolicy):
     def _write_both(self, path: Path, state: TrainState, snapshot: Snapshot) -> str | None:
         """Write the best parameters, if they changed, and then the state."""
         numbers = {
-            "format": FORMAT,
+            "format": CHECKPOINT_FORMAT,
             "identity": self.identity,
             "engine": self.runtime.parallel.engine,
             "world_size": self.runtime.world_size,

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 FoundT = TypeVar("FoundT")
 
-FORMAT = 2
+CHECKPOINT_FORMAT = 2
 
 INTERVAL_SECONDS = 30.0
 """A checkpoint is written at the first step this long after the one before; below 0: at every step."""
@@ -114,9 +114,9 @@ class CheckpointPolicy:
         return (None if problem else found), problem
 
     def _check_format(self, stored: Stored) -> None:
-        if stored.numbers.get("format") != FORMAT:
+        if stored.numbers.get("format") != CHECKPOINT_FORMAT:
             raise OtherTrainingError(
-                f"{stored.folder}: has format {stored.numbers.get('format')}; this program reads {FORMAT}.",
+                f"{stored.folder}: has format {stored.numbers.get('format')}; this program reads {CHECKPOINT_FORMAT}.",
                 f"Delete {self.folder} to train from the start.",
             )
 

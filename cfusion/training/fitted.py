@@ -72,7 +72,7 @@ class ModelCard:
 
 _CARD = TypeAdapter(ModelCard)
 
-FORMAT = 1
+MODEL_FORMAT = 1
 """Format of a model's folder, as its card carries it; what 0.1.0 wrote carries none and is read as 1."""
 
 
@@ -113,7 +113,7 @@ class FittedModel:
                 save_file(tensors, temporary / WEIGHTS)
             except SafetensorError as error:
                 raise DataError(f"{folder}: the model cannot be written ({error}).", "Make room there.") from error
-            card = {"format": FORMAT, **asdict(self.card)}
+            card = {"format": MODEL_FORMAT, **asdict(self.card)}
             write_json(temporary / CARD, card if self.card.code else {k: card[k] for k in card if k != "code"})
             if self.source is not None:
                 (temporary / SOURCE).write_bytes(self.source)
@@ -151,7 +151,7 @@ def read_card(folder: Path) -> ModelCard:
     """
     try:
         values = read_json(folder / CARD)
-        check_format(folder / CARD, values if isinstance(values, dict) else {}, FORMAT)
+        check_format(folder / CARD, values if isinstance(values, dict) else {}, MODEL_FORMAT)
         return _CARD.validate_python(values)
     except ValidationError as error:
         raise DataError(f"{folder / CARD}: is not a model card ({' '.join(str(error).split())}).") from error

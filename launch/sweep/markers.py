@@ -16,7 +16,7 @@ from typing import IO, Any
 from cfusion.errors import CfusionError
 from cfusion.files import read_json, write_json
 
-LOCK, ATTEMPTS, FAILED, LOG = "run.lock", "attempts.json", "failed.json", "run.log"
+LOCK, ATTEMPTS_FILE, FAILED, LOG = "run.lock", "attempts.json", "failed.json", "run.log"
 
 _TRIES, _PAUSE_SECONDS = 20, 0.05
 
@@ -94,13 +94,13 @@ def _named(file: IO[str]) -> Holder | None:
 
 def attempts(folder: Path) -> list[dict[str, Any]]:
     """The attempts at a run, oldest first: `outcome`, and its cost (see `launch.sweep.cost`) unless it was killed."""
-    path = folder / ATTEMPTS
+    path = folder / ATTEMPTS_FILE
     return read_json(path) if path.is_file() else []
 
 
 def add_attempt(folder: Path, attempt: dict[str, Any]) -> None:
     """Record one more attempt."""
-    write_json(folder / ATTEMPTS, [*attempts(folder), attempt])
+    write_json(folder / ATTEMPTS_FILE, [*attempts(folder), attempt])
 
 
 def write_failure(folder: Path, cause: str) -> None:

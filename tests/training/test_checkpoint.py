@@ -210,7 +210,7 @@ def test_a_checkpoint_of_another_training_is_refused_and_stays(tmp_path, other, 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
     training = Training(tmp_path)
     training.step()
-    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_FORMAT", 1)
     training.save()
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match=r"has format 1; this program reads 2"):

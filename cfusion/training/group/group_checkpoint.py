@@ -15,7 +15,7 @@ from pathlib import Path
 from cfusion.errors import DataError
 from cfusion.files import digest_json, read_json, write_json
 from cfusion.training.checkpoint_files import NUMBERS, Piece, Stored, write_checkpoint
-from cfusion.training.checkpoint_policy import FORMAT, INTERVAL_SECONDS, CheckpointPolicy, kept_checkpoints
+from cfusion.training.checkpoint_policy import CHECKPOINT_FORMAT, INTERVAL_SECONDS, CheckpointPolicy, kept_checkpoints
 from cfusion.training.group.member import GroupMember
 from cfusion.training.runtime import Runtime
 
@@ -60,7 +60,7 @@ class GroupCheckpoints(CheckpointPolicy):
 
     def _write_all(self, path: Path, members: Sequence[GroupMember], number: int) -> str | None:
         numbers = {
-            "format": FORMAT,
+            "format": CHECKPOINT_FORMAT,
             "pass": number,
             "members": {name_of(member): member.numbers() for member in members},
         }

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-Key = TypeVar("Key")
+LaneKey = TypeVar("LaneKey")
 
 
 class Lanes:
@@ -26,7 +26,7 @@ class Lanes:
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, "lane", initializer=lambda: torch.set_num_threads(1))
 
-    def run(self, lanes: Mapping[Key, Iterator[object]]) -> dict[Key, BaseException]:
+    def run(self, lanes: Mapping[LaneKey, Iterator[object]]) -> dict[LaneKey, BaseException]:
         """Advance each lane to its end; a lane that raises ends there, and the others go on.
 
         A lane gives its place up after every item, so that all come to their end at about the same time.
@@ -34,7 +34,7 @@ class Lanes:
         Returns:
             What the lanes that did not come to their end raised.
         """
-        failed: dict[Key, BaseException] = {}
+        failed: dict[LaneKey, BaseException] = {}
         with _one_thread_each():
             under_way = {self._pool.submit(next, lane, lane): key for key, lane in lanes.items()}
             while under_way:
