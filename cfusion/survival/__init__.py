@@ -1,1 +1,1 @@
-"""Survival statistics, apart from any model: bins, losses, scores, comparisons."""
+"""Survival statistics that do not depend on a model: bins, losses, scores, comparisons."""

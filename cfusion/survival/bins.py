@@ -1,4 +1,4 @@
-"""Time bins of the discrete hazard, from the training patients alone."""
+"""Time bins of the discrete hazard, fitted on the training patients only."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from cfusion.errors import DataError
 
 @dataclass(frozen=True)
 class TimeBins:
-    """Left-closed intervals of the follow-up time, with a hazard for each.
+    """Left-closed intervals of the follow-up time, each with one hazard.
 
     Attributes:
-        edges: `n_bins` + 1 increasing times in months: 0, the inner quantiles of the event times, and just above the
-            longest time the bins were fitted on. The outer bins are open: any time has a label.
+        edges: `n_bins` + 1 increasing times in months: 0, the inner quantiles of the event times, and a value just
+            above the longest time used for fitting. The outer bins are open, so every time has a label.
     """
 
     edges: tuple[float, ...]
 
     @classmethod
     def fit(cls, time_months: ArrayLike, event: ArrayLike, n_bins: int) -> TimeBins:
-        """Cut at quantiles of the uncensored times, the outer edges widened (CrossFusion program; MCAT, section 4).
+        """Place the edges at quantiles of the event times and widen the outer ones (CrossFusion program; MCAT, sec. 4).
 
         Args:
             time_months: [case], ≥ 0.
@@ -31,7 +31,7 @@ class TimeBins:
             n_bins: Number of bins, ≥ 2.
 
         Raises:
-            DataError: Fewer distinct event times than bins, or so many ties that quantiles coincide.
+            DataError: There are fewer distinct event times than bins, or ties make quantiles coincide.
         """
         time = np.asarray(time_months, dtype=float)
         happened = time[np.asarray(event, dtype=bool)]
@@ -57,9 +57,9 @@ class TimeBins:
 
     @property
     def right_edges_months(self) -> tuple[float, ...]:
-        """Times at which the predicted survival S_1 … S_K holds."""
+        """Times at which the predicted survival S_1 … S_K applies."""
         return self.edges[1:]
 
     def label(self, time_months: ArrayLike) -> np.ndarray:
-        """The bin of each time, 0 … n_bins − 1; times beyond the outer edges fall into the outer bins."""
+        """Return the bin of each time, 0 … n_bins − 1; times beyond the outer edges fall into the outer bins."""
         return np.searchsorted(self.edges[1:-1], np.asarray(time_months, dtype=float), side="right").astype(np.int64)

@@ -1,8 +1,8 @@
 """Patient-bootstrap replicates of the C-index, exact and vectorised.
 
-A replicate draws as many patients as there are, with replacement. Its C depends on how often each patient was drawn
-alone: with counts w, the concordant pairs are w' S w and the comparable ones w' P w, where P[i, j] says that i's event
-came before j's time and S[i, j] whether i had the higher risk. All replicates are then two matrix products.
+A replicate draws as many patients as the cohort has, with replacement. Its C depends only on how often each patient was
+drawn. With counts w, the concordant pairs are w' S w and the comparable pairs w' P w. P[i, j] is 1 if i's event came
+before j's time; S[i, j] is 1 if i also had the higher risk. All replicates then take two matrix products.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from numpy.typing import ArrayLike
 from cfusion.errors import UndefinedMetricError
 
 TIED_RISK = 1e-8
-"""Risks this close are tied and count half, as in scikit-survival."""
+"""Risks that differ by at most this are tied and count half, as in scikit-survival."""
 
 _BLOCK_ENTRIES = 1 << 23
 
 
 @dataclass(frozen=True, eq=False)
 class Resamples:
-    """One set of bootstrap draws over the patients of a cohort, shared by all models so that they compare in pairs.
+    """One set of bootstrap draws over the patients of a cohort; sharing it between models makes comparisons paired.
 
     Attributes:
         time: [case], months.
         event: [case], true where the event happened.
         counts: [replicate, case], how often each patient was drawn.
-        weight: [case], weight of the pairs that a patient's event opens, as Uno's C has it; none: 1, Harrell's C.
+        weight: [case], weight of the pairs opened by a patient's event, as in Uno's C; None: 1, Harrell's C.
     """
 
     time: np.ndarray
@@ -41,7 +41,7 @@ class Resamples:
     def draw(
         cls, time: ArrayLike, event: ArrayLike, *, replicates: int, seed: int, stratum: ArrayLike | None = None
     ) -> Resamples:
-        """Draw the replicates; with strata (folds) within each, so that every one keeps its size."""
+        """Draw the replicates; strata (folds) are drawn separately, so each keeps its size."""
         time, event = np.asarray(time, dtype=float), np.asarray(event, dtype=bool)
         strata = np.zeros(len(time), dtype=int) if stratum is None else np.asarray(stratum)
         generator = np.random.default_rng(seed)
@@ -52,11 +52,11 @@ class Resamples:
         return cls(time, event, counts)
 
     def cindex(self, risk: ArrayLike, within: ArrayLike | None = None) -> np.ndarray:
-        """[replicate], the C-index of each replicate; NaN where it has no comparable pair.
+        """Return the C-index of each replicate, [replicate]; NaN where a replicate has no comparable pair.
 
         Args:
             risk: [case], higher is worse.
-            within: [case] or None; with it, pairs count within an equal value (a fold) alone.
+            within: [case] or None; if given, only pairs with equal values (the same fold) count.
         """
         groups = None if within is None else np.unique(within, return_inverse=True)[1]
         key = b"" if groups is None else groups.tobytes()
@@ -66,7 +66,7 @@ class Resamples:
             return self._weighted_pairs(np.asarray(risk, dtype=float), groups) / self._comparable[key]
 
     def _weighted_pairs(self, risk: np.ndarray | None, groups: np.ndarray | None) -> np.ndarray:
-        """Concordant pairs of every replicate, or comparable ones without risks."""
+        """Count the concordant pairs of every replicate; without risks, the comparable pairs."""
         total = np.zeros(len(self.counts))
         for level in (None,) if groups is None else np.unique(groups):
             members = np.arange(len(self.time)) if level is None else np.flatnonzero(groups == level)
@@ -81,7 +81,7 @@ class Resamples:
         return total
 
     def _pairs(self, rows: np.ndarray, members: np.ndarray, risk: np.ndarray | None) -> np.ndarray:
-        """[row, member], 1 where the pair is comparable (and concordant, ½ where tied, with risks)."""
+        """Return [row, member]: 1 for a comparable pair; with risks, 1 if also concordant and ½ if tied."""
         earlier, later = self.time[rows, None], self.time[None, members]
         comparable = (earlier < later) | ((earlier == later) & ~self.event[None, members])
         if risk is None:
@@ -92,7 +92,7 @@ class Resamples:
 
 
 def percentile_interval(replicates: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """The central interval of the finite replicates.
+    """Return the central interval of the finite replicates.
 
     Raises:
         UndefinedMetricError: Fewer than half of the replicates are finite.

@@ -1,4 +1,4 @@
-"""Whether predicted survival is what happens: D-calibration, calibration slope, and predicted against observed."""
+"""Calibration of predicted survival: D-calibration, calibration slope, and predicted against observed survival."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class CalibrationPoint:
 
 
 def survival_at(survival: np.ndarray, edges: np.ndarray, months: np.ndarray) -> np.ndarray:
-    """Predicted survival of each case at its own time.
+    """Evaluate the predicted survival of each case at that case's time.
 
-    S_k holds at the right edge of bin k and S is 1 at 0; between, it is interpolated linearly (constant density,
-    Kvamme and Borgan, 2021). Past the last edge it stays what it was there.
+    S_k applies at the right edge of bin k, and S is 1 at time 0. Between edges S is interpolated linearly (constant
+    density, Kvamme and Borgan, 2021). Past the last edge it stays constant.
 
     Predictions, explanations and the viewer draw the same survival as steps (`step_values`): what the model says and
     nothing more. Calibration compares probabilities at the patients' own times, which mostly lie within a bin; read as
@@ -59,20 +59,20 @@ def survival_at(survival: np.ndarray, edges: np.ndarray, months: np.ndarray) -> 
 
 
 def d_calibration(event: np.ndarray, survival_at_time: np.ndarray) -> float:
-    """P-value of D-calibration (Haider et al., JMLR 21, 2020): small where predicted probabilities are off.
+    """Compute the p-value of D-calibration (Haider et al., JMLR 21, 2020); small means poor calibration.
 
-    Predicted survival at the patients' own times should be uniform; a censored patient is spread over the tenths at
-    or below the survival at censoring.
+    Predicted survival at the patients' follow-up times should be uniform. A censored patient is spread over the tenths
+    at or below the survival at censoring.
 
     Args:
         event: [case], true where the event happened.
-        survival_at_time: [case], predicted survival at each patient's own follow-up time.
+        survival_at_time: [case], predicted survival at each patient's follow-up time.
     """
     lower = np.arange(_DECILES) / _DECILES
     upper = lower + 1 / _DECILES
     reached = np.clip(survival_at_time, 1e-12, 1)[:, None]
     holds = (reached > lower) & (reached <= upper)
-    # below the censored value, all of a tenth is left; in its own tenth, the part under it
+    # A tenth below the censored value counts fully; the tenth that contains it counts only the part under it.
     share = np.clip(np.minimum(reached, upper) - lower, 0, None) / reached
     counts = np.where(event[:, None], holds, share).sum(axis=0)
     expected = len(event) / _DECILES
@@ -82,13 +82,13 @@ def d_calibration(event: np.ndarray, survival_at_time: np.ndarray) -> float:
 def calibration_slope(
     time: np.ndarray, event: np.ndarray, survival: np.ndarray, fold: np.ndarray
 ) -> tuple[float, float, float]:
-    """Cox coefficient of the predicted log cumulative hazard, and its 95% interval; 1 is ideal, less is overconfident.
+    """Fit the Cox coefficient of the predicted log cumulative hazard, with 95% interval (ideal: 1, overconfident: < 1).
 
     Args:
         time: [case], months.
         event: [case], true where the event happened.
         survival: [case], predicted survival at one horizon.
-        fold: [case]; each fold keeps its own baseline hazard.
+        fold: [case]; each fold has a separate baseline hazard.
 
     Raises:
         UndefinedMetricError: The predictions are all equal.
@@ -106,17 +106,17 @@ def calibration_points(
     ranked_by: np.ndarray,
     groups: int = 5,
 ) -> dict[float, list[CalibrationPoint]]:
-    """Predicted and observed survival at each horizon, in groups of rising prediction.
+    """Compare predicted and observed survival at each horizon, in groups of increasing prediction.
 
     Args:
         time: [case], months.
         event: [case], true where the event happened.
         predicted: By horizon in months, [case], predicted survival.
-        ranked_by: [case], predicted survival that forms the groups, the same at all horizons.
-        groups: How many groups; fewer where predictions are tied.
+        ranked_by: [case], predicted survival used to form the groups, the same at all horizons.
+        groups: Number of groups; fewer where predictions are tied.
 
     Returns:
-        By horizon, the groups that anyone is followed in for so long; horizons without any are left out.
+        By horizon, the groups with follow-up that reaches it; horizons that no group reaches are left out.
     """
     cuts = np.unique(np.quantile(ranked_by, np.arange(1, groups) / groups))
     label = np.searchsorted(cuts, ranked_by, side="right")

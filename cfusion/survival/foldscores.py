@@ -1,4 +1,4 @@
-"""Scores of one fold, with everything that has to be estimated taken from its training patients."""
+"""Scores of one fold. Everything that must be estimated is estimated from the fold's training patients."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _NAN = float("nan")
 
 @dataclass
 class References:
-    """Training patients of each fold, and what is the same for all models that share them.
+    """Training patients of each fold, and cached results shared by all models with the same folds.
 
     Attributes:
-        cohort: Outcomes of all patients; None: those that the predictions hold.
-        splits: Folds by (repeat, fold); none: a fold's training patients are those of the other folds.
+        cohort: Outcomes of all patients; None: the outcomes in the predictions are used.
+        splits: Folds by (repeat, fold); if empty, a fold's training patients are those of the other folds.
     """
 
     cohort: Cohort | None = None
@@ -40,10 +40,10 @@ class References:
     _nulls: dict[tuple, float] = field(default_factory=dict, repr=False)
 
     def training(self, run: pd.DataFrame, fold: int) -> tuple[Training, str]:
-        """Training outcomes of a fold of a run (one model, seed and repeat), and a remark where they are a makeshift.
+        """Return the training outcomes of a fold of a run (one model, seed and repeat), and a note if approximate.
 
         Raises:
-            DataError: The fold is not among the splits, or scores patients it trained on or chose its model on.
+            DataError: The fold is not among the splits, or it scores patients used to train or choose its model.
         """
         name, inside = str(run["cohort"].iloc[0]), (run["fold"] == fold).to_numpy()
         case_ids = run["case_id"].to_numpy()
@@ -65,12 +65,12 @@ class References:
             if found := set(patients) & set(scored):
                 raise DataError(
                     f"fold {fold}: {len(found)} scored patients {words}, such as {min(found)}.",
-                    "Score each patient with a model that never saw it.",
+                    "Score each patient with a model that was not trained or chosen on that patient.",
                 )
         return split
 
     def _cached(self, cohort: str, case_ids: tuple[str, ...], run: pd.DataFrame | None) -> Training:
-        """Outcomes of the given patients, from the run or else from the cohort, looked up once."""
+        """Return the outcomes of the given patients from the run or, without one, from the cohort; cached."""
         key = (cohort, case_ids)
         if key not in self._trainings:
             if run is not None:
@@ -80,12 +80,12 @@ class References:
                 outcomes = self.cohort.cases
             rows = outcomes.loc[list(case_ids)]
             if rows.empty:
-                raise DataError(f"{cohort}: no outcome of a training patient is known.", "Give the cohort.")
+                raise DataError(f"{cohort}: no training patient has a known outcome.", "Pass the cohort.")
             self._trainings[key] = Training(rows["time_months"].to_numpy(float), rows["event"].to_numpy(bool))
         return self._trainings[key]
 
     def null_brier(self, training: Training, time: np.ndarray, event: np.ndarray, times: np.ndarray) -> float:
-        """Integrated Brier score of the training patients' Kaplan–Meier curve."""
+        """Compute the integrated Brier score of the training patients' Kaplan–Meier curve."""
         key = (id(training), time.tobytes(), times.tobytes())
         if key not in self._nulls:
             self._nulls[key] = integrated_brier(training, time, event, training.survival_at(times), times)
@@ -94,7 +94,7 @@ class References:
 
 @dataclass(frozen=True)
 class FoldScores:
-    """One fold's row of `scores.csv`, its time-dependent AUC over the grid, and what the bootstrap gave.
+    """One fold's row of `scores.csv`, its time-dependent AUC over the grid, and its bootstrap replicates.
 
     Attributes:
         row: The scores with their intervals.
@@ -119,15 +119,15 @@ def score_fold(
 
     Args:
         run: Checked predictions of one cohort, model, protocol, seed and repeat.
-        fold: Which fold.
+        fold: Number of the fold.
         references: Training outcomes.
         counts: [replicate, patient of the fold], bootstrap draws, or None for no interval.
         horizons: Months of the AUC columns.
         grid: [time], months of the AUC curve.
 
     Raises:
-        UndefinedMetricError: The fold has no comparable pair; model, cohort and fold are named.
-        DataError: The predicted survival curves cannot be used.
+        UndefinedMetricError: The fold has no comparable pair; the message names model, cohort and fold.
+        DataError: The predicted survival curves are invalid.
     """
     rows = run[run["fold"] == fold]
     named = {name: rows[name].iloc[0] for name in FOLD}
@@ -169,7 +169,7 @@ def score_fold(
 
 
 def interval_or_nan(replicates: np.ndarray | None) -> tuple[float, float]:
-    """The percentile interval, or NaN where there is none to be had."""
+    """Return the percentile interval, or NaN if there are no replicates or too few finite ones."""
     try:
         return (_NAN, _NAN) if replicates is None else percentile_interval(replicates)
     except UndefinedMetricError:

@@ -1,4 +1,4 @@
-"""Risk groups: Kaplan–Meier curves, log-rank tests and hazard ratios, each also stratified by fold."""
+"""Risk groups: Kaplan–Meier curves, log-rank tests and hazard ratios, with or without stratification by fold."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class HazardRatio:
 
 
 def kaplan_meier(time: np.ndarray, event: np.ndarray) -> Curve:
-    """The Kaplan–Meier curve of a group.
+    """Estimate the Kaplan–Meier curve of a group.
 
     Args:
         time: [case], months.
@@ -63,7 +63,7 @@ def kaplan_meier(time: np.ndarray, event: np.ndarray) -> Curve:
     steps = np.flatnonzero(np.diff(survival, prepend=1.0) != 0)
     if not len(steps) or steps[-1] != len(months) - 1:
         steps = np.append(steps, len(months) - 1)
-    # The log-log interval does not exist where survival is 0 or still 1.
+    # The log-log interval is undefined where survival is 0 or still 1.
     low, high = np.nan_to_num(limits[0], nan=0.0), np.nan_to_num(limits[1], nan=1.0)
     low = np.where(survival == 1, 1.0, low)
     high = np.where(survival == 0, 0.0, high)
@@ -78,14 +78,14 @@ def kaplan_meier(time: np.ndarray, event: np.ndarray) -> Curve:
 
 
 def at_risk(time: np.ndarray, months: Sequence[float]) -> list[int]:
-    """Patients still followed at each of the given months."""
+    """Count the patients still followed at each of the given months."""
     return [int((time >= month).sum()) for month in months]
 
 
 def log_rank(time: np.ndarray, event: np.ndarray, group: np.ndarray, stratum: np.ndarray | None = None) -> float:
-    """P-value of the log-rank test (Mantel, 1966) that two groups survive alike; with strata, within each.
+    """Return the p-value of the log-rank test (Mantel, 1966) that two groups survive alike; strata are tested within.
 
-    scikit-survival's test has no strata; without them the two agree.
+    scikit-survival's test has no strata. Without strata both give the same value.
 
     Args:
         time: [case], months.
@@ -106,7 +106,7 @@ def log_rank(time: np.ndarray, event: np.ndarray, group: np.ndarray, stratum: np
 
 
 def _log_rank_part(time: np.ndarray, event: np.ndarray, group: np.ndarray) -> tuple[float, float]:
-    """Observed minus expected events of the group, and the hypergeometric variance, within a stratum."""
+    """Return observed minus expected events of the group and the hypergeometric variance, within one stratum."""
     moments = np.unique(time[event])
     ordered, ordered_group = np.sort(time), np.sort(time[group])
     followed = len(time) - np.searchsorted(ordered, moments, side="left")
@@ -120,9 +120,9 @@ def _log_rank_part(time: np.ndarray, event: np.ndarray, group: np.ndarray) -> tu
 def hazard_ratio(
     time: np.ndarray, event: np.ndarray, covariate: np.ndarray, stratum: np.ndarray | None = None
 ) -> HazardRatio:
-    """Cox regression on one covariate, ties after Breslow, the baseline hazard of each stratum its own.
+    """Fit a Cox regression on one covariate: ties after Breslow, a separate baseline hazard in each stratum.
 
-    scikit-survival's Cox model has neither strata nor standard errors; without strata the coefficients agree.
+    scikit-survival's Cox model has neither strata nor standard errors. Without strata the coefficients agree.
 
     Args:
         time: [case], months.
@@ -131,7 +131,7 @@ def hazard_ratio(
         stratum: [case] or None, such as the fold.
 
     Raises:
-        UndefinedMetricError: The covariate is constant, or separates events from the rest, so that no finite
+        UndefinedMetricError: The covariate is constant, or it separates the events from the rest, so no finite
             coefficient exists.
     """
     value = np.asarray(covariate, dtype=float)
@@ -150,14 +150,14 @@ def hazard_ratio(
         if abs(step) < 1e-9:
             coefficient, error = float(beta / scale), float(1 / np.sqrt(information) / scale)
             low, high = coefficient - 1.959964 * error, coefficient + 1.959964 * error
-            with np.errstate(over="ignore"):  # where few patients leave the ratio unbounded, its interval ends at inf
+            with np.errstate(over="ignore"):  # with few patients the ratio is unbounded and its interval ends at inf
                 ratio, lowest, highest = (float(np.exp(value)) for value in (coefficient, low, high))
             return HazardRatio(ratio, lowest, highest, coefficient, error)
     raise UndefinedMetricError("hazard ratio: no finite estimate exists; a group has no event.")
 
 
 def _risk_sets(time: np.ndarray, event: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values by decreasing time, and for each event its value and the size of its risk set."""
+    """Return the values by decreasing time, and for each event its value and the size of its risk set."""
     order = np.argsort(-time, kind="stable")
     time, event, value = time[order], event[order], value[order]
     last = np.searchsorted(-time, -time, side="right")
@@ -165,7 +165,7 @@ def _risk_sets(time: np.ndarray, event: np.ndarray, value: np.ndarray) -> tuple[
 
 
 def _score(part: tuple[np.ndarray, np.ndarray, np.ndarray], beta: float) -> tuple[float, float]:
-    """Gradient and information of the log partial likelihood at `beta`."""
+    """Return gradient and information of the log partial likelihood at `beta`."""
     value, happened, size = part
     weight = np.exp(beta * value - np.max(beta * value, initial=0.0))
     sums = [np.cumsum(weight * value**power)[size - 1] for power in range(3)]

@@ -1,7 +1,7 @@
 """Losses of discrete-time survival models: likelihood, cross-entropy, Cox and ranking.
 
-All of them work on logits, in logarithms: they stay finite, with useful gradients, where a hazard or a survival
-probability rounds to 0 or 1. Sums and means over cases are the caller's, who knows the size of the global batch.
+All of them take logits and compute in logarithms, so they stay finite, with useful gradients, where a hazard or a
+survival probability rounds to 0 or 1. The caller sums and averages over cases, since it knows the global batch size.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ LogitLoss = Callable[..., Tensor]
 
 
 def nll(logits: Float[Tensor, "bag bin"], targets: Targets, *, alpha: float = 0.0) -> Float[Tensor, " bag"]:
-    """Negative log-likelihood of a discrete-time hazard model (Zadeh and Schmid, TPAMI 2020; CrossFusion, eq. of L).
+    """Compute the negative log-likelihood of a discrete hazard model (Zadeh and Schmid, TPAMI 2020; CrossFusion, L).
 
-    With label Y, hazards h and survival S, S_{-1} = 1: −log S_{Y−1} − log h_Y for an event in bin Y,
-    −(1 − α) log S_Y for a case censored in bin Y. The published program clamps at 1e-7 what this computes exactly.
+    With label Y, hazards h, survival S and S_{-1} = 1: an event in bin Y gives −log S_{Y−1} − log h_Y; a case
+    censored in bin Y gives −(1 − α) log S_Y. The published program clamps at 1e-7 where this computes exactly.
 
     Args:
         logits: Logits of the hazards.
@@ -37,7 +37,7 @@ def nll(logits: Float[Tensor, "bag bin"], targets: Targets, *, alpha: float = 0.
 
 
 def ce(logits: Float[Tensor, "bag bin"], targets: Targets, *, alpha: float = 0.0) -> Float[Tensor, " bag"]:
-    """Cross-entropy of surviving past the label's bin (Zadeh and Schmid, TPAMI 2020), blended with the likelihood.
+    """Blend the cross-entropy of surviving past the label's bin with the likelihood (Zadeh and Schmid, TPAMI 2020).
 
     (1 − α) · CE + α · NLL of events, where CE is −log(1 − S_Y) for an event and −log S_Y for a censored case.
 
@@ -54,7 +54,7 @@ def ce(logits: Float[Tensor, "bag bin"], targets: Targets, *, alpha: float = 0.0
 
 
 def log_risk(logits: Float[Tensor, "bag bin"]) -> Float[Tensor, " bag"]:
-    """Logarithm of the cumulative hazard −log S over all bins: the linear predictor of a proportional-hazards model."""
+    """Return the log of the cumulative hazard −log S over all bins, the predictor of a proportional-hazards model."""
     total = F.softplus(logits).sum(dim=1)
     return total.clamp_min(torch.finfo(total.dtype).tiny).log()
 
@@ -62,10 +62,10 @@ def log_risk(logits: Float[Tensor, "bag bin"]) -> Float[Tensor, " bag"]:
 def cox(
     log_risks: Float[Tensor, " bag"], time: Float[Tensor, " bag"], event: Bool[Tensor, " bag"]
 ) -> Float[Tensor, " bag"]:
-    """Negative log partial likelihood of Cox (1972), ties by Efron (1977), one term per case; censored cases have 0.
+    """Compute the negative log partial likelihood of Cox (1972), ties by Efron (1977), per case; 0 if censored.
 
     Args:
-        log_risks: Linear predictors of the whole risk set.
+        log_risks: Linear predictors of the complete risk set.
         time: Follow-up times, in any unit.
         event: Whether the event was seen.
     """
@@ -78,7 +78,7 @@ def cox(
     rank = died.long().cumsum(0) - died.long() - _before_group(died.long(), size)[group]
     share = torch.where(died, rank, 0).to(eta.dtype) / tied
     tied_deaths = _group_logsumexp(eta, died, group, len(size))[group]
-    # log(R − share · D), R the risk set's sum and D that of the deaths at this time: Efron's correction.
+    # Efron's correction: log(R − share · D), where R is the risk set's sum and D that of the deaths at this time.
     reduced = torch.where(died, tied_deaths, at_risk) - at_risk
     terms = torch.where(died, at_risk + torch.log1p(-share * reduced.exp().clamp_max(1)) - eta, 0)
     return torch.zeros_like(terms).index_copy(0, order, terms)
@@ -87,10 +87,10 @@ def cox(
 def ranking(
     log_risks: Float[Tensor, " bag"], time: Float[Tensor, " bag"], event: Bool[Tensor, " bag"]
 ) -> Float[Tensor, " bag"]:
-    """Logistic loss over comparable pairs (Steck et al., NeurIPS 2007): a smooth upper bound of 1 − Harrell's C.
+    """Compute a logistic loss over comparable pairs (Steck et al., NeurIPS 2007): a smooth bound above 1 − Harrell's C.
 
-    A case with an event at t is compared with all that were followed beyond t; its term is the mean of
-    log2(1 + exp(η_j − η_i)) over them, 0 where there are none.
+    A case with an event at t is compared with all cases followed beyond t. Its term is the mean of
+    log2(1 + exp(η_j − η_i)) over them, or 0 if there are none.
 
     Args:
         log_risks: Predictors; higher is worse.
@@ -114,23 +114,23 @@ def _ranking_of_logits(logits: Tensor, targets: Targets, *, alpha: float = 0.0) 
 
 @dataclass(frozen=True)
 class Loss:
-    """One entry of the registry.
+    """One entry of the loss registry.
 
     Attributes:
-        over_logits: `over_logits(logits [bag, bin], targets, alpha=…)` → [bag], the share of each case in the loss.
-        set_wise: A case's share depends on the other cases: call it with the whole, gathered set.
+        over_logits: `over_logits(logits [bag, bin], targets, alpha=…)` → [bag], each case's term of the loss.
+        set_wise: A case's term depends on the other cases: pass the complete, gathered set.
     """
 
     over_logits: LogitLoss
     set_wise: bool = False
 
     def __call__(self, output: SurvivalOutput, targets: Targets, *, alpha: float = 0.0) -> Float[Tensor, " bag"]:
-        """The share of each case in the loss; their sum over the number of cases is the loss.
+        """Return each case's term of the loss; the loss is their sum divided by the number of cases.
 
         Args:
-            output: Of the model; with `instance_logits`, the loss is the mean over both branches (DSMIL, eq. 5).
+            output: Output of the model; with `instance_logits` the loss is the mean over both branches (DSMIL, eq. 5).
             targets: Outcomes.
-            alpha: In [0, 1], see `nll` and `ce`; `cox` and `ranking` have no use for it.
+            alpha: In [0, 1], see `nll` and `ce`; `cox` and `ranking` ignore it.
         """
         bag = self.over_logits(output.logits, targets, alpha=alpha)
         if output.instance_logits is None:
@@ -144,7 +144,7 @@ LOSSES: dict[str, Loss] = {
     "cox": Loss(_cox_of_logits, set_wise=True),
     "ranking": Loss(_ranking_of_logits, set_wise=True),
 }
-"""Losses by the name a configuration gives them; a user's own may join."""
+"""Losses by their name in a configuration; users may add entries."""
 
 
 def _exact(logits: Tensor) -> Tensor:
@@ -161,29 +161,29 @@ def _pick(values: Tensor, label: Int[Tensor, " bag"]) -> Tensor:
 
 
 def _around_label(log_survival: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Log S_{Y−1} and log S_Y."""
+    """Return log S_{Y−1} and log S_Y."""
     padded = F.pad(log_survival, (1, 0))
     return _pick(padded, label), _pick(padded, label + 1)
 
 
 def _log_one_minus_exp(log_p: Tensor) -> Tensor:
-    """log(1 − exp(log_p)) for log_p ≤ 0, by the branch that keeps its digits (Mächler 2012)."""
+    """Compute log(1 − exp(log_p)) for log_p ≤ 0, using the numerically accurate branch (Mächler 2012)."""
     log_p = log_p.clamp_max(-torch.finfo(log_p.dtype).tiny)
     near = log_p > -0.693
-    # Each branch sees only arguments it can bear, so that neither sends NaN through the gradient of the other.
+    # Each branch gets only arguments that are valid for it, so neither sends NaN through the other's gradient.
     close = torch.log(-torch.expm1(torch.where(near, log_p, -1.0)))
     far = torch.log1p(-torch.exp(torch.where(near, -1.0, log_p)))
     return torch.where(near, close, far)
 
 
 def _before_group(counts: Tensor, size: Tensor) -> Tensor:
-    """Sum of `counts` over all members of the groups before each group."""
+    """Sum `counts` over all members of the groups before each group."""
     ends = counts.cumsum(0)[size.cumsum(0) - 1]
     return F.pad(ends, (1, 0))[:-1]
 
 
 def _group_logsumexp(eta: Tensor, member: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Log Σ exp(eta) over the members of each group; −inf where a group has none."""
+    """Compute log Σ exp(eta) over the members of each group; −inf for an empty group."""
     lowest = torch.finfo(eta.dtype).min
     masked = torch.where(member, eta.detach(), lowest)
     top = eta.new_full((groups,), lowest).scatter_reduce(0, group, masked, "amax")

@@ -1,8 +1,8 @@
 """Discrimination and error of survival predictions: Harrell, Uno, Brier, time-dependent AUC.
 
-scikit-survival computes; this module is its door. It checks the input once, takes what has to be estimated (censoring
-model, truncation time, Kaplan–Meier null) from training patients alone, and gives a score that does not exist as an
-error or NaN, never as 0 or 0.5.
+All of these are computed by scikit-survival; only this module calls it. It validates the input once and estimates the
+censoring model, truncation time and Kaplan–Meier null from training patients only. An undefined score is an error or
+NaN, never 0 or 0.5.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 SMALLEST_CENSORING_SURVIVAL = 0.1
-"""IPCW stops where fewer than 10% would still be uncensored: beyond, one patient weighs as much as a hundred."""
+"""IPCW stops where fewer than 10% would still be uncensored; beyond that one patient weighs as much as a hundred."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Concordance:
     """Harrell's C and the pairs it counts.
 
     Attributes:
-        cindex: (concordant + tied_risk / 2) / comparable pairs, 0 … 1; 0.5 without any signal.
+        cindex: (concordant + tied_risk / 2) / comparable pairs, 0 … 1; 0.5 without signal.
         concordant: Pairs where the patient with the earlier event has the higher risk.
         discordant: Pairs where that patient has the lower risk.
         tied_risk: Comparable pairs of equal risk (within 1e-8).
@@ -57,7 +57,7 @@ class Concordance:
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """Outcomes of a fold's training patients, and what scores take from them.
+    """Outcomes of a fold's training patients, and the estimates that scores need from them.
 
     Attributes:
         time: [case], months.
@@ -69,21 +69,21 @@ class Training:
 
     @functools.cached_property
     def outcomes(self) -> np.ndarray:
-        """As scikit-survival's structured array."""
+        """Outcomes as scikit-survival's structured array."""
         return Surv.from_arrays(self.event, self.time)
 
     @functools.cached_property
     def truncation_months(self) -> float:
-        """The last time with at least 10% of the censoring distribution left; IPCW scores look no further.
+        """Last time at which at least 10% of patients would be uncensored; IPCW scores ignore anything later.
 
-        NaN where censoring leaves less from the first time on: then no IPCW score exists.
+        NaN if the share is lower from the first time on: then no IPCW score is defined.
         """
         times, uncensored = kaplan_meier_estimator(self.event, self.time, reverse=True)
         left = times[uncensored >= SMALLEST_CENSORING_SURVIVAL]
         return float(left.max()) if len(left) else float("nan")
 
     def uncensored_at(self, times: np.ndarray) -> np.ndarray:
-        """[time], share of the training patients that censoring has left by then, the G of every IPCW score."""
+        """Return the share of training patients still uncensored at each time, [time]: the G of every IPCW score."""
         return self._censoring.predict_proba(times)
 
     @functools.cached_property
@@ -91,18 +91,18 @@ class Training:
         return CensoringDistributionEstimator().fit(self.outcomes)
 
     def survival_at(self, times: ArrayLike) -> np.ndarray:
-        """[time], Kaplan–Meier survival of the training patients."""
+        """Return the Kaplan–Meier survival of the training patients, [time]."""
         steps, survival = kaplan_meier_estimator(self.event, self.time)
         return step_values(steps, survival, np.asarray(times, dtype=float), before=1.0)
 
     def truncated(self, time: np.ndarray, event: np.ndarray) -> np.ndarray:
-        """Outcomes censored at the truncation time, so that none lies beyond the training patients' follow-up."""
+        """Censor outcomes at the truncation time, so that none lies beyond the training patients' follow-up."""
         limit = self.truncation_months
         return Surv.from_arrays(event & (time <= limit), np.minimum(time, limit))
 
 
 def checked(time: ArrayLike, event: ArrayLike, *values: ArrayLike) -> tuple[np.ndarray, ...]:
-    """Outcomes and values as arrays of one length.
+    """Convert outcomes and values to arrays of equal length.
 
     Raises:
         DataError: Lengths differ, a time is negative, or anything is NaN or infinite.
@@ -123,7 +123,7 @@ def checked(time: ArrayLike, event: ArrayLike, *values: ArrayLike) -> tuple[np.n
 
 
 def concordance(time: ArrayLike, event: ArrayLike, risk: ArrayLike) -> Concordance:
-    """Harrell's concordance index (Harrell et al., Statistics in Medicine 15, 1996); ties in risk count half.
+    """Compute Harrell's concordance index (Harrell et al., Stat. Med. 15, 1996); ties in risk count half.
 
     Args:
         time: [case], months, ≥ 0.
@@ -131,7 +131,7 @@ def concordance(time: ArrayLike, event: ArrayLike, risk: ArrayLike) -> Concordan
         risk: [case], higher is worse.
 
     Raises:
-        DataError: The arrays differ in length or hold values that are not finite.
+        DataError: The arrays differ in length or hold non-finite values.
         UndefinedMetricError: There is no comparable pair.
     """
     time, event, risk = checked(time, event, risk)
@@ -142,7 +142,7 @@ def concordance(time: ArrayLike, event: ArrayLike, risk: ArrayLike) -> Concordan
 
 
 def uno_cindex(training: Training, time: np.ndarray, event: np.ndarray, risk: np.ndarray) -> float:
-    """Uno's concordance index (Statistics in Medicine 30, 2011), censoring model and truncation from training.
+    """Compute Uno's concordance index (Stat. Med. 30, 2011); training gives the censoring model and truncation.
 
     Returns:
         0 … 1; NaN where no pair is comparable before the truncation time.
@@ -158,7 +158,7 @@ def uno_cindex(training: Training, time: np.ndarray, event: np.ndarray, risk: np
 
 
 def auc_at(training: Training, time: np.ndarray, event: np.ndarray, risk: np.ndarray, times: ArrayLike) -> np.ndarray:
-    """Cumulative/dynamic AUC at given times (Uno et al., JASA 102, 2007; Hung and Chiang, 2010).
+    """Compute the cumulative/dynamic AUC at given times (Uno et al., JASA 102, 2007; Hung and Chiang, 2010).
 
     Args:
         training: Gives the censoring model and the truncation time.
@@ -168,10 +168,10 @@ def auc_at(training: Training, time: np.ndarray, event: np.ndarray, risk: np.nda
         times: [time], months, in any order.
 
     Returns:
-        [time], 0 … 1; NaN at times without both a patient who had the event and one still followed, or beyond the
-        truncation time.
+        [time], 0 … 1; NaN at times beyond the truncation time, and at times without both a patient who had the event
+        and a patient still followed.
     """
-    # scikit-survival answers in sorted order
+    # scikit-survival returns values in sorted order
     wanted, back = np.unique(np.asarray(times, dtype=float), return_inverse=True)
     limit = training.truncation_months
     test = training.truncated(time, event)
@@ -185,7 +185,7 @@ def auc_at(training: Training, time: np.ndarray, event: np.ndarray, risk: np.nda
 
 
 def brier_times(training: Training, time: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """The right edges (months) inside the follow-up of both test and training patients, where S is predicted."""
+    """Return the right edges (months) within the follow-up of both test and training patients."""
     followed = np.minimum(time, training.truncation_months)
     return edges[(edges >= followed.min()) & (edges < followed.max())]
 
@@ -193,13 +193,13 @@ def brier_times(training: Training, time: np.ndarray, edges: np.ndarray) -> np.n
 def integrated_brier(
     training: Training, time: np.ndarray, event: np.ndarray, survival: np.ndarray, times: np.ndarray
 ) -> float:
-    """Integrated Brier score (Graf et al., Statistics in Medicine 18, 1999) by the trapezoidal rule.
+    """Compute the integrated Brier score (Graf et al., Stat. Med. 18, 1999) by the trapezoidal rule.
 
     Args:
         training: Gives the censoring model and the truncation time.
         time: [case], months.
         event: [case], true where the event happened.
-        survival: [case, time], predicted survival; one row stands for all cases, as the Kaplan–Meier null does.
+        survival: [case, time], predicted survival; a single row applies to all cases, as for the Kaplan–Meier null.
         times: [time], months, from `brier_times`.
 
     Returns:

@@ -1,7 +1,7 @@
-"""What a model without any signal scores under a protocol: the number to hold every C-index against.
+"""Scores of a model without signal under a given protocol: the baseline for every C-index.
 
-Choosing the epoch on the fold that is reported turns noise into a C-index above 0.5; how far depends on the fold's
-size, on its events and on how fast the scores change between epochs. A closed simulation tells, without training.
+Choosing the epoch on the reported fold turns noise into a C-index above 0.5. The bias depends on the fold's size, on
+its events and on how fast the scores change between epochs. The simulation here measures it without training.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _COMPARISONS_PER_CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class Null:
-    """Mean over the folds of the C-index of signal-free risks, over many repetitions.
+    """Distribution, over many repetitions, of the mean C-index over the folds for risks without signal.
 
     Attributes:
-        mean: Its mean; 0.5 where the scored fold chooses nothing.
+        mean: Its mean; 0.5 if nothing is chosen on the scored fold.
         sd: Its standard deviation over repetitions.
         low: 2.5% quantile.
-        high: 97.5% quantile: signal-free models stay below it 39 times of 40.
-        repetitions: How many.
+        high: 97.5% quantile: models without signal stay below it 39 times out of 40.
+        repetitions: Number of repetitions.
     """
 
     mean: float
@@ -53,19 +53,19 @@ def simulate_null(
 ) -> Null:
     """Score standard normal risks as a protocol would.
 
-    Where the scored fold chooses the epoch (`published`), each epoch's risks are new, or an AR(1) series over the
-    epochs; the best epoch from `min_epoch` on is kept, and training stops `patience` epochs after it. Otherwise
-    (`strict`, `fixed-epoch`) the choice does not depend on the scored rows, so one draw is scored.
+    If the epoch is chosen on the scored fold (`published`), each epoch's risks are new, or an AR(1) series over the
+    epochs. The best epoch from `min_epoch` on is kept, and training stops `patience` epochs after it. Otherwise
+    (`strict`, `fixed-epoch`) the choice does not depend on the scored rows, so a single draw is scored.
 
     Args:
         folds: Outcomes of the scored rows of each fold.
         chosen_on_scored_fold: Whether the epoch is chosen on the rows that are scored.
-        autocorrelation: Of a row's risk between epochs, 0 ≤ r < 1.
-        epochs: At most so many.
-        min_epoch: First epoch, from 0, that may be kept.
+        autocorrelation: Correlation of a row's risk between epochs, 0 ≤ r < 1.
+        epochs: Maximum number of epochs.
+        min_epoch: First epoch, from 0, that may be chosen.
         patience: Epochs without a better score before training stops.
-        repetitions: Of the whole cross-validation.
-        seed: Of the draws.
+        repetitions: Number of simulated cross-validations.
+        seed: Seed of the draws.
 
     Raises:
         UndefinedMetricError: A fold has no comparable pair.
@@ -92,9 +92,9 @@ def simulate_null(
 
 
 def scored_outcomes(cohort: Cohort, splits: Sequence[Split], unit: str = "case") -> list[Outcomes]:
-    """Outcomes of each fold's test side, one row per patient (`case`) or per slide (`slide`).
+    """Return the outcomes of each fold's test side, one row per patient (`case`) or per slide (`slide`).
 
-    Patients whom the clinical table does not know, or whose time or event is missing or negative, are left out.
+    Patients are left out if they are not in the clinical table, or if their time or event is missing or negative.
     """
     known = cohort.cases[(cohort.cases["time_months"] >= 0) & cohort.cases["event"].notna()]
     folds = []
@@ -108,7 +108,7 @@ def scored_outcomes(cohort: Cohort, splits: Sequence[Split], unit: str = "case")
 
 
 def _series(generator: np.random.Generator, repetitions: int, epochs: int, rows: int, memory: float) -> np.ndarray:
-    """[repetition, epoch, row], standard normal; AR(1) over the epochs."""
+    """Draw [repetition, epoch, row] standard normal values, AR(1) over the epochs."""
     risks = generator.standard_normal((repetitions, epochs, rows), dtype=np.float32)
     for epoch in range(1, epochs if memory else 1):
         risks[:, epoch] = memory * risks[:, epoch - 1] + np.sqrt(1 - memory**2) * risks[:, epoch]
@@ -122,7 +122,7 @@ def _pairs(time: np.ndarray, event: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _cindex(risks: np.ndarray, pairs: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """[draw], Harrell's C; normal draws have no ties."""
+    """Compute Harrell's C of each draw, [draw]; normal draws have no ties."""
     chunk = max(1, _COMPARISONS_PER_CHUNK // len(pairs[0]))
     parts = [risks[i : i + chunk] for i in range(0, len(risks), chunk)]
     return np.concatenate([(part[:, pairs[0]] > part[:, pairs[1]]).mean(axis=1) for part in parts])

@@ -1,4 +1,4 @@
-"""Models compared on the same patients and seeds, corrected for how many comparisons were made."""
+"""Compares models on the same patients and seeds, corrected for the number of comparisons."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from cfusion.survival.bootstrap import Resamples, percentile_interval
 COLUMNS = (
     "cohort", "protocol", "model", "reference", "patients", "seeds", "difference", "low", "high", "p", "p_holm",
 )  # fmt: skip
-"""Of a table of comparisons."""
+"""Columns of a comparison table."""
 
 _RUN = ["seed", "repeat"]
 _SEED = 7
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:
-    """P-values adjusted after Holm (1979): the chance of any false claim among them stays below the level.
+    """Adjust p-values after Holm (1979), which keeps the chance of any false claim among them below the level.
 
-    NaN is a comparison that was not made: it stays NaN, and the others are corrected as if it were not there.
+    NaN marks a comparison that was not made: it stays NaN and does not count in the correction.
 
     Raises:
         DataError: A p-value is outside 0 … 1.
@@ -34,7 +34,7 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     if ((p < 0) | (p > 1)).any():
         raise DataError("Holm's correction needs p-values between 0 and 1.")
     made = int(np.isfinite(p).sum())
-    order = np.argsort(p, kind="stable")  # NaN stands last
+    order = np.argsort(p, kind="stable")  # NaN sorts last
     adjusted = np.maximum.accumulate(p[order[:made]] * (made - np.arange(made)))
     result = np.full(len(p), np.nan)
     result[order[:made]] = np.minimum(adjusted, 1)
@@ -44,22 +44,22 @@ def holm(p_values: ArrayLike) -> np.ndarray:
 def compare(
     predictions: pd.DataFrame, *, reference: str | None = None, replicates: int = 1000, seed: int = _SEED
 ) -> pd.DataFrame:
-    """Hold every model against a reference, within each cohort and protocol.
+    """Compare every model with a reference, within each cohort and protocol.
 
-    The difference is that of the C-index within folds, averaged over the seeds both models have. Both models are
-    resampled with the same patients, so what is hard for both cancels. The p-value is two-sided, normal, with the
-    bootstrap's standard error; `p_holm` corrects over all rows of the table, cohorts and models alike.
+    The difference is that of the C-index within folds, averaged over the seeds both models have. Both models use the
+    same resampled patients, so difficult patients affect both alike. The p-value is two-sided and normal, with the
+    bootstrap's standard error. `p_holm` corrects over all rows of the table, across cohorts and models.
 
     Args:
         predictions: Checked predictions of several models.
-        reference: The model the others are held against; none: the first of each cohort and protocol.
+        reference: The model to compare the others with; None: the first of each cohort and protocol.
         replicates: Bootstrap replicates.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Returns:
         Columns `cohort, protocol, model, reference, patients, seeds, difference, low, high, p, p_holm`; empty with
-        one model. Two models without a common seed, or without a comparable pair of common patients, have a row with
-        NaN: they cannot be compared.
+        one model. Two models cannot be compared without a common seed, or without a comparable pair of common
+        patients; their row holds NaN.
 
     Raises:
         DataError: The reference is not among the models.
@@ -89,7 +89,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Scored:
-    """The reference on shared runs and patients: its C-index within folds and that of every replicate."""
+    """The reference on shared runs and patients: its C-index within folds, and that of every replicate."""
 
     runs: tuple[tuple[int, int], ...]
     patients: tuple[str, ...]
@@ -121,7 +121,7 @@ class _Scored:
 
 
 def _shared(base: pd.DataFrame, other: pd.DataFrame) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
-    """Runs (seed, repeat) that both have, and the patients whom both score in all of these."""
+    """Return the runs (seed, repeat) that both have, and the patients that both score in all of these runs."""
     runs = tuple(sorted(set(_runs(base)) & set(_runs(other))))
     scored = [set(rows["case_id"]) for frame in (base, other) for run, rows in frame.groupby(_RUN) if run in runs]
     return runs, tuple(sorted(set.intersection(*scored))) if scored else ()
@@ -130,7 +130,7 @@ def _shared(base: pd.DataFrame, other: pd.DataFrame) -> tuple[tuple[tuple[int, i
 def _within_folds(
     frame: pd.DataFrame, runs: tuple, patients: tuple[str, ...], draws: Resamples, once: Resamples
 ) -> tuple[float, np.ndarray]:
-    """C-index within folds, mean over the runs, as it is and of every replicate; NaN without runs or patients."""
+    """Return the C-index within folds, averaged over runs, and that of each replicate; NaN without runs or patients."""
     value, spread = 0.0 if runs else float("nan"), np.zeros(len(draws.counts))
     for run in runs:
         rows = frame[(frame["seed"] == run[0]) & (frame["repeat"] == run[1])]

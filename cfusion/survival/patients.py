@@ -1,6 +1,6 @@
-"""Scores of all out-of-fold patients together: risk groups, calibration, AUC over time.
+"""Scores over all out-of-fold patients together: risk groups, calibration, AUC over time.
 
-With several seeds or repeats the first one is taken, so that every patient counts once.
+With several seeds or repeats only the first one is used, so that every patient counts once.
 """
 
 from __future__ import annotations
@@ -48,22 +48,22 @@ class Calibration:
 
 @dataclass(frozen=True)
 class PatientScores:
-    """What the report shows of one cohort, model and protocol beyond the table.
+    """Scores of one cohort, model and protocol that the report shows in addition to the table.
 
     Attributes:
-        low: Kaplan–Meier curve of the low-risk group; None where all risks are on one side.
-        high: Of the high-risk group.
+        low: Kaplan–Meier curve of the low-risk group; None if all risks are on one side.
+        high: Kaplan–Meier curve of the high-risk group.
         risk_months: Times of the numbers at risk.
         low_at_risk: Patients of the low-risk group still followed at those times.
-        high_at_risk: Of the high-risk group.
+        high_at_risk: The same for the high-risk group.
         cutoff_rule: How the groups were formed.
         ratio: Hazard ratio of high against low risk, stratified by fold.
-        log_rank_p: Of the groups, stratified by fold.
-        median_split_p: Unstratified, of the split at the median of the pooled risks (risk ≥ median is high), which is
-            the rule behind MCAT's published p-values.
+        log_rank_p: P-value of the log-rank test between the groups, stratified by fold.
+        median_split_p: The same, unstratified, for the split at the median of the pooled risks (risk ≥ median is
+            high), the rule behind MCAT's published p-values.
         calibration: None without survival columns.
         auc_months: Times of the AUC curve.
-        auc: Mean over folds of the time-dependent AUC, NaN where no fold has one.
+        auc: Mean over folds of the time-dependent AUC; NaN where no fold has one.
     """
 
     low: Curve | None
@@ -80,7 +80,7 @@ class PatientScores:
     auc: tuple[float, ...]
 
     def columns(self) -> dict[str, object]:
-        """The scores among them, as columns of the summary."""
+        """Return the scalar scores as columns of the summary."""
         ratio, calibration = self.ratio, self.calibration
         return {
             "logrank_p": self.median_split_p,
@@ -98,7 +98,7 @@ class PatientScores:
 def score_patients(
     rows: pd.DataFrame, horizons: Sequence[float], grid: np.ndarray, auc_curves: np.ndarray
 ) -> PatientScores:
-    """Compute them from the predictions of one cohort, model and protocol.
+    """Compute the scores from the predictions of one cohort, model and protocol.
 
     Args:
         rows: Checked predictions.
@@ -149,7 +149,7 @@ def _calibration(
 
 
 def _round_up(months: float) -> float:
-    """A length that divides into five round steps."""
+    """Round up to a length that divides into five round steps."""
     steps = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 20, 24, 30, 36, 40, 48, 60, 80, 100, 120)
     return 5.0 * next(step for step in steps if months <= 5 * step or step == steps[-1])
 

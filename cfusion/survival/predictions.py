@@ -1,4 +1,4 @@
-"""The door for predictions: anyone's table becomes one checked frame, a row per patient, model, seed and fold."""
+"""Reads and validates predictions from any source: one frame, a row per patient, model, seed and fold."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from cfusion.errors import CohortError, PredictionsError
 from cfusion.types import Cohort
 
 UNIT = ["cohort", "model", "protocol"]
-"""What one row of the summary stands for."""
+"""Columns that identify a row of the summary."""
 
 _DEFAULTS: dict[str, str | int] = {"protocol": "unknown", "seed": 0, "repeat": 0}
 FOLD = [*UNIT, "seed", "repeat", "fold"]
-"""What one row of the scores per fold stands for."""
+"""Columns that identify a row of the scores per fold."""
 
 KNOWN_PROTOCOLS = (*get_args(Protocol), "unknown")
-"""How the epoch was chosen; each has its own null."""
+"""How the epoch was chosen; each protocol has a different null."""
 
 _REQUIRED = ("model", "cohort", "fold", "case_id", "risk", "survival_months", "event")
 _CURVE = re.compile(r"(survival|edge)_\d+")
@@ -37,7 +37,7 @@ def read_predictions(path: Path) -> pd.DataFrame:
     censored); optional `protocol, seed, repeat, slide_id, risk_cutoff` and `survival_1..K` with `edge_1..K` (months).
 
     Raises:
-        PredictionsError: The file is no such table, or its values contradict each other; see `checked_predictions`.
+        PredictionsError: The file is not such a table, or its values contradict each other; see `checked_predictions`.
     """
     try:
         table = read_table(path)
@@ -56,18 +56,18 @@ def read_predictions(path: Path) -> pd.DataFrame:
 def _events(table: pd.DataFrame, path: Path) -> pd.Series:
     event = coded_events(table.pop("censorship"), path, "censored")
     if "event" in table.columns and (event != coded_events(table["event"], path)).any():
-        raise PredictionsError(f"{path}: event and censorship contradict each other.", "Drop the one that is flipped.")
+        raise PredictionsError(f"{path}: event and censorship contradict each other.", "Drop the inverted column.")
     return event
 
 
 def checked_predictions(table: pd.DataFrame, source: str = "predictions") -> pd.DataFrame:
-    """Predictions with every default filled in, one row per patient, model, seed, repeat and fold.
+    """Return predictions with every default filled in, one row per patient, model, seed, repeat and fold.
 
-    Rows of one patient that differ in `slide_id` are averaged: the unit is the patient.
+    Rows of one patient that differ in `slide_id` are averaged, because the unit of evaluation is the patient.
 
     Raises:
-        PredictionsError: A column or a value is missing, not finite or not what its column holds; a follow-up is
-            negative or over 50 years; a patient stands twice, is scored in two folds, or has two outcomes in a cohort.
+        PredictionsError: A column or a value is missing, not finite or of the wrong kind; a follow-up time is negative
+            or over 50 years; a patient appears twice, is scored in two folds, or has two outcomes in a cohort.
     """
     missing = [name for name in _REQUIRED if name not in table.columns]
     if missing:
@@ -101,7 +101,7 @@ def _check_values(frame: pd.DataFrame, source: str) -> None:
     for name in ("fold", "seed", "repeat", "risk", "survival_months"):
         refuse(_missing(frame[name]), f"{name} are missing or not finite", "Every row needs one.")
     for name in ("fold", "seed", "repeat"):
-        refuse(frame[name].astype(float) % 1 != 0, f"{name} are no whole numbers", "Number them 0, 1, 2, …")
+        refuse(frame[name].astype(float) % 1 != 0, f"{name} are not whole numbers", "Number them 0, 1, 2, …")
     known = ", ".join(KNOWN_PROTOCOLS)
     refuse(
         ~frame["protocol"].isin(KNOWN_PROTOCOLS), "protocol are not known",
@@ -168,36 +168,36 @@ def _curve_names(frame: pd.DataFrame) -> list[str]:
 def curve_table(
     case_ids: Sequence[str], survival: np.ndarray, edges_months: Sequence[float], risk: np.ndarray | None = None
 ) -> pd.DataFrame:
-    """One row per patient: `case_id, risk, survival_1…K, edge_1…K`.
+    """Return one row per patient: `case_id, risk, survival_1…K, edge_1…K`.
 
     Args:
         case_ids: The patients.
         survival: [case, bin], survival past the right edge of each time bin.
-        edges_months: [bin], right edges, the same for all.
-        risk: [case]; none: minus the sum of `survival`, which is every single model's risk.
+        edges_months: [bin], right edges, the same for all patients.
+        risk: [case]; None: minus the sum of `survival`, the risk that every single model uses.
     """
-    told = {"case_id": list(case_ids), "risk": -survival.sum(axis=1) if risk is None else risk}
+    shared = {"case_id": list(case_ids), "risk": -survival.sum(axis=1) if risk is None else risk}
     curves = {f"survival_{k + 1}": values for k, values in enumerate(survival.T)}
-    return pd.DataFrame({**told, **curves, **{f"edge_{k + 1}": edge for k, edge in enumerate(edges_months)}})
+    return pd.DataFrame({**shared, **curves, **{f"edge_{k + 1}": edge for k, edge in enumerate(edges_months)}})
 
 
-def fold_predictions(curves: pd.DataFrame, cohort: Cohort, told: Mapping[str, Any]) -> pd.DataFrame:
-    """The predictions of a fold's test patients with their outcomes, checked as anyone's are.
+def fold_predictions(curves: pd.DataFrame, cohort: Cohort, shared: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the predictions of a fold's test patients with their outcomes, validated like any other predictions.
 
     Args:
-        curves: Of `curve_table`.
-        cohort: With the outcomes of its patients.
-        told: The columns that all rows share: `model, protocol, seed, repeat, fold, risk_cutoff`.
+        curves: Output of `curve_table`.
+        cohort: Cohort with the patients' outcomes.
+        shared: The columns that all rows share: `model, protocol, seed, repeat, fold, risk_cutoff`.
     """
     cases = cohort.cases.loc[curves["case_id"]]
     outcomes = {"survival_months": cases["time_months"].to_numpy(), "event": cases["event"].to_numpy()}
-    frame = curves.assign(cohort=cohort.name, **told, **outcomes)
+    frame = curves.assign(cohort=cohort.name, **shared, **outcomes)
     first = ["model", "cohort", *FOLD[2:], "case_id", "risk", "survival_months", "event", "risk_cutoff"]
     return checked_predictions(frame[[*first, *_curve_names(frame)]])
 
 
 def survival_columns(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray] | None:
-    """Predicted survival [case, bin] and the right edges [case, bin] in months, or None where there are none.
+    """Return predicted survival [case, bin] and right edges [case, bin] in months; None without survival columns.
 
     Args:
         frame: Checked predictions of one model.

@@ -1,4 +1,4 @@
-"""Methods ranked over data sets: Friedman's test, and which mean ranks Nemenyi's critical difference tells apart.
+"""Ranks methods over data sets: Friedman's test, and Nemenyi's critical difference between mean ranks.
 
 After Demšar, Statistical Comparisons of Classifiers over Multiple Data Sets (JMLR 7, 2006).
 """
@@ -23,13 +23,13 @@ class Ranking:
 
     Attributes:
         names: Methods, best first.
-        mean_ranks: Of each.
+        mean_ranks: Mean rank of each method.
         blocks: Number of data sets.
-        p: Of Friedman's test, corrected for ties, that all methods rank alike; NaN with fewer than 3 methods, fewer
-            than 2 data sets, or nothing but ties.
-        critical_difference: Mean ranks that differ by less are not told apart (Nemenyi, two-sided, level .05); NaN
-            with fewer than 2 data sets.
-        cliques: Longest runs of methods that are not told apart, as names, best first; none of one method alone.
+        p: P-value of Friedman's test, corrected for ties, that all methods rank alike; NaN with fewer than 3 methods,
+            fewer than 2 data sets, or only ties.
+        critical_difference: Mean ranks that differ by less are not significantly different (Nemenyi, two-sided,
+            level .05); NaN with fewer than 2 data sets.
+        cliques: Longest runs of methods without a significant difference, as names, best first; at least 2 methods.
     """
 
     names: tuple[str, ...]
@@ -45,7 +45,7 @@ def rank_methods(values: pd.DataFrame, level: float = 0.05) -> Ranking:
 
     Args:
         values: A row per data set, a column per method; higher is better.
-        level: Of the critical difference.
+        level: Level of the critical difference.
 
     Raises:
         DataError: A value is missing, or there are fewer than 2 methods.

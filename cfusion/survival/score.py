@@ -1,7 +1,7 @@
-"""From predictions to scores: per fold, over the folds, pooled over patients, with intervals.
+"""Turns predictions into scores: per fold, over the folds, and pooled over patients, with intervals.
 
-The risks of different folds come from different models. `cindex_pooled` compares them as they are, which is what MCAT
-published; `cindex_within` compares patients of the same fold alone, and is the better claim where models differ in
+The risks of different folds come from different models. `cindex_pooled` compares them without adjustment, as MCAT
+published it. `cindex_within` compares only patients of the same fold, and is the better claim if models differ in
 scale. Both intervals resample patients within folds.
 """
 
@@ -25,18 +25,18 @@ from cfusion.survival.predictions import UNIT, checked_predictions
 from cfusion.types import Cohort, Split, titled_table
 
 _SEED = 7
-"""Of the bootstrap draws: the same for every model, so that intervals repeat and models compare."""
+"""Seed of the bootstrap draws: the same for every model, so that intervals are reproducible and models comparable."""
 
 _GRID = 12
 """Times of the AUC curve."""
 
 _PARALLEL_FROM = 60
-"""Models × cohorts from which processes are started; below, starting them costs more than it saves."""
+"""Number of models × cohorts from which processes are started; below it, starting them costs more than it saves."""
 
 _MOST_PROCESSES = 8
 
 _SHOWN = 3
-"""Models that the short form of scores names."""
+"""Number of models named in the short form of scores."""
 
 Key = tuple[str, str, str]
 """Cohort, model, protocol."""
@@ -44,14 +44,14 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True, repr=False)
 class Scores:
-    """Everything that was computed from one set of predictions.
+    """All scores computed from one set of predictions.
 
     Attributes:
         predictions: The checked predictions, a row per patient.
         folds: A row per cohort, model, protocol, seed, repeat and fold.
         summary: A row per cohort, model and protocol.
         patients: Curves, groups and calibration, by cohort, model and protocol.
-        notes: What a reader must know, such as risks that are all equal.
+        notes: Remarks for the reader, for example that all risks of a fold are equal.
     """
 
     predictions: pd.DataFrame
@@ -61,13 +61,13 @@ class Scores:
     notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        told = [
+        shown = [
             f"{row['cohort']} {row['model']} ({row['protocol']}): C {row['cindex_pooled']:.3f} "
             f"[{row['cindex_low']:.3f}, {row['cindex_high']:.3f}]"
             for row in self.summary.head(_SHOWN).to_dict("records")
         ]
         more = f"; and {len(self.summary) - _SHOWN} more" if len(self.summary) > _SHOWN else ""
-        return f"Scores({'; '.join(told)}{more})"
+        return f"Scores({'; '.join(shown)}{more})"
 
     def _repr_html_(self) -> str:
         columns = [*UNIT, "n", "events", "cindex_pooled", "cindex_low", "cindex_high", "cindex_mean", "null_high"]
@@ -83,23 +83,23 @@ def score(
     bootstrap: int = 1000,
     horizons: Sequence[float] = (12.0, 36.0, 60.0),
 ) -> Scores:
-    """Score out-of-fold predictions, patient by patient.
+    """Score out-of-fold predictions per patient.
 
     Args:
-        predictions: See `cfusion.survival.predictions.read_predictions` for the columns; what `cfusion.predict` gives
-            has no outcomes, and takes the cohort's.
-        cohort: Its outcomes are the truth that predictions are checked against, and the training patients' outcomes;
-            without it, those that the predictions hold.
-        splits: One fold or several; without them a fold's training patients are taken to be those of the other folds.
-        bootstrap: Replicates of each interval; 0: none.
+        predictions: See `cfusion.survival.predictions.read_predictions` for the columns. The output of
+            `cfusion.predict` has no outcomes; they are taken from the cohort.
+        cohort: Its outcomes are the reference for the predictions and the training patients' outcomes; None: the
+            outcomes in the predictions are used.
+        splits: One fold or several; None: a fold's training patients are taken to be those of the other folds.
+        bootstrap: Replicates of each interval; 0: no intervals.
         horizons: Months of the time-dependent AUC and of the calibration.
 
     Returns:
-        The scores. A score that does not exist for a fold (a horizon past its follow-up, no survival columns) is NaN.
+        The scores. A score that is undefined for a fold (a horizon past its follow-up, no survival columns) is NaN.
 
     Raises:
         DataError: The predictions contradict themselves, the cohort or the splits.
-        UndefinedMetricError: A fold has no comparable pair; cohort and fold are named.
+        UndefinedMetricError: A fold has no comparable pair; the message names cohort and fold.
     """
     folds_of = (splits,) if isinstance(splits, Split) else tuple(splits or ())
     frame = checked_predictions(_with_outcomes(predictions, cohort, folds_of))
@@ -123,22 +123,22 @@ def score(
 
 
 def _with_outcomes(predictions: pd.DataFrame, cohort: Cohort | None, splits: Sequence[Split]) -> pd.DataFrame:
-    """Predictions of a model, which knows no outcome, with those of the cohort; others as they are."""
+    """Add the cohort's outcomes to predictions without outcomes; return other predictions unchanged."""
     if cohort is None or "case_id" not in predictions or {"survival_months", "event"} & set(predictions):
         return predictions
     truth = _outcomes(cohort, predictions["case_id"].astype(str))
-    told: dict[str, Any] = {} if "cohort" in predictions else {"cohort": cohort.name}
+    added: dict[str, Any] = {} if "cohort" in predictions else {"cohort": cohort.name}
     repeats = {split.repeat for split in splits}
     if "repeat" not in predictions and len(repeats) == 1:
-        told["repeat"] = repeats.pop()
-    return predictions.assign(**told, survival_months=truth["time_months"].to_numpy(), event=truth["event"].to_numpy())
+        added["repeat"] = repeats.pop()
+    return predictions.assign(**added, survival_months=truth["time_months"].to_numpy(), event=truth["event"].to_numpy())
 
 
 def _outcomes(cohort: Cohort, case_ids: pd.Index | pd.Series) -> pd.DataFrame:
-    """The patients' rows of a cohort.
+    """Return the patients' rows of a cohort.
 
     Raises:
-        DataError: It has not all of them.
+        DataError: Some patients are not in the cohort.
     """
     unknown = pd.Index(case_ids).difference(cohort.cases.index)
     if len(unknown):
@@ -152,7 +152,7 @@ def _check_against(frame: pd.DataFrame, cohort: Cohort) -> None:
     wrong = (mine["event"] != truth["event"]) | ~np.isclose(mine["survival_months"], truth["time_months"])
     if wrong.any():
         raise DataError(
-            f"predictions: {int(wrong.sum())} patients have another outcome than in cohort {cohort.name}, such as "
+            f"predictions: {int(wrong.sum())} patients have different outcomes in cohort {cohort.name}, such as "
             f"{wrong.index[wrong][0]}.", "Check the unit of the times and the polarity of the events.",
         )  # fmt: skip
 
@@ -186,7 +186,7 @@ def _score_groups(
 def _score_group(
     rows: pd.DataFrame, references: References, draws: dict, bootstrap: int, horizons: tuple[float, ...]
 ) -> Result:
-    """All seeds and repeats of one cohort, model and protocol."""
+    """Score all seeds and repeats of one cohort, model and protocol."""
     happened = rows.loc[rows["event"], "survival_months"]
     grid = np.linspace(happened.quantile(0.05), happened.quantile(0.9), _GRID) if len(happened) else np.zeros(0)
     folds: list[FoldScores] = []
@@ -209,7 +209,7 @@ def _score_group(
 
 
 def _draw(run: pd.DataFrame, draws: dict, bootstrap: int) -> Resamples | None:
-    """The same draws for every model that scores the same patients in the same folds."""
+    """Return the draws; models that score the same patients in the same folds share them."""
     if not bootstrap:
         return None
     key = (tuple(run["case_id"]), run["fold"].to_numpy().tobytes())
@@ -223,7 +223,7 @@ def _draw(run: pd.DataFrame, draws: dict, bootstrap: int) -> Resamples | None:
 def _summary(
     rows: pd.DataFrame, folds: pd.DataFrame, pooled: list[float], within: list[float], spreads: list[tuple]
 ) -> dict[str, object]:
-    """Means over folds, seeds and repeats; an interval is of the replicates' mean over seeds and repeats."""
+    """Average over folds, seeds and repeats; intervals are those of the replicates' mean over seeds and repeats."""
     cases = rows.drop_duplicates("case_id")
     replicates = [np.mean([spread[i] for spread in spreads], axis=0) if spreads else None for i in range(2)]
     limits = [interval_or_nan(values) for values in replicates]
@@ -237,7 +237,7 @@ def _summary(
 
 
 def _mean_scores(folds: list[FoldScores]) -> dict[str, float]:
-    """Means of the other scores over the folds that have them, each with the interval of that mean's replicates."""
+    """Average the other scores over the folds that have them; each interval is that of the mean's replicates."""
     table = pd.DataFrame([fold.row for fold in folds])
     scores = {"uno": "uno_c", "ibs": "ibs"} | {
         name: name for name in table.columns if name.startswith("auc_") and not name.endswith(("_low", "_high"))

@@ -1,7 +1,7 @@
-"""Patient-bootstrap replicates of the scores that weigh by censoring: Uno's C, time-dependent AUC, Brier.
+"""Patient-bootstrap replicates of the censoring-weighted scores: Uno's C, time-dependent AUC, Brier.
 
-The censoring model is the training patients' and does not change with who is drawn for the test, so each score of a
-replicate is a ratio of sums that the draws' counts weigh: exact, and one matrix product for all replicates.
+The censoring model is estimated on the training patients and is the same for every replicate. Each replicate's score is
+therefore a ratio of sums weighted by the draws' counts: exact, with one matrix product for all replicates.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cfusion.survival.metrics import Training
 def uno_replicates(
     training: Training, time: np.ndarray, event: np.ndarray, risk: np.ndarray, counts: np.ndarray
 ) -> np.ndarray:
-    """[replicate], Uno's C of each replicate (see `cfusion.survival.metrics.uno_cindex`); NaN where it has none.
+    """Return Uno's C of each replicate, [replicate] (see `cfusion.survival.metrics.uno_cindex`); NaN if undefined.
 
     Args:
         training: Gives the censoring model and the truncation time.
@@ -37,7 +37,7 @@ def uno_replicates(
 def auc_replicates(
     training: Training, time: np.ndarray, event: np.ndarray, risk: np.ndarray, counts: np.ndarray, times: np.ndarray
 ) -> np.ndarray:
-    """[replicate, time], cumulative/dynamic AUC of each replicate (see `auc_at`); NaN where it has none."""
+    """Return the cumulative/dynamic AUC of each replicate, [replicate, time] (see `auc_at`); NaN if undefined."""
     limit = training.truncation_months
     found = np.full((len(counts), len(times)), np.nan)
     above = risk[:, None] - risk[None]
@@ -57,7 +57,7 @@ def auc_replicates(
 def brier_replicates(
     training: Training, time: np.ndarray, event: np.ndarray, survival: np.ndarray, counts: np.ndarray, times: np.ndarray
 ) -> np.ndarray:
-    """[replicate], integrated Brier score of each replicate (see `integrated_brier`); NaN with fewer than two times.
+    """Return the integrated Brier score of each replicate, [replicate] (see `integrated_brier`); NaN with < 2 times.
 
     Args:
         training: Gives the censoring model and the truncation time.
@@ -73,7 +73,7 @@ def brier_replicates(
     seen, followed = event & (time <= limit), np.minimum(time, limit)
     died = (followed[:, None] <= times) & seen[:, None]
     alive = followed[:, None] > times
-    # Only the weights of events are used; a censored patient's own time may be one that censoring leaves nobody at.
+    # Only weights of events are used; at a censored patient's time the censoring survival may be 0.
     at_death = np.where(seen, training.uncensored_at(np.where(seen, followed, 0.0)), 1.0)
     errors = survival**2 * died / at_death[:, None] + (1 - survival) ** 2 * alive / training.uncensored_at(times)
     integrated = np.trapezoid(errors, times, axis=1) / (times[-1] - times[0])

@@ -1,4 +1,4 @@
-"""Time bins: published quantiles, a label for any time, from training patients alone."""
+"""Time bins: published quantiles, a label for any time, fitted on training patients only."""
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ from cfusion.survival.bins import TimeBins
 
 
 def test_published_rule() -> None:
-    """Labels as pandas gives them for quartiles of the uncensored times, left-closed, outer edges widened."""
+    """Labels equal those of pandas for quartiles of the uncensored times, left-closed, with widened outer edges."""
     generator = np.random.default_rng(0)
     time = generator.exponential(30, 200)
     event = generator.random(200) < 0.5

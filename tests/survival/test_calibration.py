@@ -1,4 +1,4 @@
-"""Calibration: right predictions pass, wrong ones are found out."""
+"""Calibration: correct predictions pass, and wrong ones are detected."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from cfusion.survival.calibration import calibration_points, calibration_slope, 
 
 
 def drawn(size: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Times, events and the true hazard rate of each patient."""
+    """Return times, events and the true hazard rate of each patient."""
     generator = np.random.default_rng(seed)
     rate = np.exp(generator.normal(size=size)) / 30
     happens, leaves = generator.exponential(1 / rate), generator.exponential(60, size)
@@ -30,7 +30,7 @@ def test_d_calibration_by_hand() -> None:
     assert d_calibration(np.zeros(7, bool), np.ones(7)) == pytest.approx(1.0)
 
 
-def test_d_calibration_finds_overconfidence() -> None:
+def test_d_calibration_detects_overconfidence() -> None:
     rejected = 0
     for seed in range(60):
         time, event, rate = drawn(300, seed)

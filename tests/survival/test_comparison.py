@@ -1,4 +1,4 @@
-"""Paired comparisons: a real difference is found, none is invented, and Holm corrects."""
+"""Paired comparisons: real differences are found, equal models show none, and Holm corrects."""
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from cfusion.survival.predictions import checked_predictions
 
 
 def predictions(noise: dict[str, float], size: int = 300, seeds: int = 1, seed: int = 0) -> pd.DataFrame:
-    """Models that see the true risk under more or less noise."""
+    """Make models that see the true risk with different amounts of noise."""
     generator = np.random.default_rng(seed)
     truth = generator.normal(size=size)
     happens, leaves = generator.exponential(30 * np.exp(-truth)), generator.exponential(40, size)
@@ -28,7 +28,7 @@ def predictions(noise: dict[str, float], size: int = 300, seeds: int = 1, seed: 
     return checked_predictions(pd.concat(frames, ignore_index=True))
 
 
-def test_a_worse_model_is_found() -> None:
+def test_worse_model_is_detected() -> None:
     (row,) = compare(predictions({"good": 0.1, "bad": 4.0}), replicates=300).to_dict("records")
     assert (row["model"], row["reference"], row["patients"]) == ("bad", "good", 300)
     assert row["low"] < row["difference"] < row["high"] < 0
@@ -37,7 +37,7 @@ def test_a_worse_model_is_found() -> None:
     assert swapped["difference"] == pytest.approx(-row["difference"], abs=1e-12)
 
 
-def test_the_same_model_does_not_differ() -> None:
+def test_identical_models_do_not_differ() -> None:
     table = predictions({"a": 1.0})
     twin = pd.concat([table, table.assign(model="b")], ignore_index=True)
     (row,) = compare(twin, replicates=100).to_dict("records")
@@ -53,7 +53,7 @@ def test_pairing_beats_two_separate_intervals() -> None:
     assert row["high"] - row["low"] < 0.02
 
 
-def test_chance_is_rejected_as_often_as_it_says() -> None:
+def test_rejection_rate_under_the_null_is_nominal() -> None:
     rejected = sum(
         compare(predictions({"a": 1.5, "b": 1.5}, size=150, seed=s), replicates=200)["p"].iloc[0] < 0.05
         for s in range(60)
@@ -70,19 +70,19 @@ def test_seeds_are_paired_and_counted() -> None:
 
 
 @pytest.mark.parametrize("apart", ["seed", "case_id"])
-def test_models_that_share_nothing_are_not_compared_and_leave_the_others_as_they_were(apart: str) -> None:
+def test_models_without_common_seeds_or_patients_are_not_compared(apart: str) -> None:
     table = predictions({"a": 0.5, "b": 2.0})
-    alone = compare(table, replicates=100)
+    expected = compare(table, replicates=100)
     moved = table[table["model"] == "b"].assign(model="c")
     moved[apart] = 9 if apart == "seed" else "q" + moved["case_id"]
     both = compare(pd.concat([table, moved], ignore_index=True), replicates=100)
-    pd.testing.assert_frame_equal(both[both["model"] == "b"], alone)
+    pd.testing.assert_frame_equal(both[both["model"] == "b"], expected)
     row = both[both["model"] == "c"].iloc[0]
     assert row["seeds"] * row["patients"] == 0
     assert row[["difference", "low", "high", "p", "p_holm"]].isna().all()
 
 
-def test_only_patients_whom_both_score_in_every_seed_count() -> None:
+def test_only_patients_scored_by_both_in_every_seed_count() -> None:
     table = predictions({"a": 0.5, "b": 2.0}, seeds=2)
     fewer = table[(table["model"] == "a") | (table["seed"] == 0) | (table["case_id"] != "p3")]
     (row,) = compare(fewer, replicates=100).to_dict("records")
@@ -91,7 +91,7 @@ def test_only_patients_whom_both_score_in_every_seed_count() -> None:
     assert row["difference"] == pytest.approx(without["difference"], abs=1e-12)
 
 
-def test_each_protocol_has_its_own_first_model_as_reference() -> None:
+def test_default_reference_is_the_first_model_of_each_protocol() -> None:
     table = predictions({"a": 0.5, "b": 2.0, "c": 1.0})
     table = table.assign(protocol=table["model"].map({"a": "strict", "b": "published", "c": "published"}))
     assert compare(table, replicates=50)[["protocol", "model", "reference"]].to_numpy().tolist() == [

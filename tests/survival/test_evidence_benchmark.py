@@ -1,4 +1,4 @@
-"""The benchmark of scoring runs, holds both sides to the same numbers, and says what it measured."""
+"""The benchmark of scoring runs, checks that both sides give the same numbers, and reports its measurements."""
 
 from benchmarks.evidence import bootstrap_rows, comparison_rows, predictions
 from cfusion.survival.score import score

@@ -1,4 +1,4 @@
-"""Risk groups against lifelines, an independent program."""
+"""Risk groups compared with lifelines, an independent program."""
 
 import lifelines
 import numpy as np

@@ -1,4 +1,4 @@
-"""Losses against the published program, independent implementations, closed forms and finite differences."""
+"""Losses compared with the published program, independent implementations, closed forms and finite differences."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def test_published_values(material: Path, name: str, alpha: float):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_nll_and_ce_are_their_formulas(alpha: float):
+def test_nll_and_ce_match_their_formulas(alpha: float):
     logits, targets = cases(1, 60)
     output = SurvivalOutput.from_logits(logits)
     row = torch.arange(60)
@@ -53,7 +53,7 @@ def test_nll_and_ce_are_their_formulas(alpha: float):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [0.0, 30.0, 1e4])
 @pytest.mark.parametrize("name", LOSSES)
-def test_sure_events_and_sure_survivals_give_finite_losses_and_gradients(name: str, size: float, dtype: torch.dtype):
+def test_saturated_logits_give_finite_losses_and_gradients(name: str, size: float, dtype: torch.dtype):
     signs = torch.tensor([[1, 1, 1, 1], [-1, -1, -1, -1], [1, -1, 1, -1], [-1, -1, -1, 1]])
     logits = (signs.repeat(8, 1) * size).to(dtype).requires_grad_()
     label = torch.arange(4).repeat_interleave(4).repeat(2)
@@ -77,7 +77,7 @@ def test_gradients_by_finite_differences(name: str, alpha: float):
 
 
 def efron(eta: np.ndarray, time: np.ndarray, event: np.ndarray) -> float:
-    """The negative log partial likelihood, as the formula is written."""
+    """Compute the negative log partial likelihood directly from the formula."""
     total = 0.0
     for t in np.unique(time[event]):
         dead, at_risk = event & (time == t), time >= t

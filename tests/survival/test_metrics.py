@@ -1,4 +1,4 @@
-"""Metrics against oracles: published pairs, lifelines, closed forms; and no score where none exists."""
+"""Metrics compared with oracles: published pairs, lifelines, closed forms; undefined scores are not returned."""
 
 import lifelines
 import numpy as np
@@ -37,7 +37,7 @@ WHAS500_WEIGHTS = {
     "cvd": -0.083079717, "diasbp": -0.007779131, "gender": -0.089521275, "hr": 0.005718328, "los": -0.01306119,
     "miord": -0.131019301, "mitype": -0.036162819, "sho": 0.278858294, "sysbp": 0.002440193,
 }  # fmt: skip
-"""The linear risk behind scikit-survival's own reference for the Worcester heart attack study."""
+"""The linear risk of scikit-survival's reference for the Worcester heart attack study."""
 
 
 def test_whas500() -> None:
@@ -79,7 +79,7 @@ def test_uno_does_not_depend_on_censoring_as_harrell_does() -> None:
     assert abs(uno - truth) < abs(concordance(seen, event, risk).cindex - truth)
 
 
-def test_auc_is_the_same_in_any_order_and_without_censoring_plain() -> None:
+def test_auc_does_not_depend_on_order_and_is_plain_without_censoring() -> None:
     time, _, risk = cohort(300)
     event = np.ones(300, dtype=bool)
     training = Training(time, event)
@@ -90,7 +90,7 @@ def test_auc_is_the_same_in_any_order_and_without_censoring_plain() -> None:
     np.testing.assert_allclose(auc_at(training, time, event, risk, sorted(months)), np.array(found)[[3, 1, 0, 2]])
 
 
-def test_times_beyond_training_follow_up_have_a_rule() -> None:
+def test_times_beyond_training_follow_up() -> None:
     time, event, risk = cohort(200)
     early = time < 20
     training = Training(time[early], event[early])
@@ -103,8 +103,8 @@ def test_times_beyond_training_follow_up_have_a_rule() -> None:
     assert brier_times(training, time, np.array([limit / 2, 30.0, 60.0])).tolist() == [limit / 2]
 
 
-def test_an_event_and_a_censoring_at_the_last_time_leave_scores_defined() -> None:
-    """In whole months they tie; the censoring model is then 0 there, and the scores end before."""
+def test_scores_are_defined_with_event_and_censoring_at_the_last_time() -> None:
+    """Ties at times in months make the censoring survival 0 at the last time, so the scores end before it."""
     training = Training(np.array([5, 10, 15, 20, 25, 30, 40, 60, 60.0]), np.array([1, 1, 1, 0, 1, 1, 1, 1, 0], bool))
     assert training.truncation_months == 40
     time, event = np.array([4, 12, 22, 33, 60, 60, 70.0]), np.array([1, 1, 0, 1, 1, 0, 0], dtype=bool)
@@ -113,7 +113,7 @@ def test_an_event_and_a_censoring_at_the_last_time_leave_scores_defined() -> Non
     assert uno_cindex(training, time, event, -time) == 1
 
 
-def test_where_censoring_leaves_nobody_no_weighted_score_exists() -> None:
+def test_weighted_scores_are_undefined_where_everyone_is_censored() -> None:
     training = Training(np.full(29, 5.0), np.arange(29) == 0)
     time, event, risk = cohort(40)
     assert np.isnan(training.truncation_months)
@@ -125,8 +125,8 @@ def test_where_censoring_leaves_nobody_no_weighted_score_exists() -> None:
 def brute_force(
     training: Training, time: np.ndarray, event: np.ndarray, risk: np.ndarray, months: float
 ) -> list[float]:
-    """Uno's C and the AUC from their definitions, pair by pair; the censoring model is lifelines'."""
-    # An event at the time of a censoring comes first: the patient was still at risk of being censored.
+    """Compute Uno's C and the AUC from their definitions, pair by pair, with lifelines' censoring model."""
+    # An event at the time of a censoring comes first, since the patient was still at risk of being censored.
     later = training.time + np.where(training.event, 0, 1e-6)
     curve = lifelines.KaplanMeierFitter().fit(later, ~training.event)
     g = {t: float(curve.predict(t + 1e-6)) for t in {*time.tolist(), months}}
@@ -143,16 +143,16 @@ def brute_force(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_weighted_scores_are_their_definitions(seed: int) -> None:
-    whole = cohort(150, seed, decimals=0)
-    time, event, risk = whole[0] + 1, whole[1], whole[2].round(1)
+def test_weighted_scores_match_their_definitions(seed: int) -> None:
+    data = cohort(150, seed, decimals=0)
+    time, event, risk = data[0] + 1, data[1], data[2].round(1)
     training = Training(time[50:], event[50:])
     expected = brute_force(training, time[:50], event[:50], risk[:50], 12.0)
     assert uno_cindex(training, time[:50], event[:50], risk[:50]) == pytest.approx(expected[0], abs=1e-9)
     assert auc_at(training, time[:50], event[:50], risk[:50], [12.0])[0] == pytest.approx(expected[1], abs=1e-9)
 
 
-def test_brier_is_scikit_survivals_inside_the_follow_up() -> None:
+def test_brier_equals_scikit_survival_within_follow_up() -> None:
     time, event, risk = cohort(300)
     training = Training(time, event)
     edges = np.array([5.0, 10.0, 20.0])
@@ -194,7 +194,7 @@ def test_no_comparable_pair_is_an_error(time: list, event: list, risk: list) -> 
         ([1, 2, 3], [1, 0], [0, 1], "differ in length"),
     ],
 )
-def test_bad_arrays(time: list, event: list, risk: list, message: str) -> None:
+def test_invalid_arrays(time: list, event: list, risk: list, message: str) -> None:
     with pytest.raises(DataError, match=message):
         concordance(time, event, risk)
 
@@ -210,7 +210,7 @@ def test_constant_risk_counts_every_pair_as_tied() -> None:
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 10_000), size=st.integers(5, 40), folds=st.integers(1, 3))
 def test_bootstrap_replicates_are_exact(seed: int, size: int, folds: int) -> None:
-    """Every replicate equals the C-index of the patients it drew, one by one."""
+    """Every replicate equals the C-index of the drawn patients, computed one by one."""
     time, event, risk = cohort(size, seed, decimals=0)
     risk = risk.round(1)
     assume(event.any() and np.ptp(time) > 0)
@@ -234,7 +234,7 @@ def test_pairs_within_folds() -> None:
     pairs = [p.concordant + p.discordant + p.tied_risk for p in parts]
     expected = np.average([p.cindex for p in parts], weights=pairs)
     assert once.cindex(risk, within=fold)[0] == pytest.approx(expected, abs=1e-12)
-    # scales of the folds do not matter within, and do when pooled
+    # The scale of a fold's risks does not matter within folds, but does when pooled.
     assert once.cindex(risk + 10 * fold, within=fold)[0] == pytest.approx(expected, abs=1e-12)
 
 
@@ -254,7 +254,7 @@ def test_interval_covers_and_repeats() -> None:
         bootstrap_cindex([1.0, 1.0], [True, True], [0.0, 1.0], replicates=20, seed=1)
 
 
-def test_a_nominal_interval_covers_the_truth_as_often_as_it_says() -> None:
+def test_interval_has_its_nominal_coverage() -> None:
     time, event, risk = cohort(20_000, seed=9)
     truth = concordance(time[:4000], event[:4000], risk[:4000]).cindex
     hits = 0

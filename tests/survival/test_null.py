@@ -1,4 +1,4 @@
-"""The null: the published simulation returns, and where nothing is chosen it is one half."""
+"""The null reproduces the published simulation, and equals one half where nothing is chosen."""
 
 from pathlib import Path
 

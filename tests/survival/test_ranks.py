@@ -1,4 +1,4 @@
-"""Ranks over data sets against scipy and against the published example."""
+"""Ranks over data sets compared with scipy and with the published example."""
 
 import numpy as np
 import pandas as pd
@@ -49,6 +49,6 @@ def test_ranks_add_up_and_follow_the_order_of_values(seed, methods, blocks):
     assert np.isnan(ranking.critical_difference) == (blocks == 1)
 
 
-def test_a_missing_value_is_refused():
+def test_missing_value_is_an_error():
     with pytest.raises(DataError, match="a value of each on every data set"):
         rank_methods(pd.DataFrame({"a": [1.0, np.nan], "b": [1.0, 2.0]}))

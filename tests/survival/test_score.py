@@ -1,4 +1,4 @@
-"""Scores: the published oracle, every rule for bad input, and nothing of the test patients in training."""
+"""Scores: the published oracle, every rule for invalid input, and no test outcomes in training."""
 
 import dataclasses
 from pathlib import Path
@@ -42,19 +42,19 @@ def test_published_summary_returns(material: Path, mcat: Scores) -> None:
     np.testing.assert_allclose(both["logrank_p"], both["logrank_p_published"], rtol=0.01)
 
 
-def test_constant_risks_are_told(mcat: Scores) -> None:
+def test_constant_risks_are_noted(mcat: Scores) -> None:
     assert any(note.startswith("DeepSets: all risks are equal in folds (5 of blca, 5 of brca,") for note in mcat.notes)
-    told = mcat.folds[(mcat.folds["harrell_c"] == 0.5)]
-    assert (told["note"] == "all risks are equal").all()
+    constant = mcat.folds[(mcat.folds["harrell_c"] == 0.5)]
+    assert (constant["note"] == "all risks are equal").all()
 
 
 def predicted(cohort: Cohort, config: SplitsConfig | None = None, protocol: str = "strict") -> pd.DataFrame:
     return made_up_outcomes.predicted(cohort, make_splits(cohort, config or SplitsConfig(), protocol), "m", protocol)
 
 
-def test_a_right_model_scores_well_everywhere() -> None:
-    whole = cohort(200)
-    scores = score(predicted(whole), whole, make_splits(whole, SplitsConfig()), bootstrap=200)
+def test_correct_model_has_good_scores() -> None:
+    data = cohort(200)
+    scores = score(predicted(data), data, make_splits(data, SplitsConfig()), bootstrap=200)
     row = scores.summary.iloc[0]
     assert row["cindex_low"] < row["cindex_pooled"] < row["cindex_high"]
     assert row["within_low"] < row["cindex_within"] < row["within_high"]
@@ -77,19 +77,19 @@ def test_a_right_model_scores_well_everywhere() -> None:
     assert details.low_at_risk[0] + details.high_at_risk[0] == 200
 
 
-def test_the_same_scores_in_processes_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_do_not_depend_on_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     table = predicted(cohort(80))
     models = pd.concat([table.assign(model=f"m{i}", risk=table["risk"] * (i + 1)) for i in range(3)])
-    alone = score(models, bootstrap=20)
+    single = score(models, bootstrap=20)
     monkeypatch.setattr("cfusion.survival.score._PARALLEL_FROM", 1)
     monkeypatch.setattr("cfusion.survival.score._MOST_PROCESSES", 2)
     spread = score(models, bootstrap=20)
-    pd.testing.assert_frame_equal(alone.summary, spread.summary)
-    pd.testing.assert_frame_equal(alone.folds, spread.folds)
+    pd.testing.assert_frame_equal(single.summary, spread.summary)
+    pd.testing.assert_frame_equal(single.folds, spread.folds)
 
 
 def test_test_outcomes_leave_training_untouched() -> None:
-    """Changed outcomes of the test patients change no split, bin, cut-off, censoring model or truncation time."""
+    """Changing the test patients' outcomes changes no split, bin, cut-off, censoring model or truncation time."""
     before = cohort(200)
     for protocol in ("strict", "fixed-epoch"):
         split = make_splits(before, SplitsConfig(), protocol)[0]
@@ -114,7 +114,7 @@ def test_test_outcomes_leave_training_untouched() -> None:
 
 
 def test_inner_validation_does_not_look_at_the_outer_fold(tmp_path: Path) -> None:
-    """With the outer folds given, changed outcomes of a test side leave its inner validation as it was."""
+    """With fixed outer folds, changing a test side's outcomes leaves its inner validation unchanged."""
     before = cohort(200)
     outer = make_splits(before, SplitsConfig(), "fixed-epoch")
     for split in outer:
@@ -130,10 +130,10 @@ def test_inner_validation_does_not_look_at_the_outer_fold(tmp_path: Path) -> Non
 
 
 def test_repeats_and_seeds_are_averaged() -> None:
-    whole = cohort(120)
+    data = cohort(120)
     config = SplitsConfig(repeats=2)
-    table = predicted(whole, config)
-    scores = score(table, whole, make_splits(whole, config), bootstrap=50)
+    table = predicted(data, config)
+    scores = score(table, data, make_splits(data, config), bootstrap=50)
     assert len(scores.folds) == 10
     assert scores.summary["n"].tolist() == [120]
     assert scores.summary["cindex_mean"].iloc[0] == pytest.approx(scores.folds["harrell_c"].mean())
@@ -163,7 +163,7 @@ def test_slides_of_a_patient_are_averaged() -> None:
         (lambda t: t.assign(cohort=t["cohort"].where(t["case_id"] != "p3")), DataError,
          "1 values of cohort are missing"),
         (lambda t: t.assign(fold=t["fold"] + 0.5), DataError,
-         r"80 values of fold are no whole numbers; first m, made_up, fold \d\.5"),
+         r"80 values of fold are not whole numbers; first m, made_up, fold \d\.5"),
         (lambda t: t.assign(protocol="stict"), DataError, "80 values of protocol are not known.*strict, fixed-epoch"),
         (lambda t: t.drop(columns="edge_2"), DataError, "80 values of survival_2 have no edge_2"),
         (lambda t: t.assign(survival_1=t["survival_1"].where(t["case_id"] != "p3")), DataError,
@@ -182,21 +182,21 @@ def test_slides_of_a_patient_are_averaged() -> None:
         (lambda t: t.assign(edge_2=t["edge_1"] - 1), DataError, "must increase and be the same"),
     ],
 )  # fmt: skip
-def test_bad_predictions(change, error: type, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_invalid_predictions(change, error: type, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=message):
         score(change(predicted(cohort(80))), bootstrap=0)
 
 
-def test_a_model_without_curves_stands_beside_one_that_has_them() -> None:
+def test_models_with_and_without_curves_are_scored_together() -> None:
     table = predicted(cohort(80))
     bare = table.loc[:, ~table.columns.str.match(r"(survival|edge)_\d")].assign(model="bare")
     both = score(pd.concat([table, bare], ignore_index=True), bootstrap=0)
     assert both.summary.set_index("model")["ibs"].notna().to_dict() == {"m": True, "bare": False}
-    alone = score(table, bootstrap=0)
-    pd.testing.assert_frame_equal(both.folds[both.folds["model"] == "m"], alone.folds)
+    single = score(table, bootstrap=0)
+    pd.testing.assert_frame_equal(both.folds[both.folds["model"] == "m"], single.folds)
 
 
-def test_too_few_patients_for_an_interval_are_told() -> None:
+def test_missing_interval_is_noted() -> None:
     rows = {"model": "m", "cohort": "c", "fold": 0, "case_id": ["a", "b"], "risk": [2.0, 1.0], "event": [True, True]}
     scores = score(pd.DataFrame({**rows, "survival_months": [3.0, 4.0]}), bootstrap=50)
     assert scores.summary["cindex_pooled"].tolist() == [1.0]
@@ -204,8 +204,8 @@ def test_too_few_patients_for_an_interval_are_told() -> None:
     assert any(note.startswith("c, m: no interval") for note in scores.notes)
 
 
-def test_ties_everywhere_leave_no_score_that_weighs_by_censoring() -> None:
-    """Events and censorings at one time alone: Harrell's C exists, the scores with a censoring model do not."""
+def test_all_ties_leave_censoring_weighted_scores_undefined() -> None:
+    """With all events and censorings at one time, Harrell's C exists but the censoring-weighted scores do not."""
     table = predicted(cohort(80)).assign(survival_months=12.0)
     table = table.loc[:, ~table.columns.str.match(r"(survival|edge)_\d")]
     scores = score(table, bootstrap=20)
@@ -214,44 +214,44 @@ def test_ties_everywhere_leave_no_score_that_weighs_by_censoring() -> None:
 
 
 def test_predictions_against_cohort_and_splits() -> None:
-    whole = cohort(80)
-    table, splits = predicted(whole), make_splits(whole, SplitsConfig())
-    flipped = dataclasses.replace(whole, cases=whole.cases.assign(event=~whole.cases["event"]))
-    with pytest.raises(DataError, match="80 patients have another outcome than in cohort made_up"):
+    data = cohort(80)
+    table, splits = predicted(data), make_splits(data, SplitsConfig())
+    flipped = dataclasses.replace(data, cases=data.cases.assign(event=~data.cases["event"]))
+    with pytest.raises(DataError, match="80 patients have different outcomes in cohort made_up"):
         score(table, flipped, splits, bootstrap=0)
     with pytest.raises(DataError, match="1 patients are not in cohort made_up, such as p0"):
-        score(table, whole.subset([c for c in whole.cases.index if c != "p0"]), bootstrap=0)
+        score(table, data.subset([c for c in data.cases.index if c != "p0"]), bootstrap=0)
     leaking = [dataclasses.replace(split, train=split.train + split.test[:1]) for split in splits]
     with pytest.raises(DataError, match="1 scored patients are training patients"):
-        score(table, whole, leaking, bootstrap=0)
+        score(table, data, leaking, bootstrap=0)
     with pytest.raises(DataError, match="fold 4 of repeat 0 is in the predictions, not in the splits"):
-        score(table, whole, splits[:4], bootstrap=0)
+        score(table, data, splits[:4], bootstrap=0)
     choosing = [dataclasses.replace(s, validation=s.test[:2], test=s.test[2:]) for s in splits]
     with pytest.raises(DataError, match="fold 0: 2 scored patients chose the model"):
-        score(table, whole, choosing, bootstrap=0)
+        score(table, data, choosing, bootstrap=0)
 
 
-def test_predictions_without_outcomes_take_the_cohorts() -> None:
-    whole = cohort(80)
-    table, split = predicted(whole), make_splits(whole, SplitsConfig())[1]
+def test_predictions_without_outcomes_use_those_of_the_cohort() -> None:
+    data = cohort(80)
+    table, split = predicted(data), make_splits(data, SplitsConfig())[1]
     bare = table[table["fold"] == 1].drop(columns=["cohort", "survival_months", "event", "repeat"], errors="ignore")
-    scores = score(bare, whole, dataclasses.replace(split, repeat=1), bootstrap=0)
-    assert scores.predictions["survival_months"].tolist() == whole.cases.loc[bare["case_id"], "time_months"].tolist()
+    scores = score(bare, data, dataclasses.replace(split, repeat=1), bootstrap=0)
+    assert scores.predictions["survival_months"].tolist() == data.cases.loc[bare["case_id"], "time_months"].tolist()
     assert scores.folds["repeat"].tolist() == [1]
     with pytest.raises(DataError, match="lacks the columns cohort, survival_months, event"):
         score(bare, bootstrap=0)
     with pytest.raises(DataError, match="1 patients are not in cohort made_up, such as nobody"):
-        score(bare.assign(case_id=["nobody", *bare["case_id"][1:]]), whole, bootstrap=0)
+        score(bare.assign(case_id=["nobody", *bare["case_id"][1:]]), data, bootstrap=0)
 
 
-def test_flipped_polarity_is_told_with_both_medians() -> None:
+def test_flipped_polarity_is_noted_with_both_medians() -> None:
     table = predicted(cohort(200))
     late = table["survival_months"] > table["survival_months"].median()
     scores = score(table.assign(event=late), bootstrap=0)
     assert any("made_up: events have a longer median follow-up" in note for note in scores.notes)
 
 
-def test_scores_that_do_not_exist_are_missing_and_one_fold_is_told() -> None:
+def test_undefined_scores_are_missing_and_a_single_fold_is_noted() -> None:
     table = predicted(cohort(80))
     scores = score(table, bootstrap=0, horizons=(12.0, 9999.0))
     assert scores.folds["auc_9999"].isna().all()
@@ -283,7 +283,7 @@ def test_scores_that_do_not_exist_are_missing_and_one_fold_is_told() -> None:
         ("model,cohort,fold,case_id,risk,survival_months,event\nm,c,0,a,1,soon,1\n", "survival_months is 'soon'"),
     ],
 )
-def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_files(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "predictions.csv"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=message):

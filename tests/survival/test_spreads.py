@@ -1,4 +1,4 @@
-"""Replicates of the scores that weigh by censoring are those of scikit-survival on the drawn patients."""
+"""Replicates of the censoring-weighted scores equal scikit-survival's scores of the drawn patients."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def fold():
     def outcomes(n):
         truth = generator.normal(size=n)
         dies, leaves = generator.exponential(30 * np.exp(-truth)), generator.exponential(30, n)
-        # Whole months make ties in time, rounding makes ties in risk.
+        # Times in full months make ties in time; rounding makes ties in risk.
         time = np.ceil(np.minimum(dies, leaves))
         return time, dies < leaves, np.round(truth + generator.normal(size=n), 1)
 
@@ -59,7 +59,7 @@ def test_brier(fold):
     expected = []
     for row in counts:
         chosen = drawn(row, time, event, kept)
-        # scikit-survival refuses times past the last follow-up of the drawn patients, which a replicate may lack.
+        # scikit-survival refuses times past the last follow-up of the drawn patients, which can happen in a replicate.
         if chosen[0].max() <= times[-1] or chosen[0].min() > times[0]:
             expected.append(np.nan)
         else:
