@@ -1,1 +1,1 @@
-"""Training of one fold, from one process to many nodes."""
+"""Training of one fold, on one process or on many nodes."""

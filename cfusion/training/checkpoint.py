@@ -1,7 +1,7 @@
-"""The state of a training as one explicit object, when it is kept, and which of what was kept is taken up again.
+"""The state of a training run as one explicit object, and its checkpoints.
 
-A training's folder holds `step_00000120/`, the newest few of them, and `best_epoch_0003/`, the parameters that the
-kept ones call the best. Each is written beside the others and only then replaces an older one.
+A run's folder holds the newest few `step_00000120/` folders, and `best_epoch_0003/` with the best parameters that they
+refer to. A checkpoint is written completely before older ones are removed.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainState:
-    """Where a training stands; with the tensors of `Snapshot`, all that a resumed one needs.
+    """The position of a training run; together with the tensors of `Snapshot`, all that resuming needs.
 
-    The learning rate, the order of bags and the dropout of a step follow from these numbers and the configuration.
+    A step's learning rate, order of bags and dropout follow from these numbers and the configuration.
 
     Attributes:
         epoch: Epoch in progress, from 0.
         samples_seen: Bags of this epoch that were trained on, over all processes.
         step: Optimizer steps since the start.
         loss_sum: Sum over this epoch's steps of mean loss × cases.
-        best_score: Best validation score so far (higher is better); none before the first.
-        best_epoch: Its epoch, −1 before the first.
+        best_score: Best validation score so far (higher is better); None before the first.
+        best_epoch: Epoch of the best score, −1 before the first.
         history: One row of metrics per finished epoch.
-        loss_scale: State of the scaler of losses in fp16; empty otherwise.
+        loss_scale: State of the loss scaler in fp16; empty otherwise.
     """
 
     epoch: int = 0
@@ -55,14 +55,14 @@ class TrainState:
 
 
 class Checkpoints(CheckpointPolicy):
-    """The checkpoints of one training, shared by all its processes; all of them call each method.
+    """The checkpoints of one training run. All of its processes must call each method.
 
     Args:
-        folder: Holds them and nothing else.
-        identity: What is trained on what; `load` refuses another and says what differs.
+        folder: Folder that holds only these checkpoints.
+        identity: Model and data of the run; `load` refuses a checkpoint with another identity and names what differs.
         runtime: The processes.
-        keep: So many of the newest stay.
-        card: What the model is, for whoever reads a checkpoint without the run.
+        keep: Number of newest checkpoints to keep.
+        card: Model card, for readers of a checkpoint that do not have the run.
     """
 
     def __init__(
@@ -83,14 +83,14 @@ class Checkpoints(CheckpointPolicy):
         """Write a checkpoint if `now`, or if the last one is `INTERVAL_SECONDS` old.
 
         Raises:
-            CheckpointError: It was to be written `now` and cannot be; older ones are unchanged.
+            CheckpointError: It must be written `now` and cannot be; older ones are unchanged.
         """
         if self._due(INTERVAL_SECONDS, now=now):
             path = _step_folder(self.folder, state.step)
             self._write(path, lambda: self._write_both(path, state, snapshot), now=now)
 
     def _write_both(self, path: Path, state: TrainState, snapshot: Snapshot) -> str | None:
-        """Write the best parameters, if they changed, and then the state."""
+        """Write the best parameters, if they changed, then the state."""
         numbers = {
             "format": CHECKPOINT_FORMAT,
             "identity": self.identity,
@@ -109,20 +109,20 @@ class Checkpoints(CheckpointPolicy):
 
     def _drop_older(self) -> None:
         super()._drop_older()
-        with contextlib.suppress(DataError):  # one that has been damaged since does not tell which best is its own
+        with contextlib.suppress(DataError):  # a damaged checkpoint does not say which best epoch it refers to
             best = {best_of(self.folder, read_json(step / NUMBERS)) for step in kept_checkpoints(self.folder)}
             for folder in self.folder.glob("best_epoch_*"):
                 if folder not in best:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def load(self, snapshot: Snapshot) -> TrainState | None:
-        """Read the newest checkpoint that is whole into `snapshot`; None where there is none.
+        """Load the newest complete checkpoint into `snapshot`; return None if there is none.
 
-        Damaged ones are passed over with a warning and removed. The number of processes may be another than the one
+        Damaged checkpoints are skipped with a warning and removed. The number of processes may differ from the number
         that wrote it.
 
         Raises:
-            CheckpointError: All are damaged, or the newest belongs to another model, data or engine.
+            CheckpointError: All are damaged, or the newest belongs to another model, data set or engine.
         """
         kept = self.runtime.from_main(kept_checkpoints(self.folder))
         found = self._take_up(kept, lambda stored: self._restore(stored, snapshot))
@@ -145,16 +145,16 @@ class Checkpoints(CheckpointPolicy):
         remedy = f"Delete {self.folder} to train from the start."
         if numbers["engine"] != engine:
             raise OtherTrainingError(
-                f"{stored.folder}: was written by parallel.engine={numbers['engine']}; this run has {engine}.", remedy
+                f"{stored.folder}: written with parallel.engine={numbers['engine']}; this run has {engine}.", remedy
             )
         if numbers["identity"] != self.identity:
             differing = differences(numbers["identity"], self.identity)
             raise OtherTrainingError(
-                f"{stored.folder}: belongs to another training; it differs in {', '.join(differing[:5])}.", remedy
+                f"{stored.folder}: belongs to another training run; differs in {', '.join(differing[:5])}.", remedy
             )
 
     def _tidy(self, newest: Path | None) -> None:
-        """Remove what a killed process left half-written, and damaged checkpoints newer than the one taken."""
+        """Remove incomplete files of a killed process, and damaged checkpoints newer than the one loaded."""
         if self.runtime.is_main and self.folder.is_dir():
             newer = [step for step in kept_checkpoints(self.folder) if newest is not None and step.name > newest.name]
             for path in [*self.folder.glob(".*.tmp"), *self.folder.glob(".*.old"), *newer]:
@@ -163,7 +163,7 @@ class Checkpoints(CheckpointPolicy):
 
 
 def best_of(folder: Path, numbers: Mapping[str, Any]) -> Path | None:
-    """Where the best parameters of a checkpoint of `folder` lie; None before the first."""
+    """Return the folder of the best parameters that a checkpoint of `folder` refers to; None before the first."""
     epoch = numbers["state"]["best_epoch"]
     return None if epoch < 0 else _best_folder(folder, epoch)
 

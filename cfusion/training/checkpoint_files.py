@@ -1,7 +1,7 @@
-"""A checkpoint on disk: a folder with a safetensors file a process and a JSON, there whole or not at all.
+"""A checkpoint on disk: a folder with one safetensors file per process and a JSON file, written atomically.
 
-A file holds whole tensors, or slices of flattened ones where several processes share a tensor; its header tells which,
-so that any number of processes can read what any other number wrote.
+A file holds complete tensors, or slices of flattened tensors where several processes share one. Its header says which,
+so any number of processes can read a checkpoint written by any other number.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NUMBERS = "state.json"
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements `start`, `start` + 1, … of the flattened values of a tensor of `shape`; or, in that shape, all of it."""
+    """Elements `start`, `start` + 1, … of the flattened values of a tensor of `shape`, or the complete tensor."""
 
     shape: torch.Size
     start: int
@@ -40,12 +40,12 @@ class Piece:
 def write_checkpoint(
     runtime: Runtime, folder: Path, pieces: Mapping[str, Piece], numbers: Mapping[str, Any]
 ) -> str | None:
-    """Write `folder` together: every process its own pieces, rank 0 the numbers.
+    """Write `folder` together: each process writes its pieces, and rank 0 the numbers.
 
-    A folder of that name is replaced. Every process has to call this.
+    An existing folder of that name is replaced. Every process must call this.
 
     Returns:
-        What went wrong, the same on every process, and then nothing is left of it; None where all is written.
+        None if everything was written; else the problem, the same on every process, and the folder is removed.
     """
     temporary = runtime.from_main(folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"))
     name, digest, problem = f"rank_{runtime.rank:05d}.safetensors", "", ""
@@ -54,12 +54,12 @@ def write_checkpoint(
         digest = _write_tensors(temporary / name, pieces)
     except (OSError, SafetensorError) as error:
         problem = _reason(error)
-    told = runtime.gather([(name, digest, problem)])
-    problem = next((failed for _, _, failed in told if failed), "")
+    written = runtime.gather([(name, digest, problem)])
+    problem = next((failed for _, _, failed in written if failed), "")
     if runtime.is_main:
         try:
             if not problem:
-                numbers = {**numbers, "files": {file: told_digest for file, told_digest, _ in told}}
+                numbers = {**numbers, "files": {file: written_digest for file, written_digest, _ in written}}
                 write_json(temporary / NUMBERS, {**numbers, "digest": digest_json(numbers)})
                 put_in_place(temporary, folder)
         except OSError as error:
@@ -85,9 +85,9 @@ class Stored:
     """An open checkpoint.
 
     Attributes:
-        folder: Where it lies.
-        numbers: What its JSON holds.
-        shapes: Shape of each tensor in it, put together.
+        folder: Folder of the checkpoint.
+        numbers: Contents of its JSON file.
+        shapes: Shape of each tensor in it, assembled from its pieces.
     """
 
     folder: Path
@@ -96,10 +96,10 @@ class Stored:
     _places: dict[str, list[tuple[Any, int]]]
 
     def read(self, key: str, start: int, count: int) -> Tensor:
-        """Elements `start` to `start + count` of the flattened values of a tensor, on the CPU.
+        """Read elements `start` to `start + count` of the flattened values of a tensor, on the CPU.
 
         Raises:
-            CheckpointError: Some of them are in no file.
+            CheckpointError: Some of them are not in any file.
         """
         found: list[Tensor] = []
         at = start
@@ -116,23 +116,23 @@ class Stored:
             raise CheckpointError(f"{self.folder}: elements {at} to {start + count} of {key} are missing.")
         return torch.cat(found) if found else torch.empty(0)
 
-    def whole(self, key: str) -> Tensor:
-        """A tensor in its own shape."""
+    def complete(self, key: str) -> Tensor:
+        """Read a complete tensor in its shape."""
         shape = self.shapes[key]
         return self.read(key, 0, shape.numel()).view(shape)
 
 
 @contextlib.contextmanager
 def open_checkpoint(folder: Path, *, turn: int = 0, turns: int = 1) -> Iterator[Stored]:
-    """Open a checkpoint and check it: the JSON, and of its files those whose turn it is, against their digests.
+    """Open a checkpoint and check the JSON file, and the digests of the files assigned to this process.
 
     Args:
-        folder: As `write_checkpoint` left it.
+        folder: Folder written by `write_checkpoint`.
         turn: Number of this process.
         turns: Number of processes that share the checking.
 
     Raises:
-        CheckpointError: Something is missing or is not what was written.
+        CheckpointError: Something is missing, or differs from what was written.
     """
     numbers = read_json(folder / NUMBERS)
     if not isinstance(numbers, dict) or numbers.pop("digest", None) != digest_json(numbers):
@@ -144,7 +144,7 @@ def open_checkpoint(folder: Path, *, turn: int = 0, turns: int = 1) -> Iterator[
             path = folder / Path(name).name
             try:
                 if number % turns == turn and digest_file(path) != digest:
-                    raise CheckpointError(f"{path}: is damaged (its SHA-256 is not the one that was written down).")
+                    raise CheckpointError(f"{path}: is damaged (its SHA-256 differs from the recorded one).")
                 file = stack.enter_context(safe_open(path, framework="pt"))
                 layout = json.loads(file.metadata()["pieces"])
             except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""When checkpoints are written, which of them are kept, and which is taken up again: for one fold and for a group."""
+"""When checkpoints are written, which are kept and which one is resumed, for one fold and for a group."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ FoundT = TypeVar("FoundT")
 CHECKPOINT_FORMAT = 2
 
 INTERVAL_SECONDS = 30.0
-"""A checkpoint is written at the first step this long after the one before; below 0: at every step."""
+"""Seconds between checkpoints: one is written at the first step after this time; below 0: at every step."""
 
 SHARE = 0.05
-"""Largest share of the time that writing checkpoints may take."""
+"""Largest share of the time that may go into writing checkpoints."""
 
 
 class CheckpointPolicy:
-    """The checkpoints of a folder, shared by all processes of a training; all of them call each method.
+    """The checkpoints in a folder, shared by all processes of a training run; all of them must call each method.
 
     Attributes:
-        folder: Holds the checkpoints.
+        folder: Folder of the checkpoints.
         runtime: The processes.
-        keep: Number of checkpoints that are kept, the newest.
+        keep: Number of newest checkpoints to keep.
     """
 
     def __init__(self, folder: Path, runtime: Runtime, keep: int) -> None:
@@ -44,20 +44,20 @@ class CheckpointPolicy:
         self._took = 0.0
 
     def _due(self, interval: float, *, now: bool) -> bool:
-        """Whether a checkpoint is to be written: `now`, or because the last one is old enough."""
+        """Whether a checkpoint must be written: `now`, or because the last one is old enough."""
         since = time.monotonic() - self._saved
         return self.runtime.from_main(now or interval < 0 or since > max(interval, self._took / SHARE))
 
     def _write(self, path: Path, write: Callable[[], str | None], *, now: bool) -> bool:
-        """Call `write`, which returns what went wrong, and remove older checkpoints if it succeeds.
+        """Call `write`, which returns a problem or None, and remove older checkpoints if it succeeds.
 
-        If the checkpoint cannot be written, as on a full disk, a warning is logged and training continues.
+        If the checkpoint cannot be written, for example on a full disk, a warning is logged and training continues.
 
         Returns:
             Whether it was written.
 
         Raises:
-            CheckpointError: It was to be written `now` and cannot be; older ones are unchanged.
+            CheckpointError: It must be written `now` and cannot be; older ones are unchanged.
         """
         started = time.monotonic()
         problem = write()
@@ -69,9 +69,9 @@ class CheckpointPolicy:
             return True
         message = f"{path}: the checkpoint cannot be written ({problem})."
         if now:
-            raise CheckpointError(message, "Make room there; the same command goes on from the checkpoint before.")
+            raise CheckpointError(message, "Free disk space there. The same command resumes from the last checkpoint.")
         if self.runtime.is_main:
-            logger.warning("%s Training goes on; the checkpoint before is kept.", message)
+            logger.warning("%s Training continues; the previous checkpoint is kept.", message)
         return False
 
     def _drop_older(self) -> None:
@@ -82,10 +82,10 @@ class CheckpointPolicy:
         """Restore the first of `checkpoints` that is complete; damaged ones are skipped with a warning.
 
         Returns:
-            Its folder and what `restore` gave; None if there is no checkpoint.
+            Its folder and the return value of `restore`; None if there is no checkpoint.
 
         Raises:
-            OtherTrainingError: `restore` found a checkpoint of another training.
+            OtherTrainingError: `restore` found a checkpoint of another training run.
             CheckpointError: All are damaged.
         """
         problem = ""
@@ -95,13 +95,13 @@ class CheckpointPolicy:
                 return folder, found
             problem = problem or damage
             if self.runtime.is_main and folder != checkpoints[-1]:
-                logger.warning("%s The checkpoint before it is taken.", damage)
+                logger.warning("%s Using the previous checkpoint.", damage)
         if problem:
-            raise CheckpointError(problem, f"No checkpoint is whole. Delete {self.folder} to train from the start.")
+            raise CheckpointError(problem, f"No checkpoint is complete. Delete {self.folder} to train from the start.")
         return None
 
     def _try(self, folder: Path, restore: Callable[[Stored], FoundT]) -> tuple[FoundT | None, str]:
-        """What `restore` makes of a checkpoint, or what is wrong with it; the same on every process."""
+        """Return what `restore` makes of a checkpoint, or its problem; the same on every process."""
         found, problem = None, ""
         try:
             with open_checkpoint(folder, turn=self.runtime.rank, turns=self.runtime.world_size) as stored:
@@ -122,5 +122,5 @@ class CheckpointPolicy:
 
 
 def kept_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a training's folder, the newest first."""
+    """List the checkpoints of a run's folder, newest first."""
     return sorted((path for path in folder.glob("step_*") if path.is_dir()), reverse=True)

@@ -1,4 +1,4 @@
-"""Which epoch is chosen: validation scores, the best epoch so far, and when training ends."""
+"""Choice of the epoch: validation scores, the best epoch so far, and the end of training."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def finish_epoch(
     metrics: dict[str, float],
     parameters: Callable[[], Mapping[str, Tensor]],
 ) -> None:
-    """Note the metrics of the epoch that `state` stands in, keep its parameters if it is the best, go to the next.
+    """Record the metrics of the current epoch, keep its parameters if it is the best, and move to the next epoch.
 
     Args:
-        job: What is trained.
+        job: The training job.
         state: Gets the row of history, and the score if it is the best.
         snapshot: Gets the parameters of the best epoch.
-        metrics: Of the epoch, with `validation_cindex` and `validation_loss` where bags choose the epoch.
-        parameters: Gives a copy of the evaluated parameters.
+        metrics: Metrics of the epoch, with `validation_cindex` and `validation_loss` if bags choose the epoch.
+        parameters: Returns a copy of the evaluated parameters.
 
     Raises:
         DataError: The score is not finite.
@@ -45,12 +45,12 @@ def finish_epoch(
 
 
 def has_ended(state: TrainState, train: TrainConfig) -> bool:
-    """Whether the epochs or the patience are used up."""
+    """Whether the maximum number of epochs or the patience is reached."""
     return state.epoch >= train.epochs or out_of_patience(state, train.patience)
 
 
 def chosen_parameters(state: TrainState, snapshot: Snapshot, train: TrainConfig) -> dict[str, Tensor]:
-    """Parameters of the chosen epoch, once training has ended.
+    """Return the parameters of the chosen epoch after the end of training.
 
     Raises:
         ConfigError: No epoch could be chosen.
@@ -64,7 +64,7 @@ def chosen_parameters(state: TrainState, snapshot: Snapshot, train: TrainConfig)
 
 
 def validation_scores(job: FoldJob, bags: BagSet, logits: Tensor) -> dict[str, float]:
-    """C-index over patients, and loss over bags; alpha is 0 here, as in the published program."""
+    """Compute the C-index over patients and the loss over bags; alpha is 0 here, as in the published program."""
     loss = LOSSES[job.config.train.loss](SurvivalOutput.from_logits(logits), targets_of(job, bags), alpha=0.0)
     survival = patient_survival(logits, bags)
     cases = job.cases.loc[survival.index]
@@ -73,9 +73,9 @@ def validation_scores(job: FoldJob, bags: BagSet, logits: Tensor) -> dict[str, f
 
 
 def is_best(state: TrainState, metrics: dict[str, float], job: FoldJob) -> bool:
-    """Whether the epoch that `state` stands in is the best so far; where nothing chooses, the latest is.
+    """Whether the current epoch is the best so far; without validation bags the latest is the best.
 
-    Its score is noted in `state`.
+    If it is, its score is recorded in `state`.
 
     Raises:
         DataError: The score is not finite.
@@ -96,5 +96,5 @@ def is_best(state: TrainState, metrics: dict[str, float], job: FoldJob) -> bool:
 
 
 def out_of_patience(state: TrainState, patience: int | None) -> bool:
-    """Whether so many epochs have passed without a better validation score."""
+    """Whether `patience` epochs have passed without a better validation score."""
     return patience is not None and state.best_score is not None and state.epoch - 1 - state.best_epoch >= patience

@@ -1,4 +1,4 @@
-"""From a checkpoint, however many processes wrote it, to one model with plain weights."""
+"""Turns a checkpoint, written by any number of processes, into one model with plain weights."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ logger = logging.getLogger(__name__)
 def consolidate(
     folder: Path, weights: Literal["best", "last"] = "best", *, trust_code: str | None = None
 ) -> FittedModel:
-    """Put the weights of a training's newest whole checkpoint together.
+    """Assemble the weights of the newest complete checkpoint of a training run.
 
     Args:
-        folder: The training's checkpoints, such as `RUN/checkpoints/fold_0`.
-        weights: `best`: of the best epoch so far; `last`: of the last step, averaged where the training averages.
-        trust_code: Digest of the model's own file, where it has one (see `FittedModel.load`). Checkpoints do not hold
-            the file: it is read where `model.name` says.
+        folder: Checkpoints of the run, such as `RUN/checkpoints/fold_0`.
+        weights: `best`: the best epoch so far; `last`: the last step, averaged if training averages.
+        trust_code: Digest of the model's code file, if it has one (see `FittedModel.load`). Checkpoints do not hold
+            the file: it is read from the path in `model.name`.
 
     Raises:
-        CheckpointError: There is no checkpoint, none is whole, none holds a best epoch, or its card is not one.
-        UntrustedCodeError: The model is in a user's file, and `trust_code` does not name it.
+        CheckpointError: There is no checkpoint, none is complete, none has a best epoch, or its card is invalid.
+        UntrustedCodeError: The model is in a user's file, and `trust_code` does not match it.
     """
     steps = kept_checkpoints(folder)
     if not steps:
@@ -49,11 +49,11 @@ def consolidate(
         except DataError as error:
             problem = problem or str(error)
             logger.warning("%s", error)
-    raise CheckpointError(problem, "No checkpoint is whole.")
+    raise CheckpointError(problem, "No checkpoint is complete.")
 
 
 class _NoBestError(CheckpointError):
-    """No epoch has been the best yet."""
+    """No epoch has been chosen as the best yet."""
 
 
 def _model(folder: Path, stored: Stored, weights: str, trust_code: str | None) -> FittedModel:
@@ -62,7 +62,7 @@ def _model(folder: Path, stored: Stored, weights: str, trust_code: str | None) -
         return _fitted(stored, "average/" if averaged else "model/", trust_code)
     best = best_of(folder, stored.numbers)
     if best is None:
-        raise _NoBestError(f"{stored.folder}: no epoch has been chosen yet.", "Give --weights last.")
+        raise _NoBestError(f"{stored.folder}: no epoch has been chosen yet.", "Use --weights last.")
     with open_checkpoint(best) as chosen:
         return _fitted(chosen, "model/", trust_code)
 
@@ -71,13 +71,13 @@ def _fitted(stored: Stored, prefix: str, trust_code: str | None) -> FittedModel:
     try:
         card = TypeAdapter(ModelCard).validate_python(stored.numbers["card"])
     except ValidationError as error:
-        told = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{stored.folder}: tells no model that it belongs to ({told}).") from error
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{stored.folder}: has no valid model card ({reason}).") from error
     config = validate(ModelConfig, card.model, str(stored.folder))
     code = saved_code(stored.folder, card, trust_code, None)
     module = build(config, card.backbone_dim, len(card.edges_months) - 1, card.magnifications, code)
     tensors: dict[str, Tensor] = {
-        key.removeprefix(prefix): stored.whole(key) for key in stored.shapes if key.startswith(prefix)
+        key.removeprefix(prefix): stored.complete(key) for key in stored.shapes if key.startswith(prefix)
     }
     try:
         module.load_state_dict(tensors)

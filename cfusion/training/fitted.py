@@ -1,4 +1,4 @@
-"""A trained model with all that is needed to use it: weights, shape, time bins, and the embeddings it reads."""
+"""A trained model with everything needed to use it: weights, shape, time bins, and the embeddings it expects."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from cfusion.survival.bins import TimeBins
 logger = logging.getLogger(__name__)
 
 SOURCE = "model.py"
-"""File of a model's folder that holds the model's own code, where it has some."""
+"""File in a model's folder with the model's code, if it is not the program's."""
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a model is and what it may be given.
+    """Description of a model and of its inputs.
 
     Attributes:
         model: The `model` section it was built from.
         backbone_dim: Width of the embeddings it reads.
-        magnifications: Those it reads, finest first.
-        edges_months: Edges of its time bins, K + 1 of them.
-        encoder: Encoder of the embeddings, as the shards name it.
+        magnifications: Magnifications it reads, finest first.
+        edges_months: Edges of its K time bins, K + 1 values.
+        encoder: Encoder of the embeddings, as named in the shards.
         cohort: Cohort it was trained on.
-        endpoint: What its event is.
-        fold: Fold it belongs to.
-        risk_cutoff: Median risk of its training patients; at or above it is the high-risk group. None where its
-            training did not come to its end.
-        embeddings: How the embeddings were made, as the shards tell it: weight digest, transform, resample filter, …
-        unit: What a bag of its training was; of slides, a patient's risks are averaged.
-        protocol: How its epoch was chosen, as `evaluation.protocol` names it.
-        code: Code that is not the program's, as `OwnCode.identity` records it; None for a model of the program.
+        endpoint: Definition of its event.
+        fold: Number of its fold.
+        risk_cutoff: Median risk of its training patients; at or above it is the high-risk group. None if
+            its training did not finish.
+        embeddings: How the embeddings were made, from the shards: weight digest, transform, resample filter, …
+        unit: What a bag was in training; if slides, a patient's risks are averaged.
+        protocol: How its epoch was chosen, as in `evaluation.protocol`.
+        code: Code that is not the program's, as recorded by `OwnCode.identity`; None for a model of the program.
     """
 
     model: dict[str, Any]
@@ -64,10 +64,10 @@ class ModelCard:
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """Settings of `PreprocessConfig` that make of a slide the embeddings it reads."""
+        """Return the settings of `PreprocessConfig` that turn a slide into the embeddings it reads."""
         made: dict[str, Any] = {"encoders": (self.encoder,), "magnifications": self.magnifications}
-        told = ("resolution", "resample", "min_tissue")
-        return {**made, **{key: self.embeddings[key] for key in told if key in self.embeddings}}
+        recorded = ("resolution", "resample", "min_tissue")
+        return {**made, **{key: self.embeddings[key] for key in recorded if key in self.embeddings}}
 
 
 _CARD = TypeAdapter(ModelCard)
@@ -82,8 +82,8 @@ class FittedModel:
 
     Attributes:
         module: The network.
-        card: What it is.
-        source: The user's file that its class is in, where it is in one.
+        card: Its description.
+        source: The user's file with its class, if there is one.
     """
 
     module: nn.Module
@@ -97,14 +97,14 @@ class FittedModel:
 
     @property
     def bins(self) -> TimeBins:
-        """The time bins of its survival curve."""
+        """Return the time bins of its survival curve."""
         return TimeBins(self.card.edges_months)
 
     def save(self, folder: Path) -> None:
         """Write `model.safetensors`, `model.json` and, for a model of a user's file, `model.py`, atomically.
 
         Raises:
-            DataError: They cannot be written, as on a full disk; nothing is left of them.
+            DataError: They cannot be written, for example on a full disk; nothing is left of them.
         """
         tensors = {name: tensor.contiguous() for name, tensor in self.module.state_dict().items()}
         with atomic_path(folder) as temporary:
@@ -112,7 +112,7 @@ class FittedModel:
             try:
                 save_file(tensors, temporary / WEIGHTS)
             except SafetensorError as error:
-                raise DataError(f"{folder}: the model cannot be written ({error}).", "Make room there.") from error
+                raise DataError(f"{folder}: the model cannot be written ({error}).", "Free disk space.") from error
             card = {"format": MODEL_FORMAT, **asdict(self.card)}
             write_json(temporary / CARD, card if self.card.code else {k: card[k] for k in card if k != "code"})
             if self.source is not None:
@@ -120,17 +120,17 @@ class FittedModel:
 
     @classmethod
     def load(cls, folder: Path, *, trust_code: str | None = None) -> FittedModel:
-        """Read what `save` wrote, in evaluation mode.
+        """Load a model written by `save`, in evaluation mode.
 
         Args:
             folder: The model's folder.
-            trust_code: Run the code that came with the model if its SHA-256 is this, or begins with these 12 or more
-                digits. A model of the program, or of an installed package, has no need of it.
+            trust_code: Run the code that came with the model if this is its SHA-256 or the first 12 or more digits of
+                it. Models of the program or of an installed package do not need it.
 
         Raises:
             DataError: A file is missing or damaged, or the weights do not fit the card.
-            UntrustedCodeError: The model comes with code of its own, and `trust_code` does not name it.
-            ConfigError: The package that the model's class is in is not installed.
+            UntrustedCodeError: The model comes with its code, and `trust_code` does not match it.
+            ConfigError: The package with the model's class is not installed.
         """
         card = read_card(folder)
         config = validate(ModelConfig, card.model, str(folder / CARD))
@@ -144,7 +144,7 @@ class FittedModel:
 
 
 def read_card(folder: Path) -> ModelCard:
-    """The card of the model in a folder; none of its code is run.
+    """Read the card of the model in a folder without running any of its code.
 
     Raises:
         DataError: It is missing or damaged, or a newer program wrote it.
@@ -158,28 +158,28 @@ def read_card(folder: Path) -> ModelCard:
 
 
 def saved_code(where: Path, card: ModelCard, trust_code: str | None, copy: Path | None) -> OwnCode | None:
-    """The code of a saved model; None for a model of the program. It is not run here.
+    """Return the code of a saved model without running it; None for a model of the program.
 
     Args:
-        where: What holds the card, for messages.
+        where: File or folder of the card, for messages.
         card: The card.
         trust_code: See `FittedModel.load`.
-        copy: The model's file as it was saved with the card; None: the file that the model's name points to.
+        copy: The model's file as saved with the card; None: the file that the model's name points to.
 
     Raises:
         DataError: The card records no code, or the file is missing or was edited.
-        UntrustedCodeError: `trust_code` does not name the file.
-        ConfigError: The package that the model's class is in is not installed.
+        UntrustedCodeError: `trust_code` does not match the file.
+        ConfigError: The package with the model's class is not installed.
     """
     name = str(card.model.get("name"))
     if card.code is None:
         if name not in MODELS:
-            raise DataError(f"{where}: names the model {name}, which is not the program's, and records no code of it.")
+            raise DataError(f"{where}: names the model {name}, which is not one of the program, and records no code.")
         return None
     if "distribution" in card.code:
         return _installed_code(name, card.code, where)
     if not names_file(name):
-        raise DataError(f"{where}: names the model {name}; expected FILE.py:CLASS beside the code it records.")
+        raise DataError(f"{where}: names the model {name}; expected FILE.py:CLASS, since it records code.")
     if copy is not None and not copy.is_file():
         raise DataError(f"{copy}: is missing, the code of {name}.", "Copy the model's complete folder.")
     code = file_code(name, copy)
@@ -194,7 +194,7 @@ def saved_code(where: Path, card: ModelCard, trust_code: str | None, copy: Path 
 
 
 def _installed_code(name: str, recorded: Mapping[str, str], where: Path) -> OwnCode:
-    """The code of a saved model whose class an installed package offers.
+    """Return the code of a saved model whose class is in an installed package.
 
     Raises:
         ConfigError: The package is not installed.
@@ -220,7 +220,7 @@ def build(
     magnifications: tuple[float, ...],
     code: OwnCode | None = None,
 ) -> nn.Module:
-    """The network of a `model` section; `code` is its class where it is not the program's (None: found by its name)."""
+    """Build the network of a `model` section; `code` is its class if not the program's (None: found by its name)."""
     return build_model(
         model.name,
         backbone_dim=backbone_dim,

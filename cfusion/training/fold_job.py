@@ -1,4 +1,4 @@
-"""What is trained on what: the job of one fold, and the outcomes of its bags."""
+"""The training job of one fold, and the outcomes of its bags."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cfusion.types import Targets
 
 @dataclass(frozen=True)
 class FoldJob:
-    """One training: a configuration, its bags, and where its state lives.
+    """One training run: a configuration, its bags, and the folder of its state.
 
     Attributes:
         config: The run's configuration.
@@ -28,10 +28,10 @@ class FoldJob:
         cases: Outcomes by patient: `time_months`, `event`.
         bins: Time bins of the training patients.
         sampling_weights: [bag], for `sampling: weighted`; None otherwise.
-        name: Of the training among those of other seeds and folds; its dropout follows from it.
+        name: Name of the run among other seeds and folds; its dropout depends on it.
         identity: All of this as plain values, for checkpoints.
-        card: What the model is, for whoever reads a checkpoint without the run.
-        folder: Where checkpoints go.
+        card: Model card, for readers of a checkpoint that do not have the run.
+        folder: Folder for checkpoints.
         on_epoch: Called on rank 0 with each finished epoch's number and metrics.
     """
 
@@ -49,7 +49,7 @@ class FoldJob:
 
 
 def targets_of(job: FoldJob, bags: BagSet) -> Targets:
-    """Outcomes of the patients of `bags`, [bag]."""
+    """Return the outcomes of the patients of `bags`, [bag]."""
     rows = job.cases.loc[[bag.case_id for bag in bags.bags]]
     return Targets(
         torch.as_tensor(job.bins.label(rows["time_months"].to_numpy())),

@@ -1,4 +1,4 @@
-"""Training of one fold, and of all folds of a cross-validation, each once and none half."""
+"""Training of one fold, and of all folds of a cross-validation; finished folds are not trained again."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ EpochCallback = Callable[[int, dict[str, float]], None]
 
 @dataclass(frozen=True, repr=False)
 class FoldRun:
-    """What training one fold gives.
+    """Result of training one fold.
 
     Attributes:
         model: The chosen model with its card.
-        predictions: Of the test patients, one row each: `model, cohort, protocol, seed, fold, case_id, risk,
-            survival_months, event, risk_cutoff, survival_1…K, edge_1…K`.
+        predictions: Predictions of the test patients, one row each: `model, cohort, protocol, seed, fold, case_id,
+            risk, survival_months, event, risk_cutoff, survival_1…K, edge_1…K`.
         history: One row of metrics per epoch.
         best_epoch: The epoch whose parameters were chosen.
         split: The patients.
@@ -76,20 +76,20 @@ def fit(
     folder: Path | None = None,
     on_epoch: EpochCallback | None = None,
 ) -> FoldRun:
-    """Train on one fold, choose the epoch as the protocol says, and predict its test patients.
+    """Train on one fold, choose the epoch as the protocol requires, and predict the fold's test patients.
 
-    The same call on 1 process or 64: every rank makes it and gets the same result.
+    The call is the same on 1 process or 64: every rank makes it and gets the same result.
 
     Args:
         config: The run.
         cohort: Patients with slides in the shards.
-        split: Which of them train, choose and are scored.
-        runtime: The processes; none: as launched.
-        folder: Where checkpoints go; none: nothing is kept, and an interrupted training starts anew.
+        split: Which patients train, choose the epoch and are scored.
+        runtime: The processes; None: as launched.
+        folder: Folder for checkpoints; None: no checkpoints, so an interrupted training run starts again.
         on_epoch: Called on rank 0 after each epoch.
 
     Raises:
-        DataError: The shards are of another encoder or lack a slide, or a loss is not finite.
+        DataError: The shards have another encoder or lack a slide, or a loss is not finite.
         RequeueError: The process was asked to stop; the state is in `folder`.
     """
     runtime = runtime or join_world(config.parallel)
@@ -102,16 +102,16 @@ def fit(
 
 @dataclass(frozen=True)
 class ReadyFold:
-    """A fold before its training.
+    """A fold that is ready for training.
 
     Attributes:
-        job: What is trained on what.
-        network: The model with its first weights.
-        card: Of the model; the cut-off comes with the training.
+        job: The training job.
+        network: The model with its initial weights.
+        card: Card of the model; training adds the cut-off.
         cohort: All patients.
         split: The fold's patients.
         test: Bags that are scored.
-        source: The user's file that the model's class is in, where it is in one.
+        source: The user's file with the model's class, if there is one.
     """
 
     job: FoldJob
@@ -133,7 +133,7 @@ def ready_fold(
     folder: Path,
     on_epoch: EpochCallback | None,
 ) -> ReadyFold:
-    """Bags, time bins and first weights of a fold; see `fit`."""
+    """Prepare bags, time bins and initial weights of a fold; see `fit`."""
     bins = TimeBins.fit(*_outcomes(cohort, split.train), config.evaluation.n_bins)
     train_set = _bag_set(config, cohort, dataset, runtime, split.train)
     torch.manual_seed(int(digest_json(["initial weights", _name(config, split)])[:15], 16))
@@ -187,26 +187,26 @@ def _train(runtime: Runtime, fold: ReadyFold) -> FoldRun:
 
 
 def fold_run(fold: ReadyFold, module: nn.Module, state: TrainState, training: Tensor, scored: Tensor) -> FoldRun:
-    """The result of a fold.
+    """Assemble the result of a fold.
 
     Args:
         fold: The fold.
         module: Its model with the chosen parameters.
-        state: Where its training ended.
-        training: Logits [bag, bin] of its training bags, which give the cut-off.
+        state: State at the end of training.
+        training: Logits [bag, bin] of its training bags, which determine the cut-off.
         scored: Logits [bag, bin] of its test bags.
     """
     risks = -patient_survival(training, fold.job.train).sum(axis=1)
     card = replace(fold.card, risk_cutoff=float(risks.median()))
     frame = prediction_frame(scored, fold.test, fold.job.bins)
     config, split = fold.job.config, fold.split
-    told = {
+    shared = {
         "model": config.model.name, "protocol": config.evaluation.protocol, "seed": config.seed,
         "repeat": split.repeat, "fold": split.fold, "risk_cutoff": card.risk_cutoff,
     }  # fmt: skip
     return FoldRun(
         model=FittedModel(module.eval(), card, fold.source),
-        predictions=fold_predictions(frame, fold.cohort, told),
+        predictions=fold_predictions(frame, fold.cohort, shared),
         history=pd.DataFrame(state.history).sort_index(axis=1).assign(fold=fold.split.fold),
         best_epoch=state.best_epoch,
         split=fold.split,
@@ -214,12 +214,12 @@ def fold_run(fold: ReadyFold, module: nn.Module, state: TrainState, training: Te
 
 
 def open_run_shards(config: Config) -> ShardDataset:
-    """The shards of a run, refused where they carry another encoder."""
+    """Open the shards of a run and check that they have the configured encoder."""
     dataset = open_shards(config.data)
     wanted = config.data.encoder
     if wanted is not None and dataset.index.encoder != wanted:
         raise DataError(
-            f"{config.data.shards}: holds embeddings of {dataset.index.encoder}, not of data.encoder={wanted}.",
+            f"{config.data.shards}: holds embeddings of {dataset.index.encoder}, expected data.encoder={wanted}.",
             "Point data.shards at the shards of that encoder.",
         )
     return dataset
@@ -245,7 +245,7 @@ def _outcomes(cohort: Cohort, patients: tuple[str, ...]) -> tuple[np.ndarray, np
 
 
 def _sampling_weights(config: Config, cohort: Cohort, bags: BagSet, bins: TimeBins) -> np.ndarray | None:
-    """1 / size of each bag's (time bin × censoring) class, under `sampling: weighted` (the published recipe)."""
+    """Return 1 / size of each bag's (time bin × censoring) class if `sampling: weighted` (the published recipe)."""
     if config.train.sampling == "all":
         return None
     rows = cohort.cases.loc[[bag.case_id for bag in bags.bags]]

@@ -1,4 +1,4 @@
-"""From a model and bags to predictions, one row per patient."""
+"""Computes predictions of a model for bags, one row per patient."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from cfusion.types import SurvivalOutput
 
 
 def predict_logits(runtime: Runtime, model: nn.Module, bags: BagSet, micro_batch: int) -> Tensor:
-    """Logits [bag, bin] in f64 of every bag, each computed once, the same on every rank; dropout is off."""
+    """Return logits [bag, bin] in f64 of every bag, each computed once, the same on every rank; dropout is off."""
     mine = evaluation_slices(bags.costs, runtime.world_size)[runtime.rank]
     slices = [mine[start : start + micro_batch].tolist() for start in range(0, len(mine), micro_batch)]
     own = len(slices)
     if runtime.sharded_forward:
-        # Every pass needs all processes; who has fewer bags goes along with the cheapest, and drops what comes out.
+        # Every pass needs all processes; one with fewer bags repeats its cheapest bag and drops the result.
         slices += [[int(bags.costs.argmin())]] * (max(runtime.gather([own])) - own)
     was_training = model.training
     model.eval()
@@ -37,15 +37,15 @@ def predict_logits(runtime: Runtime, model: nn.Module, bags: BagSet, micro_batch
 
 
 def patient_survival(logits: Tensor, bags: BagSet) -> pd.DataFrame:
-    """Survival past each time bin, columns 0 … K − 1, one row per patient in the order of the bags.
+    """Return survival past each time bin, columns 0 … K − 1, one row per patient in the order of the bags.
 
-    Where a patient has several bags their curves are averaged, which averages their risks too.
+    If a patient has several bags, their curves are averaged, and therefore their risks.
     """
     survival = pd.DataFrame(SurvivalOutput.from_logits(logits).survival.numpy())
     return survival.groupby([bag.case_id for bag in bags.bags], sort=False).mean()
 
 
 def prediction_frame(logits: Tensor, bags: BagSet, bins: TimeBins) -> pd.DataFrame:
-    """One row per patient: `case_id, risk, survival_1…K, edge_1…K` (right edges of the time bins, in months)."""
+    """Return one row per patient: `case_id, risk, survival_1…K, edge_1…K` (right edges of the time bins, in months)."""
     survival = patient_survival(logits, bags)
     return curve_table(list(survival.index), survival.to_numpy(), bins.right_edges_months)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and leave: SIGTERM, and SIGUSR1 or SIGUSR2, as SLURM sends before the time is up."""
+"""Signals to save and stop: SIGTERM, and SIGUSR1 or SIGUSR2, which SLURM sends before the time limit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""SLURM sends what its `--signal` says: SIGUSR1 in our scripts, SIGUSR2 in submitit's."""
+"""SLURM sends the signal in its `--signal` option: SIGUSR1 in our scripts, SIGUSR2 in submitit's."""
 
 _requested = threading.Event()
 
@@ -21,7 +21,7 @@ def stop_requested() -> bool:
 
 @contextlib.contextmanager
 def graceful_stop() -> Iterator[None]:
-    """Within the block, the `SIGNALS` ask for a stop after the current step instead of ending the process."""
+    """Within the block, make `SIGNALS` request a stop after the current step instead of ending the process."""
 
     def ask(_signal: int, _frame: FrameType | None) -> None:
         _requested.set()

@@ -1,4 +1,4 @@
-"""Epochs: train, validate, keep the best, stop in time, save, resume."""
+"""The epoch loop: train, validate, keep the best, stop early, save, resume."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from cfusion.types import Targets
 
 
 def train_fold(runtime: Runtime, job: FoldJob, model: nn.Module, stepper: Stepper) -> tuple[TrainState, Snapshot]:
-    """Train until the epochs or the patience are used up; `model` then computes with the chosen parameters.
+    """Train up to the maximum epochs or the patience; afterwards `model` holds the chosen parameters.
 
     Args:
         runtime: The processes.
-        job: What to train on.
-        model: The bare model, whose parameters `stepper` moves.
+        job: The training job.
+        model: The bare model, whose parameters `stepper` updates.
         stepper: The wrapped model with its optimizer and loss.
 
     Returns:
@@ -67,7 +67,7 @@ def train_fold(runtime: Runtime, job: FoldJob, model: nn.Module, stepper: Steppe
 def _train_epoch(
     runtime: Runtime, job: FoldJob, state: TrainState, snapshot: Snapshot, stepper: Stepper, checkpoints: Checkpoints
 ) -> float:
-    """The rest of the epoch that `state` stands in; returns the last learning rate."""
+    """Train the rest of the current epoch; return the last learning rate."""
     config, costs, lengths = job.config, job.train.costs, job.train.lengths
     order = epoch_order(
         [bag.key for bag in job.train.bags],
@@ -102,7 +102,7 @@ def _train_epoch(
         if report.stop:
             raise RequeueError(
                 f"Stopped at epoch {state.epoch}, step {state.step}; the state is in {job.folder}.",
-                "The same command goes on from there.",
+                "Run the same command again to resume.",
             )
     return learning_rate(config.train, step=state.step - 1, steps_per_epoch=steps_per_epoch)
 
@@ -115,7 +115,7 @@ def _shares(
     earlier: Sequence[np.ndarray],
     plans: Sequence[Sequence[MicroBatch]],
 ) -> Iterator[Share]:
-    """This process's shares of all global batches, one after the other, read ahead."""
+    """Yield this process's shares of all global batches in order, read ahead."""
     passes = [(step, micro) for step, plan in enumerate(plans) for micro in plan]
     bags = [batches[step][list(micro.indices)].tolist() for step, micro in passes]
     targets = targets_of(job, job.train)
@@ -131,7 +131,7 @@ def _shares(
 
 @contextlib.contextmanager
 def _averaged(runtime: Runtime, model: nn.Module, snapshot: Snapshot) -> Iterator[None]:
-    """Evaluate with the moving average of the parameters, where there is one."""
+    """Evaluate with the moving average of the parameters, if there is one."""
     if not snapshot.average:
         yield
         return

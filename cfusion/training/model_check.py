@@ -1,7 +1,7 @@
-"""Checks a model that is not the program's on a small made-up bag, before anything is trained.
+"""Tests a model that is not the program's on a small synthetic bag before training starts.
 
-What is checked is what training, prediction and serving rely on: the arguments, the output's type and shape, finite
-values, and that padding does not change a bag's output where bags are padded.
+The checks cover what training, prediction and serving rely on: the arguments, the output's type and shape, finite
+values, and that padding does not change a bag's output.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from cfusion.training.fitted import build
 from cfusion.types import BagBatch, SurvivalOutput, magnification_name
 
 _TILES = (2, 3)
-"""Tiles of two made-up bags at the coarsest magnification."""
+"""Tiles of two synthetic bags at the coarsest magnification."""
 
 _TOLERANCE = 1e-3
-"""Largest difference of a logit, relative to 1 + its size, between a bag alone and the same bag padded."""
+"""Largest difference of a logit, relative to 1 + its size, between a single bag and the same bag padded."""
 
 
 def check_own_model(config: Config, dim: int) -> OwnCode | None:
-    """Build the model of a run and try it, where its code is not the program's.
+    """Build the model of a run and test it, if its code is not the program's.
 
     Args:
         config: The run.
         dim: Width of the embeddings.
 
     Returns:
-        The code; None for a model of the program, which is not tried.
+        The code; None for a model of the program, which is not tested.
 
     Raises:
-        ConfigError: It does not import, does not take the arguments, fails on a bag, or returns another thing than a
-            finite `SurvivalOutput`. The file and line are named.
+        ConfigError: The model does not import, does not take the arguments, fails on a bag, or does not return a
+            finite `SurvivalOutput`. The message names file and line.
     """
     code = model_code(config.model.name)
     if code is None:
@@ -50,7 +50,7 @@ def check_own_model(config: Config, dim: int) -> OwnCode | None:
 
 
 class _Trial:
-    """A model, and made-up bags for it."""
+    """A model and synthetic bags for it."""
 
     def __init__(self, config: Config, code: OwnCode, dim: int) -> None:
         self._config, self._code, self._dim = config, code, dim
@@ -64,10 +64,10 @@ class _Trial:
         self._trained(module, bags[0])
         module.eval()
         with torch.inference_mode():
-            alone = [self._output(module, bag).logits for bag in bags]
+            single = [self._output(module, bag).logits for bag in bags]
             train = self._config.train
             if train.micro_batch > 1 or self._config.data.token_budget is not None:
-                self._check_padding(module, bags, torch.cat(alone))
+                self._check_padding(module, bags, torch.cat(single))
 
     def _built(self) -> nn.Module:
         config = self._config
@@ -104,9 +104,9 @@ class _Trial:
             output = module(batch)
         except KeyError as error:
             offered = ", ".join(batch.features)
-            raise self._refused(error, f"failed on a made-up bag that carries {offered}") from error
+            raise self._refused(error, f"failed on a synthetic bag with {offered}") from error
         except Exception as error:
-            raise self._refused(error, "failed on a made-up bag") from error
+            raise self._refused(error, "failed on a synthetic bag") from error
         if not isinstance(output, SurvivalOutput):
             raise self._wrong(
                 module,
@@ -125,20 +125,20 @@ class _Trial:
                 raise self._wrong(module, f"returned {name} that are not finite")
         return output
 
-    def _check_padding(self, module: nn.Module, bags: Sequence[BagBatch], alone: torch.Tensor) -> None:
+    def _check_padding(self, module: nn.Module, bags: Sequence[BagBatch], single: torch.Tensor) -> None:
         together = self._output(module, join(bags)).logits
-        worst = ((together - alone).abs() / (1 + alone.abs())).max().item()
+        worst = ((together - single).abs() / (1 + single.abs())).max().item()
         if worst > _TOLERANCE:
             raise self._wrong(
-                module, f"returned other logits for a bag padded beside another (difference {worst:.2g})",
-                "Leave out tiles whose BagBatch.masks entry is false, or set train.micro_batch=1 without "
+                module, f"returned different logits for a bag when it is padded (difference {worst:.2g})",
+                "Ignore tiles whose BagBatch.masks entry is false, or set train.micro_batch=1 without "
                 "data.token_budget.",
             )  # fmt: skip
 
     def _refused(self, error: Exception, what: str) -> ConfigError:
         return ConfigError(
             f"{self._code.where(error)}: {self._code.attribute} {what} ({type(error).__name__}: {error}).",
-            "See `cfusion help own-model` for what a model takes and returns.",
+            "See `cfusion help own-model` for a model's arguments and return value.",
             topic="own-model",
         )
 
@@ -148,7 +148,7 @@ class _Trial:
 
 
 def _line(module: nn.Module, code: OwnCode) -> int | None:
-    """The line in the model's file where its forward pass begins, or else its class or function."""
+    """Return the line in the model's file where its forward pass starts, or else its class or function."""
     where = [vars(kind) for kind in type(module).__mro__]
     found = [members[name] for members in where for name in ("survival_of", "survival", "forward") if name in members]
     for function in [*found, code.load()]:

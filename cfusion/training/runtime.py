@@ -1,4 +1,4 @@
-"""The door to Accelerate: devices, precision, collectives, and what a process keeps of the model (DDP)."""
+"""Wraps Accelerate: devices, precision, collectives, and each process's part of the model (DDP)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from cfusion.errors import ConfigError
 ItemT = TypeVar("ItemT")
 
 TIMEOUT = datetime.timedelta(minutes=10)
-"""A process that waits this long for the others gives up."""
+"""A process that waits longer than this for the others fails."""
 
 _DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.float32, "fp16": torch.float32}
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,14 +37,14 @@ _REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MU
 
 @dataclass(frozen=True)
 class Part:
-    """What this process keeps of one parameter or buffer: elements `start`, `start` + 1, … of its flattened values.
+    """The elements of one parameter or buffer that this process keeps: a range of its flattened values.
 
     Attributes:
-        shape: Of the whole.
-        start: First element.
-        values: The elements, to read and to write; in the shape of the whole where all of them are here.
-        moments: What the optimizer keeps of the same elements, by its names for it; to read and to write.
-        writes: Whether this process is the one that writes them to a checkpoint.
+        shape: Shape of the complete tensor.
+        start: Index of the first element.
+        values: The elements, for reading and writing; in the tensor's shape if all of them are here.
+        moments: The optimizer's state of the same elements, by its names for it; for reading and writing.
+        writes: Whether this process writes them to a checkpoint.
     """
 
     shape: torch.Size
@@ -55,14 +55,14 @@ class Part:
 
 
 class Runtime:
-    """The processes of a run and what this one is among them; here each of them holds the whole model (DDP).
+    """The processes of a run, and this process's place among them; under DDP each holds the complete model.
 
     Attributes:
         rank: Number of this process, from 0.
         world_size: Number of processes.
-        device: Where this process computes.
-        dtype: Type of parameters and of the features handed to the model.
-        sharded_forward: Whether a forward pass needs all processes, which then have to make equally many.
+        device: Device of this process.
+        dtype: Type of parameters and of the features passed to the model.
+        sharded_forward: Whether a forward pass needs all processes, so each must make the same number of passes.
     """
 
     def __init__(self, accelerator: Accelerator, parallel: ParallelConfig) -> None:
@@ -76,18 +76,18 @@ class Runtime:
 
     @staticmethod
     def accelerate(parallel: ParallelConfig, *, on_cpu: bool) -> Accelerator:
-        """Accelerate for this engine.
+        """Create the Accelerator for this engine.
 
         Raises:
-            ConfigError: Accelerate was told of another engine.
+            ConfigError: Accelerate already runs another engine.
         """
         if on_cpu:
-            # Without this, a process under torchrun on a machine without a GPU believes that it is alone.
+            # Without this, a process under torchrun on a machine without a GPU assumes that it is the only one.
             os.environ["ACCELERATE_USE_CPU"] = "true"
         accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision=parallel.precision if parallel.precision == "fp16" else "no",
-            # Steps are put together here; a variable of the environment would have Accelerate divide each loss again.
+            # The stepper assembles the steps; an environment variable could make Accelerate divide each loss again.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=TIMEOUT),
@@ -99,36 +99,36 @@ class Runtime:
         return accelerator
 
     def worlds(self) -> dict[str, int]:
-        """Number of processes as each library sees it."""
+        """Return the number of processes that each library sees."""
         torch_sees = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         return {"Accelerate": self.accelerator.num_processes, "torch.distributed": torch_sees}
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files, logs and tracks."""
+        """Whether this process writes files, logs and tracking records."""
         return self.rank == 0
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Move the model to the device and wrap it so that gradients are averaged over processes."""
         model.to(device=self.device, dtype=self.dtype)
-        # Of small depthwise kernels alone, whose copies cost nothing.
+        # The warning concerns only small depthwise kernels, whose copies cost nothing.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         wrapped, optimizer = self.accelerator.prepare(model, optimizer)
         return wrapped, optimizer
 
     def release(self) -> None:
-        """Drop the references Accelerate holds, so that the next fold starts with free memory."""
+        """Drop the references that Accelerate holds, so that the next fold starts with free memory."""
         self.accelerator.free_memory()
 
     @contextlib.contextmanager
     def accumulate(self, model: nn.Module, *, last: bool) -> Iterator[None]:
-        """One forward and backward of a step: gradients are exchanged in the step's last one alone."""
+        """Run one forward and backward pass of a step; gradients are exchanged only in the last one."""
         exchanged = last or self.accelerator.distributed_type == DistributedType.NO
         with contextlib.nullcontext() if exchanged else self.accelerator.no_sync(model):
             yield
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The arithmetic of a forward pass in training."""
+        """Return the autocast context of a forward pass in training."""
         dtype = _AUTOCAST.get(self.parallel.precision)
         return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
@@ -139,10 +139,10 @@ class Runtime:
     def advance(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, lr: float, clip_norm: float | None
     ) -> float:
-        """Clip the gradient to `clip_norm`, move the parameters, and return the norm that the gradient had.
+        """Clip the gradient to `clip_norm`, update the parameters, and return the gradient's norm before clipping.
 
-        Where the norm is not finite no parameter moves. In fp16 that also happens where the scale of the loss was too
-        large; it is then halved, and the norm told is 0 until the scale has no room left.
+        If the norm is not finite, no parameter changes. In fp16 this also happens if the loss scale was too large: it
+        is then halved, and the returned norm is 0 until the scale cannot be reduced further.
         """
         limit = float("inf") if clip_norm is None else clip_norm
         norm = float(self.accelerator.clip_grad_norm_(model.parameters(), limit))
@@ -158,7 +158,7 @@ class Runtime:
 
     @property
     def loss_scale(self) -> dict[str, float]:
-        """State of the scaler of losses, which moves from step to step; empty where the precision is not fp16."""
+        """State of the loss scaler, which changes between steps; empty unless the precision is fp16."""
         scaler = self.accelerator.scaler
         return {} if scaler is None else scaler.state_dict()
 
@@ -168,7 +168,7 @@ class Runtime:
             self.accelerator.scaler.load_state_dict(state)
 
     def parts(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Part]:
-        """What this process keeps of the model and of its optimizer, by the names of the parameters."""
+        """Return the parts of the model and its optimizer state that this process keeps, by parameter name."""
         parameters = dict(model.named_parameters())
         return {
             name: Part(
@@ -182,18 +182,18 @@ class Runtime:
         }
 
     def publish(self, model: nn.Module, parts: dict[str, Part]) -> None:
-        """Have the model compute with what was written to `parts`, which here are its own parameters."""
+        """Make the model use the values written to `parts`; under DDP these are its own parameters."""
 
-    def whole(self, parts: dict[str, Part], values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors like `parts`, of all processes put together, the same on each."""
+    def assembled(self, parts: dict[str, Part], values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Assemble tensors like `parts` from all processes; the result is the same on each."""
         return values
 
     def bare(self, model: nn.Module, parts: dict[str, Part]) -> nn.Module:
-        """The model as a plain module that needs no other process."""
+        """Return the model as a plain module that does not need the other processes."""
         return model
 
     def sum(self, values: list[float]) -> list[float]:
-        """Sums of `values` over all processes, the same on each."""
+        """Sum `values` over all processes; the result is the same on each."""
         if self.world_size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -201,11 +201,11 @@ class Runtime:
         return tensor.tolist()
 
     def gather(self, items: list[ItemT]) -> list[ItemT]:
-        """The items of all processes, in the order of their ranks."""
+        """Gather the items of all processes, in the order of their ranks."""
         return gather_object(items) if self.world_size > 1 else items
 
     def from_main(self, value: ItemT) -> ItemT:
-        """The value that rank 0 holds."""
+        """Return the value of rank 0."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -213,36 +213,36 @@ class Runtime:
         return box[0]
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process arrives."""
         self.accelerator.wait_for_everyone()
 
     def agree(self, what: str, value: str) -> None:
-        """Refuse to go on where processes differ in `value`.
+        """Refuse to continue if processes differ in `value`.
 
         Raises:
-            ConfigError: Some rank holds another value; the ranks are named.
+            ConfigError: Some rank holds another value; the message names the ranks.
         """
         values = self.gather([value])
         differing = [rank for rank, other in enumerate(values) if other != values[0]]
         if differing:
             raise ConfigError(
-                f"Ranks {differing} have another {what} than rank 0.",
+                f"Ranks {differing} differ from rank 0 in: {what}.",
                 "Start all of them from the same files and the same version of the program.",
                 topic="world",
             )
 
 
 def another_engine(parallel: ParallelConfig, runs: str) -> ConfigError:
-    """What to raise where Accelerate runs something else than the engine of the configuration."""
+    """Create the error for an Accelerate that runs a different engine than configured."""
     return ConfigError(
-        f"parallel.engine={parallel.engine} was asked for, but Accelerate runs {runs}.",
-        "Start with torchrun, without ACCELERATE_* variables; a process runs one engine in its life.",
+        f"The configuration has parallel.engine={parallel.engine}, but Accelerate runs {runs}.",
+        "Start with torchrun, without ACCELERATE_* variables. A process can run only one engine.",
         topic="world",
     )
 
 
 def moments_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """The moments of Adam and AdamW of a parameter; where there are none yet, those it starts from."""
+    """Return the moments of Adam and AdamW of a parameter; before the first step, their initial values."""
     state: dict[str, Tensor] = optimizer.state[parameter]
     if not state:
         state["step"] = torch.tensor(0.0)

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the position in training, so that a resumed run needs no schedule state."""
+"""The learning rate as a pure function of the training position, so that a resumed run needs no schedule state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PUBLISHED_HALF_PERIOD = 10
 
 
 def learning_rate(train: TrainConfig, *, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of optimizer step `step` (from 0, over the whole training)."""
+    """Return the learning rate of optimizer step `step`, counted from 0 over all epochs."""
     total = train.epochs * steps_per_epoch
     warmup = math.ceil(train.warmup_fraction * total)
     if step < warmup:
@@ -28,6 +28,6 @@ def learning_rate(train: TrainConfig, *, step: int, steps_per_epoch: int) -> flo
 
 
 def make_optimizer(model: torch.nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of `train`; its learning rate is set before every step from `learning_rate`."""
+    """Create the optimizer of `train`; its learning rate is set from `learning_rate` before every step."""
     kind = torch.optim.AdamW if train.optimizer == "adamw" else torch.optim.Adam
     return kind(model.parameters(), lr=train.lr, weight_decay=train.weight_decay)

@@ -1,4 +1,4 @@
-"""The tensors of a training, as far as a process keeps them, and as pieces of a checkpoint."""
+"""The tensors of a training run that a process keeps, and their pieces in a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from cfusion.training.runtime import Part
 
 
 class OtherTrainingError(CheckpointError):
-    """A whole checkpoint that is not of this training; an older one would not be either."""
+    """A complete checkpoint of another training run; older ones would not match either."""
 
 
 @dataclass
 class Snapshot:
-    """Tensors that belong to a state, as far as this process keeps them.
+    """The part of a training state's tensors that this process keeps.
 
     Attributes:
         parts: The parameters and their moments, see `Runtime.parts`.
         best: Parameters of the best epoch; empty before the first.
-        average: Moving average of the parameters; empty where it is off.
+        average: Moving average of the parameters; empty if it is off.
     """
 
     parts: dict[str, Part]
@@ -32,25 +32,25 @@ class Snapshot:
     average: dict[str, Tensor] = field(default_factory=dict)
 
     def parameters(self) -> dict[str, Tensor]:
-        """A copy of the parameters."""
+        """Return a copy of the parameters."""
         return {name: part.values.clone() for name, part in self.parts.items()}
 
     @torch.no_grad()
     def put(self, values: Mapping[str, Tensor]) -> None:
-        """Give the parameters other values; `Runtime.publish` then has the model compute with them."""
+        """Set the parameters' values; call `Runtime.publish` to make the model use them."""
         for name, part in self.parts.items():
             part.values.copy_(values[name])
 
     @torch.no_grad()
     def move_average(self, decay: float | None) -> None:
-        """Move the average towards the parameters; nothing where there is none (`decay` None)."""
+        """Move the average towards the parameters; do nothing if there is none (`decay` None)."""
         if decay is None:
             return
         for name, part in self.parts.items():
             self.average[name].lerp_(part.values, 1 - decay)
 
     def pieces(self) -> dict[str, Piece]:
-        """What this process writes to a checkpoint: parameters, their average and their moments."""
+        """Return what this process writes to a checkpoint: parameters, their average and their moments."""
         groups = {"model": {name: part.values for name, part in self.parts.items()}, "average": self.average}
         pieces = {
             f"{group}/{name}": Piece(part.shape, part.start, values[name])
@@ -63,12 +63,12 @@ class Snapshot:
                 if values.ndim:
                     pieces[f"{moment}/{name}"] = Piece(part.shape, part.start, values)
                 elif part.start == 0:
-                    # All slices of a parameter share it; the first one writes it.
+                    # All slices of a parameter share it, so the first one writes it.
                     pieces[f"{moment}/{name}"] = Piece(values.shape, 0, values.clone())
         return pieces
 
     def best_pieces(self) -> dict[str, Piece]:
-        """What this process writes of the best parameters."""
+        """Return what this process writes of the best parameters."""
         return {
             f"model/{name}": Piece(part.shape, part.start, self.best[name]) for name, part in self._written().items()
         }
@@ -78,10 +78,10 @@ class Snapshot:
 
     @torch.no_grad()
     def fill(self, stored: Stored, best: Stored | None) -> None:
-        """Read all of it from a checkpoint, and from that of the best parameters where there is one.
+        """Read all tensors from a checkpoint, and the best parameters from theirs if there is one.
 
         Raises:
-            OtherTrainingError: It holds another model.
+            OtherTrainingError: The checkpoint holds another model.
             CheckpointError: Something is missing in it.
         """
         self._check_model(stored)
@@ -91,7 +91,7 @@ class Snapshot:
                 if values.ndim:
                     values.copy_(_read(stored, moment, name, part))
                 elif part.values.numel():
-                    values.copy_(stored.whole(f"{moment}/{name}"))
+                    values.copy_(stored.complete(f"{moment}/{name}"))
         if self.average:
             self.average = {name: _read(stored, "average", name, part) for name, part in self.parts.items()}
         if best is not None:

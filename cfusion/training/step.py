@@ -1,8 +1,8 @@
-"""One optimizer step over a global batch, whatever the number of processes.
+"""One optimizer step over a global batch, for any number of processes.
 
-The loss is the mean over the *global* number of cases, so a step is the same on 1 process or 64, and a last, smaller
-batch weighs what it holds. Losses over sets of cases (Cox, ranking) need the logits of the whole global batch: a first
-pass without gradients collects them from all ranks, and a second one sends their gradient through the model.
+The loss is the mean over the *global* number of cases, so a step is the same on 1 process or 64, and a smaller last
+batch is weighted by its size. Losses over sets of cases (Cox, ranking) need the logits of the complete global batch: a
+first pass without gradients gathers them from all ranks, and a second pass sends their gradient through the model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Share:
         batch: The bags.
         targets: Their outcomes.
         weights: [bag], 1, or 0 for a bag that only keeps this rank in step with the others.
-        seed: Of the pass's dropout, see `dropout_seed`.
+        seed: Dropout seed of the pass, see `dropout_seed`.
     """
 
     batch: BagBatch
@@ -40,27 +40,27 @@ class Share:
 
 
 def dropout_seed(training: str, epoch: int, keys: Sequence[str], earlier: Sequence[int]) -> int:
-    """Seed of the dropout of one forward pass in training.
+    """Compute the dropout seed of one forward pass in training.
 
-    It hangs on nothing but the training, the epoch and the bags, so that masks are the same in whatever order bags
-    come, on whichever rank, and after a resume.
+    It depends only on the training run, the epoch and the bags. Masks are therefore the same for any order of bags, on
+    any rank, and after a resume.
 
     Args:
-        training: Name of the training: seed and fold of the run.
+        training: Name of the run: its seed and fold.
         epoch: From 0.
         keys: The bags of the pass, in order.
-        earlier: How often each was drawn before in this epoch, so that a bag that comes again gets other masks.
+        earlier: How often each bag was drawn before in this epoch, so that a repeated bag gets different masks.
     """
     return int(digest_json([training, epoch, list(keys), list(earlier)])[:15], 16)
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What every process knows after a step.
+    """Result of a step, the same on every process.
 
     Attributes:
         loss: Mean loss over the global batch.
-        stop: Some process was asked to stop.
+        stop: Whether any process was asked to stop.
     """
 
     loss: float
@@ -69,15 +69,15 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Stepper:
-    """A model with what it takes to move it one step.
+    """A model with its optimizer and loss, ready to step.
 
     Attributes:
         runtime: The processes.
-        model: As `Runtime.prepare` gave it.
-        optimizer: As `Runtime.prepare` gave it.
+        model: As returned by `Runtime.prepare`.
+        optimizer: As returned by `Runtime.prepare`.
         loss: From the loss registry.
         alpha: Weight of uncensored cases in the loss.
-        clip_norm: Largest gradient norm; none: no clipping.
+        clip_norm: Maximum gradient norm; None: no clipping.
     """
 
     runtime: Runtime
@@ -88,16 +88,16 @@ class Stepper:
     clip_norm: float | None
 
     def step(self, micro_batches: Sequence[Share], *, cases: int, lr: float, stop: bool = False) -> StepReport:
-        """Move the parameters by the gradient of the mean loss over the global batch.
+        """Update the parameters with the gradient of the mean loss over the global batch.
 
         Args:
-            micro_batches: This process's share, as many on every rank.
+            micro_batches: This process's share; every rank has the same number.
             cases: Bags of the global batch over all processes.
             lr: Learning rate of this step.
-            stop: This process wants to stop after the step.
+            stop: Whether this process wants to stop after the step.
 
         Raises:
-            DataError: The loss or its gradient is not finite, on any rank; the bags are named, and no parameter moved.
+            DataError: The loss or its gradient is not finite on some rank; the bags are named, no parameter changed.
         """
         loss = self.accumulate(micro_batches, cases=cases)
         return self.move(
@@ -105,10 +105,10 @@ class Stepper:
         )
 
     def accumulate(self, micro_batches: Sequence[Share], *, cases: int) -> float:
-        """Add the gradient of this process's share of a global batch of `cases` bags; its last pass exchanges it.
+        """Add the gradient of this process's share of a global batch of `cases` bags; the last pass exchanges it.
 
         Returns:
-            The sum of the loss over the share, before it is divided by `cases`.
+            Sum of the loss over the share, before division by `cases`.
         """
         surrogates = self._set_wise_gradients(micro_batches) if self.loss.set_wise else None
         local_loss = 0.0
@@ -124,12 +124,12 @@ class Stepper:
         return local_loss if surrogates is None else surrogates.loss / self.runtime.world_size
 
     def move(self, loss: float, bags: Sequence[str], *, cases: int, lr: float, stop: bool = False) -> StepReport:
-        """Move the parameters by the gradient that was accumulated.
+        """Update the parameters with the accumulated gradient.
 
         Args:
-            loss: What `accumulate` returned, summed over a global batch.
+            loss: Return value of `accumulate`, summed over a global batch.
             bags: Patients of this process's share.
-            cases: See `step`, as the others.
+            cases: See `step`.
             lr: See `step`.
             stop: See `step`.
 
@@ -145,20 +145,20 @@ class Stepper:
         return StepReport(total / cases, bool(stops))
 
     def _forward(self, micro: Share) -> SurvivalOutput:
-        # Both passes of a set-wise loss come this way: the same dropout, the same arithmetic, the same logits.
+        # Both passes of a set-wise loss use this method: same dropout, same arithmetic, same logits.
         with seeded(micro.seed, self.runtime.device), self.runtime.autocast():
             return self.model(micro.batch)
 
     def _refuse(self, bags: Sequence[str], what: str) -> None:
         cases = self.runtime.gather(list(bags))
         raise DataError(
-            f"The {what} of a step is not finite. Its bags: {', '.join(dict.fromkeys(cases))}.",
+            f"The {what} of a step is not finite. Bags of the step: {', '.join(dict.fromkeys(cases))}.",
             "Look for NaN or huge values in their embeddings (cfusion preprocess verify), or lower train.lr.",
             topic="not-finite",
         )
 
     def _set_wise_gradients(self, micro_batches: Sequence[Share]) -> _SetWise:
-        """Gradient of a set-wise loss with respect to the logits of each local micro-batch."""
+        """Compute the gradient of a set-wise loss with respect to the logits of each local micro-batch."""
         device = self.runtime.device
         with torch.no_grad():
             local = [_heads(self._forward(micro)).double().cpu() for micro in micro_batches]
@@ -192,7 +192,7 @@ class Stepper:
 
 
 def _heads(output: SurvivalOutput) -> Tensor:
-    """All logits that the loss is taken of, [bag, head, bin]."""
+    """Return all logits that enter the loss, [bag, head, bin]."""
     heads = [output.logits] if output.instance_logits is None else [output.logits, output.instance_logits]
     return torch.stack(heads, dim=1)
 

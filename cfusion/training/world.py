@@ -1,7 +1,7 @@
-"""Join the processes that a launcher started, and refuse a world that is not the one that was asked for.
+"""Joins the launched processes, and stops if they do not match what was launched.
 
-Accelerate decides from its environment how many processes it sees, and where it is wrong it trains N separate models
-without a word. So every process asserts that what it sees is what was launched, and that all run the same program.
+Accelerate reads the number of processes from its environment. If that is wrong, it silently trains N separate models.
+Every process therefore asserts that it sees what was launched, and that all run the same program.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from cfusion.training.zero import ZeroRuntime
 logger = logging.getLogger(__name__)
 
 _SINGLES = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
-"""Variables in which launchers say how many tasks they started, that know nothing of each other."""
+"""Variables with a launcher's number of tasks, for tasks that cannot find each other."""
 
 
 def launched() -> int:
-    """Number of processes the launcher started.
+    """Return the number of processes that the launcher started.
 
     Raises:
-        ConfigError: It started several that know nothing of each other, or one where several were asked for, or its
-            variables make no world.
+        ConfigError: It started several unconnected processes, or one instead of several, or its variables are
+            inconsistent.
     """
     if "WORLD_SIZE" in os.environ:
-        return _told_size()
+        return _torchrun_size()
     for variable, launcher in _SINGLES.items():
         tasks = os.environ.get(variable, "1")
         if tasks != "1":
             raise ConfigError(
-                f"{launcher} started {tasks} tasks, each of which would do the whole run alone.",
-                "Have it start torchrun, one task a node, as cfusion launch slurm does; or one task alone.",
+                f"{launcher} started {tasks} separate tasks; each of them would run the complete training.",
+                "Let it start torchrun with one task per node, as cfusion launch slurm does, or start a single task.",
                 topic="world",
             )
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
         raise ConfigError(
-            "accelerate launch was asked for several processes and started one, as it does with --cpu and MULTI_CPU.",
+            "accelerate launch should start several processes but started one, as it does with --cpu and MULTI_CPU.",
             "Use torchrun, or accelerate-launch with launch/accelerate/cpu.yaml.",
             topic="world",
         )
     return 1
 
 
-def _told_size() -> int:
+def _torchrun_size() -> int:
     size = os.environ["WORLD_SIZE"]
     if not size.isdecimal() or int(size) < 1:
         raise ConfigError(f"WORLD_SIZE={size}: expected the number of processes.", "Unset it.", topic="world")
@@ -59,7 +59,7 @@ def _told_size() -> int:
     if int(size) > 1 and missing:
         raise ConfigError(
             f"WORLD_SIZE={size} without {', '.join(missing)}: the processes cannot find each other.",
-            "Start with torchrun, which sets them all; or unset WORLD_SIZE.",
+            "Start with torchrun, which sets all of them, or unset WORLD_SIZE.",
             topic="world",
         )
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -74,18 +74,18 @@ def _told_size() -> int:
 
 
 def join_world(parallel: ParallelConfig) -> Runtime:
-    """Join the processes that `torchrun` or `accelerate launch` started, or run alone.
+    """Join the processes started by `torchrun` or `accelerate launch`, or run as a single process.
 
     Raises:
         ConfigError: The number of processes does not divide the global batch or exceeds the node's GPUs, the precision
-            is not to be had here, or some library sees another world than the launcher made.
+            is unavailable here, or a library sees another number of processes than the launcher started.
     """
     expected = launched()
     check_divides(parallel.global_batch, expected)
     on_cpu = not torch.cuda.is_available()
     check_precision(parallel.precision, on_cpu=on_cpu)
     if on_cpu:
-        # The gradient of an indexed tensor is otherwise added up by several threads in whatever order they come.
+        # Otherwise several threads sum the gradient of an indexed tensor in an arbitrary order.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     else:
@@ -106,21 +106,21 @@ def join_world(parallel: ParallelConfig) -> Runtime:
 
 
 def check_divides(global_batch: int, world_size: int) -> None:
-    """Refuse a global batch that processes cannot share evenly, naming the nearest that they can."""
+    """Refuse a global batch that the processes cannot share evenly, and name the nearest one that they can."""
     if global_batch % world_size:
         nearest = max(world_size, round(global_batch / world_size) * world_size)
         raise ConfigError(
             f"parallel.global_batch={global_batch} cannot be shared by {world_size} processes.",
-            f"The nearest that can is parallel.global_batch={nearest}.",
+            f"The nearest possible value is parallel.global_batch={nearest}.",
             topic="world",
         )
 
 
 def check_precision(precision: str, *, on_cpu: bool) -> None:
-    """Refuse a precision this machine does not compute in, and warn of one that its processor only imitates.
+    """Refuse a precision that this machine does not support, and warn of one that its processor emulates.
 
     Raises:
-        ConfigError: fp16 without a GPU, or bf16 on a GPU that has none.
+        ConfigError: fp16 without a GPU, or bf16 on a GPU without it.
     """
     if on_cpu and precision == "fp16":
         raise ConfigError("parallel.precision=fp16 needs a GPU.", "Use f32 or bf16 on a CPU.")
@@ -133,7 +133,7 @@ def check_precision(precision: str, *, on_cpu: bool) -> None:
 
 
 def another_process_has_ended(error: Exception) -> bool:
-    """Whether an error says no more than that another process of this world is gone, or silent for too long."""
+    """Whether an error only says that another process of this run has ended or does not answer."""
     if isinstance(error, torch.distributed.DistError):
         return True
     return isinstance(error, RuntimeError) and re.search(r"gloo/transport/|NCCL error", str(error)) is not None
@@ -143,12 +143,12 @@ def _check_gpus(processes: int, gpus: int) -> None:
     if processes > gpus:
         raise ConfigError(
             f"{processes} processes were started on this node, which has {gpus} GPUs.",
-            f"Start {gpus}, one a GPU (--nproc-per-node {gpus}); or set CUDA_VISIBLE_DEVICES= to compute on the CPU.",
+            f"Start {gpus}, one per GPU (--nproc-per-node {gpus}), or set CUDA_VISIBLE_DEVICES= to compute on the CPU.",
             topic="world",
         )
 
 
 def _end_gloo() -> None:
-    """Gloo's threads abort a process that ends before they do, with all its work done (pytorch issue 190489)."""
+    """Stop Gloo's threads, which abort a process that ends before them after all its work (pytorch issue 190489)."""
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()

@@ -88,7 +88,7 @@ def disagree(config: Config) -> None:
     from cfusion.runs.crossval import cross_validate
 
     seed = 7 + int(os.environ["RANK"] == "1")
-    with pytest.raises(ConfigError, match=r"Ranks \[1\] have another configuration"):
+    with pytest.raises(ConfigError, match=r"Ranks \[1\] differ from rank 0 in: configuration"):
         cross_validate(config.model_copy(update={"seed": seed}))
 
 

@@ -41,7 +41,9 @@ def other_program() -> None:
     """In a worker: the second process runs other source files."""
     if os.environ["RANK"] == "1":
         world_module.program_digest = lambda: "edited"
-    with pytest.raises(ConfigError, match=r"Ranks \[1\] have another program .* Start all of them from the same files"):
+    with pytest.raises(
+        ConfigError, match=r"Ranks \[1\] differ from rank 0 in: program .* Start all of them from the same files"
+    ):
         join_world(ParallelConfig())
 
 
@@ -53,9 +55,7 @@ def test_processes_of_another_version_of_the_program_stop_at_the_start(tmp_path)
 def test_zero_refuses_a_precision_it_does_not_compute_in(environment, precision):
     environment.setattr(torch.cuda, "is_available", lambda: precision == "fp16")
     environment.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(
-        ConfigError, match=rf"precision={precision} goes with parallel.engine=ddp alone. Use f32 or bf16"
-    ):
+    with pytest.raises(ConfigError, match=rf"precision={precision} needs parallel.engine=ddp. Use f32 or bf16"):
         join_world(ParallelConfig(engine="zero2", precision=precision))
 
 
@@ -79,7 +79,9 @@ def test_another_engine_than_the_one_asked_for_is_refused(environment, engine, r
     environment.setattr(zero, "DeepSpeedPlugin", lambda **_: None)
     environment.setattr(zero, "_import_deepspeed", lambda: None)
     zero.ZeroRuntime.accelerate.cache_clear()
-    with pytest.raises(ConfigError, match=rf"parallel.engine={engine} was asked for, but Accelerate runs {runs.value}"):
+    with pytest.raises(
+        ConfigError, match=rf"The configuration has parallel.engine={engine}, but Accelerate runs {runs.value}"
+    ):
         join_world(ParallelConfig(engine=engine))
 
 
@@ -93,9 +95,12 @@ def test_a_library_that_sees_another_world_is_refused(environment, who):
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"SLURM_STEP_NUM_TASKS": "2"}, r"srun started 2 tasks, each of which would do the whole run alone"),
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, r"mpirun started 4 tasks"),
-        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, r"asked for several processes and started one"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, r"srun started 2 separate tasks; each of them would run the complete training"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, r"mpirun started 4 separate tasks"),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"},
+            r"should start several processes but started one",
+        ),
     ],
 )
 def test_a_launcher_whose_processes_would_each_believe_to_be_alone_is_refused(environment, variables, message):

@@ -110,7 +110,7 @@ def refuse_not_finite(config: Config) -> None:
             yield batch
 
     BagLoader.stream = poisoned
-    with pytest.raises(DataError, match=r"The loss of a step is not finite. Its bags: PT-.*, PT-") as refused:
+    with pytest.raises(DataError, match=r"The loss of a step is not finite. Bags of the step: PT-.*, PT-") as refused:
         train(config)
     BagLoader.stream = original
     told: list[str] = [""] * 2
@@ -146,7 +146,7 @@ def refuse_a_gradient_that_is_not_finite(config: Config) -> None:
             kept.update(before)
 
     folds.LOSSES, Stepper.step = {"nll": RootOfZero()}, watched
-    with pytest.raises(DataError, match=r"The gradient of a step is not finite. Its bags: PT-"):
+    with pytest.raises(DataError, match=r"The gradient of a step is not finite. Bags of the step: PT-"):
         train(config)
     folds.LOSSES, Stepper.step = losses, step
     assert kept

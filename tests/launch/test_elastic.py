@@ -151,4 +151,4 @@ def test_bad_input_is_told_once_and_not_tried_again(files, tmp_path, capfd):
     path = plan.output.with_suffix(".yaml")
     path.write_text(path.read_text().replace("encoder: made-up", "encoder: another"))
     assert run_here(plan) == 2
-    assert capfd.readouterr().err.count("not of data.encoder=another") == 1
+    assert capfd.readouterr().err.count("expected data.encoder=another") == 1

@@ -143,7 +143,7 @@ def test_a_card_cannot_point_to_code_that_it_does_not_record(trained, tmp_path):
     card["model"]["name"] = f"{tmp_path / 'evil.py'}:MaxMIL"
     del card["code"]
     (model / "model.json").write_text(json.dumps(card))
-    with pytest.raises(DataError, match="records no code of it"):
+    with pytest.raises(DataError, match="which is not one of the program, and records no code"):
         FittedModel.load(model, trust_code="0" * 64)
     assert not marker.exists()
 
@@ -283,12 +283,12 @@ BAD = {
     ),
     "no bags": (edited(".mean(dim=1)", ".mean(dim=(0, 1))[None]"), r"mine.py:9: Plain returned .* padded|shape"),
     "magnification": (
-        edited('["x20"]', '["x40"]'), r"mine.py:10: Plain failed on a made-up bag that carries x5, x10, x20 \(KeyError",
+        edited('["x20"]', '["x40"]'), r"mine.py:10: Plain failed on a synthetic bag with x5, x10, x20 \(KeyError",
     ),
     "not finite": (edited(".mean(dim=1)", ".mean(dim=1) / 0"), r"mine.py:9: Plain returned logits that are not finite"),
     "forward fails": (edited("from_logits(", "from_logits(1 +", PLAIN).replace("self.head(", "self.neck("),
-                      r"mine.py:10: Plain failed on a made-up bag \(AttributeError"),
-    "padding": (PLAIN, r"mine.py:9: Plain returned other logits for a bag padded beside another"),
+                      r"mine.py:10: Plain failed on a synthetic bag \(AttributeError"),
+    "padding": (PLAIN, r"mine.py:9: Plain returned different logits for a bag when it is padded"),
 }  # fmt: skip
 
 
@@ -309,7 +309,7 @@ def test_a_model_without_masks_is_taken_one_bag_at_a_time(files, tmp_path):
 
 def test_a_bad_model_is_refused_before_anything_is_written(files, tmp_path):
     config = configured(files, PLAIN, tmp_path, "Plain")
-    with pytest.raises(ConfigError, match="padded beside another"):
+    with pytest.raises(ConfigError, match="when it is padded"):
         cross_validate(config)
     assert not config.output.exists()
 

@@ -1,4 +1,4 @@
-"""Checkpoints: which stay, which is taken up again, and what happens where one cannot be written or read."""
+"""Checkpoints: which are kept, which is resumed, and what happens if one cannot be written or read."""
 
 import errno
 import itertools
@@ -76,7 +76,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_state_comes_back_bit_for_bit(tmp_path):
+def test_state_is_restored_to_the_bit(tmp_path):
     training = Training(tmp_path)
     training.step(best=True)
     training.step()
@@ -89,8 +89,8 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
     assert_same(again, training)
 
 
-def test_the_scale_of_fp16_losses_goes_on_where_it_was(tmp_path):
-    """A GPU alone computes in fp16; its scaler is the same on a CPU."""
+def test_fp16_loss_scale_is_restored(tmp_path):
+    """Only a GPU computes in fp16, but the scaler is the same on a CPU."""
     training = Training(tmp_path)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
     training.checkpoints.runtime.accelerator.scaler = scaler
@@ -111,7 +111,7 @@ def test_the_scale_of_fp16_losses_goes_on_where_it_was(tmp_path):
     assert (fresh.get_scale(), fresh.state_dict()["_growth_tracker"]) == (512.0, 1)
 
 
-def test_the_newest_stay_with_the_best_they_speak_of(tmp_path):
+def test_newest_are_kept_with_the_best_they_refer_to(tmp_path):
     training = Training(tmp_path, keep=3)
     for number in range(1, 8):
         training.step(best=number in (2, 4, 6))
@@ -157,7 +157,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_falls_back_to_the_one_before_with_a_warning(tmp_path, caplog, damage):
+def test_damaged_newest_falls_back_to_the_previous_with_a_warning(tmp_path, caplog, damage):
     training = Training(tmp_path)
     training.step(best=True)
     training.save()
@@ -172,7 +172,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before_with_a_warning(tmp_path, 
         again.load()
     assert_same(again, before)
     assert "step_00000002" in caplog.text
-    assert "The checkpoint before it is taken." in caplog.text
+    assert "Using the previous checkpoint." in caplog.text
     assert names(tmp_path) == ["best_epoch_0001", "step_00000001"], "the damaged one does not count as the newest"
 
 
@@ -181,7 +181,7 @@ def test_a_damaged_best_is_a_damaged_checkpoint(tmp_path):
     training.step(best=True)
     training.save()
     flip(tmp_path / "best_epoch_0001" / "rank_00000.safetensors")
-    with pytest.raises(CheckpointError, match=r"best_epoch_0001.* is damaged .*No checkpoint is whole. Delete"):
+    with pytest.raises(CheckpointError, match=r"best_epoch_0001.* is damaged .*No checkpoint is complete. Delete"):
         Training(tmp_path).load()
 
 
@@ -194,7 +194,7 @@ def test_a_damaged_best_is_a_damaged_checkpoint(tmp_path):
             r"differs in model.embed_dim \(16 there, 32 here\)",
         ),
         ({"width": 5}, r"another model: 0.weight is of shape \[4, 3\] there and of shape \[4, 5\] here"),
-        ({"engine": "zero2"}, r"written by parallel.engine=ddp; this run has zero2"),
+        ({"engine": "zero2"}, r"written with parallel.engine=ddp; this run has zero2"),
     ],
 )
 def test_a_checkpoint_of_another_training_is_refused_and_stays(tmp_path, other, message):
@@ -218,7 +218,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("at", ["_write_tensors", "put_in_place"])
-def test_what_a_killed_process_left_half_written_is_no_checkpoint_and_goes(tmp_path, monkeypatch, at):
+def test_incomplete_files_of_a_killed_process_are_ignored_and_removed(tmp_path, monkeypatch, at):
     training = Training(tmp_path)
     training.step()
     training.save()
@@ -255,20 +255,20 @@ def small_disk(tmp_path):
 
 
 def refuse_to_save(training: Training, folder: Path, caplog) -> None:
-    """Both ways to meet a full disk: training goes on where it may, and says so where it may not."""
+    """Check both cases of a full disk: training continues if it may, and fails with a message if it may not."""
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     training.step()
     training.checkpoints._saved -= 1000
     with caplog.at_level(logging.WARNING):
         training.save(now=False)
     assert "step_00000002: the checkpoint cannot be written" in caplog.text
-    assert "Training goes on; the checkpoint before is kept." in caplog.text
-    with pytest.raises(CheckpointError, match=r"cannot be written \(.*\)\. Make room there"):
+    assert "Training continues; the previous checkpoint is kept." in caplog.text
+    with pytest.raises(CheckpointError, match=r"cannot be written \(.*\)\. Free disk space there"):
         training.save(now=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before, "nothing half-written"
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_whole(small_disk, caplog):
+def test_a_full_disk_keeps_the_previous_checkpoint(small_disk, caplog):
     training = Training(small_disk / "state")
     training.step()
     training.save()
@@ -280,7 +280,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(small_disk, caplog):
     assert names(small_disk / "state") == ["step_00000001", "step_00000002"]
 
 
-def test_a_file_that_may_not_grow_leaves_the_checkpoint_before_whole(tmp_path, caplog):
+def test_file_size_limit_keeps_the_previous_checkpoint(tmp_path, caplog):
     training = Training(tmp_path)
     training.step()
     training.save()
@@ -306,7 +306,7 @@ def test_a_disk_that_fills_at_any_point_of_writing(tmp_path, caplog, monkeypatch
 
 
 def test_slices_of_several_files_are_one_tensor(tmp_path):
-    """What three processes wrote is read whole, and in slices that no process wrote."""
+    """Tensors written by three processes are read complete, and in slices that no process wrote."""
     values = torch.arange(35.0)
     cuts = [0, 11, 12, 35]
     folder = tmp_path / "step_00000001"
@@ -318,7 +318,7 @@ def test_slices_of_several_files_are_one_tensor(tmp_path):
         files[path.name] = checkpoint_files._write_tensors(path, {"model/w": piece})
     write_json(folder / "state.json", {"files": files, "digest": digest_json({"files": files})})
     with checkpoint_files.open_checkpoint(folder) as stored:
-        assert torch.equal(stored.whole("model/w"), values.view(5, 7))
+        assert torch.equal(stored.complete("model/w"), values.view(5, 7))
         for start in range(36):
             for stop in range(start, 36):
                 assert torch.equal(stored.read("model/w", start, stop - start), values[start:stop])

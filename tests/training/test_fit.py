@@ -1,4 +1,4 @@
-"""One fold, in one process: it learns, repeats, resumes and refuses."""
+"""One fold in one process: it learns, is reproducible, resumes, and refuses invalid input."""
 
 import resource
 import signal
@@ -42,7 +42,7 @@ def assert_same(one: FoldRun, other: FoldRun) -> None:
 
 
 @pytest.mark.parametrize(("model", "options"), [("amil", {}), ("crossfusion", {"dropout": 0.1})])
-def test_a_plain_signal_is_learnt(tmp_path, model, options):
+def test_clear_signal_is_learnt(tmp_path, model, options):
     config = make_cohort(tmp_path / "cohort", patients=120).config(
         tmp_path,
         model={"name": model, "embed_dim": 16, "num_heads": 2, "options": options},
@@ -54,7 +54,7 @@ def test_a_plain_signal_is_learnt(tmp_path, model, options):
     assert set(frame["case_id"]) == set(run.split.test)
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_does_not(files, tmp_path):
+def test_equal_seeds_give_equal_bits_and_different_seeds_do_not(files, tmp_path):
     config = files.config(tmp_path)
     first = run_fold(config)
     assert_same(first, run_fold(config))
@@ -72,8 +72,8 @@ def test_risk_is_minus_the_sum_of_survival_and_cutoff_is_the_training_median(fil
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 9])
-def test_stopped_at_any_step_and_resumed_is_never_stopped(files, tmp_path, stop_at, monkeypatch):
-    """Dropout, moving average and early stopping included: bit for bit."""
+def test_resuming_after_a_stop_at_any_step_is_exact(files, tmp_path, stop_at, monkeypatch):
+    """Resuming is exact to the bit, with dropout, moving average and early stopping."""
     sections = {
         "model": {"name": "crossfusion", "embed_dim": 16, "num_heads": 2},
         "train": {"ema": 0.9, "patience": 3, "epochs": 5},
@@ -89,15 +89,15 @@ def test_stopped_at_any_step_and_resumed_is_never_stopped(files, tmp_path, stop_
         return steps == stop_at
 
     monkeypatch.setattr(loop, "stop_requested", asked)
-    with pytest.raises(RequeueError, match="goes on from there"):
+    with pytest.raises(RequeueError, match="Run the same command again to resume"):
         run_fold(files.config(tmp_path, **sections), folder=tmp_path / "state")
     monkeypatch.undo()
     torch.manual_seed(99)
     assert_same(run_fold(files.config(tmp_path, **sections), folder=tmp_path / "state"), undisturbed)
 
 
-def test_killed_at_every_step_in_turn_is_never_killed(files, tmp_path, monkeypatch):
-    """A process that is gone at once, after each step, between two checkpoints; the last epoch's partial step too."""
+def test_resuming_after_a_kill_at_every_step_is_exact(files, tmp_path, monkeypatch):
+    """The process dies after each step, between two checkpoints, and in the last epoch's partial step."""
     import cfusion.training.checkpoint as checkpoint
     from cfusion.training.step import Stepper
 
@@ -124,7 +124,7 @@ def test_killed_at_every_step_in_turn_is_never_killed(files, tmp_path, monkeypat
             kills += 1
         else:
             break
-    assert kills == 3 * 3 - 1, "one step forward a life"
+    assert kills == 3 * 3 - 1, "one step per process"
     assert_same(run, undisturbed)
 
 
@@ -135,11 +135,11 @@ def test_a_checkpoint_of_another_run_or_damaged_is_refused(files, tmp_path, monk
     with pytest.raises(RequeueError):
         run_fold(files.config(tmp_path), folder=tmp_path / "state")
     monkeypatch.undo()
-    with pytest.raises(DataError, match=r"another training; it differs in seed \(7 there, 9 here\)"):
+    with pytest.raises(DataError, match=r"another training run; differs in seed \(7 there, 9 here\)"):
         run_fold(files.config(tmp_path, seed=9), folder=tmp_path / "state")
     (tensors,) = (tmp_path / "state").glob("step_*/rank_00000.safetensors")
     tensors.write_bytes(tensors.read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"is damaged.*No checkpoint is whole"):
+    with pytest.raises(DataError, match=r"is damaged.*No checkpoint is complete"):
         run_fold(files.config(tmp_path), folder=tmp_path / "state")
 
 
@@ -179,7 +179,7 @@ def test_test_patients_outcomes_change_nothing_in_training(files, tmp_path):
 
 
 def test_another_encoder_is_refused(files, tmp_path):
-    with pytest.raises(DataError, match=r"holds embeddings of made-up, not of data\.encoder=uni"):
+    with pytest.raises(DataError, match=r"holds embeddings of made-up, expected data\.encoder=uni"):
         run_fold(files.config(tmp_path, data={"encoder": "uni"}))
 
 
@@ -194,11 +194,11 @@ def test_not_finite_embeddings_stop_before_the_step_and_name_the_bags(files, tmp
             yield batch
 
     monkeypatch.setattr(BagLoader, "stream", poisoned)
-    with pytest.raises(DataError, match=r"loss of a step is not finite. Its bags: .*PT-00"):
+    with pytest.raises(DataError, match=r"loss of a step is not finite. Bags of the step: .*PT-00"):
         run_fold(files.config(tmp_path))
 
 
-def test_a_bag_drawn_again_in_an_epoch_meets_other_dropout(files, tmp_path, monkeypatch):
+def test_bag_drawn_twice_in_an_epoch_gets_different_dropout(files, tmp_path, monkeypatch):
     seeds, seed_of = [], loop.dropout_seed
     monkeypatch.setattr(loop, "dropout_seed", lambda *of: seeds.append((of, seed_of(*of))) or seeds[-1][1])
     run_fold(files.config(tmp_path, train={"sampling": "weighted", "epochs": 2, "micro_batch": 1}))
@@ -217,19 +217,19 @@ def test_every_loss_falls(files, tmp_path, loss):
     assert history["train_loss"].iloc[-1] < history["train_loss"].iloc[0]
 
 
-def test_a_model_that_cannot_be_written_is_told_of_and_leaves_nothing(files, tmp_path):
+def test_failure_to_write_a_model_is_reported_and_leaves_nothing(files, tmp_path):
     run = run_fold(files.config(tmp_path, train={"epochs": 1}))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (256, before[1]))
     try:
-        with pytest.raises(DataError, match=r"model: the model cannot be written \(.*\)\. Make room there"):
+        with pytest.raises(DataError, match=r"model: the model cannot be written \(.*\)\. Free disk space"):
             run.model.save(tmp_path / "model")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_survives_its_file_and_a_damaged_one_is_refused(files, tmp_path):
+def test_saved_model_loads_and_a_damaged_one_is_refused(files, tmp_path):
     config = files.config(tmp_path)
     run = run_fold(config)
     run.model.save(tmp_path / "model")

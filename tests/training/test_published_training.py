@@ -1,4 +1,4 @@
-"""`recipe: published` against what is known of the published program's training, fact by fact."""
+"""`recipe: published` compared with the known facts of the published program's training."""
 
 import math
 from collections import Counter
@@ -45,7 +45,7 @@ def published(files: CohortFiles, output: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def seen(files, tmp_path_factory) -> dict[str, Any]:
-    """What the steps and validations of a few epochs were given."""
+    """Record the inputs of the steps and validations of a few epochs."""
     steps: list[dict[str, Any]] = []
     validated: list[float] = []
     original = Stepper.step

@@ -15,7 +15,7 @@ from cfusion.training.step import Share, Stepper
 from cfusion.types import BagBatch, Targets
 
 
-def alone(precision: str) -> Runtime:
+def single_process(precision: str) -> Runtime:
     accelerator = SimpleNamespace(
         process_index=0, num_processes=1, device=torch.device("cpu"), distributed_type=DistributedType.NO,
         backward=lambda loss: loss.backward(),
@@ -37,7 +37,7 @@ def test_a_loss_over_sets_is_taken_of_the_logits_that_carry_its_gradient(loss: s
         Share(bag, Targets(label[i : i + 2], event[i : i + 2], time[i : i + 2]), torch.ones(2), seed=i)
         for i, bag in zip((0, 2, 4), bags, strict=True)
     ]
-    runtime = alone(precision)
+    runtime = single_process(precision)
     found = Stepper(runtime, model, None, LOSSES[loss], 0.0, None).accumulate(shares, cases=6)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()

@@ -1,4 +1,4 @@
-"""The published cohort of bladder cancer, its real outcomes and folds, with made-up features of realistic bag sizes."""
+"""The published bladder cancer cohort: real outcomes and folds, synthetic features in realistic bag sizes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ DIM = 16
 
 
 class GeneratedStore:
-    """Slides drawn when they are read: log-normal numbers of 5x cells, 16 times as many tiles at 20x."""
+    """Generates slides when they are read: log-normal numbers of 5x cells, and 16 times as many tiles at 20x."""
 
     def __init__(self, slide_ids: list[str]) -> None:
         self._slide_ids = slide_ids

@@ -1,1 +1,1 @@
-"""Training of many folds, seeds and models from one read of the shards per epoch."""
+"""Training of many folds, seeds and models that share one read of the shards per epoch."""

@@ -1,7 +1,7 @@
-"""Training of many folds, seeds and models from one pass over the shards an epoch, each as if it were alone.
+"""Trains many folds, seeds and models with one pass over the shards per epoch; each result is as if trained separately.
 
-The place of a bag in an epoch follows from its own key, so the order of each member is a part of the group's. Every
-bag is read, moved and cast once a pass, and handed to the members that train on it or are judged by it.
+A bag's position in an epoch depends only on its key, so each member's order is a part of the group's order. Each bag is
+read, moved and cast once per pass, and handed to the members that train on it or validate with it.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from cfusion.types import BagBatch
 logger = logging.getLogger(__name__)
 
 LONG = 8192
-"""Bags of more tiles are taken by one member after the other: their matrices keep all threads busy by themselves, and
-what a model holds of them is not to be there several times."""
+"""Bags with more tiles are processed by one member at a time: their matrices keep all threads busy, and several members
+at once would multiply the memory for activations."""
 
 TURN, ROOM = 16, 4 * LONG
-"""Most bags, and most tiles of them, that are in memory for members to take side by side."""
+"""Maximum number of bags, and of their tiles, that are in memory for members that run side by side."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Members that share one read.
+    """Members that share one read of the shards.
 
     Attributes:
         runtime: The processes.
-        whole: The bags of all members.
+        all_bags: The bags of all members.
         data: How they are read.
-        checkpoints: Where the group's state goes.
+        checkpoints: Checkpoints of the group's state.
         done: Called on every rank with a member and its result.
-        failed: Called on every rank with a member whose training cannot go on; returns those that stop with it.
+        failed: Called on every rank with a member whose training failed; returns the members that stop with it.
     """
 
     runtime: Runtime
-    whole: BagSet
+    all_bags: BagSet
     data: DataConfig
     checkpoints: GroupCheckpoints
     done: Callable[[GroupMember, FoldRun], None]
@@ -60,14 +60,14 @@ class Group:
 
     @functools.cached_property
     def lanes(self) -> Lanes | None:
-        """Where members train side by side: on a CPU with several threads, where no other process waits for a step."""
-        alone = self.runtime.world_size == 1 and self.runtime.device.type == "cpu"
-        return Lanes(torch.get_num_threads()) if alone and torch.get_num_threads() > 1 else None
+        """Threads for members that train side by side; only on a CPU with several threads and a single process."""
+        single = self.runtime.world_size == 1 and self.runtime.device.type == "cpu"
+        return Lanes(torch.get_num_threads()) if single and torch.get_num_threads() > 1 else None
 
     def train(self, members: Sequence[GroupMember]) -> None:
-        """Train all members to their end.
+        """Train all members to completion.
 
-        Those that a checkpoint knows go on from it; the others follow when these are done.
+        Members found in a checkpoint resume first; the rest start when these are finished.
 
         Raises:
             RequeueError: The process was asked to stop; the state is saved.
@@ -100,12 +100,12 @@ class Group:
             self.checkpoints.clear()
 
     def _pass(self, active: list[GroupMember], number: int) -> None:
-        """What is left of one pass; members that fail leave `active`."""
-        whole, world = self.whole, self.runtime.world_size
-        places = epoch_order([bag.key for bag in whole.bags], seed=self.data.order_seed, epoch=number)
+        """Finish one pass; members that fail are removed from `active`."""
+        all_bags, world = self.all_bags, self.runtime.world_size
+        places = epoch_order([bag.key for bag in all_bags.bags], seed=self.data.order_seed, epoch=number)
         order = visits([bags for member in active for bags in (member.learns, member.shown)], places)
         window = max(member.fold.job.config.parallel.global_batch for member in active)
-        owner = owners(order, whole.costs, world, window)
+        owner = owners(order, all_bags.costs, world, window)
         mine = set(order[owner == self.runtime.rank].tolist())
         for member in active:
             member.begin(order, mine)
@@ -118,10 +118,10 @@ class Group:
                     self._save(active, number, seen)
 
     def _in_turns(self, order: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
-        """Bags that are handed out at once, with how many of the order are behind after each."""
+        """Yield the bags handed out at once, each with the number of bags of the order processed after it."""
         turn, tiles = list[tuple[int, int]](), 0
         for seen, bag in enumerate(order, 1):
-            size = ROOM if self._alone(bag) else sum(self.whole.bags[bag].tiles.values())
+            size = ROOM if self._one_by_one(bag) else sum(self.all_bags.bags[bag].tiles.values())
             if turn and (len(turn) == TURN or tiles + size > ROOM):
                 yield turn
                 turn, tiles = [], 0
@@ -130,20 +130,20 @@ class Group:
         if turn:
             yield turn
 
-    def _alone(self, bag: int) -> bool:
-        """Whether members take a bag one after the other."""
-        return self.lanes is None or sum(self.whole.bags[bag].tiles.values()) > LONG
+    def _one_by_one(self, bag: int) -> bool:
+        """Whether members process a bag one after the other."""
+        return self.lanes is None or sum(self.all_bags.bags[bag].tiles.values()) > LONG
 
     def _delivered(
         self, active: Sequence[GroupMember], bags: Sequence[int], number: int
     ) -> Generator[tuple[BagBatch | None, BagBatch | None]]:
-        """Each of this rank's bags as training sees it, and as it is; None where nobody needs it."""
+        """Yield each of this rank's bags as sampled for training, and unchanged; None where no member needs it."""
         learnt = {bag for bag in bags if any(member.wants(bag) for member in active)}
         shown = {bag for bag in bags if any(member.misses(bag) for member in active)}
 
         def stream(wanted: set[int], *, training: bool) -> Iterator[BagBatch]:
             chosen = [[bag] for bag in bags if bag in wanted]
-            return self.whole.loader.stream(chosen, epoch=number, training=training)
+            return self.all_bags.loader.stream(chosen, epoch=number, training=training)
 
         if self.data.max_tiles is None and not self.data.feature_dropout:
             needed = learnt | shown
@@ -157,7 +157,7 @@ class Group:
             yield next(sampled) if bag in learnt else None, next(plain) if bag in shown else None
 
     def _hand_out(self, active: list[GroupMember], turn: Sequence[Visit]) -> None:
-        if self.lanes is not None and not self._alone(turn[0].bag):
+        if self.lanes is not None and not self._one_by_one(turn[0].bag):
             failed = self.lanes.run({member: map(member.visit, turn) for member in active})
             for member, error in failed.items():
                 if member in active or not isinstance(error, CfusionError):
@@ -171,7 +171,7 @@ class Group:
                         member.visit(visit)
 
     def _save(self, active: Sequence[GroupMember], number: int, seen: int) -> None:
-        """Write a checkpoint now and then, and where a signal asks for it, leave.
+        """Write a checkpoint if one is due; after a signal, write it and stop.
 
         Raises:
             RequeueError: The process was asked to stop.
@@ -181,12 +181,12 @@ class Group:
         if stop:
             raise RequeueError(
                 f"Stopped in pass {number}; the state of the folds is in {self.checkpoints.folder}.",
-                "The same command goes on from there.",
+                "Run the same command again to resume.",
             )
 
     @contextlib.contextmanager
     def _failing(self, member: GroupMember, active: list[GroupMember]) -> Iterator[None]:
-        """Where a member's training cannot go on, the others do."""
+        """Keep the other members training if one fails."""
         try:
             yield
         except CfusionError as error:

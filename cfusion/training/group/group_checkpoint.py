@@ -1,8 +1,8 @@
-"""Checkpoints of a group: the state of all its members at one point of a pass, complete or not at all.
+"""Checkpoints of a group: the state of all its members at one point of a pass, written atomically.
 
-Each member's job names a folder for checkpoints. The state of the group is in one of these, and the other members'
-folders hold a file that points to it, so it is found in whatever order the runs are given, and also without the run
-whose folder it is in.
+Each member's job names a folder for checkpoints. One of these folders holds the group's state; the others hold a file
+that points to it. The state is therefore found in whatever order the runs are given, even without the run that owns the
+folder.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from cfusion.training.group.member import GroupMember
 from cfusion.training.runtime import Runtime
 
 KEEP = 2
-"""Number of checkpoints that are kept, the newest."""
+"""Number of newest checkpoints to keep."""
 
 POINTER = "elsewhere.json"
-"""File in a member's folder that names the folder with the group's state, relative to its own."""
+"""File in a member's folder with the relative path of the folder that holds the group's state."""
 
 
 class GroupCheckpoints(CheckpointPolicy):
-    """The checkpoints of one group, shared by all its processes; all of them call each method.
+    """The checkpoints of one group. All of its processes must call each method.
 
     Args:
-        members: All members; the folders of their jobs hold checkpoints and nothing else.
+        members: All members; their jobs' folders hold only checkpoints.
         runtime: The processes.
     """
 
@@ -42,13 +42,13 @@ class GroupCheckpoints(CheckpointPolicy):
         """Write a checkpoint if `now`, or if the last one is old enough.
 
         Args:
-            members: Those that are not done.
-            number: Of the pass.
-            seen: Bags of the pass that are behind.
+            members: Members that are not finished.
+            number: Number of the pass.
+            seen: Bags of the pass already processed.
             now: Whether it must be written.
 
         Raises:
-            CheckpointError: It was to be written `now` and cannot be; older ones are unchanged.
+            CheckpointError: It must be written `now` and cannot be; older ones are unchanged.
         """
         if not self._due(INTERVAL_SECONDS, now=now) or not members:
             return
@@ -73,7 +73,7 @@ class GroupCheckpoints(CheckpointPolicy):
         return write_checkpoint(self.runtime, path, pieces, numbers)
 
     def _point_to_it(self, folders: Sequence[Path]) -> None:
-        """Point to the new state from the other folders, and only then remove what it replaces there."""
+        """Point to the new state from the other folders, then remove what it replaces there."""
         for folder in folders[1:]:
             write_json(folder / POINTER, {"folder": os.path.relpath(self.folder, folder)})
         for folder in self._used:
@@ -85,13 +85,13 @@ class GroupCheckpoints(CheckpointPolicy):
         (self.folder / POINTER).unlink(missing_ok=True)
 
     def load(self, members: Sequence[GroupMember]) -> tuple[list[GroupMember], int]:
-        """Restore the members that are in the best complete checkpoint, and say in which pass they are.
+        """Restore the members in the best complete checkpoint, and return them with the number of their pass.
 
-        The best is the one with the most of these members, and of several such the newest. Members that are not in it
-        are left as they are. Damaged checkpoints are skipped with a warning.
+        The best checkpoint has the most of these members; among equals it is the newest. Members that are not in it are
+        left unchanged. Damaged checkpoints are skipped with a warning.
 
         Raises:
-            CheckpointError: All are damaged, or the best is of another version of the program.
+            CheckpointError: All are damaged, or the best was written by another version of the program.
         """
         ranked = self.runtime.from_main(_ranked(members))
         taken = self._take_up(ranked, lambda stored: self._restore(members, stored))
@@ -100,7 +100,7 @@ class GroupCheckpoints(CheckpointPolicy):
         return found, number
 
     def clear(self) -> None:
-        """Remove the checkpoints of the members that were loaded last."""
+        """Remove the checkpoints of the members that were last loaded."""
         self.runtime.barrier()
         if self.runtime.is_main:
             for folder in self._used:
@@ -113,7 +113,7 @@ class GroupCheckpoints(CheckpointPolicy):
         for member in found:
             prefix = f"{name_of(member)}/"
             tensors = {
-                key.removeprefix(prefix): stored.whole(key).to(self.runtime.device)
+                key.removeprefix(prefix): stored.complete(key).to(self.runtime.device)
                 for key in stored.shapes
                 if key.startswith(prefix)
             }
@@ -122,7 +122,7 @@ class GroupCheckpoints(CheckpointPolicy):
 
 
 def name_of(member: GroupMember) -> str:
-    """A member's name in checkpoints: what is trained on what."""
+    """Return a member's name in checkpoints, a digest of its model and data."""
     return digest_json(member.fold.job.identity)[:16]
 
 
@@ -131,7 +131,7 @@ def _folders(members: Sequence[GroupMember]) -> list[Path]:
 
 
 def _ranked(members: Sequence[GroupMember]) -> list[Path]:
-    """Checkpoints with a state of some of the members, or which cannot be read, the best first."""
+    """List the checkpoints that hold one of the members or that cannot be read, best first."""
     names = {name_of(member) for member in members}
     places = [place for folder in _folders(members) for place in (folder, _pointed_to(folder)) if place is not None]
     found = dict.fromkeys(path for place in dict.fromkeys(places) for path in kept_checkpoints(place))
@@ -140,7 +140,7 @@ def _ranked(members: Sequence[GroupMember]) -> list[Path]:
 
 
 def _known(checkpoint: Path, names: Collection[str]) -> int:
-    """How many of the named members have a state there; where that cannot be read, as if all had."""
+    """Count the named members with a state in a checkpoint; an unreadable checkpoint counts as holding all."""
     try:
         return sum(name in read_json(checkpoint / NUMBERS)["members"] for name in names)
     except (DataError, OSError, KeyError, TypeError):

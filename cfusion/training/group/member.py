@@ -1,7 +1,7 @@
-"""One member of a group: what it learns from each bag that passes, when it steps, and how its epoch is chosen.
+"""One member of a group: what it trains on in each pass, when it steps, and how its epoch is chosen.
 
-An epoch's validation bags come by in the pass after it, and are shown to a copy of the parameters as they stood at its
-end. Whether training should have stopped is known one pass late; what was learnt since is then dropped.
+The validation bags of an epoch are read in the next pass and evaluated with a copy of the parameters at the epoch's
+end. Whether training should have stopped is therefore known one pass late; later training is then discarded.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from cfusion.types import BagBatch, SurvivalOutput, Targets
 
 @dataclass(frozen=True)
 class Visit:
-    """A bag of a pass, as it comes to all members.
+    """A bag of a pass, as handed to all members.
 
     Attributes:
-        seen: How many bags of the order are behind after it.
+        seen: Number of bags of the order processed after it.
         bag: Its number.
-        learnt: As training sees it; None where no member of this rank learns from it.
-        shown: As it is; None where no member of this rank is judged by it.
+        learnt: The bag as sampled for training; None if no member of this rank trains on it.
+        shown: The unchanged bag; None if no member of this rank validates or predicts with it.
     """
 
     seen: int
@@ -51,22 +51,22 @@ class Visit:
 
 
 class GroupMember:
-    """A fold that is trained beside others.
+    """A fold that is trained together with others.
 
     Attributes:
         fold: The fold.
-        chosen: Whether its parameters are chosen; then its bags are predicted and it is done.
-        position: Where its training stands.
-        verdict: The epochs that were judged, with the best of them.
+        chosen: Whether its parameters are chosen; then its bags are predicted, which is the last pass.
+        position: Position of its training.
+        verdict: State after the last validated epoch, with the best epoch.
     """
 
-    def __init__(self, runtime: Runtime, fold: ReadyFold, whole: BagSet) -> None:
-        train, numbers = fold.job.config.train, {bag.key: number for number, bag in enumerate(whole.bags)}
+    def __init__(self, runtime: Runtime, fold: ReadyFold, all_bags: BagSet) -> None:
+        train, numbers = fold.job.config.train, {bag.key: number for number, bag in enumerate(all_bags.bags)}
         self.fold = fold
         self.chosen = False
         self.position, self.verdict = TrainState(), TrainState()
         self._runtime = runtime
-        self._whole = whole
+        self._all_bags = all_bags
         network = fold.network.to(device=runtime.device, dtype=runtime.dtype).train()
         optimizer = make_optimizer(network, train)
         self._stepper = Stepper(runtime, network, optimizer, LOSSES[train.loss], train.alpha, train.clip_norm)
@@ -79,8 +79,8 @@ class GroupMember:
         targets = targets_of(fold.job, fold.job.train)
         self._targets = {number: i for i, number in enumerate(self._numbers["train"])}
         self._outcomes = targets.to(runtime.device)
-        # Metrics of the epoch whose validation is under way; none where there is no such epoch.
-        self._judged: dict[str, float] | None = None
+        # Metrics of the epoch that is being validated; None if there is none.
+        self._validating: dict[str, float] | None = None
         self._logits: dict[int, list[float]] = {}
         self._shown: frozenset[int] = frozenset()
         self._windows: deque[Window] = deque()
@@ -96,21 +96,21 @@ class GroupMember:
 
     @property
     def shown(self) -> Collection[int]:
-        """Bags that are shown to its copy in this pass."""
+        """Bags that its parameter copy evaluates in this pass."""
         if self.chosen:
             return {*self._numbers["train"], *self._numbers["test"]}
-        return self._numbers["validation"] if self._judged is not None else ()
+        return self._numbers["validation"] if self._validating is not None else ()
 
     def begin(self, order: np.ndarray, mine: Collection[int]) -> None:
-        """Plan what is left of a pass.
+        """Plan the rest of a pass.
 
         Args:
             order: Bags of the pass.
-            mine: Those that this rank reads.
+            mine: Bags that this rank reads.
         """
         config = self.fold.job.config
         planned = windows(
-            order, self.learns, mine, self._whole.costs, self._whole.lengths,
+            order, self.learns, mine, self._all_bags.costs, self._all_bags.lengths,
             global_batch=config.parallel.global_batch, micro_batch=config.train.micro_batch,
             token_budget=config.data.token_budget,
         )  # fmt: skip
@@ -125,14 +125,14 @@ class GroupMember:
         return bag in self._passes
 
     def misses(self, bag: int) -> bool:
-        """Whether a bag is still to be shown to the copy."""
+        """Whether the parameter copy still has to evaluate a bag."""
         return bag in self._shown and bag not in self._logits
 
     def visit(self, visit: Visit) -> None:
-        """Learn from a bag, be judged by it, step behind the last of a global batch. Every rank has to call this.
+        """Train on a bag, evaluate it, and step after the last bag of a global batch. Every rank must call this.
 
         Raises:
-            DataError: The loss or its gradient is not finite; the bags are named.
+            DataError: The loss or its gradient is not finite; the message names the bags.
         """
         if visit.learnt is not None and self.wants(visit.bag):
             self._learn(visit.bag, visit.learnt)
@@ -142,7 +142,7 @@ class GroupMember:
             self._step()
 
     def _learn(self, bag: int, batch: BagBatch) -> None:
-        """Take a bag in; a forward pass runs when its last bag is there, or, for losses over sets, when all are."""
+        """Add a bag; the forward pass runs with its last bag, or, for set-wise losses, when all bags have arrived."""
         self._held[bag] = batch
         bags = self._passes.pop(bag)
         if self._stepper.loss.set_wise or not all(other in self._held for other in bags):
@@ -150,7 +150,7 @@ class GroupMember:
         self._loss += self._stepper.accumulate([self._share(bags)], cases=len(self._windows[0].bags))
 
     def _show(self, bag: int, batch: BagBatch) -> None:
-        """Note the logits of a bag by the copy."""
+        """Store the parameter copy's logits of a bag."""
         with torch.no_grad():
             output: SurvivalOutput = self._evaluated(batch)
         self._logits[bag] = output.logits[0].double().tolist()
@@ -163,7 +163,7 @@ class GroupMember:
         self._average_gradients()
         steps = math.ceil(len(job.train) / job.config.parallel.global_batch)
         lr = learning_rate(job.config.train, step=state.step, steps_per_epoch=steps)
-        own = [self._whole.bags[bag].case_id for bags in window.passes for bag in bags]
+        own = [self._all_bags.bags[bag].case_id for bags in window.passes for bag in bags]
         report = self._stepper.move(self._loss, own, cases=cases, lr=lr)
         self._snapshot.move_average(job.config.train.ema)
         state.step += 1
@@ -173,7 +173,7 @@ class GroupMember:
         self._loss = 0.0
 
     def conclude(self, seconds: float) -> FoldRun | None:
-        """End a pass: judge the epoch before, put this one up to be judged. Every rank has to call this.
+        """End a pass: choose by the previous epoch's validation, and start this epoch's. Every rank must call this.
 
         Args:
             seconds: Duration of the pass.
@@ -192,16 +192,16 @@ class GroupMember:
         if self.chosen:
             training, scored = self._collected("train"), self._collected("test")
             return fold_run(self.fold, self._evaluated, self.verdict, training, scored)
-        if self._judged is not None:
-            self._judge(self._judged, seconds)
+        if self._validating is not None:
+            self._validate(self._validating, seconds)
         if trained and not self.chosen:
-            self._put_up()
-            if self.fold.job.validation is None and self._judged is not None:
-                self._judge(self._judged, seconds)
+            self._start_validation()
+            if self.fold.job.validation is None and self._validating is not None:
+                self._validate(self._validating, seconds)
         return None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors that a resumed training needs, to read and to write."""
+        """Return all tensors needed to resume, for reading and writing."""
         parts = self._snapshot.parts
         groups = {
             "model": {name: part.values for name, part in parts.items()},
@@ -215,21 +215,21 @@ class GroupMember:
         return found
 
     def numbers(self) -> dict[str, Any]:
-        """The rest of the state. Every rank has to call this."""
+        """Return the rest of the state. Every rank must call this."""
         logits = {bag: values for part in self._runtime.gather([self._logits]) for bag, values in part.items()}
         return {
             "position": dataclasses.asdict(self.position),
             "verdict": dataclasses.asdict(self.verdict),
-            "judged": self._judged,
+            "judged": self._validating,
             "chosen": self.chosen,
-            "logits": [[self._whole.bags[bag].key, values] for bag, values in sorted(logits.items())],
+            "logits": [[self._all_bags.bags[bag].key, values] for bag, values in sorted(logits.items())],
         }
 
     def restore(self, numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Take up the state that `numbers` and `tensors` gave."""
+        """Restore the state from `numbers` and `tensors`."""
         self.position, self.verdict = TrainState(**numbers["position"]), TrainState(**numbers["verdict"])
-        self._judged, self.chosen = numbers["judged"], numbers["chosen"]
-        keys = {bag.key: number for number, bag in enumerate(self._whole.bags)}
+        self._validating, self.chosen = numbers["judged"], numbers["chosen"]
+        keys = {bag.key: number for number, bag in enumerate(self._all_bags.bags)}
         self._logits = {keys[key]: values for key, values in numbers["logits"]}
         if self.verdict.best_epoch >= 0:
             self._snapshot.best = self._snapshot.parameters()
@@ -240,13 +240,13 @@ class GroupMember:
     def _share(self, bags: tuple[int, ...]) -> Share:
         rows = torch.tensor([self._targets[bag] for bag in bags], device=self._runtime.device)
         targets = Targets(*(getattr(self._outcomes, f.name)[rows] for f in dataclasses.fields(Targets)))
-        keys = [self._whole.bags[bag].key for bag in bags]
+        keys = [self._all_bags.bags[bag].key for bag in bags]
         seed = dropout_seed(self.fold.job.name, self.position.epoch, keys, [0] * len(bags))
         weights = torch.ones(len(bags), dtype=self._runtime.dtype, device=self._runtime.device)
         return Share(join([self._held.pop(bag) for bag in bags]), targets, weights, seed)
 
     def _average_gradients(self) -> None:
-        """What DistributedDataParallel does, once a step, in one exchange; a rank without a bag adds zero."""
+        """Average gradients once per step in one exchange, as DistributedDataParallel does; without a bag add zero."""
         if self._runtime.world_size == 1:
             return
         learnt = [p for p in self._stepper.model.parameters() if p.requires_grad]
@@ -256,23 +256,23 @@ class GroupMember:
         for parameter, gradient in zip(learnt, flat.split([p.numel() for p in learnt]), strict=True):
             parameter.grad = gradient.view_as(parameter)
 
-    def _put_up(self) -> None:
-        """Copy the parameters of the finished epoch and go on to the next."""
+    def _start_validation(self) -> None:
+        """Copy the parameters of the finished epoch for validation, and go to the next epoch."""
         config, state = self.fold.job.config, self.position
         steps = math.ceil(len(self.fold.job.train) / config.parallel.global_batch)
         lr = learning_rate(config.train, step=state.step - 1, steps_per_epoch=steps)
-        self._judged = {"train_loss": state.loss_sum / state.samples_seen, "learning_rate": lr}
+        self._validating = {"train_loss": state.loss_sum / state.samples_seen, "learning_rate": lr}
         self._evaluated.load_state_dict(self._snapshot.average or self._stepper.model.state_dict())
         state.epoch, state.samples_seen, state.loss_sum = state.epoch + 1, 0, 0.0
 
-    def _judge(self, metrics: dict[str, float], seconds: float) -> None:
+    def _validate(self, metrics: dict[str, float], seconds: float) -> None:
         job, state = self.fold.job, self.verdict
         if job.validation is not None:
             metrics = metrics | validation_scores(job, job.validation, self._collected("validation"))
         finish_epoch(job, state, self._snapshot, metrics, self._copied)
         if self._runtime.is_main:
             job.on_epoch(state.epoch - 1, {**metrics, "epoch_seconds": seconds})
-        self._judged = None
+        self._validating = None
         if has_ended(state, job.config.train):
             self._evaluated.load_state_dict(chosen_parameters(state, self._snapshot, job.config.train))
             self.chosen = True
@@ -281,5 +281,5 @@ class GroupMember:
         return {name: tensor.clone() for name, tensor in self._evaluated.state_dict().items()}
 
     def _collected(self, part: str) -> Tensor:
-        """Logits [bag, bin] of a part's bags; they are used up."""
+        """Collect the logits [bag, bin] of a part's bags, and clear them."""
         return torch.tensor([self._logits.pop(bag) for bag in self._numbers[part]], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""One order of bags for all members of a group: who reads which bag, and when each member steps, as pure functions."""
+"""The shared order of bags of a group, as pure functions: which rank reads a bag, and when each member steps."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Window:
     """One global batch of a member.
 
     Attributes:
-        bags: Its bags, over all ranks, by their numbers in the group.
-        end: Position in the order behind its last bag; the member steps when the pass has come there.
-        passes: Bags of each of this rank's forward passes.
+        bags: Its bags over all ranks, by their numbers in the group.
+        end: Position in the order after its last bag; the member steps when the pass reaches it.
+        passes: Bags of each forward pass of this rank.
     """
 
     bags: tuple[int, ...]
@@ -29,13 +29,13 @@ class Window:
 def owners(
     order: Int[np.ndarray, " bag"], costs: Float[np.ndarray, " bag"], world_size: int, window: int
 ) -> Int[np.ndarray, " bag"]:
-    """The rank that reads each bag of a pass: shares of even cost within every `window` bags of the order.
+    """Assign a rank to each bag of a pass: equal shares of the cost within every `window` bags of the order.
 
     Args:
         order: Bags of the pass.
         costs: Cost of every bag of the group.
         world_size: Number of ranks.
-        window: Such as the global batch.
+        window: Bags per window, such as the global batch.
     """
     owner = np.zeros(len(order), np.int64)
     for start in range(0, len(order), window):
@@ -55,16 +55,16 @@ def windows(
     micro_batch: int,
     token_budget: int | None,
 ) -> list[Window]:
-    """The global batches of a member in a pass, which are those it would have alone.
+    """Return the global batches of a member in a pass; they are the same as without the group.
 
     Args:
         order: Bags of the pass.
-        members: Those that the member trains on.
-        mine: Those that this rank reads.
+        members: Bags that the member trains on.
+        mine: Bags that this rank reads.
         costs: Cost of every bag of the group.
         lengths: Tiles of every bag of the group.
-        global_batch: Bags of a step.
-        micro_batch: Most bags of a forward pass, where there is no `token_budget`.
+        global_batch: Bags per step.
+        micro_batch: Maximum bags of a forward pass without `token_budget`.
         token_budget: See `deal`.
     """
     positions = np.flatnonzero([bag in members for bag in order.tolist()])
@@ -78,6 +78,6 @@ def windows(
 
 
 def visits(roles: Sequence[Collection[int]], order: Int[np.ndarray, " bag"]) -> Int[np.ndarray, " bag"]:
-    """The bags of `order` that some role needs, in that order."""
+    """Return the bags of `order` that at least one role needs, in that order."""
     needed = set().union(*roles)
     return order[[bag in needed for bag in order.tolist()]]

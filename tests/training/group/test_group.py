@@ -1,4 +1,4 @@
-"""Folds that share one read end as if each had been alone; stopped, killed and failing too."""
+"""Folds that share one read get the results of separate training, also after a stop, a kill or a failure."""
 
 import os
 import signal
@@ -49,7 +49,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
 
 
 def configuration(files: CohortFiles, output: Path, **sections: Any) -> Config:
-    """Three folds in f64, amil with 16 channels unless told otherwise."""
+    """Three folds in f64, amil with 16 channels by default."""
     values: dict[str, dict[str, object]] = {
         "parallel": {"precision": "f64", "global_batch": 7},
         "model": {"name": "amil", "embed_dim": 16},
@@ -61,7 +61,7 @@ def configuration(files: CohortFiles, output: Path, **sections: Any) -> Config:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_together_is_alone(files, tmp_path, variant):
+def test_together_equals_separate(files, tmp_path, variant):
     config = configuration(files, tmp_path, **VARIANTS[variant])
     alone, together = train_alone([config]), train_together([config], tmp_path)
     assert len(together) == len(alone) == 3
@@ -98,7 +98,7 @@ def test_each_bag_is_read_once_a_pass(files, tmp_path, monkeypatch):
     config = configuration(files, tmp_path, train={"epochs": 6}, **VARIANTS["published protocol"])
     train_together([config], tmp_path)
     slides = len(ShardDataset.open(files.shards).slide_ids)
-    assert len(reads) <= 8 * slides, "six epochs, one pass that judges the last, one that predicts"
+    assert len(reads) <= 8 * slides, "six epochs, one pass that validates the last, one that predicts"
     assert len(reads) >= 7 * slides
     together = len(reads)
     reads.clear()
@@ -107,7 +107,7 @@ def test_each_bag_is_read_once_a_pass(files, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stop_at", [3, 40, 101])
-def test_stopped_anywhere_and_resumed_is_never_stopped(files, tmp_path, monkeypatch, stop_at):
+def test_resuming_after_a_stop_is_exact(files, tmp_path, monkeypatch, stop_at):
     model = {**SMALL, "options": {"attention_dropout": 0.2}, "embed_dim": 8}
     packed = {"token_budget": 60}
     config = configuration(files, tmp_path, model=model, data=packed, train={"ema": 0.8}, splits={"folds": 2})
@@ -120,7 +120,7 @@ def test_stopped_anywhere_and_resumed_is_never_stopped(files, tmp_path, monkeypa
         return seen == stop_at
 
     monkeypatch.setattr(group, "stop_requested", asked)
-    with pytest.raises(RequeueError, match="goes on from there"):
+    with pytest.raises(RequeueError, match="Run the same command again to resume"):
         train_together([config], tmp_path / "stopped")
     resumed = train_together([config], tmp_path / "stopped")
     assert all(map(same_bits, undisturbed, resumed))
@@ -149,7 +149,7 @@ train_together([load_config(sys.argv[1])], Path(sys.argv[2]))
 """
 
 
-def test_killed_and_resumed_is_never_killed(files, tmp_path):
+def test_resuming_after_a_kill_is_exact(files, tmp_path):
     config = configuration(files, tmp_path, model=SMALL, train={"epochs": 2, "ema": 0.8}, splits={"folds": 2})
     undisturbed = train_together([config], tmp_path / "undisturbed")
     (tmp_path / "config.yaml").write_text(config.model_dump_json())
@@ -179,13 +179,13 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(files, tmp_path, monk
     tensors = next(newest.glob("*.safetensors"))
     tensors.write_bytes(tensors.read_bytes()[:-50])
     assert all(map(same_bits, undisturbed, train_together([config], tmp_path / "state")))
-    assert "The checkpoint before it is taken" in caplog.text
+    assert "Using the previous checkpoint" in caplog.text
     monkeypatch.setattr(group, "stop_requested", lambda: True)
     with pytest.raises(RequeueError):
         train_together([config], tmp_path / "state")
     for folder in group_checkpoint.kept_checkpoints(tmp_path / "state" / "group"):
         (folder / "state.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="No checkpoint is whole"):
+    with pytest.raises(CheckpointError, match="No checkpoint is complete"):
         train_together([config], tmp_path / "state")
 
 
@@ -201,11 +201,11 @@ def test_a_loss_that_is_not_finite_names_the_bags(files, tmp_path, monkeypatch):
             yield batch
 
     monkeypatch.setattr(BagLoader, "stream", poisoned)
-    with pytest.raises(DataError, match=r"loss of a step is not finite. Its bags: .*PT-0004"):
+    with pytest.raises(DataError, match=r"loss of a step is not finite. Bags of the step: .*PT-0004"):
         train_together([configuration(files, tmp_path)], tmp_path)
 
 
-def test_no_epoch_to_choose_is_told(files, tmp_path):
+def test_no_epoch_to_choose_is_an_error(files, tmp_path):
     with pytest.raises(ConfigError, match=r"No epoch was chosen: train.min_epoch=50"):
         train_together([configuration(files, tmp_path, train={"min_epoch": 50})], tmp_path)
 
@@ -218,7 +218,7 @@ def test_no_epoch_to_choose_is_told(files, tmp_path):
         ({"parallel": {"precision": "fp16"}}, r"needs parallel\.engine=ddp and f32, bf16 or f64"),
     ],
 )
-def test_what_cannot_share_a_read_is_refused_by_its_name(files, tmp_path, sections, message):
+def test_settings_that_cannot_share_a_read_are_refused_by_name(files, tmp_path, sections, message):
     with pytest.raises(ConfigError, match=message):
         configuration(files, tmp_path, **sections)
 
@@ -228,7 +228,7 @@ def test_what_cannot_share_a_read_is_refused_by_its_name(files, tmp_path, sectio
     bags=st.integers(1, 60), share=st.floats(0.1, 1), batch=st.integers(1, 12), world=st.integers(1, 5),
     micro=st.integers(1, 4), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_a_member_has_the_global_batches_that_it_would_have_alone(bags, share, batch, world, micro, seed):
+def test_member_has_the_same_global_batches_as_without_the_group(bags, share, batch, world, micro, seed):
     rng = np.random.default_rng(seed)
     keys = [f"case-{i}" for i in range(bags)]
     own = sorted(rng.choice(bags, max(1, int(share * bags)), replace=False).tolist())

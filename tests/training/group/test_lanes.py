@@ -1,4 +1,4 @@
-"""Members that train side by side on several threads: the same as one after the other, and the same every time."""
+"""Members trained side by side on several threads: same results as in sequence, and reproducible."""
 
 import threading
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from cfusion.errors import DataError, RequeueError
 from cfusion.models.dropout import random_keys, seeded
 from cfusion.training.group import group
 from cfusion.training.group.lanes import Lanes
-from cfusion.training.group.member import Member
+from cfusion.training.group.member import GroupMember
 
 SMALL = {"name": "crossfusion", "embed_dim": 16, "num_heads": 2}
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
 
 
 def configuration(files: CohortFiles, output: Path, **train: object) -> Config:
-    """Three folds of CrossFusion in f64 with all its dropouts."""
+    """Three folds of CrossFusion in f64 with all dropout options."""
     return files.config(
         output,
         parallel={"precision": "f64", "global_batch": 7},
@@ -51,7 +51,7 @@ def with_threads(count: int, config: Config, folder: Path) -> list:
         pytest.param({"patience": 1, "epochs": 4}, id="patience", marks=pytest.mark.slow),
     ],
 )
-def test_side_by_side_is_alone_and_hangs_on_no_number_of_threads(files, tmp_path, train):
+def test_side_by_side_equals_separate_for_any_number_of_threads(files, tmp_path, train):
     config = configuration(files, tmp_path, **train)
     two, three = (with_threads(count, config, tmp_path / str(count)) for count in (2, 3))
     assert all(map(same_bits, two, three))
@@ -61,7 +61,7 @@ def test_side_by_side_is_alone_and_hangs_on_no_number_of_threads(files, tmp_path
 def test_long_bags_are_taken_one_after_the_other(files, tmp_path, monkeypatch):
     config = configuration(files, tmp_path)
     threads: dict[bool, set[str]] = {True: set(), False: set()}
-    visit = Member.visit
+    visit = GroupMember.visit
 
     def noted(self, delivery):
         long = int(self._whole.lengths[delivery.bag]) > group.LONG
@@ -70,7 +70,7 @@ def test_long_bags_are_taken_one_after_the_other(files, tmp_path, monkeypatch):
 
     lengths = sorted(bag.tiles["x20"] + bag.tiles["x10"] + bag.tiles["x5"] for bag in bags_of(config))
     monkeypatch.setattr(group, "LONG", lengths[len(lengths) // 2])
-    monkeypatch.setattr(Member, "visit", noted)
+    monkeypatch.setattr(GroupMember, "visit", noted)
     together = with_threads(2, config, tmp_path)
     assert threads[True] == {"MainThread"}
     assert any(name.startswith("lane") for name in threads[False])
@@ -89,7 +89,7 @@ def bags_of(config: Config) -> list:
 
 
 @pytest.mark.parametrize("stop_at", [pytest.param(2, marks=pytest.mark.slow), 5])
-def test_stopped_side_by_side_and_resumed_is_never_stopped(files, tmp_path, monkeypatch, stop_at):
+def test_resuming_side_by_side_after_a_stop_is_exact(files, tmp_path, monkeypatch, stop_at):
     config = configuration(files, tmp_path)
     undisturbed = with_threads(2, config, tmp_path / "undisturbed")
     calls = iter(range(1, 10**6))
@@ -111,11 +111,11 @@ def test_a_loss_that_is_not_finite_names_the_bags(files, tmp_path, monkeypatch):
             yield batch
 
     monkeypatch.setattr(BagLoader, "stream", poisoned)
-    with pytest.raises(DataError, match=r"loss of a step is not finite. Its bags: .*PT-0004"):
+    with pytest.raises(DataError, match=r"loss of a step is not finite. Bags of the step: .*PT-0004"):
         with_threads(2, configuration(files, tmp_path), tmp_path)
 
 
-def test_a_lane_that_raises_ends_and_the_others_come_to_their_end():
+def test_lane_that_raises_ends_and_the_rest_finish():
     done: dict[str, list[int]] = {"a": [], "b": [], "c": []}
 
     def lane(name: str) -> Iterator[None]:
@@ -133,7 +133,7 @@ def test_a_lane_that_raises_ends_and_the_others_come_to_their_end():
     assert isinstance(failed["b"], DataError)
 
 
-def test_threads_draw_from_their_own_seeds():
+def test_threads_have_separate_seeds():
     alone = []
     for seed in (1, 2):
         with seeded(seed, CPU):
