@@ -24,7 +24,7 @@ def folds_of(config: Config) -> tuple[Cohort, list[Split]]:
     return cohort, cfusion.make_splits(cohort, config.splits, config.evaluation.protocol)
 
 
-def train_alone(configs: Sequence[Config]) -> list[FoldRun]:
+def train_separately(configs: Sequence[Config]) -> list[FoldRun]:
     return [fit(config, folds_of(config)[0], split) for config in configs for split in folds_of(config)[1]]
 
 

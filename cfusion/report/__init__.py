@@ -1,4 +1,4 @@
-"""The page, the tables and the figures that a run leaves."""
+"""Pages, tables and figures of finished runs."""
 
 from cfusion.report.context import ReportContext
 from cfusion.report.report_files import write_report

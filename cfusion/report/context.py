@@ -1,4 +1,4 @@
-"""What a report says beyond the scores: where the numbers come from, and what each protocol means."""
+"""Context of a report beyond the scores: where the numbers come from, and what each protocol means."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ PROTOCOL_TEXTS = {
 
 @dataclass(frozen=True)
 class ReportContext:
-    """Where the numbers come from and what stands beside them.
+    """Where the numbers come from, and additional values to show.
 
     Attributes:
         title: Heading of the page.
         audits: For each cohort, `cfusion.cohort.audit.Audit.to_json()`.
         provenance: For each run, digests, versions, seeds and configuration.
         curves: Learning curves: `cohort, model, protocol, fold, epoch` and a column per metric.
-        oracle: Harrell's C of the true risk, where it is known (made-up cohorts).
-        permuted: Harrell's C after training on outcomes dealt to other patients.
+        oracle: Harrell's C of the true risk, if it is known (synthetic cohorts).
+        permuted: Harrell's C after training on permuted outcomes.
         notes: Sentences for the reader.
     """
 
@@ -46,10 +46,10 @@ class ReportContext:
 
 
 def optimistic(protocol: str) -> bool:
-    """Whether numbers under a protocol are known to be too good."""
+    """Whether numbers under a protocol are known to be optimistic."""
     return protocol == "published"
 
 
 def named(protocol: str) -> str:
-    """The protocol as a caption names it, with its warning where its numbers are too good."""
+    """Name the protocol for a caption, with a warning if its numbers are optimistic."""
     return f"Protocol {protocol}. {_OPTIMISTIC}" if optimistic(protocol) else f"Protocol {protocol}."

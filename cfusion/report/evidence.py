@@ -1,4 +1,4 @@
-"""The table of a report: every score with what a signal-free model scores under the same protocol beside it."""
+"""The table of a report: every score next to the score of a model without signal under the same protocol."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cfusion.survival.score import Key, Scores
 
 _REPETITIONS = 40
 _CHEAP_REPETITIONS = 1000
-"""Of one draw a fold, where no epoch is chosen."""
+"""Number of repetitions with one draw per fold, for protocols that choose no epoch."""
 
 SCORED_FOLD_CHOOSES = ("published", "unknown")
-"""Protocols for which the null assumes that the epoch was chosen on the scored fold; unknown means the worst."""
+"""Protocols whose null assumes that the epoch was chosen on the scored fold; unknown takes the worst case."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class CohortNull:
     """Nulls of one cohort under one protocol.
 
     Attributes:
-        independent: Risks new in every epoch.
-        correlated: Risks that change slowly between epochs (AR(1), 0.9); the same where no epoch is chosen on them.
+        independent: Null with new risks in every epoch.
+        correlated: Null with slowly changing risks (AR(1), 0.9); the same if no epoch is chosen on the scored fold.
     """
 
     independent: Null
@@ -35,7 +35,7 @@ class CohortNull:
 
 
 def nulls(scores: Sequence[Scores]) -> dict[Key, CohortNull]:
-    """The closed simulation for every row of the summaries; folds that are the same are simulated once."""
+    """Simulate the null for every row of the summaries; identical folds are simulated once."""
     known: dict[tuple, CohortNull] = {}
     found = {}
     for part in scores:
@@ -50,7 +50,7 @@ def nulls(scores: Sequence[Scores]) -> dict[Key, CohortNull]:
 
 
 def _first_run(rows: pd.DataFrame) -> tuple[list[Outcomes], tuple]:
-    """Outcomes of each fold of the first seed and repeat, and what makes two such runs the same."""
+    """Return the outcomes of each fold of the first seed and repeat, and a key that identifies equal runs."""
     first = (rows["seed"] == rows["seed"].iloc[0]) & (rows["repeat"] == rows["repeat"].iloc[0])
     fold, time, event = (rows[name].to_numpy()[first.to_numpy()] for name in ("fold", "survival_months", "event"))
     order = np.lexsort((event, time, fold))
@@ -70,11 +70,11 @@ def _simulate(folds: list[Outcomes], chosen: bool) -> CohortNull:
 
 
 def evidence_table(scores: Sequence[Scores], context: ReportContext) -> pd.DataFrame:
-    """The summaries with nulls, permuted and oracle C, and the optimism gap.
+    """Add nulls, permuted and oracle C, and the optimism gap to the summaries.
 
-    Rows of a cohort stand together. Adds `null_mean, null_low, null_high` (95% range over signal-free
-    cross-validations), `null_correlated_mean`, `permuted`, `oracle`, and `optimism_gap`: the C under `published` minus
-    that under `strict`, on rows of models that have both.
+    Rows are grouped by cohort. Added columns: `null_mean, null_low, null_high` (95% range over cross-validations
+    without signal), `null_correlated_mean`, `permuted`, `oracle`, and `optimism_gap`: the C under `published` minus
+    that under `strict`, for models that have both.
     """
     table = pd.concat([part.summary for part in scores], ignore_index=True)
     first_seen = {name: order for order, name in enumerate(dict.fromkeys(table["cohort"]))}

@@ -1,4 +1,4 @@
-"""The figures of the report, each with a text alternative that says what it shows."""
+"""The figures of the report, each with a text alternative that describes it."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from cfusion.survival.groups import Curve
 from cfusion.survival.patients import PatientScores
 
 _LONGEST_LABEL = 36
-"""Letters of a label in a forest plot; longer ones are cut in the middle, and whole in the table and the tip."""
+"""Maximum letters of a label in a forest plot; longer ones are shortened there, but not in the table and tooltip."""
 
 
 def p_text(p: float) -> str:
-    """A p-value for a reader."""
+    """Format a p-value for a reader."""
     if math.isnan(p):
         return "p not defined"
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def bare_p(p: float) -> str:
-    """A p-value in a column that says what it is."""
+    """Format a p-value for a column with a heading."""
     return "–" if math.isnan(p) else p_text(p).removeprefix("p ").removeprefix("= ")
 
 
 def kaplan_meier_figure(scores: PatientScores, where: str) -> str:
-    """Survival of the two risk groups, with numbers at risk and the log-rank test."""
+    """Draw survival of the two risk groups, with numbers at risk and the log-rank test."""
     if scores.low is None or scores.high is None:
         return ""
     end = scores.risk_months[-1]
@@ -62,7 +62,7 @@ def _km_words(low: Curve, high: Curve, scores: PatientScores) -> str:
 
 
 def calibration(scores: PatientScores, where: str) -> str:
-    """Predicted against observed survival at the first three horizons."""
+    """Draw predicted against observed survival at the first three horizons."""
     if scores.calibration is None or not scores.calibration.points:
         return ""
     plot = Plot((0, 1), (0, 1), height=280)
@@ -83,7 +83,7 @@ def calibration(scores: PatientScores, where: str) -> str:
 
 
 def auc_over_time(scores: PatientScores, where: str) -> str:
-    """Time-dependent AUC, mean over the folds."""
+    """Draw the time-dependent AUC, mean over the folds."""
     known = [(m, a) for m, a in zip(scores.auc_months, scores.auc, strict=True) if not math.isnan(a)]
     if len(known) < 2:
         return ""
@@ -100,7 +100,7 @@ def auc_over_time(scores: PatientScores, where: str) -> str:
 
 
 def fold_points(folds: pd.DataFrame, null: tuple[float, float] | None, where: str) -> str:
-    """Harrell's C of every fold with its interval, over the range of signal-free models."""
+    """Draw Harrell's C of every fold with its interval, over the range of models without signal."""
     rows = folds.reset_index(drop=True)
     values = rows[["harrell_c", "harrell_low", "harrell_high"]].to_numpy().ravel()
     finite = [float(v) for v in values if not math.isnan(v)]
@@ -123,12 +123,12 @@ def fold_points(folds: pd.DataFrame, null: tuple[float, float] | None, where: st
             plot.text(plot.px(at), plot.height - 24, str(row["fold"]))
     mean = rows["harrell_c"].mean()
     plot.segment((plot.x[0], mean), (plot.x[1], mean), "mean")
-    told = ", ".join(f"{c:.3f}" for c in rows["harrell_c"])
-    return plot.finish(f"C-index by fold, {where}", f"{told}; mean {mean:.3f}.")
+    scores = ", ".join(f"{c:.3f}" for c in rows["harrell_c"])
+    return plot.finish(f"C-index by fold, {where}", f"{scores}; mean {mean:.3f}.")
 
 
 def learning_curves(curves: pd.DataFrame, where: str) -> str:
-    """Validation C-index by epoch, a line a fold; the training loss where nothing was validated."""
+    """Draw the validation C-index by epoch, one line per fold; without validation, the training loss."""
     metric = next((m for m in ("validation_cindex", "validation_loss", "train_loss") if m in curves.columns), None)
     if metric is None or curves[metric].notna().sum() < 2:
         return ""
@@ -149,14 +149,14 @@ def learning_curves(curves: pd.DataFrame, where: str) -> str:
 
 
 def forest_range(rows: Sequence[Mapping[str, object]]) -> tuple[float, float]:
-    """The horizontal range that holds every interval and null of the given rows."""
+    """Return the horizontal range that covers every interval and null of the given rows."""
     values = [float(str(row[k])) for row in rows for k in ("c", "low", "high", "null_low", "null_high")]
     finite = [value for value in values if not math.isnan(value)]
     return min(0.45, *finite) - 0.01, max(0.7, *finite) + 0.01
 
 
 def forest(rows: Sequence[Mapping[str, object]], x: tuple[float, float], where: str) -> str:
-    """C-index of every model of a cohort with its interval, over the range of signal-free models."""
+    """Draw the C-index of every model of a cohort with its interval, over the range of models without signal."""
     left = 20 + 7.2 * min(max(len(str(row["label"])) for row in rows), _LONGEST_LABEL)
     plot = Plot(x, (0, len(rows)), width=720, height=26 * len(rows) + 46, margins=(left, 6, 130, 38))
     base = plot.height - 38
@@ -168,7 +168,7 @@ def forest(rows: Sequence[Mapping[str, object]], x: tuple[float, float], where: 
         _forest_row(plot, row, len(rows) - i - 0.5, left)
     plot.segment((0.5, 0), (0.5, len(rows)), "rule")
     words = "; ".join(f"{row['label']} {row['c']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in rows)
-    return plot.finish(f"C-index of all models, {where}", f"{words}. Shaded: 95% range of signal-free models.")
+    return plot.finish(f"C-index of all models, {where}", f"{words}. Shaded: 95% range of models without signal.")
 
 
 def _forest_row(plot: Plot, row: Mapping[str, object], y: float, left: float) -> None:
@@ -188,7 +188,7 @@ def _forest_row(plot: Plot, row: Mapping[str, object], y: float, left: float) ->
 
 
 def flow(steps: Sequence[Mapping[str, object]], dropped: Mapping[str, int], where: str) -> str:
-    """Cohort flow diagram: from the tables to the patients that are scored."""
+    """Draw the cohort flow diagram, from the tables to the scored patients."""
     height = 62
     plot = Plot((0, 1), (0, 1), width=720, height=height * len(steps) - 10)
     for i, step in enumerate(steps):

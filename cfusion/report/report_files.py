@@ -1,4 +1,4 @@
-"""Write the report: one page, a model card, and the tables behind them."""
+"""Writes the report: one page, a model card, and the tables behind them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from cfusion.survival.score import Scores
 def write_report(scores: Sequence[Scores], out_dir: Path | str, *, context: ReportContext | None = None) -> Path:
     """Write a report to a folder.
 
-    `index.html` is the page, one file that needs no network; `model_card.md` the same in brief; `summary.csv` a row
-    per cohort, model and protocol, with nulls; `scores.csv` a row per fold; `comparisons.csv` the paired
-    comparisons; `findings.csv` what the audits dropped or doubted; `summary.json` the pooled C with its interval,
-    oracle and permuted C.
+    Files: `index.html`, the page, a single file that needs no network; `model_card.md`, a summary; `summary.csv`, a
+    row per cohort, model and protocol, with nulls; `scores.csv`, a row per fold; `comparisons.csv`, the paired
+    comparisons; `findings.csv`, patients and slides that the audits dropped or marked as suspicious; `summary.json`,
+    the pooled C with its interval, oracle and permuted C.
 
     Args:
-        scores: What to report; models of one cohort in different elements are compared too.
-        out_dir: Folder, made where it is missing.
+        scores: Scores to report. Models with different numbers of patients or seeds are compared on the common ones.
+        out_dir: Output folder, created if missing.
         context: Where the numbers come from.
 
     Returns:
@@ -64,13 +64,13 @@ def _check_distinct(scores: Sequence[Scores]) -> None:
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a CSV whose floats read back as they were."""
+    """Write a CSV whose floats read back exactly."""
     with atomic_path(path) as temporary:
         table.to_csv(temporary, index=False, float_format="%.17g")
 
 
 def summary_rows(summary: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of `summary.json`; what is not known is null."""
+    """Return the rows of `summary.json`; unknown values are null."""
     columns = ["cohort", "model", "protocol", "cindex_pooled", "cindex_low", "cindex_high", "oracle", "permuted"]
     return [
         {name: None if pd.isna(value) else value for name, value in zip(columns, values, strict=True)}

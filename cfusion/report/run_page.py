@@ -1,4 +1,4 @@
-"""From scores to the page's text: what each section shows, in the order a reader asks."""
+"""Builds the text of the report page from scores, section by section."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cfusion.survival.predictions import UNIT
 from cfusion.survival.score import Key, Scores
 
 _OPEN_DETAILS = 12
-"""Figures of so many models stand open; more are folded."""
+"""Up to this number of models, figures are shown; with more, they are folded."""
 
 
 def _number(value: Any, digits: int = 3, sign: str = "") -> str:
@@ -26,7 +26,7 @@ def _number(value: Any, digits: int = 3, sign: str = "") -> str:
 
 
 def _interval(row: dict, names: str, digits: int = 3, sign: str = "") -> str:
-    """Two columns of a row as `low to high`; nothing where they do not exist."""
+    """Format two columns of a row as `low to high`; empty if they are undefined."""
     low, high = (row[name] for name in names.split())
     return "" if math.isnan(low) else f"{low:{sign}.{digits}f} to {high:{sign}.{digits}f}"
 
@@ -43,7 +43,7 @@ def render_run_page(
     comparisons: pd.DataFrame,
     context: ReportContext,
 ) -> str:
-    """The whole page as one HTML text without a link to anywhere."""
+    """Render the page as one HTML text without external links."""
     rows = [dict(zip(summary.columns, values, strict=True)) for values in summary.itertuples(index=False)]
     patients = {key: value for part in scores for key, value in part.patients.items()}
     details = _details(rows, folds, patients, context)
@@ -65,7 +65,7 @@ def render_run_page(
 
 
 def render_card(summary: pd.DataFrame, context: ReportContext) -> str:
-    """The model card (Mitchell et al., FAT* 2019) as Markdown."""
+    """Render the model card (Mitchell et al., FAT* 2019) as Markdown."""
     rows = [dict(zip(summary.columns, values, strict=True)) for values in summary.itertuples(index=False)]
     return report_environment().get_template("model_card.md.j2").render(
         title=context.title, rows=rows, notes=context.notes, audits=context.audits,
@@ -82,7 +82,7 @@ def _forest_row(row: dict) -> dict[str, object]:
 
 
 def _cohort(name: str, rows: list[dict], folds: pd.DataFrame, context: ReportContext) -> dict[str, Any]:
-    """A cohort's flow, audit and forest plot."""
+    """Collect a cohort's flow, audit and forest plot."""
     mine = [row for row in rows if row["cohort"] == name]
     audit = context.audits.get(name)
     findings = audit["findings"] if audit else []
@@ -104,7 +104,7 @@ def _cohort(name: str, rows: list[dict], folds: pd.DataFrame, context: ReportCon
 def _details(
     rows: list[dict], folds: pd.DataFrame, patients: dict[Key, Any], context: ReportContext
 ) -> list[dict[str, Any]]:
-    """The figures of every cohort, model and protocol."""
+    """Collect the figures of every cohort, model and protocol."""
     by_key = dict(list(folds.groupby(UNIT, sort=False)))
     curves = dict(list(context.curves.groupby(UNIT, sort=False))) if context.curves is not None else {}
     details = []
@@ -113,7 +113,7 @@ def _details(
         where = ", ".join(key)
         drawn = {
             "Kaplan–Meier curves of the risk groups": figures.kaplan_meier_figure(patients[key], where),
-            "C-index by fold, with the range of signal-free models": figures.fold_points(
+            "C-index by fold, with the range of models without signal": figures.fold_points(
                 by_key[key], (row["null_low"], row["null_high"]), where
             ),
             "AUC over time, mean of the folds": figures.auc_over_time(patients[key], where),
@@ -126,7 +126,7 @@ def _details(
 
 
 def _flat_provenance(context: ReportContext) -> dict[str, dict[str, str]]:
-    """Per run, dotted names and plain values."""
+    """Return dotted names and plain values of each run's provenance."""
     flat = {}
     for run, values in context.provenance.items():
         table = pd.json_normalize(dict(values)).iloc[0]

@@ -1,4 +1,4 @@
-"""One report from the folders of finished runs, each as `cfusion train` leaves it."""
+"""Builds one report from the folders of finished `cfusion train` runs."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from cfusion.yaml_files import differing_values
 
 
 def report_runs(folders: Sequence[Path], out: Path, *, title: str, oracle: dict[str, float] | None = None) -> Path:
-    """Score finished runs and write one report; runs on permuted outcomes become the null beside the others.
+    """Score finished runs and write one report; runs on permuted outcomes are shown as the permuted null.
 
     Args:
         folders: Output folders of runs; seeds of one cohort, model and protocol are scored together.
         out: Folder of the report.
         title: Heading.
-        oracle: Per cohort, the C-index of the planted risk, where the cohort is made up.
+        oracle: Per cohort, the C-index of the true risk, for synthetic cohorts.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
         DataError: A folder holds no finished run, none has real outcomes, or runs of one cohort, model and protocol
@@ -59,10 +59,10 @@ def report_runs(folders: Sequence[Path], out: Path, *, title: str, oracle: dict[
 
 
 def score_runs(runs: Sequence[FinishedRun], bootstrap: int) -> Scores:
-    """Score runs that differ in seed, or in the fold that each trained, as one result.
+    """Score runs that differ only in the seed or in the fold that each trained, as one result.
 
     Raises:
-        DataError: They differ in anything else, or two have the same seed and fold.
+        DataError: They differ in something else, or two have the same seed and fold.
     """
     first = runs[0]
     for other in runs[1:]:
@@ -76,7 +76,7 @@ def score_runs(runs: Sequence[FinishedRun], bootstrap: int) -> Scores:
 
 
 def outcomes_and_splits(folders: Sequence[Path], cohort: str) -> tuple[Cohort, list[Split]]:
-    """What runs of one cohort are scored against: the outcomes of all patients, and the folds of all runs."""
+    """Return the reference for runs of one cohort: the outcomes of all patients, and the folds of all runs."""
     splits = {(split.repeat, split.fold): split for folder in folders for split in read_splits(folder / SPLITS)}
     return read_outcomes(folders[0] / OUTCOMES, cohort), list(splits.values())
 
@@ -85,7 +85,7 @@ def _check_alike(first: FinishedRun, other: FinishedRun) -> None:
     differing = differing_values(first.provenance, other.provenance).keys()
     fold_apart = "config.splits.fold" in differing
     seeds = {"config.seed", "config.data.order_seed", "config.splits.fold"}
-    # Tables and shards are the same by their digests; what code did which run is told in the report.
+    # Tables and shards are compared by their digests; the report shows which code ran each run.
     elsewhere = {"platform", "code", "config.cohort.table", "config.data.shards"}
     wrong = {name for name in differing - seeds - elsewhere if not name.startswith("packages.")}
     wrong -= {"splits_digest"} if fold_apart else set()
@@ -93,5 +93,5 @@ def _check_alike(first: FinishedRun, other: FinishedRun) -> None:
         what = f"differ in {', '.join(sorted(wrong))}" if wrong else "have the same seed and fold"
         raise DataError(
             f"{first.folder} and {other.folder} are both {', '.join(first.key)}, but {what}.",
-            "Report them apart, or compare them as a sweep: cfusion sweep report.",
+            "Report them separately, or compare them as a sweep: cfusion sweep report.",
         )

@@ -1,4 +1,4 @@
-"""Figures as SVG files of their own, for whoever shows a run without the report around it."""
+"""Figures as separate SVG files, for viewers that show a run without its report."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from cfusion.survival.score import Scores
 
 
 def write_figures(folder: Path, drawn: Mapping[str, str]) -> None:
-    """Write figures, by file name, as `figures` draws them; empty ones are left out."""
+    """Write figures by file name, as drawn by `figures`; empty ones are skipped."""
     for name, svg in drawn.items():
         if svg:
             write_text(folder / f"{name}.svg", standalone(svg))
 
 
 def run_figures(scores: Scores, curves: pd.DataFrame) -> dict[str, str]:
-    """The figures of one run's scores: Kaplan–Meier, folds, AUC over time, calibration, learning curves.
+    """Draw the figures of one run's scores: Kaplan–Meier, folds, AUC over time, calibration, learning curves.
 
     Args:
-        scores: Of one cohort, model and protocol.
+        scores: Scores of one cohort, model and protocol.
         curves: Metrics by `fold` and `epoch`.
     """
     ((key, patients),) = scores.patients.items()
@@ -39,9 +39,9 @@ def run_figures(scores: Scores, curves: pd.DataFrame) -> dict[str, str]:
 
 
 def standalone(svg: str) -> str:
-    """A figure with its name space and the report's style sheet inside: any viewer draws it as the page does."""
+    """Add the SVG name space and the report's style sheet to a figure, so that any viewer draws it as the page does."""
     style = files("cfusion.report").joinpath("templates", "style.css").read_text(encoding="utf-8")
-    # The viewer's background is not the page's: without one of its own, the dark style would be light on white.
+    # The figure needs its background, since in a viewer the dark style would otherwise be light on white.
     inner = f"<style><![CDATA[{style}\nsvg.plot {{ background: var(--paper) }}]]></style>"
     opening, rest = svg.split(">", 1)
     named = opening.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)

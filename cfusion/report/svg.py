@@ -1,7 +1,7 @@
 """A small plot, written as SVG text: axes, lines, steps, bands and points, with a title and a description.
 
-The colours are classes of the page's style sheet, so that figures follow light, dark and print; a hundred models'
-figures are written in a second, which a plotting library does not do.
+Colours are classes of the page's style sheet, so figures adapt to light mode, dark mode and print. Figures for 100
+models take about a second, which a plotting library does not achieve.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ Point = tuple[float, float]
 
 
 def number(value: float, digits: int = 1) -> str:
-    """A coordinate, short."""
+    """Format a coordinate briefly."""
     return f"{value:.{digits}f}".rstrip("0").rstrip(".") if digits else f"{value:.0f}"
 
 
 def shortened(words: str, most: int) -> str:
-    """Words of at most so many letters, cut in the middle."""
+    """Shorten text to at most `most` letters by cutting the middle."""
     if len(words) <= most:
         return words
     return f"{words[: most * 2 // 3]}…{words[-(most - most * 2 // 3 - 1) :]}"
 
 
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round values from `low` to `high`, about as many as asked for."""
+    """Return about `about` round values from `low` to `high`."""
     span = high - low
     if not span > 0:
         return [low]
@@ -58,27 +58,27 @@ class Plot:
     parts: list[str] = field(default_factory=list)
 
     def px(self, value: float) -> float:
-        """Horizontal position of a value."""
+        """Return the horizontal position of a value."""
         left, _, right, _ = self.margins
         return left + (value - self.x[0]) / (self.x[1] - self.x[0]) * (self.width - left - right)
 
     def py(self, value: float) -> float:
-        """Vertical position of a value."""
+        """Return the vertical position of a value."""
         _, top, _, bottom = self.margins
         return self.height - bottom - (value - self.y[0]) / (self.y[1] - self.y[0]) * (self.height - top - bottom)
 
     def add(self, part: str) -> None:
-        """Append SVG text as it is."""
+        """Append unmodified SVG text."""
         self.parts.append(part)
 
     def text(self, x: float, y: float, words: str, css: str = "tick", anchor: str = "middle", extra: str = "") -> None:
-        """Words at a position in px."""
+        """Add text at a position in px."""
         self.add(
             f'<text x="{number(x)}" y="{number(y)}" class="{css}" text-anchor="{anchor}"{extra}>{escape(words)}</text>'
         )
 
     def segment(self, start: Point, end: Point, css: str) -> None:
-        """A straight line between two values."""
+        """Add a straight line between two values."""
         (x1, y1), (x2, y2) = ((self.px(x), self.py(y)) for x, y in (start, end))
         self.add(f'<path class="{css}" d="M{number(x1)} {number(y1)}L{number(x2)} {number(y2)}"/>')
 
@@ -86,7 +86,7 @@ class Plot:
         self, x_label: str, y_label: str, *, x_ticks: Sequence[float] | None = None,
         x_format: Callable[[float], str] = "{:g}".format, y_format: Callable[[float], str] = "{:g}".format,
     ) -> None:  # fmt: skip
-        """Ticks, labels and a light horizontal grid."""
+        """Add ticks, labels and a light horizontal grid."""
         for tick in nice_ticks(*self.y):
             self.segment((self.x[0], tick), (self.x[1], tick), "grid")
             self.text(self.margins[0] - 6, self.py(tick) + 3.5, y_format(tick), anchor="end")
@@ -101,7 +101,7 @@ class Plot:
         self.text(12, centre, y_label, "label", extra=f' transform="rotate(-90 12 {number(centre)})"')
 
     def line(self, points: Iterable[Point], css: str) -> None:
-        """A line through points; it breaks at NaN."""
+        """Add a line through points; it breaks at NaN."""
         commands, pen_up = [], True
         for x, y in points:
             if math.isnan(x) or math.isnan(y):
@@ -113,13 +113,13 @@ class Plot:
             self.add(f'<path class="{css}" d="{"".join(commands)}"/>')
 
     def steps(self, x: Sequence[float], y: Sequence[float], css: str) -> None:
-        """A right-continuous step function."""
+        """Add a right-continuous step function."""
         commands = [f"M{number(self.px(x[0]))} {number(self.py(y[0]))}"]
         commands += [f"H{number(self.px(a))}V{number(self.py(b))}" for a, b in zip(x[1:], y[1:], strict=True)]
         self.add(f'<path class="{css}" d="{"".join(commands)}"/>')
 
     def step_band(self, x: Sequence[float], low: Sequence[float], high: Sequence[float], css: str) -> None:
-        """The area between two step functions."""
+        """Add the area between two step functions."""
         upper = [f"M{number(self.px(x[0]))} {number(self.py(high[0]))}"]
         upper += [f"H{number(self.px(a))}V{number(self.py(b))}" for a, b in zip(x[1:], high[1:], strict=True)]
         lower = [f"V{number(self.py(low[-1]))}"]
@@ -127,14 +127,14 @@ class Plot:
         self.add(f'<path class="{css}" d="{"".join(upper + lower)}Z"/>')
 
     def dot(self, x: float, y: float, css: str, radius: float = 3.5, tip: str = "") -> None:
-        """A point; `tip` shows when the pointer rests on it."""
+        """Add a point; `tip` is shown when the pointer is over it."""
         title = f"<title>{escape(tip)}</title>" if tip else ""
         self.add(
             f'<circle class="{css}" cx="{number(self.px(x))}" cy="{number(self.py(y))}" r="{radius:g}">{title}</circle>'
         )
 
     def finish(self, title: str, description: str) -> str:
-        """The whole figure, with its title and its text alternative."""
+        """Return the complete figure with its title and text alternative."""
         return (
             f'<svg viewBox="0 0 {self.width:g} {number(self.height)}" role="img" class="plot" '
             f'style="min-width:{self.width * 0.8:g}px;max-width:{self.width * 1.25:g}px" '

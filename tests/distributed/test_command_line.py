@@ -1,4 +1,4 @@
-"""What `cfusion train` says under a launcher where one process meets bad input: the cause, once, and its exit code."""
+"""`cfusion train` under a launcher reports invalid input of one process once, with its cause and exit code."""
 
 import os
 import re
@@ -43,19 +43,19 @@ def damage_the_last_slide(shards: Path) -> None:
     tar.write_bytes(content)
 
 
-def assert_told_once(done: subprocess.CompletedProcess[str], message: str) -> None:
+def assert_reported_once(done: subprocess.CompletedProcess[str], message: str) -> None:
     assert done.returncode == 2, done.stderr
     assert len(re.findall(message, done.stderr)) == 1, done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_folder_of_another_run_which_rank_0_alone_looks_into(files, tmp_path):
+def test_folder_of_another_run_that_only_rank_0_reads(files, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text('{"identity": "another", "provenance": {}}')
-    assert_told_once(train(files, tmp_path), "error: .*holds a run that differs in")
+    assert_reported_once(train(files, tmp_path), "error: .*holds a run that differs in")
 
 
 def test_a_damaged_slide_which_one_process_reads(tmp_path):
     files = make_cohort(tmp_path / "cohort", patients=24)
     damage_the_last_slide(files.shards)
-    assert_told_once(train(files, tmp_path), "error: .*its checksum is not the one it was packed with")
+    assert_reported_once(train(files, tmp_path), "error: .*its checksum is not the one it was packed with")

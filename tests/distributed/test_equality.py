@@ -1,4 +1,4 @@
-"""The same model at the end, whatever the number of processes."""
+"""The final model does not depend on the number of processes."""
 
 import os
 from collections.abc import Callable
@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, dict[str, object]]] = {
 
 
 def configuration(files: CohortFiles, output: Path, variant: dict[str, dict[str, object]]) -> Config:
-    """20 steps and more in f64, bags of any length, one bag a forward pass unless told otherwise."""
+    """20 steps or more in f64, bags of any length, one bag per forward pass by default."""
     sections: dict[str, dict[str, object]] = {
         "parallel": {"precision": "f64", "global_batch": 4},
         "model": {"name": "amil"},
@@ -72,11 +72,11 @@ def trained(files, tmp_path_factory) -> Callable[[int], Path]:
 def test_any_number_of_processes_gives_the_same_parameters(trained, world, variant):
     trained(1)
     worlds = trained(world)
-    alone = load_file(worlds / "1" / variant / "model_0" / "model.safetensors")
+    single = load_file(worlds / "1" / variant / "model_0" / "model.safetensors")
     predictions = pd.read_csv(worlds / "1" / variant / "predictions_0.csv")
     for rank in range(world):
         shared = load_file(worlds / str(world) / variant / f"model_{rank}" / "model.safetensors")
-        for name, tensor in alone.items():
+        for name, tensor in single.items():
             torch.testing.assert_close(shared[name], tensor, atol=1e-9, rtol=1e-9)
         gathered = pd.read_csv(worlds / str(world) / variant / f"predictions_{rank}.csv")
         assert list(gathered["case_id"]) == list(predictions["case_id"]), "every case once, in the same order"
@@ -97,8 +97,8 @@ def test_ranks_that_disagree_stop_before_training(files, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def write_to_disks_of_their_own(config: Config) -> None:
-    """In a worker: each process has a disk of its own."""
+def write_to_separate_disks(config: Config) -> None:
+    """In a worker: each process has a separate disk."""
     from cfusion.runs.crossval import cross_validate
 
     output = config.output / os.environ["RANK"]
@@ -106,8 +106,8 @@ def write_to_disks_of_their_own(config: Config) -> None:
         cross_validate(config.model_copy(update={"output": output}))
 
 
-def test_an_output_that_is_another_on_each_node_is_refused_before_training(files, tmp_path):
-    run_world(2, write_to_disks_of_their_own, tmp_path / "world", files.config(tmp_path / "run"))
+def test_output_that_differs_between_nodes_is_refused_before_training(files, tmp_path):
+    run_world(2, write_to_separate_disks, tmp_path / "world", files.config(tmp_path / "run"))
 
 
 def indivisible(config: Config) -> None:

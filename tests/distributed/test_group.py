@@ -36,8 +36,8 @@ def train_and_save(configs: dict[str, Config], folder: Path) -> None:
             run.model.save(folder / name / f"model_{os.environ['RANK']}_{number}")
 
 
-def stop_and_go_on(config: Config, folder: Path) -> None:
-    """In a worker: the last rank alone is asked to stop; both leave, come again, and end as if nothing had been."""
+def stop_and_resume(config: Config, folder: Path) -> None:
+    """In a worker: only the last rank is asked to stop; both stop, resume, and get the undisturbed result."""
     train_and_save({"undisturbed": config}, folder)
     asked, seen = group.stop_requested, 0
 
@@ -76,16 +76,16 @@ def worlds(files, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_processes_give_the_parameters_of_one(worlds, variant):
     for fold in range(2):
-        alone = load_file(worlds / "1" / variant / f"model_0_{fold}" / "model.safetensors")
+        single = load_file(worlds / "1" / variant / f"model_0_{fold}" / "model.safetensors")
         for rank in range(2):
             shared = load_file(worlds / "2" / variant / f"model_{rank}_{fold}" / "model.safetensors")
-            for name, tensor in alone.items():
+            for name, tensor in single.items():
                 torch.testing.assert_close(shared[name], tensor, atol=1e-9, rtol=1e-9)
 
 
 def test_two_processes_stopped_and_started_again_end_with_the_same_bits(files, tmp_path):
     config = configuration(files, tmp_path, VARIANTS["dropout, moving average, patience"])
-    run_world(2, stop_and_go_on, tmp_path, config, tmp_path)
+    run_world(2, stop_and_resume, tmp_path, config, tmp_path)
     for fold in range(2):
         path = Path(f"model_0_{fold}") / "model.safetensors"
         undisturbed, resumed = load_file(tmp_path / "undisturbed" / path), load_file(tmp_path / "stopped" / path)

@@ -1,4 +1,4 @@
-"""A world that is not what was asked for is refused, by every process and before anything is trained."""
+"""A wrong number or kind of processes is refused by every process, before training starts."""
 
 import os
 import sys
@@ -71,7 +71,7 @@ def test_zero_without_its_extra_names_it(environment, package):
     [("zero2", DistributedType.MULTI_CPU), ("ddp", DistributedType.DEEPSPEED), ("ddp", DistributedType.FSDP)],
 )
 def test_another_engine_than_the_one_asked_for_is_refused(environment, engine, runs):
-    """Accelerate passes over DeepSpeed, or takes it up, by its environment alone."""
+    """Accelerate ignores or uses DeepSpeed depending only on its environment."""
     import cfusion.training.zero as zero
 
     for module in (runtime_module, zero):
@@ -103,13 +103,13 @@ def test_a_library_that_sees_another_world_is_refused(environment, who):
         ),
     ],
 )
-def test_a_launcher_whose_processes_would_each_believe_to_be_alone_is_refused(environment, variables, message):
+def test_launcher_of_unconnected_processes_is_refused(environment, variables, message):
     for name, value in variables.items():
         environment.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
         join_world(ParallelConfig())
     environment.setenv("WORLD_SIZE", "1")
-    assert launched() == 1, "where a launcher has told each process of the others, theirs is the word"
+    assert launched() == 1, "a launcher that sets the world size takes precedence"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_launcher_whose_processes_would_each_believe_to_be_alone_is_refused(en
         ),
     ],
 )
-def test_variables_that_make_no_world_are_told_to_a_run_and_by_the_doctor(environment, variables, message):
+def test_inconsistent_variables_are_reported_by_a_run_and_by_the_doctor(environment, variables, message):
     for name, value in variables.items():
         environment.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
@@ -160,23 +160,26 @@ def test_bf16_is_refused_on_a_gpu_without_it_and_warned_of_on_such_a_processor(m
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     with pytest.raises(ConfigError, match=r"this GPU has no bf16 arithmetic\. Use f32 or fp16"):
         world_module.check_precision("bf16", on_cpu=False)
-    for instructions, told in (("AVX512", ""), ("AVX2", "bf16 is many times slower than f32 here: AVX2 has no bf16")):
+    for instructions, text in (
+        ("AVX512", ""),
+        ("AVX2", "bf16 is many times slower than f32 here: AVX2 has no bf16"),
+    ):
         caplog.clear()
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda known=instructions: known)
         world_module.check_precision("bf16", on_cpu=True)
-        assert told in caplog.text
-        assert bool(told) == bool(caplog.text)
+        assert text in caplog.text
+        assert bool(text) == bool(caplog.text)
 
 
-@pytest.mark.parametrize(("scale", "told"), [(1024.0, 0.0), (0.5, float("inf"))])
-def test_in_fp16_a_scale_too_large_skips_a_step_and_one_too_small_stops(scale, told):
+@pytest.mark.parametrize(("scale", "norm"), [(1024.0, 0.0), (0.5, float("inf"))])
+def test_in_fp16_a_scale_too_large_skips_a_step_and_one_too_small_stops(scale, norm):
     moved = []
     runtime = Runtime.__new__(Runtime)
     runtime.accelerator = SimpleNamespace(
         clip_grad_norm_=lambda parameters, limit: float("inf"), scaler=SimpleNamespace(get_scale=lambda: scale)
     )
     optimizer = SimpleNamespace(param_groups=[{}], step=lambda: moved.append(1), zero_grad=lambda: None)
-    assert runtime.advance(torch.nn.Linear(1, 1), optimizer, lr=0.1, clip_norm=1.0) == told
+    assert runtime.advance(torch.nn.Linear(1, 1), optimizer, lr=0.1, clip_norm=1.0) == norm
     assert moved == [1], "the scaler skips the step and lowers the scale"
 
 

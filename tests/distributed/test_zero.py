@@ -1,4 +1,4 @@
-"""ZeRO 1, 2 and 3 train the model that one process trains, stop and go on like it, and refuse like it."""
+"""ZeRO 1, 2 and 3 train, resume and fail as a single process does."""
 
 import contextlib
 import errno
@@ -24,10 +24,10 @@ from cfusion.training.fitted import FittedModel
 from cfusion.training.folds import fit
 
 STAGES = ("zero1", "zero2", "zero3")
-ALONE = ("ddp", "zero1", "zero3")
+ON_ONE = ("ddp", "zero1", "zero3")
 STOP_AT = 3
 CANCELLED = ("score.bias",)
-"""Softmax cancels it, so that what moves it is rounding; Adam makes whole steps of that."""
+"""Softmax cancels it, so only rounding moves it, which Adam turns into full steps."""
 
 
 def configuration(files: CohortFiles, output: Path, engine: str, **sections: dict[str, Any]) -> Config:
@@ -66,7 +66,7 @@ def save(run: Any, folder: Path) -> None:
 
 
 def stop_after(steps: int) -> None:
-    """Have every training of this process asked to stop after so many steps; 0: never."""
+    """Have every training of this process asked to stop after `steps` steps; 0: never."""
     import cfusion.training.loop as loop
 
     calls = iter(range(1, 1 << 30))
@@ -86,7 +86,7 @@ def train_stop_and_resume(configs: dict[str, Config], folder: Path) -> None:
             with pytest.raises(RequeueError):
                 train(config, folder / name / "state")
             if os.environ["RANK"] == "0":
-                for copy in ("stopped", "alone_state"):
+                for copy in ("stopped", "single_state"):
                     shutil.copytree(folder / name / "state", folder / name / copy)
             stop_after(0)
             save(train(config, folder / name / "state"), folder / name / "resumed")
@@ -113,9 +113,9 @@ def refuse_not_finite(config: Config) -> None:
     with pytest.raises(DataError, match=r"The loss of a step is not finite. Bags of the step: PT-.*, PT-") as refused:
         train(config)
     BagLoader.stream = original
-    told: list[str] = [""] * 2
-    torch.distributed.all_gather_object(told, str(refused.value))
-    assert told[0] == told[1]
+    messages: list[str] = [""] * 2
+    torch.distributed.all_gather_object(messages, str(refused.value))
+    assert messages[0] == messages[1]
 
 
 class RootOfZero:
@@ -172,12 +172,12 @@ def refuse_a_full_disk(config: Config, folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def go_on_alone(configs: dict[str, Config], folder: Path) -> None:
+def resume_in_one_process(configs: dict[str, Config], folder: Path) -> None:
     """In the only worker, started by no launcher: what two processes began."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name)
     for name, config in configs.items():
-        save(train(config, folder / name / "alone_state"), folder / name / "alone")
+        save(train(config, folder / name / "single_state"), folder / name / "single")
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +190,9 @@ def worlds(files, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("worlds")
     configs = {engine: configuration(files, folder, engine) for engine in ("ddp", *STAGES)}
     configs["cox"] = configuration(files, folder, "zero3", train={"loss": "cox"})
-    configs["cox alone"] = configuration(files, folder, "ddp", train={"loss": "cox"})
+    configs["cox reference"] = configuration(files, folder, "ddp", train={"loss": "cox"})
     run_world(2, train_stop_and_resume, folder / "two", configs, folder / "two", timeout=400)
-    run_world(1, go_on_alone, folder / "one", {e: configs[e] for e in ALONE}, folder / "two", timeout=200)
+    run_world(1, resume_in_one_process, folder / "one", {e: configs[e] for e in ON_ONE}, folder / "two", timeout=200)
     return folder / "two"
 
 
@@ -208,7 +208,7 @@ def assert_close(one: Path, other: Path, tolerance: float) -> None:
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 @pytest.mark.parametrize(
-    ("engine", "reference"), [("zero1", "ddp"), ("zero2", "ddp"), ("zero3", "ddp"), ("cox", "cox alone")]
+    ("engine", "reference"), [("zero1", "ddp"), ("zero2", "ddp"), ("zero3", "ddp"), ("cox", "cox reference")]
 )
 def test_every_stage_trains_the_model_that_ddp_trains(worlds, engine, reference, rank):
     assert_close(worlds / engine / "undisturbed" / rank, worlds / reference / "undisturbed" / "0", 1e-4)
@@ -222,9 +222,9 @@ def test_stopped_and_resumed_is_never_stopped_bit_for_bit(worlds, engine):
             assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("engine", ALONE)
+@pytest.mark.parametrize("engine", ON_ONE)
 def test_one_process_goes_on_where_two_stopped(worlds, engine):
-    assert_close(worlds / engine / "alone" / "0", worlds / engine / "undisturbed" / "0", 1e-4)
+    assert_close(worlds / engine / "single" / "0", worlds / engine / "undisturbed" / "0", 1e-4)
 
 
 def test_deepspeed_keeps_quiet(worlds):
@@ -239,9 +239,9 @@ def test_each_process_writes_its_own_part_of_the_moments(worlds, engine):
     assert numbers["world_size"] == 2
     shards = [load_file(path) for path in sorted(step.glob("rank_*.safetensors"))]
     moments = [sum(t.numel() for key, t in shard.items() if key.startswith("exp_avg/")) for shard in shards]
-    whole = sum(t.numel() for t in load_file(worlds / engine / "undisturbed/0/model/model.safetensors").values())
-    assert sum(moments) == whole
-    assert max(moments) <= 0.51 * whole
+    complete = sum(t.numel() for t in load_file(worlds / engine / "undisturbed/0/model/model.safetensors").values())
+    assert sum(moments) == complete
+    assert max(moments) <= 0.51 * complete
 
 
 @pytest.mark.parametrize("weights", ["best", "last"])
@@ -277,7 +277,7 @@ def test_crossfusion_is_the_same_under_every_stage(files, tmp_path):
 
 
 @pytest.mark.slow
-def test_bf16_is_the_same_under_the_stages_that_keep_parameters_whole(files, tmp_path):
+def test_bf16_is_the_same_under_the_stages_that_keep_parameters_complete(files, tmp_path):
     """ZeRO 3 rounds otherwise: its own linear layer adds the bias after it has rounded the product.
 
     A few steps only: what differs in the ninth digit soon rounds to another bf16.

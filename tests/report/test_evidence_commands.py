@@ -80,9 +80,7 @@ def test_audit_names_what_it_drops_and_stops_when_strict(config: Path) -> None:
     assert "[zero_time]" not in run("audit", config, "cohort.keep_zero_times=true")
 
 
-def test_null_trains_on_permuted_outcomes_beside_the_run(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_null_trains_on_permuted_outcomes(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def cross_validate(settings: Config) -> SimpleNamespace:

@@ -1,4 +1,4 @@
-"""The report: one offline page whose figures say in words what they show, and tables that read back."""
+"""The report: one offline page with described figures, and tables that read back exactly."""
 
 import dataclasses
 import json
@@ -26,9 +26,9 @@ from cfusion.survival.score import Scores, score
 
 
 def scored(model: str = "amil", protocol: str = "strict", noise: float = 0.0) -> Scores:
-    whole = cohort(120)
-    splits = make_splits(whole, SplitsConfig(), protocol)
-    return score(predicted(whole, splits, model, protocol, noise), whole, splits, bootstrap=50)
+    data = cohort(120)
+    splits = make_splits(data, SplitsConfig(), protocol)
+    return score(predicted(data, splits, model, protocol, noise), data, splits, bootstrap=50)
 
 
 class Page(HTMLParser):
@@ -58,16 +58,16 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    whole = cohort(120)
+    data = cohort(120)
     key = ("made_up", "amil", "strict")
     epochs = [
         {"cohort": "made_up", "model": "amil", "protocol": "strict", "fold": f, "epoch": e, "validation_cindex": e / 9}
         for f in range(5) for e in range(5)
     ]  # fmt: skip
-    dropped = dataclasses.replace(whole, cases=pd.concat([whole.cases, whole.cases.iloc[:1].rename({"p0": "q0"})]))
+    dropped = dataclasses.replace(data, cases=pd.concat([data.cases, data.cases.iloc[:1].rename({"p0": "q0"})]))
     context = ReportContext(
         title="A <test> & more", oracle={key: 0.8}, permuted={key: 0.49}, notes=["Made up."],
-        audits={"made_up": audit(dropped, make_splits(whole, SplitsConfig())).to_json()},
+        audits={"made_up": audit(dropped, make_splits(data, SplitsConfig())).to_json()},
         provenance={"run-1": {"program": "0.1.0", "config": {"train": {"lr": 0.1}}}}, curves=pd.DataFrame(epochs),
     )  # fmt: skip
     out = tmp_path_factory.mktemp("report")
@@ -94,7 +94,7 @@ def test_words_are_escaped(folder: Path) -> None:
     assert "A &lt;test&gt; &amp; more" in text
 
 
-def test_figures_are_well_formed_and_told_in_words(folder: Path) -> None:
+def test_figures_are_well_formed_and_described(folder: Path) -> None:
     text = (folder / "index.html").read_text(encoding="utf-8")
     figures = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
     titles = set()
@@ -139,7 +139,7 @@ def test_tables_read_back(folder: Path) -> None:
     assert [entry["oracle"] for entry in listed] == [0.8, None, None]
 
 
-def test_null_and_optimism_gap_stand_beside_the_c(folder: Path) -> None:
+def test_null_and_optimism_gap_are_shown_with_the_c(folder: Path) -> None:
     summary = pd.read_csv(folder / "summary.csv").set_index(["model", "protocol"])
     strict, published = summary.loc[("amil", "strict")], summary.loc[("amil", "published")]
     assert strict["null_mean"] == pytest.approx(0.5, abs=0.01)
@@ -212,17 +212,17 @@ def test_nothing_to_report_and_twice_the_same(tmp_path: Path) -> None:
 
 
 def finished_run(folder: Path, *, seed: int = 7, permuted: int | None = None, **more: object) -> Path:
-    whole = cohort(120)
-    splits = make_splits(whole, SplitsConfig())
+    data = cohort(120)
+    splits = make_splits(data, SplitsConfig())
     evaluation = {"bootstrap": 20, "permute_outcomes": permuted}
     values = {"cohort": {"name": "made_up"}, "model": {"name": "amil"}, "seed": seed, "evaluation": evaluation}
     config = validate(Config, values | more, "test").model_dump(mode="json")
     write_text(folder / "config.yaml", yaml.safe_dump(config))
     noise = 1.0 if permuted is None else 20.0
-    predicted(whole, splits, "amil", "strict", noise).assign(seed=seed).to_csv(folder / "predictions.csv", index=False)
+    predicted(data, splits, "amil", "strict", noise).assign(seed=seed).to_csv(folder / "predictions.csv", index=False)
     write_splits(splits, folder / "splits")
-    write_json(folder / "audit.json", audit(whole, splits).to_json())
-    write_outcomes(whole, folder / "outcomes.csv")
+    write_json(folder / "audit.json", audit(data, splits).to_json())
+    write_outcomes(data, folder / "outcomes.csv")
     write_json(folder / "run.json", {"provenance": {"program": "0.1.0", "config": config}})
     for fold in range(5):
         write_text(folder / f"fold_{fold}" / "history.csv", f"epoch,train_loss,fold\n0,1.0,{fold}\n1,0.5,{fold}\n")
@@ -244,8 +244,8 @@ def test_finished_runs_become_one_report(tmp_path: Path) -> None:
 def test_reported_scores_are_those_of_the_run(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     report_runs([run], tmp_path / "report", title="Run")
-    whole, table = cohort(120), read_predictions(run / "predictions.csv")
-    direct = score(table, whole, make_splits(whole, SplitsConfig()), bootstrap=20).folds
+    data, table = cohort(120), read_predictions(run / "predictions.csv")
+    direct = score(table, data, make_splits(data, SplitsConfig()), bootstrap=20).folds
     written = pd.read_csv(tmp_path / "report" / "scores.csv", float_precision="round_trip")
     for column in ("harrell_c", "uno_c", "ibs", "ibs_null", "truncation_months"):
         np.testing.assert_allclose(written[column], direct[column], rtol=1e-12)
@@ -262,20 +262,20 @@ def test_only_seeds_and_folds_of_one_configuration_are_one_result(tmp_path: Path
     assert not (tmp_path / "report").exists()
 
 
-def test_folds_trained_apart_are_one_result(tmp_path: Path) -> None:
-    whole, table = cohort(120), predicted(cohort(120), make_splits(cohort(120), SplitsConfig()), "amil", "strict", 1.0)
-    splits, runs = make_splits(whole, SplitsConfig()), []
+def test_folds_trained_separately_are_one_result(tmp_path: Path) -> None:
+    data, table = cohort(120), predicted(cohort(120), make_splits(cohort(120), SplitsConfig()), "amil", "strict", 1.0)
+    splits, runs = make_splits(data, SplitsConfig()), []
     for split in splits:
         runs.append(finished_run(tmp_path / f"fold-{split.fold}", splits={"fold": split.fold}))
         table[table["fold"] == split.fold].to_csv(runs[-1] / "predictions.csv", index=False)
         write_splits([split], runs[-1] / "splits")
     report_runs(runs[:1], tmp_path / "one", title="Runs")
     report_runs(runs, tmp_path / "all", title="Runs")
-    direct = score(table, whole, splits, bootstrap=20)
+    direct = score(table, data, splits, bootstrap=20)
     written = pd.read_csv(tmp_path / "all" / "summary.csv", float_precision="round_trip")
     assert written["cindex_mean"].tolist() == direct.summary["cindex_mean"].tolist()
-    alone = pd.read_csv(tmp_path / "one" / "scores.csv", float_precision="round_trip")
-    assert alone["uno_c"].tolist() == direct.folds["uno_c"].tolist()[:1]
+    single = pd.read_csv(tmp_path / "one" / "scores.csv", float_precision="round_trip")
+    assert single["uno_c"].tolist() == direct.folds["uno_c"].tolist()[:1]
 
 
 def test_runs_that_cannot_be_reported(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Figures as files of their own: whole XML, with the style inside."""
+"""Figures as separate files: complete XML that includes the style."""
 
 import xml.etree.ElementTree as ElementTree
 

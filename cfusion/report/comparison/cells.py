@@ -1,4 +1,4 @@
-"""Models, encoders and cohorts of a sweep compared: a cell for each, tested against the best, ranked over cohorts."""
+"""Compares models, encoders and cohorts of a sweep: one cell each, tested against the best, ranked over cohorts."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from cfusion.survival.ranks import Ranking, rank_methods
 from cfusion.survival.score import score
 
 LEVEL = 0.05
-"""Of the tests and of the critical difference."""
+"""Significance level of the tests and of the critical difference."""
 
 RANKED = ("models", "encoders")
-"""What is ranked over cohorts."""
+"""Axes that are ranked over cohorts."""
 
 _PARALLEL_FROM = 60
-"""Cells from which processes are started; below, starting them costs more than it saves."""
+"""Number of cells from which processes are started; below it, starting them costs more than it saves."""
 _NAN = float("nan")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What runs cost. Killed attempts are not in it: nobody was left to tell.
+    """Cost of runs. Attempts that were killed are not included, since they record nothing.
 
     Attributes:
         cpu_hours: User and system time.
         gpu_hours: GPUs × time.
-        energy_kwh: Drawn by the GPUs; NaN where unknown.
+        energy_kwh: Energy used by the GPUs; NaN if unknown.
     """
 
     cpu_hours: float = 0.0
@@ -45,34 +45,34 @@ class Cost:
 
     @staticmethod
     def total(costs: Sequence[Cost]) -> Cost:
-        """The sum; its energy is known where each one's is."""
+        """Add costs; the energy is known only if it is known for each."""
         energy = sum(c.energy_kwh for c in costs) if costs else _NAN
         return Cost(sum(c.cpu_hours for c in costs), sum(c.gpu_hours for c in costs), energy)
 
     @property
     def words(self) -> str:
-        """What it is, in a few words."""
+        """Describe the cost briefly."""
         parts = [(self.gpu_hours, "GPU h"), (self.cpu_hours, "CPU h"), (self.energy_kwh, "kWh")]
-        told = ((f"{value:,.0f}" if value >= 1000 else f"{value:.3g}", unit) for value, unit in parts if value > 0)
-        return ", ".join(f"{number} {unit}" for number, unit in told) or "–"
+        numbers = ((f"{value:,.0f}" if value >= 1000 else f"{value:.3g}", unit) for value, unit in parts if value > 0)
+        return ", ".join(f"{number} {unit}" for number, unit in numbers) or "–"
 
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One run of a sweep, where it stands in the comparison.
+    """One run of a sweep and its position in the comparison.
 
     Attributes:
-        name: Of the run.
-        folder: Where it lies.
-        cohort: Row or column words of its cell.
-        encoder: Of the embeddings.
-        model: The model, with whatever else the sweep varies.
+        name: Name of the run.
+        folder: Folder of the run.
+        cohort: Cohort of its cell.
+        encoder: Encoder of the embeddings.
+        model: The model, with everything else that the sweep varies.
         protocol: See `cfusion.cohort.splits`.
-        seed: Of the training.
-        permuted: Seed by which outcomes were dealt to other patients; None: real outcomes.
+        seed: Seed of the training.
+        permuted: Seed of the permutation of outcomes; None: real outcomes.
         state: done, running, failed or open.
-        word: Why it failed.
-        cost: What it cost.
+        word: Reason of the failure.
+        cost: Cost of the run.
     """
 
     name: str
@@ -90,19 +90,19 @@ class ComparedRun:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cohort, encoder, model and protocol: all its runs, scored together.
+    """All runs of a cohort, encoder, model and protocol, scored together.
 
     Attributes:
         cohort: Short name.
-        encoder: Of the embeddings.
-        model: With whatever else the sweep varies.
+        encoder: Encoder of the embeddings.
+        model: The model, with everything else that the sweep varies.
         protocol: See `cfusion.cohort.splits`.
-        members: Runs on real outcomes: seeds, and folds where each is a run.
+        members: Runs on real outcomes: one per seed, or one per seed and fold.
         permuted: Runs on permuted outcomes.
-        summary: A row of `cfusion.survival.score.Scores.summary`; None where no run is done.
-        null: C of the permuted runs that are done, mean over folds, seeds and deals; NaN without any.
-        p_best: Holm-corrected p-value against the best of its cohort and protocol; NaN for the best itself, and where
-            the cell is not complete.
+        summary: A row of `cfusion.survival.score.Scores.summary`; None if no run is done.
+        null: C of the finished permuted runs, mean over folds, seeds and permutations; NaN without any.
+        p_best: Holm-corrected p-value against the best of its cohort and protocol; NaN for the best itself and for
+            incomplete cells.
         best: Whether it is the best of its cohort and protocol among complete cells.
     """
 
@@ -119,12 +119,12 @@ class Cell:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """Cohort, encoder, model and protocol."""
+        """Return cohort, encoder, model and protocol."""
         return self.cohort, self.encoder, self.model, self.protocol
 
     @property
     def complete(self) -> bool:
-        """Whether every run on real outcomes is done; only then it is ranked, tested and averaged."""
+        """Whether every run on real outcomes is done; only complete cells are ranked, tested and averaged."""
         return bool(self.members) and all(member.state == "done" for member in self.members)
 
     @property
@@ -134,24 +134,24 @@ class Cell:
 
     @property
     def mark(self) -> str:
-        """How it stands to the best, as a sign behind its value; none: the best, or told from it."""
+        """Mark after the value: † not significantly different from the best, ‡ not tested, empty otherwise."""
         if self.best or not self.complete:
             return ""
         return "‡" if math.isnan(self.p_best) else "†" if self.tied else ""
 
     @property
     def label(self) -> str:
-        """Encoder and model, as one method."""
+        """Name encoder and model as one method."""
         return f"{self.encoder} / {self.model}"
 
     @property
     def value(self) -> float:
-        """Harrell's C, mean over folds and seeds; NaN where the cell is not complete."""
+        """Return Harrell's C, mean over folds and seeds; NaN for an incomplete cell."""
         return float(self.summary["cindex_mean"]) if self.summary is not None and self.complete else _NAN
 
     @property
     def pooled(self) -> str:
-        """Pooled C with its interval, in words; a dash where the cell is not complete."""
+        """Describe the pooled C with its interval; a dash for an incomplete cell."""
         if self.summary is None or not self.complete:
             return "–"
         value, low, high = (self.summary[f"cindex_{name}"] for name in ("pooled", "low", "high"))
@@ -159,26 +159,26 @@ class Cell:
 
     @property
     def states(self) -> str:
-        """What is not done, in words; empty where all is."""
+        """Describe the runs that are not done; empty if all are."""
         counts = {s: sum(1 for m in self.members if m.state == s) for s in ("failed", "running", "open")}
-        told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-        return f"{told} of {len(self.members)}" if told else ""
+        states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+        return f"{states} of {len(self.members)}" if states else ""
 
     @property
     def cost(self) -> Cost:
-        """Of its runs on real outcomes."""
+        """Return the cost of its runs on real outcomes."""
         return Cost.total([member.cost for member in self.members])
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that a sweep's report shows.
+    """All results that a sweep's report shows.
 
     Attributes:
         cells: In the order of the sweep.
-        tests: A row per cell that was held against the best of its cohort and protocol: the columns of
+        tests: A row per cell compared with the best of its cohort and protocol: the columns of
             `cfusion.survival.paired.compare`, `model` and `reference` as `ENCODER / MODEL`.
-        rankings: By protocol and what is ranked (see `RANKED`), over cohorts with every one of them.
+        rankings: By protocol and ranked axis (see `RANKED`), over cohorts that have all of its values.
     """
 
     cells: tuple[Cell, ...]
@@ -187,11 +187,11 @@ class Comparison:
 
     @property
     def protocols(self) -> list[str]:
-        """In the order of the sweep."""
+        """List the protocols in the order of the sweep."""
         return list(dict.fromkeys(cell.protocol for cell in self.cells))
 
     def of(self, protocol: str) -> list[Cell]:
-        """The cells of a protocol."""
+        """List the cells of a protocol."""
         return [cell for cell in self.cells if cell.protocol == protocol]
 
 
@@ -221,9 +221,9 @@ def compare_runs(members: Sequence[ComparedRun], bootstrap: int = 1000) -> Compa
 
 
 def _scored(cell: Cell, bootstrap: int) -> Cell:
-    """The cell with the scores of its runs that are done."""
-    deals = dict.fromkeys(member.permuted for member in cell.permuted)
-    nulls = [_summary(cell, [m for m in cell.permuted if m.permuted == deal], 0) for deal in deals]
+    """Return the cell with the scores of its finished runs."""
+    permutations = dict.fromkeys(member.permuted for member in cell.permuted)
+    nulls = [_summary(cell, [m for m in cell.permuted if m.permuted == seed], 0) for seed in permutations]
     known = [float(null["cindex_mean"]) for null in nulls if null is not None]
     null = sum(known) / len(known) if known else _NAN
     return replace(cell, summary=_summary(cell, cell.members, bootstrap), null=null)
@@ -243,7 +243,7 @@ def _predictions(cell: Cell, members: Sequence[ComparedRun]) -> pd.DataFrame:
 
 
 def _tested(cells: Sequence[Cell], bootstrap: int) -> tuple[list[Cell], pd.DataFrame]:
-    """Mark the best of each cohort and protocol, and hold the other complete cells against it."""
+    """Mark the best of each cohort and protocol, and test the other complete cells against it."""
     groups: dict[tuple[str, str], list[int]] = {}
     for number, cell in enumerate(cells):
         if cell.complete and not math.isnan(cell.value):
@@ -273,9 +273,9 @@ def _rankings(cells: Sequence[Cell]) -> dict[tuple[str, str], Ranking]:
     for protocol, table in pd.DataFrame(rows).groupby("protocol", sort=False):
         for what in RANKED:
             ranked, other = ("model", "encoder") if what == "models" else ("encoder", "model")
-            # A mean over the other axis is one of equals only where none is missing; such cohorts are left out.
+            # Means over the other axis are comparable only if none of its values is missing; such cohorts are left out.
             wide = table.pivot(index=["cohort", other], columns=ranked, values="value")
-            whole = wide.groupby(level="cohort").filter(lambda rows: bool(rows.notna().to_numpy().all()))
-            if wide.shape[1] > 1 and len(whole):
-                found[str(protocol), what] = rank_methods(whole.groupby(level="cohort").mean())
+            complete = wide.groupby(level="cohort").filter(lambda rows: bool(rows.notna().to_numpy().all()))
+            if wide.shape[1] > 1 and len(complete):
+                found[str(protocol), what] = rank_methods(complete.groupby(level="cohort").mean())
     return found

@@ -1,4 +1,4 @@
-"""Write the comparison of a sweep: one page, its tables as CSV, Markdown and LaTeX, its diagrams as SVG."""
+"""Writes the comparison of a sweep: one page; tables as CSV, Markdown and LaTeX; diagrams as SVG."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from cfusion.run_folder import PREDICTIONS, REPORT
 def write_comparison(comparison: Comparison, out: Path, *, title: str) -> Path:
     """Write the report of a sweep to a folder.
 
-    `index.html` is the page, one file that needs no network and whose cells lead to their runs; `cells.csv` a row per
-    cell with all its scores, `runs.csv` a row per run, `tests.csv` the paired tests; `table.md` and `table.tex` the
-    tables to print; `ranks_*.svg` the critical-difference diagrams.
+    Files: `index.html`, the page, a single file that needs no network and links to the runs; `cells.csv`, a row per
+    cell with all scores; `runs.csv`, a row per run; `tests.csv`, the paired tests; `table.md` and `table.tex`, the
+    tables for a paper; `ranks_*.svg`, the critical-difference diagrams.
 
     Args:
-        comparison: What was compared.
-        out: Folder, made where it is missing.
+        comparison: The comparison.
+        out: Output folder, created if missing.
         title: Heading.
 
     Returns:
@@ -46,7 +46,7 @@ def write_comparison(comparison: Comparison, out: Path, *, title: str) -> Path:
 
 
 def _write_diagrams(comparison: Comparison, out: Path) -> None:
-    """A diagram per ranking; those of an earlier report that this one lacks would be read as its own, and go."""
+    """Write a diagram per ranking, and remove diagrams of an earlier report that this one does not have."""
     for what, protocol in itertools.product(RANKED, PROTOCOL_TEXTS):
         path = out / f"ranks_{what}_{protocol}.svg"
         ranking = comparison.rankings.get((protocol, what))
@@ -57,7 +57,7 @@ def _write_diagrams(comparison: Comparison, out: Path) -> None:
 
 
 def render_comparison(comparison: Comparison, out: Path, title: str) -> str:
-    """The page as HTML; links to runs are relative to `out`."""
+    """Render the page as HTML; links to runs are relative to `out`."""
     environment = report_environment()
     members = [m for cell in comparison.cells for m in (*cell.members, *cell.permuted)]
     costs, tests = [m.cost for m in members], tests_table(comparison)
@@ -84,7 +84,7 @@ def render_comparison(comparison: Comparison, out: Path, title: str) -> str:
 
 
 def _links(member: ComparedRun, out: Path) -> dict[str, str]:
-    """What of a run's folder is there to look at, relative to the page."""
+    """Return the links to a run's existing files, relative to the page."""
     names = {"folder": "", "report": f"{REPORT}/index.html", "predictions": PREDICTIONS, "log": "run.log"}
     return {
         word: Path(os.path.relpath(member.folder / name, out)).as_posix()

@@ -1,4 +1,4 @@
-"""The comparison as tables to compute with: cells, runs and tests."""
+"""The comparison as machine-readable tables: cells, runs and tests."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from cfusion.report.context import optimistic
 
 @dataclass(frozen=True)
 class ResultGrid:
-    """The cells of one protocol, as a paper prints them.
+    """The cells of one protocol in the layout of a paper's table.
 
     Attributes:
-        protocol: Of all its cells.
+        protocol: Protocol of all its cells.
         cohorts: Columns.
-        methods: Rows: encoder and model.
+        methods: Rows, as encoder and model.
         cells: By encoder, model and cohort; missing where the sweep excludes it.
     """
 
@@ -30,7 +30,7 @@ class ResultGrid:
 
     @classmethod
     def of(cls, comparison: Comparison, protocol: str) -> ResultGrid:
-        """The grid of a protocol."""
+        """Build the grid of a protocol."""
         cells = comparison.of(protocol)
         return cls(
             protocol,
@@ -40,21 +40,21 @@ class ResultGrid:
         )
 
     def row(self, encoder: str, model: str) -> list[Cell | None]:
-        """A method's cells over the cohorts."""
+        """Return a method's cells over the cohorts."""
         return [self.cells.get((encoder, model, cohort)) for cohort in self.cohorts]
 
     def mean(self, encoder: str, model: str) -> float:
-        """A method's C, mean over the cohorts; NaN unless every cohort is complete."""
+        """Return a method's C, mean over the cohorts; NaN unless every cohort is complete."""
         values = [cell.value if cell is not None else math.nan for cell in self.row(encoder, model)]
         return sum(values) / len(values) if values else math.nan
 
     def cost(self, encoder: str, model: str) -> Cost:
-        """What a method's runs cost over the cohorts."""
+        """Return the cost of a method's runs over the cohorts."""
         return Cost.total([cell.cost for cell in self.row(encoder, model) if cell is not None])
 
 
 def cells_table(comparison: Comparison) -> pd.DataFrame:
-    """A row per cell: scores with intervals, null, test against the best, states and cost."""
+    """Return a row per cell: scores with intervals, null, test against the best, states and cost."""
     rows = []
     for cell in comparison.cells:
         scores = {} if cell.summary is None else {str(name): value for name, value in cell.summary.items()}
@@ -70,14 +70,14 @@ def cells_table(comparison: Comparison) -> pd.DataFrame:
 
 
 def runs_table(comparison: Comparison) -> pd.DataFrame:
-    """A row per run: where it stands, how it ended, what it cost."""
+    """Return a row per run: folder, final state and cost."""
     members = [member for cell in comparison.cells for member in (*cell.members, *cell.permuted)]
     rows = [{**asdict(member), "folder": str(member.folder), **asdict(member.cost)} for member in members]
     return pd.DataFrame(rows).drop(columns="cost")
 
 
 def tests_table(comparison: Comparison) -> list[dict[str, Any]]:
-    """The tests as rows, the nearest to the best first within a cohort; `why` says why one could not be made."""
+    """Return the tests as rows, within a cohort by distance to the best; `why` gives the reason of a missing test."""
     if comparison.tests.empty:
         return []
     by = ["cohort", "protocol", "difference"]

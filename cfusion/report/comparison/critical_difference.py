@@ -1,4 +1,4 @@
-"""The critical-difference diagram: methods on a line of mean ranks, and bars over those that are not told apart."""
+"""The critical-difference diagram: methods on a line of mean ranks; bars join those that do not differ."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def cd_diagram(ranking: Ranking, what: str, protocol: str) -> str:
 
 
 def cohorts_of(ranking: Ranking) -> str:
-    """Over how many a ranking goes, in words."""
+    """Describe the number of cohorts of a ranking."""
     return "1 cohort" if ranking.blocks == 1 else f"{ranking.blocks} cohorts"
 
 
 def verdict(ranking: Ranking) -> str:
-    """What a ranking tells apart, in words."""
+    """Describe which differences of a ranking are significant."""
     if math.isnan(ranking.critical_difference):
-        return "One cohort gives no test."
+        return "With one cohort there is no test."
     alike = "; ".join(", ".join(clique) for clique in ranking.cliques)
-    told = f"Not told apart: {alike}." if alike else "All are told apart."
+    differing = f"No significant difference: {alike}." if alike else "All differences are significant."
     friedman = "" if math.isnan(ranking.p) else f"; Friedman {p_text(ranking.p)}"
-    return f"Critical difference {ranking.critical_difference:.2f} (Nemenyi){friedman}. {told}"
+    return f"Critical difference {ranking.critical_difference:.2f} (Nemenyi){friedman}. {differing}"
 
 
 def _scale(plot: Plot, ranking: Ranking, top: float) -> None:

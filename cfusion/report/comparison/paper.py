@@ -1,4 +1,4 @@
-"""The comparison as a paper prints it: tables of words, set in Markdown to paste and in LaTeX to print."""
+"""Tables of the comparison for a paper, in Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ _TEX = {
 _RESULTS = (
     "Harrell's C, mean ± standard deviation over folds and seeds. Bold: the best of a cohort; † not significantly "
     "different from it (paired patient bootstrap, Holm over all tests of the sweep, level .05); ‡ not tested against "
-    "it. What is not done is named, and enters no mean. Hours: all cohorts, seeds and folds."
+    "it. Unfinished runs are named and enter no mean. Hours: all cohorts, seeds and folds."
 )
 _COHORT = (
     "C pooled over patients, and the paired difference of C within folds from the best, each with its 95% "
     "patient-bootstrap interval;{null} p corrected (Holm) over the {tested} tests of the sweep. The best was chosen on "
-    "these same numbers, which flatters it."
+    "these same numbers, which is optimistic for it."
 )
-_RANKS = "Mean ranks by mean C, 1 is best; cohorts that lack one are left out."
+_RANKS = "Mean ranks by mean C, 1 is best; cohorts with a missing value are left out."
 
 
 @dataclass(frozen=True)
 class Printed:
-    """A table in plain words, before it is set.
+    """A table of plain text, before formatting.
 
     Attributes:
         title: Its heading.
         caption: What it shows, and under which protocol.
-        head: Names of its columns; the first two hold words.
-        rows: Those alike in the first column stand together.
-        bold: Rows and columns of what is best.
+        head: Names of its columns; the first two contain text.
+        rows: Rows; those with the same first column are consecutive.
+        bold: Rows and columns of the best values.
     """
 
     title: str
@@ -52,7 +52,7 @@ class Printed:
 
 
 def printed(comparison: Comparison, protocol: str) -> list[Printed]:
-    """The tables of a protocol: results of all cohorts, each cohort with its tests, ranks over cohorts."""
+    """Build the tables of a protocol: results of all cohorts, each cohort with its tests, ranks over cohorts."""
     grid = ResultGrid.of(comparison, protocol)
     tests = tests_table(comparison)
     cohorts = [_cohort(grid, cohort, tests) for cohort in grid.cohorts]
@@ -60,7 +60,7 @@ def printed(comparison: Comparison, protocol: str) -> list[Printed]:
 
 
 def markdown(comparison: Comparison, title: str) -> str:
-    """A section a protocol, under its meaning."""
+    """Format a section per protocol, with the protocol's meaning."""
     parts = [f"# {title}"]
     for protocol in comparison.protocols:
         parts += [f"## Protocol {protocol}", PROTOCOL_TEXTS[protocol]]
@@ -69,13 +69,13 @@ def markdown(comparison: Comparison, title: str) -> str:
 
 
 def latex(comparison: Comparison) -> str:
-    """Every table as a `table*`; the document loads booktabs."""
+    """Format every table as a `table*`; the document must load booktabs."""
     tables = [table for protocol in comparison.protocols for table in printed(comparison, protocol)]
     return "\n\n".join(["% Needs \\usepackage{booktabs}.", *map(_latex_table, tables)]) + "\n"
 
 
 def escape_latex(words: str) -> str:
-    """The words as LaTeX prints them."""
+    """Escape text for LaTeX."""
     return re.sub(r"[\\&%$#_{}~^<>|±†‡–−]", lambda found: _TEX[found[0]], words)
 
 
@@ -86,9 +86,9 @@ def _results(grid: ResultGrid) -> Printed:
     for number, (encoder, model) in enumerate(grid.methods):
         cells = grid.row(encoder, model)
         mean = grid.mean(encoder, model)
-        told = "–" if math.isnan(mean) else f"{mean:.3f}"
+        mean_text = "–" if math.isnan(mean) else f"{mean:.3f}"
         hours = costs[encoder, model].gpu_hours if on_gpus else costs[encoder, model].cpu_hours
-        rows.append((encoder, model, *map(_mean_and_sd, cells), told, f"{hours:,.1f}"))
+        rows.append((encoder, model, *map(_mean_and_sd, cells), mean_text, f"{hours:,.1f}"))
         bold |= {(number, 2 + place) for place, cell in enumerate(cells) if cell is not None and cell.best}
     head = ("Encoder", "Model", *grid.cohorts, "Mean", "GPU h" if on_gpus else "CPU h")
     return Printed("Results", f"{_RESULTS} {named(grid.protocol)}", head, tuple(rows), frozenset(bold))
@@ -101,7 +101,7 @@ def _mean_and_sd(cell: Cell | None) -> str:
 
 
 def _cohort(grid: ResultGrid, cohort: str, tests: list[dict[str, Any]]) -> Printed:
-    """A cohort's methods with what the table of results has no room for."""
+    """Build the table of a cohort's methods with details that the table of results omits."""
     found = {row["model"]: row for row in tests if (row["cohort"], row["protocol"]) == (cohort, grid.protocol)}
     cells = [cell for cell in grid.cells.values() if cell.cohort == cohort]
     nulls = any(not math.isnan(cell.null) for cell in cells)
@@ -112,13 +112,13 @@ def _cohort(grid: ResultGrid, cohort: str, tests: list[dict[str, Any]]) -> Print
         rows.append((cell.encoder, cell.model, pooled, *null, *_test(cell, found.get(cell.label)), cell.cost.words))
     null_head = ("Null",) if nulls else ()
     head = ("Encoder", "Model", "Pooled C (95%)", *null_head, "Difference (95%)", "p", "p, Holm", "Cost")
-    null_told = " null: the same model on permuted outcomes, mean of folds;" if nulls else ""
-    caption = _COHORT.format(tested=sum(not row["why"] for row in tests), null=null_told)
+    null_text = " null: the same model on permuted outcomes, mean of folds;" if nulls else ""
+    caption = _COHORT.format(tested=sum(not row["why"] for row in tests), null=null_text)
     return Printed(f"Cohort {cohort}", f"{caption} {named(grid.protocol)}", head, tuple(rows))
 
 
 def _test(cell: Cell, row: dict[str, Any] | None) -> tuple[str, str, str]:
-    """Difference with its interval, p, and p after Holm."""
+    """Format the difference with its interval, p, and p after Holm."""
     if row is None or row["why"]:
         return "the best" if cell.best else row["why"] if row else "–", "–", "–"
     interval = f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
@@ -126,7 +126,7 @@ def _test(cell: Cell, row: dict[str, Any] | None) -> tuple[str, str, str]:
 
 
 def _ranks(comparison: Comparison, protocol: str) -> list[Printed]:
-    """One table of all that is ranked; none where nothing is."""
+    """Build one table of all rankings; none if there is no ranking."""
     found = [(what, comparison.rankings.get((protocol, what))) for what in RANKED]
     rankings = [(what, ranking) for what, ranking in found if ranking is not None]
     if not rankings:
@@ -136,9 +136,9 @@ def _ranks(comparison: Comparison, protocol: str) -> list[Printed]:
         for what, ranking in rankings
         for name, rank in zip(ranking.names, ranking.mean_ranks, strict=True)
     ]
-    told = " ".join(f"{what.capitalize()}: {verdict(ranking)}" for what, ranking in rankings)
+    verdicts = " ".join(f"{what.capitalize()}: {verdict(ranking)}" for what, ranking in rankings)
     head = ("Ranked", "Name", "Mean rank")
-    return [Printed("Ranks over cohorts", f"{_RANKS} {told} {named(protocol)}", head, tuple(rows))]
+    return [Printed("Ranks over cohorts", f"{_RANKS} {verdicts} {named(protocol)}", head, tuple(rows))]
 
 
 def _markdown_table(table: Printed) -> str:

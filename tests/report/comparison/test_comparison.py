@@ -1,4 +1,4 @@
-"""A sweep compared: what is not done has no value, what is printed is what was scored."""
+"""Comparison of a sweep: unfinished cells have no value, and printed values equal the scores."""
 
 import itertools
 import re
@@ -68,8 +68,8 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> list[ComparedRun]:
     found = [member(folder, *cell, seed) for cell in cells for seed in (1, 2) if cell != ("b", "conch", "weak")]
     found.append(member(folder, "b", "conch", "weak", 1))
     found.append(member(folder, "b", "conch", "weak", 2, state="failed"))
-    deals = [member(folder, "a", "uni", "good_model", 1, permuted=deal) for deal in (0, 1)]
-    return [*found, *deals]
+    permuted_runs = [member(folder, "a", "uni", "good_model", 1, permuted=seed) for seed in (0, 1)]
+    return [*found, *permuted_runs]
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,9 @@ def test_a_cell_is_the_mean_over_folds_and_seeds(comparison):
     assert found.value == pytest.approx(np.mean(by_hand))
     assert found.summary["cindex_std"] == pytest.approx(np.std(by_hand))
     assert found.summary["cindex_low"] < found.summary["cindex_pooled"] < found.summary["cindex_high"]
-    dealt = [pd.read_csv(run.folder / "predictions.csv") for run in found.permuted]
+    permuted = [pd.read_csv(run.folder / "predictions.csv") for run in found.permuted]
     folds = [
-        concordance(f["survival_months"], f["event"], f["risk"]).cindex for d in dealt for _, f in d.groupby("fold")
+        concordance(f["survival_months"], f["event"], f["risk"]).cindex for d in permuted for _, f in d.groupby("fold")
     ]
     assert found.null == pytest.approx(np.mean(folds))
     assert found.null < found.value
@@ -108,7 +108,7 @@ def test_a_failed_run_leaves_its_cell_without_a_value(comparison):
     assert comparison.rankings["strict", "models"].blocks == 2
 
 
-def test_one_best_a_cohort_and_noise_is_told_from_it(comparison):
+def test_one_best_per_cohort_and_noise_differs_from_it(comparison):
     for cohort in ("a", "b", "c_d"):
         best = [c for c in comparison.cells if c.cohort == cohort and c.best]
         assert len(best) == 1
@@ -120,7 +120,7 @@ def test_one_best_a_cohort_and_noise_is_told_from_it(comparison):
     assert comparison.rankings["strict", "models"].names == ("good_model", "weak")
 
 
-def test_the_files_say_the_same_and_every_link_leads_to_a_run(comparison, members, tmp_path):
+def test_files_agree_and_every_link_leads_to_a_run(comparison, members, tmp_path):
     page = write_comparison(comparison, tmp_path / "report", title="A & B <sweep>")
     html = page.read_text()
     assert "A &amp; B &lt;sweep&gt;" in html
@@ -186,9 +186,9 @@ def test_the_best_of_a_cohort_and_no_other_is_bold(comparison, papers, language)
 @pytest.mark.parametrize("language", [0, 1])
 def test_a_cohorts_table_has_pooled_c_null_difference_p_and_cost(comparison, papers, language):
     rows = rows_of(papers[language], ("### Cohort a", r"\caption{Cohort a")[language])
-    told = {(row[0], row[1].replace("\\", "")): row[2:] for row in rows}
+    printed_rows = {(row[0], row[1].replace("\\", "")): row[2:] for row in rows}
     tests = comparison.tests.set_index(["cohort", "model"])
-    for (encoder, model), (pooled, null, difference, p, p_holm, cost) in told.items():
+    for (encoder, model), (pooled, null, difference, p, p_holm, cost) in printed_rows.items():
         found = cell(comparison, "a", encoder, model)
         scores = found.summary
         assert pooled == f"{scores.cindex_pooled:.3f} ({scores.cindex_low:.3f} to {scores.cindex_high:.3f})"
@@ -198,8 +198,8 @@ def test_a_cohorts_table_has_pooled_c_null_difference_p_and_cost(comparison, pap
             assert difference == "the best"
             continue
         test = tests.loc[("a", found.label)]
-        told_difference = f"{test.difference:+.3f} ({test.low:+.3f} to {test.high:+.3f})"
-        assert difference == told_difference.replace("-", ("−", "$-$")[language])
+        expected_difference = f"{test.difference:+.3f} ({test.low:+.3f} to {test.high:+.3f})"
+        assert difference == expected_difference.replace("-", ("−", "$-$")[language])
         assert [p, p_holm] == [
             f"{value:.3f}" if value >= 0.001 else ("< 0.001", r"\textless{} 0.001")[language]
             for value in (test.p, test.p_holm)
@@ -217,7 +217,7 @@ def test_ranks_stand_in_the_papers_tables(comparison, papers, language):
     assert f"Critical difference {models.critical_difference:.2f}" in papers[language]
 
 
-def test_latex_is_whole_and_its_names_are_escaped(comparison, papers):
+def test_latex_is_complete_and_its_names_are_escaped(comparison, papers):
     tex = papers[1]
     assert r"good\_model" in tex
     assert r"c\_d" in tex
@@ -250,7 +250,7 @@ def test_every_output_of_the_published_protocol_says_that_it_is_optimistic(tmp_p
             assert any(warned in words for words in re.findall(f"<{tag}[^>]*>(.*?)</{tag}>", svg)) == said
 
 
-def test_a_large_cost_is_told_in_plain_digits():
+def test_large_cost_is_printed_in_plain_digits():
     assert Cost(12345.6, 1.26, float("nan")).words == "1.26 GPU h, 12,346 CPU h"
     assert Cost().words == "–"
 
@@ -263,7 +263,7 @@ def test_a_narrower_report_leaves_no_diagram_of_a_wider_one(comparison, members,
     assert sorted(path.name for path in tmp_path.glob("*.svg")) == ["ranks_mine.svg", "ranks_models_strict.svg"]
 
 
-def test_models_without_a_common_seed_are_said_not_to_be_compared(tmp_path):
+def test_models_without_a_common_seed_are_reported_as_not_compared(tmp_path):
     apart = [member(tmp_path, "a", "uni", "good_model", 1), member(tmp_path, "a", "uni", "weak", 2)]
     compared = compare_runs(apart, bootstrap=20)
     out = write_comparison(compared, tmp_path / "out", title="t").parent

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from factories import CohortFiles, make_cohort
-from group_runs import largest_difference, same_bits, train_alone, train_together
+from group_runs import largest_difference, same_bits, train_separately, train_together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,9 +63,9 @@ def configuration(files: CohortFiles, output: Path, **sections: Any) -> Config:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_together_equals_separate(files, tmp_path, variant):
     config = configuration(files, tmp_path, **VARIANTS[variant])
-    alone, together = train_alone([config]), train_together([config], tmp_path)
-    assert len(together) == len(alone) == 3
-    assert max(map(largest_difference, alone, together)) < 1e-9
+    separate, together = train_separately([config]), train_together([config], tmp_path)
+    assert len(together) == len(separate) == 3
+    assert max(map(largest_difference, separate, together)) < 1e-9
     if "patience" in variant:
         assert len({len(run.history) for run in together}) > 1, "each fold has its own patience"
 
@@ -77,8 +77,8 @@ def test_seeds_models_and_protocols_share_a_read(files, tmp_path):
         configuration(files, tmp_path, **base, seed=2, train={"epochs": 2}, parallel={"global_batch": 5}),
         configuration(files, tmp_path, **base, model={**SMALL}, evaluation={"protocol": "fixed-epoch", "bootstrap": 0}),
     ]
-    alone, together = train_alone(configs), train_together(configs, tmp_path)
-    assert max(map(largest_difference, alone, together)) < 1e-9
+    separate, together = train_separately(configs), train_together(configs, tmp_path)
+    assert max(map(largest_difference, separate, together)) < 1e-9
     assert largest_difference_or_none(together[0], together[2]) > 1e-3, "seeds differ"
 
 
@@ -102,7 +102,7 @@ def test_each_bag_is_read_once_a_pass(files, tmp_path, monkeypatch):
     assert len(reads) >= 7 * slides
     together = len(reads)
     reads.clear()
-    train_alone([config])
+    train_separately([config])
     assert len(reads) == 21 * slides > 2.5 * together
 
 
@@ -235,7 +235,7 @@ def test_member_has_the_same_global_batches_as_without_the_group(bags, share, ba
     costs, lengths = rng.lognormal(size=bags), rng.integers(1, 50, bags)
     order = epoch_order(keys, seed=seed, epoch=3)
     owner = owners(order, costs, world, batch)
-    alone = [
+    separate = [
         np.array(own)[part] for part in global_batches(epoch_order([keys[i] for i in own], seed=seed, epoch=3), batch)
     ]
     for rank in range(world):
@@ -243,11 +243,11 @@ def test_member_has_the_same_global_batches_as_without_the_group(bags, share, ba
         planned = windows(
             order, set(own), mine, costs, lengths, global_batch=batch, micro_batch=micro, token_budget=None
         )
-        assert [list(window.bags) for window in planned] == [part.tolist() for part in alone]
+        assert [list(window.bags) for window in planned] == [part.tolist() for part in separate]
         for window in planned:
             assert order[window.end - 1] == window.bags[-1]
             passed = [bag for bags_of_pass in window.passes for bag in bags_of_pass]
             assert sorted(passed) == sorted(set(window.bags) & mine)
             if world == 1:
-                dealt = deal(costs[list(window.bags)], 1, micro)[0]
-                assert [set(p) for p in window.passes] == [{window.bags[i] for i in m.indices} for m in dealt]
+                micro_batches = deal(costs[list(window.bags)], 1, micro)[0]
+                assert [set(p) for p in window.passes] == [{window.bags[i] for i in m.indices} for m in micro_batches]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from factories import CohortFiles, make_cohort
-from group_runs import largest_difference, same_bits, train_alone, train_together
+from group_runs import largest_difference, same_bits, train_separately, train_together
 
 from cfusion.config import Config
 from cfusion.errors import DataError, RequeueError
@@ -55,7 +55,7 @@ def test_side_by_side_equals_separate_for_any_number_of_threads(files, tmp_path,
     config = configuration(files, tmp_path, **train)
     two, three = (with_threads(count, config, tmp_path / str(count)) for count in (2, 3))
     assert all(map(same_bits, two, three))
-    assert max(map(largest_difference, train_alone([config]), two)) < 1e-9
+    assert max(map(largest_difference, train_separately([config]), two)) < 1e-9
 
 
 def test_long_bags_are_taken_one_after_the_other(files, tmp_path, monkeypatch):
@@ -64,7 +64,7 @@ def test_long_bags_are_taken_one_after_the_other(files, tmp_path, monkeypatch):
     visit = GroupMember.visit
 
     def noted(self, delivery):
-        long = int(self._whole.lengths[delivery.bag]) > group.LONG
+        long = int(self._all_bags.lengths[delivery.bag]) > group.LONG
         threads[long].add(threading.current_thread().name)
         visit(self, delivery)
 
@@ -75,7 +75,7 @@ def test_long_bags_are_taken_one_after_the_other(files, tmp_path, monkeypatch):
     assert threads[True] == {"MainThread"}
     assert any(name.startswith("lane") for name in threads[False])
     monkeypatch.undo()
-    assert max(map(largest_difference, train_alone([config]), together)) < 1e-9
+    assert max(map(largest_difference, train_separately([config]), together)) < 1e-9
 
 
 def bags_of(config: Config) -> list:
@@ -134,10 +134,10 @@ def test_lane_that_raises_ends_and_the_rest_finish():
 
 
 def test_threads_have_separate_seeds():
-    alone = []
+    expected = []
     for seed in (1, 2):
         with seeded(seed, CPU):
-            alone.append([random_keys((4,), CPU).tolist() for _ in range(50)])
+            expected.append([random_keys((4,), CPU).tolist() for _ in range(50)])
     lanes, turns = Lanes(2), threading.Barrier(2)
     found: dict[int, list[list[int]]] = {}
 
@@ -151,4 +151,4 @@ def test_threads_have_separate_seeds():
 
     assert not lanes.run({seed: draw(seed) for seed in (1, 2)})
     lanes.close()
-    assert [found[1], found[2]] == alone
+    assert [found[1], found[2]] == expected
