@@ -9,9 +9,9 @@ Run `python -m benchmarks.bags [--quick] [--json FILE]`. It writes about 8 GB to
   for the disk, their ratio can be no better than that of these two;
 - a random quarter of the tiles, as stored and as f32.
 
-Whole bags of one slide in f16 are delivered without a copy, as the pages of the cache, so their rate alone says little
-about a training: rows named "and used" also add up every bag, on both sides, in one thread as a model would. Bags of
-two slides are read into memory, whole or in part, so that a quarter and all of them cost the same kind of work.
+Complete bags of one slide in f16 are delivered without a copy, as pages of the cache, so their rate says little about
+training: rows named "and used" also add up every bag, on both sides, in one thread as a model would. Bags of
+two slides are read into memory, complete or in part, so that a quarter and all of them cost the same kind of work.
 
 Warm: files in the page cache, after one epoch. Cold: dropped from it, and a process's first epoch, so that ours
 includes the checksums.

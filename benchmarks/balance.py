@@ -1,12 +1,12 @@
-"""How evenly a global batch's work is dealt to ranks: by cost, and at random.
+"""How evenly a global batch's work is distributed to ranks: by cost, and at random.
 
     python -m benchmarks.balance --clinical FOLDER [--quick] [--json FILE]
 
 FOLDER holds clinical tables with columns case_id and slide_id (such as TCGA's), from which the real number of slides
 per case is taken; slides' sizes are log-normal. Time lost is what ranks wait for the slowest of each step, over an
-epoch: sum of the largest loads over sum of the mean loads, minus one. A bag that alone costs more than a rank's share
-cannot be dealt evenly, so the least possible loss stands beside each row; `data.max_tiles` is what removes it. No
-process is started.
+epoch: sum of the largest loads over sum of the mean loads, minus one. A bag that costs more than a rank's share
+prevents an even distribution, so each row also shows the least possible loss; `data.max_tiles` removes it. No process
+is started.
 """
 
 from __future__ import annotations

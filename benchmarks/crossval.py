@@ -3,7 +3,7 @@
     python -m benchmarks.crossval [--quick] [--json FILE]
 
 Patients, slides, outcomes and folds are those of TCGA-BLCA; the embeddings (d = 1024) and the numbers of tiles
-(log-normal) are drawn, smaller than real ones so that a CPU gets through, at the sizes the title tells.
+(log-normal) are drawn, smaller than real ones so that a CPU gets through, at the sizes given in the title.
 
 - theirs: five trainings in turn, three f32 `.pt` files a slide read by a DataLoader, the published model and recipe:
   one slide a step of 32, Adam, weighted sampling, attention dropout that stays on in the validation of every epoch;
@@ -179,7 +179,7 @@ def stacked(tiles: int, repeats: int) -> list[Row]:
             nn.functional.linear(bag, part).sum().backward()
 
     sides: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-        "whole model, five in turn, against torch.func.vmap": (in_turn, together),
+        "complete model, five in turn, against torch.func.vmap": (in_turn, together),
         "first projection, five in turn, against one wide product": (
             projections,
             lambda: nn.functional.linear(bag, wide).sum().backward(),
@@ -204,7 +204,7 @@ def main() -> None:
     """Measure, print, and write the rows."""
     parser = options(__doc__)
     parser.add_argument("--models", nargs="+", choices=sorted(NAMES), default=sorted(NAMES))
-    parser.add_argument("--patients", type=int, help="so many, out of all folds; default: all")
+    parser.add_argument("--patients", type=int, help="number of patients, from all folds; default: all")
     parser.add_argument("--tiles", type=int, help="median number at 20x")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

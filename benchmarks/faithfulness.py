@@ -54,8 +54,8 @@ def train(folder: Path, models: list[str], patients: int, folds: int) -> dict[st
     ensembles = {}
     for name in models:
         settings = {**shared, **places, **MODELS[name]}
-        told = [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
-        config = load_config(None, told)
+        overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
+        config = load_config(None, overrides)
         cohort = cfusion.read_cohort(config.cohort)
         splits = cfusion.make_splits(cohort, config.splits)[:folds]
         ensembles[name] = FoldEnsemble(tuple(cfusion.fit(config, cohort, split).model for split in splits))
@@ -72,7 +72,7 @@ def plant(folder: Path, slides: int, cells: int) -> FeatureStore:
     return extract(folder / "planted", folder / "planted-features")
 
 
-def judge(ensemble: FoldEnsemble, store: FeatureStore, regions: Path, curves_of: str) -> pd.DataFrame:
+def evaluate(ensemble: FoldEnsemble, store: FeatureStore, regions: Path, curves_of: str) -> pd.DataFrame:
     """One row per slide, magnification and method: `auroc`, and `area` of the deletion curve.
 
     Args:
@@ -106,8 +106,8 @@ def measure(folder: Path, models: list[str], *, patients: int, folds: int, slide
     """Mean AUROC and area over slides, by model, signal, magnification and method."""
     ensembles = train(folder, models, patients, folds)
     store = plant(folder, slides, cells)
-    judged = {name: judge(ensemble, store, folder / "planted", "both") for name, ensemble in ensembles.items()}
-    return pd.concat(judged, names=["model"]).groupby(UNIT, sort=False)[["auroc", "area"]].mean()
+    results = {name: evaluate(ensemble, store, folder / "planted", "both") for name, ensemble in ensembles.items()}
+    return pd.concat(results, names=["model"]).groupby(UNIT, sort=False)[["auroc", "area"]].mean()
 
 
 def main() -> None:

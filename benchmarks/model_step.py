@@ -3,7 +3,7 @@
     python -m benchmarks.model_step [--quick] [--json FILE]
     python -m benchmarks.model_step --slide 100000
 
-Both sides run forward and backward on the same bag, each in processes of its own that take turns, so that a busy
+Both sides run forward and backward on the same bag, each in separate processes that take turns, so that a busy
 machine slows both; medians are shown. `theirs` has the published dropouts; `ours` has them (`published`) or
 the default recipe, without dropout of attention weights. Arithmetic is f32, on CUDA bf16 under autocast.
 """
@@ -130,7 +130,7 @@ def main() -> None:
     """Run what the command line asks for."""
     parser = options(__doc__)
     parser.add_argument("--tiles", type=int, nargs="+", default=[1024, 4096, 16384], help="tiles at 20x")
-    parser.add_argument("--slide", type=int, help="also: one step with AdamW on a slide of so many tiles, ours alone")
+    parser.add_argument("--slide", type=int, help="also: one step with AdamW on a slide of this many tiles, only ours")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side and size")
     parser.add_argument("--repeats", type=int, default=1, help="steps timed in each process")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -150,10 +150,10 @@ def main() -> None:
         arguments.tiles, arguments.rounds = [256], 1
     rows = [row for tiles in arguments.tiles for row in compare(tiles, arguments)]
     if arguments.slide:
-        whole = child("default", arguments.slide, arguments, optimizer=True)
+        slide = child("default", arguments.slide, arguments, optimizer=True)
         rows += [
-            Row(f"{arguments.slide} tiles with AdamW: time", whole["seconds"], None, "s", "lower"),
-            Row(f"{arguments.slide} tiles with AdamW: peak memory", whole["peak"], None, "GB", "lower"),
+            Row(f"{arguments.slide} tiles with AdamW: time", slide["seconds"], None, "s", "lower"),
+            Row(f"{arguments.slide} tiles with AdamW: peak memory", slide["peak"], None, "GB", "lower"),
         ]
     present("One step of CrossFusion, D = 512, embeddings of 1024", rows, arguments.json)
 

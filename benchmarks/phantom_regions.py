@@ -32,7 +32,7 @@ class PlantedSlide:
 
     Attributes:
         slide: The slide.
-        region: GeoJSON of the planted cells, level-0 px; QuPath opens it beside the scores.
+        region: GeoJSON of the planted cells, level-0 px; QuPath opens it together with the scores.
     """
 
     slide: Path

@@ -150,7 +150,7 @@ class ConvProcessor(nn.Module):
 
 
 class PublishedCrossFusion(nn.Module):
-    """The whole model; `forward` gives the logits of one bag."""
+    """The complete model; `forward` returns the logits of one bag."""
 
     def __init__(
         self, backbone_dim: int, n_bins: int, dim: int, heads: int, layers: int, attention_dropout: float = 0.2

@@ -8,7 +8,7 @@ turns, so that a busy machine is busy for all, and the cheapest of the repeats i
 and the aim is .91 (at most 1.1 times its cost).
 
 `--memory` trains CrossFusion with D = 2048 (348M parameters, f32, AdamW) on 2 processes: the most that a process held
-while it trained, and since its start, when the whole model is made before it is cut up. It needs 14 GB.
+while it trained, and since its start, when the complete model is created before it is split. It needs 14 GB.
 
 With a GPU: one process with NCCL in bf16, the time of a step, its share of what a large matrix product reaches, and the
 share of an epoch that the model waited for bags.
@@ -122,7 +122,7 @@ def _cost(runtime: Runtime, fold: ReadyFold, stepper: Stepper) -> dict[str, floa
     """CPU-seconds per slide of the second epoch, over all processes."""
     train_fold(runtime, fold.job, fold.network, stepper)
     before = time.process_time()
-    train_fold(runtime, _anew(fold.job), fold.network, stepper)
+    train_fold(runtime, _restarted(fold.job), fold.network, stepper)
     (taken,) = runtime.sum([time.process_time() - before])
     return {"seconds": taken / len(fold.job.train.bags)}
 
@@ -131,17 +131,17 @@ def _memory(runtime: Runtime, fold: ReadyFold, stepper: Stepper) -> dict[str, fl
     """GB that the process with the most of it held: since its start, and from its second step on."""
     share = _share(runtime, fold)
     stepper.step([share], cases=runtime.world_size, lr=1e-4)
-    whole = peak_memory(runtime.device.type)
+    complete = peak_memory(runtime.device.type)
     if runtime.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the kernel's peak starts anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the kernel's peak restarts
     for _ in range(2):
         stepper.step([share], cases=runtime.world_size, lr=1e-4)
     trained = peak_memory(runtime.device.type)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in fold.network.parameters())
     return {
-        "start": max(runtime.gather([max(whole, trained)])),
+        "start": max(runtime.gather([max(complete, trained)])),
         "train": max(runtime.gather([trained])),
         "parameters": float(parameters),
     }
@@ -154,7 +154,7 @@ def _gpu(runtime: Runtime, fold: ReadyFold, stepper: Stepper) -> dict[str, float
     train_fold(runtime, fold.job, fold.network, stepper)
     torch.cuda.synchronize()
     start = time.perf_counter()
-    train_fold(runtime, _anew(fold.job), fold.network, stepper)
+    train_fold(runtime, _restarted(fold.job), fold.network, stepper)
     torch.cuda.synchronize()
     read = (time.perf_counter() - start) / len(fold.job.train.bags)
     share = _share(runtime, fold)
@@ -169,9 +169,9 @@ def _gpu(runtime: Runtime, fold: ReadyFold, stepper: Stepper) -> dict[str, float
     return {"read": read, "held": held, "mfu": counter.get_total_flops() / held / matrix_peak("cuda")}
 
 
-def _anew(job: FoldJob) -> FoldJob:
+def _restarted(job: FoldJob) -> FoldJob:
     """The training from its start, whatever checkpoints the first has left."""
-    return dataclasses.replace(job, folder=job.folder / "anew")
+    return dataclasses.replace(job, folder=job.folder / "restarted")
 
 
 def _share(runtime: Runtime, fold: ReadyFold) -> Share:

@@ -24,7 +24,7 @@ from launch.sweep.status import counts, look
 
 
 def sweep_file(folder: Path, runs: int) -> Path:
-    """A sweep of so many runs over ten cohorts with tables and splits that are there."""
+    """Make a sweep of a given number of runs over ten cohorts with existing tables and splits."""
     for number in range(10):
         cohort = folder / f"cohort{number}"
         (cohort / "splits").mkdir(parents=True)

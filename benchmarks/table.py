@@ -59,8 +59,8 @@ def present(title: str, rows: Sequence[Row], json_file: Path | None) -> None:
         table.add_row(row.case, _number(row.ours), _number(row.theirs), _number(row.ratio), row.unit)
     Console().print(table)
     if json_file is not None:
-        told = [{"case": r.case, "ours": r.ours, "theirs": r.theirs, "ratio": r.ratio, "unit": r.unit} for r in rows]
-        write_json(json_file, told)
+        values = [{"case": r.case, "ours": r.ours, "theirs": r.theirs, "ratio": r.ratio, "unit": r.unit} for r in rows]
+        write_json(json_file, values)
 
 
 def _number(value: float | None) -> str:

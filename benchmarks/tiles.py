@@ -3,8 +3,8 @@
 Both sides cut the same tiles at 20x, 10x and 5x of the same cells, in one run, medians of three. The JPEG slide is a
 30,720² pyramid at 40x made here by mirror-tiling a real slide; the JPEG 2000 slide is a real one. The other side reads
 every tile from level 0 by OpenSlide and resizes it with PIL, as CLAM does. A third line decodes the raw tiles by
-imagecodecs and does nothing else. The last lines extract the whole JPEG slide in a process of its own, with four
-threads and an encoder that keeps the pace of a GPU, and tell its memory and the encoder's idle share.
+imagecodecs and does nothing else. The last lines extract the complete JPEG slide in a separate process, with four
+threads and an encoder that keeps the pace of a GPU, and report its memory and the encoder's idle share.
 
     python -m benchmarks.tiles --slides SHARED/slides [--quick] [--json FILE]
 """
@@ -71,7 +71,7 @@ def make_pyramid(source: Path, target: Path) -> None:
 
 
 def plan_all(path: Path, default_mpp: float | None) -> SlidePlan:
-    """A plan with every tile of the cells that lie whole on the slide, tissue or not."""
+    """Plan every tile of the cells that lie completely on the slide, tissue or not."""
     slide = open_slide(path, default_mpp=default_mpp)
     cells = [side // 2048 for side in slide.size_px]
     size = (cells[0] * 2048, cells[1] * 2048)
@@ -81,7 +81,7 @@ def plan_all(path: Path, default_mpp: float | None) -> SlidePlan:
 
 
 def one_pass_per_magnification(path: Path, grid: TileGrid, numbers: list[int]) -> int:
-    """The tiles of some cells from level 0, resized; each magnification is a run of its own, as it is in CLAM."""
+    """The tiles of some cells from level 0, resized; each magnification is a separate run, as in CLAM."""
     count = 0
     for name in grid.names:
         slide = openslide.OpenSlide(path)
@@ -100,7 +100,7 @@ def one_reading_per_cell(plan: SlidePlan, numbers: list[int]) -> int:
     return sum(len(tiles) for cell in cells if cell.tiles is not None for tiles in cell.tiles.values())
 
 
-def decoding_alone(page: Any, stream: BinaryIO, grid: TileGrid, numbers: list[int]) -> int:
+def decoding_only(page: Any, stream: BinaryIO, grid: TileGrid, numbers: list[int]) -> int:
     """Read and decode the raw tiles under some cells, each once, and throw the pixels away."""
     across, side = -(-page.imagewidth // page.tilewidth), 2048 // page.tilewidth
     for (column, row), j, i in itertools.product((grid.cells[numbers] * side).tolist(), range(side), range(side)):
@@ -135,7 +135,7 @@ def compare(case: str, path: Path, default_mpp: float | None, cells: int, repeat
         found = tiles_per_cpu_second(
             {
                 "ours": lambda: one_reading_per_cell(plan, numbers),
-                "decoding": lambda: decoding_alone(page, stream, plan.grid, numbers),
+                "decoding": lambda: decoding_only(page, stream, plan.grid, numbers),
                 "passes": lambda: one_pass_per_magnification(path, plan.grid, numbers),
             },
             repeats,
@@ -144,7 +144,7 @@ def compare(case: str, path: Path, default_mpp: float | None, cells: int, repeat
     unit = "tiles / CPU-second"
     return [
         Row(f"{case}, against one pass per magnification", found["ours"], found["passes"], unit),
-        Row(f"{case}, against decoding alone", found["ours"], found["decoding"], unit),
+        Row(f"{case}, against decoding only", found["ours"], found["decoding"], unit),
     ]
 
 
@@ -171,19 +171,19 @@ def extract_all(path: Path, store: Path) -> None:
     config = PreprocessConfig(slides=path, store=store, threads=4, masks=mask.parent, batch_size=64)
     summary = preprocess_slides(config, slots=[[PacedEncoder()]], strict=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    told = {"peak": peak, "idle": summary.encoder_idle, "tiles": summary.tiles / summary.seconds}
-    sys.stdout.write(json.dumps(told) + "\n")
+    measured = {"peak": peak, "idle": summary.encoder_idle, "tiles": summary.tiles / summary.seconds}
+    sys.stdout.write(json.dumps(measured) + "\n")
 
 
 def extraction_rows(path: Path, folder: Path) -> list[Row]:
-    """Memory and idle share of an extraction in a process of its own."""
+    """Memory and idle share of an extraction in a separate process."""
     call = [sys.executable, "-m", "benchmarks.tiles", "--extract", str(path), "--store", str(folder / "store")]
     done = subprocess.run(call, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
-    told = json.loads(done.stdout.splitlines()[-1])
+    measured = json.loads(done.stdout.splitlines()[-1])
     return [
-        Row("peak memory with 4 threads", told["peak"] / 1e9, 1.5, "GB (theirs: the limit)", "lower"),
-        Row("idle share of an encoder of 1000 tiles/s", told["idle"], None, "share of the time", "lower"),
-        Row("whole extraction with that encoder", told["tiles"], PACE_TILES_PER_S, "tiles / s (theirs: its pace)"),
+        Row("peak memory with 4 threads", measured["peak"] / 1e9, 1.5, "GB (theirs: the limit)", "lower"),
+        Row("idle share of an encoder of 1000 tiles/s", measured["idle"], None, "share of the time", "lower"),
+        Row("complete extraction, this encoder", measured["tiles"], PACE_TILES_PER_S, "tiles / s (theirs: its pace)"),
     ]
 
 
