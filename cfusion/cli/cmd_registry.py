@@ -65,13 +65,13 @@ def promote(
       cfusion registry promote tcga_blca-crossfusion --version 3
     """
     from cfusion.tracking.address import connect, given_uri, unavailable
-    from cfusion.tracking.champion import RULE, judge
+    from cfusion.tracking.champion import RULE, compare_with_champion
     from cfusion.tracking.champion import promote as make_champion
 
     address = given_uri(uri)
     client = connect(address)
     with unavailable(address):
-        verdict = judge(client, name, version)
+        verdict = compare_with_champion(client, name, version)
     typer.echo("\n".join(verdict.reasons))
     if not verdict.passes:
         raise ConfigError(f"{name}: version {verdict.version} does not become champion.", RULE)

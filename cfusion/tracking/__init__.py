@@ -1,4 +1,4 @@
-"""The one door to MLflow: what a run was, how it went, and the registered models."""
+"""Track runs with MLflow and register models; no other package uses MLflow for tracking."""
 
 from cfusion.tracking.tracked_run import TrackedRun
 

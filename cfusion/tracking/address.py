@@ -1,4 +1,4 @@
-"""Where runs are tracked: the address, the sqlite file behind the default one, and what its errors mean."""
+"""Resolve the tracking address, create the default sqlite database, and translate errors of MLflow."""
 
 from __future__ import annotations
 
@@ -22,71 +22,73 @@ if TYPE_CHECKING:
 SQLITE = "sqlite:///"
 
 _CONNECTING = threading.Lock()
-"""Alembic, with which MLflow makes and checks a database, keeps its state in globals: one thread at a time."""
+"""Alembic, which MLflow uses to create and check a database, keeps its state in globals: one thread at a time."""
 
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # MLflow's own limits (7 retries of 120 s) would let a server that hangs hold a run for a quarter of an hour.
+    # MLflow's default limits (7 retries of 120 s) would let a hanging server block a run for a quarter of an hour.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
 }
 
 REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"})
-"""MLflow's codes for what a server understood and will never take; all others are worth another try."""
+"""MLflow's error codes for requests that a server will never accept; requests with other codes are retried."""
 
 
 class TrackingUnavailableError(CfusionError):
-    """The tracking server or database does not take anything now."""
+    """The tracking server or database is unavailable at the moment."""
 
     topic = "network"
 
 
 def tracking_uri(tracking: TrackingConfig, output: Path) -> str:
-    """The configured server, else `MLFLOW_TRACKING_URI`, else a sqlite file beside the run's folder.
+    """Return the configured address, else `MLFLOW_TRACKING_URI`, else a sqlite file next to the run's folder.
 
     Raises:
-        ConfigError: It is an address that MLflow has no store for.
+        ConfigError: MLflow has no tracking store for this kind of address.
     """
     uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{(output.parent / 'mlflow.db').resolve()}"
     return checked_uri(uri)
 
 
 def given_uri(uri: str | None) -> str:
-    """The address given on the command line, else `MLFLOW_TRACKING_URI`, of a registry that is read.
+    """Return the address of an existing registry: from the command line, else `MLFLOW_TRACKING_URI`.
 
     Raises:
-        ConfigError: Neither is given, or no database is there.
+        ConfigError: Neither is given, or the sqlite file does not exist.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         raise ConfigError(
-            "Which registry? No tracking server is given.",
+            "No model registry is given.",
             "Give --uri, such as sqlite:///runs/mlflow.db, or set MLFLOW_TRACKING_URI.",
         )
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
-        raise ConfigError(f"{uri}: there is no such database.", "A sweep's is mlflow.db in the folder of its runs.")
+        raise ConfigError(
+            f"{uri}: database file not found.", "The database of a sweep is mlflow.db in the folder of its runs."
+        )
     return checked_uri(uri)
 
 
 def checked_uri(uri: str) -> str:
-    """`uri`, if MLflow can have a tracking store there.
+    """Return `uri` if MLflow has a tracking store for this kind of address.
 
     Raises:
-        ConfigError: It cannot; a folder of files, MLflow's old store, is among those.
+        ConfigError: It has none, as for a folder of files, MLflow's old store.
     """
     scheme = urlsplit(uri).scheme.partition("+")[0]
     if scheme not in ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks"):
         raise ConfigError(
             f"tracking.uri={uri!r}: expected http(s)://HOST, sqlite:///FILE or another SQL database.",
-            "MLflow keeps no runs in plain folders any more.",
+            "MLflow no longer supports plain folders as a store.",
         )
     return uri
 
 
 def public_name(uri: str) -> str:
-    """The address without the user and password it may carry."""
+    """Return the address without user and password."""
     parts = urlsplit(uri)
     if parts.username is None and parts.password is None:
         return uri
@@ -94,16 +96,16 @@ def public_name(uri: str) -> str:
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client of the server or database; a sqlite file is made where it is missing.
+    """Return a client of the server or database; create a missing sqlite file.
 
     Raises:
-        TrackingUnavailableError: The database cannot be opened now.
+        TrackingUnavailableError: The database cannot be opened at the moment.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    # MLflow logs a database error with its traceback and raises it as well; the one line of ours is enough.
+    # MLflow logs a database error with its traceback and also raises it; the one line from us is enough.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     with unavailable(uri), _CONNECTING:
         _make_database(uri)
@@ -111,10 +113,10 @@ def connect(uri: str) -> MlflowClient:
 
 
 def met_another_writer(error: Exception) -> bool:
-    """Whether another writer made the row that MLflow looked for, did not find and was about to make itself.
+    """Return whether the error is a conflict: another writer inserted the row that MLflow was about to insert.
 
-    The database then refuses the second row; MLflow, or its server, tells it with the code by which SQLAlchemy names
-    such a refusal for every database. Asked again, MLflow finds the row.
+    The message of MLflow or its server then contains SQLAlchemy's code for an integrity error, which is the same for
+    every database. On a retry MLflow finds the row.
     """
     import sqlalchemy
 
@@ -123,12 +125,12 @@ def met_another_writer(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def unavailable(uri: str) -> Iterator[None]:
-    """Turn what MLflow raises for a server that is away, or a database that is locked, into one error.
+    """Convert MLflow's errors for an unreachable server or a locked database into one error.
 
-    What the server understood and refused passes through: sending it again would not help.
+    Errors with a code in `REFUSALS` pass through unchanged, since sending the request again would not help.
 
     Raises:
-        TrackingUnavailableError: The block met a server or database that does not take anything now.
+        TrackingUnavailableError: The server or database is unavailable at the moment.
     """
     import sqlalchemy
     from mlflow.exceptions import MlflowException
@@ -138,14 +140,14 @@ def unavailable(uri: str) -> Iterator[None]:
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
         if isinstance(error, MlflowException) and error.error_code in REFUSALS:
             raise
-        # MLflow quotes the address it asked, user and password included.
+        # MLflow's message quotes the address, including user and password.
         text = " ".join(str(error).replace(uri, public_name(uri)).split())
         why = "is locked by another process" if "database is locked" in text else f"does not answer ({text[:200]})"
         raise TrackingUnavailableError(f"{public_name(uri)}: {why}.") from error
 
 
 def _make_database(uri: str) -> None:
-    """Make the sqlite database where it is missing: whole, whoever else does the same or is killed doing it."""
+    """Create a missing sqlite database atomically, safe against other processes that do the same or are killed."""
     path = Path(uri.removeprefix(SQLITE))
     if not uri.startswith(SQLITE) or path.exists():
         return
@@ -155,27 +157,27 @@ def _make_database(uri: str) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".mlflow-") as folder:
         made = Path(folder) / "mlflow.db"
         SqlAlchemyStore(f"{SQLITE}{made}", str(path.parent / "mlartifacts")).engine.dispose()
-        # A link, unlike a rename, never takes the place of a database that another process has made and uses.
+        # A link, unlike a rename, never replaces a database that another process has created and uses.
         with contextlib.suppress(FileExistsError):
             os.link(made, path)
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:
-    """The experiment of that name; it is made where it is missing, by whichever process comes first.
+    """Return the id of the experiment `name`; create a missing one, even if other processes do the same.
 
-    A sqlite file keeps artifacts in `mlartifacts` beside it, a server where it says.
+    Artifacts are stored in `mlartifacts` next to a sqlite file; a server chooses its own location.
 
     Raises:
-        TrackingUnavailableError: It was deleted, which keeps its name until it is restored or gone for good.
+        TrackingUnavailableError: The experiment is deleted; its name stays taken until it is restored or purged.
     """
     from mlflow.exceptions import MlflowException
 
     uri = client.tracking_uri
     found = client.get_experiment_by_name(name)
     if found is None:
-        beside = Path(uri.removeprefix(SQLITE)).resolve().parent / "mlartifacts" if uri.startswith(SQLITE) else None
+        artifacts = Path(uri.removeprefix(SQLITE)).resolve().parent / "mlartifacts" if uri.startswith(SQLITE) else None
         try:
-            return client.create_experiment(name, artifact_location=beside.as_uri() if beside else None)
+            return client.create_experiment(name, artifact_location=artifacts.as_uri() if artifacts else None)
         except MlflowException:
             found = client.get_experiment_by_name(name)
             if found is None:
@@ -183,7 +185,7 @@ def experiment_id(client: MlflowClient, name: str) -> str:
     if found.lifecycle_stage != "active":
         raise TrackingUnavailableError(
             f"{public_name(uri)}: its experiment {name!r} is deleted.",
-            f"Restore it (mlflow experiments restore --experiment-id {found.experiment_id}), or name another in "
-            "tracking.experiment.",
+            f"Restore it (mlflow experiments restore --experiment-id {found.experiment_id}), or set "
+            "tracking.experiment to another name.",
         )
     return found.experiment_id

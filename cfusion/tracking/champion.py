@@ -1,4 +1,7 @@
-"""Which version of a registered model becomes champion: a rule on the strict C-index, applied when it is asked for."""
+"""Decide whether a version of a registered model may become champion, by a rule on the strict C-index (`RULE`).
+
+The rule is applied only on request (`cfusion registry promote`).
+"""
 
 from __future__ import annotations
 
@@ -21,23 +24,23 @@ if TYPE_CHECKING:
 
 RULE = (
     "A version becomes champion if its patients were scored once, under the strict protocol and with their real "
-    "outcomes, and its pooled C-index is higher than the champion's on the same patients of the same cohort; the first "
-    "one if its interval lies above .5."
+    "outcomes, and if its pooled C-index is higher than the champion's on the same patients of the same cohort. The "
+    "first champion needs a confidence interval above .5."
 )
 
 CHANCE = 0.5
-"""C-index of risks that tell nothing."""
+"""C-index of random risks."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the rule says of a version.
+    """The result of the rule for one version.
 
     Attributes:
         name: The registered model.
-        version: The version that was judged.
+        version: The version that was evaluated.
         passes: Whether it may become champion.
-        reasons: What was looked at, a line each.
+        reasons: The scores and comparisons behind the result, one line each.
     """
 
     name: str
@@ -46,45 +49,49 @@ class Verdict:
     reasons: tuple[str, ...]
 
 
-def judge(client: MlflowClient, name: str, version: str | None = None, *, replicates: int = 1000) -> Verdict:
-    """Hold a version against the champion.
+def compare_with_champion(
+    client: MlflowClient, name: str, version: str | None = None, *, replicates: int = 1000
+) -> Verdict:
+    """Compare a version with the champion.
 
-    Both are scored anew from the out-of-fold predictions that their runs keep; nothing in the registry is changed.
+    Both are scored again from the out-of-fold predictions of their runs. Nothing in the registry is changed.
 
     Args:
-        client: Of the server.
+        client: Client of the server.
         name: The registered model.
-        version: Version to judge; none: the candidate.
-        replicates: Bootstrap replicates of the intervals.
+        version: Version to evaluate; none: the candidate.
+        replicates: Number of bootstrap replicates for the intervals.
 
     Raises:
-        DataError: There is no such version, or its run's predictions cannot be had.
+        DataError: There is no such version, or its run's predictions are unavailable.
     """
     challenger = find_version(client, name, version or CANDIDATE)
     number = str(challenger.version)
     champion = client.get_registered_model(name).aliases.get(CHAMPION)
     if champion is not None and str(champion) == number:
-        return Verdict(name, number, False, (f"Version {number} is the champion already.",))
+        return Verdict(name, number, False, (f"Version {number} is already the champion.",))
     table = _predictions(client, challenger)
     wrong = _unfit(challenger, table)
     if wrong:
         return Verdict(name, number, False, (wrong,))
-    pooled, low, told = _scored(table, f"Version {number}", replicates)
+    pooled, low, line = _scored(table, f"Version {number}", replicates)
     if champion is None:
-        chance = "Its interval lies above .5." if low > CHANCE else "Its interval reaches .5: no better than chance."
-        return Verdict(name, number, low > CHANCE, (told, "There is no champion to hold it against.", chance))
+        chance = (
+            "Its interval is above .5." if low > CHANCE else "Its interval includes .5: not clearly better than chance."
+        )
+        return Verdict(name, number, low > CHANCE, (line, "There is no champion to compare it with.", chance))
     other = _predictions(client, find_version(client, name, str(champion)))
     differs = _differs(table, other, str(champion))
     if differs:
-        return Verdict(name, number, False, (told, differs))
-    best, _, best_told = _scored(other, f"Champion {champion}", replicates)
+        return Verdict(name, number, False, (line, differs))
+    best, _, best_line = _scored(other, f"Champion {champion}", replicates)
     comparison = "Higher" if pooled > best else "Not higher"
-    reasons = (told, best_told, f"{comparison} by {pooled - best:+.3f}.", _paired(table, other, replicates))
+    reasons = (line, best_line, f"{comparison}: {pooled - best:+.3f}.", _paired(table, other, replicates))
     return Verdict(name, number, pooled > best, reasons)
 
 
 def promote(client: MlflowClient, verdict: Verdict) -> None:
-    """Give a version that passed the alias `champion`, and write the reasons beside it."""
+    """Give a version that passed the alias `champion`, and store the reasons in its tag `cfusion.promoted`."""
     assert verdict.passes
     client.set_model_version_tag(verdict.name, verdict.version, "cfusion.promoted", " ".join(verdict.reasons)[:5000])
     client.set_registered_model_alias(verdict.name, CHAMPION, verdict.version)
@@ -96,7 +103,7 @@ def _predictions(client: MlflowClient, version: ModelVersion) -> pd.DataFrame:
 
 
 def _unfit(version: ModelVersion, table: pd.DataFrame) -> str:
-    """Why a version's score supports no claim; empty where it does."""
+    """Return why a version must not become champion whatever its score; empty if nothing forbids it."""
     protocols = sorted(set(table["protocol"]))
     if protocols != ["strict"]:
         return f"Version {version.version} was scored under {', '.join(protocols)}, not strict."
@@ -106,37 +113,38 @@ def _unfit(version: ModelVersion, table: pd.DataFrame) -> str:
 
 
 def _differs(table: pd.DataFrame, other: pd.DataFrame, champion: str) -> str:
-    """Why two tables cannot be compared; empty where they can."""
+    """Return why two tables cannot be compared; empty if they can."""
     cohorts = [", ".join(sorted(set(frame["cohort"]))) for frame in (table, other)]
     if cohorts[0] != cohorts[1]:
-        return f"It was scored on {cohorts[0]}, champion {champion} on {cohorts[1]}: not comparable."
+        return f"Not comparable: it was scored on {cohorts[0]}, champion {champion} on {cohorts[1]}."
     columns = ["case_id", "survival_months", "event"]
     patients = [set(frame[columns].itertuples(index=False, name=None)) for frame in (table, other)]
     if patients[0] != patients[1]:
         only = [len(patients[0] - patients[1]), len(patients[1] - patients[0])]
         return (
-            f"Its patients are not those of champion {champion}: {only[0]} of {len(patients[0])} are missing there or "
-            f"have another outcome, {only[1]} of {len(patients[1])} here: not comparable."
+            f"Not comparable: its patients are not those of champion {champion}. {only[0]} of its {len(patients[0])} "
+            f"are missing from the champion's or have another outcome there; {only[1]} of the champion's "
+            f"{len(patients[1])} are missing here or have another outcome."
         )
     return ""
 
 
 def _scored(table: pd.DataFrame, what: str, replicates: int) -> tuple[float, float, str]:
-    """The pooled C-index, the lower end of its interval, and both in a sentence."""
+    """Return the pooled C-index, the lower end of its interval, and a line that reports both."""
     row = score(table, bootstrap=replicates).summary.iloc[0]
     pooled = float(row["cindex_pooled"])
-    told = (
+    line = (
         f"{what}: pooled strict C {pooled:.3f} [{row['cindex_low']:.3f}, {row['cindex_high']:.3f}] on {row['n']} "
         f"patients of {row['cohort']} with {row['events']} events."
     )
-    return pooled, float(row["cindex_low"]), told
+    return pooled, float(row["cindex_low"]), line
 
 
 def _paired(table: pd.DataFrame, other: pd.DataFrame, replicates: int) -> str:
-    """The comparison on the same resampled patients; runs that differ in seed are taken as two models."""
+    """Report the paired bootstrap comparison on the same patients; the seeds of the runs are ignored."""
     frames = [frame.assign(model=name, seed=0) for frame, name in ((other, "champion"), (table, "challenger"))]
     row = compare(pd.concat(frames, ignore_index=True), reference="champion", replicates=replicates).iloc[0]
-    sure = "more than chance would give" if row["p"] < 0.05 else "within what chance would give"
+    sure = "statistically significant" if row["p"] < 0.05 else "not statistically significant"
     return (
         f"Paired, within folds: {row['difference']:+.3f} [{row['low']:.3f}, {row['high']:.3f}], p = {row['p']:.3f}, "
         f"{sure}."

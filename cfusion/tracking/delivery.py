@@ -1,7 +1,7 @@
-"""Brings a run's journal to MLflow: in order, each record once, from wherever the last attempt stopped.
+"""Upload a run's journal to MLflow: in order, each record once, resuming where the last attempt stopped.
 
-A record is counted as sent after the server took it. Where a process dies between the two it is sent again, which
-changes nothing: a run is found by its id, and MLflow keeps one of several equal metrics, parameters and inputs.
+A record is marked as sent after the server accepted it. If the process dies in between, the record is sent again. This
+is harmless: a run is found by its id, and MLflow stores equal metrics, parameters and inputs only once.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ logger = logging.getLogger(__name__)
 STATE_NAME = "tracking.json"
 
 METRICS_AT_ONCE = 1000
-"""Most metrics that MLflow takes in one request."""
+"""Maximum number of metrics that MLflow accepts in one request."""
 
 PARAMS_AT_ONCE = 100
-"""Most parameters that MLflow takes in one request."""
+"""Maximum number of parameters that MLflow accepts in one request."""
 
 ATTEMPTS = 5
-"""So often a record is sent that meets another writer, such as a run that shares this one's data and ends with it."""
+"""Maximum number of attempts to send a record that conflicts with another writer, such as a run on the same data that
+ends at the same time."""
 
 
 @dataclass
 class Delivery:
-    """How far a journal has come on one server.
+    """How much of a journal one server has received.
 
     Attributes:
-        position: Bytes of the journal that are sent.
+        position: Number of bytes of the journal that have been sent.
         runs: MLflow's run id of each run of the journal.
-        versions: Versions that were registered, by model name.
-        refused: Records that the server understood and did not take, and why.
+        versions: Registered versions, by model name.
+        refused: Records that the server rejected, and why.
     """
 
     position: int = 0
@@ -54,35 +55,35 @@ class Delivery:
 
 
 def delivery_of(folder: Path, uri: str) -> Delivery:
-    """How far the journal of a run's folder has come at `uri`."""
+    """Read how much of the journal in a run's folder the server at `uri` has received."""
     path = folder / STATE_NAME
     known = read_json(path) if path.exists() else {}
     return Delivery(**known.get(public_name(uri), {}))
 
 
 def unsent(folder: Path, uri: str) -> int:
-    """Records of a run's journal that the server has not got."""
+    """Count the records of a run's journal that the server has not received."""
     return sum(1 for _ in read_records(folder / JOURNAL_NAME, delivery_of(folder, uri).position))
 
 
 def send(folder: Path, uri: str) -> Delivery:
-    """Send what a run's journal holds and the server has not got.
+    """Send the records of a run's journal that the server has not received.
 
     Args:
         folder: The run's output folder.
-        uri: Tracking server or database; one that has nothing of the run gets all of it.
+        uri: Tracking server or database; one that no longer has the run receives all records again.
 
     Raises:
-        DataError: The folder holds no journal, or another process is sending it.
-        TrackingUnavailableError: The server does not answer; what it took is not sent again.
-        ConfigError: The run's model cannot be registered under its name. All else is sent.
+        DataError: The folder has no journal, or another process is sending it.
+        TrackingUnavailableError: The server does not answer. Records that it accepted are not sent again.
+        ConfigError: The run's model cannot be registered under its name. Everything else was sent.
     """
-    with _alone(folder):
+    with _locked(folder):
         client = connect(uri)
         state = delivery_of(folder, uri)
         with unavailable(uri):
-            if state.runs and not _is_there(client, state.runs[PARENT]):
-                logger.warning("%s: no longer has this run; all of it is sent again", public_name(uri))
+            if state.runs and not _exists(client, state.runs[PARENT]):
+                logger.warning("%s: the run no longer exists there; sending all records again", public_name(uri))
                 state = Delivery()
         sender = _Sender(client, folder, state)
         for records, end in _units(folder / JOURNAL_NAME, state.position):
@@ -96,7 +97,7 @@ def send(folder: Path, uri: str) -> Delivery:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     try:
         journal = (folder / JOURNAL_NAME).open("rb")
     except OSError as error:
@@ -117,7 +118,7 @@ def _save(folder: Path, uri: str, state: Delivery) -> None:
     write_json(path, {**known, public_name(uri): state.__dict__})
 
 
-def _is_there(client: MlflowClient, run_id: str) -> bool:
+def _exists(client: MlflowClient, run_id: str) -> bool:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -129,7 +130,7 @@ def _is_there(client: MlflowClient, run_id: str) -> bool:
 
 
 def _units(journal: Path, position: int) -> Iterator[tuple[list[Record], int]]:
-    """What is sent and counted together: metrics of consecutive records, up to the limit; all else alone."""
+    """Group records into requests: consecutive metrics together up to the limit, every other record separately."""
     waiting: list[Record] = []
     count = 0
     for record, end in read_records(journal, position):
@@ -148,7 +149,7 @@ def _units(journal: Path, position: int) -> Iterator[tuple[list[Record], int]]:
 
 
 class _Sender:
-    """Takes records to one server."""
+    """Sends records to one server."""
 
     def __init__(self, client: MlflowClient, folder: Path, state: Delivery) -> None:
         self.client, self.folder, self.state = client, folder, state
@@ -159,7 +160,7 @@ class _Sender:
         }  # fmt: skip
 
     def take(self, records: list[Record]) -> None:
-        """Send records of one kind; what the server refuses is remembered and left behind."""
+        """Send records of one kind; record and skip those that the server rejects."""
         from mlflow.exceptions import MlflowException
 
         first = records[0]
@@ -183,19 +184,19 @@ class _Sender:
         first = records[0]
         needed = PARENT if first["kind"] == "start" else first["run"]
         if needed not in self.state.runs and (first["run"], first["kind"]) != (PARENT, "start"):
-            raise DataError("the run it belongs to was not taken.")
+            raise DataError("the server rejected the run it belongs to.")
         if first["kind"] == "metrics":
             self._metrics(records)
         else:
             self._takers[first["kind"]](self.state.runs.get(first["run"], ""), first)
 
     def _refuse(self, record: Record, why: str) -> None:
-        told = f"{record['run'] or 'run'}, {record['kind']}: {why}"
-        logger.warning("not tracked: %s", told)
-        self.state.refused.append(told)
+        line = f"{record['run'] or 'run'}, {record['kind']}: {why}"
+        logger.warning("not tracked: %s", line)
+        self.state.refused.append(line)
 
     def _start(self, _: str, record: Record) -> None:
-        """Make the MLflow run, or find it where an earlier attempt made it and died."""
+        """Create the MLflow run, or find the one that an interrupted attempt created."""
         from mlflow.entities import Param
 
         experiment = experiment_id(self.client, record["experiment"])
@@ -243,7 +244,7 @@ class _Sender:
         elif path.is_file():
             self.client.log_artifact(run_id, str(path), record["under"])
         else:
-            raise DataError(f"{path}: is not there any more.")
+            raise DataError(f"{path}: the file no longer exists.")
 
     def _status(self, run_id: str, record: Record) -> None:
         if record["status"] == "RUNNING":

@@ -1,4 +1,4 @@
-"""What MLflow is told of a run: its name, what it can be searched by, its parameters, its data and its score."""
+"""Build what MLflow stores about a run: name, tags, parameters, input data and score."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cfusion.types import Cohort
 
 
 def run_name(config: Config, encoder: str) -> str:
-    """Cohort, encoder, model and seed, as a sweep crosses them; a protocol other than strict is added."""
+    """Return the name of a run: cohort, encoder, model and seed, then a protocol other than strict."""
     parts = [config.cohort.name, encoder, plain_name(config.model.name), f"seed{config.seed}"]
     if config.evaluation.protocol != "strict":
         parts.append(config.evaluation.protocol)
@@ -26,7 +26,7 @@ def run_name(config: Config, encoder: str) -> str:
 
 
 def run_tags(config: Config, encoder: str) -> dict[str, str]:
-    """What runs are searched and grouped by."""
+    """Return the tags by which runs are searched and grouped."""
     return {
         "cohort": config.cohort.name,
         "encoder": encoder,
@@ -38,7 +38,7 @@ def run_tags(config: Config, encoder: str) -> dict[str, str]:
 
 
 def run_params(config: Config, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Every setting as `section.key`, and the digests of the data."""
+    """Return every setting as `section.key`, and the digests of the data."""
     flat = pd.json_normalize(config.model_dump(mode="json", exclude={"output", "tracking"})).iloc[0]
     digests = {name: provenance[name] for name in ("shards_digest", "splits_digest", "table_sha256", "program")}
     if "model_code" in provenance:
@@ -49,7 +49,7 @@ def run_params(config: Config, provenance: Mapping[str, Any]) -> dict[str, Any]:
 def run_inputs(
     config: Config, cohort: Cohort, index: ShardIndex, provenance: Mapping[str, Any]
 ) -> list[dict[str, str]]:
-    """The data as MLflow's inputs: the clinical table, the shards and the folds, each by its digest."""
+    """Return MLflow's inputs: the clinical table, the shards and the folds, each with its digest."""
     patients = {"patients": len(cohort.cases), "events": int(cohort.cases["event"].sum()), "endpoint": cohort.endpoint}
     embeddings = {
         "encoder": index.encoder, "dim": index.dim, "magnifications": index.magnifications, "dtype": index.dtype,
@@ -76,11 +76,11 @@ def _input(name: str, digest: str, source: str, context: str, profile: Mapping[s
 
 
 def version_tags(config: Config, summary: pd.Series) -> dict[str, str]:
-    """What the registry shows of a version: what it was trained for, and how it scored."""
-    told = run_tags(config, "")
-    del told["encoder"]
+    """Return the tags of a registered version: what it was trained on, and its score."""
+    tags = run_tags(config, "")
+    del tags["encoder"]
     return {
-        **told,
+        **tags,
         "endpoint": config.cohort.endpoint,
         "patients": str(summary["n"]),
         "cindex": f"{summary['cindex_pooled']:.4f}",

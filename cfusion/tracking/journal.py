@@ -1,4 +1,4 @@
-"""What a run tells MLflow, written to the run's own folder first: JSON lines that outlive a kill and a lost server."""
+"""Record what a run sends to MLflow as JSON lines in the run's folder, so that no kill or server failure loses it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Record = dict[str, Any]
 
 
 @dataclass
-class Told:
-    """What the journal holds of one MLflow run.
+class RecordedRun:
+    """What the journal contains about one MLflow run.
 
     Attributes:
         status: RUNNING, FINISHED, FAILED or KILLED.
-        steps: Per metric, its last step.
-        things: Artifacts, inputs and registrations, so that none is told twice.
+        steps: Last step of each metric.
+        things: Recorded artifacts, inputs and registrations, so that none is recorded twice.
     """
 
     status: str = "RUNNING"
@@ -38,7 +38,7 @@ class Told:
     things: set[str] = field(default_factory=set)
 
     def add(self, record: Record) -> None:
-        """Take a record into account."""
+        """Update the state with a record."""
         if record["kind"] == "metrics":
             self.steps.update(dict.fromkeys(record["values"], record["step"]))
         elif record["kind"] == "status":
@@ -48,61 +48,61 @@ class Told:
 
 
 class Journal:
-    """The records of a run, in the order they were made; several threads may append.
+    """The records of a run, in order; several threads may append.
 
-    Started again on the same folder it goes on behind the last whole record: steps, files and ends that were told
-    before are not told again, so a run that resumes at its last checkpoint repeats nothing.
+    Opened again on the same file, it continues after the last complete record. Steps, files and ends that are already
+    recorded are skipped, so a run that resumes at its last checkpoint repeats nothing.
 
     Args:
-        path: The file; it is made where it is missing.
+        path: The file; created if missing.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.runs: dict[str, Told] = {}
+        self.runs: dict[str, RecordedRun] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = 0
+        complete = 0
         for record, end in read_records(path):
-            whole = end
-            self.runs.setdefault(record["run"], Told()).add(record)
+            complete = end
+            self.runs.setdefault(record["run"], RecordedRun()).add(record)
         self._file = path.open("ab", buffering=0)
-        self._file.truncate(whole)
+        self._file.truncate(complete)
         self._dirty = False
         self._lock = threading.Lock()
 
     def start(self, key: str, **values: Any) -> None:
-        """Begin the run `key`, or go on with it where it had not finished."""
-        told = self.runs.get(key)
-        if told is None:
+        """Start the run `key`, or resume it if it has not finished."""
+        known = self.runs.get(key)
+        if known is None:
             self._append(key, "start", id=uuid.uuid4().hex, **values)
-        elif told.status != "FINISHED":
+        elif known.status != "FINISHED":
             self._append(key, "status", status="RUNNING", cause="")
 
     def metrics(self, key: str, values: Mapping[str, float], step: int) -> None:
-        """Note metrics, but for those that have this step already."""
+        """Record metrics, except those that already have this step."""
         last = self.runs[key].steps
         new = {name: _number(value) for name, value in values.items() if step > last.get(name, -1)}
         if new:
             self._append(key, "metrics", step=step, values=new)
 
     def status(self, key: str, status: str, cause: str = "") -> None:
-        """Note how a run ended, and why where it failed."""
+        """Record how a run ended, and the cause of a failure."""
         if self.runs[key].status != status:
             self._append(key, "status", status=status, cause=cause)
 
     def once(self, key: str, kind: str, **values: Any) -> None:
-        """Note an artifact, inputs or a registration, unless it was noted before."""
+        """Record an artifact, inputs or a registration, unless it is already recorded."""
         if _name({"kind": kind, **values}) not in self.runs[key].things:
             self._append(key, kind, **values)
 
     def sync(self) -> None:
-        """Bring what was appended to the disk."""
+        """Flush appended records to disk."""
         if self._dirty and not self._file.closed:
             self._dirty = False
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Bring everything to the disk and let go of the file."""
+        """Flush everything to disk and close the file."""
         self.sync()
         self._file.close()
 
@@ -112,13 +112,13 @@ class Journal:
         with self._lock:
             self._write(line)
             self._dirty = True
-            self.runs.setdefault(key, Told()).add(record)
+            self.runs.setdefault(key, RecordedRun()).add(record)
 
     def _write(self, line: bytes) -> None:
-        """Write a line whole or not at all.
+        """Append a complete line, or leave the file unchanged.
 
         Raises:
-            DataError: The disk takes no more.
+            DataError: The line cannot be written, for example on a full disk.
         """
         end = os.fstat(self._file.fileno()).st_size
         try:
@@ -128,11 +128,13 @@ class Journal:
         except OSError as error:
             cause = error.strerror or str(error)
         self._file.truncate(end)
-        raise DataError(f"{self.path}: cannot be written ({cause}).", "Make room and start the run again: it goes on.")
+        raise DataError(
+            f"{self.path}: cannot be written ({cause}).", "Free some space and restart the run; it resumes."
+        )
 
 
 def read_records(path: Path, position: int = 0) -> Iterator[tuple[Record, int]]:
-    """The whole records from a byte position on, each with the position behind it; a torn last line is left out.
+    """Yield the complete records from a byte position on, each with its end position; skip an incomplete last line.
 
     Raises:
         DataError: A line is not a record.
@@ -151,16 +153,16 @@ def read_records(path: Path, position: int = 0) -> Iterator[tuple[Record, int]]:
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
                     f"{path}: the record that ends at byte {position} is not readable.",
-                    "Delete the file; the run's own results do not depend on it.",
+                    "Delete the file; the results of the run do not depend on it.",
                 ) from error
             yield record, position
 
 
 def _name(record: Record) -> str:
-    told = {k: v for k, v in record.items() if k not in ("run", "time")}
-    return json.dumps(told, sort_keys=True)
+    values = {k: v for k, v in record.items() if k not in ("run", "time")}
+    return json.dumps(values, sort_keys=True)
 
 
 def _number(value: float) -> float | str:
-    """A metric as JSON has it: what is not finite is text, which `float` reads again."""
+    """Return a metric as a JSON value; values that are not finite become text that `float` can parse."""
     return float(value) if math.isfinite(value) else str(float(value))

@@ -1,4 +1,4 @@
-"""The machine a run is on: how busy it is, under MLflow's names for that, and what is installed."""
+"""Measure the load of the machine as MLflow system metrics, and record its environment."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _LAUNCH = (
 
 
 class Machine:
-    """Looks at CPU, memory and GPUs; each look covers the time since the one before."""
+    """Samples CPU, memory and GPU load; CPU load is averaged since the previous sample."""
 
     def __init__(self) -> None:
         psutil.cpu_percent()
         self._process = psutil.Process()
 
     def sample(self) -> dict[str, float]:
-        """Metrics by the names of MLflow's system metrics, which its pages draw in a place of their own."""
+        """Return metrics under the names of MLflow's system metrics, which its pages show in a separate tab."""
         memory = psutil.virtual_memory()
         return {
             "system/cpu_utilization_percentage": psutil.cpu_percent(),
@@ -43,22 +43,22 @@ class Machine:
 
 
 def _gpus() -> dict[str, float]:
-    told: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     if not torch.cuda.is_initialized():
-        return told
+        return metrics
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
-        told[f"system/gpu_{i}_memory_usage_megabytes"] = round((total - free) / 1e6, 1)
-        told[f"system/gpu_{i}_memory_usage_percentage"] = round(100 * (1 - free / total), 1)
+        metrics[f"system/gpu_{i}_memory_usage_megabytes"] = round((total - free) / 1e6, 1)
+        metrics[f"system/gpu_{i}_memory_usage_percentage"] = round(100 * (1 - free / total), 1)
         try:
-            told[f"system/gpu_{i}_utilization_percentage"] = float(torch.cuda.utilization(i))
-        except (ModuleNotFoundError, RuntimeError):  # needs nvidia-ml-py and a driver that tells
+            metrics[f"system/gpu_{i}_utilization_percentage"] = float(torch.cuda.utilization(i))
+        except (ModuleNotFoundError, RuntimeError):  # needs nvidia-ml-py and a driver that reports the utilization
             continue
-    return told
+    return metrics
 
 
 def write_environment(folder: Path) -> Path:
-    """Write `requirements.txt` (every installed package, pinned) and `environment.json` to `folder`; returns it."""
+    """Write `requirements.txt` (every installed package, pinned) and `environment.json` to `folder`; return it."""
     packages = sorted({f"{d.name}=={d.version}" for d in importlib.metadata.distributions()}, key=str.lower)
     write_text(folder / "requirements.txt", "\n".join(packages) + "\n")
     write_json(folder / "environment.json", _environment())

@@ -1,4 +1,4 @@
-"""The model registry: fold ensembles as versions of a served model, and which of them is the champion."""
+"""Register fold ensembles as versions of a served model in MLflow's registry, and list and fetch them."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ _TAG = "cfusion."
 
 @dataclass(frozen=True)
 class Contract:
-    """What a registered model reads; all versions of a name read the same.
+    """The inputs of a registered model; all versions of a name have the same.
 
     Attributes:
         encoder: Encoder of the embeddings.
-        dim: Their width.
+        dim: Width of the embeddings.
         magnifications: Names, finest first.
     """
 
@@ -54,7 +54,7 @@ class Contract:
 
     @classmethod
     def of(cls, card: ModelCard) -> Contract:
-        """What the model of a card reads."""
+        """Return the inputs of a card's model."""
         return cls(card.encoder, card.backbone_dim, tuple(magnification_name(m) for m in card.magnifications))
 
     def __str__(self) -> str:
@@ -62,10 +62,10 @@ class Contract:
 
 
 def check_name(client: MlflowClient, name: str, contract: Contract) -> None:
-    """Refuse a name whose versions read something else.
+    """Reject a name whose versions have other inputs.
 
     Raises:
-        ConfigError: They do; both are named.
+        ConfigError: The inputs differ; the message names both.
     """
     newest = _newest(client, name)
     if newest is None:
@@ -75,12 +75,12 @@ def check_name(client: MlflowClient, name: str, contract: Contract) -> None:
         raise ConfigError(
             f"tracking.register_as={name}: the registry has a model of that name that reads {taken}; this one reads "
             f"{contract}.",
-            "Give another name.",
+            "Use another name.",
         )
 
 
 def check_registration(config: Config, index: ShardIndex) -> None:
-    """Refuse `tracking.register_as` before a training that could not be registered under it.
+    """Check `tracking.register_as` before a training, so that its model can be registered afterwards.
 
     Raises:
         ConfigError: The name belongs to a model that reads other embeddings.
@@ -95,23 +95,23 @@ def check_registration(config: Config, index: ShardIndex) -> None:
         with unavailable(uri):
             check_name(client, tracking.register_as, Contract(index.encoder, index.dim, names))
     except TrackingUnavailableError as error:
-        logger.warning("%s Whether %s is free will show when it answers.", error.message, tracking.register_as)
+        logger.warning("%s The name %s is checked when the server answers.", error.message, tracking.register_as)
 
 
 def register_ensemble(client: MlflowClient, run_id: str, folder: Path, name: str, about: Mapping[str, str]) -> str:
-    """Register the fold models below `folder` as one served model, with the alias `candidate` while none is newer.
+    """Register the fold models in `folder` as one served model; the newest version has the alias `candidate`.
 
-    A run's model is registered once: asked again, its version is given.
+    A run's model is registered only once; later calls return the existing version.
 
     Args:
-        client: Of the server.
-        run_id: The MLflow run it belongs to, which keeps its files.
-        folder: Folder whose sub-folders hold `model.json` and `model.safetensors`.
+        client: Client of the server.
+        run_id: The MLflow run it belongs to, which stores its files.
+        folder: Folder whose sub-folders contain `model.json` and `model.safetensors`.
         name: Name in the registry.
         about: Tags of the version: cohort, protocol, score.
 
     Returns:
-        The version.
+        The number of the version.
 
     Raises:
         ConfigError: The name belongs to a model that reads other embeddings.
@@ -135,12 +135,12 @@ def _new_version(
     with tempfile.TemporaryDirectory() as scratch:
         _save_served(cards, folder, Path(scratch))
         client.log_artifacts(run_id, str(Path(scratch) / MODEL_PATH), MODEL_PATH)
-    with contextlib.suppress(MlflowException):  # another process may have made the name meanwhile
+    with contextlib.suppress(MlflowException):  # the name exists, or another process has just created it
         client.create_registered_model(name)
-    told = {**about, "contract": str(Contract.of(cards[0]))}
+    facts = {**about, "contract": str(Contract.of(cards[0]))}
     if cards[0].code is not None:
-        told["code_sha256"] = cards[0].code["sha256"]
-    tags = {f"{_TAG}{key}": value for key, value in told.items()}
+        facts["code_sha256"] = cards[0].code["sha256"]
+    tags = {f"{_TAG}{key}": value for key, value in facts.items()}
     source = f"{client.get_run(run_id).info.artifact_uri}/{MODEL_PATH}"
     return str(client.create_model_version(name, source, run_id, tags=tags).version)
 
@@ -151,7 +151,7 @@ def _newest(client: MlflowClient, name: str) -> ModelVersion | None:
 
 
 def _save_served(cards: Sequence[ModelCard], folder: Path, scratch: Path) -> None:
-    """Write the model as MLflow serves it: the fold models, `serving.py`, signature, example and what it reads."""
+    """Write the model in MLflow's format: fold models, `serving.py`, signature, input example and metadata."""
     import mlflow.pyfunc
 
     folds = scratch / FOLDS
@@ -162,7 +162,8 @@ def _save_served(cards: Sequence[ModelCard], folder: Path, scratch: Path) -> Non
         magnification_name(m): np.zeros((count, card.backbone_dim), np.float32)
         for m, count in zip(card.magnifications, (16, 4, 1), strict=False)
     }
-    # MLflow asks for annotations to infer a signature from; this one is given. Recorded, since it sets its own filter.
+    # MLflow warns that it cannot infer a signature from type hints, although one is given. It sets its own warning
+    # filter, so the warning must be recorded, not ignored.
     with warnings.catch_warnings(record=True):
         mlflow.pyfunc.save_model(
             path=str(scratch / MODEL_PATH),
@@ -204,10 +205,10 @@ def _metadata(cards: Sequence[ModelCard]) -> dict[str, Any]:
 
 
 def find_version(client: MlflowClient, name: str, which: str) -> ModelVersion:
-    """A version by its number or alias.
+    """Return a version by its number or alias.
 
     Raises:
-        DataError: The registry has none such.
+        DataError: The registry has no such version.
     """
     from mlflow.exceptions import MlflowException
 
@@ -218,15 +219,15 @@ def find_version(client: MlflowClient, name: str, which: str) -> ModelVersion:
     except MlflowException as error:
         raise DataError(
             f"The registry has no version {which} of a model {name} ({' '.join(str(error).split())[:120]}).",
-            "cfusion registry list shows what there is.",
+            "Run cfusion registry list to see the registered versions.",
         ) from error
 
 
 def model_address(text: str) -> tuple[str, str]:
-    """Name, and version or alias, of `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+    """Return the name, and the version or alias, of `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: The address has neither form.
     """
     found = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", text)
     if found is None:
@@ -237,18 +238,18 @@ def model_address(text: str) -> tuple[str, str]:
 def fetch_ensemble(
     client: MlflowClient, name: str, which: str, folder: Path, *, trust_code: str | None = None
 ) -> FoldEnsemble:
-    """The fold ensemble that is a version of a registered model, its files put into `folder`.
+    """Download a version of a registered model into `folder` and load it as a fold ensemble.
 
-    Only the fold models are fetched: cards as JSON and weights as safetensors; nothing is unpickled. Code that the
-    models were trained with is fetched with them, and runs only where `trust_code` names its digest.
+    Only the fold models are downloaded: cards as JSON and weights as safetensors; nothing is unpickled. If the models
+    were trained with a user's code, it is downloaded too, and runs only if `trust_code` gives its digest.
 
     Raises:
-        DataError: There is no such version, or it is no fold ensemble.
-        UntrustedCodeError: The models come with code of their own, and `trust_code` does not name it.
+        DataError: There is no such version, or it is not a fold ensemble.
+        UntrustedCodeError: The models include code, and `trust_code` does not give its digest.
     """
     version = find_version(client, name, which)
     if f"{_TAG}contract" not in version.tags:
-        raise DataError(f"models:/{name}/{version.version}: is not a model that cfusion registered.")
+        raise DataError(f"models:/{name}/{version.version}: was not registered by cfusion.")
     folder.mkdir(parents=True, exist_ok=True)
     where = f"{MODEL_PATH}/artifacts/{FOLDS}"
     fetched = Path(client.download_artifacts(str(version.run_id), where, str(folder)))
@@ -267,10 +268,10 @@ class Registered:
     """A version in the registry.
 
     Attributes:
-        name: Its model.
-        version: Its number.
-        aliases: Such as candidate and champion.
-        tags: What is told of it: contract, cohort, protocol, cindex, low, high.
+        name: Name of the registered model.
+        version: Number of the version.
+        aliases: Its aliases, such as candidate and champion.
+        tags: Its tags without prefix: contract, cohort, protocol, cindex, low, high.
     """
 
     name: str
@@ -280,7 +281,7 @@ class Registered:
 
 
 def list_versions(client: MlflowClient) -> list[Registered]:
-    """All versions that cfusion registered, by name, newest first."""
+    """List all versions that cfusion registered, sorted by name, newest first."""
     found = []
     for model in _pages(client.search_registered_models):
         names_of: dict[str, list[str]] = {}
@@ -305,11 +306,11 @@ def _pages(search: Any, *arguments: str) -> list[Any]:
 
 
 def _quoted(name: str) -> str:
-    """A name within a filter.
+    """Check a name for use in a search filter.
 
     Raises:
-        ConfigError: It holds what a filter or an address cannot carry.
+        ConfigError: It contains a character that a filter or an address cannot represent.
     """
     if not name or set(name) & set("'\"/:@%") or json.dumps(name)[1:-1] != name:
-        raise ConfigError(f"{name!r}: is not a name for a registered model.", "Use letters, digits, - and _.")
+        raise ConfigError(f"{name!r}: is not a valid name for a registered model.", "Use letters, digits, - and _.")
     return name

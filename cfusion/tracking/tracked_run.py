@@ -1,8 +1,7 @@
-"""A tracked run: what a training calls; it writes to the run's folder and never waits for a server.
+"""Track a run without ever waiting for a server: calls only write to a journal in the run's folder.
 
-A thread beside the training sends what was written and looks at the machine now and then. A server that is away or
-hangs costs the training nothing; what it has not got is sent when it answers again, at the end, or by
-`cfusion track send`.
+A background thread sends the journal and samples the machine. If the server is down or hangs, the training continues,
+and the records are sent when the server answers again, at the end of the run, or by `cfusion track send`.
 """
 
 from __future__ import annotations
@@ -26,25 +25,25 @@ from cfusion.tracking.machine import Machine
 logger = logging.getLogger(__name__)
 
 SEND_SECONDS = 5.0
-"""How often what was written is sent."""
+"""Interval at which the journal is sent."""
 
 LONGEST_PAUSE_SECONDS = 60.0
-"""At most so long passes between two attempts, at a server that is away or where sending is dear."""
+"""Maximum interval between two attempts, if the server is down or sending is expensive."""
 
 LAST_ATTEMPTS, LAST_PAUSE_SECONDS, LAST_SECONDS = 3, 1.0, 10.0
-"""At the end of a run: most attempts at what is left, the pause between two, and since when none is begun any more,
-so that a server that hangs holds up the end once."""
+"""At the end of a run: maximum number of attempts to send the rest, the pause between two attempts, and the time after
+which no new attempt starts, so that a hanging server delays the end only once."""
 
 MOST_OF_THE_TIME = 0.01
-"""Share of a process's time that sending may take, over all its runs; where it takes more it is done less often."""
+"""Maximum share of a process's time spent on sending, over all its runs; above it, records are sent less often."""
 
 
 class TrackedRun:
-    """One MLflow run; `begin` gives the parent, `child` a run below it.
+    """One MLflow run; `begin` returns the parent run, `child` a child of it.
 
-    Where tracking is off the calls are the same and do nothing. As a context it ends as FINISHED, as KILLED where it
-    was asked to stop, or else as FAILED with the error as its cause; one that never came to an end, because its
-    process was killed, is gone on with by the next `begin` on the same folder.
+    If tracking is disabled, all calls do nothing. As a context manager it ends the run as FINISHED, as KILLED after a
+    request to stop, or as FAILED with the error as the cause. A run whose process was killed is resumed by the next
+    `begin` on the same folder.
     """
 
     def __init__(self, key: str, experiment: str, courier: Courier | None) -> None:
@@ -61,17 +60,17 @@ class TrackedRun:
         params: Mapping[str, Any],
         tags: Mapping[str, str] | None = None,
     ) -> TrackedRun:
-        """Start the run of an output folder, or go on with it where it did not finish.
+        """Start the run of an output folder, or resume it if it did not finish.
 
         Args:
-            tracking: Whether, and where to.
-            output: Folder of the run; its journal and the default database lie there and beside it.
+            tracking: Whether to track, and the address.
+            output: Folder of the run. It contains the journal; the default database is next to it.
             name: Name of the run.
             params: Flat parameters.
-            tags: What runs are searched by.
+            tags: Tags for searching runs.
 
         Raises:
-            ConfigError: The address cannot be one of MLflow's.
+            ConfigError: MLflow has no tracking store for this kind of address.
         """
         if not tracking.enabled:
             return cls(PARENT, "", None)
@@ -83,26 +82,26 @@ class TrackedRun:
         return run
 
     def child(self, name: str, params: Mapping[str, Any]) -> TrackedRun:
-        """A run below this one; one of that name that did not finish is gone on with."""
+        """Start a child run, or resume the one of that name if it did not finish."""
         run = TrackedRun(name, self._experiment, self._courier)
         run._start(name, params, {})
         return run
 
     def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Note metrics of a step; a step that is noted already, as after a resume, is left as it is."""
+        """Record metrics of a step; a step that is already recorded, as after a resume, is skipped."""
         if self._courier is not None:
             self._courier.journal.metrics(self._key, metrics, step)
 
     def inputs(self, datasets: Sequence[Mapping[str, str]]) -> None:
-        """Note the data: each with `name, digest, kind, source, profile` (JSON) and `context` (what it is for)."""
+        """Record input data: each with `name, digest, kind, source, profile` (JSON) and `context` (its purpose)."""
         if self._courier is not None:
             self._courier.journal.once(self._key, "inputs", datasets=[dict(data) for data in datasets])
 
     def artifacts(self, path: Path, under: str | None = None) -> None:
-        """Keep a file, or the files of a folder, of the run's output folder; they are read when they are sent."""
+        """Record a file or folder of the run's output folder as an artifact; it is read only when it is sent."""
         if self._courier is not None:
-            told = os.path.relpath(path, self._courier.folder)
-            self._courier.journal.once(self._key, "artifacts", path=told, under=under)
+            relative = os.path.relpath(path, self._courier.folder)
+            self._courier.journal.once(self._key, "artifacts", path=relative, under=under)
 
     def register(self, name: str, about: Mapping[str, str]) -> None:
         """Register the fold models of the output folder as a version of the model `name` (see `register_ensemble`)."""
@@ -110,16 +109,16 @@ class TrackedRun:
             self._courier.journal.once(self._key, "register", name=name, about=dict(about))
 
     def registered(self, name: str) -> str | None:
-        """The version that was registered under `name`; None where the server has not answered yet."""
+        """Return the version registered under `name`; None if the server has not answered yet."""
         return (
             None if self._courier is None else delivery_of(self._courier.folder, self._courier.uri).versions.get(name)
         )
 
     def close(self, status: str = "FINISHED", cause: str = "") -> None:
-        """End the run as FINISHED, FAILED or KILLED; for the parent also send what is left, if the server answers.
+        """End the run as FINISHED, FAILED or KILLED; the parent also sends the remaining records.
 
         Raises:
-            ConfigError: The model cannot be registered under its name; all else is sent.
+            ConfigError: The model cannot be registered under its name; everything else was sent.
         """
         if self._courier is None:
             return
@@ -142,14 +141,16 @@ class TrackedRun:
 
     def _start(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         if self._courier is not None:
-            told = {key: str(value)[:6000] for key, value in params.items()}
-            self._courier.journal.start(self._key, experiment=self._experiment, name=name, params=told, tags=dict(tags))
+            texts = {key: str(value)[:6000] for key, value in params.items()}
+            self._courier.journal.start(
+                self._key, experiment=self._experiment, name=name, params=texts, tags=dict(tags)
+            )
 
 
 class Courier:
-    """Sends a journal while it is being written, from a thread of its own."""
+    """Sends a journal from a background thread while it is being written."""
 
-    _at_work: set[Courier] = set()  # noqa: RUF012 - all couriers of the process share it
+    _at_work: set[Courier] = set()  # noqa: RUF012 - shared by all couriers of the process
 
     def __init__(self, journal: Journal, folder: Path, uri: str) -> None:
         self.journal, self.folder, self.uri = journal, folder, uri
@@ -161,11 +162,11 @@ class Courier:
         Courier._at_work.add(self)
 
     def close(self, status: str, cause: str) -> None:
-        """End all runs that are still open, send what is left, and say what could not be sent."""
+        """End all open runs, send the remaining records, and report those that could not be sent."""
         Courier._at_work.discard(self)
         self._sample()
-        for key, told in list(self.journal.runs.items()):
-            if key != PARENT and told.status == "RUNNING":
+        for key, run in list(self.journal.runs.items()):
+            if key != PARENT and run.status == "RUNNING":
                 self.journal.status(key, status, cause)
         self.journal.status(PARENT, status, cause)
         self.journal.sync()
@@ -174,7 +175,7 @@ class Courier:
         self.journal.close()
         if left := unsent(self.folder, self.uri):
             logger.warning(
-                "%d records of this run are kept in %s; once the server is back: cfusion track send %s",
+                "%d records of this run are unsent and kept in %s; when the server is back, run: cfusion track send %s",
                 left, self.journal.path, self.folder,
             )  # fmt: skip
         if self._refused is not None and status == "FINISHED":
@@ -191,7 +192,7 @@ class Courier:
         self._send_last()
 
     def _send_last(self) -> None:
-        """Send what is left; a server that does not take it is asked again after a moment."""
+        """Send the remaining records, with a few retries."""
         started = time.monotonic()
         for _ in range(LAST_ATTEMPTS - 1):
             if self._send() or time.monotonic() - started > LAST_SECONDS:
@@ -204,7 +205,7 @@ class Courier:
         self.journal.metrics(PARENT, self._machine.sample(), step)
 
     def _send(self) -> bool:
-        """Send what there is; returns whether the server took it."""
+        """Send the journal; return whether the server accepted it."""
         try:
             self.journal.sync()
             send(self.folder, self.uri)
@@ -212,11 +213,11 @@ class Courier:
             self._refused = error
         except CfusionError as error:
             if not self._lost:
-                logger.warning("tracking: %s The run goes on; what it tells is kept and sent later.", error)
+                logger.warning("tracking: %s The run continues; its records are kept and sent later.", error)
             self._lost = True
             return False
-        except Exception:  # a defect of tracking must not end a training; it is told in full
-            logger.exception("tracking failed; what the run tells is kept in %s", self.journal.path)
+        except Exception:  # a defect of tracking must not end a training; it is logged with its traceback
+            logger.exception("tracking failed; the records of the run are kept in %s", self.journal.path)
             self._lost = True
             return False
         if self._lost:

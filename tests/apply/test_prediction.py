@@ -271,7 +271,7 @@ def test_what_cannot_be_predicted_is_told_and_nothing_is_written(cfusion, files,
         (DataError, "holds no model.json", [files.shards, "--model", tmp_path / "nothing"]),
         (CohortError, "1 of its slides are not there: nowhere", [files.shards, "--model", good, "--cases", absent]),
         (DataError, "there is no such file or folder", [tmp_path / "gone", "--model", untaught]),
-        (ConfigError, "Which registry", [files.shards, "--model", "models:/a@champion"]),
+        (ConfigError, "No model registry is given", [files.shards, "--model", "models:/a@champion"]),
         (ConfigError, r"expected models:/NAME@ALIAS", [files.shards, "--model", "models:/a", "--uri", database]),
     ]  # fmt: skip
     for kind, told, arguments in attempts:

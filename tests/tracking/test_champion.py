@@ -1,4 +1,4 @@
-"""The registry's rule: who becomes champion, who does not, and what is told of it."""
+"""Test the rule of the registry: which version becomes champion, and the reasons it reports."""
 
 import json
 import logging
@@ -20,14 +20,14 @@ from cfusion.cli.main import app
 from cfusion.config import DataConfig, ParallelConfig
 from cfusion.errors import CfusionError, ConfigError, DataError
 from cfusion.tracking.address import connect
-from cfusion.tracking.champion import judge
+from cfusion.tracking.champion import compare_with_champion
 from cfusion.tracking.model_registry import Contract, check_name, list_versions, model_address, register_ensemble
 from cfusion.training.world import join_world
 
 
 @pytest.fixture(autouse=True)
 def keep_logging(monkeypatch):
-    """The command line sets up logging for its process; here the process is the tests'."""
+    """Undo the logging set-up of the command line, which here runs in the process of the tests."""
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
 
 
@@ -37,7 +37,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
 
 
 def predictions(noise: float, *, patients: int = 60, protocol: str = "strict", cohort: str = "made_up", seed: int = 0):
-    """Out-of-fold predictions whose risk is the log-hazard with noise."""
+    """Make out-of-fold predictions whose risk is the log-hazard with noise."""
     rng = np.random.default_rng(11)
     hazard = rng.normal(size=patients)
     time = np.round(rng.exponential(size=patients) * 20 * np.exp(-hazard), 3) + 0.1
@@ -58,8 +58,8 @@ def version(client, tmp_path) -> Callable[..., str]:
         client.log_artifact(run.info.run_id, str(tmp_path / "predictions.csv"))
         if not client.search_registered_models(f"name='{name}'"):
             client.create_registered_model(name)
-        told = {f"cfusion.{k}": v for k, v in {"contract": "made-up", **tags}.items()}
-        made = client.create_model_version(name, run.info.artifact_uri, run.info.run_id, tags=told)
+        labels = {f"cfusion.{k}": v for k, v in {"contract": "made-up", **tags}.items()}
+        made = client.create_model_version(name, run.info.artifact_uri, run.info.run_id, tags=labels)
         client.set_registered_model_alias(name, "candidate", made.version)
         return str(made.version)
 
@@ -79,23 +79,23 @@ def test_a_better_version_on_the_same_patients_becomes_champion_and_says_why(cli
     version("rule", predictions(1.0, patients=200))
     first = call(client, "registry", "promote", "rule", "--yes")
     assert first.exit_code == 0, first.output
-    assert "There is no champion to hold it against" in first.stdout
-    assert "Its interval lies above .5." in first.stdout
+    assert "There is no champion to compare it with" in first.stdout
+    assert "Its interval is above .5." in first.stdout
     assert champion(client, "rule") == "1"
     version("rule", predictions(0.3, patients=200, seed=1))
-    told = call(client, "registry", "promote", "rule", "--yes").stdout
-    lines = told.splitlines()
+    output = call(client, "registry", "promote", "rule", "--yes").stdout
+    lines = output.splitlines()
     assert lines[0].startswith("Version 2: pooled strict C 0.")
     assert lines[1].startswith("Champion 1: pooled strict C 0.")
     assert "on 200 patients of made_up with 200 events" in lines[1]
-    assert lines[2].startswith("Higher by +0.")
+    assert lines[2].startswith("Higher: +0.")
     assert lines[3].startswith("Paired, within folds: +0.")
-    assert lines[3].endswith("more than chance would give.")
+    assert lines[3].endswith(", statistically significant.")
     assert champion(client, "rule") == "2"
     assert client.get_model_version("rule", "2").tags["cfusion.promoted"] == " ".join(lines[:4])
 
 
-def test_the_difference_is_that_of_the_two_scores(client, version):
+def test_the_difference_equals_that_of_the_two_scores(client, version):
     from cfusion.survival.metrics import concordance
 
     tables = [predictions(0.5), predictions(1.0, seed=3)]
@@ -103,38 +103,38 @@ def test_the_difference_is_that_of_the_two_scores(client, version):
     version("scores", tables[0])
     call(client, "registry", "promote", "scores", "--yes")
     version("scores", tables[1])
-    verdict = judge(client, "scores", replicates=20)
+    verdict = compare_with_champion(client, "scores", replicates=20)
     assert not verdict.passes
     assert f"pooled strict C {expected[1]:.3f} [" in verdict.reasons[0]
-    assert verdict.reasons[2] == f"Not higher by {expected[1] - expected[0]:+.3f}."
+    assert verdict.reasons[2] == f"Not higher: {expected[1] - expected[0]:+.3f}."
 
 
 def test_the_first_champion_is_better_than_chance(client, version):
     version("chance", predictions(30.0))
     result = call(client, "registry", "promote", "chance", "--yes")
-    assert "Its interval reaches .5: no better than chance." in result.stdout
+    assert "Its interval includes .5: not clearly better than chance." in result.stdout
     assert isinstance(result.exception, ConfigError)
     assert champion(client, "chance") is None
 
 
 @pytest.mark.parametrize(
-    ("table", "tags", "told"),
+    ("table", "tags", "reason"),
     [
         (predictions(0.1, protocol="published"), {}, "was scored under published, not strict"),
         (predictions(0.1), {"outcomes": "permuted"}, "was trained on permuted outcomes"),
-        (predictions(0.1, cohort="other"), {}, "It was scored on other, champion 1 on made_up: not comparable"),
-        (predictions(0.1, patients=59), {}, "Its patients are not those of champion 1"),
+        (predictions(0.1, cohort="other"), {}, "Not comparable: it was scored on other, champion 1 on made_up"),
+        (predictions(0.1, patients=59), {}, "Not comparable: its patients are not those of champion 1"),
         (predictions(3.0, seed=5), {}, "Not higher"),
     ],
     ids=["protocol", "permuted", "cohort", "patients", "lower"],
 )
-def test_what_supports_no_claim_stays_a_candidate(client, version, request, table, tags, told):
+def test_a_version_that_fails_the_rule_stays_a_candidate(client, version, request, table, tags, reason):
     name = f"claim-{request.node.callspec.id}"
     version(name, predictions(0.5))
     call(client, "registry", "promote", name, "--yes")
     version(name, table, **tags)
     result = call(client, "registry", "promote", name, "--yes")
-    assert told in result.stdout
+    assert reason in result.stdout
     assert isinstance(result.exception, ConfigError)
     assert "version 2 does not become champion" in str(result.exception)
     assert champion(client, name) == "1"
@@ -148,7 +148,7 @@ def test_nothing_is_promoted_without_an_answer(client, version):
     assert champion(client, "asked") is None
     assert call(client, "registry", "promote", "asked", input="y\n").exit_code == 0
     assert champion(client, "asked") == "1"
-    assert "is the champion already" in call(client, "registry", "promote", "asked", "--yes").stdout
+    assert "is already the champion" in call(client, "registry", "promote", "asked", "--yes").stdout
 
 
 def test_a_registered_ensemble_predicts_as_the_folder_it_came_from(client, cfusion, files, tmp_path):  # noqa: F811
@@ -212,17 +212,17 @@ def test_a_served_model_that_needs_positions_takes_them(tmp_path):
     assert risks[0] == FoldEnsemble.load(folder).predict_bag(bag, square)["risk"].iloc[0]
     assert risks[0] != risks[1], "where the tiles lie matters"
     damaged = {**bag, "x10": np.where(np.arange(4)[:, None] == 3, np.nan, bag["x10"]).astype(np.float32)}
-    for given, where, told in (
+    for given, where, message in (
         (bag, {**square, "x5": []}, "positions of x5: expected 1 pairs"),
         (bag, None, "grid: spatial needs the position"),
         (damaged, square, "features of x10: row 3, counted from 0, holds a value that is not finite"),
     ):
-        with pytest.raises(MlflowException, match=told) as refused:
+        with pytest.raises(MlflowException, match=message) as refused:
             served.predict(None, given, {"positions": json.dumps(where)})
         assert refused.value.get_http_status_code() == 400
 
 
-def test_a_name_of_another_contract_is_refused_with_both_named(client, version):
+def test_a_name_with_other_inputs_is_refused_and_both_are_named(client, version):
     version("taken", predictions(0.5), contract="uni, 1024 wide, at x20, x10, x5")
     with pytest.raises(ConfigError, match=r"reads uni, 1024 wide, at x20, x10, x5; this one reads made-up, 8 wide"):
         check_name(client, "taken", Contract("made-up", 8, ("x20", "x10", "x5")))
@@ -239,15 +239,15 @@ def test_an_address_that_names_no_version_is_refused(text):
         model_address(text)
 
 
-def test_registries_that_are_not_there_are_told_and_not_made(client, tmp_path, monkeypatch):
+def test_missing_registries_are_reported_and_not_created(client, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    told = {
-        ("registry", "list"): "Which registry",
-        ("registry", "list", "--uri", f"sqlite:///{tmp_path / 'none.db'}"): "there is no such database",
+    errors = {
+        ("registry", "list"): "No model registry is given",
+        ("registry", "list", "--uri", f"sqlite:///{tmp_path / 'none.db'}"): "none.db: database file not found",
         ("registry", "promote", "nobody", "--uri", client.tracking_uri): "no version candidate of a model nobody",
         ("registry", "list", "--uri", "http://127.0.0.1:9"): "does not answer",
     }
-    for arguments, words in told.items():
+    for arguments, words in errors.items():
         result = CliRunner().invoke(app, list(arguments))
         assert isinstance(result.exception, CfusionError), result.output
         assert words in str(result.exception)

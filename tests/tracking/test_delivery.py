@@ -1,4 +1,4 @@
-"""From the journal to a database: in order, each record once, whatever stops it in between."""
+"""Test that the journal reaches a database in order, each record once, whatever interrupts it."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One database for the module; each test has an experiment of its own. Beside it lies an empty one, `empty.db`."""
+    """Create one database for the module; each test uses its own experiment. `empty.db` next to it has no runs."""
     folder = tmp_path_factory.mktemp("database")
     connect(f"sqlite:///{folder / 'empty.db'}")
     shutil.copy(folder / "empty.db", folder / "mlflow.db")
@@ -43,7 +43,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def empty(database: str, target: Path) -> str:
-    """A database without runs; to make one anew takes seconds."""
+    """Copy the database without runs; creating a new one takes seconds."""
     shutil.copy(Path(database.removeprefix("sqlite:///")).with_name("empty.db"), target)
     return f"sqlite:///{target}"
 
@@ -74,7 +74,7 @@ def history(uri: str, run_id: str, name: str = "loss") -> list[int]:
 
 @pytest.mark.parametrize("stops_at", ["create_run", "log_batch", "after the batch"])
 def test_a_sender_that_dies_anywhere_sends_the_rest_once(database, tmp_path, monkeypatch, stops_at):
-    """A run that was made, or metrics that were taken, just before the process died are found again, not doubled."""
+    """A run or metrics stored just before the process died are found again, not duplicated."""
     journal_of(tmp_path, stops_at).close()
     target = {"create_run": "create_run", "log_batch": "log_batch", "after the batch": "log_batch"}[stops_at]
     whole = getattr(MlflowClient, target)
@@ -112,7 +112,7 @@ def test_thousands_of_metrics_go_in_batches_that_mlflow_takes(database, tmp_path
     assert [size for size in sizes if size] == [1000, 1000, 600]
 
 
-def test_another_server_gets_all_of_a_run_that_was_sent_before(database, tmp_path):
+def test_another_server_gets_all_records_of_a_run(database, tmp_path):
     journal_of(tmp_path, "moved").close()
     send(tmp_path, database)
     other = empty(database, tmp_path / "other.db")
@@ -122,10 +122,10 @@ def test_another_server_gets_all_of_a_run_that_was_sent_before(database, tmp_pat
     state = json.loads((tmp_path / "tracking.json").read_text())
     (tmp_path / "tracking.json").write_text(json.dumps({again: state[other]}))
     send(tmp_path, again)
-    assert sorted(runs_of(again, "moved")) == ["fold_0", "parent"], "a database made anew gets the run again"
+    assert sorted(runs_of(again, "moved")) == ["fold_0", "parent"], "a new database gets the run again"
 
 
-def test_what_the_server_refuses_is_told_and_does_not_hold_up_the_rest(database, tmp_path, caplog):
+def test_refused_records_are_reported_and_do_not_block_the_rest(database, tmp_path, caplog):
     journal = journal_of(tmp_path, "refused", steps=0)
     journal.metrics("fold_0", {"a name that is \\ not allowed?": 1.0}, 0)
     journal.once("fold_0", "artifacts", path="gone.csv", under=None)
@@ -134,11 +134,11 @@ def test_what_the_server_refuses_is_told_and_does_not_hold_up_the_rest(database,
     state = send(tmp_path, database)
     assert unsent(tmp_path, database) == 0
     assert len(state.refused) == 2
-    assert "gone.csv: is not there any more" in caplog.text
+    assert "gone.csv: the file no longer exists" in caplog.text
     assert history(database, runs_of(database, "refused")["fold_0"].info.run_id) == [1]
 
 
-def test_what_another_writer_made_a_moment_earlier_is_found(files, database, tmp_path, caplog):
+def test_a_conflict_with_another_writer_is_resolved(files, database, tmp_path, caplog):
     uri = empty(database, tmp_path / "mlflow.db")
     tracking = {"enabled": True, "uri": uri, "experiment": "shared", "register_as": "shared"}
     config = files.config(tmp_path / "run", tracking=tracking, evaluation={"bootstrap": 0}, splits={"folds": 2})
@@ -155,7 +155,7 @@ def test_what_another_writer_made_a_moment_earlier_is_found(files, database, tmp
     assert len(client.search_model_versions("name='shared'")) == 1
 
 
-def test_a_writer_that_is_always_in_the_way_ends_the_attempts(database, tmp_path, monkeypatch):
+def test_the_attempts_end_if_every_one_conflicts(database, tmp_path, monkeypatch):
     journal_of(tmp_path, "in the way").close()
     tried = []
 
@@ -170,7 +170,7 @@ def test_a_writer_that_is_always_in_the_way_ends_the_attempts(database, tmp_path
     assert len(tried) == delivery.ATTEMPTS
 
 
-def test_at_the_end_a_server_that_was_away_is_asked_again(database, tmp_path, monkeypatch, caplog):
+def test_the_end_of_a_run_retries_an_unreachable_server(database, tmp_path, monkeypatch, caplog):
     asked = []
 
     def busy_once(folder, uri):
@@ -185,13 +185,13 @@ def test_at_the_end_a_server_that_was_away_is_asked_again(database, tmp_path, mo
         pass
     assert len(asked) == 2
     assert unsent(tmp_path, database) == 0
-    assert "records of this run are kept" not in caplog.text
+    assert "records of this run are unsent and kept" not in caplog.text
     monkeypatch.setattr(run, "LAST_SECONDS", -1)
     del asked[:]
     with TrackedRun.begin(TrackingConfig(uri=database, experiment="busy"), tmp_path / "slow", "parent", {}):
         pass
-    assert len(asked) == 1, "one attempt that took long is enough"
-    assert "records of this run are kept" in caplog.text
+    assert len(asked) == 1, "after one attempt that took long, no other starts"
+    assert "records of this run are unsent and kept" in caplog.text
 
 
 def test_a_deleted_experiment_keeps_its_runs_until_it_is_restored(database, tmp_path, caplog, monkeypatch):
@@ -216,12 +216,12 @@ def test_nothing_is_sent_of_a_run_that_the_server_refused(database, tmp_path, mo
         raise MlflowException("no such run here", error_code=INVALID_PARAMETER_VALUE)
 
     monkeypatch.setattr(MlflowClient, "create_run", create_run)
-    told = send(tmp_path, database).refused
+    refused = send(tmp_path, database).refused
     assert unsent(tmp_path, database) == 0
-    assert [line.partition(":")[0] for line in told] == ["run, start", "fold_0, start", "fold_0, metrics"]
+    assert [line.partition(":")[0] for line in refused] == ["run, start", "fold_0, start", "fold_0, metrics"]
 
 
-def test_a_locked_database_is_told_in_a_clear_word_and_nothing_is_lost(database, tmp_path, caplog):
+def test_a_locked_database_is_reported_and_nothing_is_lost(database, tmp_path, caplog):
     uri = empty(database, tmp_path / "mlflow.db")
     holder = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
@@ -245,7 +245,7 @@ def test_a_locked_database_is_told_in_a_clear_word_and_nothing_is_lost(database,
 
 
 def test_a_training_never_waits_for_a_server(tmp_path, monkeypatch):
-    """Everything but the end of the parent comes back while a request hangs."""
+    """While a request hangs, every call except the end of the parent returns."""
     answered, asked = threading.Event(), threading.Event()
 
     def hangs(folder, uri):
@@ -267,7 +267,7 @@ def test_a_training_never_waits_for_a_server(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("error", "status"), [(RequeueError("stopped"), "KILLED"), (DataError("broke"), "FAILED")])
-def test_how_a_run_ended_and_why_is_told(database, tmp_path, error, status):
+def test_the_end_of_a_run_and_its_cause_are_recorded(database, tmp_path, error, status):
     tracking = TrackingConfig(uri=database, experiment=f"ends {status}")
 
     def trains():
@@ -283,7 +283,7 @@ def test_how_a_run_ended_and_why_is_told(database, tmp_path, error, status):
     with TrackedRun.begin(tracking, tmp_path / "run", "parent", {}) as parent:
         parent.child("fold_0", {}).close()
     runs = runs_of(database, f"ends {status}")
-    assert [r.info.status for r in runs.values()] == ["FINISHED", "FINISHED"], "gone on with, not begun again"
+    assert [r.info.status for r in runs.values()] == ["FINISHED", "FINISHED"], "resumed, not started again"
 
 
 _KILLED = """
@@ -336,7 +336,7 @@ def test_a_run_killed_by_sigkill_goes_on_in_the_same_mlflow_runs(files, database
         assert {"predictions.csv", "history.csv"} <= kept
 
 
-def test_two_senders_of_one_run_do_not_meet(database, tmp_path, monkeypatch):
+def test_only_one_process_sends_a_run(database, tmp_path, monkeypatch):
     journal_of(tmp_path, "two").close()
     inside = []
     whole = delivery._Sender.take
@@ -357,7 +357,7 @@ def test_a_folder_without_a_journal_is_refused(tmp_path):
         send(tmp_path, "http://127.0.0.1:9")
 
 
-def test_what_is_left_of_a_run_is_sent_by_command(database, tmp_path, files, monkeypatch):
+def test_track_send_sends_the_rest_of_a_run(database, tmp_path, files, monkeypatch):
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
     tracking = {"enabled": True, "uri": "http://127.0.0.1:9", "experiment": "command"}
     config = files.config(tmp_path / "run", tracking=tracking)
@@ -387,7 +387,7 @@ def test_addresses(tmp_path, monkeypatch):
             tracking_uri(TrackingConfig(uri=wrong), tmp_path)
 
 
-def test_a_password_in_the_address_is_not_written_down(tmp_path):
+def test_a_password_in_the_address_is_not_stored(tmp_path):
     assert public_name("https://ann:secret@host:5000/x") == "https://host:5000/x"
     journal_of(tmp_path, "secret").close()
     with pytest.raises(TrackingUnavailableError) as caught:

@@ -1,4 +1,4 @@
-"""The journal: nothing twice, nothing half, whatever a kill leaves."""
+"""Test that the journal holds no record twice and no partial record, whatever a kill leaves."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def records(path, position=0):
     return [record for record, _ in read_records(path, position)]
 
 
-def test_a_step_is_noted_once_and_a_resumed_run_goes_on_behind_it(tmp_path):
+def test_a_step_is_recorded_once_and_a_resumed_run_continues_after_it(tmp_path):
     path = tmp_path / "tracking.jsonl"
     journal = Journal(path)
     journal.start(PARENT, name="run")
@@ -36,17 +36,17 @@ def test_a_step_is_noted_once_and_a_resumed_run_goes_on_behind_it(tmp_path):
         journal.metrics("fold_0", {"loss": 1.0 - step, "cindex": 0.5}, step)
     journal.metrics("fold_0", {"seconds": 3.0}, 1)
     journal.close()
-    told = records(path)
-    assert [(r["step"], sorted(r["values"])) for r in told if r["kind"] == "metrics"] == [
+    written = records(path)
+    assert [(r["step"], sorted(r["values"])) for r in written if r["kind"] == "metrics"] == [
         (0, ["cindex", "loss"]), (1, ["cindex", "loss"]), (2, ["cindex", "loss"]), (1, ["seconds"]),
     ]  # fmt: skip
-    starts = [r for r in told if r["kind"] == "start"]
+    starts = [r for r in written if r["kind"] == "start"]
     assert [r["run"] for r in starts] == [PARENT, "fold_0"]
     assert len({r["id"] for r in starts}) == 2
-    assert [r["status"] for r in told if r["kind"] == "status"] == ["RUNNING", "RUNNING"]
+    assert [r["status"] for r in written if r["kind"] == "status"] == ["RUNNING", "RUNNING"]
 
 
-def test_what_is_finished_is_not_begun_again_and_files_are_told_once(tmp_path):
+def test_a_finished_run_is_not_started_again_and_files_are_recorded_once(tmp_path):
     path = tmp_path / "tracking.jsonl"
     for _ in range(2):
         journal = Journal(path)
@@ -72,7 +72,7 @@ def test_values_that_are_not_finite_are_kept_as_such_in_valid_json(tmp_path):
 
 @given(cut=st.integers(0, 400), more=st.integers(0, 3))
 @settings(deadline=None, max_examples=60)
-def test_cut_anywhere_it_keeps_its_whole_records_and_goes_on(tmp_path_factory, cut, more):
+def test_a_truncated_journal_keeps_its_complete_records_and_continues(tmp_path_factory, cut, more):
     path = tmp_path_factory.mktemp("cut") / "tracking.jsonl"
     journal = Journal(path)
     journal.start(PARENT, name="run")
@@ -87,10 +87,10 @@ def test_cut_anywhere_it_keeps_its_whole_records_and_goes_on(tmp_path_factory, c
     for step in range(4 + more):
         journal.metrics(PARENT, {"loss": step / 3}, step)
     journal.close()
-    told = records(path)
-    assert told[: len(kept)] == kept
-    assert [r["step"] for r in told if r["kind"] == "metrics"] == list(range(4 + more))
-    assert sum(r["kind"] == "start" for r in told) == 1
+    written = records(path)
+    assert written[: len(kept)] == kept
+    assert [r["step"] for r in written if r["kind"] == "metrics"] == list(range(4 + more))
+    assert sum(r["kind"] == "start" for r in written) == 1
 
 
 def test_positions_lead_from_one_record_to_the_next(tmp_path):
@@ -140,7 +140,7 @@ except DataError as error:
 """
 
 
-def test_a_full_disk_is_told_and_leaves_whole_records(tmp_path):
+def test_a_full_disk_is_reported_and_leaves_complete_records(tmp_path):
     path = tmp_path / "tracking.jsonl"
     done = subprocess.run(
         [sys.executable, "-c", _FULL, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -152,12 +152,12 @@ def test_a_full_disk_is_told_and_leaves_whole_records(tmp_path):
     for step in range(20):
         journal.metrics(PARENT, {"loss": 1.0}, step)
     journal.close()
-    told = records(path)
-    assert told[: len(kept)] == kept
-    assert [r["step"] for r in told[1:]] == list(range(20))
+    written = records(path)
+    assert written[: len(kept)] == kept
+    assert [r["step"] for r in written[1:]] == list(range(20))
 
 
-def test_a_file_that_is_no_journal_is_told(tmp_path):
+def test_a_file_that_is_no_journal_is_refused(tmp_path):
     path = tmp_path / "tracking.jsonl"
     path.write_text('{"run": "", "kind": "start"}\nnot a record\n')
     with pytest.raises(DataError, match=r"tracking\.jsonl: the record that ends at byte 42"):

@@ -1,4 +1,4 @@
-"""A real MLflow server on loopback: whole runs, and what happens to a run when the server goes."""
+"""Test complete runs against a real MLflow server on loopback, and runs whose server stops or hangs."""
 
 import json
 import logging
@@ -36,8 +36,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
 
 
 def settings(files: CohortFiles, server: MlflowServer, output: Path, **tracking: object) -> Config:
-    told = {"enabled": True, "uri": server.uri, "experiment": "sweep one", **tracking}
-    return files.config(output, tracking=told, train={"epochs": 3}, evaluation={"bootstrap": 20})
+    values = {"enabled": True, "uri": server.uri, "experiment": "sweep one", **tracking}
+    return files.config(output, tracking=values, train={"epochs": 3}, evaluation={"bootstrap": 20})
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def artifacts(client: MlflowClient, run_id: str, path: str | None = None) -> set
     return found
 
 
-def test_the_server_has_the_whole_run(server, finished):
+def test_the_server_has_the_complete_run(server, finished):
     client, runs = runs_of(server, "sweep one")
     (parent,) = (r for r in runs if "mlflow.parentRunId" not in r.data.tags)
     children = {r.info.run_name: r for r in runs if r is not parent}
@@ -68,8 +68,8 @@ def test_the_server_has_the_whole_run(server, finished):
     assert sorted(children) == ["fold_0", "fold_1", "fold_2"]
     assert all(r.data.tags["mlflow.parentRunId"] == parent.info.run_id for r in children.values())
     assert {r.info.status for r in runs} == {"FINISHED"}
-    told = {"cohort": "made_up", "encoder": "made-up", "model": "amil", "seed": "7", "protocol": "strict"}
-    assert told.items() <= parent.data.tags.items()
+    tags = {"cohort": "made_up", "encoder": "made-up", "model": "amil", "seed": "7", "protocol": "strict"}
+    assert tags.items() <= parent.data.tags.items()
     assert parent.data.params["train.lr"] == "0.003"
     assert len(parent.data.params["shards_digest"]) == 64
     assert 0 < parent.data.metrics["system/process_memory_usage_megabytes"] < 1e5
@@ -129,7 +129,7 @@ def test_a_name_taken_by_a_model_of_another_encoder_is_refused_before_training(s
     assert not (tmp_path / "run").exists()
 
 
-def test_the_finished_run_started_again_sends_nothing(server, finished):
+def test_a_finished_run_sends_nothing_when_started_again(server, finished):
     client, before = runs_of(server, "sweep one")
     size = (finished.output / "tracking.jsonl").stat().st_size
     cross_validate(finished)
@@ -168,7 +168,7 @@ def has_everything_once(server: MlflowServer, experiment: str, steps: int) -> No
     assert artifacts(client, found.info.run_id) == {"history.csv"}
 
 
-def test_what_another_writer_made_a_moment_earlier_is_found(files, tmp_path, caplog):
+def test_a_conflict_with_another_writer_is_resolved(files, tmp_path, caplog):
     (tmp_path / "sitecustomize.py").write_text("import rival\nheld = rival.earlier_writer()\nheld.__enter__()\n")
     paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
     server = MlflowServer(tmp_path, PYTHONPATH=paths)
@@ -222,7 +222,7 @@ def test_a_server_killed_in_mid_run_gets_the_rest_later_and_once(tmp_path, impat
         server.kill()
 
 
-def test_a_server_that_hangs_is_caught_up_with_when_it_answers_again(server, tmp_path, impatient, monkeypatch, caplog):
+def test_a_server_that_hangs_gets_the_rest_when_it_answers_again(server, tmp_path, impatient, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     output = tmp_path / "run"
