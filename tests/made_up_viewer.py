@@ -71,7 +71,7 @@ def explanation(slide_id: str, **attrs: Any) -> Explanation:
         occlusion = sign * 0.2 if name == "x5" else np.full(len(coords), np.nan)
         mean = np.stack([1 + 0.5 * sign, sign * 0.1, occlusion]).astype(np.float32)
         levels[name] = TileScores(coords, side, mean, np.abs(mean) / 10)
-    told = {
+    attributes = {
         "encoder": "made-up",
         "model": "crossfusion",
         "cohort": "made_up",
@@ -80,7 +80,7 @@ def explanation(slide_id: str, **attrs: Any) -> Explanation:
         "risk_cutoff": None,
     }  # as a model that was taken from a training in progress has none
     methods = ("attention", "gradient", "occlusion")
-    return Explanation(slide_id, methods, levels, CURVE, (-2.0, -2.2, -2.4), told | attrs)
+    return Explanation(slide_id, methods, levels, CURVE, (-2.0, -2.2, -2.4), attributes | attrs)
 
 
 def predictions(patients: int = 40) -> pd.DataFrame:

@@ -1,1 +1,1 @@
-"""The viewer: a page on loopback with deep zoom, heatmaps, a tile inspector and the patient's survival."""
+"""Serve the slide viewer on loopback: deep zoom, heatmaps, a tile inspector and the patient's survival."""

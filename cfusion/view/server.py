@@ -1,7 +1,7 @@
-"""The viewer's server: slides, scores and survival as the page asks for them, on loopback.
+"""Run the viewer's web server on loopback.
 
-Starlette and uvicorn, which MLflow brings, answer malformed requests, hold the number of reading threads at 40 however
-many requests wait, and shut down in order; the standard library's server does none of these.
+Starlette and uvicorn (dependencies of MLflow) handle malformed requests, limit the reading threads to 40 whatever the
+number of waiting requests, and shut down cleanly. The standard library's server does none of these.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from cfusion.view.guard import LOOPBACK, Guard
 logger = logging.getLogger(__name__)
 
 BACKLOG = 512
-"""Connections that may wait to be accepted."""
+"""Maximum number of connections that wait to be accepted."""
 
 
 def make_app(viewer: Viewer, host: str = "127.0.0.1") -> Guard:
-    """The viewer as an ASGI application.
+    """Build the ASGI application of a viewer.
 
     Args:
-        viewer: What is shown.
-        host: Name or address, beside those of loopback, under which it may be asked for.
+        viewer: What to show.
+        host: Host name or address to accept, in addition to those of loopback.
     """
 
     @contextlib.asynccontextmanager
@@ -45,7 +45,7 @@ def make_app(viewer: Viewer, host: str = "127.0.0.1") -> Guard:
 
 
 def make_server(viewer: Viewer, host: str = "127.0.0.1") -> uvicorn.Server:
-    """The server of `make_app`, which waits for a socket."""
+    """Build a server of `make_app`; the socket is passed when it runs."""
     config = uvicorn.Config(
         make_app(viewer, host), log_level="warning", access_log=False, server_header=False, http="h11", ws="none",
         backlog=BACKLOG, timeout_graceful_shutdown=3,
@@ -54,16 +54,16 @@ def make_server(viewer: Viewer, host: str = "127.0.0.1") -> uvicorn.Server:
 
 
 def serve(viewer: Viewer, host: str, port: int, on_start: Callable[[str], None]) -> None:
-    """Answer until SIGINT or SIGTERM comes.
+    """Serve a viewer until SIGINT or SIGTERM.
 
     Args:
-        viewer: What is shown.
+        viewer: What to show.
         host: Name or address to listen on.
-        port: Port; 0: any that is free.
-        on_start: Told the address once connections are accepted.
+        port: Port; 0: any free port.
+        on_start: Called with the address once connections are accepted.
 
     Raises:
-        ConfigError: The port is in use or not allowed, or the host is no address of this machine.
+        ConfigError: The port is in use or not allowed, or the host is not an address of this machine.
     """
     with listen(host, port) as listener:
         address, bound = listener.getsockname()[:2]
@@ -76,7 +76,7 @@ def serve(viewer: Viewer, host: str, port: int, on_start: Callable[[str], None])
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             on_start(f"http://{shown}:{bound}/")
-            # uvicorn raises the signal that stopped it once more when it is done, which is then `stop` again.
+            # When uvicorn has shut down, it raises the signal again; `stop` handles that one as well.
             server.run(sockets=[listener])
         finally:
             for number, handler in before.items():
@@ -84,24 +84,26 @@ def serve(viewer: Viewer, host: str, port: int, on_start: Callable[[str], None])
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket on which connections to `host` and `port` wait.
+    """Return a listening socket at `host` and `port`.
 
     Raises:
-        ConfigError: It cannot be bound, or `host` stands for every address of the machine.
+        ConfigError: The address cannot be bound, or `host` means every address of the machine.
     """
     with contextlib.suppress(ValueError):
         if ipaddress.ip_address(host).is_unspecified:
             raise ConfigError(
-                f"--host {host}: would show the slides to every network of this machine.",
-                "Name one address, or keep 127.0.0.1 and use `ssh -L`.", topic="viewer",
+                f"--host {host}: would expose the slides on every network of this machine.",
+                "Give one address, or keep 127.0.0.1 and use `ssh -L`.", topic="viewer",
             )  # fmt: skip
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, OverflowError, UnicodeError) as error:
-        raise ConfigError(f"--host {host}: is no address ({error}).", "Use 127.0.0.1.", topic="viewer") from error
+        raise ConfigError(
+            f"--host {host}: is not a valid address ({error}).", "Use 127.0.0.1.", topic="viewer"
+        ) from error
     family, kind, protocol, _, address = found
     if not ipaddress.ip_address(address[0]).is_loopback:
-        logger.warning("%s is not loopback: everyone who reaches it can see the slides", address[0])
+        logger.warning("%s is not loopback: everyone who can reach it can see the slides", address[0])
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -112,10 +114,10 @@ def listen(host: str, port: int) -> socket.socket:
         number = getattr(error, "errno", None)
         if number == errno.EADDRINUSE:
             raise ConfigError(
-                f"--port {port}: is in use by another program.", "Give another, or 0 for any free port.", topic="viewer"
+                f"--port {port}: is in use by another program.", "Use another, or 0 for any free port.", topic="viewer"
             ) from error
         raise ConfigError(
-            f"--host {host} --port {port}: cannot be listened on ({error}).",
-            "Use 127.0.0.1 and a port above 1023, or 0 for any free one.", topic="viewer",
+            f"--host {host} --port {port}: cannot listen there ({error}).",
+            "Use 127.0.0.1 and a port above 1023, or 0 for any free port.", topic="viewer",
         ) from error  # fmt: skip
     return listener

@@ -1,4 +1,4 @@
-"""OpenSeadragon comes through npm, and only the package that is pinned is ever served."""
+"""Test that OpenSeadragon is fetched with npm, and that only the pinned package is served."""
 
 import io
 import os
@@ -30,7 +30,7 @@ def package(script: bytes = b"var OpenSeadragon;") -> bytes:
 
 
 def npm(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put a program named npm before all others."""
+    """Put a fake npm first in PATH."""
     folder.mkdir()
     path = folder / "npm"
     path.write_text(f"#!/bin/sh\n{script}\n")
@@ -38,7 +38,7 @@ def npm(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
-def test_what_npm_packs_is_kept_and_loaded(tmp_path, cache, monkeypatch):
+def test_the_package_of_npm_is_cached_and_loaded(tmp_path, cache, monkeypatch):
     content = package()
     (tmp_path / "packed.tgz").write_bytes(content)
     monkeypatch.setattr(openseadragon, "INTEGRITY", openseadragon._integrity(content))
@@ -53,7 +53,7 @@ def test_what_npm_packs_is_kept_and_loaded(tmp_path, cache, monkeypatch):
     assert loaded == {"openseadragon.min.js": b"var OpenSeadragon;", "LICENSE.txt": b"BSD-3-Clause"}
     (tmp_path / "called").unlink()
     assert openseadragon.fetch_package() == target
-    assert not (tmp_path / "called").exists(), "what is there is not fetched again"
+    assert not (tmp_path / "called").exists(), "a cached package is not fetched again"
 
 
 def test_another_package_is_refused_and_leaves_nothing(tmp_path, cache, monkeypatch):
@@ -75,7 +75,7 @@ def test_a_changed_cache_is_not_served(cache):
     assert "digest" in viewer.deep_zoom_trouble
 
 
-def test_npm_that_fails_or_is_not_there_is_told(tmp_path, cache, monkeypatch):
+def test_a_failing_or_missing_npm_is_reported(tmp_path, cache, monkeypatch):
     npm(tmp_path / "bin", "echo 'E404 not found' >&2; exit 1", monkeypatch)
     with pytest.raises(CfusionError, match="E404 not found"):
         openseadragon.fetch_package()

@@ -1,4 +1,4 @@
-"""The viewer's page in a headless Chromium, as a hand, a keyboard and an eye meet it."""
+"""Test the viewer's page in a headless Chromium: mouse, keyboard and what is drawn."""
 
 import dataclasses
 import re
@@ -27,7 +27,7 @@ FLAGS = (
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")
 deep = pytest.mark.skipif(
-    not openseadragon.package_path().is_file(), reason="OpenSeadragon was not fetched: cfusion view --fetch"
+    not openseadragon.package_path().is_file(), reason="OpenSeadragon has not been fetched: cfusion view --fetch"
 )
 
 
@@ -46,7 +46,7 @@ def browser():
 
 @dataclass
 class Window:
-    """A page on a viewer, with all it asked for and complained of."""
+    """A page of a viewer, with a record of its requests and errors."""
 
     page: "sync_api.Page"
     client: Client
@@ -62,7 +62,7 @@ class Window:
         return self.page
 
     def colour(self, right: float = 0, down: float = 0) -> list[int]:
-        """RGBA of the heatmap so many CSS px from the middle of the stage."""
+        """Return the RGBA of the heatmap at an offset in CSS px from the middle of the stage."""
         return self.page.evaluate(
             """([right, down]) => {
                 const canvas = document.getElementById('overlay'), { clientWidth, clientHeight } = canvas;
@@ -126,7 +126,7 @@ def test_a_click_reads_the_tile(window: Window, tmp_path):
 
 
 @deep
-def test_zoom_brings_finer_tiles_and_goes_home(window: Window):
+def test_zoom_loads_finer_tiles_and_resets(window: Window):
     page = window.open()
     expect(page.locator("#scale-words")).not_to_be_empty()
     levels = lambda: {int(m[1]) for url in window.asked if (m := re.search(r"/tiles/(\d+)/", url))}  # noqa: E731
@@ -172,7 +172,7 @@ def test_the_heatmap_switches(window: Window):
 
 @deep
 @pytest.mark.parametrize("ratio", [1, 2])
-def test_tiles_that_lie_on_no_grid_are_drawn_in_their_place(browser, files: Files, tmp_path, ratio: int):
+def test_tiles_off_the_grid_are_drawn_at_their_position(browser, files: Files, tmp_path, ratio: int):
     corners, side = np.array([[300, 333], [1111, 777]], np.int32), 256
     scores = np.array([[1.0, -1.0]], np.float32)
     level = TileScores(corners, side, scores, np.full_like(scores, np.nan))
@@ -288,11 +288,11 @@ def test_search_narrows_the_list_and_opens(window: Window):
     expect(page.locator("#slide-name")).to_have_text(PLAIN)
     expect(page.locator("#heatmap-none")).to_contain_text("cfusion explain")
     page.locator("#search").fill("nobody")
-    expect(page.locator("#count")).to_have_text("No slide has this name.")
+    expect(page.locator("#count")).to_have_text("No matching slide.")
 
 
 @deep
-def test_the_patients_curve_stands_within_the_cohort(window: Window):
+def test_the_patients_curve_is_drawn_with_that_of_the_cohort(window: Window):
     page = window.open()
     figure = page.locator("#patient-body svg")
     assert "within the Kaplan–Meier curve of the 40 patients of made_up" in figure.get_attribute("aria-label")
@@ -303,7 +303,7 @@ def test_the_patients_curve_stands_within_the_cohort(window: Window):
 
 @deep
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_words_stand_out_in_light_and_dark(browser, files: Files, scheme: str):
+def test_text_has_contrast_in_light_and_dark(browser, files: Files, scheme: str):
     for window in windows(browser, shown(files), color_scheme=scheme):
         page = window.open()
         page.locator("#stage").focus()
@@ -358,7 +358,7 @@ def test_a_narrow_screen(browser, files: Files):
 
 
 @deep
-def test_a_slide_that_vanishes_is_told_and_marked(browser, files: Files, tmp_path):
+def test_a_deleted_slide_is_reported_and_marked(browser, files: Files, tmp_path):
     folder = shutil.copytree(files.slides, tmp_path / "slides")
     viewer = Viewer(SlideFolder(folder), Explanations(None))
     load_deep_zoom(viewer)
@@ -369,7 +369,7 @@ def test_a_slide_that_vanishes_is_told_and_marked(browser, files: Files, tmp_pat
         for _ in range(3):
             page.keyboard.press("+")
         page.wait_for_selector("#banner:not([hidden])")
-        assert "no longer there" in page.locator("#banner").inner_text()
+        assert "no longer exists" in page.locator("#banner").inner_text()
         page.wait_for_selector(f"#list .trouble:has-text('{PLAIN}')")
         page.locator("#list button", has_text=EXPLAINED).click()
         page.wait_for_selector("#stage[data-state=open]")
@@ -377,7 +377,7 @@ def test_a_slide_that_vanishes_is_told_and_marked(browser, files: Files, tmp_pat
 
 
 @deep
-def test_a_name_is_never_taken_for_markup(browser, files: Files, tmp_path):
+def test_a_name_is_never_parsed_as_markup(browser, files: Files, tmp_path):
     name = "<img src=x onerror=alert(1)>&\"'"
     shutil.copy(files.slides / f"{PLAIN}.svs", tmp_path / f"{name}.svs")
     viewer = Viewer(SlideFolder(tmp_path), Explanations(None))
@@ -391,7 +391,7 @@ def test_a_name_is_never_taken_for_markup(browser, files: Files, tmp_path):
 
 
 @deep
-def test_a_damaged_slide_is_told(browser, files: Files):
+def test_a_damaged_slide_is_reported(browser, files: Files):
     for window in windows(browser, shown(files)):
         page = window.open(PLAIN)
         page.locator("#list button", has_text=DAMAGED).click()
@@ -413,7 +413,7 @@ def test_an_explanation_of_another_slide_is_not_drawn(browser, files: Files, tmp
         assert window.colour(-120)[3] == 0
 
 
-def test_without_openseadragon_a_still_picture_bears_the_heatmap(browser, files: Files, tmp_path, monkeypatch):
+def test_without_openseadragon_the_heatmap_is_drawn_on_a_still_picture(browser, files: Files, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for window in windows(browser, shown(files)):
         page = window.open()

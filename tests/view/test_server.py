@@ -1,4 +1,4 @@
-"""The viewer's server: what it answers, what it refuses, and what it bears."""
+"""Test the viewer's server: answers, refusals and load."""
 
 import contextlib
 import dataclasses
@@ -64,10 +64,10 @@ def picture(content: bytes) -> np.ndarray:
     return np.asarray(Image.open(BytesIO(content)))
 
 
-# --- what it shows ---
+# --- answers ---
 
 
-def test_the_list_tells_what_is_damaged_and_what_is_explained(client: Client):
+def test_the_list_marks_damaged_and_explained_slides(client: Client):
     until(lambda: not client.json("/api/state")["probing"])
     slides = {slide["id"]: slide for slide in client.json("/api/state")["slides"]}
     assert list(slides) == [EXPLAINED, PLAIN, DAMAGED]
@@ -84,21 +84,21 @@ def test_explained_slides_come_first(files: Files, tmp_path: Path):
         assert list(client.keys()) == [PLAIN, EXPLAINED, DAMAGED]
 
 
-def test_no_message_tells_where_the_folder_lies(client: Client, files: Files):
+def test_no_message_contains_the_path_of_the_folder(client: Client, files: Files):
     until(lambda: not client.json("/api/state")["probing"])
-    told = client.ask("/api/state")[2] + client.ask(f"/api/slides/{client.keys()[DAMAGED]}")[2]
-    assert f"{DAMAGED}.svs" in told.decode()
-    assert str(files.slides.parent) not in told.decode()
+    answers = client.ask("/api/state")[2] + client.ask(f"/api/slides/{client.keys()[DAMAGED]}")[2]
+    assert f"{DAMAGED}.svs" in answers.decode()
+    assert str(files.slides.parent) not in answers.decode()
 
 
 def test_a_slide_is_described(client: Client):
     slide = client.json(f"/api/slides/{client.keys()[EXPLAINED]}")
     assert (slide["width"], slide["height"], slide["mpp"]) == (*SIZE, 0.5)
-    told = slide["explanation"]
-    assert list(told["methods"]) == ["attention", "gradient", "occlusion"]
-    assert list(told["magnifications"]["x20"]["ranges"]) == ["attention", "gradient"]
-    assert told["magnifications"]["x5"]["ranges"]["occlusion"]["high"] == pytest.approx(0.2)
-    assert told["models"] == 3
+    explanation = slide["explanation"]
+    assert list(explanation["methods"]) == ["attention", "gradient", "occlusion"]
+    assert list(explanation["magnifications"]["x20"]["ranges"]) == ["attention", "gradient"]
+    assert explanation["magnifications"]["x5"]["ranges"]["occlusion"]["high"] == pytest.approx(0.2)
+    assert explanation["models"] == 3
     assert "fold ensemble of 3: risk \u22122.200" in slide["patient"]["words"]
 
 
@@ -114,7 +114,7 @@ def test_scores_come_as_they_were_written(client: Client, files: Files):
     assert client.ask(f"/api/slides/{client.keys()[PLAIN]}/scores/x20/coords")[0] == 404
 
 
-def test_a_click_finds_the_tile_and_those_that_hold_it(client: Client):
+def test_a_click_finds_the_tile_and_its_parents(client: Client):
     key = client.keys()[EXPLAINED]
     answer = client.json(f"/api/slides/{key}/lineage?x=900&y=700")
     assert [(t["name"], t["x_px"], t["y_px"]) for t in answer["tiles"]] == [
@@ -146,7 +146,7 @@ def test_magnifications_without_scores_show_their_patches_too(files: Files, tmp_
     ]  # fmt: skip
 
 
-def test_names_are_never_taken_for_markup(files: Files, tmp_path: Path):
+def test_names_are_never_parsed_as_markup(files: Files, tmp_path: Path):
     name = "<script>alert(1)<b>\"'&"
     table = predictions().replace({"case_id": {"PT-0001": name}, "cohort": {"made_up": name}})
     (tmp_path / "run").mkdir()
@@ -195,7 +195,7 @@ def test_without_its_table_a_run_knows_patients_by_the_names_of_slides(tmp_path:
     assert patient == {"case": None, "words": f"The run has no patient for the slide {EXPLAINED}."}
 
 
-# --- what it refuses ---
+# --- refusals ---
 
 
 @pytest.mark.parametrize(
@@ -241,18 +241,18 @@ def test_a_link_that_is_named_is_followed(files: Files, tmp_path: Path):
         ("lineage?x=1e999&y=1", 400), ("scores/x20", 404), ("scores/x20/coords/more", 404),
     ],
 )  # fmt: skip
-def test_malformed_requests_are_told_apart(client: Client, path: str, status: int):
+def test_malformed_requests_have_their_own_status(client: Client, path: str, status: int):
     assert client.json(f"/api/slides/{client.keys()[EXPLAINED]}/{path}", status)["error"]
 
 
 @pytest.mark.parametrize(
     "tile", ["99/0_0", "11/99_0", "0/0_1", "-1/0_0", "11/0", "x/0_0", "11/0_0_0", "9" * 30 + "/0_0"]
 )
-def test_a_tile_that_does_not_exist_is_told(client: Client, tile: str):
+def test_a_tile_that_does_not_exist_is_refused(client: Client, tile: str):
     assert client.json(f"/slides/{client.keys()[EXPLAINED]}/tiles/{tile}.jpg", 404)["error"]
 
 
-def test_what_is_no_http_is_refused_and_forgotten(client: Client):
+def test_non_http_bytes_are_refused_and_the_server_continues(client: Client):
     for words in (b"\x16\x03\x01\x00\xff" * 20, b"GET / HTTP/9.9\r\n\r\n", b"GET  /\r\nnonsense\r\n\r\n", b"\r\n" * 50):
         with socket.create_connection(("127.0.0.1", client.port), timeout=10) as raw:
             raw.sendall(words)
@@ -270,7 +270,7 @@ def test_what_is_no_http_is_refused_and_forgotten(client: Client):
         ("127.0.0.1.evil.example", 403), ("localhost@evil.example", 403), ("", 403), ("[::1", 403), ("a:b:c", 403),
     ],
 )  # fmt: skip
-def test_only_this_machines_name_is_answered(client: Client, host: str, status: int):
+def test_only_requests_to_this_machines_names_are_answered(client: Client, host: str, status: int):
     found, headers, _ = client.ask("/api/state", Host=host)
     assert found == status
     assert "default-src 'self'" in headers["content-security-policy"]
@@ -298,7 +298,7 @@ def test_every_asset_is_served_with_its_type(client: Client):
         assert headers["content-type"].split("/")[0] in {"text", "image"}
 
 
-# --- what it bears ---
+# --- load and failures ---
 
 
 def test_two_hundred_tiles_at_once(files: Files, tmp_path: Path):
@@ -343,17 +343,17 @@ def test_a_slide_that_vanishes_while_viewed(files: Files, tmp_path: Path):
         path.unlink()
         for address in (f"/slides/{key}/tiles/8/0_0.jpg", f"/slides/{key}/tiles/11/0_0.jpg", f"/api/slides/{key}"):
             answer = client.json(address, 410)
-            assert "no longer there" in answer["error"]
+            assert "no longer exists" in answer["error"]
             assert answer["remedy"]
         slides = {slide["id"]: slide["trouble"] for slide in client.json("/api/state")["slides"]}
-        assert "no longer there" in slides["a"]
+        assert "no longer exists" in slides["a"]
         assert slides["b"] is None
         write_slide(path, tissue_picture(1024, 512, seed=4), power=20)
         assert client.json(f"/api/slides/{key}")["width"] == 1024
         assert client.json(f"/api/slides/{key}")["version"] != before
 
 
-def test_a_defect_is_one_answer_and_not_the_end(files: Files, capfd: pytest.CaptureFixture[str]):
+def test_an_internal_error_fails_only_one_request(files: Files, capfd: pytest.CaptureFixture[str]):
     class Broken:
         name = "broken"
 
@@ -362,12 +362,12 @@ def test_a_defect_is_one_answer_and_not_the_end(files: Files, capfd: pytest.Capt
 
     with running(files.viewer(curves=Broken())) as client:
         key = client.keys()[PLAIN]
-        assert "its terminal says why" in client.json(f"/api/slides/{key}", 500)["error"]
+        assert "see the error in its terminal" in client.json(f"/api/slides/{key}", 500)["error"]
         assert client.ask(f"/slides/{key}/whole.jpg")[0] == 200
     assert "ZeroDivisionError" in capfd.readouterr().err
 
 
-def test_a_slide_without_a_pyramid_is_read_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_slide_without_a_pyramid_is_read_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_slide(tmp_path / "flat.svs", tissue_picture(4096, 3072))
     monkeypatch.setattr(deepzoom, "QUICK_PX", 1e6)
     monkeypatch.setattr(deepzoom, "DIRECT_PX", 600)
@@ -392,7 +392,7 @@ def test_a_slide_without_a_pyramid_is_read_aside(tmp_path: Path, monkeypatch: py
         assert client.ask(f"/slides/{key}/whole.jpg")[0] == 200
 
 
-def test_a_part_that_cannot_be_read_leaves_the_rest(files: Files, tmp_path: Path):
+def test_a_damaged_part_does_not_affect_the_rest(files: Files, tmp_path: Path):
     path = tmp_path / "a.svs"
     shutil.copy(files.slides / f"{PLAIN}.svs", path)
     break_tile(path, 0)
@@ -446,12 +446,12 @@ def _digest(path: Path) -> str:
         return slide.quickhash
 
 
-def test_folders_that_hold_nothing_are_told(tmp_path: Path):
+def test_folders_without_content_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match="no slides are there"):
         SlideFolder(tmp_path)
     with pytest.raises(DataError, match="no such file or folder"):
         SlideFolder(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="holds no explanation"):
+    with pytest.raises(DataError, match="contains no explanation"):
         Explanations(tmp_path)
     with pytest.raises(DataError, match=r"predictions\.csv"):
         CohortCurves(tmp_path)
@@ -471,7 +471,7 @@ def test_a_port_in_use_is_named():
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "no such host", "203.0.113.7", ""])
-def test_a_host_that_cannot_be_listened_on_is_told(host: str):
+def test_a_host_that_cannot_be_bound_is_refused(host: str):
     with pytest.raises(ConfigError, match="--host"):
         listen(host, 0).close()
 
@@ -497,7 +497,7 @@ def test_it_stops_when_asked_to(files: Files, number: signal.Signals, tmp_path: 
     assert "cfusion view --fetch" in err
 
 
-def test_the_command_tells_bad_input(tmp_path: Path):
+def test_the_command_refuses_bad_input(tmp_path: Path):
     with pytest.raises(ConfigError, match="no slides were named"):
         view()
     with pytest.raises(DataError, match="no slides are there"):

@@ -1,4 +1,4 @@
-"""What is held open and what is held in memory stays within bounds, and nothing in use is closed."""
+"""Test that open slides and cached pictures stay within their limits, and that no slide in use is closed."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from cfusion.view.served_slides import OpenSlides, SlideFolder, SlideGoneError
 
 
 class Opened:
-    """A slide that knows whether it is open."""
+    """A stand-in for a slide that records whether it is open."""
 
     def __init__(self, path: Path) -> None:
         if path.name == "broken":
@@ -56,7 +56,7 @@ def test_few_stay_open_and_the_last_used_are_kept(order: list[int], tmp_path_fac
     assert not any(s.open for s in made)
 
 
-def test_a_slide_in_use_outlives_its_place(paths: list[Path]):
+def test_a_slide_in_use_stays_open_beyond_the_limit(paths: list[Path]):
     held = OpenSlides(Opened, 2)
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(held.lease(paths[0]))
@@ -83,7 +83,7 @@ def test_a_changed_file_is_opened_again(paths: list[Path]):
     assert not after.open
 
 
-def test_what_cannot_be_opened_can_be_tried_again(paths: list[Path]):
+def test_a_failed_opening_can_be_retried(paths: list[Path]):
     broken = paths[0].with_name("broken")
     broken.touch()
     held = OpenSlides(Opened, 2)
@@ -93,7 +93,7 @@ def test_what_cannot_be_opened_can_be_tried_again(paths: list[Path]):
     held.close()
 
 
-def test_one_slide_is_opened_once_however_many_ask(paths: list[Path]):
+def test_concurrent_readers_open_a_slide_once(paths: list[Path]):
     made = []
 
     def slowly(path: Path) -> Opened:

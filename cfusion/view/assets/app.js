@@ -1,4 +1,4 @@
-// The page: which slide is shown, which scores lie over it, and what a key, a click or an error does.
+// The page: chooses the slide and its scores, and handles keys, clicks and errors.
 
 import { Controls } from "./controls.js";
 import { Overlay } from "./heatmap.js";
@@ -12,7 +12,7 @@ const CLICK = "Click the slide, or press Enter for the tile in the middle.";
 
 async function ask(address, as = "json") {
   const answer = await fetch(address).catch(() => null);
-  if (!answer) throw { message: "The viewer does not answer.", remedy: "Start it again.", status: 0 };
+  if (!answer) throw { message: "The viewer does not answer.", remedy: "Restart it.", status: 0 };
   if (!answer.ok) {
     const { error, remedy } = await answer.json().catch(() => ({ error: `HTTP ${answer.status}`, remedy: "" }));
     throw { message: error, remedy, status: answer.status };
@@ -20,7 +20,7 @@ async function ask(address, as = "json") {
   return as === "json" ? answer.json() : answer.arrayBuffer();
 }
 
-const told = (error) => (error.message ? showBanner(error.message, error.remedy) : showBanner("The page failed.", String(error)));
+const showError = (error) => (error.message ? showBanner(error.message, error.remedy) : showBanner("The page failed.", String(error)));
 const redraw = () => {
   overlay.draw(page.stage?.frame() ?? null);
   showScale();
@@ -38,7 +38,7 @@ async function refreshState() {
   const before = JSON.stringify(page.state?.slides);
   page.state = await ask("/api/state");
   if (JSON.stringify(page.state.slides) !== before) refreshList();
-  if (page.state.probing) setTimeout(() => refreshState().catch(told), 2000);
+  if (page.state.probing) setTimeout(() => refreshState().catch(showError), 2000);
 }
 
 function step(by) {
@@ -76,13 +76,13 @@ async function openSlide(key) {
     byId("stage").dataset.state = "failed";
     showPatient(null, page.state.run);
     page.controls.setSlide(null);
-    told(error);
+    showError(error);
     await refreshState();
   }
 }
 
 async function openStage(slide, ready = slide.ready) {
-  if (!ready) showNote("This slide has no pyramid: it is read as a whole once, which can take minutes.");
+  if (!ready) showNote("This slide has no pyramid, so it must be read completely once. This can take minutes.");
   while (!ready) {
     await new Promise((resolve) => setTimeout(resolve, 1000));
     if (page.slide !== slide) return;
@@ -107,18 +107,18 @@ function facts({ width, height, mpp, vendor }) {
   return parts.filter(Boolean).join(", ");
 }
 
-// A tile did not come: ask for the slide itself, which says why.
+// A tile failed to load: request the slide itself, whose answer gives the cause.
 async function tileFailed() {
   if (!page.slide || page.checking) return;
   page.checking = true;
   try {
     const { ready } = await ask(`/api/slides/${page.slide.key}`);
     if (!ready) await openStage(page.slide, ready);
-    else showBanner("A part of the slide cannot be read.", "It stays blank; the file may be damaged there.");
+    else showBanner("A part of the slide cannot be read.", "It stays blank; the file may be damaged.");
   } catch (error) {
     byId("stage").dataset.state = "failed";
-    told(error);
-    await refreshState().catch(told);
+    showError(error);
+    await refreshState().catch(showError);
   } finally {
     page.checking = false;
   }
@@ -136,7 +136,7 @@ async function readTile(left, top) {
     showTile(answer, page.slide, page.slide.explanation);
     redraw();
   } catch (error) {
-    if (error.status !== 404) told(error);
+    if (error.status !== 404) showError(error);
     else letTileGo(error.message);
   }
 }
@@ -223,7 +223,7 @@ function loadScript(address) {
 
 async function start() {
   const [palettes] = await Promise.all([ask("/api/palettes"), refreshState()]);
-  page.controls = new Controls(overlay, palettes, { ask, redraw, told });
+  page.controls = new Controls(overlay, palettes, { ask, redraw, showError });
   const deep = page.state.deep_zoom;
   if (deep) await loadScript("/assets/openseadragon.min.js");
   const on = {
@@ -258,4 +258,4 @@ async function start() {
   await openSlide(first.key);
 }
 
-start().catch(told);
+start().catch(showError);

@@ -1,4 +1,4 @@
-// The heatmap's controls: which magnification, score, colours, range and opacity lie over the slide.
+// The controls of the heatmap: magnification, score, colours, range and opacity.
 
 import { limits, Scores, short } from "./heatmap.js";
 import { make, magnified } from "./panels.js";
@@ -6,12 +6,12 @@ import { make, magnified } from "./panels.js";
 const byId = (id) => document.getElementById(id);
 const after = (list, value) => list[(list.indexOf(value) + 1) % list.length];
 const code = (words) => make("code", { textContent: words });
-const noScores = () => ["No scores for this slide. ", code("cfusion explain"), " makes them; name their folder with ", code("--explanations"), "."];
+const noScores = () => ["No scores for this slide. Compute them with ", code("cfusion explain"), " and give the folder with ", code("--explanations"), "."];
 
 export class Controls {
-  // `ask` fetches an address, `redraw` draws the overlay, `told` shows an error.
-  constructor(overlay, palettes, { ask, redraw, told }) {
-    Object.assign(this, { overlay, palettes, ask, redraw, told });
+  // `ask` fetches an address, `redraw` draws the overlay, `showError` shows an error.
+  constructor(overlay, palettes, { ask, redraw, showError }) {
+    Object.assign(this, { overlay, palettes, ask, redraw, showError });
     Object.assign(this, { slide: null, magnification: null, method: null, palette: {}, held: new Map() });
     byId("show").addEventListener("change", (event) => this.setVisible(event.target.checked));
     byId("opacity").addEventListener("input", (event) => this.setOpacity(Number(event.target.value)));
@@ -24,7 +24,7 @@ export class Controls {
     return this.slide?.explanation ?? null;
   }
 
-  // Another slide, or none: what was chosen stays chosen where the slide has it.
+  // Show another slide or none; keep the current choices that the slide has.
   setSlide(slide) {
     this.slide = slide;
     this.held.clear();
@@ -57,7 +57,7 @@ export class Controls {
   }
 
   refresh() {
-    return this.showScores().catch(this.told);
+    return this.showScores().catch(this.showError);
   }
 
   get kind() {
@@ -140,7 +140,7 @@ export class Controls {
   }
 }
 
-// A row of radio buttons; drawn again only where the choice itself is another, so that the focus stays.
+// A row of radio buttons; redrawn only if the options change, to keep the focus.
 function segments(id, options, chosen, pick) {
   const holder = byId(id);
   const signature = JSON.stringify(options);

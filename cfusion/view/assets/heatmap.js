@@ -1,7 +1,7 @@
-// Scores as colours over the slide. Tiles become pixels of a small picture once, which is then scaled at every frame.
+// Draws scores as colours over the slide. Tiles are drawn once as pixels of a small picture, which every frame scales.
 
-const ALIGNED = 0.01; // share of a tile's side by which corners on a grid may miss it: they are rounded to whole px
-const FINER = 8; // pixels along a tile that lies on no grid
+const ALIGNED = 0.01; // tolerance for corners on the grid, as a share of a tile's side; corners are rounded to px
+const FINER = 8; // pixels along the side of a tile that is not on the grid
 const MOST_PIXELS = 16e6;
 
 export class Scores {
@@ -25,7 +25,7 @@ export class Scores {
     this.unit = side / this.per;
   }
 
-  // The tiles in the colours of `palette` from `low` to `high`; what has no score stays clear.
+  // Colour the tiles with `palette` from `low` to `high`; tiles without a score stay transparent.
   coloured(palette, low, high) {
     const picture = new ImageData(this.width, this.height);
     const pixels = new Uint32Array(picture.data.buffer);
@@ -53,7 +53,7 @@ export class Overlay {
     Object.assign(this, { scores: null, picture: null, opacity: 0.6, visible: true, boxes: [] });
   }
 
-  // Draw at the stage's frame: the coloured tiles that are in sight, and the outlines of the chosen tile's lineage.
+  // Draw the visible coloured tiles and the outlines of the selected tile and its parents at the stage's frame.
   draw(frame) {
     const { clientWidth: width, clientHeight: height } = this.canvas;
     const ratio = devicePixelRatio || 1;
@@ -95,7 +95,7 @@ export class Overlay {
   }
 }
 
-// Lowest and highest score of a colour scale; around 0 where scores have a sign.
+// Lowest and highest score of a colour scale; symmetric around 0 for signed scores.
 export function limits(range, signed, full) {
   const [low, high] = full ? [range.low, range.high] : [range.p1, range.p99];
   if (!signed) return [Math.min(low, high), high > low ? high : low + 1e-9];
@@ -103,7 +103,7 @@ export function limits(range, signed, full) {
   return [-most, most];
 }
 
-// A score in three significant digits.
+// A score with three significant digits.
 export function short(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   if (value === 0) return "0";

@@ -1,4 +1,4 @@
-// The panels beside the slide: list, tile and patient. They draw what they are given and hold no state.
+// The panels next to the slide: list, tile and patient. They draw their arguments and keep no state.
 
 import { short } from "./heatmap.js";
 
@@ -12,7 +12,7 @@ export function make(tag, properties = {}, ...children) {
 
 export const magnified = (name) => `${name.replace("x", "")}x`;
 
-// The slides whose name holds every word of the search.
+// The slides whose name contains every word of the search.
 export function matching(slides, words) {
   const wanted = words.toLowerCase().split(/\s+/).filter(Boolean);
   return slides.filter((slide) => wanted.every((word) => slide.name.toLowerCase().includes(word)));
@@ -41,7 +41,7 @@ export function showList(slides, total, current, choose) {
   byId("list").replaceChildren(...slides.map(item));
   if (focused) byId("list").querySelector(`[data-key="${focused}"]`)?.focus();
   const found = slides.length === total ? `${total} slide${total === 1 ? "" : "s"}` : `${slides.length} of ${total} slides`;
-  byId("count").textContent = slides.length ? found : "No slide has this name.";
+  byId("count").textContent = slides.length ? found : "No matching slide.";
 }
 
 export function showTile(answer, slide, explanation) {
@@ -70,7 +70,7 @@ export function showTile(answer, slide, explanation) {
 
 function scoreTable(tiles, explanation) {
   if (tiles.every((tile) => tile.tile === null)) {
-    return [make("p", { className: "soft", textContent: "No tile was scored here: it holds too little tissue." })];
+    return [make("p", { className: "soft", textContent: "No tile was scored here: too little tissue." })];
   }
   const methods = Object.entries(explanation.methods);
   const head = make("tr", {}, make("th", { textContent: "" }));
@@ -92,14 +92,14 @@ function scoreTable(tiles, explanation) {
 export function showPatient(patient, run) {
   const body = byId("patient-body");
   if (!patient) {
-    const words = run ? "Nothing is known of the patient." : "Start the viewer with --run, the folder of a finished run, to see the patient within the cohort.";
+    const words = run ? "The patient is unknown." : "Start the viewer with --run and the folder of a finished run to compare the patient with the cohort.";
     body.replaceChildren(make("p", { className: "soft", textContent: words }));
     return;
   }
   const parts = [];
   if (patient.figure) {
     const holder = document.createElement("template");
-    holder.innerHTML = patient.figure; // written by the viewer's own server, which escapes every name
+    holder.innerHTML = patient.figure; // written by the viewer's server, which escapes every name
     const figure = holder.content.firstElementChild;
     parts.push(make("figure", { className: "curve" }, figure, legend(patient.figure)));
   }

@@ -1,5 +1,5 @@
-// Where the slide is shown: deep zoom with OpenSeadragon, or one still picture where that was not fetched.
-// Both say where level-0 pixels lie: `frame()` gives { x, y, scale }, CSS px of the slide's corner and per level-0 px.
+// Shows the slide: deep zoom with OpenSeadragon, or one still picture if OpenSeadragon was not fetched.
+// In both, `frame()` returns { x, y, scale }: the slide's corner in CSS px, and CSS px per level-0 px.
 
 const calm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 
@@ -33,7 +33,7 @@ export class DeepStage {
     this.viewer.addHandler("open", on.open);
     this.viewer.addHandler("open-failed", on.fail);
     this.viewer.addHandler("tile-load-failed", (event) => {
-      if (event.message !== "Image load aborted.") on.fail(); // a tile that is no longer wanted is no trouble
+      if (event.message !== "Image load aborted.") on.fail(); // cancelled tiles are not errors
     });
     this.viewer.addHandler("canvas-click", (event) => {
       if (event.quick) on.click(event.position.x, event.position.y);
