@@ -71,6 +71,6 @@ def explain(
         device=checked_device(device),
     )
     for done in results:
-        typer.echo(f"{done.explanation.slide_id}: {done.explanation.told_risk}; {done.page}")
+        typer.echo(f"{done.explanation.slide_id}: {done.explanation.risk_text}; {done.page}")
         if done.areas is not None:
             typer.echo(done.areas.to_string(index=False, float_format="{:.3g}".format))

@@ -1,4 +1,4 @@
-"""What raises and lowers a slide's risk, tile by tile, and whether the scores can be believed."""
+"""Score how much each tile raises or lowers a slide's risk, and test whether the scores are faithful to the model."""
 
 from cfusion.explanation.result import Explanation, TileScores
 from cfusion.explanation.scoring import explain

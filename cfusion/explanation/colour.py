@@ -1,4 +1,4 @@
-"""One colour scale for the pictures, the GeoJSON and the page: diverging around 0 for scores with a sign."""
+"""Define the colour scale shared by overlays and GeoJSON: diverging around 0 for signed scores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from cfusion.explanation.result import METHODS
 
 _CLIP_PERCENTILE = 99.5
-"""Scores beyond it have the last colour, so that one tile does not bleach all others."""
+"""Scores above this percentile get the last colour, so that an outlier does not make all other tiles pale."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Scale:
     Attributes:
         map_name: A colour map of matplotlib.
         low: Score of the first colour.
-        high: Score of the last colour; `low` is −`high` where scores have a sign.
-        clipped: Whether some score lies beyond.
+        high: Score of the last colour; `low` is −`high` for signed scores.
+        clipped: Whether a score is outside the scale.
     """
 
     map_name: str
@@ -32,7 +32,7 @@ class Scale:
 
     @classmethod
     def of(cls, method: str, scores: Float[np.ndarray, " tile"]) -> Scale:
-        """The scale for these scores of a method; NaN is passed over."""
+        """Build the scale for the scores of a method; NaN is ignored."""
         size = np.abs(scores[np.isfinite(scores)])
         high = float(np.percentile(size, _CLIP_PERCENTILE, method="higher")) if size.size else 0.0
         high = high if high > 0 else 1.0
@@ -40,7 +40,7 @@ class Scale:
         return cls("RdBu_r" if signed else "viridis", -high if signed else 0.0, high, bool((size > high).any()))
 
     def colours(self, scores: Float[np.ndarray, " tile"]) -> Float[np.ndarray, "tile 4"]:
-        """RGBA in 0 … 1 of each score; transparent for NaN."""
+        """Return the RGBA of each score, in 0 … 1; transparent for NaN."""
         rgba = matplotlib.colormaps[self.map_name]((scores - self.low) / (self.high - self.low))
         rgba[~np.isfinite(scores)] = 0
         return np.asarray(rgba)

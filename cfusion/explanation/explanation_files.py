@@ -1,4 +1,4 @@
-"""All that is kept of an explanation, in one folder: zarr, GeoJSON, pictures, curves, page."""
+"""Write all files of an explanation to one folder: zarr, GeoJSON, pictures, curves, page."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ def write_results(
     pictures: Pictures | None = None,
     curves: pd.DataFrame | None = None,
 ) -> Path:
-    """Write a folder on one slide, whole or not at all; one that is there is replaced.
+    """Write the folder of one slide atomically; replace an earlier explanation.
 
-    It holds `explanation.zarr`, `x20.geojson`, `overlays/x20-attention.png`, `survival.svg`, `index.html`, each for
-    every magnification and method; with `pictures` also `gallery/x20.png`; with `curves` also `deletion.csv`,
-    `deletion-areas.csv` and `deletion/x20.svg`.
+    The folder contains `explanation.zarr`, `survival.svg` and `index.html`; for every magnification `x20.geojson`, and
+    for every method `overlays/x20-attention.png`; with `pictures` also `gallery/x20.png`; with `curves` also
+    `deletion.csv`, `deletion-areas.csv` and `deletion/x20.svg`.
 
     Args:
         explanation: The scores.
-        folder: To write.
-        pictures: Of the slide; None: overlays stand on white, and there is no gallery.
-        curves: What `deletion_curves` gave.
+        folder: Folder to write.
+        pictures: Pixels of the slide; None: overlays have a white background, and there is no gallery.
+        curves: Result of `deletion_curves`.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
-        DataError: The folder is there and holds something else.
+        DataError: The folder exists and contains something else.
     """
     folder = Path(folder)
     check_target(folder)
@@ -77,14 +77,16 @@ def write_results(
 
 
 def check_target(folder: Path) -> None:
-    """Refuse to replace a folder that holds no explanation.
+    """Check that the target can be written: it does not exist, is empty, or contains an earlier explanation.
 
     Raises:
-        DataError: It is such a folder, or a file.
+        DataError: The target is a file, or a folder that contains something else.
     """
     empty = folder.is_dir() and not any(folder.iterdir())
     if folder.exists() and not empty and not (folder / ZARR_NAME).is_dir():
-        raise DataError(f"{folder}: is there and holds no explanation, so it is not replaced.", "Write elsewhere.")
+        raise DataError(
+            f"{folder}: exists and contains no explanation, so it is not replaced.", "Choose another output folder."
+        )
 
 
 def _write_curves(explanation: Explanation, curves: pd.DataFrame, folder: Path) -> None:

@@ -1,8 +1,8 @@
-"""Whether scores say what the model uses: the risk as tiles are removed by rank, against removal in random order.
+"""Test whether scores are faithful to the model: compare removing tiles by rank with removing them in random order.
 
 Deletion curves after Samek et al., IEEE TNNLS 2017 (region perturbation) and Petsiuk et al., BMVC 2018 (RISE). Tiles
-are really removed, each with all that lies in it, not blurred or zeroed; the tiles that are said to raise the risk most
-go first, so that the curve of a faithful method falls below that of chance.
+are removed together with the finer tiles inside them, not blurred or zeroed. The tiles with the highest scores are
+removed first, so the risk falls faster than in random order if the method is faithful.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cfusion.types import BagBatch, SlideFeatures, magnification_words
 RANDOM = "random"
 
 BAND = (5.0, 95.0)
-"""Percentiles of the random orders that the band spans."""
+"""Percentiles of the random orders that bound the band."""
 
 
 def deletion_curves(
@@ -40,17 +40,17 @@ def deletion_curves(
     seeds: int = 20,
     device: torch.device | str = "cpu",
 ) -> pd.DataFrame:
-    """The risk of a slide as its tiles are removed.
+    """Compute the risk of a slide as its tiles are removed.
 
-    Each curve takes a forward pass a step and model, and the random orders `seeds` times as many.
+    A curve needs one forward pass per step and model; the random orders need `seeds` times as many.
 
     Args:
         ensemble: The models that were explained.
         slide: The slide that was explained.
         explanation: Scores of its tiles.
-        steps: Points of a curve beside its start, at equal shares of the tiles; the last tile stays.
-        seeds: Random orders.
-        device: Where the models run.
+        steps: Number of points of a curve after its start, at equal shares of the tiles; the last tile is not removed.
+        seeds: Number of random orders.
+        device: Device of the models.
 
     Returns:
         One row per point: `magnification, method` (or `random`), `removed` (tiles), `share` (of the tiles), `risk`
@@ -84,11 +84,11 @@ COLUMNS = ["magnification", "method", "removed", "share", "risk", "low", "high"]
 
 
 def deletion_areas(curves: pd.DataFrame) -> pd.DataFrame:
-    """How far each method's curve runs below chance.
+    """Measure how far each method's curve is below that of the random orders.
 
     Returns:
-        One row per magnification and method: `area`, the mean over shares of the random orders' mean risk less the
-        method's risk (in units of the risk; above 0: better than chance), and `below_band`, the share of points below
+        One row per magnification and method: `area`, the mean over shares of the random orders' mean risk minus the
+        method's risk (in units of the risk; above 0: better than random), and `below_band`, the share of points below
         the band of the random orders.
     """
     rows = []
@@ -108,7 +108,7 @@ def deletion_areas(curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_deletion(curves: pd.DataFrame, magnification: str, where: str) -> str:
-    """The deletion curves of one magnification as SVG, with the band of the random orders."""
+    """Draw the deletion curves of one magnification as SVG, with the band of the random orders."""
     level = curves[curves["magnification"] == magnification]
     values = level[["risk", "low", "high"]].to_numpy().ravel()
     low, high = np.nanmin(values), np.nanmax(values)
@@ -129,10 +129,10 @@ def draw_deletion(curves: pd.DataFrame, magnification: str, where: str) -> str:
         curve, css = level[level["method"] == method], f"series{list(METHODS).index(str(method))}"
         plot.line(zip(curve["share"], curve["risk"], strict=True), f"line {css}")
         plot.text(plot.px(1), 14 + 14 * place, f"{method}: area {area:+.3g}", f"note {css}", "end")
-    told = ", ".join(f"{method} {area:+.3g}" for method, area in areas.items())
+    distances = ", ".join(f"{method} {area:+.3g}" for method, area in areas.items())
     return plot.finish(
         f"Deletion curves at {magnification_words(magnification)}, {where}",
-        f"Mean distance below random removal (dashed, band {BAND[0]:g}% to {BAND[1]:g}% of the orders): {told}.",
+        f"Mean distance below random removal (dashed, band {BAND[0]:g}% to {BAND[1]:g}% of the orders): {distances}.",
     )
 
 
@@ -143,7 +143,7 @@ def _risks(
     order: Int[np.ndarray, " tile"],
     counts: Int[np.ndarray, " point"],
 ) -> Float[np.ndarray, " point"]:
-    """Mean risk over models with the first tiles of an order removed."""
+    """Return the mean risk over models after removing the first tiles of an order, for each of `counts`."""
     keeps = [partial(_without_first, lineage, name, order, count) for count in counts]
     return np.mean([risks_without(model.module, bag, keeps) for model, bag in bags], axis=0)
 

@@ -1,6 +1,6 @@
-"""Scores as tile objects that QuPath opens: drag the file onto the slide, then Measure → Show measurement maps.
+"""Write scores as tile objects for QuPath: drag the file onto the slide, then Measure → Show measurement maps.
 
-Fields are those of QuPath's own export (qupath.lib.io.PathObjectTypeAdapters, 0.4 and later): `objectType`, `name`,
+The fields are those of QuPath's export (qupath.lib.io.PathObjectTypeAdapters, 0.4 and later): `objectType`, `name`,
 `color`, `classification`, `measurements` by name. Coordinates are level-0 px from the slide's upper left corner.
 """
 
@@ -21,14 +21,14 @@ from cfusion.types import magnification_words
 
 RAISES = {"name": "Raises risk", "color": [178, 24, 43]}
 LOWERS = {"name": "Lowers risk", "color": [33, 102, 172]}
-"""Classes in QuPath: the sign of the leading method's mean over folds."""
+"""Classes in QuPath, by the sign of the leading method's mean over folds."""
 
 
 def write_geojson(explanation: Explanation, magnification: str, target: str | os.PathLike[str]) -> None:
-    """Write the tiles of one magnification as a FeatureCollection, a line each, without holding them all.
+    """Write the tiles of one magnification as a FeatureCollection, one tile per line, as a stream.
 
-    Each tile has its class by the sign of the leading method (`Explanation.leading`), its colour on that method's
-    scale, and every method's mean and spread as measurements, with their unit in the name.
+    The class of a tile is the sign of the leading method (`Explanation.leading`), and its colour is on that method's
+    scale. The measurements are every method's mean and spread, with the unit in the name.
     """
     with atomic_path(target) as temporary, temporary.open("w", encoding="utf-8") as stream:
         stream.write('{"type": "FeatureCollection", "features": [')

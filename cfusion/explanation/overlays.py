@@ -1,4 +1,4 @@
-"""Overlays of scores on the slide, and the tiles that raise and lower the risk most."""
+"""Draw overlays of scores on the slide, and galleries of the tiles that raise and lower the risk most."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ OVERVIEW_PX = 1000
 """Longer side of the slide in an overlay."""
 
 _OPACITY = 0.55
-"""Of the scores over the slide."""
+"""Opacity of the scores over the slide."""
 
 GALLERY_TILES, GALLERY_PX = 6, 224
-"""Tiles a row of the gallery, and the side of each."""
+"""Tiles per row of the gallery, and the side of each."""
 
 
 class Pictures(Protocol):
-    """Pixels of a slide, from whoever can open it."""
+    """Access to the pixels of a slide; implemented by the caller, who can open slides."""
 
     size_px: tuple[int, int]
     """Width and height of level 0."""
 
     def overview(self, side_px: int) -> UInt8[np.ndarray, "y x 3"]:
-        """The whole slide, its longer side at most `side_px`."""
+        """Return the complete slide, with a longer side of at most `side_px`."""
 
     def region(self, x_px: int, y_px: int, side_px: int, out_px: int) -> UInt8[np.ndarray, "out out 3"]:
-        """A square of level 0 at `out_px` × `out_px`."""
+        """Return a square of level 0, resized to `out_px` × `out_px`."""
 
 
 def draw_overlay(
     explanation: Explanation, magnification: str, method: str, backdrop: UInt8[np.ndarray, "y x 3"] | None
 ) -> bytes:
-    """PNG of one method's scores over the slide, with a colour bar that tells the unit.
+    """Draw one method's scores over the slide as PNG, with a colour bar that states the unit.
 
     Args:
         explanation: The scores.
-        magnification: Whose tiles.
-        method: Which scores.
-        backdrop: The whole slide; None: tiles stand on white.
+        magnification: Magnification of the tiles.
+        method: Method of the scores.
+        backdrop: Picture of the complete slide; None: a white background.
     """
     level = explanation.levels[magnification]
     scores = explanation.scores(magnification, method)
@@ -72,9 +72,9 @@ def draw_overlay(
 
 
 def draw_gallery(explanation: Explanation, magnification: str, pictures: Pictures) -> bytes:
-    """PNG of the tiles that raise the risk most, and of those that lower it most, each with its score and spread.
+    """Draw the tiles that raise and lower the risk most as PNG, each with its score and spread.
 
-    Tiles are ranked by the leading method; none is shown on the side that its sign denies.
+    Tiles are ranked by the leading method; only tiles with a score of the matching sign are shown.
     """
     level, method = explanation.levels[magnification], explanation.leading(magnification)
     scores, spread = explanation.scores(magnification, method), level.sd[explanation.methods.index(method)]
@@ -105,7 +105,7 @@ def draw_gallery(explanation: Explanation, magnification: str, pictures: Picture
 
 
 def extreme_tiles(scores: Float[np.ndarray, " tile"], count: int = GALLERY_TILES) -> list[int]:
-    """Rows of the highest scores above 0, highest first."""
+    """Return the rows of the highest scores above 0, highest first."""
     order = np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")[:count]
     return [int(row) for row in order if scores[row] > 0]
 
@@ -121,7 +121,7 @@ def _extent(explanation: Explanation, level: TileScores) -> tuple[float, float]:
 def _laid_over(
     backdrop: UInt8[np.ndarray, "y x 3"] | None, level: TileScores, colours: np.ndarray, size_px: tuple[float, float]
 ) -> UInt8[np.ndarray, "y x 3"]:
-    """Tiles as rectangles over a small picture of the slide: bounded memory, however many there are."""
+    """Draw tiles as rectangles over a small picture of the slide; memory does not depend on the number of tiles."""
     scale = OVERVIEW_PX / max(size_px)
     shape = (max(1, round(size_px[1] * scale)), max(1, round(size_px[0] * scale)), 3)
     picture = np.full(shape, 255, np.uint8) if backdrop is None else backdrop.copy()

@@ -1,4 +1,4 @@
-"""The risk of a bag without some of its tiles: many subsets, a few bags at a time."""
+"""Compute the risk of a bag without some of its tiles, for many subsets in batches."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from cfusion.errors import DataError
 from cfusion.types import BagBatch, SlideFeatures, magnification_value
 
 TOKEN_BUDGET = 16_384
-"""Tiles of one forward pass over all its bags; a bag larger than this goes alone."""
+"""Maximum number of tiles in one forward pass; a larger bag gets its own pass."""
 
 Keep = dict[str, Bool[np.ndarray, " tile"]]
-"""Per magnification name, which tiles of a bag stay."""
+"""Per magnification name, which tiles of a bag are kept."""
 
 
 class Lineage:
-    """Which tiles lie in which: the tiles that go when one is removed.
+    """Which finer tiles are inside a tile, and so are removed with it.
 
     Args:
-        slide: Its parents tell; where it has none, a tile goes alone.
+        slide: The slide, with the parents of its tiles. Without parents, only the tile itself is removed.
         reads: Magnifications of the bag.
 
     Attributes:
-        counts: Tiles of each stored magnification.
-        cells: The coarsest magnification whose tiles hold tiles of all that the bag has; it need not have it itself.
+        counts: Number of tiles of each stored magnification.
+        cells: The coarsest magnification whose tiles contain tiles of every magnification of the bag. The bag may lack
+            this magnification.
     """
 
     def __init__(self, slide: SlideFeatures, reads: Sequence[str]) -> None:
@@ -50,7 +51,7 @@ class Lineage:
         self.cells = above_all[-1] if above_all else min(reads, key=magnification_value)
 
     def without(self, name: str, removed: Bool[np.ndarray, " tile"]) -> Keep:
-        """What the bag keeps when tiles of magnification `name` go, each with all that lies in it."""
+        """Return the tiles kept after removing tiles of magnification `name` and the finer tiles inside them."""
         return {
             fine: ~removed[self._ancestor[fine, name]]
             if (fine, name) in self._ancestor
@@ -60,7 +61,7 @@ class Lineage:
 
 
 def is_bag(keep: Keep) -> bool:
-    """Whether every magnification keeps a tile: without, a model has no answer."""
+    """Return whether every magnification keeps at least one tile, which a model needs."""
     return all(flags.any() for flags in keep.values())
 
 
@@ -71,16 +72,15 @@ def risks_without(
     keeps: Sequence[Callable[[], Keep]],
     on_done: Callable[[int], None] = lambda count: None,
 ) -> Float[np.ndarray, " subset"]:
-    """The risk of one bag reduced to each of several subsets of its tiles.
+    """Compute the risk of one bag for each of several subsets of its tiles.
 
-    Memory is bounded: subsets are made when they are needed, and at most `TOKEN_BUDGET` tiles, or one bag, are in a
-    forward pass.
+    Memory is bounded: subsets are created when needed, and a forward pass has at most `TOKEN_BUDGET` tiles or one bag.
 
     Args:
-        model: In evaluation.
+        model: Model in evaluation mode.
         bag: One bag without padding.
-        keeps: Makers of the subsets.
-        on_done: Told how many subsets are finished.
+        keeps: Functions that create the subsets.
+        on_done: Called with the number of newly finished subsets.
 
     Returns:
         f64; NaN for a subset that leaves a magnification empty.
@@ -90,13 +90,13 @@ def risks_without(
     """
     risks = np.full(len(keeps), np.nan)
     for first, chunk in _chunks(bag, keeps):
-        whole = [(first + i, keep) for i, keep in enumerate(chunk) if is_bag(keep)]
-        if whole:
-            batch = _select(bag, whole[0][1]) if len(whole) == 1 else _masked(bag, [keep for _, keep in whole])
+        valid = [(first + i, keep) for i, keep in enumerate(chunk) if is_bag(keep)]
+        if valid:
+            batch = _select(bag, valid[0][1]) if len(valid) == 1 else _masked(bag, [keep for _, keep in valid])
             found = model(batch).risk.double().cpu().numpy()
             if not np.isfinite(found).all():
                 raise DataError(f"bag {', '.join(bag.case_ids)}: a risk is not finite.", "Check its features.")
-            risks[[number for number, _ in whole]] = found
+            risks[[number for number, _ in valid]] = found
         on_done(len(chunk))
     return risks
 

@@ -1,24 +1,24 @@
-"""Scores of every tile of a slide, and the zarr group they are kept in.
+"""Hold the scores of every tile of a slide, and write and read their zarr group.
 
 `explanation.zarr` is a zarr v3 group. Its attributes:
 
 - `format`: `cfusion-explanation-1`;
 - `slide_id`, `encoder`, `slide_size_px` ([width, height] of level 0), `mpp` (µm per level-0 px), `slide_digest`
-  (OpenSlide's quickhash): null where the feature store does not tell;
-- `model` (what was explained, in words), `models` (how many folds), `cohort`, `endpoint`;
-- `risk`, `risk_sd` (over folds; null for one model), `risks` (one a fold), `risk_cutoff` (mean over folds of the median
-  risk of the training patients, or null);
+  (OpenSlide's quickhash): null if missing from the feature store;
+- `model` (name of the model), `models` (number of folds), `cohort`, `endpoint`;
+- `risk`, `risk_sd` (over folds; null for one model), `risks` (one per fold), `risk_cutoff` (mean over folds of the
+  median risk of the training patients, or null);
 - `months`, `survival`, `survival_sd`: the curve, mean and spread over folds;
 - `methods`: by name, in the order of the rows of `scores`: `{"unit", "signed", "meaning"}`. `signed` scores are above 0
-  where a tile raises the risk and want a diverging colour scale around 0; the others are not below 0;
+  if a tile raises the risk and need a diverging colour scale around 0; unsigned scores are never below 0;
 - `magnifications`: names, finest first; `program_version`.
 
-For each magnification a group `x20`, `x10`, … with the attribute `tile_px_level0` (side of a tile in level-0 px) and
+Each magnification has a group `x20`, `x10`, … with the attribute `tile_px_level0` (side of a tile in level-0 px) and
 
 - `coords` i32 [tile, 2]: x, y of the top-left corner in level-0 px, in the order of the feature store;
-- `scores` f32 [method, tile]: mean over folds; NaN where a method has no score at this magnification;
-- `sd` f32 [method, tile]: standard deviation over folds; NaN where there is one model;
-- `parent` i32 [tile]: row in the next coarser magnification; absent at the coarsest, and where the source had none.
+- `scores` f32 [method, tile]: mean over folds; NaN if the method has no score at this magnification;
+- `sd` f32 [method, tile]: standard deviation over folds; NaN for one model;
+- `parent` i32 [tile]: row in the next coarser magnification; absent at the coarsest, or if the source has no parents.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from cfusion.types import magnification_value, titled_table
 EXPLANATION_FORMAT = "cfusion-explanation-1"
 
 ZARR_NAME = "explanation.zarr"
-"""Name of the group in the folder of an explanation."""
+"""File name of the group in the folder of an explanation."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Method:
     """A way to score tiles.
 
     Attributes:
-        unit: Of its scores.
-        signed: Whether scores below 0 mean something: a tile that lowers the risk.
-        meaning: What a score says, as a sentence.
+        unit: Unit of the scores.
+        signed: Whether scores can be below 0, for tiles that lower the risk.
+        meaning: Explanation of a score, as a sentence.
     """
 
     unit: str
@@ -63,21 +63,21 @@ METHODS = {
     "attention": Method(
         "× the mean tile",
         False,
-        "How much more than the mean tile this one was read by the bag's summary; not whether it raises the risk.",
+        "Attention relative to the average tile (1 = average); it does not say whether the tile raises the risk.",
     ),
     "gradient": Method(
         "risk",
         True,
-        "Embedding times gradient of the risk: to first order, what the risk would lose with a zero embedding.",
+        "Embedding times gradient of the risk: to first order, the decrease in risk if the embedding were zero.",
     ),
     "occlusion": Method(
         "risk",
         True,
-        "What the risk loses when the tile and all that lies in it are removed; of many cells, a share of what their "
-        "square loses.",
+        "Decrease in risk when the tile and the finer tiles inside it are removed. If tiles are removed in squares, "
+        "the decrease is divided equally among the tiles of a square.",
     ),
 }
-"""All methods; an explanation holds those that were asked for and that its model has."""
+"""All methods; an explanation contains those that were requested and that its model supports."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ class TileScores:
     Attributes:
         coords: Top-left corners in level-0 px.
         side_px: Side of a tile in level-0 px.
-        mean: Mean over folds; rows are the explanation's methods; NaN where a method has none.
-        sd: Standard deviation over folds; NaN where there is one model.
-        parent: Row in the next coarser magnification; None at the coarsest and where the source has no parents.
+        mean: Mean over folds; rows are the explanation's methods; NaN if a method has no scores.
+        sd: Standard deviation over folds; NaN for one model.
+        parent: Row in the next coarser magnification; None at the coarsest, or if the source has no parents.
     """
 
     coords: Int32[np.ndarray, "tile 2"]
@@ -101,15 +101,15 @@ class TileScores:
 
 @dataclass(frozen=True, repr=False)
 class Explanation:
-    """Why a fold ensemble gave a slide its risk.
+    """Explanation of the risk that a fold ensemble predicts for a slide.
 
     Attributes:
         slide_id: The slide.
-        methods: Keys of `METHODS`, the rows of the scores.
-        levels: Per magnification name, finest first.
-        curve: Columns `months, survival, survival_sd`.
-        risks: One a fold.
-        attrs: What else the zarr group tells: encoder, model, cohort, endpoint, slide size, µm/px, risk cut-off.
+        methods: Keys of `METHODS`, in the order of the rows of the scores.
+        levels: Scores by magnification name, finest first.
+        curve: Predicted survival, columns `months, survival, survival_sd`.
+        risks: One risk per fold.
+        attrs: Other attributes of the zarr group: encoder, model, cohort, endpoint, slide size, µm/px, risk cut-off.
     """
 
     slide_id: str
@@ -130,26 +130,26 @@ class Explanation:
         return float(np.std(self.risks)) if len(self.risks) > 1 else float("nan")
 
     @property
-    def told_risk(self) -> str:
-        """The risk in words, with its spread over folds: `risk -1.881 ± 0.120 over 5 models`."""
+    def risk_text(self) -> str:
+        """The risk as text, with its spread over folds: `risk -1.881 ± 0.120 over 5 models`."""
         if len(self.risks) == 1:
             return f"risk {self.risk:.3f}, one model"
         return f"risk {self.risk:.3f} ± {self.risk_sd:.3f} over {len(self.risks)} models"
 
     def scores(self, magnification: str, method: str) -> Float32[np.ndarray, " tile"]:
-        """One method's mean scores of one magnification's tiles."""
+        """Return the mean scores of one method for the tiles of one magnification."""
         return self.levels[magnification].mean[self.methods.index(method)]
 
     def has(self, magnification: str, method: str) -> bool:
-        """Whether the method scored the tiles of this magnification."""
+        """Return whether the method has scores at this magnification."""
         return bool(np.isfinite(self.scores(magnification, method)).any())
 
     def leading(self, magnification: str) -> str:
-        """The signed method to judge tiles by: occlusion, which asks the model itself, or else input×gradient."""
+        """Return the signed method for ranking tiles: occlusion, which runs the model, or else input×gradient."""
         return "occlusion" if "occlusion" in self.methods and self.has(magnification, "occlusion") else "gradient"
 
     def table(self, magnification: str) -> pd.DataFrame:
-        """One row per tile: `x_px, y_px` (level 0), then each method's mean and `METHOD_sd`."""
+        """Return one row per tile: `x_px, y_px` (level 0), then each method's mean and `METHOD_sd`."""
         level = self.levels[magnification]
         columns: dict[str, Any] = {"x_px": level.coords[:, 0], "y_px": level.coords[:, 1]}
         for row, method in enumerate(self.methods):
@@ -157,7 +157,7 @@ class Explanation:
         return pd.DataFrame(columns).rename_axis("tile")
 
     def summary(self) -> pd.DataFrame:
-        """One row per magnification and method: tiles, range of the scores, and the mean spread over folds."""
+        """Return one row per magnification and method: tiles, range of the scores, and mean spread over folds."""
         rows = [
             {
                 "magnification": name, "method": method, "unit": METHODS[method].unit, "tiles": len(level.coords),
@@ -172,14 +172,14 @@ class Explanation:
 
     def __repr__(self) -> str:
         tiles = ", ".join(f"{name}: {len(level.coords)}" for name, level in self.levels.items())
-        return f"Explanation({self.slide_id}: {self.told_risk}; tiles {tiles}; {', '.join(self.methods)})"
+        return f"Explanation({self.slide_id}: {self.risk_text}; tiles {tiles}; {', '.join(self.methods)})"
 
     def _repr_html_(self) -> str:
-        return titled_table(f"{self.slide_id}: {self.told_risk}", self.summary())
+        return titled_table(f"{self.slide_id}: {self.risk_text}", self.summary())
 
 
 def write_explanation(explanation: Explanation, target: str | os.PathLike[str]) -> None:
-    """Write an explanation as a zarr group, whole or not at all; the module's docstring tells its format."""
+    """Write an explanation as a zarr group, atomically; the docstring of the module defines the format."""
     with atomic_path(target) as temporary:
         group = zarr.open_group(temporary, mode="w", zarr_format=3)
         group.attrs.update(
@@ -209,10 +209,10 @@ def write_explanation(explanation: Explanation, target: str | os.PathLike[str]) 
 
 
 def read_explanation(path: str | os.PathLike[str]) -> Explanation:
-    """Read what `write_explanation` wrote; `path` is the group or the folder that holds it.
+    """Read an explanation from its zarr group, or from the folder that contains the group.
 
     Raises:
-        DataError: There is none, or it is of another format.
+        DataError: There is no explanation, or it has another format.
     """
     path = Path(path)
     path = path if path.suffix == ".zarr" else path / ZARR_NAME

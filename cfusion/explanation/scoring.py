@@ -1,4 +1,4 @@
-"""Attention, input×gradient and occlusion of every tile of a slide, for a fold ensemble."""
+"""Compute attention, input×gradient and occlusion scores of every tile of a slide, for a fold ensemble."""
 
 from __future__ import annotations
 
@@ -40,35 +40,35 @@ def explain(
     magnifications: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
 ) -> Explanation:
-    """Score every tile of a slide by what the models did with it, given this slide alone.
+    """Score the contribution of every tile of a slide to its risk; the bag is only this slide.
 
-    Three methods, at each magnification that the models read: `attention`, the share a tile had in what the bag's
-    summary read (see `cfusion.models.tile_attention`), times the number of tiles; `gradient`, input×gradient of the
-    risk (see `cfusion.models.input_times_gradient`); `occlusion`, the risk less the risk without the tile and all that
-    lies in it.
+    There are three methods, for each magnification that the models read: `attention`, the attention of the bag's
+    summary to a tile (see `cfusion.models.tile_attention`) times the number of tiles; `gradient`, input×gradient of the
+    risk (see `cfusion.models.input_times_gradient`); `occlusion`, the risk minus the risk without the tile and the
+    finer tiles inside it.
 
-    CrossFusion normalises each projected tile, so a longer embedding hardly changes its risk: its input×gradient scores
-    are small, and their order says more than their size. With `grid: file` (the published layout) removing a tile also
-    moves those after it on the token grid, which is part of its effect; with `grid: spatial` the others stay where they
-    are.
+    CrossFusion normalises each projected tile, so the length of an embedding hardly changes the risk: its
+    input×gradient scores are small, and their order is more informative than their size. With `grid: file` (the
+    published layout) removing a tile also moves later tiles on the token grid, which is part of the measured effect;
+    with `grid: spatial` the other tiles keep their positions.
 
     Args:
-        model: The models of all folds, or one.
-        slide: Features of one slide, as `FeatureStore.read` gives them.
-        occlusion: `cells`: remove the tiles of the slide's coarsest magnification one by one, whether the models read
-            it or not, a forward pass each and fold; `tiles`: those of every magnification that the models read;
-            `none`: leave the method out.
-        most_removals: Cells of a larger slide are removed in squares, the smallest that make no more removals than
-            this, and each cell has its share of what its square changes.
-        magnifications: Names of those to report; None: all that the models read, and that of the cells.
-        device: Where the models run.
+        model: The models of all folds, or one model.
+        slide: Features of one slide, from `FeatureStore.read`.
+        occlusion: `cells`: remove the tiles of the slide's coarsest magnification one by one, even if the models do not
+            read it, with one forward pass per tile and fold; `tiles`: remove the tiles of every magnification that the
+            models read; `none`: skip the method.
+        most_removals: Maximum number of removals with `cells`. If a slide has more cells, squares of cells are removed,
+            as small as possible, and the effect of a square is divided equally among its cells.
+        magnifications: Names of the magnifications to report; None: all that the models read, and that of the cells.
+        device: Device of the models.
 
     Returns:
         Mean and standard deviation over folds of every score.
 
     Raises:
-        DataError: The slide has other embeddings than the model reads, lacks a magnification or its coordinates, or
-            holds a value that is not finite.
+        DataError: The embeddings are not those that the model reads, a magnification or its coordinates are missing, or
+            a value is not finite.
         ConfigError: A magnification is not one that the model reads, or the models read different ones.
     """
     models = model.models if isinstance(model, FoldEnsemble) else (model,)
@@ -96,7 +96,7 @@ def explain(
 def _explain_fold(
     network: BagModel, bag: BagBatch, lineage: Lineage, squares: dict[str, Int[np.ndarray, " tile"]], bar: Progress
 ) -> tuple[SurvivalOutput, dict[str, dict[str, np.ndarray]]]:
-    """One model's output, and its scores by method and magnification."""
+    """Return one model's output, and its scores by method and magnification."""
     network.to(device=next(iter(bag.features.values())).device, dtype=torch.float32).eval()
     with torch.inference_mode():
         output = network(bag)
@@ -114,7 +114,7 @@ def _explain_fold(
 
 
 def slide_bag(slide: SlideFeatures, model: FittedModel, device: torch.device | str = "cpu") -> BagBatch:
-    """One slide as the bag that a model reads.
+    """Convert one slide to a bag for a model.
 
     Raises:
         DataError: The embeddings are not those the model reads, a magnification or its coordinates are missing, or a
@@ -139,7 +139,7 @@ def slide_bag(slide: SlideFeatures, model: FittedModel, device: torch.device | s
 
 
 def _squares(slide: SlideFeatures, name: str, most: int) -> Int[np.ndarray, " tile"]:
-    """The number of the square of tiles in which each tile is removed; as many squares as tiles where that is few."""
+    """Assign each tile to the square of tiles with which it is removed; one square per tile if there are few."""
     coords, side = slide.coords[name], float(slide.attrs["tile_px_level0"][name])
     if len(coords) <= most:
         return np.arange(len(coords))
@@ -161,7 +161,7 @@ def _shares(
     square: Int[np.ndarray, " tile"],
     bar: Progress,
 ) -> Float[np.ndarray, " tile"]:
-    """What the risk loses without each tile's square, shared among its tiles."""
+    """Return the decrease in risk without each tile's square, divided by the number of its tiles."""
     keeps = [partial(_without_square, lineage, name, square, number) for number in range(square.max() + 1)]
     lost = risk - risks_without(network, bag, keeps, bar.advance)
     return (lost / np.bincount(square))[square]
@@ -181,7 +181,7 @@ def _checked_names(known: Sequence[str], wanted: Sequence[str] | None) -> list[s
     for name in wanted or ():
         if name not in known:
             raise ConfigError(
-                f"magnification {name}: the model does not read it, so no tile of it has a score.",
+                f"magnification {name}: the model does not read it, so it has no scores.",
                 f"There are scores at {', '.join(known)}.",
             )
     return [name for name in known if wanted is None or name in wanted]
@@ -192,14 +192,15 @@ def _check_level(slide: SlideFeatures, name: str) -> None:
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
         raise DataError(
-            f"{where}: the features of tile {int(np.argmin(finite))} are not finite.", "Extract or import it again."
+            f"{where}: the features of tile {int(np.argmin(finite))} are not finite.",
+            "Extract or import the slide again.",
         )
     if len(slide.coords.get(name, ())) != len(features) or name not in slide.attrs.get("tile_px_level0", {}):
         source = slide.attrs.get("imported_from")
-        told = f"was imported from the {source} layout, which keeps none" if source else "was stored without them"
+        cause = f"the {source} layout, from which it was imported, has none" if source else "none were stored"
         raise DataError(
-            f"{where}: its tiles have no coordinates, so no heatmap can be drawn: it {told}.",
-            "Import CLAM, TRIDENT or STAMP files, which carry coordinates (`cfusion preprocess import`), or run "
+            f"{where}: its tiles have no coordinates, so no heatmap can be drawn: {cause}.",
+            "Import CLAM, TRIDENT or STAMP files, which have coordinates (`cfusion preprocess import`), or run "
             "`cfusion preprocess` on the slide.",
             topic="import",
         )
@@ -219,7 +220,7 @@ def _level(slide: SlideFeatures, name: str, methods: Sequence[Sequence[dict[str,
 
 
 def _curve(models: Sequence[FittedModel], outputs: Sequence[SurvivalOutput]) -> pd.DataFrame:
-    """Survival, mean and spread over folds, at 0 and wherever some fold's time bin ends."""
+    """Return mean and spread of survival over folds, at 0 and at the end of every time bin of any fold."""
     months = np.unique(np.concatenate([[0.0], *(m.bins.right_edges_months for m in models)]))
     curves = [
         step_values(model.bins.right_edges_months, output.survival[0].double().cpu().numpy(), months, before=1.0)

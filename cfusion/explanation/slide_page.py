@@ -1,4 +1,4 @@
-"""One page on one slide: risk, survival curve, heatmaps, tiles, faithfulness; a single file without a link."""
+"""Render the page of one slide (risk, survival curve, heatmaps, tiles, faithfulness) as one self-contained file."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def render_slide_page(
     galleries: Mapping[str, bytes],
     curves: pd.DataFrame | None,
 ) -> str:
-    """The page as HTML.
+    """Render the page as HTML.
 
     Args:
-        explanation: What it is about.
+        explanation: The explanation to show.
         overlays: PNG by magnification and method.
-        galleries: PNG by magnification; empty where the slide was not at hand.
-        curves: Deletion curves, where they were made.
+        galleries: PNG by magnification; empty if the slide was not available.
+        curves: Deletion curves; None if they were not computed.
     """
     environment = page_environment("cfusion.explanation", magnified=magnification_words)
     attrs, cutoff = explanation.attrs, explanation.attrs["risk_cutoff"]
@@ -62,7 +62,7 @@ def render_slide_page(
 
 
 def draw_curve(explanation: Explanation) -> str:
-    """The predicted survival curve as SVG, with one standard deviation over folds."""
+    """Draw the predicted survival curve as SVG, with one standard deviation over folds."""
     curve = explanation.curve
     months, survival = curve["months"].tolist(), curve["survival"].to_numpy()
     plot = Plot((0, months[-1]), (0, 1), height=250)
@@ -72,8 +72,8 @@ def draw_curve(explanation: Explanation) -> str:
         low, high = np.clip(survival - spread, 0, 1), np.clip(survival + spread, 0, 1)
         plot.step_band(months, low.tolist(), high.tolist(), "band low")
     plot.steps(months, survival.tolist(), "line low")
-    told = ", ".join(f"{number(m)} months {s:.2f}" for m, s in zip(months[1:], survival[1:], strict=True))
-    return plot.finish(f"Predicted survival, {explanation.slide_id}", f"Survival at {told}.")
+    values = ", ".join(f"{number(m)} months {s:.2f}" for m, s in zip(months[1:], survival[1:], strict=True))
+    return plot.finish(f"Predicted survival, {explanation.slide_id}", f"Survival at {values}.")
 
 
 def _table(frame: pd.DataFrame) -> Markup:
@@ -88,7 +88,7 @@ def _deletion(explanation: Explanation, curves: pd.DataFrame | None) -> list[Mar
 
 
 def _source(png: bytes) -> str:
-    """A picture within the page: as JPEG, a tenth of the bytes of tissue as PNG."""
+    """Return a picture as a data URL; as JPEG, which for tissue needs a tenth of the bytes of PNG."""
     stream = io.BytesIO()
     Image.open(io.BytesIO(png)).convert("RGB").save(stream, "JPEG", quality=88)
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
@@ -102,8 +102,8 @@ def _provenance(explanation: Explanation) -> dict[str, Any]:
         "tiles": ", ".join(
             f"{len(level.coords)} at {magnification_words(name)}" for name, level in explanation.levels.items()
         ),
-        "slide": f"{size[0]} × {size[1]} px" if size else "size not known",
-        "resolution": f"{attrs['mpp']:g} µm/px" if attrs.get("mpp") else "not known",
+        "slide": f"{size[0]} × {size[1]} px" if size else "unknown size",
+        "resolution": f"{attrs['mpp']:g} µm/px" if attrs.get("mpp") else "unknown",
         "program": f"cfusion {cfusion.__version__}",
     }
 

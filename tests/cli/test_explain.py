@@ -167,7 +167,7 @@ def test_imported_features_without_coordinates_are_told_what_import_has_them(mad
     write_slide(made_up / "imported", dataclasses.replace(published, coords={}, parents={}, attrs=attrs))
     error = refusal(made_up / "imported", "--model", made_up / "run", "--out", made_up / "out")
     assert isinstance(error, DataError)
-    assert "no heatmap can be drawn: it was imported from the published layout, which keeps none" in str(error)
+    assert "no heatmap can be drawn: the published layout, from which it was imported, has none" in str(error)
     assert "Import CLAM, TRIDENT or STAMP files" in str(error)
 
 
@@ -207,7 +207,7 @@ def test_a_folder_of_something_else_is_not_replaced(made_up):
     precious.parent.mkdir(parents=True)
     precious.write_text("years of work")
     error = refusal(made_up / "store", "--slide", "b", "--model", made_up / "run", "--out", made_up / "out")
-    assert "is there and holds no explanation, so it is not replaced" in str(error)
+    assert "exists and contains no explanation, so it is not replaced" in str(error)
     assert precious.read_text() == "years of work"
 
 

@@ -1,4 +1,4 @@
-"""One trained ensemble for all tests of explanations."""
+"""Train one ensemble for all tests of explanations."""
 
 import pytest
 from planted_bags import ensemble

@@ -1,4 +1,4 @@
-"""Planted regions of drawn slides are found, by models that learnt from slides with another question."""
+"""Test that models find planted regions in phantom slides, although their training slides had only one tissue each."""
 
 import pytest
 
@@ -14,6 +14,6 @@ def test_planted_regions_are_ranked_and_their_removal_lowers_the_risk(tmp_path):
     assert auroc["both", "x20", "occlusion"] >= 0.8
     assert auroc["both", "x5", "occlusion"] >= 0.8
     assert 0.35 <= auroc["architecture", "x20"].min() <= auroc["architecture", "x20"].max() <= 0.65, "not seen at 20x"
-    assert auroc["nuclei", "x20"].max() > auroc["architecture", "x20"].max(), "seen at 20x alone"
+    assert auroc["nuclei", "x20"].max() > auroc["architecture", "x20"].max(), "seen only at 20x"
     assert area["x20", "occlusion"] > 0
     assert area["x5", "occlusion"] > 0

@@ -1,4 +1,4 @@
-"""Scores of tiles: what they sum to, what they agree with, what is refused."""
+"""Test the scores of tiles against direct computations, and the inputs that are refused."""
 
 import dataclasses
 from functools import partial
@@ -44,7 +44,7 @@ def test_every_tile_has_every_score(explained, folds):
 
 
 def test_planted_tiles_are_ranked(tmp_path):
-    """By a model of one magnification, which has no choice of where to look; test_planted.py asks CrossFusion."""
+    """Test a model that reads only one magnification; test_planted.py tests CrossFusion."""
     models = ensemble(tmp_path, "amil", epochs=8)
     for seed in (0, 1):
         slide, truth = planted_slide(seed=seed)
@@ -82,7 +82,7 @@ def test_small_and_large_batches_give_the_same_risks(folds, monkeypatch):
     np.testing.assert_allclose(whole, risks_without(folds.models[0].module, bag, keeps), atol=1e-5)
 
 
-def test_a_lone_cell_cannot_be_removed(folds):
+def test_the_only_cell_cannot_be_removed(folds):
     slide = slide_features("lone", 1, DIM, np.random.default_rng(0))
     found = explain(folds, slide)
     assert np.isnan(found.scores("x5", "occlusion")).all()
@@ -90,7 +90,7 @@ def test_a_lone_cell_cannot_be_removed(folds):
     assert "occlusion" not in set(found.summary()["method"])
 
 
-def test_occlusion_is_for_cells_for_all_tiles_or_for_none(folds):
+def test_occlusion_covers_cells_or_all_tiles_or_nothing(folds):
     slide, _ = planted_slide(4)
     assert [explain(folds, slide).has(name, "occlusion") for name in ("x20", "x10", "x5")] == [False, False, True]
     assert "occlusion" not in explain(folds, slide, occlusion="none").methods
@@ -146,7 +146,7 @@ def test_a_spatial_grid_is_explained_where_tiles_lie(tmp_path):
     assert all(np.isfinite(level.mean).all() for level in found.levels.values())
 
 
-def test_what_was_written_is_read_back(explained, tmp_path):
+def test_an_explanation_is_read_as_written(explained, tmp_path):
     found, _, _ = explained
     write_explanation(found, tmp_path / "explanation.zarr")
     again = read_explanation(tmp_path)
@@ -160,12 +160,12 @@ def test_what_was_written_is_read_back(explained, tmp_path):
     assert again.attrs["encoder"] == "made-up"
 
 
-def test_a_folder_without_an_explanation_is_told(tmp_path):
+def test_a_folder_without_an_explanation_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"explanation\.zarr: is not an explanation"):
         read_explanation(tmp_path)
 
 
-def test_results_are_pandas_objects_and_show_themselves(explained):
+def test_results_are_pandas_objects_and_have_a_notebook_view(explained):
     found, _, _ = explained
     table = found.table("x10")
     assert list(table.columns[:4]) == ["x_px", "y_px", "attention", "attention_sd"]
@@ -203,8 +203,11 @@ def without_x10():
             r"embeddings of uni \(8 wide\), but the model reads made-up \(8",
         ),
         (without_x10(), "but the model also reads x10.*Extract the slides at 20,10,5"),
-        (without_coords("published"), "no coordinates.*published layout, which keeps none.*Import CLAM, TRIDENT or ST"),
-        (without_coords(), "no coordinates.*stored without them"),
+        (
+            without_coords("published"),
+            "no coordinates.*published layout.*imported, has none.*Import CLAM, TRIDENT or ST",
+        ),
+        (without_coords(), "no coordinates.*none were stored"),
         (with_nan(), "planted-0, x10: the features of tile 2 are not finite"),
         (slide_features("narrow", 2, 5, np.random.default_rng(0)), "5 wide.*8 wide"),
     ],
@@ -230,7 +233,7 @@ def test_a_model_without_a_finite_answer_is_refused(folds, tmp_path):
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["x20", "x10", "x5"]))
-def test_a_tile_goes_with_all_that_lies_in_it_and_with_nothing_else(seed, name):
+def test_a_tile_is_removed_with_exactly_the_tiles_inside_it(seed, name):
     rng = np.random.default_rng(seed)
     slide = slide_features("any", int(rng.integers(1, 6)), 2, rng)
     removed = rng.random(len(slide.features[name])) < rng.random()

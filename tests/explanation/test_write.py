@@ -1,4 +1,4 @@
-"""What is kept of an explanation: GeoJSON, pictures, page, deletion curves; all of it or nothing."""
+"""Test the files of an explanation: GeoJSON, pictures, page, deletion curves; all are written or none."""
 
 import dataclasses
 import io
@@ -21,7 +21,7 @@ from cfusion.explanation.result import read_explanation
 
 
 class MadeUpPictures:
-    """A slide that is a colour at each place."""
+    """A stand-in for a slide whose colour depends on the position."""
 
     size_px = (4096, 3072)
 
@@ -117,7 +117,7 @@ def test_the_gallery_has_no_tile_on_the_wrong_side():
     assert extreme_tiles(-np.array([0.1, -0.2, np.nan, 0.3, 0.0])) == [1]
 
 
-def test_the_page_is_one_file_that_tells_the_risk(written, found):
+def test_the_page_is_one_file_and_shows_the_risk(written, found):
     page = (written / "index.html").read_text()
     assert f"{found.risk:.3f}" in page
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
@@ -193,7 +193,7 @@ def test_the_same_explanation_gives_the_same_curves(folds, slide, found, curves)
 
 
 @pytest.mark.parametrize("width", [1e-4, 1.0])
-def test_ticks_of_the_risk_tell_points_apart_however_little_it_moves(curves, width):
+def test_ticks_of_the_risk_are_distinct_for_small_ranges(curves, width):
     risks = curves[["risk", "low", "high"]]
     near = curves.assign(**(risks - risks.min().min()) / (risks.max().max() - risks.min().min()) * width - 2)
     root = ET.fromstring(draw_deletion(near, "x20", "here"))
