@@ -1,4 +1,4 @@
-"""What a run says while it works: progress with an estimate of the end, and log lines."""
+"""Show the progress of long steps: a bar on a terminal, log lines with the remaining time elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger("cfusion")
 
 
 class Progress:
-    """Counts finished items of a long step and shows how long the rest will take."""
+    """Counts the finished items of a long step and logs the remaining time."""
 
     def __init__(self, description: str, total: int) -> None:
         self.description = description
@@ -23,7 +23,7 @@ class Progress:
         self._start = self._last_line = time.monotonic()
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Count `count` more items as finished; `note` stands behind the bar."""
+        """Count `count` more items as finished; `note` is shown after the bar."""
         self.done += count
         self.note = note or self.note
         now = time.monotonic()
@@ -56,9 +56,9 @@ class _Bar(Progress):
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Progress]:
-    """Show the progress of a long step: a bar on a terminal, a log line now and then elsewhere.
+    """Show the progress of a long step: a bar on a terminal, otherwise a log line at most every 15 s.
 
-    Only rank 0 of a distributed run shows anything.
+    Only rank 0 of a distributed run shows progress.
     """
     start = time.monotonic()
     rank_zero = os.environ.get("RANK", "0") == "0"

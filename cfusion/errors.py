@@ -1,7 +1,7 @@
-"""Errors a user can act on.
+"""Define the errors that a user can fix.
 
-The command line prints one of these as a single line, without a traceback, says which page explains it, and leaves
-with its exit code. Anything else that escapes is a defect of the program.
+The command line prints such an error on one line without a traceback, names the help topic, and exits with its exit
+code. Any other exception that reaches the command line is a bug.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 
 class CfusionError(Exception):
-    """Something the user can put right.
+    """An error that the user can fix.
 
     Args:
-        message: What is wrong, with the file, row or key it concerns and what was expected.
-        remedy: What to do about it; printed after the message.
-        topic: Heading of `errors.md` that explains it, which `cfusion help TOPIC` shows; none: that of the class.
+        message: What is wrong, in which file, row or key, and what was expected.
+        remedy: What to do; printed after the message.
+        topic: Topic of `errors.md`, shown by `cfusion help TOPIC`; None: the topic of the class.
     """
 
     exit_code = 2
@@ -30,7 +30,7 @@ class CfusionError(Exception):
         super().__init__(f"{message} {remedy}".strip())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Workers send their errors through pickle, which would call the class with the joined text alone.
+        # Workers pickle their errors. By default, unpickling would call the class with only the joined text.
         return _rebuilt, (type(self), self.message, self.remedy, self.topic)
 
 
@@ -47,7 +47,7 @@ class ConfigError(CfusionError):
 
 
 class UntrustedCodeError(ConfigError):
-    """Code that came with a model and that the user has not said to trust."""
+    """A model includes code that the user has not marked as trusted."""
 
     topic = "trust-code"
 
@@ -65,19 +65,19 @@ class ResolutionError(DataError):
 
 
 class SlideError(DataError):
-    """A slide that is not there or cannot be read."""
+    """A slide that is missing or cannot be read."""
 
     topic = "slide"
 
 
 class WeightsError(DataError):
-    """Weights of an encoder that cannot be had or are another's."""
+    """Weights of an encoder that are unavailable, or belong to another encoder."""
 
     topic = "weights"
 
 
 class LayoutError(DataError):
-    """Features of another program that are not laid out as that program does."""
+    """Features of another program in an unexpected layout."""
 
     topic = "import"
 
@@ -89,7 +89,7 @@ class StoreError(DataError):
 
 
 class ShardsError(DataError):
-    """Shards that are missing, damaged, or do not hold what is asked for."""
+    """Shards that are missing, damaged, or lack the requested data."""
 
     topic = "shards"
 
@@ -107,13 +107,13 @@ class PredictionsError(DataError):
 
 
 class CheckpointError(DataError):
-    """A checkpoint that is damaged or belongs to another training."""
+    """A checkpoint that is damaged or belongs to another run."""
 
     topic = "checkpoint"
 
 
 class UndefinedMetricError(CfusionError):
-    """A score that does not exist for these patients, such as a C-index without a comparable pair."""
+    """A score that is undefined for these patients, such as a C-index without a comparable pair."""
 
     topic = "undefined-score"
 
@@ -131,21 +131,21 @@ class MissingExtraError(CfusionError):
 
 
 class PartialResultError(CfusionError):
-    """The work was done except for named parts; what was done is kept."""
+    """Some items failed; the finished ones are kept."""
 
     exit_code = 3
     topic = "partial"
 
 
 class RequeueError(CfusionError):
-    """The run was asked to stop, has saved its state, and wants to be started again (EX_TEMPFAIL)."""
+    """The run stopped on request after saving its state, and should be restarted (EX_TEMPFAIL)."""
 
     exit_code = 75
     topic = "requeue"
 
 
 def nearest(word: str, known: Iterable[str], parent: str = "") -> str:
-    """A remedy for a name that is not `known`: the nearest one, behind the `parent.` it belongs to, or all of them."""
+    """Return a remedy for an unknown name: the nearest known name, with its `parent.` prefix, or all known names."""
     names = list(known)
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"Did you mean {parent}{near[0]}?" if near else f"Known: {', '.join(names) or 'none'}."

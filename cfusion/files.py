@@ -1,4 +1,4 @@
-"""Whole files or none: atomic writing, and digests that say what a file held."""
+"""Write files atomically, read JSON, and compute digests of files and values."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from cfusion.errors import DataError
 
 @contextlib.contextmanager
 def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary sibling of `target` to write a file or folder to; it takes the name when the block ends.
+    """Yield a temporary sibling of `target` for a file or folder, which is renamed to `target` when the block ends.
 
-    The data is on disk before the rename, so after a crash `target` is the old content or the new, never a part.
-    When the block raises, the temporary is removed and `target` is left as it was.
+    The data is on disk before the rename, so after a crash `target` has the old or the new content, never a part of it.
+    If the block raises, the temporary is removed and `target` is unchanged.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -44,12 +44,12 @@ def _machine() -> str:
 
 
 def _mark() -> str:
-    """A name for a temporary that nobody else gives, and that tells who is writing it."""
+    """Return a unique name for a temporary, which identifies the machine and process that write it."""
     return f"{_machine()}_{os.getpid()}_{uuid.uuid4().hex[:8]}"
 
 
 def is_orphan(temporary: Path) -> bool:
-    """Whether a temporary of `atomic_path` belongs to a process of this machine that has ended."""
+    """Return whether a temporary of `atomic_path` belongs to an ended process of this machine."""
     match = re.search(r"\.([0-9a-f]{8})_(\d+)_[0-9a-f]{8}\.(tmp|old)$", temporary.name)
     if match is None or match[1] != _machine():
         return False
@@ -63,7 +63,7 @@ def is_orphan(temporary: Path) -> bool:
 
 
 def put_in_place(temporary: Path, target: Path) -> None:
-    """Give a finished file or folder its name; a folder that has it is moved aside first and deleted last."""
+    """Rename a finished file or folder to `target`; an existing folder is moved aside first and deleted afterwards."""
     if target.is_dir():
         aside = target.with_name(f".{target.name}.{_mark()}.old")
         target.rename(aside)
@@ -90,7 +90,7 @@ def write_text(target: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(target: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as indented JSON to `target` atomically; NaN and infinity are refused."""
+    """Write `value` as indented JSON to `target` atomically; NaN and infinity raise ValueError."""
     write_text(target, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
@@ -98,7 +98,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file.
 
     Raises:
-        DataError: The file is missing or is not JSON.
+        DataError: The file is missing, or is not valid JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -109,31 +109,31 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def check_format(path: str | os.PathLike[str], values: Mapping[str, Any], reads: int) -> None:
-    """Refuse a file whose `format` is newer than this program; a file without one was written by 0.1.0 and passes.
+    """Reject a file whose `format` is newer than this program; files of version 0.1.0 have no format and pass.
 
     Args:
-        path: Of the file, for the error.
-        values: What it holds.
+        path: Path of the file, for the error.
+        values: Content of the file.
         reads: The highest format that this program reads.
 
     Raises:
-        DataError: The number is higher than `reads`, or is no number.
+        DataError: The format is higher than `reads`, or is not a positive integer.
     """
     found = values.get("format", 1)
     if type(found) is not int or not 1 <= found <= reads:
         raise DataError(
             f"{path}: has format {found!r}; this program reads formats up to {reads}.",
-            "A newer cfusion wrote it: upgrade this one.",
+            "It was written by a newer cfusion: upgrade.",
         )
 
 
 def digest_file(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def digest_json(value: Any) -> str:
-    """SHA-256 of a value's canonical JSON: the same for equal values, whatever the order of their keys."""
+    """Return the SHA-256 of a value's canonical JSON; it does not depend on the order of keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

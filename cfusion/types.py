@@ -1,7 +1,7 @@
-"""The words of the house as types: cohort, split, bag, batch, target, output.
+"""Define the shared types: cohort, split, slide features, bag batch, targets, output.
 
-Units stand in the names (`_px`, `_months`). A magnification is written as the field writes it, 20 for 20x at
-0.5 µm/px; its name, `x20`, is the key under which features, coordinates and batches carry it.
+Names contain units (`_px`, `_months`). A magnification is a number, 20 for 20x at 0.5 µm/px. Its name, `x20`, is the
+key in features, coordinates and batches.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 
 
 def magnification_name(magnification: float) -> str:
-    """The key of a magnification: 20 → `x20`, 2.5 → `x2.5`."""
+    """Return the key of a magnification: 20 → `x20`, 2.5 → `x2.5`."""
     return f"x{magnification:g}"
 
 
 def magnification_value(name: str) -> float:
-    """The magnification of a key: `x20` → 20.0."""
+    """Return the magnification of a key: `x20` → 20.0."""
     return float(name.removeprefix("x"))
 
 
 def magnification_words(name: str) -> str:
-    """A key as people say it: `x20` → `20x`."""
+    """Return a key in the usual notation: `x20` → `20x`."""
     return f"{magnification_value(name):g}x"
 
 
 def titled_table(title: str, table: pd.DataFrame, rows: int | None = None) -> str:
-    """HTML for a notebook: a line, and the first `rows` rows of a table; none: all."""
+    """Return HTML for a notebook: a title and the first `rows` rows of a table; None: all rows."""
     shown = table if rows is None else table.head(rows)
     more = f"<p>… {len(table) - len(shown)} more rows</p>" if len(shown) < len(table) else ""
     return f"<p>{html.escape(title)}</p>{shown.to_html(index=False, float_format='{:.3g}'.format, border=0)}{more}"
@@ -50,9 +50,9 @@ class Cohort:
     Attributes:
         name: Short name, such as `tcga_blca`.
         cases: One row per patient, indexed by `case_id`: `time_months` (float, ≥ 0), `event` (bool, true = the event
-            happened), and, where known, `site` and other covariates.
+            happened), and, if known, `site` and other covariates.
         slides: One row per slide, indexed by `slide_id` (file stem): `case_id`.
-        endpoint: What the event is: OS, DSS, PFI.
+        endpoint: The endpoint: OS, DSS or PFI.
     """
 
     name: str
@@ -61,12 +61,12 @@ class Cohort:
     endpoint: str = "OS"
 
     def slides_of(self, case_ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """The slides of each of the given patients, in the table's order."""
+        """Return the slides of each of the given patients, in the order of the table."""
         grouped = {case: tuple(rows) for case, rows in self.slides.groupby("case_id", sort=False).groups.items()}
         return {case: grouped.get(case, ()) for case in case_ids}
 
     def subset(self, case_ids: Sequence[str]) -> Cohort:
-        """The cohort of the given patients alone, in their order."""
+        """Return a cohort of only the given patients, in the given order."""
         kept = self.slides[self.slides["case_id"].isin(set(case_ids))]
         return dataclasses.replace(self, cases=self.cases.loc[list(case_ids)], slides=kept)
 
@@ -84,13 +84,13 @@ class Cohort:
 
 @dataclass(frozen=True, repr=False)
 class Split:
-    """One fold: disjoint patients for training, for choosing the model, and for the one final score.
+    """One fold: disjoint patients for training, for choosing the model, and for the final score.
 
     Attributes:
-        fold: Number from 0.
-        train: Patients whose outcomes the parameters, time bins and cut-offs may see.
-        validation: Patients for early stopping and model choice; part of the training side. Empty under `fixed-epoch`.
-        test: Patients scored once. Under the `published` protocol these choose the model too.
+        fold: Number of the fold, from 0.
+        train: Patients whose outcomes determine parameters, time bins and cut-offs.
+        validation: Patients for early stopping and model selection, from the training side. Empty under `fixed-epoch`.
+        test: Patients scored once. Under the `published` protocol they also choose the model.
         repeat: Number of the repetition in repeated cross-validation.
     """
 
@@ -102,20 +102,20 @@ class Split:
 
     def __repr__(self) -> str:
         again = f", repeat {self.repeat}" if self.repeat else ""
-        counts = f"{len(self.train)} train, {len(self.validation)} choose, {len(self.test)} are scored"
+        counts = f"{len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test"
         return f"Split(fold {self.fold}{again}: {counts})"
 
 
 @dataclass(frozen=True)
 class SlideFeatures:
-    """One slide's embeddings over all magnifications, as a feature store or shard holds them.
+    """One slide's embeddings at all magnifications, as stored in a feature store or shard.
 
     Attributes:
         slide_id: File stem of the slide.
         features: Per magnification name, f16 [N, d].
-        coords: Per magnification name, i32 [N, 2]: x, y of each tile's top-left corner in level-0 px. Empty where the
-            source had none.
-        parents: For each magnification but the coarsest, i32 [N]: the row in the next coarser magnification.
+        coords: Per magnification name, i32 [N, 2]: x, y of each tile's top-left corner in level-0 px. Empty if the
+            source has no coordinates.
+        parents: For each magnification except the coarsest, i32 [N]: the row in the next coarser magnification.
         attrs: Provenance: encoder, weight digest, transform, resample filter, mpp and its source, `tile_px_level0`
             (per magnification name, side of a tile in level-0 px), grid version, slide digest, program version.
     """
@@ -132,10 +132,10 @@ class BagBatch:
     """Bags padded to a common length, one tensor per magnification name.
 
     Attributes:
-        features: [bag, tile, dim], zero where padded.
-        masks: [bag, tile], true where a tile is real; None when every tile of every bag is.
-        positions: [bag, tile, 2], column and row on the magnification's own grid; None where the source has no
-            coordinates. Slides of one case are laid side by side, so positions do not collide.
+        features: [bag, tile, dim], zero in the padding.
+        masks: [bag, tile], true for tiles, false for padding; None if there is no padding.
+        positions: [bag, tile, 2], column and row on the grid of the magnification; None if the source has no
+            coordinates. Slides of one case are placed side by side, so their positions do not collide.
         case_ids: The patient of each bag.
     """
 
@@ -148,11 +148,11 @@ class BagBatch:
         return next(iter(self.features.values())).shape[0]
 
     def name(self, bag: int) -> str:
-        """What an error calls a bag: its patient, or else its number."""
+        """Return the name of a bag for errors: its patient, or its number if there are no patients."""
         return self.case_ids[bag] if self.case_ids else f"number {bag}"
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> BagBatch:
-        """The batch on `device`, its features as `dtype` where one is given."""
+        """Copy the batch to `device`, with features converted to `dtype` if it is given."""
 
         def move(tensors: Mapping[str, Tensor] | None, as_type: torch.dtype | None = None) -> Any:
             if tensors is None:
@@ -170,7 +170,7 @@ class Targets:
 
     Attributes:
         label: [bag], the time bin of the follow-up time, 0 … n_bins − 1.
-        event: [bag], true where the event was seen, false where censored.
+        event: [bag], true if the event was observed, false if censored.
         time_months: [bag], follow-up time.
     """
 
@@ -179,21 +179,22 @@ class Targets:
     time_months: Float[Tensor, " bag"]
 
     def to(self, device: torch.device | str) -> Targets:
-        """The targets on `device`."""
+        """Copy the targets to `device`."""
         return Targets(self.label.to(device), self.event.to(device), self.time_months.to(device))
 
 
 @dataclass(frozen=True)
 class SurvivalOutput:
-    """What every model returns: a discrete-time survival distribution per bag (CrossFusion, section 3.5).
+    """Output of every model: a discrete-time survival distribution per bag (CrossFusion, section 3.5).
 
     Attributes:
         logits: [bag, bin].
-        hazards: [bag, bin] in (0, 1): sigmoid of the logits, the chance of the event in a bin given survival to it.
-        survival: [bag, bin] in (0, 1), not increasing: the chance of surviving past the right edge of each bin.
+        hazards: [bag, bin] in (0, 1): sigmoid of the logits, the probability of the event in a bin given survival up
+            to it.
+        survival: [bag, bin] in (0, 1), not increasing: the probability of surviving past the right edge of each bin.
         risk: [bag], minus the sum of `survival`; higher is worse.
-        instance_logits: [bag, bin], of each bin's critical tile, where a model trains an instance branch beside its bag
-            branch (DSMIL); the loss is then the mean over both.
+        instance_logits: [bag, bin], of the critical tile of each bin, if a model trains an instance branch in addition
+            to its bag branch (DSMIL); the loss is then the mean of both.
     """
 
     logits: Float[Tensor, "bag bin"]
@@ -204,7 +205,7 @@ class SurvivalOutput:
 
     @classmethod
     def from_logits(cls, logits: Float[Tensor, "bag bin"]) -> SurvivalOutput:
-        """Hazards, survival and risk of the given logits, in f32 at least: products of hazards do not bear f16."""
+        """Compute hazards, survival and risk, at least in f32: f16 is too imprecise for products of hazards."""
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         hazards = torch.sigmoid(logits)
         survival = torch.cumprod(1 - hazards, dim=1)

@@ -1,4 +1,4 @@
-"""YAML mappings, `section.key=value` overrides and differences, as nested plain values."""
+"""Read YAML mappings, apply `section.key=value` overrides, and compare nested values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read the mapping in a YAML file; an empty file is an empty mapping.
 
     Raises:
-        ConfigError: The file cannot be read, is not YAML, or holds no mapping.
+        ConfigError: The file cannot be read, is not valid YAML, or does not contain a mapping.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -31,14 +31,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_override(values: dict[str, Any], override: str) -> str:
-    """Set one `section.key=value` in nested `values`, the value read as YAML; returns the key.
+    """Set one `section.key=value` in nested `values`, with the value parsed as YAML, and return the key.
 
     Raises:
-        ConfigError: It does not read `section.key=value`, or a part of the key is no section.
+        ConfigError: The override is not of the form `section.key=value`, or a part of the key is not a section.
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{override!r}: an override reads section.key=value.")
+        raise ConfigError(f"{override!r}: expected an override of the form section.key=value.")
     try:
         set_key(values, key, yaml.safe_load(text))
     except yaml.YAMLError as error:
@@ -50,7 +50,7 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
     """Set the dotted `key` in nested `values`.
 
     Raises:
-        ConfigError: A part of the key holds a value, not a section.
+        ConfigError: A part of the key is a value, not a section.
     """
     *sections, last = key.split(".")
     target = values
@@ -62,15 +62,15 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """The keys in which two nested mappings differ, each with both values."""
+    """List the keys in which two nested mappings differ, each with both values."""
     found = differing_values(there, here)
     return [f"{key} ({one} there, {other} here)" for key, (one, other) in sorted(found.items())]
 
 
 def differing_values(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """By key such as `train.lr`, the two values of each key in which nested mappings differ, in the mappings' order.
+    """Return the two values of each key (such as `train.lr`) in which nested mappings differ, in their order.
 
-    Values are compared as they print. A value that only one of the mappings has is `"not recorded"` in the other.
+    Values are compared as text. A value missing from one of the mappings is `"not recorded"`.
     """
     flat, flat_other = _flat(one), _flat(other)
     pairs = {key: (flat.get(key, _ABSENT), flat_other.get(key, _ABSENT)) for key in {**flat, **flat_other}}

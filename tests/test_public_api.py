@@ -57,7 +57,7 @@ def test_a_notebook(tmp_path):
     assert isinstance(run.predictions, pd.DataFrame)
     assert isinstance(scores.summary, pd.DataFrame)
     assert repr(cohort) == "Cohort(made_up: 60 patients, {} events, 61 slides, OS)".format(cohort.cases["event"].sum())
-    assert re.fullmatch(r"Split\(fold 0: \d+ train, \d+ choose, 20 are scored\)", repr(split))
+    assert re.fullmatch(r"Split\(fold 0: \d+ train, \d+ validation, 20 test\)", repr(split))
     assert re.fullmatch(r"FoldRun\(amil, fold 0: epoch [01] chosen after 2 epochs, 20 patients predicted\)", repr(run))
     assert repr(run.model) == "FittedModel(amil of made_up, fold 0: reads made-up at 20x, 10x, 5x)"
     assert re.fullmatch(r"Scores\(made_up amil \(strict\): C 0\.\d{3} \[0\.\d{3}, \d\.\d{3}\]\)", repr(scores))

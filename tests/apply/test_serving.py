@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from mlflow_server import wait_for
 from spawn import free_port
-from test_prediction import untrained
+from apply.test_prediction import untrained
 
 from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.tracking.address import connect

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from test_prediction import cfusion, files, untrained  # noqa: F401 - fixtures
+from apply.test_prediction import cfusion, files, untrained  # noqa: F401 - fixtures
 from typer.testing import CliRunner
 
 from cfusion.apply.ensemble import FoldEnsemble
