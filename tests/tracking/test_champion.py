@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from apply.test_prediction import cfusion, files, untrained  # noqa: F401 - fixtures
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from apply.test_prediction import cfusion, files, untrained  # noqa: F401 - fixtures
 from typer.testing import CliRunner
 
 from cfusion.apply.ensemble import FoldEnsemble
