@@ -1,6 +1,12 @@
 """The public API in ten lines, as the README prints it."""
 
+import dataclasses
 import re
+import subprocess
+import sys
+import tomllib
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -75,3 +81,56 @@ def test_a_configuration_shows_what_is_not_as_by_default():
 def test_an_unknown_name_is_told():
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = cfusion.trian
+
+
+def _named(annotation) -> Iterator[type]:
+    """The classes in an annotation, through its parameters."""
+    if isinstance(annotation, type):
+        yield annotation
+    for part in typing.get_args(annotation):
+        yield from _named(part)
+
+
+def _returned(thing) -> Iterator[type]:
+    """The classes of this project that a function returns or a dataclass holds."""
+    hints = typing.get_type_hints(thing, localns={"pd": pd})
+    annotations = hints.values() if isinstance(thing, type) else [hints["return"]]
+    for kind in (kind for annotation in annotations for kind in _named(annotation)):
+        if kind.__module__.partition(".")[0] == "cfusion":
+            yield kind
+
+
+def test_what_public_functions_return_is_public():
+    public = [getattr(cfusion, name) for name in cfusion._API]
+    assert [thing.__name__ for thing in public] == list(cfusion._API)
+    methods = [cfusion.FeatureStore.read, cfusion.FoldEnsemble.load, cfusion.FittedModel.load]
+    results = [thing for thing in public if not isinstance(thing, type)] + methods
+    held = [thing for thing in public if dataclasses.is_dataclass(thing)]
+    missing = {kind for thing in results + held for kind in _returned(thing) if kind not in public}
+    assert not missing
+
+
+def test_the_version_has_one_place():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in project["project"]
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["hatch"]["version"]["path"] == "cfusion/__init__.py"
+    found = re.findall(r'^__version__ = "(.*)"$', (ROOT / "cfusion/__init__.py").read_text(), re.MULTILINE)
+    assert found == [cfusion.__version__]
+
+
+def test_the_command_prints_its_version_without_loading_torch():
+    program = (
+        "import sys\n"
+        "from cfusion.cli.main import run\n"
+        "sys.argv = ['cfusion', '--version']\n"
+        "try:\n    run()\nexcept SystemExit as left:\n    assert not left.code, left.code\n"
+        "heavy = {'torch', 'numpy', 'pandas', 'pydantic', 'mlflow'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"cfusion {cfusion.__version__}\n"), done.stderr
+
+
+def test_types_ship():
+    assert (Path(cfusion.__file__).parent / "py.typed").is_file()

@@ -13,6 +13,7 @@ import time
 
 import typer
 
+import cfusion
 from cfusion.cli import (
     cmd_checkpoint,
     cmd_configs,
@@ -86,10 +87,19 @@ for module in COMMANDS:
     module.register(app)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"cfusion {cfusion.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _common(
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Log every step."),
     quiet: bool = typer.Option(False, "--quiet", "-q", help="Log warnings alone."),
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+    ),
 ) -> None:
     rank_zero = os.environ.get("RANK", "0") == "0"
     level = logging.DEBUG if verbose else logging.WARNING if quiet or not rank_zero else logging.INFO
