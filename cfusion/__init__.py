@@ -34,6 +34,7 @@ _API = {
     "Scores": "cfusion.survival.score",
     "PatientScores": "cfusion.survival.patients",
     "Calibration": "cfusion.survival.patients",
+    "CalibrationPoint": "cfusion.survival.calibration",
     "Curve": "cfusion.survival.groups",
     "HazardRatio": "cfusion.survival.groups",
 }
