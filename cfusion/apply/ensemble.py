@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cfusion.apply.sources import BagSource, Cases, ShardSource
+from cfusion.apply.sources import BagSource, Cases, ShardSource, bag_of_arrays
 from cfusion.config import DataConfig, ParallelConfig
 from cfusion.console import progress
 from cfusion.data.loader import BagSet
@@ -210,8 +210,8 @@ class FoldEnsemble:
         placed = None
         if positions:
             placed = {name: _checked_positions(positions, name, len(features[name])) for name in names}
-        tensors = {name: _checked_features(features[name], name) for name in names}
-        batch = BagBatch(tensors, None, placed)
+        arrays = {name: _checked_features(features[name], name) for name in names}
+        batch = bag_of_arrays(arrays, placed)
         with torch.inference_mode():
             outputs = [m.module(batch) for m in self.models]
         survival = self._mean_curve([output.survival[0].double().numpy() for output in outputs])
@@ -227,8 +227,8 @@ def mean_cutoff(cards: Sequence[ModelCard]) -> float | None:
     return float(np.mean(cutoffs)) if len(cutoffs) == len(cards) else None
 
 
-def _checked_features(features: np.ndarray, name: str) -> torch.Tensor:
-    """Features [1, tile, dim] of a magnification, in f32.
+def _checked_features(features: np.ndarray, name: str) -> np.ndarray:
+    """Features [tile, dim] of a magnification, in f32.
 
     Raises:
         DataError: A value is not finite.
@@ -241,11 +241,11 @@ def _checked_features(features: np.ndarray, name: str) -> torch.Tensor:
             f"features of {name}: row {int(np.argmin(finite))}, counted from 0, holds a value that is not finite.",
             "Extract the slide again.",
         )
-    return torch.from_numpy(values)[None]
+    return values
 
 
-def _checked_positions(positions: Mapping[str, Sequence[Sequence[int]]], name: str, tiles: int) -> torch.Tensor:
-    """Positions [1, tile, 2] of a magnification.
+def _checked_positions(positions: Mapping[str, Sequence[Sequence[int]]], name: str, tiles: int) -> np.ndarray:
+    """Positions [tile, 2] of a magnification.
 
     Raises:
         DataError: They are not columns and rows of that many tiles.
@@ -253,4 +253,4 @@ def _checked_positions(positions: Mapping[str, Sequence[Sequence[int]]], name: s
     table = np.asarray(positions.get(name, ()))
     if table.shape != (tiles, 2) or table.dtype.kind not in "iu" or table.min(initial=0) < 0:
         raise DataError(f"positions of {name}: expected {tiles} pairs of column and row, whole numbers from 0.")
-    return torch.as_tensor(table.astype(np.int64))[None]
+    return table.astype(np.int64)

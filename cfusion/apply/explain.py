@@ -1,44 +1,24 @@
-"""Explanations of slides from wherever they come: a slide, a feature store, one slide's group in a store."""
+"""Explain the slides of opened inputs, each into a folder of its own."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from cfusion.apply.ensemble import FoldEnsemble
-from cfusion.data.store import SUFFIX, FeatureStore, encoders_in
-from cfusion.errors import CfusionError, ConfigError, DataError, PartialResultError, StoreError
+from cfusion.apply.inputs import Inputs
+from cfusion.errors import CfusionError, ConfigError, DataError, PartialResultError
 from cfusion.explanation import Explanation, explain
 from cfusion.explanation.explanation_files import check_target, write_results
 from cfusion.explanation.faithfulness import deletion_areas, deletion_curves
 from cfusion.explanation.scoring import Occlusion
-from cfusion.training.fitted import ModelCard
-from preprocess.extraction import preprocess_slides
 from preprocess.regions import SlidePictures
-from preprocess.settings import PreprocessConfig
-from preprocess.slides import find_slides, slide_id_of
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Features of slides, and the slides themselves where they are at hand.
-
-    Attributes:
-        store: The features.
-        slide_ids: Which of them.
-        slides: Files of slides by name; those that are missing have no pictures.
-    """
-
-    store: FeatureStore
-    slide_ids: tuple[str, ...]
-    slides: Mapping[str, Path]
 
 
 @dataclass(frozen=True)
@@ -56,60 +36,8 @@ class Explained:
     areas: pd.DataFrame | None
 
 
-def from_slide(slide: Path, card: ModelCard, store: Path, **settings: Any) -> Source:
-    """Extract a slide's features as the model needs them, unless they are there.
-
-    Args:
-        slide: The slide.
-        card: Of the model: how its embeddings are made.
-        store: Feature store to write.
-        settings: Others of `PreprocessConfig`, such as `default_mpp`.
-
-    Raises:
-        CfusionError: The slide cannot be read or has no tissue, or the encoder cannot be had.
-    """
-    config = PreprocessConfig(slides=slide, store=store, **card.preprocessing, **settings)
-    preprocess_slides(config, strict=True, overwrite=True)
-    return Source(FeatureStore.open(store, card.encoder), (slide_id_of(slide),), {slide_id_of(slide): slide})
-
-
-def from_store(path: Path, card: ModelCard, slide_ids: Sequence[str] = (), slides: Path | None = None) -> Source:
-    """Slides of a feature store, of one encoder's folder in it, or one slide's group.
-
-    Args:
-        path: The store, the folder or the group.
-        card: Of the model: its encoder.
-        slide_ids: Which slides; none: all.
-        slides: A folder that is searched for their files.
-
-    Raises:
-        StoreError: There is no store, it holds another encoder's embeddings, or it lacks a slide.
-    """
-    if path.suffix == SUFFIX:
-        path, slide_ids = path.parent, (path.name.removesuffix(SUFFIX),)
-    root = path.parent if path.is_dir() and any(path.glob(f"[!.]*{SUFFIX}")) else path
-    held = [path.name] if root != path else encoders_in(root)
-    if not held:
-        raise StoreError(f"{path}: is no feature store.", "Give one slide, a store, or one slide's group in it.")
-    if card.encoder not in held:
-        raise StoreError(
-            f"{path}: holds embeddings of {', '.join(held)}, but the model reads {card.encoder}.",
-            f"Preprocess the slides with --encoder {card.encoder}.",
-            topic="encoder",
-        )
-    store = FeatureStore.open(root, card.encoder)
-    known = store.slide_ids()
-    missing = [slide_id for slide_id in slide_ids if slide_id not in known]
-    if missing:
-        raise StoreError(
-            f"{store.path}: has no slide {', '.join(missing)}.", "`cfusion preprocess inspect` lists what is there."
-        )
-    files = {slide_id_of(file): file for file in find_slides(slides)} if slides else {}
-    return Source(store, tuple(slide_ids) or tuple(known), files)
-
-
-def explain_source(
-    source: Source,
+def explain_inputs(
+    inputs: Inputs,
     ensemble: FoldEnsemble,
     out: Path,
     *,
@@ -120,10 +48,10 @@ def explain_source(
     default_mpp: float | None = None,
     device: str = "cpu",
 ) -> Iterator[Explained]:
-    """Explain every slide of a source, each into a folder of its name in `out`.
+    """Explain every slide of the inputs, each into a folder of its name in `out`.
 
     Args:
-        source: The slides.
+        inputs: The slides.
         ensemble: The models.
         out: Folder to write.
         magnifications: Names of those to report; None: all that the models read.
@@ -138,27 +66,29 @@ def explain_source(
         PartialResultError: Some slides cannot; the others are done.
     """
     failed: dict[str, CfusionError] = {}
-    for slide_id in source.slide_ids:
+    for slide_id in inputs.slide_ids:
         try:
             check_target(out / slide_id)
-            slide = source.store.read(slide_id)
+            slide = inputs.source.read(slide_id)
             found = explain(
                 ensemble, slide, occlusion=occlusion, most_removals=most_removals, magnifications=magnifications,
                 device=device,
             )  # fmt: skip
             curves = deletion_curves(ensemble, slide, found, device=device) if faithfulness else None
-            page = _write(found, source.slides.get(slide_id), default_mpp, out, curves)
+            page = _write(found, inputs.files.get(slide_id), default_mpp, out, curves)
         except DataError as error:
-            if len(source.slide_ids) == 1:
+            if len(inputs.slide_ids) == 1 and not inputs.failed:
                 raise
             logger.warning("failed: %s", error)
             failed[slide_id] = error
             continue
         yield Explained(found, page, None if curves is None else deletion_areas(curves))
-    if failed:
+    if lost := sorted({*failed, *inputs.failed}):
+        first = next(iter(failed.values())).message if failed else "their features could not be extracted, see above."
         raise PartialResultError(
-            f"{len(failed)} of {len(source.slide_ids)} slides were not explained: {', '.join(sorted(failed)[:5])}.",
-            f"The first: {next(iter(failed.values())).message}",
+            f"{len(lost)} of {len(inputs.slide_ids) + len(inputs.failed)} slides were not explained: "
+            f"{', '.join(lost[:5])}.",
+            f"The first: {first}",
         )
 
 

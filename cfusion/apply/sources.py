@@ -21,7 +21,7 @@ from cfusion.data.store import FeatureStore
 from cfusion.errors import CohortError, StoreError
 from cfusion.training.fitted import ModelCard
 from cfusion.training.runtime import Runtime
-from cfusion.types import BagBatch, magnification_name
+from cfusion.types import BagBatch, SlideFeatures, magnification_name
 
 SAME_FOR_ALL = ("version", "weights", "transform", "pool", "resolution", "resample")
 """What two sets of embeddings of one encoder must have in common for a model of the one to read the other."""
@@ -108,6 +108,10 @@ class BagSource(Protocol):
 
     def open(self, cases: Cases, magnifications: Sequence[float], runtime: Runtime) -> Bags:
         """A bag a patient."""
+        ...
+
+    def read(self, slide_id: str) -> SlideFeatures:
+        """All features of one slide, with the coordinates of its tiles."""
         ...
 
 
@@ -200,6 +204,10 @@ class StoreSource:
         """The slides, sorted."""
         return tuple(self._store.slide_ids())
 
+    def read(self, slide_id: str) -> SlideFeatures:
+        """All features of one slide, with the coordinates of its tiles where the store has them."""
+        return self._store.read(slide_id)
+
     def open(self, cases: Cases, magnifications: Sequence[float], runtime: Runtime) -> Bags:
         """A bag a patient, read when its turn comes."""
         names = tuple(magnification_name(m) for m in sorted(magnifications, reverse=True))
@@ -228,18 +236,38 @@ class _StoreBags:
 
     def _batch(self, case: str) -> BagBatch:
         slides = [self.store.read(slide) for slide in self.slides_of[case]]
-        features = {
-            name: torch.from_numpy(np.concatenate([slide.features[name] for slide in slides]))[None]
-            for name in self.names
-        }
-        positions = None
-        sides = [slide.attrs.get("tile_px_level0", {}) for slide in slides]
-        if all(
-            len(s.coords.get(n, ())) and n in side for s, side in zip(slides, sides, strict=True) for n in self.names
-        ):
-            placed = bag_positions([{n: slide.coords[n] for n in self.names} for slide in slides], sides)
-            positions = {name: torch.from_numpy(grid)[None] for name, grid in placed.items()}
-        return BagBatch(features, None, positions, (case,)).to(self.runtime.device, self.runtime.dtype)
+        return bag_of_slides(slides, self.names, case).to(self.runtime.device, self.runtime.dtype)
+
+
+def bag_of_slides(slides: Sequence[SlideFeatures], names: Sequence[str], case_id: str) -> BagBatch:
+    """Make one bag of the slides of a patient.
+
+    Args:
+        slides: Their features.
+        names: The magnifications that the model reads.
+        case_id: Names the bag.
+
+    Returns:
+        The bag; without positions where a slide has no coordinates or no tile sides at one of the magnifications.
+    """
+    features = {name: np.concatenate([slide.features[name] for slide in slides]) for name in names}
+    sides = [slide.attrs.get("tile_px_level0", {}) for slide in slides]
+    if any(not len(s.coords.get(n, ())) or n not in side for s, side in zip(slides, sides, strict=True) for n in names):
+        return bag_of_arrays(features, None, case_id)
+    corners = [{name: slide.coords[name] for name in names} for slide in slides]
+    sides = [{name: float(side[name]) for name in names} for side in sides]
+    return bag_of_arrays(features, bag_positions(corners, sides), case_id)
+
+
+def bag_of_arrays(
+    features: Mapping[str, np.ndarray], positions: Mapping[str, np.ndarray] | None, *case_ids: str
+) -> BagBatch:
+    """Make one bag of features [tile, dim] and grid positions [tile, 2] per magnification, on the CPU in f32."""
+    placed = None
+    if positions is not None:
+        placed = {name: torch.from_numpy(grid)[None] for name, grid in positions.items()}
+    tensors = {name: torch.from_numpy(np.asarray(f, np.float32))[None] for name, f in features.items()}
+    return BagBatch(tensors, None, placed, case_ids)
 
 
 def group_slides(slide_ids: Sequence[str], table: Path | None) -> dict[str, tuple[str, ...]]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from cfusion.cli.cmd_predict import load_ensemble
 from cfusion.cli.options import TrustCode
 
 
@@ -18,7 +16,9 @@ def register(app: typer.Typer) -> None:
 
 
 def explain(
-    source: Annotated[Path, typer.Argument(help="A slide, a feature store, or one slide's group in it (.zarr).")],
+    source: Annotated[
+        Path, typer.Argument(help="Slides (file or folder), a store, or one slide's group in it (.zarr).")
+    ],
     model: Annotated[str, typer.Option(help="models:/NAME@champion, a run's folder, or one fold's.")],
     out: Annotated[Path, typer.Option(help="Folder to write; each slide gets a folder of its own in it.")],
     uri: Annotated[str | None, typer.Option(help="MLflow server; default: MLFLOW_TRACKING_URI.")] = None,
@@ -48,19 +48,18 @@ def explain(
       cfusion explain a.svs --model models:/blca@champion --out explained
       cfusion explain features --slides slides --model runs/blca --out explained
     """  # noqa: D301 - the escape is typer's mark for lines that stay as they are
-    from cfusion.apply.explain import checked_device, explain_source, from_slide, from_store
+    from cfusion.apply.explain import checked_device, explain_inputs
+    from cfusion.apply.inputs import Extraction, open_inputs
+    from cfusion.apply.loading import load_ensemble
     from cfusion.types import magnification_name
 
-    with tempfile.TemporaryDirectory() as scratch:
-        ensemble = load_ensemble(model, uri, Path(scratch) / "model", trust_code)
-    card = ensemble.models[0].card
-    if source.is_dir():
-        chosen = from_store(source, card, slide or (), slides)
-    else:
-        settings = {"default_mpp": default_mpp, "masks": masks, "weights": weights, "offline": offline}
-        chosen = from_slide(source, card, out / "features", **settings)
-    results = explain_source(
-        chosen,
+    ensemble = load_ensemble(model, uri, trust_code)
+    settings = {"default_mpp": default_mpp, "masks": masks, "weights": weights, "offline": offline}
+    inputs = open_inputs(
+        [str(source)], ensemble.models[0].card, Extraction(out / "features", settings, overwrite=True)
+    )  # fmt: skip
+    results = explain_inputs(
+        inputs.choose(slide, slides),
         ensemble,
         out,
         magnifications=[magnification_name(m) for m in magnification or ()] or None,

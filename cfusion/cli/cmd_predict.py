@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cfusion.cli.options import TrustCode
-from cfusion.errors import ConfigError, DataError, PartialResultError
+from cfusion.errors import ConfigError, PartialResultError
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from cfusion.apply.ensemble import FoldEnsemble
-    from cfusion.apply.sources import BagSource
-    from cfusion.training.fitted import ModelCard
-    from cfusion.training.runtime import Runtime
-
-logger = logging.getLogger(__name__)
 
 
 def register(app: typer.Typer) -> None:
@@ -60,117 +50,17 @@ def predict(
     """  # noqa: D301 - the escape is typer's mark for lines that stay as they are
     if out is None and not as_json:
         raise ConfigError("cfusion predict: nothing would be kept.", "Give --out FILE.csv or --json.")
-    from cfusion.apply.sources import group_slides
-    from cfusion.config import ParallelConfig
-    from cfusion.training.world import join_world, launched
+    from cfusion.apply.prediction import predict_inputs
 
-    runtime = join_world(ParallelConfig(global_batch=launched()))
-    with tempfile.TemporaryDirectory() as scratch:
-        ensemble = load_ensemble(model, uri, Path(scratch) / "model", trust_code)
-        options: dict[str, object] = {
-            "weights": weights,
-            "offline": offline,
-            "default_mpp": default_mpp,
-            "threads": threads,
-        }
-        where = runtime.from_main(str(store or Path(scratch) / "features"))
-        found = _source(sources, ensemble.models[0].card, Path(where), options, runtime)
-        slides = group_slides(found.slide_ids, cases)
-        alone = 0 if cases else _taken_for_patients(found.slide_ids, runtime)
-        table = ensemble.predict(found.source, slides, runtime)
-        runtime.barrier()
-    if runtime.is_main:
-        _deliver(table, alone, out, as_json)
-        if found.failed:
-            lost = ", ".join(found.failed[:5])
-            raise PartialResultError(f"{len(found.failed)} slides could not be read: {lost}.", "See above.")
-
-
-def load_ensemble(model: str, uri: str | None, folder: Path, trust_code: str | None = None) -> FoldEnsemble:
-    """The models that `--model` names.
-
-    Args:
-        model: models:/NAME@ALIAS, models:/NAME/VERSION, the folder of a finished run, or that of one fold.
-        uri: MLflow server; None: MLFLOW_TRACKING_URI.
-        folder: Where a registered model's files are put; made where it is needed.
-        trust_code: Digest of code that came with the model and may run.
-
-    Raises:
-        DataError: There is no such model, its run is not finished, or the folder holds models of several runs.
-    """
-    from cfusion.apply.ensemble import FoldEnsemble
-    from cfusion.run_folder import find_run, is_done, is_run
-
-    if model.startswith("models:"):
-        from cfusion.tracking.address import connect, given_uri, unavailable
-        from cfusion.tracking.model_registry import fetch_ensemble, model_address
-
-        name, which = model_address(model)
-        address = given_uri(uri)
-        client = connect(address)
-        with unavailable(address):
-            return fetch_ensemble(client, name, which, folder, trust_code=trust_code)
-    run = find_run(Path(model))
-    if is_run(run) and not is_done(run):
-        raise DataError(f"{run}: its run is not finished.", "Finish it, or give the folder of one of its folds.")
-    return FoldEnsemble.load(Path(model), trust_code=trust_code)
-
-
-class _Found(NamedTuple):
-    """The embeddings, which slides of them are asked for, and which slides have none."""
-
-    source: BagSource
-    slide_ids: Sequence[str]
-    failed: Sequence[str] = ()
-
-
-def _source(sources: list[str], card: ModelCard, store: Path, options: dict[str, object], runtime: Runtime) -> _Found:
-    from cfusion.apply.sources import ShardSource, StoreSource
-    from cfusion.config import DataConfig
-    from cfusion.data.shard_index import INDEX_NAME
-
-    first = Path(sources[0])
-    if len(sources) == 1 and ("://" in sources[0] or (first / INDEX_NAME).is_file()):
-        shards = ShardSource(DataConfig(shards=sources[0]))
-        return _Found(shards, shards.slide_ids)
-    if len(sources) == 1 and any(first.glob("*/*.zarr")):
-        features = StoreSource(first, card.encoder)
-        return _Found(features, features.slide_ids)
-    states = runtime.gather(
-        [state for source in sources for state in _preprocess(Path(source), card, store, options, runtime)]
-    )
-    there = sorted({slide for slide, done in states if done})
-    failed = sorted({slide for slide, done in states if not done})
-    if not there:
-        raise DataError(f"None of the {len(failed)} slides could be read: {', '.join(failed[:5])}.", "See above.")
-    return _Found(StoreSource(store, card.encoder), there, failed)
-
-
-def _preprocess(
-    slides: Path, card: ModelCard, store: Path, options: dict[str, object], runtime: Runtime
-) -> list[tuple[str, bool]]:
-    """Extract this rank's share of the slides as the training's were, with the model's encoder; which are there."""
-    from cfusion.config import validate
-    from preprocess.extraction import preprocess_slides
-    from preprocess.settings import PreprocessConfig
-
-    values = {"slides": slides, "store": store, "sheets": False, **card.preprocessing, **options}
-    config = validate(PreprocessConfig, values, "cfusion predict")
-    summary = preprocess_slides(config, strict=slides.is_file(), share=(runtime.rank, runtime.world_size))
-    return [(outcome.slide_id, outcome.status in ("done", "skipped")) for outcome in summary.outcomes]
-
-
-def _taken_for_patients(slide_ids: Sequence[str], runtime: Runtime) -> int:
-    """How many slides stand for a patient each, since no name tells whose they are; said once."""
-    from cfusion.cohort.read import has_barcode
-
-    alone = sum(not has_barcode(slide) for slide in slide_ids)
-    if alone and runtime.is_main:
-        logger.warning(
-            "%d of %d slides bear no TCGA barcode: each is taken for a patient. --cases TABLE groups them.",
-            alone, len(slide_ids),
-        )  # fmt: skip
-    return alone
+    settings = {"weights": weights, "offline": offline, "default_mpp": default_mpp, "threads": threads}
+    done = predict_inputs(
+        sources, model, uri=uri, trust_code=trust_code, cases=cases, store=store, settings=settings
+    )  # fmt: skip
+    if done.is_main:
+        _deliver(done.table, done.slides_as_patients, out, as_json)
+        if done.failed:
+            lost = ", ".join(done.failed[:5])
+            raise PartialResultError(f"{len(done.failed)} slides could not be read: {lost}.", "See above.")
 
 
 def _deliver(table: pd.DataFrame, alone: int, out: Path | None, as_json: bool) -> None:

@@ -14,9 +14,8 @@ import torch
 from jaxtyping import Float, Int
 
 from cfusion.apply.ensemble import FoldEnsemble
-from cfusion.apply.sources import Embeddings
+from cfusion.apply.sources import Embeddings, bag_of_slides
 from cfusion.console import Progress, progress
-from cfusion.data.positions import bag_positions
 from cfusion.errors import ConfigError, DataError
 from cfusion.explanation.removal import Keep, Lineage, risks_without
 from cfusion.explanation.result import METHODS, Explanation, TileScores
@@ -127,15 +126,7 @@ def slide_bag(slide: SlideFeatures, model: FittedModel, device: torch.device | s
         Embeddings(where, encoder, dim, tuple(held), slide.attrs).check(model.card)
     for name in network.magnification_names:
         _check_level(slide, name)
-    sides = {name: float(slide.attrs["tile_px_level0"][name]) for name in network.magnification_names}
-    corners = {name: slide.coords[name] for name in network.magnification_names}
-    places = bag_positions([corners], [sides])
-    return BagBatch(
-        {n: torch.from_numpy(slide.features[n].astype(np.float32))[None].to(device) for n in sides},
-        None,
-        {name: torch.from_numpy(place)[None].to(device) for name, place in places.items()},
-        (slide.slide_id,),
-    )
+    return bag_of_slides([slide], network.magnification_names, slide.slide_id).to(device)
 
 
 def _squares(slide: SlideFeatures, name: str, most: int) -> Int[np.ndarray, " tile"]:

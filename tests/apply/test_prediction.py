@@ -264,7 +264,7 @@ def test_what_cannot_be_predicted_is_told_and_nothing_is_written(cfusion, files,
     out = tmp_path / "out.csv"
     attempts: list[tuple[type[CfusionError], str, list[object]]] = [
         (StoreError, "holds embeddings of made-up", [files.shards, "--model", other]),
-        (StoreError, "holds no features of the encoder 'uni'", [store, "--model", other]),
+        (StoreError, "holds embeddings of made-up, but the model reads uni", [store, "--model", other]),
         (StoreError, r"made-up \(8 wide\), but the model reads made-up \(6 wide\)", [files.shards, "--model", wide]),
         (StoreError, r"made-up \(8 wide\), but the model reads made-up \(6 wide\)", [store, "--model", wide]),
         (DataError, "its run is not finished", [files.shards, "--model", unfinished]),

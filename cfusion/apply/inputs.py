@@ -1,0 +1,156 @@
+"""What a model is applied to: shards, a feature store, one slide's group in a store, or slides.
+
+Slides are preprocessed as those of the training were; every other part of the program gets a `BagSource`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from cfusion.apply.sources import BagSource, ShardSource, StoreSource
+from cfusion.config import DataConfig, validate
+from cfusion.data.shard_index import INDEX_NAME
+from cfusion.data.store import SUFFIX, encoders_in
+from cfusion.errors import DataError, StoreError
+from cfusion.training.fitted import ModelCard
+from cfusion.training.runtime import Runtime
+from preprocess.extraction import preprocess_slides
+from preprocess.settings import PreprocessConfig
+from preprocess.slides import find_slides, slide_id_of
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How slides are preprocessed, apart from what the model decides.
+
+    Attributes:
+        store: Feature store to write.
+        settings: Other settings of `PreprocessConfig`, such as `default_mpp`.
+        overwrite: Extract slides again whose features in `store` were made with other settings.
+    """
+
+    store: Path
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Slides with embeddings that a model reads.
+
+    Attributes:
+        where: What was given, for messages.
+        source: Their embeddings.
+        slide_ids: The slides, among those of the source.
+        files: Files of slides by name, where they are known.
+        failed: Slides that could not be preprocessed.
+    """
+
+    where: str
+    source: BagSource
+    slide_ids: tuple[str, ...]
+    files: Mapping[str, Path] = field(default_factory=dict)
+    failed: tuple[str, ...] = ()
+
+    def choose(self, slide_ids: Sequence[str] | None = None, pictures: Path | None = None) -> Inputs:
+        """Keep only some slides, and find the files of those of a store.
+
+        Args:
+            slide_ids: Slides to keep; none: all.
+            pictures: A folder that is searched for the slides' files.
+
+        Raises:
+            StoreError: A slide is missing.
+        """
+        missing = [slide_id for slide_id in slide_ids or () if slide_id not in self.slide_ids]
+        if missing:
+            raise StoreError(
+                f"{self.where}: has no slide {', '.join(missing)}.",
+                "`cfusion preprocess inspect` lists the slides of a store.",
+            )
+        found = {slide_id_of(file): file for file in find_slides(pictures)} if pictures else {}
+        return replace(self, slide_ids=tuple(slide_ids or self.slide_ids), files={**self.files, **found})
+
+
+def open_inputs(
+    given: Sequence[str], card: ModelCard, extraction: Extraction, runtime: Runtime | None = None
+) -> Inputs:
+    """Open what the user named as one source of bags.
+
+    Args:
+        given: The folder or URL of shards; a feature store, one encoder's folder in it or one slide's group; or any
+            number of slides and folders of slides.
+        card: Of the model: its encoder, and how its embeddings are made.
+        extraction: How slides are preprocessed.
+        runtime: The processes, which share the slides; each gets all of them. None: this process alone.
+
+    Raises:
+        StoreError: The store holds other embeddings than the model reads, or a folder holds nothing usable.
+        DataError: No slide could be read.
+    """
+    first = Path(given[0])
+    if len(given) == 1 and ("://" in given[0] or (first / INDEX_NAME).is_file()):
+        shards = ShardSource(DataConfig(shards=given[0]))
+        return Inputs(given[0], shards, shards.slide_ids)
+    if len(given) == 1 and first.is_dir() and (first.suffix == SUFFIX or _encoder_folder(first) or encoders_in(first)):
+        return _open_store(first, card)
+    return _extract([Path(path) for path in given], card, extraction, runtime)
+
+
+def _encoder_folder(path: Path) -> bool:
+    return any(path.glob(f"[!.]*{SUFFIX}"))
+
+
+def _open_store(path: Path, card: ModelCard) -> Inputs:
+    chosen: tuple[str, ...] = ()
+    if path.suffix == SUFFIX:
+        path, chosen = path.parent, (path.name.removesuffix(SUFFIX),)
+    root, held = (path.parent, [path.name]) if _encoder_folder(path) else (path, encoders_in(path))
+    if card.encoder not in held:
+        raise StoreError(
+            f"{path}: holds embeddings of {', '.join(held)}, but the model reads {card.encoder}.",
+            f"Preprocess the slides with --encoder {card.encoder}.",
+            topic="encoder",
+        )
+    features = StoreSource(root, card.encoder)
+    inputs = Inputs(str(root / card.encoder), features, features.slide_ids)
+    return inputs.choose(chosen) if chosen else inputs
+
+
+def _extract(given: Sequence[Path], card: ModelCard, extraction: Extraction, runtime: Runtime | None) -> Inputs:
+    """Extract the slides, each process its share, with the model's encoder and the settings of its training."""
+    files = {slide_id_of(file): file for path in given for file in _slides_in(path)}
+    share = (0, 1) if runtime is None else (runtime.rank, runtime.world_size)
+    states = [state for path in given for state in _extract_share(path, card, extraction, share)]
+    states = states if runtime is None else runtime.gather(states)
+    there = sorted({slide for slide, done in states if done})
+    failed = sorted({slide for slide, done in states if not done})
+    if not there:
+        raise DataError(f"None of the {len(failed)} slides could be read: {', '.join(failed[:5])}.", "See above.")
+    features = StoreSource(extraction.store, card.encoder)
+    return Inputs(", ".join(map(str, given)), features, tuple(there), files, tuple(failed))
+
+
+def _slides_in(path: Path) -> list[Path]:
+    try:
+        return find_slides(path)
+    except DataError as error:
+        if not path.is_dir():
+            raise
+        raise StoreError(
+            f"{path}: is no feature store.",
+            "Give one slide, a folder of slides, a store, or one slide's group in it.",
+        ) from error
+
+
+def _extract_share(
+    slides: Path, card: ModelCard, extraction: Extraction, share: tuple[int, int]
+) -> list[tuple[str, bool]]:
+    """Extract this process's share of the slides; return each slide and whether its features are in the store."""
+    values = {"slides": slides, "store": extraction.store, **card.preprocessing, **extraction.settings}
+    config = validate(PreprocessConfig, values, str(slides))
+    summary = preprocess_slides(config, strict=slides.is_file(), overwrite=extraction.overwrite, share=share)
+    return [(outcome.slide_id, outcome.status in ("done", "skipped")) for outcome in summary.outcomes]

@@ -1,0 +1,41 @@
+"""Load a fold ensemble by the name that a user gives: a registered model, or the folder of a run or a fold."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from cfusion.apply.ensemble import FoldEnsemble
+from cfusion.errors import DataError
+from cfusion.run_folder import find_run, is_done, is_run
+from cfusion.tracking.address import connect, given_uri, unavailable
+from cfusion.tracking.model_registry import fetch_ensemble, model_address
+
+
+def load_ensemble(model: str, uri: str | None = None, trust_code: str | None = None) -> FoldEnsemble:
+    """Load the models that `--model` names.
+
+    Args:
+        model: models:/NAME@ALIAS, models:/NAME/VERSION, the folder of a finished run, or that of one fold.
+        uri: MLflow server; None: MLFLOW_TRACKING_URI.
+        trust_code: Digest of code that came with the model and may run.
+
+    Raises:
+        ConfigError: The name is not an address in the registry, or no registry is named.
+        DataError: There is no such model, its run is not finished, or the folder holds models of several runs.
+        UntrustedCodeError: The models come with code of their own, and `trust_code` does not name it.
+    """
+    if not model.startswith("models:"):
+        return _load_finished(Path(model), trust_code)
+    name, which = model_address(model)
+    address = given_uri(uri)
+    client = connect(address)
+    with tempfile.TemporaryDirectory() as scratch, unavailable(address):
+        return fetch_ensemble(client, name, which, Path(scratch), trust_code=trust_code)
+
+
+def _load_finished(folder: Path, trust_code: str | None) -> FoldEnsemble:
+    run = find_run(folder)
+    if is_run(run) and not is_done(run):
+        raise DataError(f"{run}: its run is not finished.", "Finish it, or give the folder of one of its folds.")
+    return FoldEnsemble.load(folder, trust_code=trust_code)

@@ -1,0 +1,80 @@
+"""Predict the patients of whatever the user named: shards, a feature store or slides."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from cfusion.apply.inputs import Extraction, open_inputs
+from cfusion.apply.loading import load_ensemble
+from cfusion.apply.sources import group_slides
+from cfusion.cohort.read import tells_its_patient
+from cfusion.config import ParallelConfig
+from cfusion.training.world import join_world, launched
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Risks and curves of patients.
+
+    Attributes:
+        table: A row per patient, as `FoldEnsemble.predict` returns it.
+        slides_as_patients: Number of rows that are slides, each taken for a patient.
+        failed: Slides that could not be read.
+        is_main: Whether this process reports the result.
+    """
+
+    table: pd.DataFrame
+    slides_as_patients: int
+    failed: tuple[str, ...]
+    is_main: bool
+
+
+def predict_inputs(
+    given: Sequence[str],
+    model: str,
+    *,
+    uri: str | None = None,
+    trust_code: str | None = None,
+    cases: Path | None = None,
+    store: Path | None = None,
+    settings: Mapping[str, Any],
+) -> Prediction:
+    """Predict the patients of shards, a store or slides; every process under torchrun gets all rows.
+
+    Args:
+        given: See `open_inputs`.
+        model: See `load_ensemble`.
+        uri: MLflow server; None: MLFLOW_TRACKING_URI.
+        trust_code: Digest of code that came with the model and may run.
+        cases: Table `slide_id, case_id`; None: TCGA barcodes, or each slide for itself.
+        store: Where features of slides are kept; None: nowhere.
+        settings: Settings of `PreprocessConfig` for slides, apart from what the model decides.
+
+    Raises:
+        DataError: The model or the inputs cannot be used, or a slide of the table is missing.
+    """
+    runtime = join_world(ParallelConfig(global_batch=launched()))
+    with tempfile.TemporaryDirectory() as scratch:
+        ensemble = load_ensemble(model, uri, trust_code)
+        where = Path(runtime.from_main(str(store or Path(scratch) / "features")))
+        extraction = Extraction(where, {"sheets": False, **settings})
+        inputs = open_inputs(given, ensemble.models[0].card, extraction, runtime)
+        slides = group_slides(inputs.slide_ids, cases)
+        alone = 0 if cases else sum(not tells_its_patient(slide) for slide in inputs.slide_ids)
+        if alone and runtime.is_main:
+            logger.warning(
+                "%d of %d slides bear no TCGA barcode: each is taken for a patient. --cases TABLE groups them.",
+                alone, len(inputs.slide_ids),
+            )  # fmt: skip
+        table = ensemble.predict(inputs.source, slides, runtime)
+        runtime.barrier()
+    return Prediction(table, alone, inputs.failed, runtime.is_main)
