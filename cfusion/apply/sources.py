@@ -149,6 +149,17 @@ class ShardSource:
         )
         return _ShardBags(bags)
 
+    def read(self, slide_id: str) -> SlideFeatures:
+        """Refuse: shards hold no coordinates of tiles in the slide.
+
+        Raises:
+            StoreError: Always.
+        """
+        raise StoreError(
+            f"{self._data.shards}: shards hold no coordinates of the tiles in slide {slide_id}.",
+            "Give the feature store that the shards were packed from, or the slide.",
+        )
+
 
 @dataclass(frozen=True)
 class _ShardBags:
