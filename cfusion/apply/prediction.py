@@ -14,7 +14,7 @@ import pandas as pd
 from cfusion.apply.inputs import Extraction, open_inputs
 from cfusion.apply.loading import load_ensemble
 from cfusion.apply.sources import group_slides
-from cfusion.cohort.read import tells_its_patient
+from cfusion.cohort.read import has_barcode
 from cfusion.config import ParallelConfig
 from cfusion.training.world import join_world, launched
 
@@ -69,7 +69,7 @@ def predict_inputs(
         extraction = Extraction(where, {"sheets": False, **settings})
         inputs = open_inputs(given, ensemble.models[0].card, extraction, runtime)
         slides = group_slides(inputs.slide_ids, cases)
-        alone = 0 if cases else sum(not tells_its_patient(slide) for slide in inputs.slide_ids)
+        alone = 0 if cases else sum(not has_barcode(slide) for slide in inputs.slide_ids)
         if alone and runtime.is_main:
             logger.warning(
                 "%d of %d slides bear no TCGA barcode: each is taken for a patient. --cases TABLE groups them.",
