@@ -1,1 +1,1 @@
-"""From whole-slide images to packed features."""
+"""Turn whole-slide images into packed features."""

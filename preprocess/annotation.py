@@ -1,4 +1,4 @@
-"""Tissue as people exchange it: masks, GeoJSON contours in level-0 px, and a sheet to look at."""
+"""Exchange formats for tissue: masks, GeoJSON contours in level-0 px, and review sheets."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from preprocess.grid import TileGrid
 from preprocess.slides import Overview
 
 MASK_SUFFIXES = (".geojson", ".json", ".png", ".tif", ".tiff")
-"""Endings of a user's masks, in the order in which they are looked for."""
+"""Suffixes of user masks, in order of preference."""
 
 
 def find_mask(folder: Path | None, slide_id: str) -> Path | None:
-    """The user's mask or GeoJSON of a slide; None where there is none."""
+    """Return the user's mask or GeoJSON of a slide, or None."""
     if folder is None:
         return None
     return next((p for s in MASK_SUFFIXES if (p := folder / f"{slide_id}{s}").is_file()), None)
 
 
 def read_mask(path: Path, shape: tuple[int, int], px_level0: tuple[float, float]) -> np.ndarray:
-    """A user's tissue mask on the overview's grid.
+    """Read a user's tissue mask on the overview's grid.
 
     Args:
-        path: A picture of the whole slide at any scale, where tissue is not 0; or GeoJSON polygons in level-0 px.
+        path: A picture of the entire slide at any scale, nonzero where there is tissue; or GeoJSON polygons in
+        level-0 px.
         shape: Height and width of the overview.
         px_level0: Level-0 px per pixel of the overview, in x and y.
 
@@ -40,7 +41,7 @@ def read_mask(path: Path, shape: tuple[int, int], px_level0: tuple[float, float]
         bool [h, w].
 
     Raises:
-        DataError: The file cannot be read, or holds no polygon.
+        DataError: The file is unreadable or contains no polygon.
     """
     if path.suffix in (".geojson", ".json"):
         return _rasterised(path, shape, px_level0)
@@ -48,14 +49,15 @@ def read_mask(path: Path, shape: tuple[int, int], px_level0: tuple[float, float]
         with Image.open(path) as image:
             mask = image.convert("L").resize((shape[1], shape[0]), Image.Resampling.NEAREST)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: is not a readable mask ({error}).", "Expected a PNG or TIFF picture.") from error
+        raise DataError(f"{path}: not a readable mask ({error}).", "Expected a PNG or TIFF picture.") from error
     return np.asarray(mask) > 0
 
 
 def contours_geojson(mask: np.ndarray, px_level0: tuple[float, float]) -> dict[str, Any]:
-    """Outlines of a mask as a GeoJSON FeatureCollection of polygons with holes, in level-0 px."""
+    """Return the outlines of a mask as a GeoJSON FeatureCollection of polygons with holes, in level-0 px."""
     padded = np.pad(mask.astype(np.uint8), 1)
-    # Twice as large, pixel edges fall on whole numbers, so a polygon encloses its pixels instead of their centres.
+    # At twice the size, pixel edges have integer coordinates, so a polygon encloses its pixels rather than their
+    # centres.
     doubled: Any = np.kron(padded, np.ones((2, 2), np.uint8))
     outlines, tree = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     polygons: dict[int, list[list[list[float]]]] = {}
@@ -74,7 +76,7 @@ def contours_geojson(mask: np.ndarray, px_level0: tuple[float, float]) -> dict[s
 
 
 def write_sheets(folder: Path, slide_id: str, overview: Overview, mask: np.ndarray, grid: TileGrid) -> None:
-    """Write what a person looks at: `{slide_id}.jpg`, and the tissue as `.png` mask and `.geojson` contours."""
+    """Write the review sheet `{slide_id}.jpg`, and the tissue as a `.png` mask and `.geojson` contours."""
     write_text(folder / f"{slide_id}.geojson", json.dumps(contours_geojson(mask, overview.px_level0)) + "\n")
     with atomic_path(folder / f"{slide_id}.png") as temporary:
         Image.fromarray(mask.astype(np.uint8) * 255).save(temporary, "PNG")
@@ -83,7 +85,7 @@ def write_sheets(folder: Path, slide_id: str, overview: Overview, mask: np.ndarr
 
 
 def draw_sheet(overview: Overview, mask: np.ndarray, grid: TileGrid, min_side_px: int = 512) -> np.ndarray:
-    """The overview with the tissue's contours in green and the kept cells in blue, u8 [h, w, 3]."""
+    """Draw the tissue's contours in green and the kept cells in blue on the overview, u8 [h, w, 3]."""
     zoom = max(1, round(min_side_px / max(mask.shape)))
     sheet = np.ascontiguousarray(np.kron(overview.rgb, np.ones((zoom, zoom, 1), np.uint8)))
     large: Any = np.kron(mask.astype(np.uint8), np.ones((zoom, zoom), np.uint8))
@@ -102,9 +104,9 @@ def _rasterised(path: Path, shape: tuple[int, int], px_level0: tuple[float, floa
         found = _polygons(json.loads(path.read_text(encoding="utf-8")))
         rings = [[np.asarray(ring, np.float64)[:, :2] for ring in rings] for rings in found]
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise DataError(f"{path}: is not readable GeoJSON ({error}).", "Expected polygons in level-0 px.") from error
+        raise DataError(f"{path}: not readable GeoJSON ({error}).", "Expected polygons in level-0 px.") from error
     if not rings:
-        raise DataError(f"{path}: holds no polygon.", "Expected polygons in level-0 px.")
+        raise DataError(f"{path}: contains no polygon.", "Expected polygons in level-0 px.")
     mask = np.zeros(shape, bool)
     for outline, *holes in rings:
         piece = _inside(outline, shape, px_level0)
@@ -115,7 +117,7 @@ def _rasterised(path: Path, shape: tuple[int, int], px_level0: tuple[float, floa
 
 
 def _inside(ring: np.ndarray, shape: tuple[int, int], px_level0: tuple[float, float]) -> np.ndarray:
-    """Pixels of the overview whose centres a ring encloses."""
+    """Return the pixels of the overview whose centres lie inside a ring."""
     column, row = (ring / px_level0 - 0.5).T
     inside = np.zeros(shape, bool)
     inside[polygon(row, column, shape)] = True
@@ -123,7 +125,7 @@ def _inside(ring: np.ndarray, shape: tuple[int, int], px_level0: tuple[float, fl
 
 
 def _polygons(node: dict[str, Any]) -> Iterator[list[Any]]:
-    """The polygons of a GeoJSON object, each a list of rings, the holes after the outline."""
+    """Return the polygons of a GeoJSON object, each a list of rings: the outline, then the holes."""
     kind = node["type"]
     if kind == "FeatureCollection":
         for feature in node["features"]:

@@ -1,4 +1,4 @@
-"""A slide as a viewer asks for it: tiles of a deep-zoom pyramid, patches, and a picture of the whole."""
+"""Pictures of a slide for viewers: deep-zoom tiles, patches and an overview."""
 
 from __future__ import annotations
 
@@ -21,29 +21,30 @@ TILE_PX = 254
 OVERLAP_PX = 1
 
 DIRECT_PX = 2048
-"""A tile is made of a square of at most this side. A coarser one, which a slide without a pyramid would make of
-hundreds of megapixels, is cut from the overview."""
+"""Largest side of the square that a tile is made from. On a slide without a pyramid, a coarser tile would need
+hundreds of megapixels, so it is cut from the overview instead."""
 
 OVERVIEW_PX = 8192
-"""Longest side of the overview, unless it would be finer than the tiles it is for."""
+"""Longest side of the overview, unless that would be finer than the tiles cut from it."""
 
 QUICK_PX = 50e6
-"""Pixels that are read in about a second; an overview of more is made by `prepare` alone."""
+"""Pixels that take about a second to read; only `prepare` makes an overview from more than this."""
 
 MAX_PATCH_PX = 4096
 """Longest side of a patch, in level-0 px."""
 
 
 class NotReadyError(DataError):
-    """A picture that needs `DeepZoom.prepare` first."""
+    """The picture is unavailable until `DeepZoom.prepare` has run."""
 
 
 class DeepZoom:
-    """Pictures of one slide. Safe from several threads, and in bounded memory whatever the slide's pyramid.
+    """Pictures of one slide. Thread-safe, with bounded memory for any slide pyramid.
 
     Attributes:
         slide: The open slide; `close` closes it.
-        levels: Levels of the deep-zoom pyramid; the last is level 0 of the slide, each coarser one has half its size.
+        levels: Levels of the deep-zoom pyramid; the last is level 0 of the slide, and each coarser one is half
+        the size.
     """
 
     def __init__(self, slide: Slide) -> None:
@@ -62,24 +63,24 @@ class DeepZoom:
 
     @property
     def is_ready(self) -> bool:
-        """Whether every picture can be had at once; a large slide without a pyramid needs `prepare`."""
+        """Whether every picture is available immediately; a large slide without a pyramid needs `prepare`."""
         width, height = self.slide.level_sizes_px[-1]
         return width * height <= QUICK_PX or self._overview is not None
 
     def prepare(self) -> Overview:
-        """Read what coarse pictures of a slide without a pyramid are made of: all of it, which takes minutes."""
+        """Read the complete slide to build the overview of a slide without a pyramid. Takes minutes."""
         with self._lock:
             if self._overview is None:
                 self._overview = self.slide.overview(self._overview_step * self.slide.resolution.mpp)
             return self._overview
 
     def tile(self, level: int, column: int, row: int) -> Image.Image:
-        """A tile of the pyramid, RGB, on the slide's background colour.
+        """Return a tile of the pyramid, RGB, on the slide's background colour.
 
         Raises:
-            IndexError: There is no such tile.
-            DataError: Its region cannot be decoded.
-            NotReadyError: It needs `prepare`, which takes long for this slide.
+            IndexError: The pyramid has no such tile.
+            DataError: The tile's region cannot be decoded.
+            NotReadyError: The tile needs `prepare`, which takes long for this slide.
         """
         if not 0 <= level < self.levels:
             raise IndexError(f"level {level}: expected 0 to {self.levels - 1}")
@@ -97,7 +98,7 @@ class DeepZoom:
         return picture if picture.size == size else picture.resize(size, Image.Resampling.BOX)
 
     def patch(self, x_px: int, y_px: int, side_px: float, pixels: int = 256) -> Image.Image:
-        """A square of level 0, area-averaged to `pixels` a side: what an encoder sees of a tile; RGB.
+        """Return a square of level 0, area-averaged to `pixels` a side, as an encoder sees a tile; RGB.
 
         Args:
             x_px: Left edge in level-0 px.
@@ -106,7 +107,7 @@ class DeepZoom:
             pixels: Side of the picture.
 
         Raises:
-            DataError: The square is empty, too large or not on the slide, or cannot be decoded.
+            DataError: The square is empty, too large, off the slide, or cannot be decoded.
         """
         width, height = self.slide.size_px
         if not (0 < side_px <= MAX_PATCH_PX and -side_px < x_px < width and -side_px < y_px < height):
@@ -119,10 +120,10 @@ class DeepZoom:
         return Image.fromarray(area_average(rgb, pixels, pixels))
 
     def whole(self, longest_px: int) -> Image.Image:
-        """The whole slide, its longer side of at most `longest_px`; what cannot be read has the background's colour.
+        """Return the entire slide, its longer side at most `longest_px`; unreadable areas have the background colour.
 
         Raises:
-            NotReadyError: It needs `prepare`, which takes long for this slide.
+            NotReadyError: The picture needs `prepare`, which takes long for this slide.
         """
         step = max(1.0, max(self.slide.size_px) / longest_px)
         small = self._area(step) <= DIRECT_PX**2 or step < self._overview_step
@@ -132,20 +133,22 @@ class DeepZoom:
         return picture
 
     def _area(self, downsample: float, side_px: float = math.inf) -> float:
-        """Pixels that are read for a picture of the slide, or of a square of it, at this downsample."""
+        """Count the pixels to read for a picture of the slide, or of a square of it, at this downsample."""
         level = self._level_for(downsample)
         width, height = self.slide.level_sizes_px[level]
         side = side_px * downsample / self.slide.downsamples[level]
         return min(side, width) * min(side, height)
 
     def _level_for(self, downsample: float) -> int:
-        """The coarsest level of the slide that is fine enough."""
+        """Return the coarsest level of the slide that is fine enough."""
         fine_enough = [i for i, d in enumerate(self.slide.downsamples) if d <= downsample * 1.001]
         return max(fine_enough, key=lambda i: self.slide.downsamples[i], default=0)
 
     def _held_overview(self) -> Overview:
         if not self.is_ready:
-            raise NotReadyError(f"{self.slide.path.name}: has no pyramid, and was not read as a whole yet.")
+            raise NotReadyError(
+                f"{self.slide.path.name}: the slide has no pyramid, and its overview has not been prepared yet."
+            )
         return self.prepare()
 
     def _from_overview(self, corner_px: tuple[int, int], size: tuple[int, int], downsample: int) -> Image.Image:
@@ -158,7 +161,7 @@ class DeepZoom:
 
 
 class _Source:
-    """What OpenSlide's generator reads of a slide, through the door that reopens a handle after an error."""
+    """The interface that OpenSlide's generator expects, on top of `Slide`, which reopens a handle after an error."""
 
     def __init__(self, slide: Slide) -> None:
         self._slide = slide
@@ -170,9 +173,9 @@ class _Source:
         }
 
     def get_best_level_for_downsample(self, downsample: float) -> int:
-        """As OpenSlide does: the coarsest level that is at least as fine."""
+        """Return the coarsest level that is at least as fine, as OpenSlide does."""
         return max((i for i, d in enumerate(self.level_downsamples) if d <= downsample * 1.001), default=0)
 
     def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
-        """RGBA of a region; `location` in level-0 px, `size` in px of the level."""
+        """Return the RGBA of a region; `location` in level-0 px, `size` in px of the level."""
         return Image.fromarray(np.ascontiguousarray(self._slide.read_rgba(*location, *size, level)), "RGBA")

@@ -1,7 +1,7 @@
-"""`stain-texture`: a fixed descriptor of a tile, with nothing learnt and nothing to download.
+"""`stain-texture`: a fixed tile descriptor that is not trained and needs no download.
 
-Amount and spread of the two dyes, energy of each octave, and how much the gradients of each scale agree in direction.
-It stands in for a pathology encoder where none is at hand; it is no substitute for one.
+It describes the amount and spread of the two dyes, the energy of each octave, and how strongly the gradients of each
+scale agree in direction. It stands in when no pathology encoder is available, but does not replace one.
 """
 
 from __future__ import annotations
@@ -45,17 +45,19 @@ _SPREAD = np.array([
     0.336, 0.352, 0.226, 0.317,
     0.242, 0.252, 0.266, 0.295, 0.356, 0.453,
 ])  # fmt: skip
-"""Means and standard deviations over tiles of both phantom cohorts, the three magnifications alike."""
+"""Means and standard deviations over tiles of both phantom cohorts, identical for the three magnifications."""
 
 
 def describe_tiles(tiles: UInt8[np.ndarray, "tile 256 256 3"]) -> Float32[np.ndarray, "tile dim"]:
     """Describe RGB tiles.
 
-    Each tile is described alone, in f32, on one thread: its numbers depend neither on its companions nor on the
+    Each tile is described separately, in f32, on one thread: its numbers depend neither on the other tiles nor on
+    the
     machine's number of cores.
 
     Returns:
-        [tile, DIM]: means of the densities in red, green and blue, of both dyes, of both where haematoxylin is dense,
+        [tile, DIM]: means of the densities in red, green and blue, of both dyes, of both where haematoxylin is
+        dense,
         shares of dense pixels and of tissue, spreads of both dyes; energies of both dyes in 7 octaves, finest first;
         coherence and energy of the gradients of both dyes at 5 scales, from 2 px on; correlation of the dyes at 6
         scales. Centred and scaled to order one by constants.
@@ -97,7 +99,7 @@ def _measure(tiles: UInt8[np.ndarray, "tile 256 256 3"]) -> Float[np.ndarray, "t
 def _measure_full(
     tile: UInt8[np.ndarray, "256 256 3"],
 ) -> tuple[Float[np.ndarray, "9"], Float[np.ndarray, "3"], Float[np.ndarray, "3 128 128"]]:
-    """What is seen at full resolution: colour, moments, and haematoxylin, eosin and tissue at half the resolution."""
+    """Compute colour and moments at full resolution, and haematoxylin, eosin and tissue at half of it."""
     density = np.ascontiguousarray(_DENSITY.take(tile.reshape(-1, 3), mode="clip").T)
     planes = np.empty((3, TILE_PX, TILE_PX), np.float32)
     np.matmul(_UNMIX, density, out=planes[:2].reshape(2, -1))
@@ -108,7 +110,7 @@ def _measure_full(
 
 
 def _moments(a: Float[np.ndarray, "*tile y x"], b: Float[np.ndarray, "*tile y x"]) -> Float[np.ndarray, "*tile 3"]:
-    """Means of a², ab and b², each tile's summed in the same order whatever its companions."""
+    """Compute the means of a², ab and b², summing each tile in the same order whatever the batch."""
     products = ((p * q).reshape(*p.shape[:-2], -1) for p, q in ((a, a), (a, b), (b, b)))
     return np.stack([product.mean(axis=-1) for product in products], axis=-1)
 
@@ -119,12 +121,12 @@ def _halve(planes: Float[np.ndarray, "*plane y x"]) -> Float[np.ndarray, "*plane
 
 
 def _log_energy(energy: np.ndarray) -> np.ndarray:
-    """Energies of squared density, from 1e-5 upwards, on a logarithmic scale of order one."""
+    """Return the energies of squared density, from 1e-5 upwards, on a logarithmic scale of order one."""
     return np.log10(energy + 1e-5) + 2.5
 
 
 def _colour(density: Float[np.ndarray, "3 pixel"], planes: Float[np.ndarray, "3 y x"]) -> Float[np.ndarray, "9"]:
-    """Mean densities, mean dyes, the dyes where haematoxylin is dense, and the shares of dense pixels and of tissue."""
+    """Compute mean densities, mean dyes, dyes in dense haematoxylin, and shares of dense pixels and tissue."""
     dense = (planes[0] > _DENSE).astype(np.float32)
     share = dense.mean()
     in_dense = np.einsum("dyx,yx->d", planes[:2], dense) / dense.size / (share + 1e-3)
@@ -134,10 +136,12 @@ def _colour(density: Float[np.ndarray, "3 pixel"], planes: Float[np.ndarray, "3 
 def _orientation(
     dyes: Float[np.ndarray, "tile dye y x"], tissue: Float[np.ndarray, "tile 1 y x"]
 ) -> tuple[Float[np.ndarray, "tile dye"], Float[np.ndarray, "tile dye"]]:
-    """Coherence of the structure tensor over the tissue, 0 (no direction) … 1 (one direction), and its trace.
+    """Compute coherence, 0 (no direction) … 1 (one direction), and trace of the structure tensor over tissue.
 
     Gradients are the two diagonal differences of 2 × 2 pixels, which share no pixel, so that noise has no direction.
-    The border of tissue and glass is left out: it is the strongest edge of a tile and says nothing of the tissue.
+    The border between tissue and glass is excluded: it is the strongest edge of a tile but carries no information
+    about
+    the tissue.
     """
     inside = tissue > 0.9
     inside = inside[..., :-1, :-1] & inside[..., :-1, 1:] & inside[..., 1:, :-1] & inside[..., 1:, 1:]

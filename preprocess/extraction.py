@@ -1,4 +1,4 @@
-"""From slides to a feature store: which slides are to be done, and what is written of each."""
+"""Extract features from slides into a feature store: select the slides and write the results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from preprocess.tissue import METHOD
 logger = logging.getLogger(__name__)
 
 STORE_IS_LOST = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES})
-"""Errors of writing after which every other slide would fail as well."""
+"""Write errors after which every other slide would fail too."""
 
 
 def preprocess_slides(
@@ -44,28 +44,28 @@ def preprocess_slides(
 ) -> Summary:
     """Extract the features of all slides of `config.slides` into `config.store`.
 
-    A slide is done when its group is whole and was made with the same configuration; such slides are skipped, so the
-    same call after an interruption does what is left. A slide that cannot be read is listed with the reason.
+    A slide is done when its group is complete and was made with the same configuration. Such slides are skipped, so
+    the same call resumes an interrupted extraction. A slide that cannot be read is listed with the reason.
 
     Args:
-        config: What to do.
-        slots: Loaded encoders, one list per device or thread that encodes; none: those that `config` names.
+        config: Settings of preprocessing.
+        slots: Loaded encoders, one list per device or thread that encodes; None: those that `config` names.
         strict: Raise at the first slide that fails.
-        overwrite: Extract slides again that are stale: made with another configuration or from another file.
+        overwrite: Extract stale slides again: those made with another configuration or from another file.
         share: (number, of): this process does one of `of` equal shares of the slides.
 
     Returns:
-        What became of each slide, also written to `summary.csv` in the store.
+        The outcome of each slide, also written to `summary.csv` in the store.
 
     Raises:
-        DataError: No slide was found, the store cannot be written, an encoder returns what cannot be its embeddings,
-            or, if `strict`, a slide failed.
+        DataError: No slide was found, the store cannot be written, an encoder returns invalid embeddings, or, if
+            `strict`, a slide failed.
         ConfigError: An encoder, the magnifications or the table of resolutions cannot be used.
     """
     start = time.monotonic()
     check_halving(config.magnifications)
     if config.masks is not None and not config.masks.is_dir():
-        raise ConfigError(f"masks={config.masks}: there is no such folder.")
+        raise ConfigError(f"masks={config.masks}: no such folder.")
     table = read_mpp_table(config.mpp_table) if config.mpp_table else {}
     paths = find_slides(config.slides)
     slots = load_slots(config) if slots is None else slots
@@ -82,7 +82,7 @@ def preprocess_slides(
 
 
 def configuration_digest(config: PreprocessConfig, encoder: Encoder) -> str:
-    """Digest of all that features depend on, but for the slide, its resolution and its mask."""
+    """Compute the digest of everything that features depend on, except the slide, its resolution and its mask."""
     return digest_json({
         "encoder": encoder.name, "identity": encoder.identity, "magnifications": config.magnifications,
         "resolution": config.resolution, "resample": config.resample, "min_tissue": config.min_tissue,
@@ -91,7 +91,7 @@ def configuration_digest(config: PreprocessConfig, encoder: Encoder) -> str:
 
 
 def _settings(config: PreprocessConfig) -> dict[str, Any]:
-    """The settings that features depend on, as they stand in a slide's attributes."""
+    """Return the settings that features depend on, as stored in a slide's attributes."""
     return {
         "magnifications": list(config.magnifications), "resolution": config.resolution, "resample": config.resample,
         "min_tissue": config.min_tissue, "grid_version": GRID_VERSION,
@@ -125,36 +125,38 @@ class _Run:
         self._bar = Progress("", 0)
 
     def sort_out(self, paths: Sequence[Path], same: dict[str, list[Path]]) -> dict[tuple[int, ...], list[Path]]:
-        """The slides to extract, by the numbers of the encoders they lack; the others get their outcome."""
+        """Select the slides to extract and the indices of the encoders they lack; record the outcome of the rest."""
         todo: dict[tuple[int, ...], list[Path]] = {}
         for path in paths:
             slide_id = slide_id_of(path)
             if slide_id in same:
                 names = ", ".join(str(p) for p in same[slide_id])
-                self._fail(path, DataError(f"{len(same[slide_id])} slides have this name: {names}.", "Rename one."))
+                self._fail(path, DataError(f"{len(same[slide_id])} slides share this name: {names}.", "Rename one."))
                 continue
             there = [FeatureStore(self.config.store / e.name).attrs_if_whole(slide_id) for e in self.encoders]
             why = ["" if a is None else self._why_stale(path, e, a) for e, a in zip(self.encoders, there, strict=True)]
             lacking = tuple(i for i, attrs in enumerate(there) if attrs is None or why[i])
             if any(why) and not self.overwrite:
-                told = ", ".join(f"{e.name} {reason}" for e, reason in zip(self.encoders, why, strict=True) if reason)
-                told = f"{told}; --overwrite extracts it again"
-                self.outcomes[path] = SlideOutcome(slide_id, "stale", told, path=str(path))
+                reason_text = ", ".join(
+                    f"{e.name} {reason}" for e, reason in zip(self.encoders, why, strict=True) if reason
+                )
+                reason_text = f"{reason_text}; --overwrite extracts it again"
+                self.outcomes[path] = SlideOutcome(slide_id, "stale", reason_text, path=str(path))
             elif lacking:
                 todo.setdefault(lacking, []).append(path)
             else:
-                self.outcomes[path] = SlideOutcome(slide_id, "skipped", "it is there already", path=str(path))
+                self.outcomes[path] = SlideOutcome(slide_id, "skipped", "already extracted", path=str(path))
         return todo
 
     def extract(self, todo: Mapping[tuple[int, ...], Sequence[Path]], bar: Progress) -> None:
-        """Take the slides through the pipeline."""
+        """Run the slides through the pipeline."""
         self._bar = bar
         self._start = time.monotonic()
         for encoders, paths in todo.items():
             self.pipeline.run(paths, encoders)
 
     def _why_stale(self, path: Path, encoder: Encoder, attrs: dict[str, Any]) -> str:
-        """What is not as it was when the slide's features were made; empty where nothing is."""
+        """List what changed since the slide's features were made; empty if nothing did."""
         slide_id = slide_id_of(path)
         now: dict[str, Any] = {"slide_bytes": path.stat().st_size, "mask_digest": self._mask_digest(slide_id)}
         if attrs.get("mpp_source") in ("table", "default"):
@@ -221,7 +223,7 @@ class _Run:
         self._show(1)
 
     def _show(self, slides: int = 0) -> None:
-        """Show that so many more slides are finished, and how fast the work goes."""
+        """Advance the progress bar by finished slides and show the rate."""
         seconds = time.monotonic() - self._start
         gigabytes = self.pipeline.pixels * 3 / 1e9
         self._bar.advance(slides, f"{self.pipeline.tiles / seconds:.0f} tiles/s, {gigabytes / seconds:.2f} GB/s")

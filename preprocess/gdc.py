@@ -1,6 +1,7 @@
-"""Slides from the Genomic Data Commons: manifests, and downloads that resume and are checked.
+"""Slides from the Genomic Data Commons: manifests, and verified downloads that resume.
 
-A slide has its name only once its MD5 sum is right; until then it is `NAME.part`, and the next call goes on from there.
+A slide gets its name only after its MD5 sum is verified; until then it is `NAME.part`, from which the next call
+resumes.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from cfusion.files import write_text
 logger = logging.getLogger(__name__)
 
 API = "https://api.gdc.cancer.gov"
-"""The public endpoint; https://docs.gdc.cancer.gov/API/Users_Guide/Downloading_Files/ tells its calls."""
+"""The public endpoint; https://docs.gdc.cancer.gov/API/Users_Guide/Downloading_Files/ documents its calls."""
 
 COLUMNS = ("id", "filename", "md5", "size", "state")
 PROJECTS = {"gbmlgg": ("TCGA-GBM", "TCGA-LGG"), "coadread": ("TCGA-COAD", "TCGA-READ")}
-"""Cohorts of more than one project."""
+"""Cohorts that span several projects."""
 
 BLOCK_BYTES = 1 << 20
 TIMEOUT_S = 60
@@ -43,7 +44,7 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """One file of a manifest: its UUID, name, MD5 sum, size in bytes and state."""
+    """One file of a manifest: UUID, name, MD5 sum, size in bytes and state."""
 
     id: str
     filename: str
@@ -53,13 +54,13 @@ class ManifestRow:
 
 
 def find_rows(source: str, api: str = API) -> list[ManifestRow]:
-    """The files of a manifest, of a GDC sample sheet, or of a TCGA cohort such as `tcga_blca`.
+    """Return the files of a manifest, of a GDC sample sheet, or of a TCGA cohort such as `tcga_blca`.
 
-    A sample sheet names its files without MD5 sums and sizes, and a cohort names none: the GDC is asked.
+    A sample sheet gives no MD5 sums and sizes, and a cohort name gives no files: the GDC is queried for them.
 
     Raises:
-        ConfigError: The source is neither a file nor like the name of a cohort.
-        DataError: The file is not readable, or the GDC cannot be reached or does not know the files.
+        ConfigError: The source is neither a file nor a valid cohort name.
+        DataError: The file is unreadable, or the GDC is unreachable or does not know the files.
     """
     path = Path(source)
     if not path.is_file():
@@ -75,10 +76,10 @@ def find_rows(source: str, api: str = API) -> list[ManifestRow]:
 
 
 def parse_manifest(text: str, source: str) -> list[ManifestRow]:
-    """The rows of a manifest, each file once; `source` names it in errors.
+    """Parse the rows of a manifest, each file once; `source` names it in errors.
 
     Raises:
-        DataError: It lacks a column, or a row is not one of a manifest, or two files have one name.
+        DataError: A column is missing, a row is malformed, or two files share one name.
     """
     reader = csv.DictReader(text.splitlines(), delimiter="\t")
     missing = [c for c in COLUMNS[:4] if c not in (reader.fieldnames or ())]
@@ -88,28 +89,28 @@ def parse_manifest(text: str, source: str) -> list[ManifestRow]:
     for number, row in enumerate(reader, start=2):
         md5, size = (row["md5"] or "").lower(), row["size"] or ""
         if len(md5) != 32 or not set(md5) <= set("0123456789abcdef") or not size.isdigit():
-            raise DataError(f"{source}, line {number}: md5 {md5!r} and size {size!r} are not those of a file.")
+            raise DataError(f"{source}, line {number}: md5 {md5!r} and size {size!r} are not valid for a file.")
         name = checked_name(row["filename"])
         parsed = ManifestRow(checked_name(row["id"]), name, md5, int(size), row.get("state") or "")
         if rows.setdefault(name, parsed) != parsed:
-            raise DataError(f"{source}, line {number}: another file is named {name} as well.")
+            raise DataError(f"{source}, line {number}: another file is also named {name}.")
     if not rows:
-        raise DataError(f"{source}: names no file.")
+        raise DataError(f"{source}: lists no file.")
     return list(rows.values())
 
 
 def write_manifest(path: Path, rows: Sequence[ManifestRow]) -> None:
-    """Write a manifest that gdc-client reads."""
+    """Write a manifest that gdc-client can read."""
     lines = ["\t".join(COLUMNS), *("\t".join((r.id, r.filename, r.md5, str(r.size), r.state)) for r in rows)]
     write_text(path, "\n".join(lines) + "\n")
 
 
 def query_cohort(cohort: str, api: str = API) -> list[ManifestRow]:
-    """Ask the GDC for the diagnostic slides of a TCGA cohort, such as `tcga_blca` or `gbmlgg`.
+    """Query the GDC for the diagnostic slides of a TCGA cohort, such as `tcga_blca` or `gbmlgg`.
 
     Raises:
-        ConfigError: This is not like the name of a cohort.
-        DataError: The GDC cannot be reached or has no such slides.
+        ConfigError: This is not a valid cohort name.
+        DataError: The GDC is unreachable or has no such slides.
     """
     short = cohort.lower().removeprefix("tcga").lstrip("_-")
     if not short.isalpha():
@@ -138,29 +139,29 @@ def _query(filters: dict[str, Any], source: str, api: str) -> list[ManifestRow]:
         try:
             text = answer.read().decode("utf-8")
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise DataError(f"{api}: its answer cannot be read ({error}).", topic="network") from error
+            raise DataError(f"{api}: cannot parse the response ({error}).", topic="network") from error
     return parse_manifest(text, source)
 
 
 def client_call(manifest: Path, folder: Path, client: str = "gdc-client") -> list[str]:
-    """The call of gdc-client that downloads a manifest, as an argument list."""
+    """Return the gdc-client command that downloads a manifest, as an argument list."""
     return [client, "download", "--manifest", str(manifest), "--dir", str(folder)]
 
 
 def download(
     rows: Sequence[ManifestRow], folder: Path, *, api: str = API, client: str | None = None, threads: int = 4
 ) -> dict[str, str]:
-    """Download the files of a manifest into a folder; what is there already is left alone.
+    """Download the files of a manifest into a folder; files already there are skipped.
 
     Args:
         rows: Files.
-        folder: Where they go, each under its own name.
-        api: Endpoint, where no client is used.
-        client: gdc-client, which then does the transfers; none: they are done here, and go on where they broke off.
-        threads: Files at the same time.
+        folder: Target folder; each file keeps its name.
+        api: Endpoint, if no client is used.
+        client: gdc-client program that does the transfers; None: download here, and resume interrupted transfers.
+        threads: Number of parallel downloads.
 
     Returns:
-        Why a file is not there, by file name; empty where all are.
+        Reason for each missing file, by file name; empty if all are present.
 
     Raises:
         DataError: The client does not run, or the folder cannot be written.
@@ -168,8 +169,8 @@ def download(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{folder}: no folder can be made here ({error.strerror}).", "Give another --out.") from error
-    left = [row for row in rows if not _is_there(folder / row.filename, row)]
+        raise DataError(f"{folder}: cannot create the folder ({error.strerror}).", "Give another --out.") from error
+    left = [row for row in rows if not _is_downloaded(folder / row.filename, row)]
     if client is not None and left:
         return _by_client(left, folder, client)
     failed: dict[str, str] = {}
@@ -185,12 +186,12 @@ def download(
     return failed
 
 
-def _is_there(path: Path, row: ManifestRow) -> bool:
+def _is_downloaded(path: Path, row: ManifestRow) -> bool:
     return path.is_file() and path.stat().st_size == row.size
 
 
 def _fetch(row: ManifestRow, folder: Path, api: str, stop: threading.Event) -> str:
-    """Fetch one file, unless `stop` is set; returns why it failed, or nothing."""
+    """Download one file, unless `stop` is set; return the reason if it failed, or an empty string."""
     target = folder / row.filename
     part = folder / f"{row.filename}.part"
     why = ""
@@ -212,7 +213,7 @@ def _fetch(row: ManifestRow, folder: Path, api: str, stop: threading.Event) -> s
 
 
 def _transfer(url: str, part: Path, size: int, stop: threading.Event) -> None:
-    """Bring `part` to its whole size, from where it stands."""
+    """Complete `part` from its current size."""
     there = part.stat().st_size if part.exists() else 0
     if there > size:
         part.unlink()
@@ -227,7 +228,7 @@ def _transfer(url: str, part: Path, size: int, stop: threading.Event) -> None:
                 while not stop.is_set() and (block := answer.read1(BLOCK_BYTES)):
                     stream.write(block)
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise DataError(f"{part}: the transfer broke off ({error}).", topic="network") from error
+            raise DataError(f"{part}: the transfer was interrupted ({error}).", topic="network") from error
     if part.stat().st_size != size:
         raise DataError(f"{part}: has {part.stat().st_size} of {size} bytes.", topic="network")
 
@@ -240,13 +241,13 @@ def _request(url: str, headers: dict[str, str] | None = None, body: bytes | None
         return urllib.request.urlopen(request, timeout=TIMEOUT_S)  # noqa: S310 (checked above)
     except urllib.error.HTTPError as error:
         error.close()
-        raise DataError(f"{url}: the server answers {error.code} {error.reason}.", topic="network") from error
+        raise DataError(f"{url}: the server returned {error.code} {error.reason}.", topic="network") from error
     except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
-        raise DataError(f"{url}: cannot be reached ({error}).", "Is there a network?", topic="network") from error
+        raise DataError(f"{url}: unreachable ({error}).", "Check the network connection.", topic="network") from error
 
 
 def _by_client(rows: Sequence[ManifestRow], folder: Path, client: str) -> dict[str, str]:
-    """Let gdc-client fetch into `folder/.gdc/{id}/{filename}`, then check and move."""
+    """Let gdc-client download into `folder/.gdc/{id}/{filename}`, then verify and move."""
     work = folder / ".gdc"
     work.mkdir(exist_ok=True)
     write_manifest(work / "manifest.tsv", rows)

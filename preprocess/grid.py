@@ -1,7 +1,8 @@
 """One grid of cells for all magnifications.
 
-A cell is one tile of the coarsest magnification; it holds 4 tiles of the next and 16 of the one after. All cells lie on
-one global grid with its origin at the slide's corner, so a tile's parent is the tile that contains it.
+A cell is one tile of the coarsest magnification; it contains 4 tiles of the next and 16 of the one after. All cells
+lie
+on one global grid with its origin at the slide's corner, so a tile's parent is the tile that contains it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ GRID_VERSION = "cells-1"
 
 @dataclass(frozen=True)
 class TileGrid:
-    """The tiles of a slide that hold tissue.
+    """The tiles of a slide that contain tissue.
 
     Attributes:
         magnifications: Finest first.
@@ -45,7 +46,7 @@ class TileGrid:
         return [magnification_name(m) for m in self.magnifications]
 
     def factor(self, name: str) -> int:
-        """Tiles of magnification `name` along the side of a cell."""
+        """Return the number of tiles of magnification `name` along the side of a cell."""
         return 2 ** (len(self.magnifications) - 1 - self.names.index(name))
 
     @property
@@ -54,29 +55,29 @@ class TileGrid:
         return TILE_PX * self.factor(self.names[0])
 
     def edge_px_level0(self, index: np.ndarray | int, name: str) -> np.ndarray:
-        """Level-0 px of the grid line `index` of magnification `name`."""
+        """Return the level-0 px of the grid line `index` of magnification `name`."""
         step = TILE_PX * self.factor(self.names[0]) / self.factor(name) * self.scale
         return np.rint(np.asarray(index) * step).astype(np.int64)
 
     def coords(self, name: str) -> np.ndarray:
-        """Top-left corners of the tiles in level-0 px, i32 [N, 2]."""
+        """Return the top-left corners of the tiles in level-0 px, i32 [N, 2]."""
         return self.edge_px_level0(self.tiles[name], name).astype(np.int32)
 
     def parents(self, name: str) -> np.ndarray:
-        """For each tile the row of the tile of the next coarser magnification that contains it, i32 [N]."""
+        """Return, for each tile, the row of its parent in the next coarser magnification, i32 [N]."""
         coarser = self.names[self.names.index(name) + 1]
         rows = {(int(c), int(r)): i for i, (c, r) in enumerate(self.tiles[coarser])}
         return np.array([rows[int(c) // 2, int(r) // 2] for c, r in self.tiles[name]], np.int32)
 
     def without_cells(self, bad: Sequence[int]) -> TileGrid:
-        """The grid without the cells of these numbers and their tiles."""
+        """Return the grid without these cells (by number) and their tiles."""
         keep = np.ones(len(self.cells), bool)
         keep[list(bad)] = False
         tiles = {n: t[keep[self.cell_of(n)]] for n, t in self.tiles.items()}
         return TileGrid(self.magnifications, self.scale, tiles, self.cells[keep])
 
     def cell_of(self, name: str) -> np.ndarray:
-        """Number of the cell that holds each tile, i64 [N]."""
+        """Return the number of the cell that contains each tile, i64 [N]."""
         rows = {(int(c), int(r)): i for i, (c, r) in enumerate(self.cells)}
         factor = self.factor(name)
         return np.array([rows[int(c) // factor, int(r) // factor] for c, r in self.tiles[name]], np.int64)
@@ -89,13 +90,14 @@ def make_grid(
     magnifications: Sequence[float],
     min_tissue: float = 0.25,
 ) -> TileGrid:
-    """Lay the grid over a slide and keep the tiles that hold tissue.
+    """Lay the grid over a slide and keep the tiles that contain tissue.
 
-    A tile of the finest magnification is kept where at least `min_tissue` of its area is tissue; a coarser tile where
-    one of its children is, so no child lacks a parent and no parent a child.
+    A tile of the finest magnification is kept if at least `min_tissue` of its area is tissue. A coarser tile is
+    kept if
+    one of its children is, so every child has a parent and every parent a child.
 
     Args:
-        mask: bool [h, w] over the whole slide.
+        mask: bool [h, w] over the entire slide.
         size_px: Width and height of the slide's level 0.
         scale: Level-0 px per px of the finest magnification.
         magnifications: Finest first, each half the one before.
@@ -117,10 +119,10 @@ def make_grid(
 
 
 def check_halving(magnifications: Sequence[float]) -> None:
-    """Refuse magnifications that are not each half the one before.
+    """Check that each magnification is half the one before.
 
     Raises:
-        ConfigError: They are not, or there are none.
+        ConfigError: They are not, or the list is empty.
     """
     halves = all(a == 2 * b for a, b in itertools.pairwise(magnifications))
     if not magnifications or not halves:
@@ -128,7 +130,7 @@ def check_halving(magnifications: Sequence[float]) -> None:
 
 
 def _shares(mask: np.ndarray, size_px: tuple[int, int], tile_px: float, columns: int, rows: int) -> np.ndarray:
-    """Exact share of true area in each of rows × columns tiles; what lies outside the slide counts as false."""
+    """Compute the exact share of true area in each of rows × columns tiles; area outside the slide counts as false."""
     px_x, px_y = size_px[0] / mask.shape[1], size_px[1] / mask.shape[0]
     area = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1))
     area[1:, 1:] = mask.cumsum(axis=0, dtype=np.float64).cumsum(axis=1)

@@ -1,7 +1,7 @@
-"""Features that other programs made, taken over without extracting them again.
+"""Import features that other programs extracted.
 
-Read from the layouts as their programs write them: the published CrossFusion program, CLAM, TRIDENT, STAMP. What the
-coordinates of a layout allow is told as `alignment`, and nothing is made up where they allow nothing.
+Supported layouts: the published CrossFusion program, CLAM, TRIDENT, STAMP. `alignment` reports what a layout's
+coordinates allow. Where they allow no alignment, none is invented.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What became of an import.
+    """Result of an import.
 
     Attributes:
-        layout: Which layout it was.
+        layout: The detected or given layout.
         alignment: What its coordinates allow, as a sentence.
-        imported: Slides that are in the store now.
-        refused: Slides that are not, with the reason.
+        imported: Slides that are now in the store.
+        refused: Slides that were not imported, with the reason.
     """
 
     layout: str
@@ -43,43 +43,43 @@ class ImportReport:
 
 
 ALIGNMENTS = {
-    "grid": "tiles of all magnifications lie on one grid; parents follow by division",
-    "centre": "tiles are not aligned over magnifications; each is linked to the coarser tile that holds its centre, "
-    "and those without one are dropped",
-    "none": "there are no coordinates, so the magnifications stand side by side without parents",
+    "grid": "tiles of all magnifications lie on one grid; parents are found by division",
+    "centre": "tiles are not aligned across magnifications; each is linked to the coarser tile that "
+    "contains its centre, and tiles without one are dropped",
+    "none": "the files have no coordinates, so tiles have no parents in the coarser magnifications",
 }
 
 
 def import_features(source: Path, store: Path, layout: str = "auto", encoder: str | None = None) -> ImportReport:
-    """Write features of another program into a feature store.
+    """Import the features of another program into a feature store.
 
-    A slide whose files cannot be used is refused with the reason, and the rest goes on.
+    A slide whose files cannot be used is refused with the reason, and the rest are imported.
 
     Args:
         source: Folder that the other program wrote.
         store: Feature store.
         layout: published, clam, trident, stamp, or auto.
-        encoder: Name of the encoder; needed where the files do not tell.
+        encoder: Name of the encoder; required if the files do not name it.
 
     Raises:
-        ConfigError: There is no such layout, or the encoder is not told.
-        LayoutError: The folder is not of the layout.
+        ConfigError: The layout is unknown, or the encoder is not named.
+        LayoutError: The folder does not have the layout.
     """
     if not source.is_dir():
-        raise LayoutError(f"{source}: there is no such folder.")
+        raise LayoutError(f"{source}: no such folder.")
     if layout != "auto" and layout not in LAYOUTS:
-        raise ConfigError(f"layout {layout!r} is not known.", f"Known: auto, {', '.join(LAYOUTS)}.")
+        raise ConfigError(f"layout {layout!r} is unknown.", f"Known: auto, {', '.join(LAYOUTS)}.")
     found = {name: LAYOUTS[name](source) for name in ([layout] if layout != "auto" else LAYOUTS)}
     fits = {name: f for name, f in found.items() if f.files}
     if len(fits) != 1:
-        told = f"fits the layouts {', '.join(fits)}" if fits else f"has no features of {', '.join(found)}"
+        matches = f"fits the layouts {', '.join(fits)}" if fits else f"has no features of {', '.join(found)}"
         raise LayoutError(
-            f"{source}: {told}.", "Give the folder with --from LAYOUT; see `cfusion preprocess import -h`."
+            f"{source}: {matches}.", "Give the folder with --from LAYOUT; see `cfusion preprocess import -h`."
         )
     name, holds = next(iter(fits.items()))
     encoder = encoder or holds.encoder
     if encoder is None:
-        raise ConfigError(f"{source}: the files do not tell their encoder.", "Give --encoder NAME.")
+        raise ConfigError(f"{source}: the files do not name their encoder.", "Give --encoder NAME.")
     imported, refused = [], {}
     with progress("Importing", len(holds.files)) as bar:
         for slide_id, levels in sorted(holds.files.items()):
@@ -104,9 +104,11 @@ def _assemble(
     if not widths:
         raise LayoutError(f"slide {slide_id}: has no tiles.")
     if len(widths) > 1:
-        raise LayoutError(f"slide {slide_id}: its magnifications have embeddings of widths {sorted(widths)}.")
+        raise LayoutError(
+            f"slide {slide_id}: its magnifications have embeddings of different widths: {sorted(widths)}."
+        )
     parents: dict[str, np.ndarray] = {}
-    # From the coarsest down, so that a tile is linked to a parent that is itself kept.
+    # From the coarsest down, so that a tile is linked only to a parent that is itself kept.
     for coarse, fine in zip(names[::-1], names[-2::-1], strict=False):
         if levels[fine].coords is None or levels[coarse].coords is None:
             continue
@@ -129,7 +131,7 @@ def _assemble(
 
 
 def find_parents(fine: Level, coarse: Level) -> np.ndarray:
-    """For each tile the row of the coarser tile that contains its centre, i64 [N]; −1 where none does.
+    """Return, for each tile, the row of the coarser tile that contains its centre, i64 [N]; −1 if none does.
 
     Where coarser tiles overlap, the one whose centre is nearest wins.
     """

@@ -1,4 +1,4 @@
-"""What a feature store holds: a table of its slides, a picture of one, and whether its bytes are what was written."""
+"""Inspect a feature store: list its slides, draw one, verify its bytes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class StoredSlide:
     Attributes:
         encoder: Name of the encoder.
         slide_id: File stem of the slide.
-        tiles: Per magnification name, how many.
+        tiles: Number of tiles per magnification name.
         dim: Width of the embeddings.
-        mpp: µm per level-0 px, and where the number comes from.
+        mpp: µm per level-0 px, and its source.
         unreadable: Cells that could not be read.
         program: Version of the program that wrote it.
     """
@@ -40,22 +40,24 @@ class StoredSlide:
 
 
 def list_store(root: Path, encoder: str | None = None) -> list[StoredSlide]:
-    """The slides of a store, of one encoder or of all.
+    """List the slides of a store, of one encoder or of all.
 
     Raises:
-        DataError: There is no store, it holds nothing, or a group in it cannot be read.
+        DataError: There is no store, it is empty, or one of its groups is unreadable.
     """
     rows = []
     for store in _stores(root, encoder):
         for slide_id in store.slide_ids():
             attrs, shapes = store.attrs(slide_id), store.shapes(slide_id)
             mpp = attrs.get("mpp")
-            told = f"{mpp:g} ({attrs.get('mpp_source', '?')})" if mpp else "unknown"
+            resolution = f"{mpp:g} ({attrs.get('mpp_source', '?')})" if mpp else "unknown"
             tiles = {magnification: shape[0] for magnification, shape in shapes.items()}
             dim = next(iter(shapes.values()), (0, 0))[1]
             bad = len(attrs.get("unreadable_cells", []))
             rows.append(
-                StoredSlide(store.encoder, slide_id, tiles, dim, told, bad, str(attrs.get("program_version", "?")))
+                StoredSlide(
+                    store.encoder, slide_id, tiles, dim, resolution, bad, str(attrs.get("program_version", "?"))
+                )
             )
     return rows
 
@@ -64,10 +66,10 @@ def verify_store(root: Path, encoder: str | None = None) -> dict[str, str]:
     """Read every array of a store and compare it with the digest that was written.
 
     Returns:
-        What is wrong, by `encoder/slide_id`; empty where nothing is.
+        Problems by `encoder/slide_id`; empty if none.
 
     Raises:
-        DataError: There is no store, or it holds nothing.
+        DataError: There is no store, or it is empty.
     """
     wrong: dict[str, str] = {}
     slides = [(store, slide_id) for store in _stores(root, encoder) for slide_id in store.slide_ids()]
@@ -86,7 +88,7 @@ def verify_store(root: Path, encoder: str | None = None) -> dict[str, str]:
 def _stores(root: Path, encoder: str | None) -> list[FeatureStore]:
     names = [encoder] if encoder else encoders_in(root)
     if not names:
-        raise StoreError(f"{root}: holds no features.", "Give the folder that `cfusion preprocess` wrote.")
+        raise StoreError(f"{root}: contains no features.", "Give the folder that `cfusion preprocess` wrote.")
     return [FeatureStore.open(root, name) for name in names]
 
 
@@ -95,18 +97,18 @@ def draw_slide(slide: SlideFeatures, target: Path) -> None:
 
     Args:
         slide: The features.
-        target: Picture to write; its ending says the format, such as PNG.
+        target: Picture to write; its suffix sets the format, such as PNG.
 
     Raises:
         DataError: The slide has no coordinates.
-        ConfigError: Pictures of this ending are not written.
+        ConfigError: The suffix is not a supported format.
     """
     kind, known = target.suffix.lstrip(".").lower() or "png", FigureCanvasAgg.get_supported_filetypes()
     if kind not in known:
-        raise ConfigError(f"{target}: pictures are not written as {kind}.", f"Known: {', '.join(sorted(known))}.")
+        raise ConfigError(f"{target}: pictures cannot be written as {kind}.", f"Supported: {', '.join(sorted(known))}.")
     names = [name for name in slide.features if slide.coords.get(name) is not None and len(slide.coords[name])]
     if not names:
-        raise DataError(f"slide {slide.slide_id}: has no coordinates, so no tile has a place.")
+        raise DataError(f"slide {slide.slide_id}: has no coordinates, so its tiles cannot be placed.")
     figure = Figure(figsize=(5 * len(names), 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(names), squeeze=False)[0]
@@ -122,7 +124,7 @@ def draw_slide(slide: SlideFeatures, target: Path) -> None:
 
 
 def _components(features: np.ndarray) -> np.ndarray:
-    """First three principal components, each spread over 0 to 1; f32 [N, 3]."""
+    """Compute the first three principal components, each scaled to 0 … 1; f32 [N, 3]."""
     centred = features.astype(np.float32) - features.astype(np.float32).mean(axis=0)
     values = np.zeros((len(centred), 3), np.float32)
     found = np.linalg.svd(centred, full_matrices=False)

@@ -1,4 +1,4 @@
-"""The folders of other programs: what lies where, and what its numbers mean."""
+"""Folder layouts of other programs: where files lie and what their numbers mean."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ TRIDENT_FOLDER = re.compile(r"(\d+(?:\.\d+)?)x_(\d+)px_(\d+)px_overlap")
 
 @dataclass(frozen=True)
 class Level:
-    """One slide's features at one magnification, as a layout has them.
+    """One slide's features at one magnification, as a layout stores them.
 
     Attributes:
         features: [N, d].
-        coords: i64 [N, 2], top-left corners in level-0 px; None where the layout has none.
-        side_px: Side of a tile in level-0 px; None where it is not known.
+        coords: i64 [N, 2], top-left corners in level-0 px; None if the layout has none.
+        side_px: Side of a tile in level-0 px; None if unknown.
     """
 
     features: np.ndarray
@@ -37,18 +37,19 @@ class Level:
     side_px: float | None = None
 
     def subset(self, keep: np.ndarray) -> Level:
-        """The level with the tiles of `keep`, bool [N], alone."""
+        """Return the level with only the tiles of `keep`, bool [N]."""
         return Level(self.features[keep], None if self.coords is None else self.coords[keep], self.side_px)
 
 
 @dataclass
 class Found:
-    """What a layout holds.
+    """The content of a layout.
 
     Attributes:
-        encoder: Name of the encoder, where the files tell.
-        files: Per slide and magnification name, what reads the level.
-        alignment: `grid`: children lie in their parents; `centre`: linked by the parent that contains a tile's centre;
+        encoder: Name of the encoder, if the files name it.
+        files: Per slide and magnification name, a function that reads the level.
+        alignment: `grid`: children lie in their parents; `centre`: linked to the parent that contains a tile's
+        centre;
             `none`: no coordinates, so no parents.
     """
 
@@ -62,7 +63,7 @@ def find_published(source: Path) -> Found:
 
     `source` is `pt_dir` with one backbone, or the backbone's folder.
     """
-    # CLAM's tensors lie in folders of the same name, beside its patches.
+    # CLAM's tensors lie in folders of the same name, next to its patches.
     folders = [
         p
         for pattern in ("*/pt_files", "*/*/pt_files")
@@ -72,7 +73,7 @@ def find_published(source: Path) -> Found:
     backbones = {p.parent.parent for p in folders}
     if len(backbones) > 1:
         names = ", ".join(sorted(p.name for p in backbones))
-        raise LayoutError(f"{source}: holds the backbones {names}.", "Give the folder of one.")
+        raise LayoutError(f"{source}: contains the backbones {names}.", "Give the folder of one of them.")
     found = Found(next(iter(backbones)).name if backbones else None)
     for folder in folders:
         for path in sorted(folder.glob("*.pt")):
@@ -82,18 +83,19 @@ def find_published(source: Path) -> Found:
 
 
 def find_clam(source: Path) -> Found:
-    """CLAM: `patches/{slide}.h5` beside `h5_files/{slide}.h5` or `pt_files/{slide}.pt`.
+    """CLAM: `patches/{slide}.h5` next to `h5_files/{slide}.h5` or `pt_files/{slide}.pt`.
 
-    A run has one magnification, which its files do not tell: the runs' folders are to be named `x20`, `x10`, `x5`.
-    CLAM's grids begin at the corner of each contour, so those of different runs are not aligned.
+    A run has one magnification, which its files do not name, so the folders of runs must be named `x20`, `x10`,
+    `x5`.
+    CLAM's grids begin at the corner of each contour, so the grids of different runs are not aligned.
 
     Raises:
         LayoutError: `source` is itself a run.
     """
     if (source / "patches").is_dir() and ((source / "h5_files").is_dir() or (source / "pt_files").is_dir()):
         raise LayoutError(
-            f"{source}: is a run of CLAM, whose files do not tell their magnification.",
-            "Name its folder after it, such as x20, and give the folder above.",
+            f"{source}: this is a CLAM run, and its files do not name their magnification.",
+            "Name its folder after the magnification, such as x20, and give the parent folder.",
         )
     found = Found(None, alignment="centre")
     runs = {p.name: p for p in sorted(source.iterdir()) if MAGNIFICATION_FOLDER.fullmatch(p.name) and p.is_dir()}
@@ -123,7 +125,9 @@ def find_trident(source: Path) -> Found:
                 read = partial(_trident, path, patches)
                 found.files.setdefault(path.stem, {})[magnification_name(float(match[1]))] = read
     if len(encoders) > 1:
-        raise LayoutError(f"{source}: holds the encoders {', '.join(sorted(encoders))}.", "Keep one in the folder.")
+        raise LayoutError(
+            f"{source}: contains the encoders {', '.join(sorted(encoders))}.", "Keep only one in the folder."
+        )
     found.encoder = next(iter(encoders), None)
     found.alignment = "grid" if overlaps <= {0} else "centre"
     return found
@@ -182,14 +186,14 @@ def _trident(path: Path, patches: Path) -> Level:
         with _opened(patches) as file:
             side = _trident_side(_dataset(file, patches, "coords"), patches)
     if side is None:
-        raise LayoutError(f"{path}: does not tell patch_size_level0.", f"Put {patches.name} beside it, in patches/.")
+        raise LayoutError(f"{path}: patch_size_level0 is missing.", f"Put {patches.name} next to it, in patches/.")
     return _checked(path, values, coords if coords.size else coords.reshape(-1, 2), side)
 
 
 def _trident_side(coords: Any, path: Path) -> float | None:
-    told = coords.attrs.get("patch_size_level0")
+    stored = coords.attrs.get("patch_size_level0")
     # TRIDENT writes None as the string 'None'.
-    return None if told is None or _text(told) == "None" else _number(coords, path, "patch_size_level0")
+    return None if stored is None or _text(stored) == "None" else _number(coords, path, "patch_size_level0")
 
 
 def _stamp(path: Path) -> Level:
@@ -199,12 +203,12 @@ def _stamp(path: Path) -> Level:
             raise LayoutError(f"{path}: its coordinates are in {unit!r}, expected um.")
         values, coords = _dataset(file, path, "feats")[:], _dataset(file, path, "coords")[:]
         side_um, side_px = _stamp_sides(file, path)
-    # Pixels of the tile's own resolution stand in for level-0 px, which STAMP does not keep.
+    # STAMP does not store level-0 px, so pixels of the tile's own resolution stand in for them.
     return _checked(path, values, np.rint(coords * (side_px / side_um)).astype(np.int64), side_px)
 
 
 def _stamp_sides(file: Any, path: Path) -> tuple[float, float]:
-    """Side of a tile in µm and in px; STAMP's tiles have 256 px where its files do not tell."""
+    """Return the side of a tile in µm and in px; STAMP's default is 256 px if its files give none."""
     side_px = _number(file, path, "tile_size_px") if "tile_size_px" in file.attrs else 256.0
     return _number(file, path, "tile_size_um"), side_px
 
@@ -215,27 +219,25 @@ def _checked(path: Path, values: np.ndarray, coords: np.ndarray, side: float) ->
     if values.size == 0:
         raise LayoutError(f"{path}: has no tiles.")
     if values.ndim != 2 or coords.shape != (len(values), 2):
-        raise LayoutError(
-            f"{path}: features {list(values.shape)} and coords {list(coords.shape)} do not belong together."
-        )
+        raise LayoutError(f"{path}: features {list(values.shape)} and coords {list(coords.shape)} do not match.")
     wild = ~(np.abs(coords) < 2**31).all(axis=1)
     if wild.any():
-        raise LayoutError(f"{path}: a tile lies at {coords[wild][0].tolist()}, which is no place on a slide.")
+        raise LayoutError(f"{path}: a tile lies at {coords[wild][0].tolist()}, which cannot be on a slide.")
     return Level(values, coords.astype(np.int64), side)
 
 
 def read_tensor(path: Path) -> np.ndarray:
-    """A tensor [N, d] from a `.pt` file; nothing but tensors is unpickled.
+    """Read a tensor [N, d] from a `.pt` file; only tensors are unpickled.
 
     Raises:
-        LayoutError: The file cannot be read, or holds something else.
+        LayoutError: The file is unreadable, or contains something else.
     """
     try:
         tensor = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise LayoutError(
-            f"{path}: is a pickled object, not a plain tensor, and is not opened.",
-            "Import the .h5 files beside it, or save it again with torch.save(torch.as_tensor(features), path).",
+            f"{path}: contains a pickled object, not a plain tensor, so it is not opened.",
+            "Import the .h5 files next to it, or save it again with torch.save(torch.as_tensor(features), path).",
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise LayoutError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}).") from None
@@ -243,7 +245,7 @@ def read_tensor(path: Path) -> np.ndarray:
     if not plain or tensor.ndim != 2:
         is_tensor = isinstance(tensor, torch.Tensor)
         kind = f"a tensor {list(tensor.shape)}, {tensor.dtype}" if is_tensor else type(tensor).__name__
-        raise LayoutError(f"{path}: holds {kind}, expected a tensor [N, d] of floats.")
+        raise LayoutError(f"{path}: contains {kind}, expected a tensor [N, d] of floats.")
     return tensor.float().numpy()
 
 
@@ -257,7 +259,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with h5py.File(path, "r") as file:
             yield file
     except (OSError, RuntimeError) as error:
-        raise LayoutError(f"{path}: is no readable HDF5 file ({error}).") from None
+        raise LayoutError(f"{path}: not a readable HDF5 file ({error}).") from None
 
 
 def _dataset(file: Any, path: Path, name: str) -> Any:
@@ -265,21 +267,21 @@ def _dataset(file: Any, path: Path, name: str) -> Any:
         raise LayoutError(f"{path}: has no dataset {name!r}, only {', '.join(file)}.")
     found = file[name]
     if getattr(found, "ndim", 0) == 0 or found.dtype.kind not in "fiu":
-        raise LayoutError(f"{path}: its {name!r} is no array of numbers.")
+        raise LayoutError(f"{path}: its {name!r} is not an array of numbers.")
     return found
 
 
 def _number(holder: Any, path: Path, key: str) -> float:
-    """A positive number among the attributes; the mean of several, as CLAM writes one for x and y."""
+    """Read a positive number from the attributes; the mean if there are several, as CLAM writes one for x and y."""
     if key not in holder.attrs:
         raise LayoutError(f"{path}: {holder.name} has no attribute {key!r}.")
-    told = holder.attrs[key]
+    stored = holder.attrs[key]
     try:
-        number = float(np.mean(np.asarray(told, np.float64)))
+        number = float(np.mean(np.asarray(stored, np.float64)))
     except (TypeError, ValueError):
         number = float("nan")
     if not 0 < number < float("inf"):
-        raise LayoutError(f"{path}: {key} is {told}, expected a positive number.")
+        raise LayoutError(f"{path}: {key} is {stored}, expected a positive number.")
     return number
 
 

@@ -1,4 +1,4 @@
-"""What became of each slide: the summary that a person reads, and its table."""
+"""Outcome of each slide: the printed summary and its table."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from cfusion.files import atomic_path
 
 @dataclass(frozen=True)
 class SlideOutcome:
-    """What became of one slide.
+    """Outcome of one slide.
 
     Attributes:
         slide_id: The slide's name.
-        status: `done`; `skipped`: it was there already; `stale`: it is there, made with another configuration or from
-            another file; `failed`.
-        why: The reason, where it is not `done`; else what is worth knowing, such as cells that cannot be read.
+        status: `done`; `skipped`: already extracted; `stale`: extracted with another configuration or from
+        another file;
+            `failed`.
+        why: The reason if not `done`; otherwise a remark, such as cells that cannot be read.
         tiles: Tiles over all magnifications.
         seconds: From opening the slide to the written features; slides overlap.
         mpp: µm per level-0 px.
-        mpp_source: Where that number comes from.
-        reader: What read its pixels.
+        mpp_source: Source of that number.
+        reader: Reader of its pixels.
         path: The slide's file.
     """
 
@@ -42,12 +43,12 @@ class SlideOutcome:
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of all slides.
+    """Outcome of all slides.
 
     Attributes:
         outcomes: One per slide, in the order of their paths.
-        seconds: Of the whole run.
-        pixels: Level-0 pixels that were read.
+        seconds: Duration of the run.
+        pixels: Level-0 pixels read.
         encoder_idle: Share of the time in which the encoders had no work, 0 to 1.
         table: The CSV file with `outcomes`.
     """
@@ -59,12 +60,12 @@ class Summary:
     table: Path
 
     def of(self, status: str) -> list[SlideOutcome]:
-        """The slides of one status."""
+        """Return the slides with one status."""
         return [o for o in self.outcomes if o.status == status]
 
     @property
     def tiles(self) -> int:
-        """Tiles that this run has encoded."""
+        """Number of tiles that this run encoded."""
         return sum(o.tiles for o in self.outcomes)
 
 

@@ -1,4 +1,4 @@
-"""A feature store packed into WebDataset tars with an index, the same bytes whenever the input is the same."""
+"""Pack a feature store into WebDataset tars with an index. The same input gives the same bytes."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ _OWN = re.compile(r"shard-\d{6}\.(tar|part\.json)|\.(shard-\d{6}\.(tar|part\.jso
 
 
 class FeatureSource(Protocol):
-    """What is packed: a feature store, or anything that reads slides like one."""
+    """Source of slides: a feature store, or anything that reads slides like one."""
 
     def slide_ids(self) -> Sequence[str]:
         """All slides."""
 
     def attrs(self, slide_id: str) -> Mapping[str, Any]:
-        """Provenance of one slide; `encoder` names the encoder."""
+        """Return the provenance of one slide; `encoder` names the encoder."""
 
     def read(self, slide_id: str) -> SlideFeatures:
-        """One slide's embeddings."""
+        """Read one slide's embeddings."""
 
 
 class _Part(BaseModel):
-    """A finished tar and its samples, kept beside it until the whole set is there."""
+    """A finished tar and its samples, kept next to it until the set is complete."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     plan: str
@@ -68,7 +68,7 @@ class _Part(BaseModel):
 
 @dataclass(frozen=True)
 class _Plan:
-    """Everything that decides the bytes of the shards."""
+    """Everything that determines the bytes of the shards."""
 
     order: tuple[str, ...]
     sources: dict[str, str]
@@ -94,44 +94,47 @@ def pack_store(
 ) -> ShardIndex:
     """Pack all slides of a store into tars of about `target_bytes` and write their index.
 
-    Slides stand in an order drawn once from `seed`. A finished tar is kept when the run is stopped, and the next call
-    goes on behind it; a finished set of the same content is left as it is. A slide that cannot be packed (it cannot
-    be read, has no tiles or a value that is not finite) is left out and named in `ShardIndex.refused`.
+    Slides are in an order drawn once from `seed`. If the run is stopped, finished tars are kept and the next call
+    resumes after them. A finished set of the same content is left unchanged. A slide that cannot be packed (it is
+    unreadable, has no tiles or a value that is not finite) is left out and named in `ShardIndex.refused`.
 
     Args:
         store: The slides.
         out_dir: Folder for the tars and `index.json`.
-        target_bytes: A tar is closed before it would grow beyond this; a larger slide gets a tar of its own.
-        dtype: `f16`, `f32`, or `int8` with one scale a channel, slide and magnification.
+        target_bytes: A tar is closed before it would exceed this size; a larger slide gets a separate tar.
+        dtype: `f16`, `f32`, or `int8` with one scale per channel, slide and magnification.
         seed: Seed of the order.
         workers: Threads that read and encode slides.
 
     Raises:
-        DataError: No slide could be packed, slides differ in encoder, width or magnifications, or another process packs
+        DataError: No slide could be packed, slides differ in encoder, width or magnifications, or another
+        process packs
             into the folder.
     """
     out = Path(out_dir)
     plan = _plan(store, dtype, seed, target_bytes)
     out.mkdir(parents=True, exist_ok=True)
-    with _alone(out):
+    with _locked(out):
         finished = _finished(out, plan, store)
         if finished is not None:
             _sweep(out, {shard.name for shard in finished.shards})
-            logger.info("%s holds these %d slides already", out, len(plan.order))
+            logger.info("%s already contains these %d slides", out, len(plan.order))
             return finished
         (out / INDEX_NAME).unlink(missing_ok=True)
         return _pack(store, out, plan, workers)
 
 
 @contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keep other processes from packing into a folder; where its file system cannot lock, nothing does."""
+def _locked(out: Path) -> Iterator[None]:
+    """Lock the folder against other packing processes; on a file system without locks there is no protection."""
     descriptor = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise DataError(f"{out}: another process packs there.", "Wait for it, or give another folder.") from None
+        raise DataError(
+            f"{out}: another process is packing into this folder.", "Wait until it finishes, or give another folder."
+        ) from None
     except OSError as error:
         logger.debug("%s: %s", out, error)
     try:
@@ -157,8 +160,8 @@ def _pack(store: FeatureSource, out: Path, plan: _Plan, workers: int) -> ShardIn
 def _plan(store: FeatureSource, dtype: StoredDtype, seed: int, target_bytes: int) -> _Plan:
     slide_ids = sorted(store.slide_ids())
     if not slide_ids:
-        raise DataError("The feature store holds no slides.", "Extract features first.")
-    # Raw generator output is stable over numpy versions; Generator.permutation is not promised to be.
+        raise DataError("The feature store contains no slides.", "Extract features first.")
+    # Raw generator output is stable across numpy versions; Generator.permutation does not promise this.
     ranks = np.random.PCG64(seed).random_raw(len(slide_ids))
     order = tuple(slide_ids[i] for i in np.argsort(ranks, kind="stable"))
     attrs = {slide_id: _attrs(store, slide_id) for slide_id in order}
@@ -169,7 +172,7 @@ def _plan(store: FeatureSource, dtype: StoredDtype, seed: int, target_bytes: int
             if values.get(key) != first.get(key):
                 raise DataError(
                     f"Slides {shown} and {slide_id} differ in {key}: {first.get(key)} and {values.get(key)}.",
-                    "A set of shards holds one encoder: name it, or extract the slide again.",
+                    "A set of shards has one encoder: name it, or extract the slide again.",
                 )
     shared = {k: v for k, v in first.items() if all(k in a and a[k] == v for a in readable.values())}
     sources = {slide_id: digest_json(values) for slide_id, values in attrs.items()}
@@ -177,7 +180,7 @@ def _plan(store: FeatureSource, dtype: StoredDtype, seed: int, target_bytes: int
 
 
 def _attrs(store: FeatureSource, slide_id: str) -> dict[str, Any] | None:
-    """A slide's provenance as JSON holds it; None where it cannot be read, so that packing will refuse the slide."""
+    """Return a slide's provenance as JSON stores it; None if unreadable, so that packing refuses the slide."""
     try:
         return dict(json.loads(json.dumps(dict(store.attrs(slide_id)), default=str)))
     except DataError:
@@ -190,18 +193,18 @@ def _finished(out: Path, plan: _Plan, store: FeatureSource) -> ShardIndex | None
     try:
         index = read_index(out)
     except DataError as error:
-        logger.warning("packing anew: %s", error.message)
+        logger.warning("packing again: %s", error.message)
         return None
-    same = index.plan == plan.digest and all(_is_whole(out, shard) for shard in index.shards)
+    same = index.plan == plan.digest and all(_is_complete(out, shard) for shard in index.shards)
     return index if same and _still_refused(store, index.refused, plan) else None
 
 
 def _still_refused(store: FeatureSource, refused: Iterable[str], plan: _Plan) -> bool:
-    # A slide that is extracted again may have the attributes it had, and so the plan that it had.
+    # A slide that is extracted again may have the same attributes, and therefore the same plan.
     return all(encode(store.read, slide_id, plan.dtype).refusal for slide_id in refused)
 
 
-def _is_whole(out: Path, shard: Shard) -> bool:
+def _is_complete(out: Path, shard: Shard) -> bool:
     path = out / shard.name
     return path.is_file() and path.stat().st_size == shard.size
 
@@ -211,25 +214,25 @@ def _part_path(out: Path, number: int) -> Path:
 
 
 def _resume(out: Path, plan: _Plan, store: FeatureSource) -> list[_Part]:
-    """The finished tars of an interrupted run with the same plan; tars of any other run are removed."""
+    """Return the finished tars of an interrupted run with the same plan; tars of any other run are removed."""
     parts: list[_Part] = []
     while (path := _part_path(out, len(parts))).exists():
         try:
             part = parse(_Part, path.read_bytes(), str(path))
         except DataError:
             break
-        same = part.plan == plan.digest and _is_whole(out, part.shard)
+        same = part.plan == plan.digest and _is_complete(out, part.shard)
         if not same or not _still_refused(store, part.refused, plan):
             break
         parts.append(part)
     _sweep(out, {part.shard.name for part in parts} | {_part_path(out, i).name for i in range(len(parts))})
     if parts:
-        logger.info("%s: going on behind %d finished shards", out, len(parts))
+        logger.info("%s: resuming after %d finished shards", out, len(parts))
     return parts
 
 
 def _sweep(out: Path, kept: set[str]) -> None:
-    """Remove what another or a killed packing left."""
+    """Remove the leftovers of another or an interrupted packing."""
     stale = [p for p in out.iterdir() if p.name not in kept and _OWN.fullmatch(p.name)]
     for path in stale:
         path.unlink()
@@ -238,7 +241,7 @@ def _sweep(out: Path, kept: set[str]) -> None:
 
 
 class _Feed:
-    """An iterator that shows its next item."""
+    """An iterator with a look at the next item."""
 
     def __init__(self, items: Iterator[EncodedSlide]) -> None:
         self._items = items
@@ -253,7 +256,7 @@ class _Feed:
 def _encode_ahead(
     store: FeatureSource, order: Sequence[str], dtype: StoredDtype, workers: int
 ) -> Iterator[EncodedSlide]:
-    """Encode slides in threads, at most two a worker ahead, and yield them in order."""
+    """Encode slides in threads, at most two per worker ahead, and yield them in order."""
     with ThreadPoolExecutor(workers, "pack") as pool:
         pending: collections.deque[Future[EncodedSlide]] = collections.deque()
         remaining = iter(order)
@@ -266,7 +269,7 @@ def _encode_ahead(
 
 
 def _write_part(out: Path, number: int, feed: _Feed, plan: _Plan, reference: Sample | None) -> _Part:
-    """Write the next tar: slides until it would grow beyond the target."""
+    """Write the next tar: slides until it would exceed the target."""
     name = f"shard-{number:06d}.tar"
     samples: list[Sample] = []
     refused: dict[str, str] = {}
@@ -277,7 +280,7 @@ def _write_part(out: Path, number: int, feed: _Feed, plan: _Plan, reference: Sam
                 break
             slide = feed.take()
             if slide.refusal:
-                logger.warning("left out: %s", slide.refusal)
+                logger.warning("skipped: %s", slide.refusal)
                 refused[slide.slide_id] = slide.refusal
                 continue
             sample = _write_sample(tar, slide, number, plan)
@@ -297,7 +300,7 @@ def _check_alike(first: Sample, sample: Sample) -> None:
         if of_first != of_this:
             raise DataError(
                 f"slides {first.slide_id} and {sample.slide_id} differ in {what}: {of_first} and {of_this}.",
-                "Extract the wrong one again, or remove it from the store.",
+                "Extract the incorrect one again, or remove it from the store.",
             )
 
 

@@ -1,6 +1,6 @@
-"""Slides through one pool of readers, batches over slides, and the encoders beside them.
+"""Run slides through one pool of readers and, in parallel, the encoders. Batches span slides.
 
-What is read ahead and what waits to be encoded is bounded, so memory does not grow with the slides.
+Read-ahead and the encoding queue are bounded, so memory does not grow with the slides.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Work:
 
     Attributes:
         path: The slide's file.
-        plan: What is read of it.
+        plan: What to read of it.
         start: When it was opened, by the monotonic clock.
         features: Per encoder and magnification name, f16 [N, d]; rows of cells that cannot be read stay NaN.
-        unread_cells: Cells that are not yet read; after the last one the slide's files are closed.
-        open_rows: Tiles that are not yet encoded.
+        unread_cells: Cells not yet read; after the last one the slide's files are closed.
+        open_rows: Tiles not yet encoded.
         bad_cells: Number of each cell that cannot be read, with the reason.
     """
 
@@ -63,13 +63,13 @@ class Pipeline:
     """Reads and encodes slides.
 
     Args:
-        slots: One list of encoders per device or thread that encodes at the same time; all lists are alike.
+        slots: One list of encoders per device or thread that encodes in parallel; all lists are alike.
         threads: Reading threads.
         batch_size: Tiles per batch.
-        plan: Makes a slide's plan; what it raises as a `CfusionError` goes to `on_failure`.
-        on_slide: Takes each finished slide, in its own thread; what it raises as a `CfusionError` goes to `on_failure`.
+        plan: Makes a slide's plan; a `CfusionError` it raises goes to `on_failure`.
+        on_slide: Takes each finished slide, in a separate thread; a `CfusionError` it raises goes to `on_failure`.
         on_failure: Takes the slides that fail; it may raise to stop everything.
-        on_batch: Is called after each batch; `tiles` and `pixels` tell how far the work is.
+        on_batch: Called after each batch; `tiles` and `pixels` give the progress.
     """
 
     def __init__(
@@ -96,10 +96,10 @@ class Pipeline:
         self._writing: deque[tuple[Future, Path]] = deque()
 
     def run(self, paths: Sequence[Path], wanted: Sequence[int]) -> None:
-        """Take all slides through, in order, with the encoders of these numbers.
+        """Process all slides in order, with the encoders of these indices.
 
         Raises:
-            DataError: An encoder returns what cannot be its embeddings.
+            DataError: An encoder returns invalid embeddings.
         """
         self._wanted = wanted
         with (
@@ -142,7 +142,7 @@ class Pipeline:
             yield Work(path, plan, start, features, len(plan.grid.cells), sum(counts.values()))
 
     def _take(self, work: Work, cell: CellTiles) -> None:
-        """Put a cell's tiles into the batches, and encode those that are full."""
+        """Add a cell's tiles to the batches, and encode the full ones."""
         self.pixels += cell.pixels
         work.unread_cells -= 1
         if work.unread_cells == 0:
@@ -176,7 +176,7 @@ class Pipeline:
         return embeddings, time.monotonic() - start
 
     def _collect(self) -> None:
-        """Lay the oldest batch's embeddings into their slides."""
+        """Copy the oldest batch's embeddings into their slides."""
         future, batch, name = self._encoding.popleft()
         results, seconds = future.result()
         self.encode_seconds += seconds
@@ -186,7 +186,7 @@ class Pipeline:
             if embeddings.shape != (count, encoder.dim):
                 raise DataError(
                     f"encoder {encoder.name}: returned {list(embeddings.shape)}, expected {[count, encoder.dim]}.",
-                    "Check that its checkpoint belongs to it.",
+                    "Check that its checkpoint matches the encoder.",
                 )
             with np.errstate(over="ignore"):
                 halves = embeddings.astype(np.float16)
@@ -227,7 +227,7 @@ def _read(cell: tuple[Work, int]) -> tuple[Work, CellTiles]:
 
 
 def bounded_map(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """`map` over a pool, in order, with at most `ahead` results computed before they are asked for."""
+    """Run `map` over a pool, in order, with at most `ahead` results computed in advance."""
     pending: deque[Future[R]] = deque()
     for item in items:
         pending.append(pool.submit(function, item))

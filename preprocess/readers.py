@@ -1,4 +1,4 @@
-"""Readers of level-0 pixels: OpenSlide, or the file's raw tiles where these give the same pixels faster."""
+"""Readers of level-0 pixels: OpenSlide, or the file's raw tiles if these give the same pixels faster."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ CHECK_PX = 512
 """Side of the regions on which the raw reader is compared with OpenSlide."""
 
 ENOUGH_PROBES, MOST_PROBES = 3, 12
-"""Regions that must compare equal, and how many are tried where some are broken."""
+"""Number of regions that must compare equal, and the number of attempts if some are broken."""
 
 CACHE_BYTES = 48 << 20
-"""Memory for decoded tiles that a cell's edge cuts, so that the neighbour need not decode them again."""
+"""Memory for decoded tiles that cross a cell's edge, so that the neighbour need not decode them again."""
 
 JPEG, APERIO_JPEG2000_RGB = 7, 33005
 """TIFF compressions whose tiles are decoded here."""
@@ -40,20 +40,20 @@ EOC = b"\xff\xd9"
 
 
 class Reader(Protocol):
-    """Reads level-0 pixels of one slide; safe from several threads."""
+    """Reads level-0 pixels of one slide; thread-safe."""
 
     name: str
 
     def region(
         self, x_px: int, y_px: int, width_px: int, height_px: int, shrink: int = 1, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """A region of level 0, averaged over squares of `shrink` px; `out` is memory that may hold the result.
+        """Return a region of level 0, averaged over squares of `shrink` px; `out` is memory that may hold the result.
 
         Returns:
             RGB u8 [height / shrink, width / shrink, 3], on the slide's background colour.
 
         Raises:
-            DataError: It cannot be decoded.
+            DataError: The region cannot be decoded.
         """
         ...
 
@@ -78,17 +78,18 @@ class OpenSlideReader:
         return area_average(rgb, width_px // shrink, height_px // shrink)
 
     def close(self) -> None:
-        """See `Reader.close`; the slide is its owner's to close."""
+        """See `Reader.close`; the owner of the slide closes it."""
 
 
 class RawTileReader:
     """Decodes the tiles of a TIFF file by their offsets.
 
-    What it does not know, a tile that is missing or does not decode, it leaves to OpenSlide. A JPEG 2000 tile without
-    its end is an error of its own: OpenJPEG, and so OpenSlide, fills up what is lost with made-up pixels.
+    Tiles that are missing, do not decode or have an unknown format are left to OpenSlide. A truncated JPEG 2000
+    tile is
+    an error: OpenJPEG, and therefore OpenSlide, would fill the missing part with invented pixels.
 
     Raises:
-        DataError: The file's layout is not one that is read here.
+        DataError: The file's layout is not supported here.
     """
 
     name = "raw-tiles"
@@ -126,17 +127,17 @@ class RawTileReader:
         try:
             return self.raw_region(x_px, y_px, width_px, height_px, shrink, out)
         except (_UndecodedError, RuntimeError, ValueError, OSError) as error:
-            # One line a slide: a damaged one can have thousands of such tiles.
+            # One line per slide: a damaged one can have thousands of such tiles.
             level = logging.DEBUG if self._has_fallen_back else logging.INFO
             self._has_fallen_back = True
-            where = f"the region at {x_px}, {y_px} goes to OpenSlide"
-            logger.log(level, "%s: %s, as its raw tiles do not decode (%s).", self._slide.path, where, error)
+            where = f"OpenSlide reads the region at {x_px}, {y_px}"
+            logger.log(level, "%s: %s, because its raw tiles do not decode (%s).", self._slide.path, where, error)
             return self._reference.region(x_px, y_px, width_px, height_px, shrink)
 
     def raw_region(
         self, x_px: int, y_px: int, width_px: int, height_px: int, shrink: int = 1, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """`Reader.region` without OpenSlide's help."""
+        """Read as `Reader.region` does, without OpenSlide."""
         right, bottom = min(x_px + width_px, self._slide.size_px[0]), min(y_px + height_px, self._slide.size_px[1])
         inside = right == x_px + width_px and bottom == y_px + height_px
         at_once = shrink if inside and not any(v % shrink for v in (x_px, y_px, *self._tile)) else 1
@@ -149,8 +150,8 @@ class RawTileReader:
                 left, top = column * self._tile[0], row * self._tile[1]
                 x0, x1 = max(left, x_px), min(left + self._tile[0], right)
                 y0, y1 = max(top, y_px), min(top + self._tile[1], bottom)
-                whole = (x1 - x0, y1 - y0) == self._tile
-                tile = self.decoded(row * self._across + column, keep=not whole)
+                complete = (x1 - x0, y1 - y0) == self._tile
+                tile = self.decoded(row * self._across + column, keep=not complete)
                 target = picture[
                     (y0 - y_px) // at_once : (y1 - y_px) // at_once, (x0 - x_px) // at_once : (x1 - x_px) // at_once
                 ]
@@ -160,10 +161,11 @@ class RawTileReader:
         return area_average(picture, width_px // shrink, height_px // shrink)
 
     def decoded(self, number: int, keep: bool) -> np.ndarray:
-        """One tile of the file, u8 [h, w, 3].
+        """Decode one tile of the file, u8 [h, w, 3].
 
-        `keep` says that a neighbouring cell will want it as well. A tile that is not kept lies in memory that the
-        thread's next tile overwrites: without fresh pages a tile is decoded in nine tenths of the time.
+        `keep`: a neighbouring cell will need it too. A tile that is not kept lies in memory that the thread's next
+        tile
+        overwrites: without fresh pages, decoding takes nine tenths of the time.
         """
         with self._lock:
             tile = self._cache.pop(number, None)
@@ -192,25 +194,25 @@ class RawTileReader:
             raise _UndecodedError("the tile is missing")
         if not self._jpeg_head:
             if not data.rstrip(b"\0").endswith(EOC):
-                raise SlideError(f"{self._slide.path}: a JPEG 2000 tile has lost its end.", "Fetch the file again.")
+                raise SlideError(f"{self._slide.path}: a JPEG 2000 tile is truncated.", "Download the file again.")
             return imagecodecs.jpeg2k_decode(data)
         if data[:2] != SOI:
-            raise _UndecodedError("the tile is no JPEG stream")
+            raise _UndecodedError("the tile is not a JPEG stream")
         return simplejpeg.decode_jpeg(self._jpeg_head + data[2:], colorspace="RGB", buffer=buffer)
 
 
 def _jpeg_head(tables: bytes | None, rgb: bool) -> bytes:
-    """What stands before a tile's own data: the tables, and an Adobe marker that tells the colours, as TIFF does."""
+    """Build the prefix of a tile's data: the tables, and an Adobe marker that states the colours, as TIFF does."""
     adobe = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + (b"\x00" if rgb else b"\x01")
     return SOI + adobe + (tables[2:-2] if tables else b"")
 
 
 class _UndecodedError(Exception):
-    """A tile that is left to OpenSlide."""
+    """A tile that OpenSlide must read."""
 
 
 def choose_reader(slide: Slide, corners_px: Sequence[tuple[int, int]]) -> Reader:
-    """The raw-tile reader where the file allows it and it gives OpenSlide's pixels, else OpenSlide.
+    """Return the raw-tile reader if the file allows it and it gives OpenSlide's pixels, else OpenSlide.
 
     Args:
         slide: The slide.
@@ -220,13 +222,13 @@ def choose_reader(slide: Slide, corners_px: Sequence[tuple[int, int]]) -> Reader
     try:
         raw = RawTileReader(slide)
     except DataError as error:
-        logger.debug("%s It is read through OpenSlide.", error)
+        logger.debug("%s OpenSlide reads it instead.", error)
         return reference
     compared = 0
     for i in np.unique(np.linspace(0, len(corners_px) - 1, MOST_PROBES).astype(int)):
         same = _same_pixels(raw, reference, *corners_px[i])
         if same is False:
-            logger.info("%s: raw tiles differ from OpenSlide's pixels; it is read through OpenSlide.", slide.path)
+            logger.info("%s: raw tiles differ from OpenSlide's pixels; OpenSlide reads it instead.", slide.path)
             raw.close()
             return reference
         compared += bool(same)
@@ -234,13 +236,13 @@ def choose_reader(slide: Slide, corners_px: Sequence[tuple[int, int]]) -> Reader
             break
     if compared:
         return raw
-    logger.info("%s: no raw tile could be compared; it is read through OpenSlide.", slide.path)
+    logger.info("%s: no raw tile could be compared; OpenSlide reads it instead.", slide.path)
     raw.close()
     return reference
 
 
 def _same_pixels(raw: RawTileReader, reference: OpenSlideReader, x_px: int, y_px: int) -> bool | None:
-    """Whether both give the same pixels; none: OpenSlide cannot tell, or the raw tiles do not decode."""
+    """Compare the pixels of both readers; None: OpenSlide fails, or the raw tiles do not decode."""
     place = (x_px, y_px, CHECK_PX, CHECK_PX)
     try:
         return np.array_equal(raw.raw_region(*place), reference.region(*place))

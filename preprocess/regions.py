@@ -1,4 +1,4 @@
-"""Pixels of a slide for those who draw on it: an overview, and regions at the size they are shown."""
+"""Pixels of a slide for drawing: an overview, and regions at display size."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class SlidePictures:
 
     Args:
         path: The slide.
-        mpp_table: µm/px of slides whose files do not tell, by name.
-        default_mpp: µm/px where neither file nor table tells.
+        mpp_table: µm/px by name, for slides whose files have no resolution.
+        default_mpp: µm/px if neither file nor table gives one.
 
     Attributes:
         size_px: Width and height of level 0.
@@ -33,12 +33,12 @@ class SlidePictures:
         self.size_px = self._slide.size_px
 
     def overview(self, side_px: int) -> UInt8[np.ndarray, "y x 3"]:
-        """The whole slide, its longer side at most `side_px`."""
+        """Return the entire slide, its longer side at most `side_px`."""
         step = max(1.0, max(self.size_px) / side_px)
         return self._slide.overview(step * self._slide.resolution.mpp).rgb
 
     def region(self, x_px: int, y_px: int, side_px: int, out_px: int) -> UInt8[np.ndarray, "out out 3"]:
-        """A square of level 0 at `out_px` × `out_px`, on the background colour where it cannot be read."""
+        """Return a square of level 0 at `out_px` × `out_px`, on the background colour if it cannot be read."""
         level = max(
             (i for i, down in enumerate(self._slide.downsamples) if down <= max(1.0, side_px / out_px) * 1.001),
             key=lambda i: self._slide.downsamples[i],

@@ -1,4 +1,4 @@
-"""From a cell's level-0 pixels to its tiles at every magnification."""
+"""Resample a cell's level-0 pixels to its tiles at every magnification."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from PIL import Image
 
 from preprocess.grid import TILE_PX, TileGrid
 
-cv2.setNumThreads(1)  # cells are what runs in parallel
+cv2.setNumThreads(1)  # cells already run in parallel
 
 
 def area_average(picture: np.ndarray, width_px: int, height_px: int, out: np.ndarray | None = None) -> np.ndarray:
     """Shrink a picture by exact area averages, rounded once.
 
-    A pixel that an edge cuts counts by its part inside, so any ratio ≥ 1 will do.
+    A pixel on an edge counts by the part inside, so any ratio ≥ 1 works.
 
     Args:
         picture: u8 [h, w, 3].
@@ -25,7 +25,7 @@ def area_average(picture: np.ndarray, width_px: int, height_px: int, out: np.nda
         out: u8 [height_px, width_px, 3] to write to.
 
     Returns:
-        u8 [height_px, width_px, 3]; `picture` itself where nothing is to be done.
+        u8 [height_px, width_px, 3]; `picture` itself if the size does not change.
     """
     if picture.shape[:2] == (height_px, width_px):
         if out is None:

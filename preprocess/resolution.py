@@ -1,4 +1,4 @@
-"""How many µm a level-0 pixel is, who says so, and how many level-0 pixels make one pixel of a magnification."""
+"""Resolution of slides: µm per level-0 pixel, its source, and level-0 pixels per pixel of a magnification."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ UM_PX_AT_1X = 10.0
 """µm/px × magnification, by the field's convention."""
 
 PLAUSIBLE_MPP = (0.05, 10.0)
-"""µm/px that a whole-slide image can have; a TIFF tag of 72 dpi (353 µm/px) is no resolution."""
+"""Plausible µm/px of a whole-slide image; a TIFF tag of 72 dpi (353 µm/px) is not a resolution."""
 
 REMEDY = "Give --default-mpp, or --mpp-table with a row for it (CSV: slide_id,mpp)."
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """µm per level-0 pixel, and where the number comes from: mpp, objective, tiff, table or default."""
+    """µm per level-0 pixel, and its source: mpp, objective, tiff, table or default."""
 
     mpp: float
     source: str
@@ -37,16 +37,16 @@ class Resolution:
 def resolve(
     slide_id: str, properties: Mapping[str, str], table: Mapping[str, float], default: float | None
 ) -> Resolution:
-    """The resolution of a slide; the first of its own tags, the table and the default that has one.
+    """Find the resolution of a slide: its own tags, then the table, then the default.
 
     Args:
         slide_id: File stem, the key into `table`.
         properties: OpenSlide's properties of the slide.
         table: µm/px by slide.
-        default: µm/px of slides that nothing else tells of.
+        default: µm/px of slides without any other source.
 
     Raises:
-        ResolutionError: Nothing tells; the message names the options that do.
+        ResolutionError: No source gives one; the message names the options that do.
     """
     found = {
         "mpp": _mean(_number(properties, "openslide.mpp-x"), _number(properties, "openslide.mpp-y")),
@@ -58,13 +58,13 @@ def resolve(
     for source, mpp in found.items():
         if mpp is not None and PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]:
             return Resolution(mpp, source)
-    raise ResolutionError(f"slide {slide_id}: its file does not tell its resolution (µm/px).", REMEDY)
+    raise ResolutionError(f"slide {slide_id}: its file does not state its resolution (µm/px).", REMEDY)
 
 
 def finest_scale(slide_id: str, mpp: float, magnification: float, policy: Literal["nominal", "exact"]) -> float:
-    """Level-0 pixels that make one pixel of `magnification`, a float ≥ 1.
+    """Return the level-0 pixels per pixel of `magnification`, a float ≥ 1.
 
-    `nominal` takes the scanner magnification nearest to `mpp`, as CLAM and TRIDENT do, and warns beyond ±10%; `exact`
+    `nominal` uses the scanner magnification nearest to `mpp`, as CLAM and TRIDENT do, and warns beyond ±10%; `exact`
     divides the true resolutions.
 
     Raises:
@@ -85,17 +85,17 @@ def finest_scale(slide_id: str, mpp: float, magnification: float, policy: Litera
     scale = power / magnification
     if scale < 1 - (0.1 if policy == "exact" else 0):
         raise ResolutionError(
-            f"slide {slide_id}: at {mpp:g} µm/px it has no {magnification:g}x pixels.",
+            f"slide {slide_id}: {mpp:g} µm/px is too coarse for {magnification:g}x.",
             "Leave it out, or choose coarser --magnifications.",
         )
     return scale
 
 
 def read_mpp_table(path: Path) -> dict[str, float]:
-    """µm/px by slide from a CSV file with the columns `slide_id, mpp`.
+    """Read µm/px by slide from a CSV file with the columns `slide_id, mpp`.
 
     Raises:
-        ResolutionError: The file cannot be read, or a row has no positive number.
+        ResolutionError: The file is unreadable, or a row has no positive number.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:

@@ -1,4 +1,4 @@
-"""One slide as members of a tar, and the tar they are written to."""
+"""Encode one slide as members of a tar, and write the tar."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from cfusion.errors import DataError
 from cfusion.types import SlideFeatures, magnification_value
 
 BLOCK = 512
-"""Tars are made of blocks of so many bytes."""
+"""Block size of tars, in bytes."""
 
 _REEXTRACT = "Extract or import this slide again, or remove it from the store."
 
 
 @dataclass(frozen=True)
 class EncodedSlide:
-    """One slide as tar members, before it has a place; `refusal` instead of members where it cannot be packed."""
+    """One slide as tar members without offsets; `refusal` instead of members if it cannot be packed."""
 
     slide_id: str
     members: dict[str, tuple[bytes, np.ndarray]] = dataclasses.field(default_factory=dict)
@@ -37,7 +37,7 @@ class EncodedSlide:
     refusal: str = ""
 
     def tar_bytes(self) -> int:
-        """Bytes that the members take in a tar."""
+        """Size of the members in a tar, in bytes."""
         sizes = (len(header) + array.nbytes for header, array in self.members.values())
         return sum(BLOCK - (-size // BLOCK) * BLOCK for size in sizes)
 
@@ -81,7 +81,7 @@ def _arrays(slide: SlideFeatures, dtype: StoredDtype) -> tuple[dict[str, np.ndar
                 raise DataError(
                     f"slide {slide.slide_id}, {name}: values beyond the range of f16.", "Pack with --dtype f32."
                 )
-    # What training reads lies together, so that a slide is one read.
+    # Members that training reads are adjacent, so that a slide is one read.
     for prefix, table in (("coords", slide.coords), ("parent", slide.parents)):
         for name in names:
             if name in table and len(table[name]):
@@ -96,7 +96,7 @@ def _check_features(slide_id: str, name: str, features: np.ndarray) -> None:
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
         row = int(np.flatnonzero(~finite)[0])
-        raise DataError(f"slide {slide_id}, {name}: row {row} holds a value that is not finite.", _REEXTRACT)
+        raise DataError(f"slide {slide_id}, {name}: row {row} has a value that is not finite.", _REEXTRACT)
 
 
 def _check_companions(slide: SlideFeatures, names: list[str]) -> None:
@@ -154,7 +154,7 @@ class TarStream:
         self.offset += memoryview(data).nbytes
 
     def add(self, name: str, size: int, header: bytes, array: np.ndarray) -> int:
-        """Append a file and give the offset of its first byte."""
+        """Append a file and return the offset of its first byte."""
         info = tarfile.TarInfo(name)
         info.size, info.mode, info.mtime = size, 0o644, 0
         self._write(info.tobuf(tarfile.GNU_FORMAT))
@@ -165,6 +165,6 @@ class TarStream:
         return offset
 
     def close(self) -> int:
-        """End the tar and give its length."""
+        """Finish the tar and return its length."""
         self._write(bytes(2 * BLOCK))
         return self.offset

@@ -1,4 +1,4 @@
-"""What is to be done with one slide: its resolution, its tissue, its grid, its reader."""
+"""Plan for one slide: its resolution, its tissue, its grid, its reader."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class CellTiles:
     Attributes:
         number: The cell's number in the grid.
         rows: Per magnification name, the rows of the tiles in the slide's features.
-        tiles: Per magnification name, u8 [N, 256, 256, 3]; None where the cell cannot be read.
+        tiles: Per magnification name, u8 [N, 256, 256, 3]; None if the cell cannot be read.
         error: Why it cannot be read.
         pixels: Level-0 pixels that were read.
     """
@@ -51,10 +51,10 @@ class SlidePlan:
     Attributes:
         slide: The open slide.
         grid: Its tiles.
-        reader: What reads it.
+        reader: Reader of its pixels.
         resample: Filter of the coarser magnifications.
-        tissue: What told the tissue: the name of the method, or of the user's mask.
-        mask_digest: SHA-256 of the user's mask; empty where there is none.
+        tissue: Source of the tissue: the name of the method, or of the user's mask.
+        mask_digest: SHA-256 of the user's mask; empty if there is none.
         cell_rows: For each cell, per magnification name, the rows of its tiles.
     """
 
@@ -71,7 +71,7 @@ class SlidePlan:
         return iter(range(len(self.grid.cells)))
 
     def read_cell(self, number: int) -> CellTiles:
-        """Read one cell and cut it into tiles; a cell that cannot be read says so instead of raising."""
+        """Read one cell and cut it into tiles; an unreadable cell returns its error instead of raising."""
         rows = self.cell_rows[number]
         coarsest = self.grid.names[-1]
         column, row = self.grid.cells[number]
@@ -79,10 +79,12 @@ class SlidePlan:
         y0, y1 = (int(v) for v in self.grid.edge_px_level0(np.array([row, row + 1]), coarsest))
         wanted = {n: self.grid.tiles[n][r] - self.grid.cells[number] * self.grid.factor(n) for n, r in rows.items()}
         shrink = round(self.grid.scale)
-        whole = self.grid.scale == shrink and self.resample == "area"
+        complete = self.grid.scale == shrink and self.resample == "area"
         cut = area_tiles if self.resample == "area" else bicubic_tiles
         try:
-            region = self.reader.region(x0, y0, x1 - x0, y1 - y0, shrink if whole else 1, _scratch(self.grid.cell_px))
+            region = self.reader.region(
+                x0, y0, x1 - x0, y1 - y0, shrink if complete else 1, _scratch(self.grid.cell_px)
+            )
             tiles = cut(region, self.grid, wanted)
             self._refuse_lost(tiles[self.grid.names[0]], rows[self.grid.names[0]])
         except DataError as error:
@@ -90,10 +92,11 @@ class SlidePlan:
         return CellTiles(number, rows, tiles, pixels=(x1 - x0) * (y1 - y0))
 
     def _refuse_lost(self, tiles: np.ndarray, rows: np.ndarray) -> None:
-        """Refuse finest tiles of tissue, u8 [n, 256, 256, 3], of which level 0 holds not one pixel.
+        """Reject finest tiles of tissue, u8 [n, 256, 256, 3], that have no pixel at all in level 0.
 
-        A tile that was never written is as transparent as glass that was not scanned; the overview, which is read from
-        a coarser level, knows better.
+        A tile that was never written is as transparent as glass that was not scanned. The overview comes from a
+        coarser
+        level, so it can tell the two apart.
         """
         name = self.grid.names[0]
         blank = (tiles[:, ::64, ::64] == self.slide.background).all(axis=(1, 2, 3))
@@ -116,10 +119,11 @@ _SCRATCH = threading.local()
 
 @functools.cache
 def _keep_freed_memory() -> None:
-    """Let the allocator keep what tiles have freed for the next tiles.
+    """Make the allocator keep freed tile memory for the next tiles.
 
-    By default glibc gives blocks of this size back at once, and the next cell pays for fresh pages: a quarter of the
-    time of decoding, where pages are dear. Other allocators are left as they are.
+    By default glibc returns blocks of this size at once, and the next cell pays for fresh pages: a quarter of the
+    decoding
+    time where pages are expensive. Other allocators are left unchanged.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -128,7 +132,7 @@ def _keep_freed_memory() -> None:
 
 
 def _scratch(side_px: int) -> np.ndarray:
-    """A cell's pixels of the thread's last cell, to be overwritten: fresh memory costs a tenth of the decoding."""
+    """Return the buffer of the thread's last cell for reuse: fresh memory costs a tenth of the decoding."""
     if getattr(_SCRATCH, "side_px", None) != side_px:
         _keep_freed_memory()
         _SCRATCH.side_px, _SCRATCH.cell = side_px, np.empty((side_px, side_px, 3), np.uint8)
@@ -136,10 +140,10 @@ def _scratch(side_px: int) -> np.ndarray:
 
 
 def plan_slide(path: Path, config: PreprocessConfig, mpp_table: dict[str, float]) -> SlidePlan:
-    """Open a slide and settle what will be read of it.
+    """Open a slide and plan what to read of it.
 
     Raises:
-        DataError: The slide cannot be read, has no resolution, is too coarse, or holds no tissue.
+        DataError: The slide is unreadable, has no resolution, is too coarse, or contains no tissue.
     """
     slide = open_slide(path, mpp_table, config.default_mpp)
     try:
@@ -153,7 +157,7 @@ def plan_slide(path: Path, config: PreprocessConfig, mpp_table: dict[str, float]
         grid = make_grid(mask, slide.size_px, scale, config.magnifications, config.min_tissue)
         if not len(grid.cells):
             raise DataError(
-                f"{path}: no tissue was found.", "Look at the slide; --masks takes a mask of your own.", topic="tissue"
+                f"{path}: no tissue was found.", "Look at the slide; --masks accepts your own mask.", topic="tissue"
             )
         if config.sheets:
             write_sheets(config.store / "sheets", slide.slide_id, overview, mask, grid)
@@ -169,7 +173,7 @@ def plan_slide(path: Path, config: PreprocessConfig, mpp_table: dict[str, float]
 
 
 def rows_by_cell(grid: TileGrid) -> list[dict[str, np.ndarray]]:
-    """For each cell, per magnification name, the rows of its tiles."""
+    """Return, for each cell and magnification name, the rows of its tiles."""
     by_name = {}
     for name in grid.names:
         cell_of = grid.cell_of(name)

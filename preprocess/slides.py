@@ -1,4 +1,4 @@
-"""Whole-slide images: the one place that speaks to OpenSlide."""
+"""Whole-slide images. The only module that calls OpenSlide."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ logger = logging.getLogger(__name__)
 SLIDE_SUFFIXES = (
     ".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".tif", ".tiff", ".vms", ".vmu",
 )  # fmt: skip
-"""Endings of files that OpenSlide may be able to read."""
+"""Suffixes of files that OpenSlide may be able to read."""
 
 MAX_BLOCK_PX = 2048
-"""Side of the blocks in which an overview is read: what bounds its memory on a slide with one level."""
+"""Side of the blocks in which an overview is read; bounds memory on a slide with one level."""
 
 MIN_BLOCK_PX = 256
-"""A block that cannot be read is split no further than this."""
+"""Minimum size of a block that is split because it cannot be read."""
 
 MAX_SPLITS = 400
-"""Blocks of one overview that are split; a slide of which more is broken is not worth the reads."""
+"""Maximum number of blocks split per overview; a slide with more broken blocks is not worth the reads."""
 
 
 class Slide:
-    """An open slide. Reading is safe from several threads.
+    """An open slide. Reading is thread-safe.
 
     Attributes:
         path: The file.
@@ -43,9 +43,9 @@ class Slide:
         size_px: Width and height of level 0.
         level_sizes_px: Width and height of each level.
         downsamples: Level-0 pixels per pixel of each level, as floats.
-        background: RGB of what was not scanned.
+        background: RGB of areas that were not scanned.
         resolution: µm per level-0 pixel and its source.
-        quickhash: OpenSlide's digest of the slide's tile data or metadata; empty where it has none.
+        quickhash: OpenSlide's digest of the slide's tile data or metadata; empty if it has none.
     """
 
     def __init__(self, path: Path, mpp_table: Mapping[str, float], default_mpp: float | None) -> None:
@@ -72,7 +72,7 @@ class Slide:
         self._handle.close()
 
     def read_rgba(self, x_px: int, y_px: int, width_px: int, height_px: int, level: int = 0) -> np.ndarray:
-        """A region as u8 [height, width, 4]; alpha is 0 where the slide has no pixels.
+        """Read a region as u8 [height, width, 4]; alpha is 0 where the slide has no pixels.
 
         Args:
             x_px: Left edge in level-0 px.
@@ -90,7 +90,8 @@ class Slide:
             return np.asarray(handle.read_region(*place))
         except openslide.OpenSlideError:
             self._replace(handle)
-        # After one error a handle refuses all that the other threads ask of it; a fresh one tells whose region it was.
+        # After one error a handle fails every request, including those of other threads; a fresh handle shows which
+        # region is at fault.
         with _open(self.path) as own:
             try:
                 return np.asarray(own.read_region(*place))
@@ -103,7 +104,7 @@ class Slide:
                 self._handle = _open(self.path)
 
     def composite(self, rgba: np.ndarray) -> np.ndarray:
-        """RGB, u8 [h, w, 3], of a region laid on the slide's background colour."""
+        """Read a region as RGB, u8 [h, w, 3], on the slide's background colour."""
         alpha = rgba[..., 3]
         if alpha.min() == 255:
             return np.ascontiguousarray(rgba[..., :3])
@@ -112,7 +113,7 @@ class Slide:
         return ((mixed + 127) // 255).astype(np.uint8)
 
     def overview(self, um_px: float = 8.0) -> Overview:
-        """The whole slide at about `um_px` µm per pixel, from the coarsest level that is fine enough."""
+        """Read the entire slide at about `um_px` µm per pixel, from the coarsest level that is fine enough."""
         step = max(1.0, um_px / self.resolution.mpp)
         fine_enough = [i for i, d in enumerate(self.downsamples) if d <= step * 1.001]
         level = max(fine_enough, key=lambda i: self.downsamples[i], default=0)
@@ -121,7 +122,7 @@ class Slide:
 
 
 class Overview:
-    """A small picture of a whole slide.
+    """A small picture of an entire slide.
 
     Attributes:
         rgb: u8 [h, w, 3], on the background colour.
@@ -137,37 +138,38 @@ class Overview:
 
 
 def open_slide(path: Path, mpp_table: Mapping[str, float] | None = None, default_mpp: float | None = None) -> Slide:
-    """Open a slide and settle its resolution.
+    """Open a slide and find its resolution.
 
     Raises:
-        SlideError: OpenSlide cannot read the file, or nothing tells its resolution.
+        SlideError: OpenSlide cannot read the file, or no source gives its resolution.
     """
     return Slide(path, mpp_table or {}, default_mpp)
 
 
 def find_slides(root: Path) -> list[Path]:
-    """The slides in a folder and its subfolders, sorted; a path of one slide stands for itself.
+    """List the slides in a folder and its subfolders, sorted; the path of a slide gives that slide.
 
-    Links to folders are followed, and none is searched twice. Of the DICOM files of a folder, which are the levels of
-    one slide, the first stands for all.
+    Links to folders are followed, and no folder is searched twice. The DICOM files of one folder are the levels of
+    one
+    slide, so only the first is listed.
 
     Raises:
-        SlideError: Nothing is there, or no file has the ending of a slide.
+        SlideError: The path does not exist, or no file has the suffix of a slide.
     """
     if root.is_file():
         return [root]
     if not root.is_dir():
-        raise SlideError(f"{root}: there is no such file or folder.", "Give a slide, or a folder of slides.")
+        raise SlideError(f"{root}: no such file or folder.", "Give a slide, or a folder of slides.")
     found = sorted(p for p in _files(root) if p.suffix.lower() in SLIDE_SUFFIXES and p.is_file())
     first = {p.parent: p for p in reversed(found) if p.suffix.lower() == ".dcm"}
     found = [p for p in found if p.suffix.lower() != ".dcm" or first[p.parent] == p]
     if not found:
-        raise SlideError(f"{root}: no slides are there.", f"Looked for {' '.join(SLIDE_SUFFIXES)}.")
+        raise SlideError(f"{root}: contains no slides.", f"Looked for {' '.join(SLIDE_SUFFIXES)}.")
     return found
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """Files of a folder and its subfolders; what is hidden is left out."""
+    """List the files of a folder and its subfolders, except hidden ones."""
     searched: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
@@ -179,12 +181,12 @@ def _files(root: Path) -> Iterator[Path]:
 
 
 def slide_id_of(path: Path) -> str:
-    """A slide's name: its file's stem; for DICOM, where a slide is a folder of files, the folder's name."""
+    """Return a slide's name: its file's stem; for DICOM, where a slide is a folder of files, the folder's name."""
     return path.parent.name if path.suffix.lower() == ".dcm" else path.stem
 
 
 def same_name(paths: Sequence[Path]) -> dict[str, list[Path]]:
-    """The slide ids that more than one file bears, with those files."""
+    """Find the slide ids that more than one file has, with those files."""
     by_id: dict[str, list[Path]] = {}
     for path in paths:
         by_id.setdefault(slide_id_of(path), []).append(path)
@@ -193,13 +195,13 @@ def same_name(paths: Sequence[Path]) -> dict[str, list[Path]]:
 
 def _open(path: Path) -> openslide.OpenSlide:
     if not path.is_file():
-        raise SlideError(f"{path}: there is no such slide.")
+        raise SlideError(f"{path}: no such slide.")
     try:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
         raise SlideError(f"{path}: OpenSlide does not know this format.", "Convert it to a pyramidal TIFF.") from error
     except openslide.OpenSlideError as error:
-        raise SlideError(f"{path}: the slide is damaged or truncated ({error}).", "Fetch the file again.") from error
+        raise SlideError(f"{path}: the slide is damaged or truncated ({error}).", "Download the file again.") from error
 
 
 def _background(properties: Mapping[str, str]) -> tuple[int, int, int]:
@@ -228,7 +230,7 @@ def _read_overview(slide: Slide, level: int, width: int, height: int) -> Overvie
         try:
             _read_block(slide, level, (fx, fy), block, overview)
         except DataError as error:
-            # A block with a broken tile is read in quarters, so that no more than the tile is lost.
+            # A block with a broken tile is read in quarters, so that only the tile is lost.
             if splits and max((right - left) * fx, (bottom - top) * fy) > MIN_BLOCK_PX:
                 splits -= 1
                 x, y = (left + right + 1) // 2, (top + bottom + 1) // 2

@@ -1,4 +1,4 @@
-"""Where the tissue is: a mask of a slide's overview, told by colour."""
+"""Tissue detection: a mask of a slide's overview, found by colour."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from skimage.filters import threshold_otsu
 from preprocess.slides import Overview
 
 METHOD = "saturation-otsu-2"
-"""Name and version of the method, for the provenance of what is made with it."""
+"""Name and version of the method, for the provenance of its results."""
 
 SATURATION_BOUNDS = (0.035, 0.10)
-"""Limits of Otsu's threshold on HSV saturation: glass lies below, and the palest stroma that is wanted above."""
+"""Limits of Otsu's threshold on HSV saturation: glass lies below, the palest stroma to keep lies above."""
 
 MIN_TISSUE_UM2 = 20_000.0
-"""Smaller pieces are dirt: a little more than one 20x tile, so a fragment of a needle biopsy stays."""
+"""Smaller pieces are dirt. The limit is a little more than one 20x tile, so a needle biopsy fragment stays."""
 
 MAX_HOLE_UM2 = 60_000.0
-"""Smaller holes are lumina and fat, and belong to the tissue."""
+"""Smaller holes are lumina and fat, and count as tissue."""
 
 MIN_INK_UM2 = 10_000.0
 """Smaller specks of an ink's colour are pigment or dirt."""
 
 PEN_MARGIN_UM = 48.0
-"""What lies so near to ink is dropped with it: its rim is blurred and pale."""
+"""Margin around ink that is dropped with it: its rim is blurred and pale."""
 
 INKS = {
     "green": ((35, 105), 70, 25, (0, 255)),
@@ -41,17 +41,18 @@ wraps.
 
 
 def tissue_mask(overview: Overview, um_px: float) -> np.ndarray:
-    """Tissue in an overview.
+    """Find the tissue in an overview.
 
-    The glass is made white, ink is left out, and Otsu's threshold splits the HSV saturation of the rest, within limits
-    that keep a slide which is all tissue, or all glass, from being split where there is nothing to split.
+    The glass is made white, ink is left out, and Otsu's threshold splits the HSV saturation of the rest. Limits on
+    the
+    threshold avoid splitting a slide that is all tissue or all glass.
 
     Args:
         overview: Picture of the slide.
         um_px: µm per pixel of the overview.
 
     Returns:
-        bool [h, w]. Where the overview could not be read it is true: there the slide's own pixels decide.
+        bool [h, w]. True where the overview could not be read: there the slide's own pixels decide.
     """
     readable = overview.scanned & ~overview.unread
     if not readable.any():
@@ -69,9 +70,9 @@ def tissue_mask(overview: Overview, um_px: float) -> np.ndarray:
 
 
 def pen_mask(rgb: np.ndarray, um_px: float) -> np.ndarray:
-    """Ink in a picture of a slide, with a margin; bool [h, w].
+    """Find ink in a picture of a slide, with a margin; bool [h, w].
 
-    An ink is sure where its colour is strong, and reaches as far as its hue goes on without a break.
+    Ink is certain where its colour is strong, and extends as far as its hue continues without a break.
     """
     hue, saturation, value = cv2.split(cv2.cvtColor(cv2.GaussianBlur(rgb, (3, 3), 0), cv2.COLOR_RGB2HSV))
     ink = np.zeros(hue.shape, bool)
@@ -85,7 +86,7 @@ def pen_mask(rgb: np.ndarray, um_px: float) -> np.ndarray:
 
 
 def _black_stain(ink: np.ndarray, value: np.ndarray, saturation: np.ndarray) -> np.ndarray:
-    """Dark pixels that keep a colour: dense nuclei and folds, not black ink."""
+    """Find dark pixels that keep a colour: dense nuclei and folds, not black ink."""
     return ink & (value <= INKS["black"][3][1]) & (saturation > 110)
 
 
@@ -98,7 +99,7 @@ def _reached(seeds: np.ndarray, region: np.ndarray) -> np.ndarray:
 
 
 def _on_white_glass(rgb: np.ndarray, readable: np.ndarray) -> np.ndarray:
-    """The picture with its glass made white, where it has any: the brightest twentieth, if that is near white."""
+    """Make the glass white, if there is any: the brightest twentieth, if that is near white."""
     bright = rgb[readable].max(axis=1) if readable.any() else np.zeros(1)
     glass = np.median(rgb[readable][bright >= np.percentile(bright, 95)], axis=0).astype(np.float32)
     if glass.min() < 180 or glass.max() - glass.min() > 30:
@@ -107,7 +108,7 @@ def _on_white_glass(rgb: np.ndarray, readable: np.ndarray) -> np.ndarray:
 
 
 def _saturation(rgb: np.ndarray) -> np.ndarray:
-    """HSV saturation, 0 to 1, of the smoothed picture; in the dark it is damped, as it is only noise there."""
+    """Compute the HSV saturation, 0 to 1, of the smoothed picture; dark areas are damped, being only noise."""
     smooth = cv2.GaussianBlur(rgb, (0, 0), 1.2).astype(np.float32)
     high, low = smooth.max(axis=2), smooth.min(axis=2)
     return (high - low) / (high + 8)
@@ -118,7 +119,7 @@ def _otsu(values: np.ndarray) -> float:
 
 
 def _small_holes(mask: np.ndarray, area_px: float) -> np.ndarray:
-    """Background that tissue encloses, in pieces below `area_px`; what touches the picture's edge is no hole."""
+    """Find background enclosed by tissue, in pieces below `area_px`; areas at the picture's edge are not holes."""
     labels, count = ndimage.label(~mask)
     hole = np.bincount(labels.ravel(), minlength=count + 1) < area_px
     edge = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])

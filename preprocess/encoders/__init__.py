@@ -1,4 +1,4 @@
-"""Encoders: what turns a tile into an embedding. A name decides everything but where it runs."""
+"""Encoders turn tiles into embeddings. The name determines everything except the device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from preprocess.encoders.cards import CARDS
 from preprocess.settings import PreprocessConfig
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-"""Names of encoders that can name a folder of the store."""
+"""Encoder names that are valid as a folder of the store."""
 
 
 class Encoder(Protocol):
@@ -31,7 +31,7 @@ class Encoder(Protocol):
     identity: dict[str, Any]
 
     def encode(self, tiles: np.ndarray) -> np.ndarray:
-        """Embeddings f32 [n, dim] of tiles u8 [n, 256, 256, 3]."""
+        """Return embeddings f32 [n, dim] of tiles u8 [n, 256, 256, 3]."""
         ...
 
 
@@ -55,17 +55,17 @@ class StainTexture:
 
 
 def encoder_names() -> list[str]:
-    """Every known name, those of installed packages last; any `timm:NAME` and `hf:OWNER/NAME` can be given as well."""
+    """List all known names, those of installed packages last; any `timm:NAME` and `hf:OWNER/NAME` also works."""
     own = [StainTexture.name, *CARDS]
     return [*own, *(name for name in package_names("cfusion.encoders") if name not in own)]
 
 
 def load_encoder(name: str, config: PreprocessConfig, device: str = "cpu") -> Encoder:
-    """The encoder of this name, with its weights, ready on `device`.
+    """Load an encoder by name, with its weights, on `device`.
 
     Raises:
-        ConfigError: There is none of this name.
-        DataError: Its weights cannot be had; the message tells licence, gate and remedy.
+        ConfigError: No encoder has this name.
+        DataError: Its weights are unavailable; the message gives licence, gate and remedy.
         MissingExtraError: timm is not installed.
     """
     if name == StainTexture.name:
@@ -74,7 +74,7 @@ def load_encoder(name: str, config: PreprocessConfig, device: str = "cpu") -> En
         code = package_code("cfusion.encoders", name) if _PLAIN.fullmatch(name) else None
         if code is None:
             raise ConfigError(
-                f"encoder {name!r} is not known.",
+                f"encoder {name!r} is unknown.",
                 f"Known: {', '.join(encoder_names())}; or timm:NAME, or hf:OWNER/NAME.",
             )
         from preprocess.encoders.installed_encoders import PackagedEncoder
@@ -86,12 +86,12 @@ def load_encoder(name: str, config: PreprocessConfig, device: str = "cpu") -> En
 
 
 def load_slots(config: PreprocessConfig) -> list[list[Encoder]]:
-    """The encoders of `config`, once for each device that encodes at the same time.
+    """Load the encoders of `config` once for each device that encodes in parallel.
 
-    Without a network among them they run in `config.threads` threads, as they use one core each.
+    If none of them is a network, they run in `config.threads` threads, because each uses one core.
     """
     if len(set(config.encoders)) != len(config.encoders) or not config.encoders:
-        raise ConfigError(f"encoders {list(config.encoders)}: expected one or more different names.")
+        raise ConfigError(f"encoders {list(config.encoders)}: expected one or more names, each given once.")
     if set(config.encoders) == {StainTexture.name}:
         return [[StainTexture()]] * config.threads
     return [[load_encoder(name, config, device) for name in config.encoders] for device in _devices(config.devices)]
@@ -103,5 +103,5 @@ def _devices(wanted: Sequence[str]) -> Sequence[str]:
     present = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     for device in wanted:
         if device != "cpu" and device not in present:
-            raise ConfigError(f"device {device!r} is not here.", f"Here: {', '.join(['cpu', *present])}.")
+            raise ConfigError(f"device {device!r} is unavailable.", f"Available: {', '.join(['cpu', *present])}.")
     return wanted or present or ["cpu"]

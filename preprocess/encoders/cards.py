@@ -1,6 +1,6 @@
-"""What each published encoder is, as its model card says: architecture, transform, pooling, precision, licence.
+"""Published encoders as their model cards describe them: architecture, transform, pooling, precision, licence.
 
-The card's address stands with each entry. An entry is data alone: `networks` builds and loads.
+Each entry gives the address of its card. Entries are data only: `networks` builds and loads the models.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ class EncoderCard:
         architecture: Name of the architecture in timm.
         repo: Repository on the Hugging Face hub.
         source: Address of the model card.
-        licence: SPDX name, or what the card says.
-        gated: Whether the licence must be accepted there before a download.
+        licence: SPDX name, or the wording of the card.
+        gated: Whether the licence must be accepted on the hub before a download.
         options: Arguments of the architecture.
         file: Weights file in the repository.
-        layout: Names of the weights: timm's own, Hugging Face's DINOv2, open_clip's image tower, CONCH's, or CONCH
+        layout: Naming scheme of the weights: timm's, Hugging Face's DINOv2, open_clip's image tower, CONCH's,
+        or CONCH
             v1.5's.
-        pool: `token`: what the network pools itself; `token+mean`: class token beside the mean of the patch tokens;
-            `map`: mean of the last feature map; `attention`: one learned query, as CoCa has it.
+        pool: `token`: the network's own pooling; `token+mean`: class token concatenated with the mean of the patch
+            tokens; `map`: mean of the last feature map; `attention`: one learned query, as in CoCa.
         prefix_tokens: Class and register tokens before the patch tokens.
         resize_px: Side to which a tile is resized.
-        image_px: Side that is cut from its centre and seen by the network.
+        image_px: Side of the centre crop that the network sees.
         filter: Filter of the resizing.
         colours: Mean and standard deviation per channel.
-        precision: Arithmetic that the card runs it in.
+        precision: Arithmetic that the card uses.
     """
 
     dim: int

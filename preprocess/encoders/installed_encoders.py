@@ -1,4 +1,4 @@
-"""Encoders of installed packages (entry points `cfusion.encoders`), checked on made-up tiles before use."""
+"""Encoders of installed packages (entry points `cfusion.encoders`), checked on synthetic tiles before use."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from cfusion.extensions import OwnCode
 from preprocess.settings import PreprocessConfig
 
 REQUIRED = ("weights", "transform", "precision")
-"""What an encoder's `identity` must say."""
+"""Keys that an encoder's `identity` must contain."""
 
 
 class PackagedEncoder:
     """An encoder of an installed package. See `preprocess.encoders.Encoder`.
 
-    The distribution's name and version are recorded as the version of the embeddings, with the digest of its module, so
+    The distribution's name and version are recorded as the version of the embeddings, with the digest of its
+    module, so
     that a model refuses embeddings of another version.
 
     Args:
-        code: The entry point's factory, which is called with the settings and the device.
+        code: The entry point's factory, called with the settings and the device.
         config: Settings of preprocessing.
-        device: Where it runs.
+        device: Device to run on.
 
     Raises:
-        ConfigError: The factory fails, or what it returns is no encoder.
+        ConfigError: The factory fails, or returns something other than an encoder.
     """
 
     def __init__(self, code: OwnCode, config: PreprocessConfig, device: str) -> None:
@@ -34,16 +35,16 @@ class PackagedEncoder:
         self.name = code.name
         try:
             self._encoder: Any = code.load()(config, device)
-            self.dim, told = int(self._encoder.dim), dict(self._encoder.identity)
+            self.dim, identity = int(self._encoder.dim), dict(self._encoder.identity)
         except ConfigError:
             raise
         except Exception as error:
-            raise self._wrong(code.where(error), f"cannot be made ({type(error).__name__}: {error})") from error
-        missing = [key for key in REQUIRED if not isinstance(told.get(key), str)]
+            raise self._wrong(code.where(error), f"the factory failed ({type(error).__name__}: {error})") from error
+        missing = [key for key in REQUIRED if not isinstance(identity.get(key), str)]
         if missing:
-            raise self._wrong(str(code.path), f"its identity does not say {', '.join(missing)} as text")
+            raise self._wrong(str(code.path), f"its identity has no text for {', '.join(missing)}")
         version = " ".join(code.package or ())
-        self.identity: dict[str, Any] = {**told, "version": version, "code_sha256": code.digest}
+        self.identity: dict[str, Any] = {**identity, "version": version, "code_sha256": code.digest}
         self._try()
 
     def encode(self, tiles: np.ndarray) -> np.ndarray:
@@ -55,8 +56,8 @@ class PackagedEncoder:
         try:
             found = self.encode(tiles)
         except Exception as error:
-            told = f"failed on two made-up tiles ({type(error).__name__}: {error})"
-            raise self._wrong(self._code.where(error), told) from error
+            what = f"failed on two synthetic tiles ({type(error).__name__}: {error})"
+            raise self._wrong(self._code.where(error), what) from error
         if found.shape != (len(tiles), self.dim) or found.dtype != np.float32:
             raise self._wrong(
                 str(self._code.path),

@@ -1,4 +1,4 @@
-"""Builds the networks behind the cards, loads their weights and runs them: the one door to timm."""
+"""Build the networks of the encoder cards, load their weights and run them. The only module that imports timm."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class NetworkEncoder:
     """A network with its transform and pooling, on one device. See `Encoder`.
 
     Args:
-        name: Name in the registry; the store's folder is called so, with `_` for `:` and `/`.
-        card: What the network is.
+        name: Name in the registry; also the store's folder name, with `_` for `:` and `/`.
+        card: Card of the network.
         network: The network, with its weights.
         weights_digest: SHA-256 of the weights file.
-        device: Where it runs.
+        device: Device to run on.
         precision: Arithmetic of the network; its result is f32.
     """
 
@@ -58,12 +58,12 @@ class NetworkEncoder:
             return self.pooled(self.transformed(pixels).to(self._dtype)).float().cpu().numpy()
         except torch.OutOfMemoryError as error:
             raise DataError(
-                f"encoder {self.name}: {self._device} has not the memory for {len(tiles)} tiles at once.",
+                f"encoder {self.name}: {self._device} has not enough memory for {len(tiles)} tiles at once.",
                 "Give a smaller --batch-size.",
             ) from error
 
     def transformed(self, pixels: Tensor) -> Float[Tensor, "tile 3 y x"]:
-        """What the network sees of tiles u8 [n, 3, 256, 256]: resized as PIL does it, cut, and normalised."""
+        """Transform tiles u8 [n, 3, 256, 256] for the network: resize as PIL does, crop, normalise."""
         card = self._card
         values = pixels.float()
         if values.shape[-1] != card.resize_px:
@@ -75,7 +75,7 @@ class NetworkEncoder:
         return (values / 255 - self._mean) / self._std
 
     def pooled(self, pixels: Tensor) -> Float[Tensor, "tile dim"]:
-        """One embedding a tile from what the network returns."""
+        """Pool the network's output to one embedding per tile."""
         out: Any = self._network(pixels)
         if self._card.pool == "map":
             return out[-1].mean(dim=(2, 3))
@@ -85,7 +85,7 @@ class NetworkEncoder:
 
 
 class AttentionPooled(nn.Module):
-    """A trunk whose tokens one learned query pools (CoCa, Yu et al. 2022, section 3.2; CONCH, Lu et al. 2024)."""
+    """A trunk whose tokens are pooled by one learned query (CoCa, Yu et al. 2022, 3.2; CONCH, Lu et al. 2024)."""
 
     def __init__(self, trunk: Any, dim: int, heads: int = 8) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class AttentionPooled(nn.Module):
         self.ln_q, self.ln_k, self.ln_out = nn.LayerNorm(dim), nn.LayerNorm(width), nn.LayerNorm(dim)
 
     def forward(self, pixels: Float[Tensor, "tile 3 y x"]) -> Float[Tensor, "tile dim"]:
-        """The pooled token of each tile, before the projection that serves text alone."""
+        """Return the pooled token of each tile, before the projection that only text needs."""
         tokens = self.ln_k(self.trunk.forward_features(pixels))
         query = self.ln_q(self.query).expand(len(tokens), -1, -1)
         return self.ln_out(self.attn(query, tokens, tokens, need_weights=False)[0])[:, 0]
@@ -106,8 +106,8 @@ def load_network(name: str, config: PreprocessConfig, device: str) -> NetworkEnc
     """Build an encoder and load its weights.
 
     Raises:
-        ConfigError: `timm:NAME` is not known to timm.
-        WeightsError: The weights cannot be had, or are not of this network.
+        ConfigError: timm does not know the model of `timm:NAME`.
+        WeightsError: The weights are unavailable, or do not fit this network.
         MissingExtraError: timm or torchvision is not installed.
     """
     card = card_of(name, config.offline)
@@ -121,11 +121,11 @@ def load_network(name: str, config: PreprocessConfig, device: str) -> NetworkEnc
 
 
 def card_of(name: str, offline: bool = False) -> EncoderCard:
-    """The card of a name; that of `timm:NAME` and `hf:OWNER/NAME` is what timm knows of the model.
+    """Return the card of a name; for `timm:NAME` and `hf:OWNER/NAME`, build it from timm's model configuration.
 
     Raises:
-        ConfigError: timm cannot build it.
-        WeightsError: The configuration of `hf:OWNER/NAME` cannot be had.
+        ConfigError: timm cannot build the model.
+        WeightsError: The configuration of `hf:OWNER/NAME` is unavailable.
         MissingExtraError: timm or torchvision is not installed.
     """
     if name in CARDS:
@@ -140,20 +140,20 @@ def card_of(name: str, offline: bool = False) -> EncoderCard:
         network = timm.create_model(architecture, pretrained=False, num_classes=0)
     except (RuntimeError, ValueError, TypeError, OSError, KeyError) as error:
         raise ConfigError(f"encoder {name!r}: timm cannot build it ({error}).", "Check the name.") from error
-    told = network.pretrained_cfg
-    image_px = told["input_size"][-1]
+    pretrained = network.pretrained_cfg
+    image_px = pretrained["input_size"][-1]
     if kind == "timm":
-        repo = told.get("hf_hub_id") or ""
+        repo = pretrained.get("hf_hub_id") or ""
     return EncoderCard(
-        network.num_features, architecture, repo, f"{HUB}/{repo}", told.get("license") or "see its card",
-        gated=False, file="model.safetensors", resize_px=round(image_px / (told.get("crop_pct") or 1)),
-        image_px=image_px, filter="bilinear" if told.get("interpolation") == "bilinear" else "bicubic",
-        colours=(tuple(told["mean"]), tuple(told["std"])),
+        network.num_features, architecture, repo, f"{HUB}/{repo}", pretrained.get("license") or "see its card",
+        gated=False, file="model.safetensors", resize_px=round(image_px / (pretrained.get("crop_pct") or 1)),
+        image_px=image_px, filter="bilinear" if pretrained.get("interpolation") == "bilinear" else "bicubic",
+        colours=(tuple(pretrained["mean"]), tuple(pretrained["std"])),
     )  # fmt: skip
 
 
 def build_network(card: EncoderCard) -> nn.Module:
-    """The network of a card, with random weights."""
+    """Build the network of a card, with random weights."""
     timm = import_timm()
     options = {"num_classes": 0, **card.options}
     if options.get("features_only"):
@@ -166,10 +166,10 @@ def build_network(card: EncoderCard) -> nn.Module:
 
 
 def load_weights(network: nn.Module, card: EncoderCard, path: Path) -> None:
-    """Load a checkpoint into a network, every weight of which it must hold.
+    """Load a checkpoint that must contain every weight of the network.
 
     Raises:
-        WeightsError: The file cannot be read, lacks weights, or their shapes differ.
+        WeightsError: The file is unreadable, lacks weights, or their shapes differ.
     """
     weights = to_network_names(read_weights(path), card.layout)
     own = network.state_dict()
@@ -178,18 +178,19 @@ def load_weights(network: nn.Module, card: EncoderCard, path: Path) -> None:
     if missing or wrong:
         what = f"has no {missing[0]}" if missing else f"has {wrong[0]} of shape {list(weights[wrong[0]].shape)}"
         raise WeightsError(
-            f"{path}: is no checkpoint of {card.repo or card.architecture}: it {what}"
-            f" ({len(missing)} weights are missing, {len(wrong)} have another shape).",
+            f"{path}: not a checkpoint of {card.repo or card.architecture}: it {what} ({len(missing)} "
+            f"weights are missing, {len(wrong)} have another shape).",
             f"Fetch {card.file} from {card.source}.",
         )
     network.load_state_dict({key: weights[key] for key in own if key in weights}, strict=False)
 
 
 def import_timm() -> Any:
-    """timm, imported so that it also works beside a torch without CUDA.
+    """Import timm, also where torch is built without CUDA.
 
-    torchvision's wheels from PyPI are built for CUDA and look up two of their operators while they are imported; where
-    these cannot be loaded their names alone are told, which is all that timm needs.
+    torchvision's wheels from PyPI are built for CUDA and look up two of their operators at import. Where these
+    cannot be
+    loaded, we declare only their names, which is all that timm needs.
 
     Raises:
         MissingExtraError: timm or torchvision is not installed.
@@ -210,4 +211,4 @@ def import_timm() -> Any:
 
 
 _KEPT: list[torch.library.Library] = []
-"""A library's definitions last as long as the object."""
+"""Keep a reference: a library's definitions last only as long as this object."""

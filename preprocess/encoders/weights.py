@@ -1,4 +1,4 @@
-"""Weights of encoders: where they are, how they are read without running code, what their entries are called."""
+"""Weights of encoders: find them, read them without running code, and map their entry names."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from cfusion.errors import MissingExtraError, WeightsError
 from preprocess.encoders.cards import EncoderCard
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-"""Endings of a local checkpoint, in the order in which they are looked for."""
+"""Suffixes of a local checkpoint, in order of preference."""
 
 
 def find_weights(name: str, card: EncoderCard, folder: Path | None, offline: bool) -> Path:
-    """The checkpoint of an encoder: a local file, or the hub's cache, or the hub.
+    """Find the checkpoint of an encoder: a local file, the hub's cache, or the hub.
 
     Args:
-        name: The encoder's name; a local file is called so.
+        name: The encoder's name; a local file has this name.
         card: Its card.
-        folder: Folder of local checkpoints, or the checkpoint itself; none: the hub alone.
-        offline: Take what the hub's cache has, and ask no network.
+        folder: Folder of local checkpoints, or the checkpoint itself; None: use only the hub.
+        offline: Use only the hub's cache; make no network request.
 
     Raises:
-        WeightsError: It cannot be had; the message tells licence, gate and remedy.
+        WeightsError: The checkpoint is unavailable; the message gives licence, gate and remedy.
         MissingExtraError: huggingface-hub is not installed.
     """
     stem = file_name(name)
@@ -39,7 +39,7 @@ def find_weights(name: str, card: EncoderCard, folder: Path | None, offline: boo
         if folder.is_file():
             return folder
         if not folder.is_dir():
-            raise WeightsError(f"weights={folder}: there is no such file or folder.")
+            raise WeightsError(f"weights={folder}: no such file or folder.")
         for suffix in SUFFIXES:
             if (path := folder / f"{stem}{suffix}").is_file():
                 return path
@@ -48,10 +48,10 @@ def find_weights(name: str, card: EncoderCard, folder: Path | None, offline: boo
 
 
 def fetch_weights(name: str, card: EncoderCard, offline: bool, otherwise: str = "") -> Path:
-    """`card.file` from the hub's cache or the hub; `otherwise` ends the remedy where it cannot be had.
+    """Get `card.file` from the hub's cache or the hub; `otherwise` ends the remedy if that fails.
 
     Raises:
-        WeightsError: It cannot be had; the message tells licence, gate and remedy.
+        WeightsError: The file is unavailable; the message gives licence, gate and remedy.
         MissingExtraError: huggingface-hub is not installed.
     """
     try:
@@ -76,33 +76,33 @@ def fetch_weights(name: str, card: EncoderCard, offline: bool, otherwise: str = 
 
 
 def file_name(name: str) -> str:
-    """An encoder's name as a file's: `hf:OWNER/NAME` → `hf_OWNER_NAME`."""
+    """Convert an encoder's name to a file name: `hf:OWNER/NAME` → `hf_OWNER_NAME`."""
     return name.replace(":", "_").replace("/", "_")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint; nothing but tensors is unpickled.
+    """Read the tensors of a checkpoint; only tensors are unpickled.
 
     Raises:
-        WeightsError: The file cannot be read, or holds something else.
+        WeightsError: The file is unreadable or contains something else.
     """
     try:
         loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise WeightsError(f"{path}: is no readable checkpoint ({error}).", "Fetch it again.") from error
+        raise WeightsError(f"{path}: not a readable checkpoint ({error}).", "Download it again.") from error
     for wrapper in ("state_dict", "model", "teacher"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
     if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise WeightsError(f"{path}: holds something other than named tensors.", "Export its state_dict.")
+        raise WeightsError(f"{path}: contains something other than named tensors.", "Export its state_dict.")
     return {str(key).removeprefix("module."): value for key, value in loaded.items()}
 
 
 def to_network_names(weights: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """A checkpoint's tensors under the names of our network.
+    """Rename a checkpoint's tensors to the names of our network.
 
     Args:
-        weights: Tensors as the checkpoint names them.
+        weights: Tensors under the checkpoint's names.
         layout: See `EncoderCard.layout`.
     """
     if layout == "dinov2" and any(key.startswith("encoder.layer.") for key in weights):
@@ -140,7 +140,7 @@ _DINOV2 = (
 
 
 def _from_dinov2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's DINOv2: queries, keys and values apart; timm's: one matrix, no position for the class token."""
+    """Convert Hugging Face's DINOv2 (separate queries, keys, values) to timm (one matrix, no class token position)."""
     named: dict[str, Tensor] = {}
     for key, value in weights.items():
         if ".attention.attention." in key:
@@ -154,7 +154,7 @@ def _from_dinov2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             ]
             named[f"blocks.{layer}.attn.qkv.{kind}"] = torch.cat(parts)
     if "reg_token" in named:
-        # With registers timm has no position for the class token: the two are only ever added.
+        # With registers, timm has no position for the class token: the two are only ever added.
         named["cls_token"] = named["cls_token"] + named["pos_embed"][:, :1]
         named["pos_embed"] = named["pos_embed"][:, 1:]
     return named
@@ -175,7 +175,7 @@ _OPEN_CLIP = (
 
 
 def _from_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's image tower; its last projection is a head without bias."""
+    """Convert open_clip's image tower; its last projection is a head without bias."""
     named: dict[str, Tensor] = {}
     for key, value in weights.items():
         if not key.startswith("visual."):
@@ -190,7 +190,7 @@ def _from_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _from_conch(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CONCH's image tower, alone or within the whole model."""
+    """Convert CONCH's image tower, stored separately or within the complete model."""
     named = {}
     for key, value in weights.items():
         key = key.removeprefix("visual.")
@@ -200,11 +200,11 @@ def _from_conch(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 CONCH_V1_5_SIDE = 448 // 16
-"""Patches along the side of what CONCH v1.5 sees; its positions are stored for 14 and stretched to this."""
+"""Patches along the side of the CONCH v1.5 input; its positions are stored for 14 and stretched to this."""
 
 
 def _from_conch_v1_5(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CONCH v1.5's image tower: its pooling has no biases and one matrix for keys and values."""
+    """Convert CONCH v1.5's image tower: its pooling has no biases and one matrix for keys and values."""
     named = _from_conch(weights)
     if {"to_q.weight", "to_kv.weight", "to_out.weight"} <= set(named):
         keys, values = named.pop("to_kv.weight").chunk(2)
@@ -218,10 +218,12 @@ def _from_conch_v1_5(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _stretched(positions: Tensor, side: int) -> Tensor:
-    """Positions [1, 1 + n², d], the class token's first, for `side`² patches, as DINO stretches them.
+    """Stretch positions [1, 1 + n², d], class token first, to `side`² patches, as DINO does.
 
-    The factor is that of a side a tenth of a patch longer: without it 27 rows could come out of rounding. It moves
-    every sample a little, and the network was trained so (github.com/facebookresearch/dino, vision_transformer.py).
+    The scale factor is that of a side longer by a tenth of a patch: without it, rounding could give 27 rows. This
+    moves
+    every sample slightly, and the network was trained that way (github.com/facebookresearch/dino,
+    vision_transformer.py).
     """
     there = math.isqrt(positions.shape[1] - 1)
     if there == side:

@@ -1,1 +1,1 @@
-"""Phantom cohorts: drawn slides with a known risk."""
+"""Phantom cohorts: synthetic slides with a known risk."""

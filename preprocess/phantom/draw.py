@@ -1,6 +1,6 @@
-"""Phantom cohorts: drawn slides whose patients' survival follows two things that can be seen in them.
+"""Phantom cohorts: synthetic slides whose patients' survival depends on two visible signals.
 
-One shows only at 5x (`architecture`), one only at 20x (`nuclei`). Nothing here is data about people.
+One is visible only at 5x (`architecture`), one only at 20x (`nuclei`). Nothing here is data about people.
 """
 
 from __future__ import annotations
@@ -31,20 +31,22 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class PhantomSpec:
-    """A made-up cohort.
+    """A synthetic cohort.
 
     Attributes:
-        name: Short name; it begins the patients' ids.
+        name: Short name; prefix of the patients' ids.
         seed: Seed of patients, outcomes and pixels.
         patients: Number of patients.
         cells: Columns and rows of 1024 px cells on a slide (at 20x).
         share_40x: Share of slides written at 40x (0.25 µm/px); the others are 20x (0.5 µm/px).
         two_slides: Number of patients with a second slide.
-        architecture_weight: Part of the architecture in the log-hazard; the nuclei have the rest of a sum of squares 1.
+        architecture_weight: Weight of the architecture in the log-hazard; the weight of the nuclei completes a
+        sum of
+            squares of 1.
         effect: Standard deviation of the log-hazard.
         median_months: Median survival of a patient of average risk.
         shape: Weibull shape of the survival times.
-        censoring_months: Follow-up ends for reasons unrelated to risk, uniformly within so many months.
+        censoring_months: Follow-up ends for reasons unrelated to risk, uniformly within this number of months.
         stain: Colours of the laboratory.
     """
 
@@ -62,7 +64,7 @@ class PhantomSpec:
     stain: Stain = dataclasses.field(default_factory=Stain)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be drawn.
+        """Check the ranges.
 
         Raises:
             ConfigError: A number is out of its range.
@@ -87,7 +89,7 @@ PHANTOMS = (
         stain=Stain(hematoxylin=(0.55, 0.76, 0.42), eosin=(0.10, 0.88, 0.42)),
     ),
 )
-"""The two cohorts of `cfusion demo`: other seeds, colours, survival and weights of the two signals."""
+"""The two cohorts of `cfusion demo`: they differ in seeds, colours, survival and weights of the two signals."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Patient:
         nuclei: 0 … 1, the coarseness of the chromatin.
         log_hazard: The planted risk.
         time_months: Follow-up.
-        event: Whether death was seen.
+        event: Whether death was observed.
         magnification: 20 or 40, of the patient's slides.
     """
 
@@ -117,7 +119,7 @@ class Patient:
 
 @dataclass(frozen=True)
 class PhantomCohort:
-    """Where a drawn cohort lies.
+    """Location of a drawn cohort.
 
     Attributes:
         slides: Folder of the slides.
@@ -131,7 +133,7 @@ class PhantomCohort:
 
 
 def plan_patients(spec: PhantomSpec) -> tuple[Patient, ...]:
-    """The patients of a cohort, with what will be drawn and what happened to them.
+    """Sample the patients of a cohort: what their slides show, and their outcomes.
 
     Architecture and nuclei are uniform and independent (a Latin square of strata). Times are Weibull with hazard
     proportional to exp(log_hazard); censoring is uniform and independent.
@@ -167,18 +169,19 @@ def plan_patients(spec: PhantomSpec) -> tuple[Patient, ...]:
 
 
 def draw_cohort(spec: PhantomSpec, out_dir: str | os.PathLike[str], workers: int = 2) -> PhantomCohort:
-    """Draw a cohort's slides and write its tables; slides that are there already are kept.
+    """Draw a cohort's slides and write its tables; existing slides are kept.
 
-    Slides are pyramidal tiled JPEG TIFFs in Aperio's dialect, with µm/px and objective power. The same spec gives the
+    Slides are pyramidal tiled JPEG TIFFs in Aperio's dialect, with µm/px and objective power. The same spec gives
+    the
     same bytes.
 
     Args:
         spec: The cohort.
-        out_dir: Folder to write to; made where missing.
-        workers: Slides drawn at a time; each takes about 150 MB (at 40x 300 MB).
+        out_dir: Folder to write to; created if missing.
+        workers: Slides drawn in parallel; each takes about 150 MB (at 40x 300 MB).
 
     Raises:
-        DataError: `out_dir` holds slides of another spec.
+        DataError: `out_dir` contains slides of another spec.
     """
     out_dir = Path(out_dir)
     cohort = PhantomCohort(out_dir / "slides", out_dir / "cohort.csv", out_dir / "truth.csv")
@@ -203,13 +206,13 @@ def draw_cohort(spec: PhantomSpec, out_dir: str | os.PathLike[str], workers: int
 
 
 def _claim(spec: PhantomSpec, out_dir: Path) -> None:
-    """Write the spec's digest beside the slides, or see that it is the one already there."""
+    """Write the spec's digest next to the slides, or check that it matches the one already there."""
     marker, digest = out_dir / "phantom.json", digest_json([_VERSION, dataclasses.asdict(spec)])
     if not marker.exists():
         write_json(marker, {"spec": dataclasses.asdict(spec), "digest": digest})
     elif read_json(marker).get("digest") != digest:
         raise DataError(
-            f"{marker}: the folder holds the phantom cohort of another spec, expected that of {spec.name}.",
+            f"{marker}: the folder contains the phantom cohort of another spec, expected that of {spec.name}.",
             "Remove the folder or give another.",
         )
 

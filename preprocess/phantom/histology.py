@@ -1,8 +1,10 @@
-"""Made-up tissue that looks like H&E and hides two measurable things, one at 5x and one at 20x.
+"""Synthetic tissue that looks like H&E and hides two measurable signals, one at 5x and one at 20x.
 
-Glands are oblong and all alike; what differs is whether neighbours lie in one direction or in all. A 5x tile shows
-some eight of them, a 20x tile a part of one, the same in every patient. Nuclei carry chromatin grains, one pixel
-large, whose sum over every 2 × 2 block is zero: the first area average, from 20x to 10x, removes them whole.
+Glands are oblong and identical; patients differ in whether neighbouring glands are parallel or point in all
+directions. A 5x tile shows about eight glands. A 20x tile shows a part of one, which looks the same in every
+patient.
+Nuclei contain chromatin grains, one pixel large, whose sum over every 2 × 2 block is zero: the first area average,
+from 20x to 10x, removes them completely.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ _GLAND_RADII_PX = (177.0, 78.0)
 _WAVINESS_PX = 12.0
 _BASAL_DEPTH, _LUMEN_DEPTH = 0.6, 0.72
 
-# Palette: every pixel is drawn as one byte, kind of tissue and tone together, and coloured last.
+# Palette: every pixel is drawn as one byte that combines kind of tissue and tone, and is coloured last.
 _GLASS, _STROMA, _CYTOPLASM, _NUCLEUS, _END = 0, 16, 80, 120, 256
 _NUCLEUS_MEAN = 188
 _GRAIN_MIN, _GRAIN_MAX = 5, 38
@@ -38,7 +40,7 @@ class Stain:
 
 @dataclass(frozen=True)
 class Atlas:
-    """What all slides of a size share: nuclei and textures on a torus, which each slide reads at its own offset."""
+    """Data shared by all slides of a size: nuclei and textures on a torus, which each slide reads at its own offset."""
 
     round_ids: UInt16[np.ndarray, "y x"]
     round_centres: Float[np.ndarray, "nucleus 2"]
@@ -53,7 +55,7 @@ class Atlas:
 
 @functools.lru_cache(maxsize=2)
 def atlas(height_px: int, width_px: int) -> Atlas:
-    """The planes for slides of `height_px` × `width_px` at 20x; both must be multiples of `FIELD_STEP_PX`."""
+    """Build the planes for slides of `height_px` × `width_px` at 20x; both must be multiples of `FIELD_STEP_PX`."""
     rng = np.random.default_rng([height_px, width_px])
     shape = (height_px, width_px)
     round_ids, round_centres = _scatter(shape, 25.0, (9.0, 7.0), rng)
@@ -69,7 +71,7 @@ def atlas(height_px: int, width_px: int) -> Atlas:
         spindle_ids,
         spindle_centres,
         _tone(tone, _NUCLEUS_MEAN, 20),
-        _grains(shape, rng) * _whole_blocks(round_ids, spindle_ids),
+        _grains(shape, rng) * _complete_blocks(round_ids, spindle_ids),
         _tone(swirl, _STROMA + 32, 31),
         _tone(soft, _CYTOPLASM + 24, 15),
         np.stack([_noise(coarse, sigma, rng) for sigma in sigmas]),
@@ -81,13 +83,13 @@ def _tone(values: Float[np.ndarray, "y x"], centre: int, spread: int) -> UInt8[n
 
 
 def _noise(shape: tuple[int, int], sigma: float, rng: np.random.Generator) -> Float[np.ndarray, "y x"]:
-    """Smooth periodic noise of mean 0 and standard deviation 1."""
+    """Draw smooth periodic noise of mean 0 and standard deviation 1."""
     noise = gaussian_filter(rng.standard_normal(shape, dtype=np.float32), sigma, mode="wrap", truncate=3.0)
     return (noise - noise.mean()) / noise.std()
 
 
 def _grains(shape: tuple[int, int], rng: np.random.Generator) -> Int8[np.ndarray, "y x"]:
-    """±1, each aligned 2 × 2 block a random one of the six arrangements that sum to zero."""
+    """Draw ±1 so that each aligned 2 × 2 block is a random one of the six arrangements that sum to zero."""
     kinds = np.array(
         [[1, 1, -1, -1], [-1, -1, 1, 1], [1, -1, 1, -1], [-1, 1, -1, 1], [1, -1, -1, 1], [-1, 1, 1, -1]], np.int8
     )
@@ -95,21 +97,21 @@ def _grains(shape: tuple[int, int], rng: np.random.Generator) -> Int8[np.ndarray
     return np.ascontiguousarray(blocks.transpose(0, 2, 1, 3).reshape(shape))
 
 
-def _whole_blocks(
+def _complete_blocks(
     round_ids: UInt16[np.ndarray, "y x"], spindle_ids: UInt16[np.ndarray, "y x"]
 ) -> Bool[np.ndarray, "y x"]:
-    """The 2 × 2 blocks within one round nucleus and off every spindle: they are shown whole or not at all."""
+    """Find the 2 × 2 blocks inside one round nucleus and off every spindle: each is shown completely or not at all."""
     corners = [round_ids[dy::2, dx::2] for dy in (0, 1) for dx in (0, 1)]
-    whole = (corners[0] > 0) & np.logical_and.reduce([corner == corners[0] for corner in corners[1:]])
+    complete = (corners[0] > 0) & np.logical_and.reduce([corner == corners[0] for corner in corners[1:]])
     for dy, dx in np.ndindex(2, 2):
-        whole &= spindle_ids[dy::2, dx::2] == 0
-    return whole.repeat(2, axis=0).repeat(2, axis=1)
+        complete &= spindle_ids[dy::2, dx::2] == 0
+    return complete.repeat(2, axis=0).repeat(2, axis=1)
 
 
 def _scatter(
     shape: tuple[int, int], pitch_px: float, radii_px: tuple[float, float], rng: np.random.Generator
 ) -> tuple[UInt16[np.ndarray, "y x"], Float[np.ndarray, "nucleus 2"]]:
-    """Elliptic nuclei on a jittered hexagonal lattice of the torus: the number of each pixel's nucleus, 0 for none."""
+    """Lay elliptic nuclei on a jittered hexagonal lattice of the torus; return nucleus numbers, 0 for none."""
     rows, columns = 2 * round(shape[0] / pitch_px / 1.732), round(shape[1] / pitch_px)
     y, x = np.mgrid[:rows, :columns].astype(np.float32)
     x += 0.5 * (np.arange(rows) % 2)[:, None]
@@ -130,11 +132,11 @@ def _scatter(
 def gland_field(
     planes: Atlas, architecture: float, rng: np.random.Generator
 ) -> tuple[Float32[np.ndarray, "y x"], Float32[np.ndarray, "y x"]]:
-    """The glands' depth and the distance from the tissue's border, on the coarse grid.
+    """Compute the glands' depth and the distance from the tissue's border, on the coarse grid.
 
     Args:
         planes: Shared planes of the slide's size.
-        architecture: 0 (glands lie in all directions) … 1 (in one); it is the length of the mean of exp(2iφ).
+        architecture: 0 (glands point in all directions) … 1 (in one); the length of the mean of exp(2iφ).
         rng: The slide's generator.
 
     Returns:
@@ -161,7 +163,7 @@ def gland_field(
 
 
 def _lattice(shape: tuple[int, ...], rng: np.random.Generator) -> Int[np.ndarray, "gland 2"]:
-    """Glands' places on the coarse grid: a jittered hexagonal lattice at a random angle, which prefers no direction."""
+    """Place the glands on a jittered hexagonal lattice at a random angle, which prefers no direction."""
     pitch = _GLAND_PITCH_PX / FIELD_STEP_PX
     number = np.arange(-int(max(shape) / pitch), int(max(shape) / pitch) + 1)
     rows, columns = (g.ravel() for g in np.meshgrid(number, number, indexing="ij"))
@@ -173,12 +175,12 @@ def _lattice(shape: tuple[int, ...], rng: np.random.Generator) -> Int[np.ndarray
 
 
 def _half_circle(count: int, rng: np.random.Generator) -> Float[np.ndarray, " gland"]:
-    """Directions spread evenly over (−π/2, π/2), jittered within their strata."""
+    """Spread directions evenly over (−π/2, π/2), jittered within their strata."""
     return ((np.arange(count) + rng.uniform(0, 1, count)) / count - 0.5) * np.pi
 
 
 def _spread(coherence: float) -> float:
-    """Share of the half circle over which directions spread, so that |mean exp(2iφ)| = sin(πs) / (πs) = coherence."""
+    """Find the share s of the half circle for which |mean exp(2iφ)| = sin(πs) / (πs) = coherence."""
     shares = np.linspace(0, 1, 501)
     return float(np.interp(-coherence, -np.sinc(shares), shares))
 
@@ -219,7 +221,7 @@ def draw_tissue(
 
 
 def _enlarge(field: Float32[np.ndarray, "y x"], width_px: int, height_px: int) -> UInt8[np.ndarray, "y x"]:
-    """The coarse field at full size as bytes, −1 … 1 as 1 … 255."""
+    """Interpolate the coarse field to full size as bytes, −1 … 1 as 1 … 255."""
     coarse = np.clip(np.rint(128 + 127 * field), 1, 255).astype(np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width_px, height_px), Image.Resampling.BICUBIC))
 
@@ -227,14 +229,14 @@ def _enlarge(field: Float32[np.ndarray, "y x"], width_px: int, height_px: int) -
 def _at_centres(
     centres: np.ndarray, offset: tuple[int, ...], *fields: Float[np.ndarray, "y x"]
 ) -> tuple[Float[np.ndarray, " nucleus"], ...]:
-    """Values of coarse fields at the nuclei's centres, moved by `offset` on the torus."""
+    """Sample coarse fields at the nuclei's centres, moved by `offset` on the torus."""
     y, x = ((centres + offset) // FIELD_STEP_PX).astype(int).T
     height, width = fields[0].shape
     return tuple(field[y % height, x % width] for field in fields)
 
 
 def _palette(stain: Stain, rng: np.random.Generator) -> UInt8[np.ndarray, "256 3"]:
-    """Colours of the 256 bytes: linear in light within a kind of tissue, so that grains keep the mean colour."""
+    """Build the colours of the 256 bytes, linear in light per kind of tissue so that grains keep the mean colour."""
     dyes = np.array([stain.hematoxylin, stain.eosin]) * rng.normal(1, 0.03, (2, 1))
 
     def light(hematoxylin: float, eosin: float) -> np.ndarray:

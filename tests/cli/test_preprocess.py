@@ -100,7 +100,7 @@ def test_a_folder_with_a_bad_slide_is_done_in_part(tmp_path: Path):
         (("--magnifications", "20,10,6"), "expected each to be half the one before"),
         (("--magnifications", "fine"), "expected numbers, such as 20,10,5"),
         (("--resolution", "about"), "resolution='about'"),
-        (("--encoder", "uni9"), "encoder 'uni9' is not known. Known: stain-texture"),
+        (("--encoder", "uni9"), "encoder 'uni9' is unknown. Known: stain-texture"),
         (("--executor", "pbs"), "expected one of local, slurm, ray"),
         (("--tasks", "4"), "--tasks does not go with --executor local. Leave it out, or give --executor slurm or ray"),
         (("--hours", "2"), "--hours does not go with --executor local. Leave it out, or give --executor slurm."),

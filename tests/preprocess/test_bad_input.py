@@ -206,7 +206,7 @@ def test_slides_whose_tiles_wait_for_a_batch_are_closed(slides: Path, tmp_path: 
 
 
 def test_a_folder_of_masks_that_is_not_there_is_told(slides: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"masks=.*none: there is no such folder"):
+    with pytest.raises(ConfigError, match=r"masks=.*none: no such folder"):
         extract(slides, tmp_path / "store", masks=tmp_path / "none")
 
 
@@ -224,7 +224,7 @@ def test_the_same_name_in_two_folders_is_told_for_both(slides: Path, tmp_path: P
     summary = extract(slides, tmp_path / "store")
     assert [o.status for o in summary.outcomes] == ["done", "failed", "done", "failed"]
     for outcome in summary.of("failed"):
-        assert "2 slides have this name" in outcome.why
+        assert "2 slides share this name" in outcome.why
         assert str(slides / "s1.svs") in outcome.why
         assert str(slides / "sub" / "s1.svs") in outcome.why
 

@@ -120,7 +120,7 @@ def test_a_file_that_is_not_there_is_told_and_the_rest_arrives(server, tmp_path:
     server.broken.add("id-1")
     failed = download(rows(), tmp_path, api=address(server))
     assert list(failed) == ["slide-id-1.svs"]
-    assert "the server answers 404" in failed["slide-id-1.svs"]
+    assert "the server returned 404" in failed["slide-id-1.svs"]
     assert (tmp_path / "slide-id-2.svs").exists()
 
 
@@ -129,7 +129,7 @@ def test_answers_that_are_no_http_or_break_off_are_told_or_tried_again(server, t
     server.chunked.add("id-2")
     failed = download(rows(), tmp_path, api=address(server))
     assert list(failed) == ["slide-id-1.svs"]
-    assert "cannot be reached" in failed["slide-id-1.svs"]
+    assert "unreachable" in failed["slide-id-1.svs"]
     assert (tmp_path / "slide-id-2.svs").read_bytes() == CONTENT["id-2"]
 
 
@@ -158,7 +158,7 @@ def test_an_interruption_ends_the_transfers_that_are_under_way(server, tmp_path:
 
 def test_a_folder_that_cannot_be_is_told(tmp_path: Path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="file: no folder can be made here"):
+    with pytest.raises(DataError, match="file: cannot create the folder"):
         download(rows(), tmp_path / "file")
 
 
@@ -182,8 +182,8 @@ def test_a_sample_sheet_is_completed_by_the_gdc(server, tmp_path: Path):
 
 def test_no_network_is_one_line(tmp_path: Path):
     failed = download(rows()[:1], tmp_path, api="http://127.0.0.1:1")
-    assert "cannot be reached" in failed["slide-id-0.svs"]
-    with pytest.raises(DataError, match="cannot be reached"):
+    assert "unreachable" in failed["slide-id-0.svs"]
+    with pytest.raises(DataError, match="unreachable"):
         query_cohort("blca", "http://127.0.0.1:1")
     with pytest.raises(ConfigError, match="expected an http or https address"):
         query_cohort("blca", "file:///etc")
@@ -224,9 +224,12 @@ def test_the_published_manifests_are_read_and_written_alike(tcga: Path, tmp_path
     ("text", "message"),
     [
         ("a\tb\n1\t2\n", "has no column id"),
-        ("id\tfilename\tmd5\tsize\tstate\n", "names no file"),
-        (f"id\tfilename\tmd5\tsize\nx\ta.svs\t{'0' * 32}\t5\ny\ta.svs\t{'1' * 32}\t5\n", "another file is named a.svs"),
-        ("id\tfilename\tmd5\tsize\nx\ta.svs\tzz\t5\n", "line 2: md5 'zz' and size '5' are not those of a file"),
+        ("id\tfilename\tmd5\tsize\tstate\n", "lists no file"),
+        (
+            f"id\tfilename\tmd5\tsize\nx\ta.svs\t{'0' * 32}\t5\ny\ta.svs\t{'1' * 32}\t5\n",
+            "another file is also named a.svs",
+        ),
+        ("id\tfilename\tmd5\tsize\nx\ta.svs\tzz\t5\n", "line 2: md5 'zz' and size '5' are not valid for a file"),
         (f"id\tfilename\tmd5\tsize\nx\t../a.svs\t{'0' * 32}\t5\n", "is not a name"),
     ],
 )

@@ -151,13 +151,13 @@ def test_clam_is_linked_by_centres_and_says_so(tmp_path: Path, tensors: bool):
 
 def test_clam_does_not_tell_its_encoder(tmp_path: Path):
     write_clam(tmp_path / "in")
-    with pytest.raises(ConfigError, match=r"do not tell their encoder. Give --encoder"):
+    with pytest.raises(ConfigError, match=r"do not name their encoder. Give --encoder"):
         import_features(tmp_path / "in", tmp_path / "store")
 
 
 def test_one_run_of_clam_does_not_tell_its_magnification(tmp_path: Path):
     write_clam(tmp_path / "in")
-    with pytest.raises(DataError, match=r"do not tell their magnification. Name its folder .* x20"):
+    with pytest.raises(DataError, match=r"do not name their magnification. Name its folder .* x20"):
         import_features(tmp_path / "in/x20", tmp_path / "store", "clam", "resnet50")
 
 
@@ -191,7 +191,7 @@ def test_a_pickled_object_is_not_opened(tmp_path: Path):
         torch.save(Evil(), path)
     report = import_features(tmp_path / "in", tmp_path / "store")
     assert report.imported == ("a",)
-    assert "is a pickled object, not a plain tensor, and is not opened" in report.refused["evil"]
+    assert "contains a pickled object, not a plain tensor, so it is not opened" in report.refused["evil"]
     assert not marker.exists()
 
 
@@ -204,16 +204,16 @@ def test_files_that_cannot_be_read_are_named_and_the_rest_goes_on(tmp_path: Path
     report = import_features(tmp_path / "in", tmp_path / "store")
     assert report.imported == ("a",)
     assert "cut.pt: cannot be read" in report.refused["cut"]
-    assert "holds a tensor [5], torch.float32, expected a tensor [N, d] of floats" in report.refused["flat"]
+    assert "contains a tensor [5], torch.float32, expected a tensor [N, d] of floats" in report.refused["flat"]
 
 
 def test_what_fits_no_layout_or_several_is_told(tmp_path: Path):
-    with pytest.raises(DataError, match="there is no such folder"):
+    with pytest.raises(DataError, match="no such folder"):
         import_features(tmp_path / "none", tmp_path / "store")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="has no features of published, trident, clam, stamp"):
         import_features(tmp_path / "empty", tmp_path / "store")
-    with pytest.raises(ConfigError, match=r"layout 'hipt' is not known. Known: auto, published"):
+    with pytest.raises(ConfigError, match=r"layout 'hipt' is unknown. Known: auto, published"):
         import_features(tmp_path / "empty", tmp_path / "store", "hipt")
     write_published(tmp_path / "in")
     write_trident(tmp_path / "in")
@@ -238,14 +238,14 @@ def set_attribute(key: str, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (replace("features", None), "its 'features' is no array of numbers"),
-        (replace("features", 3.0), "its 'features' is no array of numbers"),
-        (replace("features", [b"x"] * 64), "its 'features' is no array of numbers"),
+        (replace("features", None), "its 'features' is not an array of numbers"),
+        (replace("features", 3.0), "its 'features' is not an array of numbers"),
+        (replace("features", [b"x"] * 64), "its 'features' is not an array of numbers"),
         (
             replace("coords", np.full((64, 2), 2**40)),
-            "a tile lies at [1099511627776, 1099511627776], which is no place",
+            "a tile lies at [1099511627776, 1099511627776], which cannot be on a slide",
         ),
-        (replace("coords", np.full((64, 2), np.nan)), "a tile lies at [nan, nan], which is no place"),
+        (replace("coords", np.full((64, 2), np.nan)), "a tile lies at [nan, nan], which cannot be on a slide"),
         (set_attribute("patch_size_level0", np.nan), "patch_size_level0 is nan, expected a positive number"),
         (set_attribute("patch_size_level0", "large"), "patch_size_level0 is large, expected a positive number"),
     ],

@@ -78,6 +78,6 @@ def test_a_slide_without_places_cannot_be_drawn(tmp_path: Path):
     slide.coords.clear()
     with pytest.raises(DataError, match="has no coordinates"):
         draw_slide(slide, tmp_path / "a.png")
-    with pytest.raises(ConfigError, match=r"a.foo: pictures are not written as foo. Known: .*png"):
+    with pytest.raises(ConfigError, match=r"a.foo: pictures cannot be written as foo. Supported: .*png"):
         draw_slide(stored("a"), tmp_path / "a.foo")
     assert not list(tmp_path.iterdir())

@@ -59,12 +59,16 @@ def test_it_embeds_slides_and_the_store_names_its_package(site, tmp_path):
     [
         ("def encode", "deff encode", r"mean_colour_encoder.py:10: does not import \(SyntaxError"),
         ("class MeanColour", "class Mean", r"defines no MeanColour"),
-        ("self.identity", "self.card", r"cannot be made \(AttributeError"),
-        ('"weights": "none", ', "", "its identity does not say weights as text"),
+        ("self.identity", "self.card", r"the factory failed \(AttributeError"),
+        ('"weights": "none", ', "", "its identity has no text for weights"),
         ("np.float32", "np.float64", r"returned float64 \[2, 3\]; expected float32 \[2, 3\]"),
         ("dim = 3", "dim = 4", r"returned float32 \[2, 3\]; expected float32 \[2, 4\]"),
         ("tiles.mean(axis=(1, 2))", "np.full((len(tiles), 3), np.nan)", "returned values that are not finite"),
-        ("tiles.mean(axis=(1, 2))", "tiles.average()", r"encoder.py:11: failed on two made-up tiles \(AttributeError"),
+        (
+            "tiles.mean(axis=(1, 2))",
+            "tiles.average()",
+            r"encoder.py:11: failed on two synthetic tiles \(AttributeError",
+        ),
     ],
 )
 def test_what_it_does_wrong_is_said_before_a_slide_is_read(site, old, new, message):
@@ -75,5 +79,5 @@ def test_what_it_does_wrong_is_said_before_a_slide_is_read(site, old, new, messa
 
 
 def test_a_name_that_no_package_offers(site):
-    with pytest.raises(ConfigError, match=r"encoder 'mean' is not known. Known: stain-texture, .*, mean-colour; or"):
+    with pytest.raises(ConfigError, match=r"encoder 'mean' is unknown. Known: stain-texture, .*, mean-colour; or"):
         load_encoder("mean", PreprocessConfig())

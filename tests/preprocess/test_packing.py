@@ -168,7 +168,7 @@ def test_a_slide_whose_store_lost_bytes_is_left_out_and_named(tmp_path):
 def test_two_processes_do_not_pack_into_one_folder(store, tmp_path):
     class Second(MemoryStore):
         def read(self, slide_id):
-            with pytest.raises(DataError, match=r"another process packs there.*Wait for it"):
+            with pytest.raises(DataError, match=r"another process is packing into this folder.*Wait until it finishes"):
                 pack_store(store, tmp_path)
             return super().read(slide_id)
 
@@ -194,7 +194,7 @@ def test_a_slide_with_nan_is_left_out_and_named(store, tmp_path):
     store.slides["TCGA-03.DX1.7B2F"].features["x10"][2, 1] = np.nan
     index = pack_store(store, tmp_path)
     assert list(index.refused) == ["TCGA-03.DX1.7B2F"]
-    assert "x10: row 2 holds a value that is not finite" in index.refused["TCGA-03.DX1.7B2F"]
+    assert "x10: row 2 has a value that is not finite" in index.refused["TCGA-03.DX1.7B2F"]
     assert len(index.samples) == 8
 
 

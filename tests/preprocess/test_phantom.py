@@ -85,7 +85,7 @@ def test_interrupted_drawing_goes_on_and_gives_the_same_bytes(small: PhantomCoho
 
 def test_folder_of_another_spec_is_refused_and_left_alone(small: PhantomCohort) -> None:
     table = small.table.read_bytes()
-    with pytest.raises(DataError, match=r"phantom\.json: the folder holds the phantom cohort of another spec"):
+    with pytest.raises(DataError, match=r"phantom\.json: the folder contains the phantom cohort of another spec"):
         draw_cohort(dataclasses.replace(SMALL, seed=6), small.table.parent)
     assert small.table.read_bytes() == table
 

@@ -74,7 +74,7 @@ def test_broken_tiles_are_no_comparison(tmp_path: Path, caplog):
         for _ in range(3):
             with pytest.raises(DataError, match="cannot be read"):
                 reader.region(0, 0, 512, 512)
-    assert caplog.text.count("goes to OpenSlide, as its raw tiles do not decode") == 1
+    assert caplog.text.count("because its raw tiles do not decode") == 1
     for number in range(16, 32):
         break_tile(path, number)
     assert choose_reader(open_slide(path), corners).name == "openslide"
@@ -90,7 +90,7 @@ def test_a_jpeg_2000_tile_without_its_end_is_an_error_and_no_picture(tmp_path: P
     slide = open_slide(path)
     # OpenSlide gives a picture all the same, half of it made up.
     assert OpenSlideReader(slide).region(256, 256, 256, 256).shape == (256, 256, 3)
-    with pytest.raises(DataError, match=r"a.svs: a JPEG 2000 tile has lost its end"):
+    with pytest.raises(DataError, match=r"a.svs: a JPEG 2000 tile is truncated"):
         RawTileReader(slide).region(256, 256, 256, 256)
     np.testing.assert_array_equal(RawTileReader(slide).region(512, 512, 512, 512), whole)
 

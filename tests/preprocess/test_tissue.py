@@ -151,10 +151,10 @@ def test_a_users_mask_is_found_and_read(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.geojson", b"{", "is not readable GeoJSON"),
-        ("a.geojson", b'{"type": "FeatureCollection", "features": []}', "holds no polygon"),
-        ("a.geojson", b'{"type": "Polygon", "coordinates": [["x"]]}', "is not readable GeoJSON"),
-        ("a.png", b"no picture", "is not a readable mask"),
+        ("a.geojson", b"{", "not readable GeoJSON"),
+        ("a.geojson", b'{"type": "FeatureCollection", "features": []}', "contains no polygon"),
+        ("a.geojson", b'{"type": "Polygon", "coordinates": [["x"]]}', "not readable GeoJSON"),
+        ("a.png", b"no picture", "not a readable mask"),
     ],
 )
 def test_a_mask_that_cannot_be_read_is_named(tmp_path: Path, name, content, message):

@@ -447,7 +447,7 @@ def _digest(path: Path) -> str:
 
 
 def test_folders_without_content_are_refused(tmp_path: Path):
-    with pytest.raises(DataError, match="no slides are there"):
+    with pytest.raises(DataError, match="contains no slides"):
         SlideFolder(tmp_path)
     with pytest.raises(DataError, match="no such file or folder"):
         SlideFolder(tmp_path / "nowhere")
@@ -500,5 +500,5 @@ def test_it_stops_when_asked_to(files: Files, number: signal.Signals, tmp_path: 
 def test_the_command_refuses_bad_input(tmp_path: Path):
     with pytest.raises(ConfigError, match="no slides were named"):
         view()
-    with pytest.raises(DataError, match="no slides are there"):
+    with pytest.raises(DataError, match="contains no slides"):
         view(tmp_path)
