@@ -133,7 +133,7 @@ class _Run:
                 names = ", ".join(str(p) for p in same[slide_id])
                 self._fail(path, DataError(f"{len(same[slide_id])} slides share this name: {names}.", "Rename one."))
                 continue
-            there = [FeatureStore(self.config.store / e.name).attrs_if_whole(slide_id) for e in self.encoders]
+            there = [FeatureStore(self.config.store / e.name).attrs_if_complete(slide_id) for e in self.encoders]
             why = ["" if a is None else self._why_stale(path, e, a) for e, a in zip(self.encoders, there, strict=True)]
             lacking = tuple(i for i, attrs in enumerate(there) if attrs is None or why[i])
             if any(why) and not self.overwrite:

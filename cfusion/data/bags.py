@@ -1,4 +1,4 @@
-"""Bags: which slides a patient's prediction is made from."""
+"""Bags: the slides that a patient's prediction is made from."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def make_bags(
     unit: Literal["case", "slide"],
     magnifications: Sequence[float],
 ) -> tuple[BagEntry, ...]:
-    """The bags of the given patients.
+    """Build the bags of the given patients.
 
     Args:
         dataset: The shards.
         cases: Slides of each patient, as `Cohort.slides_of` gives them.
-        unit: `case`: all slides of a patient form one bag; `slide`: one bag a slide.
+        unit: `case`: all slides of a patient form one bag; `slide`: one bag per slide.
         magnifications: Magnifications that every bag must have.
 
     Raises:
-        ShardsError: Slides are not in the shards, a patient has no slide, or a magnification is not there.
+        ShardsError: Slides or a magnification are missing from the shards, or a patient has no slide.
     """
     names = [magnification_name(m) for m in magnifications]
     absent = [name for name in names if name not in dataset.index.magnifications]
     if absent:
         raise ShardsError(
-            f"{dataset.directory}: no magnification {', '.join(absent)}; the shards hold "
+            f"{dataset.directory}: no magnification {', '.join(absent)}; the shards have "
             f"{', '.join(dataset.index.magnifications)}.",
             "Change data.magnifications, or extract and pack the missing ones.",
         )

@@ -1,4 +1,4 @@
-"""Batches as stored, and as a model takes them: read into place, then widened, scaled, masked."""
+"""Batches as stored and as a model takes them: read in place, then widened, scaled, masked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cfusion.types import BagBatch
 
 TORCH_DTYPES = {"f16": torch.float16, "f32": torch.float32, "int8": torch.int8}
 _Slide = tuple[dict[str, int], Rows | None]
-"""Of a slide of a bag, how many tiles are read per magnification name, and which; None: all."""
+"""For one slide of a bag, the number of tiles to read per magnification name, and their rows; None: all."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class RawBatch:
     Attributes:
         features: Per magnification name, [bag, tile, dim], zero where padded.
         parts: Per magnification name and bag, the number of tiles of each of its slides.
-        scales: Per magnification name and bag, f32 [dim] for each of its slides; empty but for int8 shards.
+        scales: Per magnification name and bag, f32 [dim] for each of its slides; empty except for int8 shards.
         positions: As in `BagBatch`.
         case_ids: The patient of each bag.
-        held: Whether its tensors are kept for later epochs, so that a batch made of them needs its own.
+        held: Whether its tensors are kept for later epochs; a batch made from them then needs separate memory.
     """
 
     features: dict[str, Tensor]
@@ -45,16 +45,16 @@ class RawBatch:
     held: bool = False
 
     def lengths(self, name: str) -> list[int]:
-        """Tiles of each bag at a magnification."""
+        """Count the tiles of each bag at a magnification."""
         return [sum(parts) for parts in self.parts[name]]
 
     def tensors(self) -> list[Tensor]:
-        """All tensors."""
+        """List all tensors."""
         scales = [scale for bags in self.scales.values() for bag in bags for scale in bag]
         return [*self.features.values(), *(self.positions or {}).values(), *scales]
 
     def to(self, device: torch.device) -> RawBatch:
-        """The batch on a device; from pinned memory the copy is asynchronous."""
+        """Move the batch to a device; from pinned memory the copy is asynchronous."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
@@ -74,14 +74,14 @@ def read_batch(
     rows: Sequence[Rows | None],
     buffers: Buffers,
 ) -> RawBatch:
-    """Read bags straight into the tensors of a batch; a whole slide on its own is mapped instead, on the CPU.
+    """Read bags directly into the tensors of a batch; on the CPU, a bag of one complete slide is mapped instead.
 
     Args:
         dataset: The shards.
         bags: The bags.
         names: Magnifications, by name.
         rows: Per bag the rows to read; None: all.
-        buffers: Where memory comes from.
+        buffers: Source of memory.
     """
     chosen = [_by_slide(dataset, bag, names, wanted) for bag, wanted in zip(bags, rows, strict=True)]
     parts = {name: [[counts[name] for counts, _ in bag] for bag in chosen] for name in names}
@@ -143,7 +143,7 @@ def _scale(dataset: ShardDataset, slide_id: str, name: str) -> Tensor:
 def _positions(
     dataset: ShardDataset, bags: Sequence[BagEntry], names: Sequence[str], rows: Sequence[Rows | None]
 ) -> dict[str, Tensor] | None:
-    """Positions on the grid of the whole bag, so that a tile keeps its place whichever others are drawn."""
+    """Compute positions on the grid of the complete bag, so that they do not depend on which tiles are drawn."""
     if not all(dataset.has_positions(slide, names) for bag in bags for slide in bag.slide_ids):
         return None
     grids = []
@@ -152,8 +152,8 @@ def _positions(
         for slide in bag.slide_ids:
             read = dataset.read(slide, [f"coords_{name}" for name in names])
             coords.append({name: read[f"coords_{name}"] for name in names})
-        whole = bag_positions(coords, [dataset.sample(slide).tile_px_level0 for slide in bag.slide_ids])
-        grids.append(whole if wanted is None else {name: grid[wanted[name]] for name, grid in whole.items()})
+        complete = bag_positions(coords, [dataset.sample(slide).tile_px_level0 for slide in bag.slide_ids])
+        grids.append(complete if wanted is None else {name: grid[wanted[name]] for name, grid in complete.items()})
     return {name: _stack([torch.from_numpy(grid[name]) for grid in grids]) for name in names}
 
 
@@ -168,13 +168,13 @@ def finish(
     kept: Sequence[Bool[np.ndarray, " dim"]] | None = None,
     drop: float = 0.0,
 ) -> BagBatch:
-    """A batch as a model takes it, on the device where `raw` is.
+    """Convert a batch for the model, on the device of `raw`.
 
     Args:
         raw: The batch as stored; it is not changed.
         dtype: Type of the features; None: as stored, f16 for int8.
-        buffers: Where memory on the CPU comes from.
-        kept: Per bag, the channels that stay; the others become zero and these grow by 1 / (1 − drop).
+        buffers: Source of CPU memory.
+        kept: Per bag, the channels to keep; the others become zero and these are scaled by 1 / (1 − drop).
         drop: Share of dropped channels.
     """
     features = {name: _widen(raw, name, dtype, buffers) for name in raw.features}
@@ -193,7 +193,7 @@ def finish(
 
 
 def join(bags: Sequence[BagBatch]) -> BagBatch:
-    """One batch of bags that were delivered one by one, as if they had been read together."""
+    """Join bags that were delivered one by one into one batch, as if they had been read together."""
     if len(bags) == 1:
         return bags[0]
     names = list(bags[0].features)
@@ -232,7 +232,7 @@ def _widen(raw: RawBatch, name: str, dtype: torch.dtype | None, buffers: Buffers
 
 
 def _scaled(stored: Int8[Tensor, "tile dim"], scale: Float32[Tensor, " dim"], out: Float[Tensor, "tile dim"]) -> None:
-    # In one call, a product of two types is up to twenty times as slow on a CPU; blocks of 256 rows stay in its cache.
+    # A mixed-type product in one call is up to twenty times slower on a CPU; blocks of 256 rows stay in its cache.
     size = 256 if stored.device.type == "cpu" else 4096
     block = torch.empty(min(size, len(stored)), len(scale), device=stored.device)
     for rows, into in zip(stored.split(size), out.split(size), strict=True):
@@ -240,7 +240,7 @@ def _scaled(stored: Int8[Tensor, "tile dim"], scale: Float32[Tensor, " dim"], ou
 
 
 def select(held: Sequence[RawBatch], rows: Sequence[Rows | None]) -> RawBatch:
-    """One batch of bags that are held as batches of one, with the chosen rows of each."""
+    """Join bags that are held as batches of one into one batch, with the chosen rows of each."""
     bags = [raw if wanted is None else _take(raw, wanted) for raw, wanted in zip(held, rows, strict=True)]
     if len(bags) == 1:
         return bags[0]

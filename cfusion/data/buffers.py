@@ -1,4 +1,4 @@
-"""Memory for bags that is used again: fresh pages cost as much time as reading into them."""
+"""Reusable memory for bags: fresh pages cost as much time as reading into them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _SMALL = 1 << 18
 
 
 class Buffers:
-    """Gives tensors whose memory returns here when the last view of them is gone.
+    """Gives tensors whose memory returns to the pool when their last view is gone.
 
     Args:
-        limit: Memory is kept for later while it and what is in use are no more than so many bytes.
+        limit: Memory is kept for reuse while kept and used memory total at most this many bytes.
         pinned: Whether tensors are page-locked, for copies to a GPU.
     """
 
@@ -26,16 +26,16 @@ class Buffers:
         self._limit = limit
         self.pinned = pinned
         self._free: dict[int, list[Tensor]] = {}
-        # Re-entrant: a collection inside the lock may end the life of another buffer.
+        # Re-entrant: garbage collection inside the lock may free another buffer.
         self._lock = threading.RLock()
         self.kept = 0
         self.in_use = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor on the CPU with undefined content."""
+        """Return a CPU tensor with undefined content."""
         size = math.prod(shape) * dtype.itemsize
         if self.pinned or size < _SMALL:
-            # torch's pinned allocator reuses blocks itself, and knows when a copy from them has ended.
+            # torch's pinned allocator reuses blocks itself, and tracks when a copy from them has ended.
             return torch.empty(tuple(shape), dtype=dtype, pin_memory=self.pinned)
         capacity = _size_class(size)
         with self._lock:
@@ -45,7 +45,7 @@ class Buffers:
             self.in_use += capacity
         if block is None:
             block = torch.empty(capacity, dtype=torch.uint8)
-        # All views of the tensor hold this array, so it dies with the last of them.
+        # All views of the tensor reference this array, so it is freed with the last of them.
         owner = np.frombuffer(block.numpy().data, np.uint8)
         weakref.finalize(owner, self._give_back, capacity, block).atexit = False
         return torch.from_numpy(owner)[:size].view(dtype).view(tuple(shape))
@@ -59,6 +59,6 @@ class Buffers:
 
 
 def _size_class(size: int) -> int:
-    """The next of eight steps per power of two, so that buffers of similar bags can stand in for each other."""
+    """Round up to one of eight steps per power of two, so that bags of similar size can share buffers."""
     step = 1 << (size.bit_length() - 4)
     return -(-size // step) * step

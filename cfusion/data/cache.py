@@ -1,4 +1,4 @@
-"""Where a cohort is held between epochs, decided by measured bytes."""
+"""Chooses where to cache a cohort between epochs, by its measured size."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ Place = Literal["page", "ram", "gpu"]
 
 
 def choose_cache(wanted: Place, needed: int, free_ram: int, free_gpu: int) -> tuple[Place, str]:
-    """Where bags of `needed` bytes are held, and a line that says why.
+    """Choose where to cache bags of `needed` bytes; return it with a line that gives the reason.
 
-    A GPU keeps half of its free memory for the model, the host a fifth of its for everything else.
+    On a GPU, half of the free memory is reserved for the model; on the host, a fifth is reserved for everything
+    else.
 
     Args:
         wanted: The configured cache.
-        needed: Bytes of the bags, as stored, that are not held yet.
+        needed: Bytes of the bags, as stored, that are not cached yet.
         free_ram: Free bytes of host memory for this process.
-        free_gpu: Free bytes of GPU memory; 0 where there is none.
+        free_gpu: Free bytes of GPU memory; 0 if there is no GPU.
     """
     if wanted == "page":
-        return "page", "cache page: the operating system keeps what it can"
+        return "page", "cache page: the operating system caches what it can"
     why = ""
     if wanted == "gpu":
         if needed <= free_gpu // 2:
@@ -38,12 +39,12 @@ def choose_cache(wanted: Place, needed: int, free_ram: int, free_gpu: int) -> tu
 
 
 def free_ram_bytes() -> int:
-    """Free host memory that is this process's share on its node."""
+    """Return this process's share of the free host memory on its node."""
     return psutil.virtual_memory().available // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def free_device_bytes(device: torch.device) -> int:
-    """Free memory of a GPU; 0 for a CPU."""
+    """Return the free memory of a GPU; 0 for a CPU."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
 
 

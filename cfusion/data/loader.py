@@ -1,4 +1,4 @@
-"""Bags read ahead of the model: threads, pages mapped or read into reused buffers, a bound in bytes."""
+"""Read bags ahead of the model: threads, mapped pages or reused buffers, bounded in bytes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class BagLoader:
         data_config: Tile sampling, feature dropout, caching, threads and memory.
         magnifications: Magnifications to read.
         seed: Seed of tile sampling and feature dropout.
-        device: Where batches are delivered.
+        device: Device that receives the batches.
         dtype: Floating type of delivered features; None: as stored (f16 for int8 shards).
     """
 
@@ -77,8 +77,9 @@ class BagLoader:
     def stream(self, micro_batches: Iterable[Sequence[int]], *, epoch: int, training: bool) -> Iterator[BagBatch]:
         """Deliver the given batches in order, reading ahead within `buffer_bytes`.
 
-        What is delivered depends on the seed, the epoch and the bags, never on threads or on the bags before. A batch
-        belongs to the caller, who may keep it.
+        The content depends only on the seed, the epoch and the bags, never on threads or on earlier bags. The
+        caller owns
+        a batch and may keep it.
 
         Args:
             micro_batches: For each batch, indices of its bags.
@@ -86,7 +87,7 @@ class BagLoader:
             training: Whether tiles are sampled and channels dropped as configured.
 
         Raises:
-            DataError: A bag's bytes are not those that were packed; shard, slide and member are named.
+            DataError: A bag's bytes differ from the packed ones; shard, slide and member are named.
         """
         batches = (tuple(batch) for batch in micro_batches)
 
@@ -117,7 +118,7 @@ class BagLoader:
     ) -> Iterator[Item]:
         """Run `read` on the batches in threads, ahead of the caller within the bound, and yield in order.
 
-        Of the finest magnification, `most` tiles of a bag are read; None: all.
+        At most `most` tiles per bag are read at the finest magnification; None: all.
         """
         waiting: collections.deque[tuple[Future[Item], int]] = collections.deque()
         ahead = 0
@@ -136,7 +137,7 @@ class BagLoader:
                 future, size = waiting.popleft()
                 item = future.result()
                 ahead -= size
-                # Before the caller computes: a bag that fills the bound alone is read meanwhile, too.
+                # Start before the caller computes: a bag that fills the bound by itself is then read meanwhile.
                 submit()
                 yield item
         finally:
@@ -144,15 +145,15 @@ class BagLoader:
                 future.cancel()
 
     def _may_read(self, waiting: int, ahead: int) -> bool:
-        # The batch that is delivered next is always read, however large; those behind it only within the bound.
+        # The next batch to deliver is always read, however large; later ones only within the bound.
         return not waiting or (ahead <= self._config.buffer_bytes and waiting < 4 * self._config.read_threads)
 
     def _bytes(self, batch: Sequence[int], most: int | None = None) -> int:
-        """Most bytes that a batch takes in host memory until it is delivered."""
+        """Return the maximum host memory, in bytes, that a batch takes until it is delivered."""
         delivered = 0 if self._device.type != "cpu" or self._dtype is None else self._dtype.itemsize
         per_tile = self.dataset.index.dim * (self.dataset.index.itemsize + delivered) + 17
         longest = {name: max(self.bags[i].tiles[name] for i in batch) for name in self.names}
-        # Coarser tiles are ancestors of drawn ones, so there are never more of them.
+        # Coarser tiles are ancestors of drawn ones, so their number is never larger.
         return sum(len(batch) * min(tiles, most or tiles) * per_tile for tiles in longest.values())
 
     def _rows(self, index: int, epoch: int) -> Rows | None:
@@ -170,7 +171,7 @@ class BagLoader:
         return read_batch(self.dataset, bags, self.names, [rows(i) for i in batch], self._buffers)
 
     def _move(self, raw: RawBatch) -> RawBatch:
-        """The batch on the device; on a GPU the copy runs beside what the model is doing."""
+        """Move the batch to the device; on a GPU the copy overlaps with the model's work."""
         if self._copies is None:
             return raw.to(self._device)
         with torch.cuda.stream(self._copies):
@@ -182,15 +183,17 @@ class BagLoader:
         return moved
 
     def _fill(self) -> None:
-        """Put all bags on the device, once."""
+        """Copy all bags to the device, once."""
         if not self._held:
-            whole = self._ahead(((i,) for i in range(len(self.bags))), lambda batch: self._read(batch, lambda _: None))
-            self._held = [dataclasses.replace(self._move(raw), held=True) for raw in whole]
+            complete = self._ahead(
+                ((i,) for i in range(len(self.bags))), lambda batch: self._read(batch, lambda _: None)
+            )
+            self._held = [dataclasses.replace(self._move(raw), held=True) for raw in complete]
 
 
 @dataclass(frozen=True)
 class BagSet:
-    """Bags of some patients, how they are read, and the most tiles of one that training sees."""
+    """Bags of some patients, how they are read, and the maximum number of tiles that training reads of one."""
 
     bags: tuple[BagEntry, ...]
     loader: BagLoader
@@ -207,7 +210,7 @@ class BagSet:
         device: torch.device,
         dtype: torch.dtype,
     ) -> BagSet:
-        """The bags of the given patients, read from `dataset` and delivered to `device` in `dtype`."""
+        """Open the bags of the given patients, read from `dataset` and delivered to `device` in `dtype`."""
         bags = make_bags(dataset, slides_of_case, data.unit, magnifications)
         loader = BagLoader(
             dataset,
@@ -225,12 +228,12 @@ class BagSet:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Most tiles that training reads of each bag, over all magnifications."""
-        # Coarser tiles are ancestors of drawn ones, so there are never more of them.
+        """Return the maximum number of tiles that training reads of each bag, over all magnifications."""
+        # Coarser tiles are ancestors of drawn ones, so their number is never larger.
         most = self.max_tiles
         return np.array([sum(min(count, most or count) for count in bag.tiles.values()) for bag in self.bags])
 
     @property
     def costs(self) -> np.ndarray:
-        """Work that each bag makes in training, for sharing it evenly."""
+        """Estimate the training cost of each bag, for balancing the ranks."""
         return np.array([bag_cost(bag.tiles, max_tiles=self.max_tiles) for bag in self.bags])

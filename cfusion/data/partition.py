@@ -1,8 +1,9 @@
-"""Who reads which bag when, as pure functions of seed, epoch, costs and world size.
+"""Which rank reads which bag when, as pure functions of seed, epoch, costs and world size.
 
-An epoch is an order of bags; the order is cut into global batches, one an optimizer step; a global batch is dealt to
-the ranks. Only the last step knows the world, so a run resumed on another number of ranks sees the same sequence of
-global batches from (epoch, samples seen) on.
+An epoch is an order of bags. The order is cut into global batches, one per optimizer step. A global batch is
+distributed over the ranks. Only this last step depends on the world size, so a run resumed on another number of
+ranks
+continues with the same sequence of global batches from (epoch, samples seen) on.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class MicroBatch:
 
     Attributes:
         indices: Positions in the global batch.
-        weights: Per bag 1, or 0 for padding: a bag run so that all ranks take equally many passes, and not counted.
+        weights: Per bag 1, or 0 for padding: a bag that is run, but not counted, so that all ranks run equally many
+            passes.
     """
 
     indices: tuple[int, ...]
@@ -32,16 +34,17 @@ class MicroBatch:
 
 
 def bag_cost(tiles: Mapping[str, int], source: str = "x10", max_tiles: int | None = None) -> float:
-    """Relative cost of a bag: what every tile costs, and the attention of CrossFusion over its source tokens.
+    """Estimate the relative cost of a bag: the work per tile, and CrossFusion's attention over its source tokens.
 
     In multiply-adds over the width: 4.5 per tile for the projection and the context's keys and values; per source
-    token 120 for eight transformer blocks and two cross-attention blocks; per attended pair 2. Without source tokens,
+    token 120 for eight transformer blocks and two cross-attention blocks; per attended pair 2. Without source
+    tokens,
     as in the baselines, only the tiles count.
 
     Args:
         tiles: Number of tiles per magnification name.
         source: Magnification whose tokens attend.
-        max_tiles: Most tiles that are drawn at the finest magnification; None: all are read.
+        max_tiles: Maximum tiles drawn at the finest magnification; None: all are read.
     """
     width = 512
     share = 1.0 if max_tiles is None else min(1.0, max_tiles / max(tiles.values()))
@@ -54,15 +57,16 @@ def bag_cost(tiles: Mapping[str, int], source: str = "x10", max_tiles: int | Non
 def epoch_order(
     keys: Sequence[str], *, seed: int, epoch: int, weights: Sequence[float] | Float[np.ndarray, " bag"] | None = None
 ) -> Int[np.ndarray, " draw"]:
-    """The order in which an epoch visits bags.
+    """Return the order in which an epoch visits bags.
 
-    Where every bag comes once, its place follows from its own key, so the order of a part is the part's order in the
-    whole: folds that share bags also share one pass over them.
+    If every bag comes once, its place depends only on its own key. The order of a subset is then the subset's order
+    in
+    the full set, so folds that share bags can also share one pass over them.
 
     Args:
         keys: Names of the bags.
         seed: Seed of the order.
-        epoch: Number of the epoch; each has its own order.
+        epoch: Number of the epoch; each has a different order.
         weights: None: every bag once. Otherwise as many draws as bags, with replacement, in proportion to these
             (published recipe).
 
@@ -70,14 +74,14 @@ def epoch_order(
         Positions in `keys`.
 
     Raises:
-        ConfigError: Weights that are negative, not finite, all zero, or not one a bag.
+        ConfigError: Weights are negative, not finite, all zero, or not one per bag.
     """
     n = len(keys)
     if weights is None:
         salt = f"{seed}/{epoch}/".encode()
         places = [hashlib.blake2b(key.encode(), digest_size=8, key=salt).digest() for key in keys]
         return np.array(sorted(range(n), key=places.__getitem__), dtype=np.int64)
-    # Raw generator output is the same in every numpy version, so that draws can be repeated years later.
+    # Raw generator output is the same in every numpy version, so draws can be repeated years later.
     raw = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(n) if n else np.zeros(0, np.uint64)
     share = np.asarray(weights, np.float64)
     if share.shape != (n,) or not np.isfinite(share).all() or (share < 0).any() or not share.sum() > 0:
@@ -89,7 +93,7 @@ def epoch_order(
 
 
 def earlier_draws(order: Int[np.ndarray, " draw"]) -> Int[np.ndarray, " draw"]:
-    """How often the bag of each draw was drawn before it; 0 throughout where every bag comes once."""
+    """Count how often the bag of each draw was drawn before it; all 0 if every bag comes once."""
     by_bag = np.argsort(order, kind="stable")
     _, first, count = np.unique(order[by_bag], return_index=True, return_counts=True)
     earlier = np.empty_like(order)
@@ -100,12 +104,12 @@ def earlier_draws(order: Int[np.ndarray, " draw"]) -> Int[np.ndarray, " draw"]:
 def global_batches(order: Int[np.ndarray, " draw"], batch: int) -> list[Int[np.ndarray, " _"]]:
     """Cut an order into the bags of each optimizer step; the last may be partial.
 
-    To go on after `seen` samples, give `order[seen:]`.
+    To resume after `seen` samples, pass `order[seen:]`.
     """
     return [order[start : start + batch] for start in range(0, len(order), batch)]
 
 
-def deal(
+def distribute(
     costs: Sequence[float] | Float[np.ndarray, " bag"],
     world_size: int,
     micro_batch: int = 1,
@@ -113,19 +117,21 @@ def deal(
     lengths: Sequence[int] | Int[np.ndarray, " bag"] | None = None,
     token_budget: int | None = None,
 ) -> list[list[MicroBatch]]:
-    """Deal one global batch to the ranks, so that their costs are even.
+    """Distribute one global batch over the ranks with balanced costs.
 
-    Every rank gets equally many micro-batches and every bag stands in exactly one of them with weight 1. Bags of
-    similar cost share a micro-batch, as shorter ones are padded to the longest. A rank short of bags repeats the
-    cheapest bag of the batch with weight 0.
+    Every rank gets equally many micro-batches, and every bag is in exactly one of them with weight 1. Bags of
+    similar
+    cost share a micro-batch, because shorter ones are padded to the longest. A rank short of bags repeats the
+    cheapest
+    bag of the batch with weight 0.
 
     Args:
         costs: Cost of each bag of the batch, such as `bag_cost`.
         world_size: Number of ranks.
-        micro_batch: Most bags in a micro-batch, where there is no `token_budget`.
-        lengths: Tiles of each bag, where there is one.
-        token_budget: Bags share a micro-batch while their number × the longest stays within this; a longer bag goes
-            alone.
+        micro_batch: Maximum bags in a micro-batch, if there is no `token_budget`.
+        lengths: Tiles of each bag, if there is a `token_budget`.
+        token_budget: Bags share a micro-batch while their number × the longest stays within this; a longer bag gets
+            a separate micro-batch.
 
     Returns:
         Per rank, its micro-batches in order, the costliest first.
@@ -137,10 +143,10 @@ def deal(
         length, most, budget = np.zeros(len(cost), np.int64), micro_batch, 0
     else:
         length, most, budget = np.asarray(lengths, np.int64), len(cost), token_budget
-    dealt = [_micro_batches(share, cost, length, most, budget) for share in _balance(cost, world_size, most)]
-    rounds = max(len(batches) for batches in dealt)
+    distributed = [_micro_batches(share, cost, length, most, budget) for share in _balance(cost, world_size, most)]
+    rounds = max(len(batches) for batches in distributed)
     padding = MicroBatch((int(np.argmin(cost)),), (0,))
-    return [batches + [padding] * (rounds - len(batches)) for batches in dealt]
+    return [batches + [padding] * (rounds - len(batches)) for batches in distributed]
 
 
 def _micro_batches(share: list[int], cost: np.ndarray, length: np.ndarray, most: int, budget: int) -> list[MicroBatch]:
@@ -156,7 +162,7 @@ def _micro_batches(share: list[int], cost: np.ndarray, length: np.ndarray, most:
 
 
 def _balance(cost: np.ndarray, world_size: int, micro_batch: int) -> list[list[int]]:
-    """Longest first to the rank with least, at most the same number of full micro-batches each; then swaps."""
+    """Assign the longest first to the least loaded rank, at most the same number of full passes each; then swap."""
     capacity = -(-len(cost) // (world_size * micro_batch)) * micro_batch
     shares: list[list[int]] = [[] for _ in range(world_size)]
     loads = [(0.0, rank) for rank in range(world_size)]
@@ -170,7 +176,7 @@ def _balance(cost: np.ndarray, world_size: int, micro_batch: int) -> list[list[i
 
 
 def _even_out(shares: list[list[int]], cost: np.ndarray) -> None:
-    """Swap bags between the costliest rank and the cheapest that still helps, until nothing does."""
+    """Swap bags between the costliest rank and the cheapest rank that still helps, until nothing improves."""
     loads = np.array([cost[share].sum() for share in shares])
     for _ in range(8 * len(shares)):
         high = int(np.argmax(loads))
@@ -197,7 +203,7 @@ def _swap(shares: list[list[int]], cost: np.ndarray, loads: np.ndarray, high: in
 def evaluation_slices(
     costs: Sequence[float] | Float[np.ndarray, " bag"], world_size: int
 ) -> list[Int[np.ndarray, " _"]]:
-    """Deal bags for evaluation: every bag exactly once over the ranks, without padding, costs even.
+    """Distribute bags for evaluation: every bag exactly once over the ranks, without padding, with balanced costs.
 
     Ranks may get different numbers of bags, some none; each rank's are in ascending order.
     """

@@ -1,4 +1,4 @@
-"""Where tiles lie: columns and rows on each magnification's own grid, a case's slides side by side."""
+"""Positions of tiles: columns and rows on each magnification's grid, the slides of a case next to each other."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from jaxtyping import Int
 def bag_positions(
     coords: Sequence[Mapping[str, Int[np.ndarray, "_ 2"]]], sides: Sequence[Mapping[str, float]]
 ) -> dict[str, Int[np.ndarray, "_ 2"]]:
-    """Column and row of every tile of a bag, per magnification name.
+    """Compute the column and row of every tile of a bag, per magnification name.
 
-    A slide's grid starts at its first cell (tile of the coarsest magnification) with a tile; the next slide starts in
-    the column of cells behind its last, so that parents stay above their children.
+    A slide's grid starts at its first cell (tile of the coarsest magnification) with a tile. The next slide starts
+    in
+    the column of cells after its last, so that parents stay above their children.
 
     Args:
         coords: Per slide, per magnification name, top-left corners in level-0 px.
@@ -24,7 +25,8 @@ def bag_positions(
     column = 0
     for corners, side in zip(coords, sides, strict=True):
         cell = max(side[name] for name in corners)
-        # Corners are whole px, rounded from a grid whose step need not be: one px more never reaches the next tile.
+        # Corners are integer px, rounded from a grid whose step may be fractional: one px more never reaches the next
+        # tile.
         origin = [
             np.floor((min(xy[:, axis].min() for xy in corners.values()) + 1) / cell) * cell - 1 for axis in (0, 1)
         ]

@@ -1,4 +1,4 @@
-"""Shards on a server: range reads that survive cuts and busy answers, a bounded cache, streaming of whole tars."""
+"""Shards on a server: range reads with retries, a bounded cache, and streaming of complete tars."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _OWN = re.compile(r"[0-9a-f]{16}-\d+-\d+|\.[0-9a-f]{16}-\d+-\d+\.\w+\.tmp")
 def open_remote(
     url: str, cache_directory: str | os.PathLike[str] | None, cache_bytes: int
 ) -> tuple[RemoteFiles, ShardIndex]:
-    """Read the index at a URL, and the shards' place.
+    """Read the index at a URL, and open the shards there.
 
     Raises:
-        ShardsError: The URL cannot be reached, or holds no valid index.
+        ShardsError: The URL is unreachable, or has no valid index.
         MissingExtraError: The package for this kind of URL is not installed.
     """
     source = RangeSource(url)
@@ -52,7 +52,7 @@ def open_remote(
 class RangeSource:
     """Byte ranges of the files under a URL, through fsspec.
 
-    A range that fails or comes short is asked for again, what came whole is kept, with growing pauses.
+    A range that fails or is short is requested again, with growing pauses; bytes that arrived are kept.
     """
 
     def __init__(self, url: str) -> None:
@@ -78,21 +78,21 @@ class RangeSource:
             ) from error
 
     def read_all(self, name: str) -> bytes:
-        """A whole small file."""
+        """Read a complete small file."""
         for pause in _pauses():
             try:
                 return bytes(self._fs.cat_file(f"{self._root}/{name}"))
             except FileNotFoundError:
-                raise ShardsError(f"{self.where}/{name}: is not there.", "Check the URL in data.shards.") from None
+                raise ShardsError(f"{self.where}/{name}: not found.", "Check the URL in data.shards.") from None
             except Exception as error:  # noqa: BLE001 - every file system of fsspec has its own errors
                 self._wait(name, error, pause)
         raise AssertionError
 
     def read(self, name: str, start: int, size: int) -> bytes:
-        """`size` bytes from `start` of a file.
+        """Read `size` bytes from `start` of a file.
 
         Raises:
-            ShardsError: It is not there, or still fails after all attempts.
+            ShardsError: The file is missing, or still fails after all attempts.
         """
         edges = list(range(start, start + size, _PIECE))
         pieces: dict[int, bytes] = {}
@@ -119,34 +119,34 @@ class RangeSource:
 
     def _explain(self, name: str, data: object, size: int) -> object:
         if isinstance(data, FileNotFoundError):
-            raise ShardsError(f"{self.where}/{name}: is not there.", "Copy the shards and their index together.")
+            raise ShardsError(f"{self.where}/{name}: not found.", "Copy the shards and their index together.")
         if isinstance(data, bytes) and len(data) > size:
             raise ShardsError(
-                f"{self.where}/{name}: {len(data)} bytes came where {size} were asked for.",
+                f"{self.where}/{name}: received {len(data)} bytes instead of the requested {size}.",
                 "The server must answer range requests; copy the shards to a folder or another server.",
             )
-        return f"{len(data)} of {size} bytes came" if isinstance(data, bytes) else data
+        return f"received {len(data)} of {size} bytes" if isinstance(data, bytes) else data
 
     def _wait(self, name: str, problem: object, pause: float | None) -> None:
         what = f"{type(problem).__name__}: {problem}" if isinstance(problem, Exception) else problem
         if pause is None:
             raise ShardsError(
-                f"{self.where}/{name}: failed {_ATTEMPTS} times, the last time: {what}.",
-                "Check the server and the network; the same command goes on from what is cached.",
+                f"{self.where}/{name}: failed {_ATTEMPTS} times; last error: {what}.",
+                "Check the server and the network; the same command resumes from the cache.",
             )
-        logger.info("%s/%s: %s; trying again in %.1f s", self.where, name, what, pause)
+        logger.info("%s/%s: %s; retrying in %.1f s", self.where, name, what, pause)
         time.sleep(pause)
 
 
 def _pauses() -> Iterator[float | None]:
-    """Seconds to wait after each failed attempt; None after the last."""
+    """Yield the seconds to wait after each failed attempt; None after the last."""
     for attempt in range(_ATTEMPTS - 1):
         yield _FIRST_PAUSE_SECONDS * 2**attempt
     yield None
 
 
 class DiskCache:
-    """Files in a folder, the least recently used deleted so that they never take more than `limit` bytes.
+    """Files in a folder that takes at most `limit` bytes; the least recently used are deleted.
 
     Processes may share the folder.
     """
@@ -156,7 +156,7 @@ class DiskCache:
         self._limit = limit
 
     def get(self, name: str) -> OpenFile | None:
-        """Open a file; None where it is not there."""
+        """Open a file; None if it is missing."""
         path = self.folder / name
         try:
             # In a folder that others filled, their files keep their age.
@@ -167,15 +167,15 @@ class DiskCache:
             return None
 
     def holds(self, name: str) -> bool:
-        """Whether a file is there."""
+        """Whether a file is cached."""
         return (self.folder / name).exists()
 
     def fits(self, size: int) -> bool:
-        """Whether so many bytes can be kept at all."""
+        """Whether this many bytes fit in the cache at all."""
         return size <= self._limit
 
     def put(self, name: str, data: bytes) -> OpenFile:
-        """Keep `data`, and open it; what is larger than the whole cache is given unkept.
+        """Store `data`, and open it; data larger than the complete cache is returned without being stored.
 
         Raises:
             ShardsError: The folder cannot be written to.
@@ -184,8 +184,8 @@ class DiskCache:
             return self._put(name, data)
         except OSError as error:
             raise ShardsError(
-                f"{self.folder}: what is fetched of the shards cannot be kept there ({error.strerror}).",
-                "Set data.cache_directory to a folder with room, or data.cache_bytes to less.",
+                f"{self.folder}: cannot cache shard data here ({error.strerror}).",
+                "Set data.cache_directory to a folder with enough space, or reduce data.cache_bytes.",
             ) from error
 
     def _put(self, name: str, data: bytes) -> OpenFile:
@@ -202,7 +202,7 @@ class DiskCache:
             return OpenFile(stream.name)
 
     def drop(self, name: str) -> bool:
-        """Delete a file; true where it was there."""
+        """Delete a file; return whether it existed."""
         try:
             (self.folder / name).unlink()
         except FileNotFoundError:
@@ -215,7 +215,7 @@ class DiskCache:
         own = [path for path in self.folder.iterdir() if _OWN.fullmatch(path.name)]
         status = {path: path.stat() for path in own}
         used = sum(s.st_size for s in status.values())
-        # Only the holder of the lock writes, so temporaries are what a killed process left: they go first.
+        # Only the holder of the lock writes, so any temporary is from a killed process and is deleted first.
         for path in sorted(own, key=lambda path: (not path.name.startswith("."), status[path].st_mtime_ns)):
             if used + size <= self._limit and not path.name.startswith("."):
                 break
@@ -225,7 +225,7 @@ class DiskCache:
 
 
 class RemoteFiles:
-    """Shards under a URL; a member is fetched whole, checked, and kept in the cache."""
+    """Shards under a URL; a member is downloaded completely, verified, and cached."""
 
     remote = True
 
@@ -247,9 +247,9 @@ class RemoteFiles:
         return file, -member.offset
 
     def fetch(self, number: int, shard: Shard, members: Sequence[TarMember]) -> None:
-        """Bring what is not cached of members that lie together in one range, as a request costs time by itself.
+        """Download, in one range, members that are adjacent and not cached, because each request has a fixed cost.
 
-        What comes damaged, or does not fit in the cache, is left to `open`.
+        Members that arrive damaged, or do not fit in the cache, are left to `open`.
         """
         missing = [member for member in members if not self._cache.holds(self._name(number, member))]
         start = min((member.offset for member in missing), default=0)
@@ -269,7 +269,7 @@ class RemoteFiles:
             if crc32(data) == member.crc32:
                 return data
         raise ShardsError(
-            f"{self.where}/{shard.name}: {member.size} bytes from {member.offset} are not those that were packed.",
+            f"{self.where}/{shard.name}: {member.size} bytes from {member.offset} differ from the packed ones.",
             "Copy the shard to the server again, together with its index.",
         )
 
@@ -278,12 +278,12 @@ class RemoteFiles:
         return self._cache.drop(self._name(number, member))
 
     def stream(self, shard: Shard) -> io.IOBase:
-        """The shard in large ranges, a few at a time."""
+        """Stream the shard in large ranges, a few in parallel."""
         return io.BufferedReader(_Stream(self._source, shard), _PIECE)
 
 
 class _Stream(io.RawIOBase):
-    """A remote file read front to back, a few pieces at a time."""
+    """A remote file read front to back, a few pieces in parallel."""
 
     def __init__(self, source: RangeSource, shard: Shard) -> None:
         super().__init__()

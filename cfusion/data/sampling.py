@@ -1,4 +1,4 @@
-"""What training sees of a bag: a random part of its tiles and of its channels, the same for the same seed."""
+"""Sampling for training: a random part of a bag's tiles and channels, the same for the same seed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Rows = dict[str, Int[np.ndarray, " _"]]
 
 
 def _random(seed: int, epoch: int, purpose: int, key: str) -> np.random.PCG64:
-    """Raw random integers that depend on nothing else: not on threads, ranks or the order of bags."""
+    """Return raw random integers that do not depend on threads, ranks or the order of bags."""
     return np.random.PCG64(np.random.SeedSequence([seed, epoch, purpose, zlib.crc32(key.encode())]))
 
 
 def kept_channels(dim: int, drop: float, *, seed: int, epoch: int, key: str) -> Bool[np.ndarray, " dim"]:
-    """Channels that feature dropout leaves to a bag; at least one."""
+    """Choose the channels that feature dropout keeps of a bag; at least one."""
     raw = _random(seed, epoch, 1, key).random_raw(dim)
     kept = raw >= np.uint64(drop * 2.0**64)
     kept[int(np.argmax(raw))] = True
@@ -38,20 +38,22 @@ def sample_tiles(
     epoch: int,
     key: str,
 ) -> Rows:
-    """Draw at most `max_tiles` tiles of the finest magnification of a bag, and what belongs to them.
+    """Draw at most `max_tiles` tiles of the finest magnification of a bag, and their ancestors.
 
-    Whole families are drawn, that is all tiles under one tile of the coarsest magnification; the last family is cut
-    to meet `max_tiles`. Of coarser magnifications the ancestors of drawn tiles stay. Where the source has no parents,
-    or no coarser magnification, each magnification is drawn from on its own, in the same proportion.
+    Complete families are drawn, that is all tiles under one tile of the coarsest magnification; the last family is
+    cut
+    to meet `max_tiles`. At coarser magnifications the ancestors of drawn tiles stay. If the source has no parents,
+    or no
+    coarser magnification, each magnification is sampled independently, in the same proportion.
 
     Args:
         dataset: The shards.
         slide_ids: The bag's slides.
         names: Magnifications to read, finest first.
-        max_tiles: Most tiles at the finest of `names`.
+        max_tiles: Maximum tiles at the finest of `names`.
         seed: Seed of the run.
-        epoch: Each epoch draws anew.
-        key: The bag's own name.
+        epoch: Each epoch is resampled.
+        key: The bag's name.
     """
     total = sum(dataset.tiles(slide)[names[0]] for slide in slide_ids)
     levels = dataset.index.magnifications[dataset.index.magnifications.index(names[0]) :]
@@ -72,7 +74,7 @@ def sample_tiles(
 def _ancestors(
     dataset: ShardDataset, slide_ids: Sequence[str], levels: Sequence[str]
 ) -> dict[str, Int[np.ndarray, " _"]]:
-    """For each tile of a bag at the finest level, the row in the bag of the tile above it at every coarser level."""
+    """Return, for each finest tile of a bag, the row in the bag of its ancestor at every coarser level."""
     parts: dict[str, list[np.ndarray]] = {name: [] for name in levels[1:]}
     starts = dict.fromkeys(levels[1:], 0)
     for slide_id in slide_ids:
@@ -88,14 +90,14 @@ def _ancestors(
 def _draw_families(
     family: Int[np.ndarray, " tile"], max_tiles: int, random: np.random.PCG64
 ) -> Int[np.ndarray, " kept"]:
-    """Tiles of families taken in random order; of the last one a random part."""
+    """Take the tiles of families in random order; of the last family, a random part."""
     sizes = np.bincount(family)
     order = np.argsort(random.random_raw(len(sizes)), kind="stable")
-    whole = int(np.searchsorted(np.cumsum(sizes[order]), max_tiles))
+    complete = int(np.searchsorted(np.cumsum(sizes[order]), max_tiles))
     chosen = np.zeros(len(sizes), bool)
-    chosen[order[:whole]] = True
+    chosen[order[:complete]] = True
     drawn = np.flatnonzero(chosen[family])
-    cut = np.flatnonzero(family == order[whole])
+    cut = np.flatnonzero(family == order[complete])
     cut = cut[np.argsort(random.random_raw(len(cut)), kind="stable")][: max_tiles - len(drawn)]
     return np.sort(np.concatenate([drawn, cut]))
 

@@ -1,4 +1,4 @@
-"""Open shards: descriptors that close themselves, positioned reads, memory maps."""
+"""Open shards: self-closing descriptors, positioned reads, memory maps."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ from jaxtyping import UInt8
 from cfusion.data.shard_index import Shard, TarMember
 from cfusion.errors import ShardsError
 
-REPAIR = "Copy or pack the shards again; `cfusion preprocess verify` lists the slides that are whole."
+REPAIR = "Copy or pack the shards again; `cfusion preprocess verify` lists the intact slides."
 _GAP = 8192
 _STEP = 4 << 20
 _MADV_POPULATE_READ = 22  # Linux 5.14; the mmap module has no name for it.
 
 
 class OpenFile:
-    """A descriptor that closes when its last reader lets go of it."""
+    """A descriptor that closes when its last reader releases it."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     @functools.cached_property
     def map(self) -> mmap.mmap:
-        """The whole file as memory."""
-        # Private, as some network file systems have no shared maps.
+        """Map the complete file into memory."""
+        # Private, because some network file systems have no shared maps.
         return mmap.mmap(self.descriptor, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
 
     def mapped(self, offset: int, size: int, checksum: int | None) -> UInt8[np.ndarray, " size"] | None:
-        """Bytes of the file as memory, all of them read from the disk, none copied.
+        """Map bytes of the file into memory: all are read from disk, none is copied.
 
-        What is written there is seen by nobody else and never reaches the file. The pages are let go with the array.
+        Writes to the memory are private and never reach the file. The pages are released with the array.
 
         Args:
-            offset: Where they begin.
-            size: How many.
+            offset: Start of the bytes.
+            size: Number of bytes.
             checksum: Their CRC-32; None: it is not compared.
 
         Returns:
-            The bytes; None where the system cannot map them, or where they have another checksum.
+            The bytes; None if the system cannot map them, or if they have another checksum.
         """
         before = offset % mmap.ALLOCATIONGRANULARITY
         access = mmap.PROT_READ | mmap.PROT_WRITE
         try:
             private = mmap.mmap(self.descriptor, before + size, mmap.MAP_PRIVATE, access, offset=offset - before)
             found = 0
-            # In steps, so that what was just read is still in the processor's cache when it is summed. Errors of the
-            # disk come out here, where touching the pages would kill the process.
+            # In steps, so that the bytes just read are still in the processor's cache for the checksum. Disk errors
+            # are raised here, whereas touching the pages would kill the process.
             for start in range(0, before + size, _STEP):
                 end = min(start + _STEP, before + size)
                 private.madvise(_MADV_POPULATE_READ, start, end - start)
@@ -66,7 +66,7 @@ class OpenFile:
         return None if checksum is not None and found != checksum else np.frombuffer(private, np.uint8)[before:]
 
     def read_ahead(self, start: int, width: int, rows: np.ndarray) -> None:
-        """Have the kernel fetch rows all at once, which cold disks need; a few are probed to tell whether this one is.
+        """Prefetch all rows through the kernel if the disk is cold, as a probe of a few rows shows.
 
         Args:
             start: Offset of row 0.
@@ -93,7 +93,7 @@ class OpenFile:
 
 @runtime_checkable
 class ShardFiles(Protocol):
-    """Where the bytes of the tars are."""
+    """Location of the bytes of the tars."""
 
     where: str
     """Folder or URL, for messages."""
@@ -101,16 +101,16 @@ class ShardFiles(Protocol):
     """Whether reading goes over a network."""
 
     def open(self, number: int, shard: Shard, member: TarMember) -> tuple[OpenFile, int]:
-        """A file that holds a member, and what to add to an offset in the shard to find it there."""
+        """Open a file that contains a member; also return what to add to an offset in the shard to find it there."""
 
     def fetch(self, number: int, shard: Shard, members: Sequence[TarMember]) -> None:
-        """Bring members that will be opened, where that is cheaper than one by one."""
+        """Prefetch members that will be opened, if that is cheaper than one by one."""
 
     def discard(self, number: int, member: TarMember) -> bool:
-        """Forget a damaged local copy of a member; true where there was one, so that another try can help."""
+        """Delete a damaged local copy of a member; return whether there was one, so that another attempt can help."""
 
     def stream(self, shard: Shard) -> io.IOBase:
-        """A tar, to be read front to back."""
+        """Open a tar, to be read front to back."""
 
 
 class LocalFiles:
@@ -125,7 +125,7 @@ class LocalFiles:
         self._lock = threading.Lock()
 
     def open(self, number: int, shard: Shard, member: TarMember) -> tuple[OpenFile, int]:
-        """The shard itself, which stays open: at most 256 at a time."""
+        """Return the shard, which stays open: at most 256 at a time."""
         file = self._open.get(number)
         if file is not None:
             return file, 0
@@ -141,24 +141,24 @@ class LocalFiles:
         return file, 0
 
     def fetch(self, number: int, shard: Shard, members: Sequence[TarMember]) -> None:
-        """They are here."""
+        """Do nothing: the files are local."""
 
     def discard(self, number: int, member: TarMember) -> bool:
-        """There is no copy."""
+        """Return False: there is no copy."""
         return False
 
     def stream(self, shard: Shard) -> io.IOBase:
-        """The shard itself."""
+        """Return the shard."""
         return (self.directory / shard.name).open("rb")
 
 
 def array_bytes(array: np.ndarray) -> memoryview:
-    """The memory of a C-contiguous array."""
+    """Return the memory of a C-contiguous array."""
     return array.reshape(-1).view(np.uint8).data
 
 
 def read_pieces(file: OpenFile, pieces: list[tuple[int, Any]]) -> bool:
-    """Read pieces of a file, those that lie close together in one call; false where the file ends before they do."""
+    """Read pieces of a file, adjacent ones in one call; return False if the file ends first."""
     pieces.sort(key=lambda piece: piece[0])
     start = end = pieces[0][0]
     buffers: list[memoryview] = []
@@ -181,7 +181,7 @@ def _preadv(file: OpenFile, buffers: list[memoryview], offset: int) -> bool:
         if not count:
             return False
         offset += count
-        # The kernel gives at most 2 GiB a call: go on in the buffer where it stopped.
+        # The kernel gives at most 2 GiB per call: continue in the buffer where it stopped.
         while buffers and count >= buffers[0].nbytes:
             count -= buffers.pop(0).nbytes
         if count:

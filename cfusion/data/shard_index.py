@@ -1,4 +1,4 @@
-"""The index beside the shards: where every member of every sample lies, and what it must hold.
+"""The index of a shard set: location and expected content of every member of every sample.
 
 A shard set is a folder of plain WebDataset tars and one `index.json`. A sample is a slide; its members are
 `x20.npy` (embeddings), `coords_x20.npy`, `parent_x20.npy`, `scale_x20.npy` (int8 only), the same for the other
@@ -30,13 +30,13 @@ STORED_DTYPES: dict[str, np.dtype[Any]] = {
     "f16": np.dtype("<f2"), "f32": np.dtype("<f4"), "int8": np.dtype("i1"),
 }  # fmt: skip
 _HEADER = threading.Lock()
-"""Python 3.11 counts the depth of what `ast` builds over all threads, so headers read at once fail now and then."""
+"""Python 3.11 counts the depth of what `ast` builds over all threads, so reading headers in parallel can fail."""
 
 _REPACK = "Pack the store again with `cfusion preprocess shard`."
 
 
 def tar_key(slide_id: str) -> str:
-    """The WebDataset key of a slide: its stem, with what tars and WebDataset treat specially percent-encoded.
+    """Return the WebDataset key of a slide: its stem, with special characters of tars and WebDataset percent-encoded.
 
     WebDataset ends a key at the first dot, so `TCGA-….DX1.7B2F` becomes `TCGA-…%2EDX1%2E7B2F`.
     """
@@ -70,27 +70,27 @@ class TarMember(_Entry):
 
     @property
     def payload(self) -> int:
-        """Bytes of the array without its `.npy` header."""
+        """Size of the array without its `.npy` header, in bytes."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     @property
     def header(self) -> int:
-        """Bytes of the `.npy` header before the array."""
+        """Size of the `.npy` header before the array, in bytes."""
         return self.size - self.payload
 
     @model_validator(mode="after")
     def _holds_its_array(self) -> TarMember:
         if min(self.shape, default=0) < 0 or not 0 <= self.header <= 65536:
-            raise ValueError(f"{self.size} bytes do not hold an array of shape {self.shape} and dtype {self.dtype}")
+            raise ValueError(f"{self.size} bytes cannot contain an array of shape {self.shape} and dtype {self.dtype}")
         return self
 
 
 def check_header(header: bytes, member: TarMember) -> str:
-    """What is wrong with an `.npy` header; empty where it says what the index says.
+    """Describe what is wrong with an `.npy` header; empty if it agrees with the index.
 
     Args:
         header: The bytes before the array.
-        member: The index entry. Its size was compared with its shape, so a header that claims more is a lie.
+        member: The index entry. Its size was compared with its shape, so a header that claims more is false.
     """
     stream = io.BytesIO(header)
     try:
@@ -99,9 +99,9 @@ def check_header(header: bytes, member: TarMember) -> str:
         with _HEADER:
             shape, fortran, dtype = read(stream)
     except Exception as error:  # noqa: BLE001 - numpy reads the text as Python, and raises whatever that leads to
-        return f"is not an .npy file ({error})"
+        return f"not an .npy file ({error})"
     if dtype.hasobject:
-        return "holds Python objects, which only unpickling could read; that is never done"
+        return "contains Python objects, which need unpickling; cfusion never does that"
     if fortran or shape != member.shape or dtype != np.dtype(member.dtype):
         order = " in Fortran order" if fortran else ""
         return f"its header claims {dtype.str} {shape}{order}, the index {member.dtype} {member.shape}"
@@ -144,18 +144,19 @@ class Shard(_Entry):
 
 
 class ShardIndex(_Entry):
-    """What a set of shards holds.
+    """Content of a set of shards.
 
     Attributes:
         format: Version of this schema.
-        encoder: Name of the encoder whose embeddings these are.
-        plan: Digest of all that decided the shards: slides, their attributes in the store, order, dtype, target.
+        encoder: Name of the encoder of the embeddings.
+        plan: Digest of everything that determined the shards: slides, their attributes in the store, order,
+        dtype, target.
         provenance: Attributes that all slides share: weight digest, transform, resample filter, …
-        dtype: How embeddings are stored.
+        dtype: Storage type of embeddings.
         dim: Width of an embedding.
         magnifications: Names, finest first.
         seed: Seed of the order of samples.
-        target_bytes: A tar is closed before it would grow beyond this.
+        target_bytes: A tar is closed before it would exceed this size.
         shards: The tars.
         samples: The slides, in the order of the tars.
         refused: Slides of the store that could not be packed, and why.
@@ -176,12 +177,12 @@ class ShardIndex(_Entry):
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one stored channel."""
+        """Size of one stored channel, in bytes."""
         return STORED_DTYPES[self.dtype].itemsize
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 over the whole index, and through its checksums over the shards."""
+        """SHA-256 over the complete index, and through its checksums over the shards."""
         return digest_json(self.model_dump(mode="json"))
 
     @model_validator(mode="after")
@@ -192,11 +193,11 @@ class ShardIndex(_Entry):
                 raise ValueError(f"slide {sample.slide_id} appears twice")
             seen.add(sample.slide_id)
             if sample.shard >= len(self.shards):
-                raise ValueError(f"slide {sample.slide_id} lies in shard {sample.shard}, of which there are less")
+                raise ValueError(f"slide {sample.slide_id} lies in shard {sample.shard}, which does not exist")
         return self
 
     def contradiction(self, sample: Sample) -> tuple[str, str]:
-        """The first member of a slide that is not what the set holds, and why; both empty where there is none."""
+        """Find the first member of a slide that does not match the set, and why; both empty if all match."""
         for magnification in self.magnifications:
             name, stored = f"{magnification}.npy", STORED_DTYPES[self.dtype].str
             member = sample.members.get(name)
@@ -234,7 +235,7 @@ EntryT = TypeVar("EntryT", bound=BaseModel)
 
 
 def parse(schema: type[EntryT], text: str | bytes, source: str) -> EntryT:
-    """Read an index, or a part of one, from JSON.
+    """Parse an index, or a part of one, from JSON.
 
     Raises:
         ShardsError: It is not JSON, or does not describe a shard set; `source` and the entry are named.
@@ -248,7 +249,7 @@ def parse(schema: type[EntryT], text: str | bytes, source: str) -> EntryT:
 
 
 def parse_index(text: str | bytes, source: str) -> ShardIndex:
-    """Read an index whose slides are all what the set holds.
+    """Parse an index and check that all slides match the set.
 
     Raises:
         ShardsError: It does not describe a shard set, or a slide contradicts it; slide and member are named.
@@ -259,16 +260,16 @@ def parse_index(text: str | bytes, source: str) -> ShardIndex:
         if name:
             raise ShardsError(
                 f"{source}: slide {sample.slide_id}, member {name}: {what}.",
-                f"{_REPACK[:-1]}; `cfusion preprocess verify` lists the slides that are whole.",
+                f"{_REPACK[:-1]}; `cfusion preprocess verify` lists the intact slides.",
             )
     return index
 
 
 def read_index_file(directory: str | os.PathLike[str]) -> bytes:
-    """The bytes of `index.json` of a folder of shards.
+    """Read the bytes of `index.json` of a folder of shards.
 
     Raises:
-        ShardsError: It cannot be read.
+        ShardsError: The file is unreadable.
     """
     path = Path(directory) / INDEX_NAME
     try:

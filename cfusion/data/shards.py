@@ -1,4 +1,4 @@
-"""Packed slides, read by offset: no tar parsing, no copy beyond the one into the caller's array."""
+"""Packed slides, read by offset without tar parsing; the only copy is into the caller's array."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from cfusion.errors import CfusionError, DataError, ShardsError
 
 
 class ShardDataset:
-    """Slides of a set of shards. Threads may read at the same time.
+    """Slides of a set of shards. Threads may read in parallel.
 
     Attributes:
-        index: What the shards hold.
+        index: Content of the shards.
         slide_ids: All slides, in the order of the shards.
         directory: Folder or URL of the shards, for messages.
     """
@@ -48,12 +48,12 @@ class ShardDataset:
         """Open a folder or URL (`https://`, `s3://`, `gs://`, …) of shards.
 
         Args:
-            directory: Where the tars and `index.json` are.
-            cache_directory: Where members of remote shards are kept; none: `cfusion` in the user's cache folder.
-            cache_bytes: Most bytes to keep there.
+            directory: Folder or URL of the tars and `index.json`.
+            cache_directory: Cache folder for members of remote shards; None: `cfusion` in the user's cache folder.
+            cache_bytes: Maximum size of the cache.
 
         Raises:
-            ShardsError: There is no index, it is not valid, or a shard is missing or has another length than indexed.
+            ShardsError: The index is missing or invalid, or a shard is missing or has another length than indexed.
         """
         if "://" in str(directory):
             from cfusion.data.remote import open_remote
@@ -67,8 +67,8 @@ class ShardDataset:
                 raise ShardsError(f"{path}: the shard is missing.", REPAIR)
             if path.stat().st_size != shard.size:
                 raise ShardsError(
-                    f"{path}: {path.stat().st_size} bytes, the index says {shard.size}: cut short, or another's index"
-                    f"{_first_beyond(index, shard, path.stat().st_size)}.",
+                    f"{path}: {path.stat().st_size} bytes, the index says {shard.size}: truncated, or from "
+                    f"another index{_first_beyond(index, shard, path.stat().st_size)}.",
                     REPAIR,
                 )
         return cls(LocalFiles(directory), index)
@@ -77,10 +77,10 @@ class ShardDataset:
         return slide_id in self._samples
 
     def sample(self, slide_id: str) -> Sample:
-        """The index entry of a slide.
+        """Return the index entry of a slide.
 
         Raises:
-            ShardsError: The shards hold no such slide.
+            ShardsError: The shards do not contain the slide.
         """
         sample = self._samples.get(slide_id)
         if sample is None:
@@ -89,7 +89,7 @@ class ShardDataset:
         return sample
 
     def tiles(self, slide_id: str) -> dict[str, int]:
-        """Number of tiles of a slide per magnification name."""
+        """Count the tiles of a slide per magnification name."""
         return self.sample(slide_id).tiles
 
     def has(self, slide_id: str, name: str) -> bool:
@@ -97,15 +97,15 @@ class ShardDataset:
         return f"{name}.npy" in self.sample(slide_id).members
 
     def has_positions(self, slide_id: str, names: Iterable[str]) -> bool:
-        """Whether a slide has coordinates, and the size of a tile, at all the given magnifications."""
+        """Whether a slide has coordinates and a tile size at all the given magnifications."""
         sides = self.sample(slide_id).tile_px_level0
         return all(name in sides and self.has(slide_id, f"coords_{name}") for name in names)
 
     def read(self, slide_id: str, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """Read whole members, such as `x20` or `coords_x20`, into new arrays of the stored dtype.
+        """Read complete members, such as `x20` or `coords_x20`, into new arrays of the stored dtype.
 
         Raises:
-            ShardsError: The slide or a member is missing, or its bytes are not those that were packed.
+            ShardsError: The slide or a member is missing, or its bytes differ from the packed ones.
         """
         members = {name: self._member(slide_id, name) for name in names}
         arrays = {name: np.empty(member.shape, member.dtype) for name, member in members.items()}
@@ -117,33 +117,34 @@ class ShardDataset:
     ) -> None:
         """Read members of a slide into C-contiguous arrays of their dtypes.
 
-        The checksum is compared, and the `.npy` header checked, when a member is first read whole.
+        The checksum is compared, and the `.npy` header checked, the first time a member is read completely.
 
         Args:
             slide_id: The slide.
-            out: Per member name, such as `x20`, where its rows go.
+            out: Per member name, such as `x20`, the array for its rows.
             rows: Ascending rows to read of each member; None: all.
 
         Raises:
-            ShardsError: The slide or a member is missing, or its bytes are not those that were packed.
+            ShardsError: The slide or a member is missing, or its bytes differ from the packed ones.
         """
         if slide_id in self._held:
             self._copy(slide_id, out, rows)
             return
         self._fetch(slide_id, out)
         if rows is None:
-            self._read_whole(slide_id, out)
+            self._read_complete(slide_id, out)
         else:
-            # All are asked of the disk before the first is waited for.
+            # All are requested from the disk before waiting for the first.
             tables = {name: self._table(slide_id, name, rows[name]) for name in out}
             for name, array in out.items():
                 np.take(tables[name], rows[name], axis=0, out=array, mode="clip")
 
     def mapped(self, slide_id: str, names: Iterable[str]) -> dict[str, np.ndarray] | None:
-        """Whole members of a slide without a copy: the page cache itself, privately writable.
+        """Map complete members of a slide without a copy: the page cache itself, privately writable.
 
-        None where they are held in memory, where the system cannot, or where the bytes are not those that were packed:
-        `read_into` then does it, or tells why not.
+        Returns None if they are held in memory, if the system cannot map them, or if the bytes differ from the
+        packed ones:
+        `read_into` then reads them, or raises the reason.
 
         Raises:
             ShardsError: The slide or a member is missing.
@@ -166,25 +167,25 @@ class ShardDataset:
         return arrays
 
     def bytes_of(self, slide_ids: Iterable[str]) -> int:
-        """Bytes of all members of the given slides."""
+        """Size of all members of the given slides, in bytes."""
         return sum(member.size for slide in slide_ids for member in self.sample(slide).members.values())
 
     def held_bytes(self, slide_ids: Iterable[str]) -> int:
-        """Bytes of those of the given slides that `hold` was asked to keep."""
+        """Size of those given slides that `hold` was asked to keep, in bytes."""
         return self.bytes_of(slide for slide in slide_ids if slide in self._held)
 
     def hold(self, slide_ids: Iterable[str]) -> None:
-        """Keep slides in memory from their first reading on; half or more of a remote shard is streamed at once."""
+        """Keep slides in memory after their first read; a remote shard of which half or more is needed is streamed."""
         new = [slide for slide in slide_ids if slide not in self._held]
         self._held.update(new)
         if not self._files.remote:
             return
-        wanted, whole = Counter[int](), Counter[int]()
+        wanted, total = Counter[int](), Counter[int]()
         for sample in self.index.samples:
-            whole[sample.shard] += self.bytes_of([sample.slide_id])
+            total[sample.shard] += self.bytes_of([sample.slide_id])
         for slide in new:
             wanted[self.sample(slide).shard] += self.bytes_of([slide])
-        now = [slide for slide in new if 2 * wanted[number := self.sample(slide).shard] >= whole[number]]
+        now = [slide for slide in new if 2 * wanted[number := self.sample(slide).shard] >= total[number]]
         if not now:
             return
         with progress("fetching slides", len(now)) as bar:
@@ -193,12 +194,13 @@ class ShardDataset:
                 bar.advance()
 
     def samples(self, slide_ids: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-        """Slides with all their arrays, once each in the order of the shards.
+        """Iterate over slides with all their arrays, once each in the order of the shards.
 
-        Shards are read front to back through webdataset, and nothing is cached: the way to read a whole remote epoch.
+        Shards are read front to back through webdataset, and nothing is cached: use it to read a complete remote
+        epoch.
 
         Raises:
-            ShardsError: A shard holds something else than its index says.
+            ShardsError: A shard does not match its index.
         """
         wanted = frozenset(self.slide_ids if slide_ids is None else slide_ids)
         for number, shard in enumerate(self.index.shards):
@@ -222,11 +224,11 @@ class ShardDataset:
             try:
                 yield from group_by_keys(tar_file_expander([{"url": shard.name, "stream": stream}]))
             except CfusionError as error:
-                # webdataset adds its streams to the text of what passes through it.
+                # webdataset appends its streams to the message of errors that pass through it.
                 raise type(error)(error.message, error.remedy, topic=error.topic) from None
-            except Exception as error:  # tarfile raises whatever a damaged header leads to
+            except Exception as error:  # tarfile raises many kinds of errors on a damaged header
                 raise ShardsError(
-                    f"{self.directory}/{shard.name}: is cut short or no tar ({error.args[0]}).", REPAIR
+                    f"{self.directory}/{shard.name}: truncated, or not a tar ({error.args[0]}).", REPAIR
                 ) from error
 
     def _array_names(self, slide_id: str) -> list[str]:
@@ -237,7 +239,7 @@ class ShardDataset:
         for name in self._array_names(slide_id):
             member, data = self._member(slide_id, name), members.get(f"{name}.npy", b"")
             if len(data) != member.size or crc32(data) != member.crc32:
-                raise self._bad(slide_id, name, "its checksum is not the one it was packed with")
+                raise self._bad(slide_id, name, "its checksum differs from the packed one")
             self._check_header(slide_id, name, data[: member.header])
             arrays[name] = np.frombuffer(data, member.dtype, offset=member.header).reshape(member.shape)
         return arrays
@@ -261,7 +263,7 @@ class ShardDataset:
         if absent:
             members = {name: self._member(slide_id, name) for name in absent}
             arrays = {name: np.empty(member.shape, member.dtype) for name, member in members.items()}
-            self._read_whole(slide_id, arrays)
+            self._read_complete(slide_id, arrays)
             self._memory.update({(slide_id, name): array for name, array in arrays.items()})
         for name, array in out.items():
             if rows is None:
@@ -269,7 +271,7 @@ class ShardDataset:
             else:
                 np.take(self._memory[slide_id, name], rows[name], axis=0, out=array, mode="clip")
 
-    def _read_whole(self, slide_id: str, out: Mapping[str, np.ndarray]) -> None:
+    def _read_complete(self, slide_id: str, out: Mapping[str, np.ndarray]) -> None:
         sample = self.sample(slide_id)
         shard = self.index.shards[sample.shard]
         headers = {name: bytearray(self._member(slide_id, name).header) for name in out}
@@ -284,7 +286,7 @@ class ShardDataset:
             ]
         for file, pieces in spans.values():
             if not read_pieces(file, pieces):
-                raise self._bad(slide_id, next(iter(out)), "the shard ends before it does")
+                raise self._bad(slide_id, next(iter(out)), "the shard ends before the member does")
         for name, array in out.items():
             if (slide_id, name) not in self._checked:
                 self._check(slide_id, name, headers[name], array)
@@ -293,8 +295,8 @@ class ShardDataset:
         sample, member = self.sample(slide_id), self._member(slide_id, name)
         if crc32(array_bytes(array), crc32(header)) != member.crc32:
             if not self._files.discard(sample.shard, member):
-                raise self._bad(slide_id, name, "its checksum is not the one it was packed with")
-            return self._read_whole(slide_id, {name: array})
+                raise self._bad(slide_id, name, "its checksum differs from the packed one")
+            return self._read_complete(slide_id, {name: array})
         self._check_header(slide_id, name, bytes(header))
         self._checked.add((slide_id, name))
         return None
@@ -305,13 +307,13 @@ class ShardDataset:
             raise self._bad(slide_id, name, problem)
 
     def _table(self, slide_id: str, name: str, rows: np.ndarray) -> np.ndarray:
-        """A member as a memory map, from which one call gathers rows, where positioned reads would take one a run."""
+        """Map a member into memory, to gather rows in one call; positioned reads would need one per run of rows."""
         sample, member = self.sample(slide_id), self._member(slide_id, name)
         file, shift = self._files.open(sample.shard, self.index.shards[sample.shard], member)
         start = member.offset + member.header + shift
         # Touching a map beyond the end of its file would kill the process.
         if os.fstat(file.descriptor).st_size < start + member.payload:
-            raise self._bad(slide_id, name, "the shard ends before it does")
+            raise self._bad(slide_id, name, "the shard ends before the member does")
         size = member.payload // np.dtype(member.dtype).itemsize
         table = np.frombuffer(file.map, member.dtype, size, start).reshape(member.shape)
         file.read_ahead(start, table.strides[0], rows)
@@ -323,7 +325,7 @@ class ShardDataset:
 
 
 def _first_beyond(index: ShardIndex, shard: Shard, size: int) -> str:
-    """Names the first member of a shard that does not lie within `size` bytes; empty where all do."""
+    """Name the first member of a shard that does not lie within `size` bytes; empty if all do."""
     number = index.shards.index(shard)
     members = ((s.slide_id, name, m) for s in index.samples if s.shard == number for name, m in s.members.items())
     beyond = [(m.offset, slide_id, name) for slide_id, name, m in members if m.offset + m.size > size]
@@ -331,5 +333,5 @@ def _first_beyond(index: ShardIndex, shard: Shard, size: int) -> str:
 
 
 def open_shards(data: DataConfig) -> ShardDataset:
-    """The shards of a `data` section, local or remote."""
+    """Open the shards of a `data` section, local or remote."""
     return ShardDataset.open(data.shards, cache_directory=data.cache_directory, cache_bytes=data.cache_bytes)

@@ -1,9 +1,10 @@
 """The feature store: one zarr v3 group per slide and encoder, `STORE/{encoder}/{slide_id}.zarr`.
 
-A group holds, per magnification, `features` f16 [N, d] and `coords` i32 [N, 2] in level-0 px, and for all but the
+A group contains, per magnification, `features` f16 [N, d] and `coords` i32 [N, 2] in level-0 px, and for all but the
 coarsest `parent` i32 [N], the row in the next coarser magnification. Chunks have 1024 rows and are not compressed:
-compression doubles the time of reading for 7% of the size. A group is written aside and renamed, so what is there is
-whole.
+compression doubles the reading time for 7% of the size. A group is written to a temporary and renamed, so every
+group
+in the store is complete.
 """
 
 from __future__ import annotations
@@ -27,26 +28,26 @@ from cfusion.files import atomic_path, is_orphan
 from cfusion.types import SlideFeatures, magnification_value
 
 CHUNK_ROWS = 1024
-"""Rows of a chunk; measured: 1024 reads a whole bag and a random quarter of it fastest."""
+"""Rows of a chunk; measured: with 1024, reading a complete bag or a random quarter of it is fastest."""
 
 SUFFIX = ".zarr"
 
 RACES = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR})
-"""What the system answers where two processes put the same slide in place at once."""
+"""System errors when two processes put the same slide in place at once."""
 
 RACE_ATTEMPTS = 8
 
 _EXTRACT = "Delete the group and extract the slide again."
 
 ABANDONED_S = 6 * 3600
-"""Age at which a temporary of another machine is taken as left by a process that was killed."""
+"""Age after which a temporary of another machine counts as left by a killed process."""
 
 
 class FeatureStore:
     """Reads the slides of one encoder from a feature store.
 
     Args:
-        path: Folder of one encoder, which holds the slides' groups.
+        path: Folder of one encoder, with the slides' groups.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -54,10 +55,10 @@ class FeatureStore:
 
     @classmethod
     def open(cls, root: str | os.PathLike[str], encoder: str | None = None) -> FeatureStore:
-        """The features of `encoder` in the store at `root`; none: of the only encoder there.
+        """Open the features of `encoder` in the store at `root`; None: of its only encoder.
 
         Raises:
-            StoreError: No store is there, it does not hold the encoder, or it holds several and none was named.
+            StoreError: The store is missing, lacks the encoder, or has several and none was named.
         """
         found = encoders_in(root)
         if encoder is None:
@@ -82,23 +83,23 @@ class FeatureStore:
         return self.path.name
 
     def slide_ids(self) -> list[str]:
-        """The slides that are there, sorted."""
+        """The slides in the store, sorted."""
         groups = (p.name for p in self.path.glob(f"*{SUFFIX}") if not p.name.startswith("."))
         return sorted(name.removesuffix(SUFFIX) for name in groups)
 
     def group_path(self, slide_id: str) -> Path:
-        """Folder of a slide's group, whether it exists or not."""
+        """Return the folder of a slide's group, whether it exists or not."""
         return self.path / f"{checked_name(slide_id)}{SUFFIX}"
 
     def attrs(self, slide_id: str) -> dict[str, Any]:
-        """Provenance of a slide's features, as written."""
+        """Return the provenance of a slide's features, as written."""
         return dict(self._group(slide_id).attrs)
 
     def read(self, slide_id: str) -> SlideFeatures:
-        """All features of one slide.
+        """Read all features of one slide.
 
         Raises:
-            StoreError: The slide is not in the store, or its group cannot be read.
+            StoreError: The slide is not in the store, or its group is unreadable.
         """
         group = self._group(slide_id)
         arrays: dict[str, dict[str, np.ndarray]] = {"features": {}, "coords": {}, "parent": {}}
@@ -114,10 +115,10 @@ class FeatureStore:
         )
 
     def shapes(self, slide_id: str) -> dict[str, tuple[int, int]]:
-        """Tiles and width of each magnification, finest first, without reading the features.
+        """Return the number and width of tiles per magnification, finest first, without reading the features.
 
         Raises:
-            StoreError: The slide is not in the store, or its group cannot be read.
+            StoreError: The slide is not in the store, or its group is unreadable.
         """
         group = self._group(slide_id)
         try:
@@ -130,8 +131,8 @@ class FeatureStore:
         where = self.group_path(slide_id)
         return StoreError(f"{where}: cannot be read ({error}).", "Delete it and extract the slide again.")
 
-    def attrs_if_whole(self, slide_id: str) -> dict[str, Any] | None:
-        """Provenance of a slide's features; None where they are not there or not whole."""
+    def attrs_if_complete(self, slide_id: str) -> dict[str, Any] | None:
+        """Return the provenance of a slide's features; None if they are missing or incomplete."""
         if not self.group_path(slide_id).is_dir():
             return None
         try:
@@ -143,30 +144,30 @@ class FeatureStore:
         path = self.group_path(slide_id)
         if not path.is_dir():
             raise StoreError(
-                f"{self.path}: has no slide {slide_id!r}.", "`cfusion preprocess inspect` lists what is there."
+                f"{self.path}: contains no slide {slide_id!r}.", "`cfusion preprocess inspect` lists the slides."
             )
         try:
             return zarr.open_group(path, mode="r")
         except (OSError, ValueError, KeyError) as error:
             raise StoreError(
-                f"{path}: is not a zarr group ({error}).", "Delete it and extract the slide again."
+                f"{path}: not a zarr group ({error}).", "Delete it and extract the slide again."
             ) from error
 
 
 def encoders_in(root: str | os.PathLike[str]) -> list[str]:
-    """Names of the encoders a feature store holds, sorted.
+    """List the encoders of a feature store, sorted.
 
     Raises:
         StoreError: There is no folder at `root`.
     """
     root = Path(root)
     if not root.is_dir():
-        raise StoreError(f"{root}: there is no feature store.", "Give the folder that `cfusion preprocess` wrote.")
+        raise StoreError(f"{root}: no such feature store.", "Give the folder that `cfusion preprocess` wrote.")
     return sorted(p.name for p in root.iterdir() if p.is_dir() and any(p.glob(f"[!.]*{SUFFIX}")))
 
 
 def write_slide(store_root: str | os.PathLike[str], features: SlideFeatures) -> Path:
-    """Write one slide's features; a group that is already there is replaced, whole by whole.
+    """Write one slide's features; an existing group is replaced as a unit.
 
     `features.attrs["encoder"]` names the encoder. The digest of each array is added to the attributes, for `verify`.
 
@@ -189,7 +190,7 @@ def write_slide(store_root: str | os.PathLike[str], features: SlideFeatures) -> 
 
 
 def _sweep(target: Path) -> None:
-    """Remove what a killed or overtaken writer of this slide left behind."""
+    """Remove the leftovers of a killed or overtaken writer of this slide."""
     for left in target.parent.glob(f".{target.name}.*"):
         with contextlib.suppress(OSError):
             if left.suffix == ".old" or is_orphan(left) or time.time() - left.stat().st_mtime > ABANDONED_S:
@@ -207,10 +208,10 @@ def _put(target: Path, features: SlideFeatures) -> None:
 
 
 def check_features(features: SlideFeatures) -> None:
-    """Refuse features that no reader could use.
+    """Check features for errors that would make them unusable.
 
     Raises:
-        StoreError: Rows do not agree, a parent does not exist, or a value is not finite.
+        StoreError: Rows do not match, a parent does not exist, or a value is not finite.
     """
     names = sorted(features.features, key=magnification_value, reverse=True)
     for name, coarser in zip(names, [*names[1:], None], strict=True):
@@ -222,33 +223,33 @@ def check_features(features: SlideFeatures) -> None:
             row = int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])
             raise StoreError(f"{where}: the features of tile {row} are not finite.")
         if coords is not None and coords.size and coords.shape != (len(array), 2):
-            raise StoreError(f"{where}: {len(array)} features and coordinates of shape {coords.shape}.")
+            raise StoreError(f"{where}: {len(array)} features, but coordinates of shape {coords.shape}.")
         parents = features.parents.get(name)
         if parents is None or coarser is None:
             continue
         limit = len(features.features[coarser])
         if parents.shape != (len(array),) or (parents.size and not 0 <= parents.min() <= parents.max() < limit):
-            raise StoreError(f"{where}: parents do not name rows of {coarser} ({limit} rows).")
+            raise StoreError(f"{where}: parents point outside the rows of {coarser} ({limit} rows).")
 
 
 def check_digests(features: SlideFeatures) -> None:
-    """Refuse features that are not those that were written, such as the zeros zarr reads where a chunk was lost.
+    """Check features against their digests, for example for the zeros that zarr reads for a lost chunk.
 
     Raises:
-        StoreError: An array has another digest than its attributes say, or is missing, or there are no digests.
+        StoreError: An array differs from its digest, or is missing, or there are no digests.
     """
     digests = features.attrs.get("digests")
     if not isinstance(digests, dict):
-        raise StoreError(f"slide {features.slide_id}: it has no digests.", _EXTRACT)
+        raise StoreError(f"slide {features.slide_id}: its attributes have no digests.", _EXTRACT)
     found = {key: array_digest(array) for key, array in _arrays(features)}
     for key in sorted(digests.keys() | found.keys()):
         if digests.get(key) != found.get(key):
-            state = "is missing" if key not in found else "is not what was written"
+            state = "is missing" if key not in found else "differs from its digest"
             raise StoreError(f"slide {features.slide_id}: {key} {state}.", _EXTRACT)
 
 
 def array_digest(array: np.ndarray) -> str:
-    """SHA-256 of an array's bytes, as hexadecimal."""
+    """Compute the SHA-256 of an array's bytes, as hexadecimal."""
     return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"").hexdigest()
 
 
@@ -267,11 +268,11 @@ def _arrays(features: SlideFeatures) -> list[tuple[str, np.ndarray]]:
 
 
 def checked_name(name: str) -> str:
-    """`name`, if it is one component of a path that stays in its folder.
+    """Return `name` if it is one component of a path that stays in its folder.
 
     Raises:
         StoreError: It is empty, hidden, or leads elsewhere.
     """
     if not name or name.startswith(".") or name != Path(name).name or "\\" in name or "\0" in name:
-        raise StoreError(f"{name!r}: is not a name for a slide or an encoder.", "Use a plain file name.")
+        raise StoreError(f"{name!r}: not a valid name for a slide or an encoder.", "Use a plain file name.")
     return name

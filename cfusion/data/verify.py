@@ -1,4 +1,4 @@
-"""Checks every byte of a set of shards against its index, and says which slides are whole."""
+"""Check every byte of a set of shards against its index, and report which slides are intact."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cfusion.data.shard_index import (
 from cfusion.files import digest_file
 
 _COPY = "Copy this shard again, or pack the store again."
-_PACK = "Pack the store again; never unpack this tar."
+_PACK = "Pack the store again; do not unpack this tar."
 _EXTRACT = "Extract the slide again and pack the store again."
 _BLOCK = tarfile.BLOCKSIZE
 _LONGEST_NAME = 4096
@@ -35,12 +35,12 @@ _LONGEST_NAME = 4096
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """One problem.
 
     Attributes:
         shard: File name of the tar.
-        slide_id: The slide it concerns; empty where it concerns the tar.
-        member: The member it concerns; empty where it concerns more.
+        slide_id: The affected slide; empty if the tar is affected.
+        member: The affected member; empty if more is affected.
         what: What is wrong.
         remedy: What to do about it.
     """
@@ -53,18 +53,18 @@ class Problem:
 
     def __str__(self) -> str:
         where = ", ".join(part for part in (self.shard, self.slide_id, self.member) if part)
-        # Names come from the tar: what a terminal would act on is shown as its escape.
+        # Names come from the tar: terminal control characters are shown as escapes.
         text = f"{where}: {self.what}. {self.remedy}"
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What a check of shards found.
+    """Result of a check of shards.
 
     Attributes:
         good: Slides whose every member is as packed.
-        problems: All that is wrong.
+        problems: All problems.
     """
 
     good: tuple[str, ...]
@@ -110,17 +110,17 @@ def _check_shard(directory: Path, index: ShardIndex, number: int) -> Iterator[Pr
                 continue
             for name, member in sample.members.items():
                 stream.seek(member.offset)
-                # No more is asked for than is there: what the index claims need not fit in memory.
+                # Read no more than the file contains: the size that the index claims may not fit in memory.
                 data = stream.read(min(member.size, max(0, size - member.offset)))
                 what, remedy = _check_member(data, name, member)
                 if what:
                     yield Problem(shard.name, sample.slide_id, name, what, remedy)
     if size == shard.size and digest_file(path) != shard.sha256:
-        yield Problem(shard.name, "", "", "its SHA-256 is not the one in the index", _COPY)
+        yield Problem(shard.name, "", "", "its SHA-256 differs from the index", _COPY)
 
 
 def _check_headers(stream: BinaryIO, size: int, shard: str, samples: list[Sample]) -> Iterator[Problem]:
-    """Every header of a tar, member by member, so that a damaged one costs its own slide alone."""
+    """Check every header of a tar, member by member, so that a damaged one affects only its own slide."""
     members = sorted(((s.slide_id, name, m) for s in samples for name, m in s.members.items()), key=_place)
     at = 0
     for slide_id, name, member in members:
@@ -140,7 +140,7 @@ def _check_headers(stream: BinaryIO, size: int, shard: str, samples: list[Sample
         for entry, _ in _headers(stream, at, size):
             yield Problem(shard, "", entry.name, _check_entry(entry, None, 0), _PACK)
     except tarfile.TarError as error:
-        yield Problem(shard, "", "", f"holds something else behind its last member ({error})", _COPY)
+        yield Problem(shard, "", "", f"contains something else after its last member ({error})", _COPY)
 
 
 def _place(member: tuple[str, str, TarMember]) -> int:
@@ -148,10 +148,11 @@ def _place(member: tuple[str, str, TarMember]) -> int:
 
 
 def _headers(stream: BinaryIO, start: int, end: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """The headers of a tar that lie in a range, up to its end mark, each with the place of its content.
+    """Yield the headers of a tar that lie in a range, up to its end mark, each with the offset of its content.
 
-    Not by `TarFile`, which follows sizes backwards, reads as much as an extended header claims, and stops at the
-    first header that is damaged.
+    `TarFile` is not used: it follows sizes backwards, reads as much as an extended header claims, and stops at the
+    first
+    damaged header.
     """
     name = None
     while start + _BLOCK <= end:
@@ -174,7 +175,7 @@ def _headers(stream: BinaryIO, start: int, end: int) -> Iterator[tuple[tarfile.T
 def _check_entry(entry: tarfile.TarInfo, expected: str | None, size: int) -> str:
     parts = PurePosixPath(entry.name.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts:
-        return "its name leads out of the folder a tar is unpacked to"
+        return "its name points outside the folder that a tar is unpacked to"
     if not entry.isreg():
         return "is a link, device or folder, not a plain file"
     if expected is None:
@@ -187,15 +188,15 @@ def _check_entry(entry: tarfile.TarInfo, expected: str | None, size: int) -> str
 
 
 def _check_member(data: bytes, name: str, member: TarMember) -> tuple[str, str]:
-    """What is wrong with a member's bytes, and the remedy; empty where nothing is."""
+    """Describe what is wrong with a member's bytes, and the remedy; empty if nothing is."""
     if len(data) != member.size:
         return f"the shard ends after {len(data)} of its {member.size} bytes", _COPY
     header = "" if name == META else check_header(data[: member.header], member)
     if header:
         return header, _PACK
     if crc32(data) != member.crc32:
-        return "its checksum is not the one it was packed with", _COPY
+        return "its checksum differs from the packed one", _COPY
     array = np.frombuffer(data, member.dtype, offset=member.header)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        return "holds values that are not finite", _EXTRACT
+        return "contains values that are not finite", _EXTRACT
     return "", ""

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention over tiles, and how its weights can be looked at."""
+"""Scaled dot-product attention over tiles, and access to its weights."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ class Attention(nn.Module):
     """Anything that weighs tiles.
 
     Attributes:
-        visit: Where it is set, the weights of every forward pass are shown to it, a few queries at a time: they are
-            the very weights the output is made of.
+        visit: If set, receives the weights of every forward pass, a few queries at a time: exactly the weights
+        that the
+            output is computed from.
     """
 
     visit: Visit | None = None
@@ -35,15 +36,15 @@ def attend(
     dropout: float = 0.0,
     visit: Visit | None = None,
 ) -> Float[Tensor, "bag head query dim"]:
-    """Softmax(QKᵀ/√dim)·V over the real keys, without an N×N tensor.
+    """Compute softmax(QKᵀ/√dim)·V over the real keys, without an N×N tensor.
 
     Args:
         query: Queries.
         key: Keys.
         value: Values.
-        mask: True where a key is real; None where every key is.
-        dropout: Share of the attention weights set to zero, the others scaled up.
-        visit: Shown the weights; dropout must be 0 then.
+        mask: True where a key is real; None if every key is.
+        dropout: Share of the attention weights set to zero; the others are scaled up.
+        visit: Receives the weights; dropout must then be 0.
     """
     multiplications = query[0, 0].numel() * key.shape[2]
     chunked = query.device.type == "cpu" and (dropout > 0 or by_onednn(query, key, multiplications))
@@ -75,7 +76,7 @@ class QueryKeyValue(nn.Linear):
     def forward(  # type: ignore[override]
         self, tokens: Float[Tensor, "bag token dim"], queries: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Each [bag, token, dim]; queries of the first `queries` tokens alone, if given."""
+        """Compute query, key and value, each [bag, token, dim]; queries only of the first `queries` tokens."""
         if queries is None:
             query, key, value = linear(tokens, self.weight, self.bias).chunk(3, dim=2)
             return query, key, value
@@ -92,7 +93,7 @@ class SelfAttention(Attention):
     Args:
         dim: Width of the tokens.
         heads: Attention heads; must divide `dim`.
-        dropout: Of the attention weights, in training alone.
+        dropout: Of the attention weights, only in training.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
@@ -105,7 +106,7 @@ class SelfAttention(Attention):
     def forward(
         self, tokens: Float[Tensor, "bag token dim"], mask: Bool[Tensor, "bag token"] | None, queries: int | None = None
     ) -> Float[Tensor, "bag query dim"]:
-        """What each token, or each of the first `queries`, found among the real tokens."""
+        """Attend from each token, or each of the first `queries`, to the real tokens."""
         parts = self.query_key_value(tokens, queries)
         query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
         found = attend(query, key, value, mask, self.dropout if self.training else 0.0, self.visit)
@@ -134,7 +135,7 @@ class CrossAttention(Attention):
         context: Float[Tensor, "bag key dim"],
         mask: Bool[Tensor, "bag key"] | None,
     ) -> Float[Tensor, "bag query dim"]:
-        """What each source token found among the real context tokens."""
+        """Attend from each source token to the real context tokens."""
         query = self.query(source + self.scale_embedding).unflatten(2, (self.heads, -1)).transpose(1, 2)
         key_value = self.key_value(context + self.scale_embedding)
         key, value = key_value.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -143,7 +144,7 @@ class CrossAttention(Attention):
 
 
 class AttentionPooling(Attention):
-    """Weighted sums of tiles, the weights a softmax of given scores over the real tiles."""
+    """Weighted sums of tiles; the weights are a softmax of given scores over the real tiles."""
 
     def forward(
         self,
@@ -151,7 +152,7 @@ class AttentionPooling(Attention):
         tiles: Float[Tensor, "bag tile dim"],
         mask: Bool[Tensor, "bag tile"] | None,
     ) -> Float[Tensor, "bag row dim"]:
-        """One sum for each row of scores; `mask` is true where a tile is real."""
+        """Compute one sum for each row of scores; `mask` is true where a tile is real."""
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, :], -torch.inf)
         weights = F.softmax(scores, dim=2)

@@ -1,4 +1,4 @@
-"""What a model looked at: the attention of every block, and each tile's share in the risk."""
+"""Attribution: the attention of every block, and each tile's share of the risk."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ class AttentionMap:
     """Attention of one block over the tiles of one bag.
 
     Attributes:
-        magnification: Whose tiles these are.
+        magnification: Magnification of the tiles.
         received: [head, tile], mean weight that a tile received from all queries of the block (in CrossFusion's last
-            one, the class token alone). It sums to 1, less what a class token or TransMIL's zeros received; TransMIL's
+            one, only the class token). It sums to 1, less what a class token or TransMIL's zeros received;
+            TransMIL's
             approximated weights may be negative.
-        summary: [row, tile], weights by which a summary of the bag read the tiles: those of the class token, a row
-            for each head, or those of a pooling; None where all queries are tiles.
+        summary: [row, tile], weights with which a summary of the bag read the tiles: those of the class token, a row
+            for each head, or those of a pooling; None if all queries are tiles.
     """
 
     magnification: str
@@ -39,16 +40,17 @@ class AttentionMap:
 
 @torch.no_grad()
 def visit_attention(model: nn.Module, batch: BagBatch, visit: BlockVisit, only: Collection[str] | None = None) -> None:
-    """Show the attention weights of every block to `visit`, a few queries at a time.
+    """Pass the attention weights of every block to `visit`, a few queries at a time.
 
-    They are the very weights that the output is made of in evaluation. No N×N tensor is made: of a large bag, a call
-    holds at least 128 queries and about a million weights.
+    They are exactly the weights that the output is computed from in evaluation. No N×N tensor is made: for a large
+    bag, a
+    call has at least 128 queries and about a million weights.
 
     Args:
         model: Any model built of `cfusion.models.attention.Attention` modules.
         batch: Bags; queries and keys are the block's own tokens, padding included.
         visit: Called in the order of the forward pass.
-        only: Names of the blocks that are shown; None: all.
+        only: Names of the blocks to visit; None: all.
     """
     blocks = {name: module for name, module in _blocks(model).items() if only is None or name in only}
 
@@ -71,15 +73,16 @@ def _blocks(model: nn.Module) -> dict[str, Attention]:
 
 
 def attention_maps(model: BagModel, batch: BagBatch) -> list[dict[str, AttentionMap]]:
-    """Attention over the tiles of each bag, by block.
+    """Compute attention over the tiles of each bag, by block.
 
-    Blocks of CrossFusion are named `cross.x20` (source tiles look at 20x tiles), `transformers.x20.pre.0` (the same
+    Blocks of CrossFusion are named `cross.x20` (source tiles attend to 20x tiles), `transformers.x20.pre.0` (the
+    same
     stream's self-attention, over source tiles) and `final.post.0`. A tile that also fills the end of the square grid
     has the weights of both places.
 
     Args:
         model: From `build_model`; a model without attention has no maps.
-        batch: Bags; each is looked at without its padding.
+        batch: Bags; each is processed without its padding.
     """
     return [_maps_of_one(model, bag) for bag in split_bags(batch)]
 
@@ -105,12 +108,15 @@ def _maps_of_one(model: BagModel, bag: BagBatch) -> dict[str, AttentionMap]:
 
 
 def tile_attention(model: BagModel, bag: BagBatch) -> dict[str, Float[Tensor, " tile"]]:
-    """The share of each tile in what the model read of one bag, by magnification; a magnification's shares sum to 1.
+    """Compute each tile's share of what the model read of one bag; the shares of a magnification sum to 1.
 
-    Where a summary of the bag reads tiles (a class token, the rows of a pooling), a tile's share is the weight that the
-    summary gave it, a mean over rows, heads and blocks. Where those tiles have read others in turn (CrossFusion's 10x
-    tiles those of 5x and 20x), each passes its share on along its cross-attention, a mean over heads. Self-attention
-    between the tiles, which may carry what one of them showed to another, is left out.
+    Where a summary of the bag reads tiles (a class token, the rows of a pooling), a tile's share is the weight that
+    the
+    summary gave it, averaged over rows, heads and blocks. Where those tiles have in turn read others (CrossFusion's
+    10x
+    tiles those of 5x and 20x), each passes its share on along its cross-attention, averaged over heads.
+    Self-attention
+    between the tiles, which may carry information from one tile to another, is left out.
 
     Args:
         model: From `build_model`; a model without attention has no shares.
@@ -136,12 +142,12 @@ def tile_attention(model: BagModel, bag: BagBatch) -> dict[str, Float[Tensor, " 
 
 
 def input_times_gradient(model: nn.Module, batch: BagBatch) -> dict[str, Float[Tensor, "bag tile"]]:
-    """Each tile's share in the risk: its embedding times the gradient of the risk (Shrikumar et al., ICML 2017).
+    """Compute each tile's share of the risk: embedding times gradient of the risk (Shrikumar et al., ICML 2017).
 
     A positive share raises the risk. The sum over tiles is the change of risk, to first order, from an all-zero bag.
 
     Args:
-        model: Any model of bags; its parameters' gradients are left alone.
+        model: Any model of bags; its parameters' gradients are not changed.
         batch: Bags.
 
     Returns:
@@ -160,7 +166,7 @@ def input_times_gradient(model: nn.Module, batch: BagBatch) -> dict[str, Float[T
 
 
 def split_bags(batch: BagBatch) -> list[BagBatch]:
-    """The bags of a batch one by one, without padding."""
+    """Yield the bags of a batch one by one, without padding."""
 
     def of(tensors: dict[str, Tensor] | None, bag: int) -> dict[str, Tensor] | None:
         if tensors is None:
@@ -176,7 +182,7 @@ def split_bags(batch: BagBatch) -> list[BagBatch]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off within the block; each module's own mode comes back after it."""
+    """Turn dropout off within the block; afterwards each module's mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""What every model shares: the bags it accepts and the output it gives."""
+"""Common base of all models: accepted bags and returned output."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class TileView:
     """Which tiles the keys of an attention block are.
 
     Attributes:
-        magnification: Whose tiles.
-        summaries: The first so many queries are not tiles: class tokens, or rows of a pooling.
-        grid: Keys are the tokens of this grid of one bag, after any class tokens; none: keys are tiles.
+        magnification: Magnification of the tiles.
+        summaries: Number of leading queries that are not tiles: class tokens, or rows of a pooling.
+        grid: Keys are the tokens of this grid of one bag, after any class tokens; None: keys are tiles.
         tiles: Number of tiles on the grid.
     """
 
@@ -31,7 +31,7 @@ class TileView:
     tiles: int = 0
 
     def fold(self, weights: Float[Tensor, "head query key"]) -> Float[Tensor, "head query tile"]:
-        """Weights by tile: class tokens left out, places with the same tile added up."""
+        """Sum weights by tile: class tokens are left out, places with the same tile are added up."""
         if self.grid is None:
             return weights
         tokens = weights[..., weights.shape[2] - self.grid.size :]
@@ -56,7 +56,7 @@ class BagModel(nn.Module):
         self._offered = tuple(magnification_name(m) for m in sorted(offered, reverse=True))
 
     def forward(self, bags: BagBatch | Tensor, *finer: Tensor) -> SurvivalOutput:
-        """Hazards, survival and risk of each bag.
+        """Compute hazards, survival and risk of each bag.
 
         Args:
             bags: A batch, or the coarsest [bag, tile, dim] of several given one by one, as in `model(x5, x10, x20)`.
@@ -73,11 +73,11 @@ class BagModel(nn.Module):
         return self.survival(features, batch)
 
     def survival(self, features: dict[str, Tensor], batch: BagBatch) -> SurvivalOutput:
-        """The output for checked bags, `features` in the model's own dtype."""
+        """Compute the output for checked bags, `features` in the model's own dtype."""
         raise NotImplementedError
 
     def tile_view(self, block: str, bag: BagBatch) -> TileView:
-        """How to read the attention weights of a block, by its module's name, over one unpadded bag."""
+        """Describe how to read a block's attention weights, by its module's name, over one unpadded bag."""
         raise NotImplementedError
 
     def _batch_of(self, bags: tuple[Tensor, ...]) -> BagBatch:
@@ -132,7 +132,7 @@ class BagModel(nn.Module):
 
 
 def check_share(option: str, share: object) -> None:
-    """Refuse a share to drop that is not in [0, 1).
+    """Check that a dropout share is in [0, 1).
 
     Raises:
         ConfigError: It is not.
@@ -142,10 +142,10 @@ def check_share(option: str, share: object) -> None:
 
 
 def check_magnifications(magnifications: Sequence[float], source: float | None = None) -> None:
-    """Refuse magnifications a model cannot be built for.
+    """Check that a model can be built for these magnifications.
 
     Raises:
-        ConfigError: None is given, one is not positive or twice there, or `source` is not among them.
+        ConfigError: The list is empty, one is not positive or repeated, or `source` is not among them.
     """
     shown = ", ".join(f"{m:g}" for m in magnifications)
     if not magnifications or min(magnifications) <= 0 or len(set(magnifications)) < len(magnifications):

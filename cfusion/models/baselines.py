@@ -1,4 +1,4 @@
-"""The baselines of the study; all read the finest magnification alone, and start from the weights PyTorch draws."""
+"""The baselines of the study. All read only the finest magnification, and keep PyTorch's initial weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FinestBagModel(BagModel):
     """A model that reads the finest of the offered magnifications.
 
     Attributes:
-        summaries: Queries of its attention that stand for the whole bag.
+        summaries: Number of attention queries that summarise the complete bag.
     """
 
     summaries = 1
@@ -40,18 +40,18 @@ class FinestBagModel(BagModel):
     def survival_of(
         self, tiles: Float[Tensor, "bag tile dim"], mask: Bool[Tensor, "bag tile"] | None
     ) -> SurvivalOutput:
-        """The output for one magnification; `mask` is true where a tile is real."""
+        """Compute the output for one magnification; `mask` is true where a tile is real."""
         raise NotImplementedError
 
 
 class MeanMIL(FinestBagModel):
-    """Linear, ReLU, mean over tiles, linear: what any attention has to beat.
+    """Linear, ReLU, mean over tiles, linear: a lower bound for any attention model.
 
     Args:
         backbone_dim: Width of the embeddings.
         n_bins: Time bins of the hazard.
         embed_dim: Width of the hidden layer.
-        magnifications: Those the data offer.
+        magnifications: Magnifications that the data offer.
     """
 
     def __init__(self, *, backbone_dim: int, n_bins: int, embed_dim: int, magnifications: Sequence[float]) -> None:
@@ -97,15 +97,17 @@ class AMIL(FinestBagModel):
 class DSMIL(FinestBagModel):
     """Dual-stream MIL (Li et al., CVPR 2021) as the study adapted it.
 
-    Each bin's critical tile, by the instance stream, is what the tiles are weighed against. The instance stream learns
-    by its own loss (DSMIL, eq. 5): the output carries the critical tiles' logits. The published program gave it no
-    gradient, which is random pooling; `published` freezes it, to the same effect.
+    The instance stream selects each bin's critical tile, against which the tiles are weighed. It learns by a
+    separate loss
+    (DSMIL, eq. 5): the output carries the critical tiles' logits. The published program gave it no gradient, which
+    is
+    random pooling; `published` freezes it, to the same effect.
 
     Args:
         backbone_dim: Width of the embeddings.
         n_bins: Time bins of the hazard.
-        magnifications: Those the data offer.
-        published: Leave the instance stream as it was drawn.
+        magnifications: Magnifications that the data offer.
+        published: Keep the initial weights of the instance stream.
     """
 
     def __init__(self, *, backbone_dim: int, n_bins: int, magnifications: Sequence[float], published: bool) -> None:

@@ -1,6 +1,7 @@
-"""Attention a few queries at a time, with dropout of its weights: no N×N tensor is ever there.
+"""Attention with dropout of its weights, a few queries at a time: it never creates an N×N tensor.
 
-The backward pass computes the weights and their dropout mask again. On a CPU this takes less than half of the time of
+The backward pass computes the weights and their dropout mask again. On a CPU this takes less than half of the time
+of
 PyTorch's attention with dropout, which materialises the weights.
 """
 
@@ -20,15 +21,15 @@ CHUNK_ELEMENTS = 1 << 20
 """Attention weights computed at a time: they stay in the processor's cache."""
 
 SMALLEST_CHUNK = 128
-"""Queries computed at a time at least, below which matrix products are slow."""
+"""Minimum number of queries computed at a time; below it matrix products are slow."""
 
 
 class ChunkedAttention(torch.autograd.Function):
-    """Softmax(QKᵀ/√dim)·V with dropout of the weights."""
+    """Compute softmax(QKᵀ/√dim)·V with dropout of the weights."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
-        """As `attend`; `bias` [bag, key] is added to the scores."""
+        """Attend as `attend` does; `bias` [bag, key] is added to the scores."""
         bags, heads, queries, dim = query.shape
         keys = [random_keys((bags * heads, *s), query.device) for s in ((queries, 1), (1, key.shape[2])) if dropout]
         q, k, v = (t.flatten(0, 1).contiguous() for t in (query * dim**-0.5, key, value))
@@ -45,10 +46,10 @@ class ChunkedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of query, key and value."""
+        """Compute the gradients of query, key and value."""
         q, k, v, bias, out, *keys = ctx.saved_tensors
         bags, heads = grad.shape[:2]
-        # With the upscaling moved into the incoming gradient, the mask only ever clears.
+        # With the upscaling moved into the incoming gradient, the mask only clears entries.
         grad_out = (grad * (1 / (1 - ctx.dropout))).flatten(0, 1).contiguous()
         delta = (grad * out).sum(dim=3, keepdim=True).flatten(0, 1)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -80,12 +81,12 @@ def _mask(keys: list[Tensor], matrix: int, rows: slice, dropout: float, dtype: t
 
 
 def query_chunks(queries: int, keys: int, matrices: int) -> list[slice]:
-    """Ranges of queries whose weights over all keys fit the cache."""
+    """Yield ranges of queries whose weights over all keys fit the cache."""
     size = max(SMALLEST_CHUNK, CHUNK_ELEMENTS // (keys * matrices))
     return [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
 
 
 def attention_weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
-    """Softmax over the keys of scaled queries times keys, plus `bias` where a key is to be left out."""
+    """Compute the softmax over the keys of scaled queries times keys, plus `bias` where a key is left out."""
     scores = product(query, key.T) if query.dim() == 2 else query @ key.transpose(-2, -1)
     return F.softmax(scores if bias is None else scores.add_(bias), dim=-1)

@@ -1,4 +1,4 @@
-"""CrossFusion: the source magnification's tokens look at coarser and finer ones, and meet on one grid.
+"""CrossFusion: tokens of the source magnification attend to coarser and finer ones; the streams fuse on one grid.
 
 Source: Soraki et al., "CrossFusion", arXiv 2503.02064, section 3.
 """
@@ -23,7 +23,7 @@ class CrossFusion(BagModel):
     """Multi-scale survival model (CrossFusion, section 3).
 
     Args:
-        backbone_dim: Width of the embeddings; where it equals `embed_dim`, there is no projection.
+        backbone_dim: Width of the embeddings; if it equals `embed_dim`, there is no projection.
         n_bins: Time bins of the hazard.
         embed_dim: Width of the tokens.
         num_heads: Attention heads.
@@ -31,10 +31,11 @@ class CrossFusion(BagModel):
         reads: Magnifications the model reads.
         source: The one whose tokens set the grid; the others are context.
         offered: Magnifications of the data, of which it may ignore some.
-        mixer: How the streams meet: the paper's convolution or its ablation.
-        grid: `file`: tiles on a square in the order of their file, as published; `spatial`: where they lie.
+        mixer: How the streams are fused: the paper's convolution or its ablation.
+        grid: `file`: tiles on a square in the order of their file, as published; `spatial`: at their place in
+        the tissue.
         dropout: Of feed-forwards and convolution channels.
-        attention_dropout: Of the self-attention weights; the published program has .2.
+        attention_dropout: Of the self-attention weights; .2 in the published program.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class CrossFusion(BagModel):
             streams.append(self.transformers[module_name(name)](grid.tokens(found), grid))
         tokens = self.mixer(streams, grid)
         class_token = self.class_token.to(tokens.dtype).expand(len(tokens), 1, -1)
-        # Nothing but the class token is read, so the last block computes no other.
+        # Only the class token is read, so the last block computes no other.
         summary = self.final(torch.cat([class_token, tokens], dim=1), grid, queries=1)
         return SurvivalOutput.from_logits(self.head(summary[:, 0]))
 
@@ -122,7 +123,7 @@ class CrossFusion(BagModel):
 
 
 def module_name(magnification: str) -> str:
-    """A magnification's name as part of a parameter's name, where a dot would separate modules."""
+    """Convert a magnification's name to part of a parameter's name, where a dot would separate modules."""
     return magnification.replace(".", "_")
 
 

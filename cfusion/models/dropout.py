@@ -1,12 +1,13 @@
-"""Dropout whose mask is computed, twice, instead of drawn and kept.
+"""Dropout whose mask is computed twice instead of drawn and stored.
 
 An entry of the mask is a function of its row and column: a key drawn for the row XOR a key drawn for the column,
 multiplied by an odd number, compared with a threshold. Any three entries are independent; over the corners of a
-rectangle the correlation is below 1e-4. On a CPU this integer arithmetic costs a tenth of drawing from a generator, and
+rectangle the correlation is below 1e-4. On a CPU this integer arithmetic costs a tenth of drawing from a generator,
+and
 the backward pass repeats it. On a GPU PyTorch's own kernels do the same, and are used.
 
-Keys come from a generator of the thread, see `seeded`: PyTorch's own is one for all threads, and models that train side
-by side would draw from each other's numbers.
+Keys come from a generator per thread, see `seeded`. PyTorch's own generator is shared by all threads, so models that
+train in parallel would draw from each other's numbers.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _thread = threading.local()
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Within the block, all dropout of this thread hangs on the seed; on a GPU, PyTorch's generators are set to it."""
+    """Make all dropout of this thread depend only on the seed within the block; on a GPU, seed PyTorch's generators."""
     if device.type != "cpu":
         torch.manual_seed(seed)
     _thread.generator = torch.Generator().manual_seed(seed)
@@ -42,15 +43,16 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def random_keys(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """32 random bits for each row or column, from the thread's generator, or else PyTorch's default one."""
+    """Draw 32 random bits for each row or column, from the thread's generator, or else PyTorch's default one."""
     generator = getattr(_thread, "generator", None) if device.type == "cpu" else None
     return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device, generator=generator)
 
 
 def keep_mask(row_key: Tensor, column_key: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
-    """All bits set where an entry is kept, none where it is dropped: integers as wide as `dtype`."""
+    """Compute the mask: all bits set where an entry is kept, none where it is dropped; integers as wide as `dtype`."""
     bits = torch.bitwise_xor(row_key, column_key).mul_(ODD)
-    # An arithmetic shift spreads the sign of a uniform number, moved to be negative with the chance of being kept.
+    # An arithmetic shift spreads the sign of a uniform number, which is shifted to be negative with the probability
+    # of being kept.
     bits.bitwise_right_shift_(1).add_(round((dropout - 0.5) * 2**31)).bitwise_right_shift_(31)
     return bits.to(_INTEGER[dtype.itemsize])
 
@@ -62,7 +64,7 @@ def clear_dropped(values: Tensor, mask: Tensor) -> Tensor:
 
 
 class Dropout(nn.Module):
-    """Zero a share of the entries and scale the others up, in training alone.
+    """Zero a share of the entries and scale the others up, only in training.
 
     Args:
         share: In [0, 1).
@@ -73,7 +75,7 @@ class Dropout(nn.Module):
         self.share = share
 
     def forward(self, values: Tensor) -> Tensor:
-        """The values with some of them dropped."""
+        """Drop some of the values."""
         if not self.training or not self.share:
             return values
         if values.device.type != "cpu":
@@ -81,7 +83,7 @@ class Dropout(nn.Module):
         return _Dropped.apply(values, self.share)
 
     def extra_repr(self) -> str:
-        """The share, for printing."""
+        """Return the share, for printing."""
         return f"{self.share:g}"
 
 

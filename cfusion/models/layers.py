@@ -1,7 +1,8 @@
-"""The blocks CrossFusion is made of.
+"""Building blocks of CrossFusion.
 
-Convolutions of several sizes that are summed are one convolution with the sum of their kernels; it runs on tokens as
-they lie in memory, [bag, height, width, dim], which is a channels-last image.
+A sum of convolutions of several sizes is one convolution with the sum of their kernels. It runs on tokens as they
+lie
+in memory, [bag, height, width, dim], which is a channels-last image.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from cfusion.models.token_grid import TokenGrid
 
 
 def init_linear(module: nn.Module) -> None:
-    """Truncated normal weights of std .02 and zero biases for linear layers, 1 and 0 for layer norms."""
+    """Initialise linear layers with truncated normal weights of std .02 and zero biases, layer norms with 1 and 0."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -36,12 +37,12 @@ class FeedForward(nn.Sequential):
 
 
 class CrossBlock(nn.Module):
-    """Source tokens look at another magnification: attention, residual, norm, feed-forward (CrossFusion, section 3.2).
+    """Source tokens attend to another magnification: attention, residual, norm, feed-forward (section 3.2).
 
     Args:
         dim: Width of the tokens.
         heads: Attention heads.
-        dropout: Of the feed-forward; attention has none here.
+        dropout: Of the feed-forward; the attention has none here.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
@@ -56,7 +57,7 @@ class CrossBlock(nn.Module):
         context: Float[Tensor, "bag other dim"],
         mask: Bool[Tensor, "bag other"] | None,
     ) -> Float[Tensor, "bag tile dim"]:
-        """Source tokens with what they found in the context; `mask` is true where a context tile is real."""
+        """Return source tokens updated from the context; `mask` is true where a context tile is real."""
         found = self.norm(source + self.attention(source, context, mask))
         return found + self.feed_forward(found)
 
@@ -74,14 +75,14 @@ class SelfBlock(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "bag token dim"], mask: Bool[Tensor, "bag token"] | None, queries: int | None = None
     ) -> Float[Tensor, "bag query dim"]:
-        """The block's output for every token, or for the first `queries`; `mask` is true where a token is real."""
+        """Return the output for every token, or for the first `queries`; `mask` is true where a token is real."""
         normed = self.attention_norm(tokens)
         attended = self.feed_forward_norm(normed[:, :queries] + self.attention(normed, mask, queries))
         return attended + self.feed_forward(attended)
 
 
 class MultiScaleKernel(nn.Module):
-    """Kernels of several sizes that are used as their sum; fresh ones are Kaiming normal (fan-out), their biases zero.
+    """Kernels of several sizes used as their sum; initially Kaiming normal (fan-out), with zero biases.
 
     Args:
         outputs: Output channels.
@@ -92,7 +93,7 @@ class MultiScaleKernel(nn.Module):
     def __init__(self, outputs: int, inputs: int, sizes: tuple[int, ...]) -> None:
         super().__init__()
         self.sizes = sizes
-        # Parameters of this very module, not of a list in it: ZeRO-3 gathers those of the modules it sees called.
+        # Parameters of this module, not of a list in it: ZeRO-3 gathers only those of modules that it sees called.
         for size in sizes:
             weight = torch.empty(outputs, inputs, size, size)
             nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
@@ -100,7 +101,7 @@ class MultiScaleKernel(nn.Module):
             self.register_parameter(f"bias_{size}", nn.Parameter(torch.zeros(outputs)))
 
     def draw_as_pytorch(self) -> None:
-        """Draw kernels and biases anew, uniformly within 1/√fan-in, as `nn.Conv2d` does."""
+        """Initialise kernels and biases again, uniformly within 1/√fan-in, as `nn.Conv2d` does."""
         for size in self.sizes:
             weight, bias = self.get_parameter(f"weight_{size}"), self.get_parameter(f"bias_{size}")
             bound = weight[0].numel() ** -0.5
@@ -108,13 +109,14 @@ class MultiScaleKernel(nn.Module):
             nn.init.uniform_(bias, -bound, bound)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """The summed kernel [outputs, inputs, k, k] and bias [outputs]."""
+        """Return the summed kernel [outputs, inputs, k, k] and bias [outputs]."""
         largest = self.sizes[0]
         kernel: Tensor = self.get_parameter(f"weight_{largest}")
         bias: Tensor = self.get_parameter(f"bias_{largest}")
         for size in self.sizes[1:]:
             kernel = kernel + F.pad(self.get_parameter(f"weight_{size}"), ((largest - size) // 2,) * 4)
-            # Not stack and sum: their gradients would share memory, and accumulation over bags would count them thrice.
+            # Stack and sum would not do: their gradients share memory, and accumulation over bags would count them
+            # three times.
             bias = bias + self.get_parameter(f"bias_{size}")
         return kernel, bias
 
@@ -122,7 +124,7 @@ class MultiScaleKernel(nn.Module):
 def depthwise(
     grid: Float[Tensor, "bag height width dim"], kernel: Tensor, bias: Tensor | None
 ) -> Float[Tensor, "bag height width dim"]:
-    """Convolve each channel with its own kernel [dim, 1, k, k], zeros around."""
+    """Convolve each channel with its own kernel [dim, 1, k, k], zero-padded."""
     image = grid.permute(0, 3, 1, 2)
     out = F.conv2d(image, kernel, bias, padding=kernel.shape[-1] // 2, groups=kernel.shape[0])
     return out.permute(0, 2, 3, 1)
@@ -140,7 +142,7 @@ class PositionEncoding(nn.Module):
         self.kernels = MultiScaleKernel(dim, 1, (7, 5, 3))
 
     def forward(self, tokens: Float[Tensor, "bag token dim"], grid: TokenGrid) -> Float[Tensor, "bag token dim"]:
-        """Tokens with their surroundings; a class token before the grid's passes by."""
+        """Add each token's surroundings; a class token before the grid's tokens is passed through."""
         first = tokens.shape[1] - grid.size
         kernel, bias = self.kernels()
         identity = torch.zeros_like(kernel[0, 0])
@@ -150,7 +152,7 @@ class PositionEncoding(nn.Module):
 
 
 class PadTransformer(nn.Module):
-    """Blocks, position encoding, blocks, norm over tokens that stand on a grid (CrossFusion, section 3.3).
+    """Blocks, position encoding, blocks, norm over tokens on a grid (CrossFusion, section 3.3).
 
     Args:
         dim: Width of the tokens.
@@ -170,12 +172,12 @@ class PadTransformer(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "bag token dim"], grid: TokenGrid, queries: int | None = None
     ) -> Float[Tensor, "bag query dim"]:
-        """The transformed tokens: as many as came in (the grid's, or a class token and the grid's), or the first few.
+        """Transform all tokens (the grid's, or a class token and the grid's), or only the first few.
 
         Args:
             tokens: The tokens.
-            grid: Where they stand.
-            queries: How many are asked for, from the first; the last block then leaves out what the others would get.
+            grid: Their places.
+            queries: Number of leading tokens to return; the last block then skips the rest.
         """
         mask = grid.mask
         if mask is not None and tokens.shape[1] > mask.shape[1]:
@@ -194,14 +196,14 @@ class ConvMixer(nn.Module):
 
     Args:
         dim: Width of the tokens; even.
-        streams: Grids to mix; a single one is taken as it is.
+        streams: Grids to mix; a single one is used unchanged.
         dropout: Share of channels dropped after the convolution.
     """
 
     def __init__(self, dim: int, streams: int, dropout: float) -> None:
         super().__init__()
         if streams > 1:
-            # The Conv3d of kernel 1 that it is draws its weights with fan_out 1.
+            # Equivalent to a Conv3d of kernel 1, which draws its weights with fan_out 1.
             self.mix_weight = nn.Parameter(torch.randn(streams) * 2**0.5)
             self.mix_bias = nn.Parameter(torch.zeros(1))
         self.kernels = MultiScaleKernel(dim // 2, 2, (7, 5, 3, 1))
@@ -210,25 +212,25 @@ class ConvMixer(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, streams: list[Float[Tensor, "bag token dim"]], grid: TokenGrid) -> Float[Tensor, "bag token dim"]:
-        """The mixed tokens; `streams` are source, then contexts, finest first."""
+        """Mix the tokens; `streams` are source, then contexts, finest first."""
         mixed = streams[0]
         if len(streams) > 1:
             mixed = mixed * self.mix_weight[0] + self.mix_bias
             for weight, stream in zip(self.mix_weight[1:], streams[1:], strict=True):
                 mixed = torch.addcmul(mixed, stream, weight)
         kernel, bias = self.kernels()
-        # Two input channels an output channel: a depthwise convolution, then sums of neighbouring channels.
+        # Two input channels per output channel: a depthwise convolution, then sums of neighbouring channels.
         pairs = depthwise(grid.to_grid(mixed), kernel.reshape(-1, 1, 7, 7), None)
         summed = F.relu(pairs.unflatten(3, (-1, 2)).sum(dim=4) + bias)
         tokens = grid.to_tokens(summed)
         if self.training:
-            # One draw a bag and channel: a dropped channel is dropped in all of its tokens.
+            # One draw per bag and channel: a dropped channel is dropped in all of its tokens.
             tokens = tokens * self.dropout(tokens.new_ones(len(tokens), 1, tokens.shape[2]))
         return self.norm(self.linear(tokens))
 
 
 class ConcatMixer(nn.Module):
-    """Source and context tokens side by side, a linear map and a norm (CrossFusion, ablation `Concat`)."""
+    """Source and context tokens concatenated, a linear map and a norm (CrossFusion, ablation `Concat`)."""
 
     def __init__(self, dim: int, streams: int) -> None:
         super().__init__()
@@ -236,5 +238,5 @@ class ConcatMixer(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, streams: list[Float[Tensor, "bag token dim"]], grid: TokenGrid) -> Float[Tensor, "bag token dim"]:
-        """The mixed tokens; `streams` are source, then contexts, finest first."""
+        """Mix the tokens; `streams` are source, then contexts, finest first."""
         return self.norm(self.linear(torch.cat(streams, dim=2)))

@@ -1,6 +1,7 @@
-"""The published program's weights: its names for the parameters, and ours.
+"""The published program's weights: mapping between its parameter names and ours.
 
-Ours differ where one tensor does the work of several: queries, keys and values of a block come from one linear map.
+The names differ where one of our tensors combines several: queries, keys and values of a block come from one linear
+map.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cfusion.models.layers import ConvMixer
 from cfusion.models.transmil import TransMIL
 
 Names = Iterator[tuple[str, tuple[str, ...]]]
-"""Our name, and the published names whose tensors, one below the other, are ours."""
+"""Our name, and the published names whose tensors, stacked by rows, make ours."""
 
 
 def load_published_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -53,11 +54,11 @@ def load_published_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -
 
 
 def published_state_dict(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The inverse of `load_published_weights`: tensors by their published names and in their published shapes.
+    """Invert `load_published_weights`: return tensors by their published names and in their published shapes.
 
     Args:
         model: As for `load_published_weights`.
-        tensors: One per parameter of the model, such as its gradients; none: its weights.
+        tensors: One per parameter of the model, such as its gradients; None: its weights.
     """
     tensors = model.state_dict() if tensors is None else tensors
     out = {}
@@ -70,7 +71,7 @@ def published_state_dict(model: nn.Module, tensors: Mapping[str, Tensor] | None 
 
 
 def published_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Every parameter's published names; several where ours is theirs, one below the other.
+    """Map every parameter to its published names; several if ours stacks them by rows.
 
     Raises:
         DataError: The published program has no such model.
@@ -79,7 +80,7 @@ def published_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
         return dict(_crossfusion(model))
     fixed = {AMIL: _AMIL, DSMIL: _DSMIL, TransMIL: _TRANSMIL}
     if type(model) not in fixed:
-        raise DataError(f"The published program has no {type(model).__name__}, so there are no weights of it.")
+        raise DataError(f"The published program has no {type(model).__name__}, so it has no published weights.")
     return fixed[type(model)]
 
 

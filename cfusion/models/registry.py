@@ -1,4 +1,4 @@
-"""Models by name."""
+"""Build models by name."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def build_model(
 
 
 def _arguments(name: str, builder: Builder, shape: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """What of `shape` the builder takes, with its options."""
+    """Select the arguments of `shape` that the builder takes, with its options."""
     parameters = inspect.signature(builder).parameters
     by_keyword = [p for p in parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
     known = [p.name for p in by_keyword if p.name not in shape]
@@ -98,7 +98,7 @@ def _arguments(name: str, builder: Builder, shape: dict[str, Any], options: dict
 
 
 def model_code(name: str) -> OwnCode | None:
-    """Where the code of a model is that is not the program's; None for a key of `MODELS`.
+    """Find the code of a model that is not the program's; None for a key of `MODELS`.
 
     Raises:
         ConfigError: No such model, or its file or package cannot be read.
@@ -116,7 +116,7 @@ def model_code(name: str) -> OwnCode | None:
     return code
 
 
-def _crossfusion(mixer: Literal["conv", "concat"], finest_alone: bool = False) -> Builder:
+def _crossfusion(mixer: Literal["conv", "concat"], finest_only: bool = False) -> Builder:
     def build(
         *,
         magnifications: Sequence[float],
@@ -129,9 +129,9 @@ def _crossfusion(mixer: Literal["conv", "concat"], finest_alone: bool = False) -
     ) -> nn.Module:
         if attention_dropout is None:
             attention_dropout = PUBLISHED_ATTENTION_DROPOUT if published else 0.0
-        reads = (max(magnifications),) if finest_alone else magnifications
+        reads = (max(magnifications),) if finest_only else magnifications
         return CrossFusion(
-            reads=reads, offered=magnifications, source=reads[0] if finest_alone else source, mixer=mixer, grid=grid,
+            reads=reads, offered=magnifications, source=reads[0] if finest_only else source, mixer=mixer, grid=grid,
             dropout=dropout, attention_dropout=attention_dropout, **shape,
         )  # fmt: skip
 
@@ -141,11 +141,11 @@ def _crossfusion(mixer: Literal["conv", "concat"], finest_alone: bool = False) -
 MODELS: dict[str, Builder] = {
     "crossfusion": _crossfusion("conv"),
     "crossfusion_concat": _crossfusion("concat"),
-    "crossfusion_single": _crossfusion("conv", finest_alone=True),
+    "crossfusion_single": _crossfusion("conv", finest_only=True),
     "amil": AMIL,
     "dsmil": DSMIL,
     "transmil": TransMIL,
     "mean_mil": MeanMIL,
 }
-"""Builders of the program's own models by name. A builder is called by keywords, with those of `build_model`'s shape
+"""Builders of the program's own models by name. A builder is called by keywords with those of `build_model`'s shape
 arguments that it names; its other parameters are the model's options."""

@@ -1,7 +1,8 @@
-"""How a bag's tiles become tokens on a grid, and how grids of different size share a batch.
+"""Map a bag's tiles to tokens on a grid, and batch grids of different sizes.
 
-Attention works on tokens, convolutions on a grid. A bag's own grid stands in the top-left corner of the batch's, zeros
-around it, so that a convolution sees what it would see if the bag were alone.
+Attention works on tokens, convolutions on a grid. A bag's own grid is in the top-left corner of the batch's, with
+zeros
+around it, so that a convolution gives the same result as for the bag by itself.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class TokenGrid:
         return self.height * self.width if self.cell is None else self.cell.shape[1]
 
     def tokens(self, tiles: Float[Tensor, "bag tile dim"]) -> Float[Tensor, "bag token dim"]:
-        """The tokens that show the given tiles."""
+        """Gather the tokens that show the given tiles."""
         if self.tile is not None:
             return tiles.gather(1, self.tile[..., None].expand(-1, -1, tiles.shape[2]))
         missing = self.height * self.width - tiles.shape[1]
@@ -72,17 +73,17 @@ class TokenGrid:
 
 
 def square_side(tiles: int) -> int:
-    """Side of the smallest square that holds so many tiles."""
+    """Return the side of the smallest square that holds this many tiles."""
     return math.isqrt(tiles - 1) + 1
 
 
 def file_grid(bags: int, tiles: int, mask: Bool[Tensor, "bag tile"] | None) -> TokenGrid:
-    """Tiles in the order of their file on a square, its end filled with the first tiles (CrossFusion, section 3.3).
+    """Place tiles on a square in the order of their file, filled up with the first tiles (CrossFusion, section 3.3).
 
     Args:
         bags: Number of bags.
         tiles: Tiles of the longest bag.
-        mask: [bag, tile], true where a tile is real; None where every tile is.
+        mask: [bag, tile], true where a tile is real; None if every tile is.
     """
     side = square_side(tiles)
     if mask is None:
@@ -105,17 +106,17 @@ REACH = 3
 def spatial_grid(
     positions: Int[Tensor, "bag tile 2"], mask: Bool[Tensor, "bag tile"] | None, name: Callable[[int], str] = str
 ) -> TokenGrid:
-    """Tiles where they lie in the tissue.
+    """Place tiles at their position in the tissue.
 
     Empty rows and columns beyond the reach of the widest convolution are left out, which changes no result.
 
     Args:
         positions: [bag, tile, 2], column and row of each tile.
-        mask: [bag, tile], true where a tile is real; None where every tile is.
-        name: What an error calls a bag of this number.
+        mask: [bag, tile], true where a tile is real; None if every tile is.
+        name: Returns the name of a bag number for errors.
 
     Raises:
-        DataError: Two tiles of a bag stand in one cell.
+        DataError: Two tiles of a bag are in one cell.
     """
     bags, tiles = positions.shape[:2]
     place = positions.new_zeros(bags, tiles, 2)
@@ -131,8 +132,8 @@ def spatial_grid(
     found, times = torch.unique(cell.flatten() if mask is None else cell[mask], return_counts=True)
     if len(twice := found[times > 1]):
         raise DataError(
-            f"grid: spatial found two tiles of bag {name(int(twice[0]) // (height * width))} at the same position; "
-            "tiles that overlap have no grid of their own.",
+            f"grid: spatial found two tiles of bag {name(int(twice[0]) // (height * width))} at the same "
+            "position; overlapping tiles cannot be placed on a grid.",
             "Use model.options.grid=file.",
         )
     return TokenGrid(bags, height, width, None, mask, cell)

@@ -27,15 +27,16 @@ from cfusion.types import BagBatch, SurvivalOutput
 
 @dataclass(frozen=True)
 class LandmarkLayout:
-    """Where each token of a batch stands when every bag is cut into the same number of equal segments.
+    """Place of each token of a batch when every bag is cut into the same number of equal segments.
 
-    A bag's sequence is filled with zeros in front until its length is a multiple of the number of landmarks, as
-    published: these zeros are keys like any other. Bags are aligned at their ends; what lies before a shorter bag's
-    zeros is not seen by anyone.
+    A bag's sequence is padded with zeros in front until its length is a multiple of the number of landmarks, as
+    published: these zeros are keys like any other. Bags are aligned at their ends; places before a shorter bag's
+    zeros
+    are unseen.
 
     Attributes:
         landmarks: Number of segments.
-        token: [bag, place], the token at each place; negative where there is none.
+        token: [bag, place], the token at each place; negative if there is none.
         place: [bag, token], the place of each token; 0 where the token is masked.
         segment: [bag, place], 0 … landmarks − 1; `landmarks` where the place is unseen.
         length: [bag], places in a segment.
@@ -49,7 +50,7 @@ class LandmarkLayout:
 
     @classmethod
     def of(cls, count: Int[Tensor, " bag"], tokens: int, landmarks: int) -> LandmarkLayout:
-        """The layout of bags with `count` real tokens each, at the front of `tokens`."""
+        """Build the layout of bags with `count` real tokens each, at the front of `tokens`."""
         length = (count + landmarks - 1) // landmarks
         places = -(-tokens // landmarks) * landmarks
         place = torch.arange(places, device=count.device)
@@ -60,16 +61,16 @@ class LandmarkLayout:
         return cls(landmarks, token, torch.where(own < places, own, 0), segment, length)
 
     def spread(self, tokens: Float[Tensor, "bag token dim"]) -> Float[Tensor, "bag place dim"]:
-        """Tokens at their places, zeros elsewhere."""
+        """Put tokens at their places, zeros elsewhere."""
         index = self.token.clamp_min(0)[..., None].expand(-1, -1, tokens.shape[2])
         return tokens.gather(1, index) * (self.token >= 0)[..., None]
 
     def collect(self, places: Float[Tensor, "bag place dim"]) -> Float[Tensor, "bag token dim"]:
-        """Tokens read from their places."""
+        """Read tokens from their places."""
         return places.gather(1, self.place[..., None].expand(-1, -1, places.shape[2]))
 
     def means(self, values: Float[Tensor, "bag head place dim"]) -> Float[Tensor, "bag head landmark dim"]:
-        """Mean over each segment."""
+        """Average over each segment."""
         bags, heads, _, dim = values.shape
         index = self.segment[:, None, :, None].expand_as(values)
         sums = values.new_zeros(bags, heads, self.landmarks + 1, dim).scatter_add(2, index, values)
@@ -77,7 +78,7 @@ class LandmarkLayout:
 
 
 class NystromAttention(Attention):
-    """Self-attention through landmarks (Nyströmformer, section 3), with a convolution of the values beside it.
+    """Self-attention through landmarks (Nyströmformer, section 3), plus a convolution of the values.
 
     Args:
         dim: Width of the tokens.
@@ -94,7 +95,7 @@ class NystromAttention(Attention):
         self.value_conv = nn.Conv2d(heads, heads, (33, 1), padding=(16, 0), groups=heads, bias=False)
 
     def forward(self, tokens: Float[Tensor, "bag token dim"], layout: LandmarkLayout) -> Float[Tensor, "bag token dim"]:
-        """What each token found, through the means of the layout's segments."""
+        """Attend from each token through the means of the layout's segments."""
         projected = self.query_key_value(layout.spread(tokens))
         query, key, value = projected.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         query_marks, key_marks = layout.means(query), layout.means(key)
@@ -112,13 +113,13 @@ class NystromAttention(Attention):
         return self.dropout(self.out(layout.collect(found.transpose(1, 2).flatten(2))))
 
     def _show(self, visit: Visit, query: Tensor, key_marks: Tensor, read: Tensor) -> None:
-        """The weights of tokens over places that the landmarks amount to."""
+        """Compute the effective weights of tokens over places."""
         for rows in query_chunks(query.shape[2], read.shape[3], query.shape[0] * query.shape[1]):
             visit(rows, attention_weights(query[:, :, rows], key_marks, None) @ read)
 
 
 def pseudo_inverse(matrix: Float[Tensor, "bag head row col"], iterations: int = 6) -> Float[Tensor, "bag head row col"]:
-    """Moore–Penrose inverse by iteration (Nyströmformer, eq. 11), started from each bag's own norms."""
+    """Compute the Moore–Penrose inverse by iteration (Nyströmformer, eq. 11), started from each bag's own norms."""
     magnitude = matrix.abs()
     rows = magnitude.sum(dim=3).amax(dim=(1, 2))
     columns = magnitude.sum(dim=2).amax(dim=(1, 2))
@@ -177,7 +178,7 @@ class TransMIL(FinestBagModel):
 
 
 def _token_counts(grid: TokenGrid, tokens: Tensor) -> Int[Tensor, " bag"]:
-    """Real tokens of each bag, the class token counted."""
+    """Count the real tokens of each bag, including the class token."""
     if grid.mask is None:
         return torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
     return grid.mask.sum(dim=1) + 1

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cfusion.data.partition import MicroBatch, deal, earlier_draws, epoch_order, global_batches
+from cfusion.data.partition import MicroBatch, distribute, earlier_draws, epoch_order, global_batches
 from cfusion.errors import RequeueError
 from cfusion.training.checkpoint import Checkpoints, TrainState
 from cfusion.training.choice import chosen_parameters, finish_epoch, has_ended, validation_scores
@@ -79,7 +79,7 @@ def _train_epoch(
     batches = global_batches(order[state.samples_seen :], config.parallel.global_batch)
     earlier = global_batches(earlier_draws(order)[state.samples_seen :], config.parallel.global_batch)
     plans = [
-        deal(
+        distribute(
             costs[batch],
             runtime.world_size,
             config.train.micro_batch,

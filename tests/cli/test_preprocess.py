@@ -123,7 +123,7 @@ def test_a_changed_store_is_found(tmp_path: Path):
     chunk = tmp_path / "store/stain-texture/a.zarr/x20/features/c/0/0"
     chunk.write_bytes(bytes(len(chunk.read_bytes())))
     result = call("verify", tmp_path / "store")
-    assert "WRONG   stain-texture/a: slide a: x20/features is not what was written" in result.output
+    assert "WRONG   stain-texture/a: slide a: x20/features differs from its digest" in result.output
     assert isinstance(result.exception, DataError)
 
 

@@ -58,7 +58,7 @@ def test_slides_left_out_are_named_and_tell_by_the_exit_code(store, tmp_path):
     result = call("shard", store, "--out", tmp_path / "shards")
     assert isinstance(result.exception, PartialResultError)
     assert result.exception.exit_code == 3
-    assert "left out: slide s1: x10/features is not what was written. Delete the group" in result.output
+    assert "left out: slide s1: x10/features differs from its digest. Delete the group" in result.output
 
 
 @pytest.mark.parametrize("size", ["1", "GB", "-1GB", "1XB", "0MB", "one GB", "1.2.3GB"])

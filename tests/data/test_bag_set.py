@@ -2,7 +2,7 @@ from unittest.mock import create_autospec
 
 from cfusion.data.bags import BagEntry
 from cfusion.data.loader import BagLoader, BagSet
-from cfusion.data.partition import deal
+from cfusion.data.partition import distribute
 
 
 def test_a_token_budget_counts_the_tiles_that_training_draws():
@@ -10,4 +10,4 @@ def test_a_token_budget_counts_the_tiles_that_training_draws():
     for most, length, passes in ((None, 5250, 4), (400, 1050, 1)):
         chosen = BagSet(bags, create_autospec(BagLoader, instance=True), most)
         assert chosen.lengths.tolist() == [length] * 4
-        assert len(deal(chosen.costs, 1, lengths=chosen.lengths, token_budget=4200)[0]) == passes
+        assert len(distribute(chosen.costs, 1, lengths=chosen.lengths, token_budget=4200)[0]) == passes

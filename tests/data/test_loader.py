@@ -74,7 +74,7 @@ def test_positions_keep_parents_above_children_and_slides_apart(dataset, bags):
 
 
 def test_slides_without_the_magnification_or_outside_the_shards_are_named(dataset):
-    with pytest.raises(DataError, match=r"no magnification x40; the shards hold x20, x10, x5.*data\.magnifications"):
+    with pytest.raises(DataError, match=r"no magnification x40; the shards have x20, x10, x5.*data\.magnifications"):
         make_bags(dataset, {"c": ["s0"]}, "slide", (40.0,))
     with pytest.raises(DataError, match="1 slides are not in the shards: gone"):
         make_bags(dataset, {"c": ["s0", "gone"]}, "case", (20.0,))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfusion.data.partition import bag_cost, deal, earlier_draws, epoch_order, evaluation_slices, global_batches
+from cfusion.data.partition import bag_cost, distribute, earlier_draws, epoch_order, evaluation_slices, global_batches
 from cfusion.errors import ConfigError
 
 COSTS = st.lists(st.floats(1, 1e6), min_size=0, max_size=120)
@@ -18,21 +18,21 @@ def keys(n):
 @settings(deadline=None, max_examples=300)
 @given(COSTS, st.integers(1, 33), st.integers(1, 5))
 def test_deal_gives_every_bag_once_in_equally_many_passes(costs, world, micro):
-    dealt = deal(costs, world, micro)
-    assert len(dealt) == world
-    assert len({len(batches) for batches in dealt}) == 1
+    distributed = distribute(costs, world, micro)
+    assert len(distributed) == world
+    assert len({len(batches) for batches in distributed}) == 1
     counted = [
         index
-        for batches in dealt
+        for batches in distributed
         for batch in batches
         for index, weight in zip(batch.indices, batch.weights, strict=True)
         if weight
     ]
     assert sorted(counted) == list(range(len(costs)))
-    for batch in (batch for batches in dealt for batch in batches):
+    for batch in (batch for batches in distributed for batch in batches):
         assert 1 <= len(batch.indices) <= micro
         assert set(batch.weights) in ({0}, {1})
-    assert len(dealt[0]) == -(-len(costs) // (world * micro))
+    assert len(distributed[0]) == -(-len(costs) // (world * micro))
 
 
 @settings(deadline=None, max_examples=200)
@@ -50,7 +50,7 @@ def test_resuming_at_another_world_size_repeats_the_global_batches(n, batch, see
         read = [
             sorted(
                 int(step[i])
-                for batches in deal(costs[step], world)
+                for batches in distribute(costs[step], world)
                 for micro in batches
                 for i, weight in zip(micro.indices, micro.weights, strict=True)
                 if weight
@@ -106,11 +106,11 @@ def test_evaluation_slices_hold_every_bag_once(costs, world):
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 9), st.integers(20, 200))
 def test_micro_batches_keep_to_the_token_budget(lengths, world, budget):
-    dealt = deal([float(n) for n in lengths], world, lengths=lengths, token_budget=budget)
-    assert len({len(batches) for batches in dealt}) == 1
-    counted = [i for share in dealt for m in share for i, w in zip(m.indices, m.weights, strict=True) if w]
+    distributed = distribute([float(n) for n in lengths], world, lengths=lengths, token_budget=budget)
+    assert len({len(batches) for batches in distributed}) == 1
+    counted = [i for share in distributed for m in share for i, w in zip(m.indices, m.weights, strict=True) if w]
     assert sorted(counted) == list(range(len(lengths)))
-    for micro in (micro for batches in dealt for micro in batches):
+    for micro in (micro for batches in distributed for micro in batches):
         assert len(micro.indices) == 1 or len(micro.indices) * max(lengths[i] for i in micro.indices) <= budget
 
 
@@ -122,7 +122,7 @@ def cost_of(tiles):
 def test_dealing_by_cost_loses_at_most_three_percent_where_random_loses_far_more(world, bags):
     tiles = np.random.default_rng(world).lognormal(np.log(9000), 0.5, size=world * bags)
     costs = np.array([cost_of(min(n, 24_000)) for n in tiles])
-    loads = [sum(costs[i] for micro in batches for i in micro.indices) for batches in deal(costs, world)]
+    loads = [sum(costs[i] for micro in batches for i in micro.indices) for batches in distribute(costs, world)]
     at_random = costs.reshape(world, bags).sum(axis=1)
     assert max(loads) / np.mean(loads) < 1.03
     assert at_random.max() / at_random.mean() > 1.2
@@ -141,10 +141,10 @@ def test_cost_counts_the_tiles_that_are_drawn():
 
 
 def test_an_empty_batch_has_nothing_to_deal():
-    assert deal([], 3) == [[], [], []]
+    assert distribute([], 3) == [[], [], []]
 
 
 def test_fewer_bags_than_ranks_are_padded_with_weight_zero():
-    dealt = deal([5.0, 1.0], 4)
-    assert sorted(batches[0].weights for batches in dealt) == [(0,), (0,), (1,), (1,)]
-    assert {batches[0].indices for batches in dealt if batches[0].weights == (0,)} == {(1,)}
+    distributed = distribute([5.0, 1.0], 4)
+    assert sorted(batches[0].weights for batches in distributed) == [(0,), (0,), (1,), (1,)]
+    assert {batches[0].indices for batches in distributed if batches[0].weights == (0,)} == {(1,)}

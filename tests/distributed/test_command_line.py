@@ -58,4 +58,4 @@ def test_folder_of_another_run_that_only_rank_0_reads(files, tmp_path):
 def test_a_damaged_slide_which_one_process_reads(tmp_path):
     files = make_cohort(tmp_path / "cohort", patients=24)
     damage_the_last_slide(files.shards)
-    assert_reported_once(train(files, tmp_path), "error: .*its checksum is not the one it was packed with")
+    assert_reported_once(train(files, tmp_path), "error: .*its checksum differs from the packed one")

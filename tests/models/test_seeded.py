@@ -165,7 +165,7 @@ def test_training_through_the_loop_is_the_published_training(
             return loss
 
     monkeypatch.setattr(loop, "epoch_order", lambda keys, **_: np.arange(len(keys)))
-    monkeypatch.setattr(loop, "deal", in_order)
+    monkeypatch.setattr(loop, "distribute", in_order)
     rates: list[float] = []
     job = loop.FoldJob(
         config=config, train=DrawnBags(bags, features), validation=None, cases=cases, bins=bins, sampling_weights=None,

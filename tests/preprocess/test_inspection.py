@@ -50,8 +50,8 @@ def test_changed_bytes_and_lost_arrays_are_found(tmp_path: Path):
     (tmp_path / "e/short.zarr/x5/features/c/0/0").write_bytes(b"\0\0")
     wrong = verify_store(tmp_path)
     assert set(wrong) == {"e/changed", "e/lost", "e/short"}
-    assert "x20/features is not what was written" in wrong["e/changed"]
-    assert "x10/features is not what was written" in wrong["e/lost"]
+    assert "x20/features differs from its digest" in wrong["e/changed"]
+    assert "x10/features differs from its digest" in wrong["e/lost"]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"\0\0"], ids=["lost", "empty", "other", "zeros"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from cfusion.data.partition import deal, evaluation_slices, global_batches
+from cfusion.data.partition import distribute, evaluation_slices, global_batches
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ def windows(
         lengths: Tiles of every bag of the group.
         global_batch: Bags per step.
         micro_batch: Maximum bags of a forward pass without `token_budget`.
-        token_budget: See `deal`.
+        token_budget: See `distribute`.
     """
     positions = np.flatnonzero([bag in members for bag in order.tolist()])
     found = []
     for batch in global_batches(positions, global_batch):
         own = order[[p for p in batch.tolist() if order[p] in mine]]
-        dealt = deal(costs[own], 1, micro_batch, lengths=lengths[own], token_budget=token_budget)[0]
-        passes = tuple(tuple(own[list(micro.indices)].tolist()) for micro in dealt)
+        distributed = distribute(costs[own], 1, micro_batch, lengths=lengths[own], token_budget=token_budget)[0]
+        passes = tuple(tuple(own[list(micro.indices)].tolist()) for micro in distributed)
         found.append(Window(tuple(order[batch].tolist()), int(batch[-1]) + 1, passes))
     return found
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cfusion.config import Config
 from cfusion.data import loader
-from cfusion.data.partition import deal, epoch_order, global_batches
+from cfusion.data.partition import distribute, epoch_order, global_batches
 from cfusion.data.shards import ShardDataset
 from cfusion.errors import CheckpointError, ConfigError, DataError, RequeueError
 from cfusion.training.group import group, group_checkpoint
@@ -249,5 +249,5 @@ def test_member_has_the_same_global_batches_as_without_the_group(bags, share, ba
             passed = [bag for bags_of_pass in window.passes for bag in bags_of_pass]
             assert sorted(passed) == sorted(set(window.bags) & mine)
             if world == 1:
-                micro_batches = deal(costs[list(window.bags)], 1, micro)[0]
+                micro_batches = distribute(costs[list(window.bags)], 1, micro)[0]
                 assert [set(p) for p in window.passes] == [{window.bags[i] for i in m.indices} for m in micro_batches]
