@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.table import Row, options, present
-from cfusion.data.partition import bag_cost, deal, epoch_order, global_batches
+from cfusion.data.partition import bag_cost, distribute, epoch_order, global_batches
 from cfusion.study.packaged import FOLDER
 
 MEDIAN_TILES = 9000
@@ -64,7 +64,7 @@ def time_lost(costs: np.ndarray, world: int, batch: int, *, balanced: bool) -> f
     slowest = mean = 0.0
     for step in _steps(costs, batch):
         if balanced:
-            loads = [sum(costs[step[i]] for m in share for i in m.indices) for share in deal(costs[step], world)]
+            loads = [sum(costs[step[i]] for m in share for i in m.indices) for share in distribute(costs[step], world)]
         else:
             # The order is random, so dealing in turn is dealing at random.
             loads = [costs[step[rank::world]].sum() for rank in range(world)]
