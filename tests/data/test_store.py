@@ -90,9 +90,9 @@ def test_features_that_are_not_finite_or_do_not_agree_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["../a", "", ".hidden", "a/b", "..", "a\\b"])
 def test_no_name_leads_out_of_the_store(tmp_path, name):
-    with pytest.raises(DataError, match="is not a name"):
+    with pytest.raises(DataError, match="not a valid name for a slide or an encoder"):
         write_slide(tmp_path / "store", made_features(name))
-    with pytest.raises(DataError, match="is not a name"):
+    with pytest.raises(DataError, match="not a valid name for a slide or an encoder"):
         write_slide(tmp_path / "store", made_features(encoder=name))
     assert not list(tmp_path.iterdir())
 

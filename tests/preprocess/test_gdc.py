@@ -230,7 +230,7 @@ def test_the_published_manifests_are_read_and_written_alike(tcga: Path, tmp_path
             "another file is also named a.svs",
         ),
         ("id\tfilename\tmd5\tsize\nx\ta.svs\tzz\t5\n", "line 2: md5 'zz' and size '5' are not valid for a file"),
-        (f"id\tfilename\tmd5\tsize\nx\t../a.svs\t{'0' * 32}\t5\n", "is not a name"),
+        (f"id\tfilename\tmd5\tsize\nx\t../a.svs\t{'0' * 32}\t5\n", "not a valid name"),
     ],
 )
 def test_a_manifest_that_cannot_be_is_told(tmp_path: Path, text: str, message: str):

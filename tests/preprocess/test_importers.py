@@ -262,9 +262,9 @@ def test_an_odd_file_is_refused_and_the_rest_goes_on(tmp_path: Path, change, mes
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (torch.eye(6).to_sparse(), "holds a tensor [6, 6], torch.float32"),
-        (torch.ones(4, 6, dtype=torch.complex64), "holds a tensor [4, 6], torch.complex64"),
-        (torch.ones(4, 6, dtype=torch.int64), "holds a tensor [4, 6], torch.int64"),
+        (torch.eye(6).to_sparse(), "contains a tensor [6, 6], torch.float32"),
+        (torch.ones(4, 6, dtype=torch.complex64), "contains a tensor [4, 6], torch.complex64"),
+        (torch.ones(4, 6, dtype=torch.int64), "contains a tensor [4, 6], torch.int64"),
         (torch.ones(0, 6), "has no tiles"),
     ],
     ids=["sparse", "complex", "whole numbers", "empty"],
