@@ -27,7 +27,7 @@ from cfusion.data.shard_index import (
 from cfusion.files import digest_file
 
 _COPY = "Copy this shard again, or pack the store again."
-_PACK = "Pack the store again; do not unpack this tar."
+_PACK = "Pack the store again; never unpack this tar."
 _EXTRACT = "Extract the slide again and pack the store again."
 _BLOCK = tarfile.BLOCKSIZE
 _LONGEST_NAME = 4096
