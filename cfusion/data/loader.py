@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from cfusion.data.cache import Place, choose_cache, free_device_bytes, free_ram_
 from cfusion.data.partition import bag_cost
 from cfusion.data.sampling import Rows, kept_channels, sample_tiles
 from cfusion.data.shards import ShardDataset
+from cfusion.data.thread_pools import single_core_pool
 from cfusion.types import BagBatch, magnification_name
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class BagLoader:
         self._device = torch.device(device)
         self._dtype = dtype
         self._buffers = Buffers(data_config.buffer_bytes, pinned=self._device.type == "cuda")
-        self._threads = ThreadPoolExecutor(data_config.read_threads, "bags")
+        self._threads = single_core_pool(data_config.read_threads, "bags")
         self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._held: list[RawBatch] = []
         self._place = self._choose_place()

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from cfusion.models.dropout import clear_dropped, keep_mask, random_keys
-from cfusion.models.linear import product
+from cfusion.models.linear import LARGE, product
 
 CHUNK_ELEMENTS = 1 << 20
 """Attention weights computed at a time: they stay in the processor's cache."""
@@ -33,51 +33,67 @@ class ChunkedAttention(torch.autograd.Function):
         bags, heads, queries, dim = query.shape
         keys = [random_keys((bags * heads, *s), query.device) for s in ((queries, 1), (1, key.shape[2])) if dropout]
         q, k, v = (t.flatten(0, 1).contiguous() for t in (query * dim**-0.5, key, value))
-        out = query.new_empty(bags, queries, heads, dim).transpose(1, 2)
-        for matrix, rows in _parts(q, k):
-            weights = attention_weights(q[matrix, rows], k[matrix], None if bias is None else bias[matrix // heads])
+        bias = None if bias is None else bias.repeat_interleave(heads, dim=0)[:, None]
+        out = torch.empty_like(q)
+        for matrices, rows in _parts(q, k):
+            weights = attention_weights(q[matrices, rows], k[matrices], None if bias is None else bias[matrices])
             if dropout:
-                clear_dropped(weights, _mask(keys, matrix, rows, dropout, weights.dtype))
-            out[*divmod(matrix, heads), rows] = product(weights, v[matrix]).mul_(1 / (1 - dropout))
+                clear_dropped(weights, _mask(keys, matrices, rows, dropout, weights.dtype))
+            out[matrices, rows] = _products(weights, v[matrices]).mul_(1 / (1 - dropout))
         ctx.save_for_backward(q, k, v, bias, out, *keys)
-        ctx.dropout = dropout
-        return out
+        ctx.dropout, ctx.heads = dropout, heads
+        return out.unflatten(0, (bags, heads))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of query, key and value."""
         q, k, v, bias, out, *keys = ctx.saved_tensors
-        bags, heads = grad.shape[:2]
+        grad = grad.flatten(0, 1)
         # With the upscaling moved into the incoming gradient, the mask only clears entries.
-        grad_out = (grad * (1 / (1 - ctx.dropout))).flatten(0, 1).contiguous()
-        delta = (grad * out).sum(dim=3, keepdim=True).flatten(0, 1)
+        grad_out = (grad * (1 / (1 - ctx.dropout))).contiguous()
+        delta = (grad * out).sum(dim=2, keepdim=True)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for matrix, rows in _parts(q, k):
-            at = matrix, rows
-            weights = attention_weights(q[at], k[matrix], None if bias is None else bias[matrix // heads])
-            grad_scores = product(grad_out[at], v[matrix].T)
+        for matrices, rows in _parts(q, k):
+            at = matrices, rows
+            weights = attention_weights(q[at], k[matrices], None if bias is None else bias[matrices])
+            grad_scores = _products(grad_out[at], v[matrices].mT)
             if ctx.dropout:
-                mask = _mask(keys, matrix, rows, ctx.dropout, weights.dtype)
+                mask = _mask(keys, matrices, rows, ctx.dropout, weights.dtype)
                 clear_dropped(grad_scores, mask)
             grad_scores.sub_(delta[at]).mul_(weights)
             if ctx.dropout:
                 clear_dropped(weights, mask)
-            grad_v[matrix] += product(weights.T, grad_out[at])
-            grad_q[at] = product(grad_scores, k[matrix])
-            grad_k[matrix] += product(grad_scores.T, q[at])
+            grad_v[matrices] += _products(weights.mT, grad_out[at])
+            grad_q[at] = _products(grad_scores, k[matrices])
+            grad_k[matrices] += _products(grad_scores.mT, q[at])
         grad_q.mul_(q.shape[2] ** -0.5)
-        return *(t.unflatten(0, (bags, heads)) for t in (grad_q, grad_k, grad_v)), None, None
+        return *(t.unflatten(0, (-1, ctx.heads)) for t in (grad_q, grad_k, grad_v)), None, None
 
 
-def _parts(query: Tensor, key: Tensor) -> list[tuple[int, slice]]:
-    """A bag's head and the queries of it that are computed at a time."""
-    return [(matrix, rows) for matrix in range(len(query)) for rows in query_chunks(query.shape[1], key.shape[1], 1)]
+def _parts(query: Tensor, key: Tensor) -> list[tuple[slice, slice]]:
+    """Split the work: heads of bags [bag × head], and their queries, that are computed at a time.
+
+    Small heads are computed together: one by one, the calls would cost more than the arithmetic.
+    """
+    matrices, queries, dim = query.shape
+    multiplications = queries * key.shape[1] * dim
+    together = 1 if multiplications >= LARGE else max(1, CHUNK_ELEMENTS // (queries * key.shape[1]))
+    return [
+        (slice(first, first + together), rows)
+        for first in range(0, matrices, together)
+        for rows in query_chunks(queries, key.shape[1], together)
+    ]
 
 
-def _mask(keys: list[Tensor], matrix: int, rows: slice, dropout: float, dtype: torch.dtype) -> Tensor:
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply [matrix, row, inner] by [matrix, inner, column]."""
+    return product(left[0], right[0])[None] if len(left) == 1 else left @ right
+
+
+def _mask(keys: list[Tensor], matrices: slice, rows: slice, dropout: float, dtype: torch.dtype) -> Tensor:
     row_key, column_key = keys
-    return keep_mask(row_key[matrix, rows], column_key[matrix], dropout, dtype)
+    return keep_mask(row_key[matrices, rows], column_key[matrices], dropout, dtype)
 
 
 def query_chunks(queries: int, keys: int, matrices: int) -> list[slice]:
@@ -88,5 +104,5 @@ def query_chunks(queries: int, keys: int, matrices: int) -> list[slice]:
 
 def attention_weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
     """Compute the softmax over the keys of scaled queries times keys, plus `bias` where a key is left out."""
-    scores = product(query, key.T) if query.dim() == 2 else query @ key.transpose(-2, -1)
+    scores = _products(query, key.mT) if query.dim() == 3 else query @ key.mT
     return F.softmax(scores if bias is None else scores.add_(bias), dim=-1)

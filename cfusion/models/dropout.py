@@ -24,6 +24,10 @@ from torch.autograd.function import once_differentiable
 ODD = -1640531527
 """2³² divided by the golden ratio, as a signed odd integer (multiplicative hashing; Knuth, TAOCP 3, 6.4)."""
 
+KEPT_ELEMENTS = 1 << 18
+"""Masks of at most this many entries are kept for the backward pass: computing them again would cost more calls than
+arithmetic."""
+
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -92,17 +96,14 @@ class _Dropped(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, share: float) -> Tensor:
         row_key = random_keys((*values.shape[:-1], 1), values.device)
         column_key = random_keys((values.shape[-1],), values.device)
-        ctx.save_for_backward(row_key, column_key)
+        mask = keep_mask(row_key, column_key, share, values.dtype)
+        ctx.save_for_backward(*([mask] if values.numel() <= KEPT_ELEMENTS else [row_key, column_key]))
         ctx.share = share
-        return _drop(values, row_key, column_key, share)
+        return clear_dropped(values * (1 / (1 - share)), mask)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        row_key, column_key = ctx.saved_tensors
-        return _drop(grad, row_key, column_key, ctx.share), None
-
-
-def _drop(values: Tensor, row_key: Tensor, column_key: Tensor, share: float) -> Tensor:
-    kept = values * (1 / (1 - share))
-    return clear_dropped(kept, keep_mask(row_key, column_key, share, values.dtype))
+        saved = ctx.saved_tensors
+        mask = saved[0] if len(saved) == 1 else keep_mask(*saved, ctx.share, grad.dtype)
+        return clear_dropped(grad * (1 / (1 - ctx.share)), mask), None

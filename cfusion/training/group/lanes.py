@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from typing import TypeVar
 
 import torch
+
+from cfusion.data.thread_pools import single_core_pool
 
 LaneKey = TypeVar("LaneKey")
 
@@ -24,7 +26,7 @@ class Lanes:
     """
 
     def __init__(self, threads: int) -> None:
-        self._pool = ThreadPoolExecutor(threads, "lane", initializer=lambda: torch.set_num_threads(1))
+        self._pool = single_core_pool(threads, "lane")
 
     def run(self, lanes: Mapping[LaneKey, Iterator[object]]) -> dict[LaneKey, BaseException]:
         """Advance each lane to its end; a lane that raises ends there, and the other lanes continue.
