@@ -51,8 +51,7 @@ _SPREAD = np.array([
 def describe_tiles(tiles: UInt8[np.ndarray, "tile 256 256 3"]) -> Float32[np.ndarray, "tile dim"]:
     """Describe RGB tiles.
 
-    Each tile is described separately, in f32, on one thread: its numbers depend neither on the other tiles nor on
-    the
+    Each tile is described separately, in f32, on one thread: its numbers depend neither on the other tiles nor on the
     machine's number of cores.
 
     Returns:
@@ -140,8 +139,7 @@ def _orientation(
 
     Gradients are the two diagonal differences of 2 × 2 pixels, which share no pixel, so that noise has no direction.
     The border between tissue and glass is excluded: it is the strongest edge of a tile but carries no information
-    about
-    the tissue.
+    about the tissue.
     """
     inside = tissue > 0.9
     inside = inside[..., :-1, :-1] & inside[..., :-1, 1:] & inside[..., 1:, :-1] & inside[..., 1:, 1:]

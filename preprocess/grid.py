@@ -1,8 +1,7 @@
 """One grid of cells for all magnifications.
 
 A cell is one tile of the coarsest magnification; it contains 4 tiles of the next and 16 of the one after. All cells
-lie
-on one global grid with its origin at the slide's corner, so a tile's parent is the tile that contains it.
+lie on one global grid with its origin at the slide's corner, so a tile's parent is the tile that contains it.
 """
 
 from __future__ import annotations
@@ -92,9 +91,8 @@ def make_grid(
 ) -> TileGrid:
     """Lay the grid over a slide and keep the tiles that contain tissue.
 
-    A tile of the finest magnification is kept if at least `min_tissue` of its area is tissue. A coarser tile is
-    kept if
-    one of its children is, so every child has a parent and every parent a child.
+    A tile of the finest magnification is kept if at least `min_tissue` of its area is tissue. A coarser tile is kept
+    if one of its children is, so every child has a parent and every parent a child.
 
     Args:
         mask: bool [h, w] over the entire slide.

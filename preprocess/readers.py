@@ -84,9 +84,8 @@ class OpenSlideReader:
 class RawTileReader:
     """Decodes the tiles of a TIFF file by their offsets.
 
-    Tiles that are missing, do not decode or have an unknown format are left to OpenSlide. A truncated JPEG 2000
-    tile is
-    an error: OpenJPEG, and therefore OpenSlide, would fill the missing part with invented pixels.
+    Tiles that are missing, do not decode or have an unknown format are left to OpenSlide. A truncated JPEG 2000 tile
+    is an error: OpenJPEG, and therefore OpenSlide, would fill the missing part with invented pixels.
 
     Raises:
         DataError: The file's layout is not supported here.

@@ -95,8 +95,7 @@ class SlidePlan:
         """Reject finest tiles of tissue, u8 [n, 256, 256, 3], that have no pixel at all in level 0.
 
         A tile that was never written is as transparent as glass that was not scanned. The overview comes from a
-        coarser
-        level, so it can tell the two apart.
+        coarser level, so it can tell the two apart.
         """
         name = self.grid.names[0]
         blank = (tiles[:, ::64, ::64] == self.slide.background).all(axis=(1, 2, 3))
@@ -122,8 +121,7 @@ def _keep_freed_memory() -> None:
     """Make the allocator keep freed tile memory for the next tiles.
 
     By default glibc returns blocks of this size at once, and the next cell pays for fresh pages: a quarter of the
-    decoding
-    time where pages are expensive. Other allocators are left unchanged.
+    decoding time where pages are expensive. Other allocators are left unchanged.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -150,8 +150,7 @@ def find_slides(root: Path) -> list[Path]:
     """List the slides in a folder and its subfolders, sorted; the path of a slide gives that slide.
 
     Links to folders are followed, and no folder is searched twice. The DICOM files of one folder are the levels of
-    one
-    slide, so only the first is listed.
+    one slide, so only the first is listed.
 
     Raises:
         SlideError: The path does not exist, or no file has the suffix of a slide.

@@ -44,8 +44,7 @@ def tissue_mask(overview: Overview, um_px: float) -> np.ndarray:
     """Find the tissue in an overview.
 
     The glass is made white, ink is left out, and Otsu's threshold splits the HSV saturation of the rest. Limits on
-    the
-    threshold avoid splitting a slide that is all tissue or all glass.
+    the threshold avoid splitting a slide that is all tissue or all glass.
 
     Args:
         overview: Picture of the slide.

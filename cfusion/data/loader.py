@@ -78,9 +78,8 @@ class BagLoader:
     def stream(self, micro_batches: Iterable[Sequence[int]], *, epoch: int, training: bool) -> Iterator[BagBatch]:
         """Deliver the given batches in order, reading ahead within `buffer_bytes`.
 
-        The content depends only on the seed, the epoch and the bags, never on threads or on earlier bags. The
-        caller owns
-        a batch and may keep it.
+        The content depends only on the seed, the epoch and the bags, never on threads or on earlier bags. The caller
+        owns a batch and may keep it.
 
         Args:
             micro_batches: For each batch, indices of its bags.

@@ -1,8 +1,7 @@
 """Which rank reads which bag when, as pure functions of seed, epoch, costs and world size.
 
 An epoch is an order of bags. The order is cut into global batches, one per optimizer step. A global batch is
-distributed over the ranks. Only this last step depends on the world size, so a run resumed on another number of
-ranks
+distributed over the ranks. Only this last step depends on the world size, so a run resumed on another number of ranks
 continues with the same sequence of global batches from (epoch, samples seen) on.
 """
 
@@ -60,8 +59,7 @@ def epoch_order(
     """Return the order in which an epoch visits bags.
 
     If every bag comes once, its place depends only on its own key. The order of a subset is then the subset's order
-    in
-    the full set, so folds that share bags can also share one pass over them.
+    in the full set, so folds that share bags can also share one pass over them.
 
     Args:
         keys: Names of the bags.
@@ -119,11 +117,9 @@ def distribute(
 ) -> list[list[MicroBatch]]:
     """Distribute one global batch over the ranks with balanced costs.
 
-    Every rank gets equally many micro-batches, and every bag is in exactly one of them with weight 1. Bags of
-    similar
+    Every rank gets equally many micro-batches, and every bag is in exactly one of them with weight 1. Bags of similar
     cost share a micro-batch, because shorter ones are padded to the longest. A rank short of bags repeats the
-    cheapest
-    bag of the batch with weight 0.
+    cheapest bag of the batch with weight 0.
 
     Args:
         costs: Cost of each bag of the batch, such as `bag_cost`.

@@ -13,8 +13,7 @@ def bag_positions(
 ) -> dict[str, Int[np.ndarray, "_ 2"]]:
     """Compute the column and row of every tile of a bag, per magnification name.
 
-    A slide's grid starts at its first cell (tile of the coarsest magnification) with a tile. The next slide starts
-    in
+    A slide's grid starts at its first cell (tile of the coarsest magnification) with a tile. The next slide starts in
     the column of cells after its last, so that parents stay above their children.
 
     Args:

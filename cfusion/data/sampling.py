@@ -41,10 +41,8 @@ def sample_tiles(
     """Draw at most `max_tiles` tiles of the finest magnification of a bag, and their ancestors.
 
     Complete families are drawn, that is all tiles under one tile of the coarsest magnification; the last family is
-    cut
-    to meet `max_tiles`. At coarser magnifications the ancestors of drawn tiles stay. If the source has no parents,
-    or no
-    coarser magnification, each magnification is sampled independently, in the same proportion.
+    cut to meet `max_tiles`. At coarser magnifications the ancestors of drawn tiles stay. If the source has no
+    parents, or no coarser magnification, each magnification is sampled independently, in the same proportion.
 
     Args:
         dataset: The shards.

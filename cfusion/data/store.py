@@ -2,8 +2,7 @@
 
 A group contains, per magnification, `features` f16 [N, d] and `coords` i32 [N, 2] in level-0 px, and for all but the
 coarsest `parent` i32 [N], the row in the next coarser magnification. Chunks have 1024 rows and are not compressed:
-compression doubles the reading time for 7% of the size. A group is written to a temporary and renamed, so every
-group
+compression doubles the reading time for 7% of the size. A group is written to a temporary and renamed, so every group
 in the store is complete.
 """
 

@@ -151,8 +151,7 @@ def _headers(stream: BinaryIO, start: int, end: int) -> Iterator[tuple[tarfile.T
     """Yield the headers of a tar that lie in a range, up to its end mark, each with the offset of its content.
 
     `TarFile` is not used: it follows sizes backwards, reads as much as an extended header claims, and stops at the
-    first
-    damaged header.
+    first damaged header.
     """
     name = None
     while start + _BLOCK <= end:

@@ -26,8 +26,7 @@ class AttentionMap:
     Attributes:
         magnification: Magnification of the tiles.
         received: [head, tile], mean weight that a tile received from all queries of the block (in CrossFusion's last
-            one, only the class token). It sums to 1, less what a class token or TransMIL's zeros received;
-            TransMIL's
+            one, only the class token). It sums to 1, less what a class token or TransMIL's zeros received; TransMIL's
             approximated weights may be negative.
         summary: [row, tile], weights with which a summary of the bag read the tiles: those of the class token, a row
             for each head, or those of a pooling; None if all queries are tiles.
@@ -43,8 +42,7 @@ def visit_attention(model: nn.Module, batch: BagBatch, visit: BlockVisit, only: 
     """Pass the attention weights of every block to `visit`, a few queries at a time.
 
     They are exactly the weights that the output is computed from in evaluation. No N×N tensor is made: for a large
-    bag, a
-    call has at least 128 queries and about a million weights.
+    bag, a call has at least 128 queries and about a million weights.
 
     Args:
         model: Any model built of `cfusion.models.attention.Attention` modules.
@@ -75,8 +73,7 @@ def _blocks(model: nn.Module) -> dict[str, Attention]:
 def attention_maps(model: BagModel, batch: BagBatch) -> list[dict[str, AttentionMap]]:
     """Compute attention over the tiles of each bag, by block.
 
-    Blocks of CrossFusion are named `cross.x20` (source tiles attend to 20x tiles), `transformers.x20.pre.0` (the
-    same
+    Blocks of CrossFusion are named `cross.x20` (source tiles attend to 20x tiles), `transformers.x20.pre.0` (the same
     stream's self-attention, over source tiles) and `final.post.0`. A tile that also fills the end of the square grid
     has the weights of both places.
 
@@ -111,12 +108,9 @@ def tile_attention(model: BagModel, bag: BagBatch) -> dict[str, Float[Tensor, " 
     """Compute each tile's share of what the model read of one bag; the shares of a magnification sum to 1.
 
     Where a summary of the bag reads tiles (a class token, the rows of a pooling), a tile's share is the weight that
-    the
-    summary gave it, averaged over rows, heads and blocks. Where those tiles have in turn read others (CrossFusion's
-    10x
-    tiles those of 5x and 20x), each passes its share on along its cross-attention, averaged over heads.
-    Self-attention
-    between the tiles, which may carry information from one tile to another, is left out.
+    the summary gave it, averaged over rows, heads and blocks. Where those tiles have in turn read others
+    (CrossFusion's 10x tiles those of 5x and 20x), each passes its share on along its cross-attention, averaged over
+    heads. Self-attention between the tiles, which may carry information from one tile to another, is left out.
 
     Args:
         model: From `build_model`; a model without attention has no shares.

@@ -97,11 +97,9 @@ class AMIL(FinestBagModel):
 class DSMIL(FinestBagModel):
     """Dual-stream MIL (Li et al., CVPR 2021) as the study adapted it.
 
-    The instance stream selects each bin's critical tile, against which the tiles are weighed. It learns by a
-    separate loss
-    (DSMIL, eq. 5): the output carries the critical tiles' logits. The published program gave it no gradient, which
-    is
-    random pooling; `published` freezes it, to the same effect.
+    The instance stream selects each bin's critical tile, against which the tiles are weighed. It learns by a separate
+    loss (DSMIL, eq. 5): the output carries the critical tiles' logits. The published program gave it no gradient,
+    which is random pooling; `published` freezes it, to the same effect.
 
     Args:
         backbone_dim: Width of the embeddings.

@@ -1,7 +1,6 @@
 """Attention with dropout of its weights, a few queries at a time: it never creates an N×N tensor.
 
-The backward pass computes the weights and their dropout mask again. On a CPU this takes less than half of the time
-of
+The backward pass computes the weights and their dropout mask again. On a CPU this takes less than half of the time of
 PyTorch's attention with dropout, which materialises the weights.
 """
 

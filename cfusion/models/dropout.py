@@ -3,8 +3,7 @@
 An entry of the mask is a function of its row and column: a key drawn for the row XOR a key drawn for the column,
 multiplied by an odd number, compared with a threshold. Any three entries are independent; over the corners of a
 rectangle the correlation is below 1e-4. On a CPU this integer arithmetic costs a tenth of drawing from a generator,
-and
-the backward pass repeats it. On a GPU PyTorch's own kernels do the same, and are used.
+and the backward pass repeats it. On a GPU PyTorch's own kernels do the same, and are used.
 
 Keys come from a generator per thread, see `seeded`. PyTorch's own generator is shared by all threads, so models that
 train in parallel would draw from each other's numbers.

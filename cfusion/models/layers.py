@@ -1,7 +1,6 @@
 """Building blocks of CrossFusion.
 
-A sum of convolutions of several sizes is one convolution with the sum of their kernels. It runs on tokens as they
-lie
+A sum of convolutions of several sizes is one convolution with the sum of their kernels. It runs on tokens as they lie
 in memory, [bag, height, width, dim], which is a channels-last image.
 """
 

@@ -3,8 +3,7 @@
 On x86 PyTorch gives f32 products to MKL, which uses only AVX2 on non-Intel processors. If these have AVX-512,
 oneDNN,
 which PyTorch also contains, is twice as fast: 250 GFLOP/s against 115 on a core of a Zen 5. Each new shape costs
-oneDNN
-about .3 ms, which very small products do not recover.
+oneDNN about .3 ms, which very small products do not recover.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Map a bag's tiles to tokens on a grid, and batch grids of different sizes.
 
 Attention works on tokens, convolutions on a grid. A bag's own grid is in the top-left corner of the batch's, with
-zeros
-around it, so that a convolution gives the same result as for the bag by itself.
+zeros around it, so that a convolution gives the same result as for the bag by itself.
 """
 
 from __future__ import annotations

@@ -31,8 +31,7 @@ class LandmarkLayout:
 
     A bag's sequence is padded with zeros in front until its length is a multiple of the number of landmarks, as
     published: these zeros are keys like any other. Bags are aligned at their ends; places before a shorter bag's
-    zeros
-    are unseen.
+    zeros are unseen.
 
     Attributes:
         landmarks: Number of segments.

@@ -17,9 +17,8 @@ REQUIRED = ("weights", "transform", "precision")
 class PackagedEncoder:
     """An encoder of an installed package. See `preprocess.encoders.Encoder`.
 
-    The distribution's name and version are recorded as the version of the embeddings, with the digest of its
-    module, so
-    that a model refuses embeddings of another version.
+    The distribution's name and version are recorded as the version of the embeddings, with the digest of its module,
+    so that a model refuses embeddings of another version.
 
     Args:
         code: The entry point's factory, called with the settings and the device.

@@ -188,9 +188,8 @@ def load_weights(network: nn.Module, card: EncoderCard, path: Path) -> None:
 def import_timm() -> Any:
     """Import timm, also where torch is built without CUDA.
 
-    torchvision's wheels from PyPI are built for CUDA and look up two of their operators at import. Where these
-    cannot be
-    loaded, we declare only their names, which is all that timm needs.
+    torchvision's wheels from PyPI are built for CUDA and look up two of their operators at import. Where these cannot
+    be loaded, we declare only their names, which is all that timm needs.
 
     Raises:
         MissingExtraError: timm or torchvision is not installed.

@@ -221,8 +221,7 @@ def _stretched(positions: Tensor, side: int) -> Tensor:
     """Stretch positions [1, 1 + n², d], class token first, to `side`² patches, as DINO does.
 
     The scale factor is that of a side longer by a tenth of a patch: without it, rounding could give 27 rows. This
-    moves
-    every sample slightly, and the network was trained that way (github.com/facebookresearch/dino,
+    moves every sample slightly, and the network was trained that way (github.com/facebookresearch/dino,
     vision_transformer.py).
     """
     there = math.isqrt(positions.shape[1] - 1)

@@ -171,8 +171,7 @@ def plan_patients(spec: PhantomSpec) -> tuple[Patient, ...]:
 def draw_cohort(spec: PhantomSpec, out_dir: str | os.PathLike[str], workers: int = 2) -> PhantomCohort:
     """Draw a cohort's slides and write its tables; existing slides are kept.
 
-    Slides are pyramidal tiled JPEG TIFFs in Aperio's dialect, with µm/px and objective power. The same spec gives
-    the
+    Slides are pyramidal tiled JPEG TIFFs in Aperio's dialect, with µm/px and objective power. The same spec gives the
     same bytes.
 
     Args:
