@@ -19,6 +19,7 @@ import yaml
 import cfusion
 from benchmarks.table import Row, options, present
 from cfusion.files import digest_file, digest_json, write_json
+from cfusion.run_folder import DONE, is_done
 from launch.sweep.plan import PlannedRun, load_sweep, plan
 from launch.sweep.status import counts, look
 
@@ -58,7 +59,7 @@ def finish_half(runs: list[PlannedRun]) -> None:
     for run in runs[::2]:
         for fold in range(5):
             (run.config.output / f"fold_{fold}").mkdir(parents=True)
-        (run.config.output / "done.json").write_text("{}")
+        (run.config.output / DONE).write_text("{}")
         write_json(run.config.output / "attempts.json", [])
 
 
@@ -76,7 +77,7 @@ def plainly(runs: list[PlannedRun], folder: Path) -> float:
         assert config.splits.directory is not None
         tables = [config.cohort.table, Path(config.data.shards) / "index.json", *config.splits.directory.glob("*.csv")]
         digest_json([config.model_dump(mode="json"), [digest_file(table) for table in tables]])
-        (config.output / "done.json").is_file()
+        is_done(config.output)
     return time.perf_counter() - start
 
 

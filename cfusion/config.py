@@ -8,9 +8,10 @@ description in the configuration reference.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,6 +21,17 @@ from cfusion.yaml_files import apply_override, read_yaml
 
 Protocol = Literal["strict", "fixed-epoch", "published"]
 """Patients used to choose the model: an inner validation split, none, or (optimistically) the scored fold."""
+
+
+@dataclass(frozen=True)
+class Aside:
+    """Marks a setting that does not decide the numbers of a run, so that runs that differ in it are one run.
+
+    Attributes:
+        reason: Why it does not, for the table in the documentation.
+    """
+
+    reason: str
 
 
 class Section(BaseModel):
@@ -33,13 +45,45 @@ class Section(BaseModel):
             if name is None or value != type(self).model_fields[name].get_default(call_default_factory=True):
                 yield name, value
 
+    @classmethod
+    def asides(cls) -> dict[str, str]:
+        """Return the settings that do not decide the numbers, as `section.key`, and why."""
+        found = {}
+        for key, field in cls.model_fields.items():
+            marks = [mark.reason for mark in field.metadata if isinstance(mark, Aside)]
+            if marks:
+                found[key] = marks[0]
+            elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                found |= {f"{key}.{inner}": reason for inner, reason in field.annotation.asides().items()}
+        return found
+
+    @classmethod
+    def without_asides(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return settings, as plain values in sections, without those that do not decide the numbers."""
+        return _without(values, cls.asides())
+
+    def deciding(self) -> dict[str, Any]:
+        """Return what decides the numbers, as plain values in sections.
+
+        The content of tables, folds and shards decides too; the run adds its digests (`cfusion.runs.run.Run`).
+        """
+        return self.without_asides(self.model_dump(mode="json"))
+
+
+def _without(values: Mapping[str, Any], keys: Mapping[str, str], parent: str = "") -> dict[str, Any]:
+    return {
+        key: _without(value, keys, f"{parent}{key}.") if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if f"{parent}{key}" not in keys
+    }
+
 
 class CohortConfig(Section):
     """Which patients, and what happened to them."""
 
     name: str = "cohort"
     """Short name of the cohort, used in every table and file."""
-    table: DataPath = Path("cohort.csv")
+    table: Annotated[DataPath, Aside("the digest of its content decides")] = Path("cohort.csv")
     """Clinical table: CSV, TSV, or CSV in a ZIP file. `package:PATH` names a file of the installed package, such as
     `package:tcga/clinical/tcga_blca.csv`."""
     format: Literal["auto", "published", "plain", "gdc", "cdr"] = "auto"
@@ -52,14 +96,14 @@ class CohortConfig(Section):
     """What 1 means in a plain table's event column. With `censored`, a column `censorship` takes precedence."""
     keep_zero_times: bool = False
     """Whether to keep patients with a follow-up of 0 (tables in whole months round early deaths to 0)."""
-    slides: DataPath | None = None
+    slides: Annotated[DataPath | None, Aside("the digest of its content decides")] = None
     """Table that maps slides to cases (`slide_id, case_id`), or a GDC manifest; needed if `table` names no slides."""
 
 
 class SplitsConfig(Section):
     """Who trains, who chooses, who is scored."""
 
-    directory: DataPath | None = None
+    directory: Annotated[DataPath | None, Aside("the digest of the folds decides")] = None
     """Folder of published `splits_K.csv` files with columns train and val; none: folds are drawn."""
     folds: int = Field(5, ge=2)
     """Number of outer folds to draw."""
@@ -70,7 +114,7 @@ class SplitsConfig(Section):
     fold."""
     validation_fraction: float = Field(0.2, gt=0, lt=0.5)
     """Share of the training patients held out for early stopping and model selection under `strict`."""
-    test_cases: DataPath | None = None
+    test_cases: Annotated[DataPath | None, Aside("the digest of the folds decides")] = None
     """Table with a column `case_id`: these patients are a fixed external test set; all others train."""
     fold: int | None = Field(None, ge=0)
     """Train and score only this outer fold; none: every fold."""
@@ -83,7 +127,7 @@ class SplitsConfig(Section):
 class DataConfig(Section):
     """Where bags come from and how they are read."""
 
-    shards: str = "shards"
+    shards: Annotated[str, Aside("the digest of their content decides")] = "shards"
     """Folder or URL of the packed shards and their index."""
     encoder: str | None = None
     """Encoder that the shards must come from; none: any."""
@@ -97,17 +141,17 @@ class DataConfig(Section):
     """Share of embedding channels set to zero in training, the same channels for all tiles of a bag."""
     order_seed: int = 7
     """Seed for the order of bags and the sampling of tiles; runs that differ only in `seed` can share one read."""
-    cache: Literal["page", "ram", "gpu"] = "page"
+    cache: Annotated[Literal["page", "ram", "gpu"], Aside("where bags are kept, not what is in them")] = "page"
     """`page`: rely on the operating system's page cache; `ram`/`gpu`: keep the cohort in that memory if it fits."""
-    read_threads: int = Field(2, ge=1)
+    read_threads: Annotated[int, Aside("how fast bags are read, not in which order")] = Field(2, ge=1)
     """Threads that read bags ahead of the model."""
-    buffer_bytes: int = Field(1 << 30, ge=1 << 20)
+    buffer_bytes: Annotated[int, Aside("how far ahead bags are read, not in which order")] = Field(1 << 30, ge=1 << 20)
     """Maximum memory for bags read ahead, in bytes; one bag is always read ahead, whatever its size."""
     token_budget: int | None = Field(None, ge=1)
     """Maximum padded tiles (bags × tiles of the longest bag) of one forward pass; replaces train.micro_batch."""
-    cache_directory: Path | None = None
+    cache_directory: Annotated[Path | None, Aside("where remote shards are kept")] = None
     """Local cache folder for remote shards; none: `cfusion/shards` in the user's cache folder."""
-    cache_bytes: int = Field(64 << 30, ge=0)
+    cache_bytes: Annotated[int, Aside("how much of remote shards is kept")] = Field(64 << 30, ge=0)
     """Maximum size of that cache in bytes; the least recently used data is deleted first."""
 
 
@@ -169,7 +213,7 @@ class TrainConfig(Section):
     alpha: float = Field(0.0, ge=0, le=1)
     """In `nll`, the weight of censored cases is 1 − alpha; in `ce`, the weight of the cross-entropy is 1 − alpha and
     that of the events' likelihood is alpha. 0 in validation; ignored by `cox` and `ranking`."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: Annotated[int, Aside("how much is kept while a fold trains")] = Field(2, ge=1)
     """Number of recent checkpoints to keep while a fold trains, in addition to its best parameters."""
     folds: Literal["separate", "together"] = "separate"
     """`separate`: train the folds one after another; `together`: train all folds from one read of the shards per epoch,
@@ -214,7 +258,7 @@ class EvaluationConfig(Section):
     """Number of patient-bootstrap replicates for every confidence interval."""
     permute_outcomes: int | None = None
     """Seed that permutes the outcomes among patients, to get the null distribution of a score; none: real outcomes."""
-    strict: bool = False
+    strict: Annotated[bool, Aside("stops a run or does not; it changes no number")] = False
     """Stop if the audit of the data drops anything or finds anything suspicious, instead of reporting it and
     continuing."""
 
@@ -249,11 +293,11 @@ class Config(Section):
     """Processes and precision."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Protocol and scores."""
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: Annotated[TrackingConfig, Aside("where the numbers are sent")] = TrackingConfig()
     """MLflow."""
     seed: int = 7
     """Seed of initialisation and dropout."""
-    output: Path = Path("runs/run")
+    output: Annotated[Path, Aside("where the numbers are written")] = Path("runs/run")
     """Folder of the run: checkpoints, predictions, report."""
 
     @model_validator(mode="before")

@@ -1,42 +1,152 @@
-"""Which program this is: digests of its source."""
+"""Which program this is: a digest of the code that a run's numbers come from.
+
+What decides is classified in `MODULES` and `_Normalised`; the documentation's table of a run's identity is made from
+them.
+"""
 
 from __future__ import annotations
 
 import ast
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
-from cfusion.files import digest_file, digest_json
+from cfusion.files import digest_json
 
 PACKAGE = Path(__file__).parent
 
-SHOWS = ("cli", "explanation", "report", "tracking", "view")
-"""Folders of what shows or sends numbers, and makes none."""
+
+class Modules(NamedTuple):
+    """A module or package of `cfusion` and whether the numbers of a run come from it.
+
+    Attributes:
+        computes: Whether they do.
+        what: What it does.
+    """
+
+    computes: bool
+    what: str
+
+
+MODULES = {
+    "cohort": Modules(True, "reads patients and outcomes, audits them, draws the folds"),
+    "config": Modules(True, "settings, their defaults, and which of them decide"),
+    "data": Modules(True, "reads bags, orders and deals them"),
+    "models": Modules(True, "networks"),
+    "runs": Modules(True, "a run, fold by fold, and its scores"),
+    "runs.reproduction": Modules(False, "trains a finished run again and compares"),
+    "survival": Modules(True, "time bins, losses, predictions, scores and intervals"),
+    "survival.null": Modules(False, "simulated outcomes beside finished scores"),
+    "survival.paired": Modules(False, "compares finished runs"),
+    "survival.ranks": Modules(False, "ranks finished runs"),
+    "training": Modules(True, "losses by step, choice of the epoch, processes, prediction of a fold"),
+    "types": Modules(True, "cohorts, bags and folds as values"),
+    "__init__": Modules(False, "names the public functions"),
+    "__main__": Modules(False, "starts the command line"),
+    "apply": Modules(False, "applies finished models to other slides"),
+    "cli": Modules(False, "commands"),
+    "console": Modules(False, "progress on the terminal"),
+    "demo": Modules(False, "the phantom cohorts of the demo"),
+    "doctor": Modules(False, "checks the machine"),
+    "errors": Modules(False, "errors and their texts"),
+    "explanation": Modules(False, "explains finished models"),
+    "extensions": Modules(False, "loads a model of your own, whose own digest decides"),
+    "files": Modules(True, "writes files whole; its digests seed the first weights"),
+    "program": Modules(False, "this digest"),
+    "report": Modules(False, "shows numbers"),
+    "run_folder": Modules(False, "names of the files of a run's folder"),
+    "study": Modules(False, "tables of the package, whose digests decide"),
+    "tracking": Modules(False, "sends numbers"),
+    "view": Modules(False, "shows slides and numbers"),
+    "yaml_files": Modules(False, "reads the configuration, whose values decide"),
+}
+"""Modules below `cfusion`; the longest name that fits counts, and a module that none fits counts as computing."""
+
+DIGITS = 10
+"""Digits of the digest of the code."""
+
+TEXTS = (
+    "comments, docstrings and layout",
+    "texts in a `raise`, and of any call of an error or warning",
+    "texts that are logged or shown as progress",
+    "bodies of `__repr__`, `_repr_html_` and `describe`",
+)
+"""What of a computing module does not count, in words; `_Normalised` removes it."""
+
+_SHOWN_METHODS = ("__repr__", "_repr_html_", "describe")
+_SPEAKERS = ("logger", "logging", "warnings", "typer")
+"""Objects whose methods say something."""
+_SPOKEN = ("Error", "Warning", "progress", "Aside")
+"""How the names of other functions end that say something."""
 
 
 @functools.cache
 def program_digest() -> str:
-    """Digest of all source files, as they were at the first call, and of the version of torch."""
+    """Digest of the code that computes, as it was at the first call, and of the version of torch."""
     import torch
 
-    files = sorted(path for path in PACKAGE.rglob("*.py"))
-    return digest_json([torch.__version__, [[str(f.relative_to(PACKAGE)), digest_file(f)] for f in files]])
+    return digest_json([torch.__version__, code_digest()])
 
 
 @functools.cache
 def code_digest() -> str:
-    """Digest of the code that a run's numbers come from; comments, docstrings and layout are left out."""
+    """Digest of the code that a run's numbers come from: numbers, operators and names count, texts do not."""
     files = {path.relative_to(PACKAGE): path for path in sorted(PACKAGE.rglob("*.py"))}
-    return digest_json([[str(name), _code(path)] for name, path in files.items() if name.parts[0] not in SHOWS])[:10]
+    return digest_json([[str(name), _code(path)] for name, path in files.items() if computes(name)])[:DIGITS]
+
+
+def computes(module: Path) -> bool:
+    """Return whether the numbers of a run come from a module, given by its path below `cfusion`."""
+    parts = module.with_suffix("").parts
+    for length in range(len(parts), 0, -1):
+        found = MODULES.get(".".join(parts[:length]))
+        if found is not None:
+            return found.computes
+    return True
 
 
 def _code(path: Path) -> str:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
+    return ast.unparse(_Normalised().visit(tree))
+
+
+class _Normalised(ast.NodeTransformer):
+    """Removes from a module what only a reader sees: docstrings, messages, and what describes an object."""
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             # Also the text behind an attribute or a constant, which documents it.
             node.body = [part for part in node.body if not _is_text(part)]
-    return ast.unparse(tree)
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        if node.name in _SHOWN_METHODS:
+            node.body = []
+        return self.generic_visit(node)
+
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        return _Textless().visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        return _Textless().visit(node) if _speaks(node.func) else self.generic_visit(node)
+
+
+class _Textless(ast.NodeTransformer):
+    """Empties every text, with what stands in its placeholders."""
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        return ast.Constant("") if isinstance(node.value, str) else node
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
+        return ast.Constant("")
+
+
+def _speaks(function: ast.expr) -> bool:
+    """Whether a called function only says something: an error, a warning, a logger's method, the progress bar."""
+    if isinstance(function, ast.Attribute):
+        return isinstance(function.value, ast.Name) and function.value.id in _SPEAKERS
+    return isinstance(function, ast.Name) and function.id.endswith(_SPOKEN)
 
 
 def _is_text(part: ast.stmt) -> bool:

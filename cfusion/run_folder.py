@@ -25,7 +25,7 @@ RUN_FORMAT = 1
 """Format of the folder, as `run.json` carries it. A folder without a number was written by 0.1.0 and is read as 1."""
 
 RUN = "run.json"
-"""Which run the folder belongs to: `format`, `identity`, `provenance`."""
+"""Which run the folder belongs to: `format`, `identity`, `provenance`, and `continued_by` where other code did."""
 DONE = "done.json"
 """Marker of a finished run, written last."""
 CONFIG = "config.yaml"
@@ -108,9 +108,22 @@ def read_marker(folder: Path) -> dict[str, Any]:
     return dict(marker)
 
 
-def write_marker(folder: Path, identity: str, provenance: dict[str, Any]) -> None:
-    """Write `run.json` of a run's folder."""
-    write_json(folder / RUN, {"format": RUN_FORMAT, "identity": identity, "provenance": provenance})
+def write_marker(folder: Path, identity: str, provenance: dict[str, Any], same_code: str | None = None) -> None:
+    """Write `run.json` of a run's folder; `same_code` is the digest of other code that may continue it."""
+    same = {} if same_code is None else {"same_code": same_code}
+    write_json(folder / RUN, {"format": RUN_FORMAT, "identity": identity, "provenance": provenance, **same})
+
+
+def codes(marker: dict[str, Any]) -> list[str]:
+    """Return the digests of the code that began or continued a run, or counts as the same, from its `run.json`."""
+    continued = [entry["code"] for entry in marker.get("continued_by", [])]
+    return [code for code in (marker["provenance"].get("code"), marker.get("same_code"), *continued) if code]
+
+
+def add_continuation(folder: Path, by: dict[str, str]) -> None:
+    """Record in `run.json` the code that continues a run which other code began."""
+    marker = read_marker(folder)
+    write_json(folder / RUN, {**marker, "continued_by": [*marker.get("continued_by", []), by]})
 
 
 def write_done(folder: Path, identity: str, registered_version: str | None) -> None:

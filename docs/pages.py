@@ -19,6 +19,8 @@ from pydantic.fields import FieldInfo
 import cfusion
 from cfusion.cli.main import app
 from cfusion.config import Config, Section
+from cfusion.program import MODULES, TEXTS
+from cfusion.runs.run import RECORDED_ASIDE
 from launch.sweep.plan import SweepConfig
 from preprocess import descriptor
 from preprocess.encoders import StainTexture
@@ -38,6 +40,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "reference/cli.md": command_reference(),
         "reference/python.md": python_reference(),
         "reference/configuration.md": configuration_reference(),
+        "reference/identity.md": identity_reference(),
         "reference/encoders.md": encoder_reference(),
         "reference/map.md": module_map(),
         **module_pages(),
@@ -127,6 +130,39 @@ def configuration_reference() -> str:
     lines += _section("Preprocessing", "What the options of `cfusion preprocess` set.", PreprocessConfig)
     lines += _section("Sweep", "The file of `cfusion sweep`.", SweepConfig)
     return "\n".join(lines)
+
+
+def identity_reference() -> str:
+    """What decides the numbers of a run and what does not, from the marks that the code itself reads."""
+    settings = [f"| `{key}` | {_cell(reason)} |" for key, reason in Config.asides().items()]
+    recorded = [f"| `{key}` | {_cell(reason)} |" for key, reason in RECORDED_ASIDE.items()]
+    modules = [
+        f"| `cfusion.{name}` | {'yes' if module.computes else 'no'} | {_cell(module.what)} |"
+        for name, module in MODULES.items()
+    ]
+    return "\n".join([
+        "# What decides the numbers", "",
+        "A run is known by what decides its numbers. A run with the same identity continues in its folder, and a sweep "
+        "does not train it again; if something below that decides is different, the folder is refused and a sweep "
+        "trains the run anew.", "",
+        "| what | decides |", "|---|---|",
+        "| settings | all but those [below](#settings-that-do-not-decide) |",
+        "| outcome table and table of the slides | their content, not their path or name |",
+        "| folds and test patients | who is in which, not the files they come from |",
+        "| shards | their index, which holds a checksum of every tar, not their path or address |",
+        "| code of the program | the modules [below](#modules), without texts |",
+        "| model of your own | the file's content; for an installed package also its version |",
+        "| versions of Python and torch, platform | no; they are recorded |", "",
+        "`run.json` has the digests. If code changed and you know that the numbers are the same, `cfusion train CONFIG "
+        "--same-code DIGEST` continues a run of the earlier code, and `code: DIGEST` in a sweep's file counts and "
+        "continues its runs.", "",
+        "## Settings that do not decide", "", "| setting | why |", "|---|---|", *settings, "",
+        "## Records that do not decide", "", "| in `run.json` | why |", "|---|---|", *recorded, "",
+        "## Modules", "",
+        "Numbers, operators and names of a module that computes count. These do not:", "",
+        *(f"- {text}" for text in TEXTS), "",
+        "| module | decides | what it does |", "|---|---|---|", *modules, "",
+    ])  # fmt: skip
 
 
 def _is_section(field: FieldInfo) -> bool:

@@ -16,6 +16,8 @@ import pandas as pd
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+from cfusion.run_folder import PREDICTIONS
+
 COHORT, MODEL = "phantom-a", "crossfusion"
 WIDTH_PX = 1280
 VIEWER_HEIGHT_PX = 1280
@@ -64,7 +66,7 @@ def main() -> None:
 
 def riskiest(run: Path) -> str:
     """The patient of the highest predicted risk."""
-    predictions = pd.read_csv(run / "predictions.csv")
+    predictions = pd.read_csv(run / PREDICTIONS)
     return str(predictions.loc[predictions["risk"].idxmax(), "case_id"])
 
 

@@ -24,6 +24,12 @@ def train(
     print_config: Annotated[bool, typer.Option("--print-config", help="Show what would run, and stop.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and audit the data, and stop.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop where the audit drops or doubts anything.")] = False,
+    same_code: Annotated[
+        str | None,
+        typer.Option(
+            help="Continue a run of other code, of which you know that its numbers are the same.", metavar="DIGEST"
+        ),
+    ] = None,
 ) -> None:
     """Train and score every fold of a configuration; started again, do what is missing.
 
@@ -47,7 +53,7 @@ def train(
     if dry_run:
         typer.echo(Run.prepare(resolved).describe())
         return
-    scores = cross_validate(resolved)
+    scores = cross_validate(resolved, same_code=same_code)
     if os.environ.get("RANK", "0") != "0":
         return
     from cfusion.report.runs import report_runs

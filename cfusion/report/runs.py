@@ -9,6 +9,7 @@ import pandas as pd
 
 from cfusion.cohort.read import read_outcomes
 from cfusion.cohort.splits import read_splits
+from cfusion.config import Config
 from cfusion.errors import DataError
 from cfusion.report.context import ReportContext
 from cfusion.report.report_files import write_report
@@ -86,7 +87,7 @@ def _check_alike(first: FinishedRun, other: FinishedRun) -> None:
     fold_apart = "config.splits.fold" in differing
     seeds = {"config.seed", "config.data.order_seed", "config.splits.fold"}
     # Tables and shards are compared by their digests; the report shows which code ran each run.
-    elsewhere = {"platform", "code", "config.cohort.table", "config.data.shards"}
+    elsewhere = {"platform", "code", "program", *(f"config.{key}" for key in Config.asides())}
     wrong = {name for name in differing - seeds - elsewhere if not name.startswith("packages.")}
     wrong -= {"splits_digest"} if fold_apart else set()
     if wrong or not differing & {"config.seed", "config.splits.fold"}:

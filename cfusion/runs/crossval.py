@@ -32,19 +32,23 @@ from cfusion.types import Split
 logger = logging.getLogger(__name__)
 
 
-def cross_validate(config: Config) -> Scores:
+def cross_validate(config: Config, *, same_code: str | None = None) -> Scores:
     """Train, predict and score every fold, and leave predictions and scores in `config.output`.
 
     Started again on the same folder it does what is missing. Under `torchrun` every rank calls it.
+
+    Args:
+        config: The run.
+        same_code: Digest of other code whose numbers are known to be the same; a run that it began is continued.
 
     Raises:
         ConfigError: The folder holds another run, or ranks disagree on the configuration.
         RequeueError: The process was asked to stop and has saved its state.
     """
     if config.train.folds == "together":
-        return cross_validate_together([config])[0]
+        return cross_validate_together([config], same_code=same_code)[0]
     runtime = join_world(config.parallel)
-    run = Run.open(runtime, config)
+    run = Run.open(runtime, config, same_code)
     with run.tracked(runtime) as parent:
         with graceful_stop(), progress(f"{run.cohort.name} {config.model.name}", len(run.splits)) as bar:
             for split in run.splits:
@@ -59,7 +63,7 @@ def shares_a_read(config: Config) -> str:
     return digest_json(_shared(config))
 
 
-def cross_validate_together(configs: Sequence[Config]) -> list[Scores]:
+def cross_validate_together(configs: Sequence[Config], *, same_code: str | None = None) -> list[Scores]:
     """As `cross_validate` for several runs, all folds of all of them from one pass over the shards an epoch.
 
     Each run ends with the files that it would have alone. If a run fails, the others continue. To resume, give the runs
@@ -67,6 +71,7 @@ def cross_validate_together(configs: Sequence[Config]) -> list[Scores]:
 
     Args:
         configs: Runs with `train.folds=together` and the same `shares_a_read`, such as other seeds and models.
+        same_code: As for `cross_validate`.
 
     Raises:
         ConfigError: They cannot share a read, or as `cross_validate`.
@@ -75,7 +80,7 @@ def cross_validate_together(configs: Sequence[Config]) -> list[Scores]:
     """
     _check_shared(configs)
     runtime = join_world(configs[0].parallel)
-    runs = [Run.open(runtime, config) for config in configs]
+    runs = [Run.open(runtime, config, same_code) for config in configs]
     tracked = [run.tracked(runtime) for run in runs]
     failed: dict[int, CfusionError] = {}
     name = f"{runs[0].cohort.name}, {len(runs)} runs together"
@@ -135,7 +140,7 @@ def _train_together(
             child = tracked[number].child(folder.name, {"fold": split.fold, "repeat": split.repeat})
             fold = ready_fold(
                 run.config, run.cohort, split, dataset, runtime,
-                folder=run.folder / CHECKPOINTS / GROUP, on_epoch=_logging_to(child),
+                folder=run.folder / CHECKPOINTS / GROUP, on_epoch=_logging_to(child), code=run.code,
             )  # fmt: skip
             member = GroupMember(runtime, fold, whole)
             run_of[member], children[member] = number, child
@@ -149,7 +154,11 @@ def _logging_to(child: TrackedRun) -> EpochCallback:
 
 
 def _shared(config: Config) -> dict[str, Any]:
-    return config.model_dump(mode="json", include={"cohort": True, "data": True, "parallel": {"precision"}})
+    """What is read and how, by section; the places too, as contents are not known before they are opened."""
+    deciding = config.deciding()
+    places = config.model_dump(mode="json", include={"cohort": {"table", "slides"}, "data": {"shards"}})
+    shared = {section: deciding[section] | places[section] for section in places}
+    return shared | {"parallel": {"precision": config.parallel.precision}}
 
 
 def _check_shared(configs: Sequence[Config]) -> None:
@@ -173,8 +182,9 @@ def _fold(runtime: Runtime, run: Run, split: Split, parent: TrackedRun, bar: Pro
     folder, checkpoints = run.fold_folder(split), run.fold_checkpoints(split)
     with parent.child(folder.name, {"fold": split.fold, "repeat": split.repeat}) as child:
         if not run.has_fold(runtime, split):
+            run.check_code(runtime)
             result = fit(
-                run.config, run.cohort, split, runtime=runtime, folder=checkpoints,
+                run.config, run.cohort, split, runtime=runtime, folder=checkpoints, code=run.code,
                 on_epoch=lambda epoch, metrics: child.log(metrics, epoch),
             )  # fmt: skip
             run.write_fold(runtime, result)

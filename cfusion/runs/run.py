@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from cfusion.data.shards import ShardDataset
 from cfusion.errors import ConfigError
 from cfusion.extensions import OwnCode
 from cfusion.files import atomic_path, digest_file, digest_json, write_json, write_text
+from cfusion.models.registry import model_code
 from cfusion.program import code_digest
 from cfusion.report import figures
 from cfusion.report.standalone import run_figures, write_figures
@@ -55,12 +57,14 @@ class Run:
         audit: The patients and folds that are left, and every finding.
         dataset: The shards.
         provenance: Digests, versions and seeds that say what the numbers came from.
+        code: The model's code, read once for all folds; None for a model of the program.
     """
 
     config: Config
     audit: Audit
     dataset: ShardDataset
     provenance: dict[str, Any]
+    code: OwnCode | None = None
 
     @classmethod
     def prepare(cls, config: Config) -> Run:
@@ -86,11 +90,16 @@ class Run:
             found.raise_if_strict()
         if config.evaluation.permute_outcomes is not None:
             found = dataclasses.replace(found, cohort=permuted(found.cohort, config.evaluation.permute_outcomes))
-        return cls(config, found, dataset, _provenance(config, code, dataset, found))
+        return cls(config, found, dataset, _provenance(config, code, dataset, found), code)
 
     @classmethod
-    def open(cls, runtime: Runtime, config: Config) -> Run:
+    def open(cls, runtime: Runtime, config: Config, same_code: str | None = None) -> Run:
         """Read a run's data, and take its folder.
+
+        Args:
+            runtime: The processes.
+            config: The run.
+            same_code: Digest of other code whose numbers are known to be the same; a run that it began is continued.
 
         Raises:
             ConfigError: Ranks disagree on the run, the folder holds another, or some rank does not see it.
@@ -101,7 +110,7 @@ class Run:
             for line in run.audit.lines(_FINDINGS_SHOWN):
                 logger.info("audit: %s", line)
             check_registration(config, run.dataset.index)
-            run._claim()
+            run._claim(same_code)
         runtime.barrier()
         blind = [rank for rank, sees in enumerate(runtime.gather([run_folder.is_run(run.folder)])) if not sees]
         if blind:
@@ -146,24 +155,54 @@ class Run:
         ]
         return "\n".join(lines)
 
-    def _claim(self) -> None:
+    def _claim(self, same_code: str | None) -> None:
         """Take the output folder for this run, or refuse the folder of another."""
-        folder = self.folder
-        if run_folder.is_run(folder):
-            other = run_folder.read_marker(folder)
-            if other["identity"] != self.identity:
-                changed = differences(_deciding(other["provenance"]), _deciding(self.provenance))
-                raise ConfigError(
-                    f"{folder}: holds a run that differs in {', '.join(changed[:5])}.",
-                    "Give another output=..., or delete the folder.",
-                    topic="checkpoint",
-                )
+        folder, code = self.folder, self.provenance["code"]
+        if not run_folder.is_run(folder):
+            run_folder.write_config(folder, self.config)
+            write_json(folder / run_folder.AUDIT, self.audit.to_json())
+            write_splits(self.splits, folder / run_folder.SPLITS)
+            write_outcomes(self.cohort, folder / run_folder.OUTCOMES)
+            run_folder.write_marker(folder, self.identity, self.provenance, same_code)
             return
-        run_folder.write_config(folder, self.config)
-        write_json(folder / run_folder.AUDIT, self.audit.to_json())
-        write_splits(self.splits, folder / run_folder.SPLITS)
-        write_outcomes(self.cohort, folder / run_folder.OUTCOMES)
-        run_folder.write_marker(folder, self.identity, self.provenance)
+        marker = run_folder.read_marker(folder)
+        there, here = _comparable(marker["provenance"], self.provenance)
+        begun_by = there.pop("code", None)
+        here.pop("code", None)
+        if there != here:
+            raise ConfigError(
+                f"{folder}: holds a run that differs in {', '.join(differences(there, here)[:5])}.",
+                "Give another output=..., or delete the folder.",
+                topic="checkpoint",
+            )
+        if code in run_folder.codes(marker):
+            return
+        if same_code is None or same_code not in run_folder.codes(marker):
+            raise ConfigError(
+                f"{folder}: holds a run that other code began (code {begun_by} there, {code} here).",
+                f"If you know that both give the same numbers, continue it with --same-code {begun_by}; in a sweep, "
+                f"with `code: {begun_by}` in its file. Otherwise give another output=..., or delete the folder.",
+                topic="identity",
+            )
+        logger.warning("%s: code %s continues a run that code %s began", folder, code, begun_by)
+        run_folder.add_continuation(folder, {"code": code, "program": self.provenance["program"]})
+
+    def check_code(self, runtime: Runtime) -> None:
+        """Refuse to continue where the file of the model has changed since the run was opened.
+
+        Raises:
+            ConfigError: It has, or ranks disagree on it.
+        """
+        now = model_code(self.config.model.name)
+        runtime.agree("model file", digest_json(None if now is None else now.identity))
+        if self.code is not None and (now is None or now.identity != self.code.identity):
+            raise ConfigError(
+                f"{self.code.path}: was edited while the run in {self.folder} trained with it (SHA-256 "
+                f"{self.code.digest[:12]} then).",
+                "Restore the file and start the run again, which trains the folds that are missing; or give another "
+                "output=... for the edited model.",
+                topic="own-model",
+            )
 
     def fold_folder(self, split: Split) -> Path:
         """Return where a fold's model, predictions and history are once the fold is finished."""
@@ -256,12 +295,14 @@ def permuted(cohort: Cohort, seed: int) -> Cohort:
 
 
 def _provenance(config: Config, code: OwnCode | None, dataset: ShardDataset, found: Audit) -> dict[str, Any]:
+    slides = config.cohort.slides
     return {
         "program": cfusion.__version__,
         "code": code_digest(),
         "config": config.model_dump(mode="json", exclude={"output", "tracking"}),
         **({} if code is None else {"model_code": code.identity}),
         "table_sha256": digest_file(config.cohort.table),
+        **({} if slides is None else {"slides_sha256": digest_file(slides)}),
         "shards_digest": dataset.index.digest,
         "splits_digest": splits_digest(found.splits),
         "packages": {"python": platform.python_version(), "torch": torch.__version__},
@@ -269,6 +310,24 @@ def _provenance(config: Config, code: OwnCode | None, dataset: ShardDataset, fou
     }
 
 
-def _deciding(provenance: dict[str, Any]) -> dict[str, Any]:
+RECORDED_ASIDE = {
+    "program": "the digest of the code decides, not the version",
+    "packages": "they are recorded, and cfusion reproduce names what differs",
+    "platform": "it is recorded, and cfusion reproduce names what differs",
+}
+"""What `run.json` records and does not decide the numbers, and why."""
+
+
+def _deciding(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """What of it decides the numbers."""
-    return {key: value for key, value in provenance.items() if key not in {"platform", "packages"}}
+    decides = {key: value for key, value in provenance.items() if key not in RECORDED_ASIDE}
+    return decides | {"config": Config.without_asides(provenance.get("config", {}))}
+
+
+def _comparable(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What decides the numbers of two runs, where 0.1.0 recorded the path of the slides' table and no digest of it."""
+    one, other = _deciding(there), _deciding(here)
+    if "slides_sha256" in other and "slides_sha256" not in one:
+        one["slides"], other["slides"] = (p.get("config", {}).get("cohort", {}).get("slides") for p in (there, here))
+        del other["slides_sha256"]
+    return one, other

@@ -38,8 +38,11 @@ def run_tags(config: Config, encoder: str) -> dict[str, str]:
 
 
 def run_params(config: Config, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Return every setting as `section.key`, and the digests of the data."""
-    flat = pd.json_normalize(config.model_dump(mode="json", exclude={"output", "tracking"})).iloc[0]
+    """Return every setting that decides the numbers as `section.key`, and the digests of the data.
+
+    Parameters of MLflow never change, and the other settings may when a run is continued.
+    """
+    flat = pd.json_normalize(config.deciding()).iloc[0]
     digests = {name: provenance[name] for name in ("shards_digest", "splits_digest", "table_sha256", "program")}
     if "model_code" in provenance:
         digests["model_code_sha256"] = provenance["model_code"]["sha256"]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cfusion.config import Config
 from cfusion.errors import DataError
 from cfusion.files import read_json
 from cfusion.training.checkpoint_files import NUMBERS, Stored, open_checkpoint, write_checkpoint
@@ -147,8 +148,11 @@ class Checkpoints(CheckpointPolicy):
             raise OtherTrainingError(
                 f"{stored.folder}: written with parallel.engine={numbers['engine']}; this run has {engine}.", remedy
             )
-        if numbers["identity"] != self.identity:
-            differing = differences(numbers["identity"], self.identity)
+        # What an older program did not record is not compared; what it recorded and does not decide neither.
+        there = Config.without_asides(numbers["identity"])
+        here = {key: value for key, value in self.identity.items() if key in there}
+        if there != here:
+            differing = differences(there, here)
             raise OtherTrainingError(
                 f"{stored.folder}: belongs to another training run; differs in {', '.join(differing[:5])}.", remedy
             )

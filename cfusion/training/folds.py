@@ -17,6 +17,7 @@ from cfusion.config import Config
 from cfusion.data.loader import BagSet
 from cfusion.data.shards import ShardDataset, open_shards
 from cfusion.errors import DataError
+from cfusion.extensions import OwnCode
 from cfusion.files import digest_json
 from cfusion.models.registry import model_code
 from cfusion.survival.bins import TimeBins
@@ -75,6 +76,7 @@ def fit(
     runtime: Runtime | None = None,
     folder: Path | None = None,
     on_epoch: EpochCallback | None = None,
+    code: OwnCode | None = None,
 ) -> FoldRun:
     """Train on one fold, choose the epoch as the protocol requires, and predict the fold's test patients.
 
@@ -87,6 +89,7 @@ def fit(
         runtime: The processes; None: as launched.
         folder: Folder for checkpoints; None: no checkpoints, so an interrupted training run starts again.
         on_epoch: Called on rank 0 after each epoch.
+        code: Code of the model as it was read for the run; none: it is read now.
 
     Raises:
         DataError: The shards have another encoder or lack a slide, or a loss is not finite.
@@ -95,8 +98,9 @@ def fit(
     runtime = runtime or join_world(config.parallel)
     with tempfile.TemporaryDirectory() as scratch:
         fold = ready_fold(
-            config, cohort, split, open_run_shards(config), runtime, folder=folder or Path(scratch), on_epoch=on_epoch
-        )
+            config, cohort, split, open_run_shards(config), runtime,
+            folder=folder or Path(scratch), on_epoch=on_epoch, code=code,
+        )  # fmt: skip
         return _train(runtime, fold)
 
 
@@ -132,12 +136,13 @@ def ready_fold(
     *,
     folder: Path,
     on_epoch: EpochCallback | None,
+    code: OwnCode | None = None,
 ) -> ReadyFold:
     """Prepare bags, time bins and initial weights of a fold; see `fit`."""
     bins = TimeBins.fit(*_outcomes(cohort, split.train), config.evaluation.n_bins)
     train_set = _bag_set(config, cohort, dataset, runtime, split.train)
     torch.manual_seed(int(digest_json(["initial weights", _name(config, split)])[:15], 16))
-    code = model_code(config.model.name)
+    code = code or model_code(config.model.name)
     network = build(config.model, dataset.index.dim, config.evaluation.n_bins, config.data.magnifications, code)
     card = ModelCard(
         model=config.model.model_dump(mode="json"),
@@ -162,8 +167,12 @@ def ready_fold(
         bins=bins,
         sampling_weights=_sampling_weights(config, cohort, train_set, bins),
         name=_name(config, split),
-        identity=config.model_dump(mode="json", exclude={"output", "tracking"})
-        | {"split": split.__dict__, "shards_digest": dataset.index.digest}
+        identity=config.deciding()
+        | {
+            "split": split.__dict__,
+            "shards_digest": dataset.index.digest,
+            "outcomes_digest": _outcomes_digest(cohort, split),
+        }
         | ({} if code is None else {"model_code": code.identity}),
         card=asdict(card),
         folder=folder,
@@ -242,6 +251,13 @@ def _bag_set(
 def _outcomes(cohort: Cohort, patients: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     rows = cohort.cases.loc[list(patients)]
     return rows["time_months"].to_numpy(dtype=float), rows["event"].to_numpy(dtype=bool)
+
+
+def _outcomes_digest(cohort: Cohort, split: Split) -> str:
+    """Digest of the outcomes that a fold trains on and chooses by, and of its patients' slides."""
+    patients = [*split.train, *split.validation]
+    outcomes = [values.tolist() for values in _outcomes(cohort, tuple(patients))]
+    return digest_json([outcomes, cohort.slides_of([*patients, *split.test])])
 
 
 def _sampling_weights(config: Config, cohort: Cohort, bags: BagSet, bins: TimeBins) -> np.ndarray | None:

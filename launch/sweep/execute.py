@@ -14,7 +14,7 @@ from cfusion.errors import PartialResultError, RequeueError
 from cfusion.files import digest_json
 from cfusion.run_folder import fold_folders, is_done
 from launch.sweep.markers import LOG
-from launch.sweep.plan import PlannedRun, remember_data
+from launch.sweep.plan import PlannedRun, places, remember_data
 from launch.sweep.work import Job, Outcome
 from launch.sweep.workers import run_local, slots_here
 from launch.tasks.ray_tasks import run_ray
@@ -147,8 +147,10 @@ def audits(runs: Sequence[PlannedRun]) -> Iterator[str]:
     seen = set()
     for run in runs:
         config = run.config
-        key = digest_json([config.cohort.model_dump(mode="json"), config.splits.model_dump(mode="json"),
-                           config.data.shards, config.data.encoder, config.evaluation.protocol])  # fmt: skip
+        deciding = config.deciding()
+        contents = [run.data[place] for key, place in places(config).items() if key != "model.name"]
+        key = digest_json([deciding["cohort"], deciding["splits"], contents, config.data.encoder,
+                           config.evaluation.protocol, run.absent])  # fmt: skip
         if key not in seen:
             seen.add(key)
             yield from ([run.absent] if run.absent else Run.prepare(config).describe().splitlines())

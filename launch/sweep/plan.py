@@ -21,6 +21,8 @@ from cfusion.yaml_files import apply_override, read_yaml, set_key
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 _DATA, _ABSENT = "data.json", "absent"
+_PACKAGED = "model "
+"""Begins the key of a model's digest that an installed package offers."""
 _PLACE = re.compile(r"\{(\w[\w.]*)\}")
 
 Settings = dict[str, Any]
@@ -108,6 +110,7 @@ class PlannedRun:
         absent: What of its data is not there, in a sentence; empty where all is.
         data: Digest of each of its tables, splits and shards, by path.
         code: Digest of the program that planned it.
+        same_code: Digest of the code whose runs count, where the sweep names it.
     """
 
     name: str
@@ -116,6 +119,7 @@ class PlannedRun:
     absent: str = ""
     data: Mapping[str, str] = field(default_factory=dict)
     code: str = field(default_factory=code_digest)
+    same_code: str | None = None
 
     def changed(self, data: DataDigests) -> str:
         """What is no longer as it was when the run was named, in a sentence; empty where all is.
@@ -233,14 +237,41 @@ def _planned(sweep: SweepConfig, values: Mapping[str, str], data: DataDigests) -
             set_key(settings, key, _filled(setting, values, source))
     config = validate(Config, settings, source)
     digests, absent = data.of(config)
-    decides = {
-        "config": config.model_dump(mode="json", exclude={"output", "tracking"}),
-        "data": list(digests.values()),
-        "code": sweep.code or code_digest(),
-    }
+    decides = {"config": config.deciding(), "data": _contents(config, digests), "code": sweep.code or code_digest()}
     name = f"{title}-{digest_json(decides)[:10]}"
     config = config.model_copy(update={"output": sweep.output / "runs" / name})
-    return PlannedRun(name, values, config, absent, digests)
+    return PlannedRun(name, values, config, absent, digests, same_code=sweep.code)
+
+
+def places(config: Config) -> dict[str, str]:
+    """Return the names of a run's tables, folds, shards and model file by setting; one of the package is `package:…`."""
+    return {key: _place_name(path) for key, path in _paths(config).items()}
+
+
+def _paths(config: Config) -> dict[str, Path | str]:
+    model = config.model.name
+    found = {
+        "cohort.table": config.cohort.table,
+        "cohort.slides": config.cohort.slides,
+        "splits.test_cases": config.splits.test_cases,
+        "splits.directory": config.splits.directory,
+        "data.shards": config.data.shards,
+        "model.name": file_of(model) if names_file(model) else None,
+    }
+    return {key: path for key, path in found.items() if path}
+
+
+def _place_name(path: Path | str) -> str:
+    return data_name(path) if isinstance(path, Path) else path
+
+
+def _contents(config: Config, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What a run's name counts of its data: contents by setting; where one is absent, its place tells runs apart."""
+    located = {
+        key: digests[place] if digests[place] != _ABSENT else [_ABSENT, place] for key, place in places(config).items()
+    }
+    packages = {place: digest for place, digest in digests.items() if place.startswith(_PACKAGED)}
+    return located | packages
 
 
 def _filled(setting: Any, values: Mapping[str, str], source: str) -> Any:
@@ -279,14 +310,12 @@ class DataDigests:
         Shards are known by their index, which holds a checksum of every tar; a model of an installed package by the
         version of the package and its module.
         """
-        splits, cohort, model = config.splits, config.cohort, config.model.name
-        own = file_of(model) if names_file(model) else None
-        paths = (cohort.table, cohort.slides, splits.test_cases, splits.directory, config.data.shards, own)
-        found = {data_name(path) if isinstance(path, Path) else path: self._digest(str(path)) for path in paths if path}
+        found = {_place_name(path): self._digest(str(path)) for path in _paths(config).values()}
         absent = next((sentence for _, sentence in found.values() if sentence), "")
-        digests = {path: digest for path, (digest, _) in found.items()}
-        if own is None and (digest := self._package(model)):
-            digests[f"model {model}"] = digest
+        digests = {place: digest for place, (digest, _) in found.items()}
+        model = config.model.name
+        if not names_file(model) and (digest := self._package(model)):
+            digests[f"{_PACKAGED}{model}"] = digest
         return digests, absent
 
     def _package(self, model: str) -> str:

@@ -157,9 +157,9 @@ def _train(job: Job, runs: list[PlannedRun], locks: list[int]) -> None:
         for run, lock in zip(runs, locks, strict=True):
             _torchrun(run, job.processes, lock)
     elif len(runs) > 1:
-        cross_validate_together([run.config for run in runs])
+        cross_validate_together([run.config for run in runs], same_code=runs[0].same_code)
     else:
-        cross_validate(runs[0].config)
+        cross_validate(runs[0].config, same_code=runs[0].same_code)
 
 
 def _torchrun(run: PlannedRun, processes: int, lock: int) -> None:
@@ -170,11 +170,12 @@ def _torchrun(run: PlannedRun, processes: int, lock: int) -> None:
     planned = folder / "planned.yaml"
     write_text(planned, yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
     command = [sys.executable, "-m", "launch.torchrun", "--standalone", "--nproc-per-node", str(processes)]
+    same_code = [] if run.same_code is None else ["--same-code", run.same_code]
     threads = max(1, int(os.environ.get("OMP_NUM_THREADS", processes)) // processes)
     with (folder / LOG).open("ab") as log, graceful_stop():
         start = log.tell()
         child = subprocess.Popen(
-            [*command, "-m", "cfusion", "train", str(planned)], stdout=log, stderr=subprocess.STDOUT,
+            [*command, "-m", "cfusion", "train", str(planned), *same_code], stdout=log, stderr=subprocess.STDOUT,
             pass_fds=(lock,), env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         )  # fmt: skip
         asked = False

@@ -16,6 +16,8 @@ from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.config import Config
 from cfusion.errors import ConfigError, DataError, RequeueError, UntrustedCodeError
 from cfusion.models.registry import build_model, model_code
+from cfusion.run_folder import fold_folders
+from cfusion.runs import crossval
 from cfusion.runs.crossval import cross_validate
 from cfusion.runs.reproduction import reproduce_run
 from cfusion.training.consolidation import consolidate
@@ -161,6 +163,24 @@ def test_an_edited_file_is_another_run(files, tmp_path):
     (config.output / "fold_1").rmdir()
     cross_validate(config)
     assert (config.output / "predictions.csv").read_bytes() == before
+
+
+def test_a_file_that_is_edited_while_its_run_trains_stops_the_next_fold(files, tmp_path, monkeypatch):
+    config = configured(files, MAX_MIL, tmp_path)
+    original = crossval.fit
+
+    def edits(*arguments, **options):
+        result = original(*arguments, **options)
+        (tmp_path / "mine.py").write_text(MAX_MIL + "# another\n")
+        return result
+
+    monkeypatch.setattr(crossval, "fit", edits)
+    with pytest.raises(ConfigError, match=r"mine\.py: was edited while the run in .* trained with it"):
+        cross_validate(config)
+    assert [path.name for path in fold_folders(config.output)] == ["fold_0"]
+    (tmp_path / "mine.py").write_text(MAX_MIL)
+    monkeypatch.undo()
+    cross_validate(config)
 
 
 def test_a_training_that_was_stopped_resumes_with_the_same_file_alone(files, tmp_path, monkeypatch):

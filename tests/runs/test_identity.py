@@ -1,0 +1,205 @@
+"""What decides the numbers of a run: texts, paths and threads do not; an operator and the content of a table do."""
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from factories import CohortFiles, make_cohort
+from typer.testing import CliRunner
+
+from cfusion import program, run_folder
+from cfusion.cli.main import app
+from cfusion.config import Config
+from cfusion.errors import ConfigError, RequeueError
+from cfusion.runs.crossval import cross_validate
+from cfusion.runs.run import Run
+from cfusion.training.checkpoint import Checkpoints
+from cfusion.training.world import join_world
+from launch.sweep.plan import PlannedRun, SweepConfig, plan
+from launch.sweep.status import look, stale
+from launch.sweep.work import Job, do
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
+    return make_cohort(tmp_path_factory.mktemp("cohort"), patients=32)
+
+
+@pytest.fixture
+def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str, str], None]]:
+    """Edits a copy of `cfusion.survival`, which is then the program."""
+    copy = tmp_path / "program"
+    shutil.copytree(program.PACKAGE / "survival", copy / "survival", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(program, "PACKAGE", copy)
+
+    def replace(name: str, before: str, after: str) -> None:
+        path = copy / "survival" / name
+        assert before in path.read_text()
+        path.write_text(path.read_text().replace(before, after, 1))
+        forget()
+
+    forget()
+    yield replace
+    forget()
+
+
+def forget() -> None:
+    program.code_digest.cache_clear()
+    program.program_digest.cache_clear()
+
+
+def small(files: CohortFiles, output: Path, **sections) -> Config:
+    sections = {"train": {"epochs": 3}, "splits": {"folds": 2}, "evaluation": {"bootstrap": 0}} | sections
+    return files.config(output, **sections)
+
+
+def interrupt(config: Config) -> None:
+    """Train the first of two folds and a part of the second."""
+    steps = itertools.count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "cfusion.training.loop.stop_requested",
+            lambda: len(run_folder.fold_folders(config.output)) == 1 and next(steps) > 1,
+        )
+        with pytest.raises(RequeueError):
+            cross_validate(config)
+    assert len(run_folder.fold_folders(config.output)) == 1
+
+
+@pytest.fixture
+def restored(monkeypatch) -> list[bool]:
+    """For each fold that is trained: whether it continued from a checkpoint."""
+    seen: list[bool] = []
+    original = Checkpoints.load
+
+    def load(self, snapshot):
+        state = original(self, snapshot)
+        seen.append(state is not None)
+        return state
+
+    monkeypatch.setattr(Checkpoints, "load", load)
+    return seen
+
+
+def sweep(files: CohortFiles, output: Path, **more) -> SweepConfig:
+    base = small(files, output).model_dump(mode="json", exclude={"output"})
+    values = {"name": "test", "output": str(output), "base": base, "axes": {"seed": {"7": {"seed": 7}}}}
+    return SweepConfig.model_validate(values | more)
+
+
+def states(settings: SweepConfig) -> tuple[list[PlannedRun], list[str], list[str]]:
+    runs = plan(settings)
+    return runs, [status.state for status in look(runs)], stale(settings, runs)
+
+
+def test_an_edited_error_text_changes_no_run(files, tmp_path, edit, restored):
+    settings = sweep(files, tmp_path / "sweep")
+    do(Job(tuple(plan(settings))))
+    config = small(files, tmp_path / "run")
+    interrupt(config)
+    del restored[:]
+    text = next(line.strip() for line in (program.PACKAGE / "survival/metrics.py").read_text().splitlines()
+                if line.strip().startswith('f"') and "{" in line)  # fmt: skip
+    edit("metrics.py", text, 'f"Something else: {1 + 1}."')
+    assert states(settings)[1:] == (["done"], [])
+    cross_validate(config)
+    assert restored == [True]
+    assert run_folder.is_done(config.output)
+
+
+def test_an_operator_is_other_code_and_the_named_option_continues(files, tmp_path, edit, restored):
+    settings = sweep(files, tmp_path / "sweep", axes={"seed": {"7": {"seed": 7}, "8": {"seed": 8}}})
+    finished, half = plan(settings)
+    do(Job((finished,)))
+    interrupt(half.config)
+    config = small(files, tmp_path / "run")
+    interrupt(config)
+    before = program.code_digest()
+    edit("losses.py", " - ", " + ")
+    del restored[:]
+
+    runs, found, left = states(settings)
+    assert found == ["open", "open"]
+    assert left == [finished.name]
+    with pytest.raises(ConfigError, match=rf"other code began \(code {before} there, .*--same-code {before}"):
+        cross_validate(config)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    for digest in ("another", before):
+        told = CliRunner().invoke(app, ["train", str(path), "--same-code", digest])
+        assert (told.exit_code == 0) is (digest == before), told.output
+    assert restored == [True]
+    marker = run_folder.read_marker(config.output)
+    assert marker["provenance"]["code"] == before
+    assert [entry["code"] for entry in marker["continued_by"]] == [program.code_digest()]
+    cross_validate(config)
+
+    counted = sweep(files, tmp_path / "sweep", axes=dict(settings.axes), code=before)
+    runs, found, left = states(counted)
+    assert (found, left) == (["done", "open"], [])
+    assert [outcome.state for outcome in do(Job(tuple(runs)))] == ["done", "done"]
+    assert restored == [True, True]
+
+
+def test_moved_data_and_other_threads_are_the_same_run(files, tmp_path, restored):
+    settings = sweep(files, tmp_path / "sweep")
+    do(Job(tuple(plan(settings))))
+    config = small(files, tmp_path / "run")
+    interrupt(config)
+    del restored[:]
+    moved = CohortFiles(tmp_path / "elsewhere" / "table.csv", tmp_path / "elsewhere" / "packed")
+    shutil.copytree(files.shards, moved.shards)
+    shutil.copy(files.table, moved.table)
+    other = small(
+        moved, tmp_path / "run", train={"epochs": 3, "keep_checkpoints": 5},
+        data={"read_threads": 3, "buffer_bytes": 1 << 21, "cache": "ram", "cache_bytes": 0},
+    )  # fmt: skip
+    assert Run.prepare(other).identity == Run.prepare(config).identity
+    assert states(sweep(moved, tmp_path / "sweep"))[1:] == (["done"], [])
+    cross_validate(other)
+    assert restored == [True]
+    whole = small(files, tmp_path / "whole")
+    cross_validate(whole)
+    predictions = [(c.output / run_folder.PREDICTIONS).read_bytes() for c in (other, whole)]
+    assert predictions[0] == predictions[1]
+
+
+def test_another_content_of_a_table_is_another_run(files, tmp_path):
+    table = pd.read_csv(files.table)
+    tables = CohortFiles(tmp_path / "cases.csv", files.shards)
+    table.drop(columns="slide").drop_duplicates("patient").to_csv(tables.table, index=False)
+    slides = tmp_path / "slides.csv"
+    table[["slide", "patient"]].set_axis(["slide_id", "case_id"], axis=1).to_csv(slides, index=False)
+    config = small(tables, tmp_path / "run", cohort={"slides": str(slides)})
+    Run.open(join_world(config.parallel), config)
+    for path, name in ((tables.table, "table_sha256"), (slides, "slides_sha256")):
+        text = path.read_text()
+        path.write_text(text + "\n")
+        with pytest.raises(ConfigError, match=f"holds a run that differs in {name}"):
+            Run.open(join_world(config.parallel), config)
+        path.write_text(text)
+    Run.open(join_world(config.parallel), config)
+
+
+def test_a_folder_of_0_1_0_is_compared_by_what_decides(files, tmp_path):
+    config = small(files, tmp_path / "run")
+    run = Run.open(join_world(config.parallel), config)
+    marker = run_folder.read_marker(config.output)
+    del marker["format"]
+    marker["provenance"] |= {"program": "0.1.0", "code": "0123456789"}
+    marker["provenance"]["config"]["data"] |= {"shards": "elsewhere", "read_threads": 9}
+    (run.folder / run_folder.RUN).write_text(json.dumps(marker | {"identity": "of another time"}))
+    with pytest.raises(ConfigError, match="--same-code 0123456789"):
+        Run.open(join_world(config.parallel), config)
+    Run.open(join_world(config.parallel), config, "0123456789")
+
+
+def test_runs_on_absent_data_are_told_apart_by_its_place(files, tmp_path):
+    axes = {"shards": {name: {"data.shards": str(tmp_path / name)} for name in ("one", "two")}}
+    names = [run.name for run in plan(sweep(files, tmp_path / "sweep", axes=axes))]
+    assert len({name.rpartition("-")[2] for name in names}) == 2
