@@ -244,7 +244,7 @@ def _planned(sweep: SweepConfig, values: Mapping[str, str], data: DataDigests) -
 
 
 def places(config: Config) -> dict[str, str]:
-    """Return the names of a run's tables, folds, shards and model file by setting; one of the package is `package:…`."""
+    """Return the names of a run's tables, folds, shards and model file by setting; a packaged one is `package:PATH`."""
     return {key: _place_name(path) for key, path in _paths(config).items()}
 
 
