@@ -177,10 +177,11 @@ class FinishedRun:
 
 
 def histories(run: Path) -> list[pd.DataFrame]:
-    """Read the metrics by epoch of each finished fold of a run."""
+    """Read the metrics by epoch of each fold of a run that has them."""
     import pandas as pd
 
-    return [pd.read_csv(fold / HISTORY) for fold in fold_folders(run)]
+    folds = sorted(path for path in run.glob(_ANY_FOLD) if is_fold_name(path.name))
+    return [pd.read_csv(fold / HISTORY) for fold in folds if (fold / HISTORY).is_file()]
 
 
 def read_run(folder: Path) -> FinishedRun:

@@ -114,7 +114,7 @@ def test_the_registered_model_is_the_candidate_and_says_what_it_reads(server, fi
     client = MlflowClient(server.uri, server.uri)
     version = client.get_model_version_by_alias("served", "candidate")
     assert version.tags["cfusion.contract"] == "made-up, 8 wide, at x20, x10, x5"
-    assert version.tags["cfusion.cohort.read"] == "made_up"
+    assert version.tags["cfusion.cohort"] == "made_up"
     pooled = pd.read_csv(finished.output / "summary.csv")["cindex_pooled"].iloc[0]
     assert float(version.tags["cfusion.cindex"]) == pytest.approx(pooled, abs=1e-4)
     assert "champion" not in client.get_registered_model("served").aliases
