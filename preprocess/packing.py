@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
 import logging
@@ -34,12 +33,14 @@ from cfusion.data.shard_index import (
 )  # fmt: skip
 from cfusion.errors import DataError
 from cfusion.files import atomic_path, digest_json, write_text
+from cfusion.locks import HeldError, hold
 from cfusion.types import SlideFeatures
 from preprocess.samples import BLOCK, EncodedSlide, TarStream, encode
 
 logger = logging.getLogger(__name__)
 
 
+LOCK_NAME = ".packing.lock"
 _OWN = re.compile(r"shard-\d{6}\.(tar|part\.json)|\.(shard-\d{6}\.(tar|part\.json)|index\.json)\.\w+\.tmp")
 
 
@@ -126,21 +127,16 @@ def pack_store(
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Lock the folder against other packing processes; on a file system without locks there is no protection."""
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise DataError(
-            f"{out}: another process is packing into this folder.", "Wait until it finishes, or give another folder."
-        ) from None
-    except OSError as error:
-        logger.debug("%s: %s", out, error)
-    try:
+    """Keep other processes from packing into a folder."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(hold(out / LOCK_NAME))
+        except HeldError as error:
+            raise DataError(
+                f"{out}: another process is packing into this folder ({error.message}).",
+                "Wait until it finishes, or give another folder.",
+            ) from None
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _pack(store: FeatureSource, out: Path, plan: _Plan, workers: int) -> ShardIndex:

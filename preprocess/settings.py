@@ -8,13 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from cfusion.config import Section
-
-
-def _cores() -> int:
-    """Count the cores that this process may use, with respect to affinity and container limits."""
-    from joblib import cpu_count
-
-    return int(cpu_count())
+from cfusion.machine_limits import usable_cores
 
 
 class PreprocessConfig(Section):
@@ -52,5 +46,5 @@ class PreprocessConfig(Section):
     """Arithmetic of the encoders; `card`: as in the model card, f32 on a CPU."""
     devices: tuple[str, ...] = ()
     """Devices that encode, each with its own encoders, such as `cuda:0`; none: all GPUs, or else the CPU."""
-    threads: int = Field(default_factory=_cores, ge=1)
+    threads: int = Field(default_factory=usable_cores, ge=1)
     """Reading threads; default: one per core that this process may use."""

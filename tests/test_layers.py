@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(p for top in ("cfusion", "preprocess", "launch") for p in (ROOT / top).rglob("*.py"))
 
 LAYERS = (
-    ("cfusion.errors",),
+    ("cfusion.errors", "cfusion.interruption", "cfusion.machine_limits"),
     ("cfusion.files", "cfusion.console"),
-    ("cfusion.yaml_files", "cfusion.program", "cfusion.extensions", "cfusion.study"),
+    ("cfusion.locks", "cfusion.yaml_files", "cfusion.program", "cfusion.extensions", "cfusion.study"),
     ("cfusion.types",),
     ("cfusion.config",),
     ("cfusion.run_folder",),
@@ -55,6 +55,7 @@ UPWARD = {
 
 PREPROCESS_MAY_IMPORT = (
     "cfusion.errors", "cfusion.files", "cfusion.console", "cfusion.types", "cfusion.config", "cfusion.extensions",
+    "cfusion.locks", "cfusion.machine_limits",
     "cfusion.data.store", "cfusion.data.shard_index", "cfusion.__version__",
 )  # fmt: skip
 DOORS = {

@@ -31,7 +31,7 @@ def demo(
       cfusion demo --out runs/demo
     """
     from cfusion.demo import run_demo
-    from launch.sweep.workers import usable_cores
+    from cfusion.machine_limits import usable_cores
 
     result = run_demo(out, cases=cases, slots=slots or min(4, usable_cores()))
     columns = ["cohort", "model", "protocol", "cindex_pooled", "cindex_low", "cindex_high", "oracle", "permuted"]

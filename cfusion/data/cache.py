@@ -6,8 +6,9 @@ import logging
 import os
 from typing import Literal
 
-import psutil
 import torch
+
+from cfusion.machine_limits import free_memory_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def choose_cache(wanted: Place, needed: int, free_ram: int, free_gpu: int) -> tu
 
 def free_ram_bytes() -> int:
     """Return this process's share of the free host memory on its node."""
-    return psutil.virtual_memory().available // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return free_memory_bytes() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def free_device_bytes(device: torch.device) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import logging
 import os
@@ -21,6 +20,7 @@ from cfusion.data.shard_files import OpenFile
 from cfusion.data.shard_index import INDEX_NAME, Shard, ShardIndex, TarMember, parse_index
 from cfusion.errors import MissingExtraError, ShardsError
 from cfusion.files import atomic_path
+from cfusion.locks import hold
 
 logger = logging.getLogger(__name__)
 
@@ -189,9 +189,7 @@ class DiskCache:
             ) from error
 
     def _put(self, name: str, data: bytes) -> OpenFile:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with hold(self.folder / ".lock", wait=True):
             if self._make_room(len(data)):
                 with atomic_path(self.folder / name) as temporary:
                     temporary.write_bytes(data)

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
+from cfusion.machine_limits import free_memory_bytes, usable_cores
+
 GIB = 1 << 30
 
 WRITTEN_MIB = 64
@@ -124,12 +126,10 @@ def _mlflow_server() -> str:
 
 
 def _memory() -> str:
-    import psutil
-
-    free = psutil.virtual_memory().available / GIB
+    free = free_memory_bytes() / GIB
     if free < 2:
         raise RuntimeError(f"{free:.1f} GiB free; a run needs 2")
-    return f"{free:.1f} GiB free, {os.cpu_count()} cores"
+    return f"{free:.1f} GiB free, {usable_cores()} cores"
 
 
 def _disk() -> str:

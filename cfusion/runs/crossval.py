@@ -16,6 +16,7 @@ from cfusion.console import Progress, progress
 from cfusion.data.loader import BagSet
 from cfusion.errors import CfusionError, ConfigError, PartialResultError
 from cfusion.files import digest_json
+from cfusion.interruption import graceful_stop
 from cfusion.run_folder import CHECKPOINTS, GROUP
 from cfusion.runs.run import Run
 from cfusion.survival.score import Scores
@@ -24,7 +25,6 @@ from cfusion.training.folds import EpochCallback, FoldRun, fit, ready_fold
 from cfusion.training.group.group import Group
 from cfusion.training.group.group_checkpoint import GroupCheckpoints
 from cfusion.training.group.member import GroupMember
-from cfusion.training.interruption import graceful_stop
 from cfusion.training.runtime import Runtime
 from cfusion.training.world import join_world
 from cfusion.types import Split

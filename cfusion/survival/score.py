@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, cpu_count, delayed
+from joblib import Parallel, delayed
 
 from cfusion.cohort.findings import outcome_doubts
 from cfusion.errors import DataError
+from cfusion.machine_limits import usable_cores
 from cfusion.survival.bootstrap import Resamples
 from cfusion.survival.foldscores import FoldScores, References, interval_or_nan, score_fold
 from cfusion.survival.metrics import concordance
@@ -110,7 +111,7 @@ def score(
     if len(groups) < _PARALLEL_FROM:
         results = _score_groups(groups, references, bootstrap, tuple(horizons))
     else:
-        jobs = min(cpu_count(), _MOST_PROCESSES)
+        jobs = min(usable_cores(), _MOST_PROCESSES)
         chunks = [groups[i::jobs] for i in range(jobs)]
         run = delayed(_score_groups)
         parts = Parallel(n_jobs=jobs)(run(chunk, references, bootstrap, tuple(horizons)) for chunk in chunks)

@@ -7,7 +7,6 @@ is harmless: a run is found by its id, and MLflow stores equal metrics, paramete
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from cfusion.errors import ConfigError, DataError
 from cfusion.files import read_json, write_json
+from cfusion.locks import HeldError, hold
 from cfusion.tracking.address import REFUSALS, connect, experiment_id, met_another_writer, public_name, unavailable
 from cfusion.tracking.journal import JOURNAL_NAME, PARENT, Record, read_records
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "tracking.json"
+LOCK_NAME = "tracking.lock"
 
 METRICS_AT_ONCE = 1000
 """Maximum number of metrics that MLflow accepts in one request."""
@@ -99,16 +100,18 @@ def send(folder: Path, uri: str) -> Delivery:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     try:
-        journal = (folder / JOURNAL_NAME).open("rb")
+        (folder / JOURNAL_NAME).open("rb").close()
     except OSError as error:
         raise DataError(
             f"{folder}: has no {JOURNAL_NAME} ({error.strerror}).", "Give the output folder of a tracked run."
         ) from error
-    with journal:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{folder}: another process is sending this run.", "Wait until it is done.") from None
+            stack.enter_context(hold(folder / LOCK_NAME))
+        except HeldError as error:
+            raise DataError(
+                f"{folder}: another process is sending this run ({error.message}).", "Wait until it is done."
+            ) from None
         yield
 
 

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from cfusion.files import write_json, write_text
+from cfusion.machine_limits import memory_bytes, usable_cores
 
 _LAUNCH = (
     "WORLD_SIZE",
@@ -70,8 +71,8 @@ def _environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
+        "cores": usable_cores(),
+        "memory_bytes": memory_bytes(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],

@@ -13,11 +13,11 @@ from torch import nn
 
 from cfusion.data.partition import MicroBatch, distribute, earlier_draws, epoch_order, global_batches
 from cfusion.errors import RequeueError
+from cfusion.interruption import stop_requested
 from cfusion.training.checkpoint import Checkpoints, TrainState
 from cfusion.training.choice import chosen_parameters, finish_epoch, has_ended, validation_scores
 from cfusion.training.fold_job import FoldJob, targets_of
 from cfusion.training.inference import predict_logits
-from cfusion.training.interruption import stop_requested
 from cfusion.training.runtime import Runtime
 from cfusion.training.schedule import learning_rate
 from cfusion.training.snapshot import Snapshot

@@ -18,6 +18,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from cfusion.errors import ConfigError
+from cfusion.interruption import handling
 from cfusion.view.api import Viewer, routes
 from cfusion.view.guard import LOOPBACK, Guard
 
@@ -70,17 +71,13 @@ def serve(viewer: Viewer, host: str, port: int, on_start: Callable[[str], None])
         shown = f"[{address}]" if ":" in address else address
         server = make_server(viewer, host)
 
-        def stop(number: int, frame: object) -> None:
+        def stop(_number: int) -> None:
             server.should_exit = True
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with handling((signal.SIGINT, signal.SIGTERM), stop):
             on_start(f"http://{shown}:{bound}/")
             # When uvicorn has shut down, it raises the signal again; `stop` handles that one as well.
             server.run(sockets=[listener])
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -8,8 +8,8 @@ import signal
 import socket
 import subprocess
 import uuid
-from types import FrameType
 
+from cfusion.interruption import handling
 from launch.cluster.cluster_plan import FINAL, REQUEUE, LaunchPlan
 
 logger = logging.getLogger(__name__)
@@ -25,18 +25,14 @@ def run_here(plan: LaunchPlan) -> int:
     """
     agents = start_agents(plan)
 
-    def stop(number: int, _frame: FrameType | None) -> None:
+    def stop(number: int) -> None:
         logger.warning("%s: asking %d nodes to save and leave", signal.Signals(number).name, len(agents))
         for agent in agents:
             if agent.poll() is None:
                 agent.send_signal(signal.SIGTERM)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
+    with handling((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT), stop):
         return run_code([agent.wait() for agent in agents])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def start_agents(plan: LaunchPlan) -> list[subprocess.Popen[bytes]]:

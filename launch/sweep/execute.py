@@ -64,7 +64,7 @@ def run_all(runs: Sequence[PlannedRun], execution: Execution, folder: Path) -> N
         PartialResultError: Some runs failed, or another process trains them; each is named with its cause.
         RequeueError: A signal asked for a stop; runs at work have saved their state.
     """
-    from cfusion.training.interruption import graceful_stop, stop_requested
+    from cfusion.interruption import graceful_stop, stop_requested
 
     missing = [run for run in runs if not is_done(run.config.output)]
     if len(missing) < len(runs):

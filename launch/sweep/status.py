@@ -14,7 +14,7 @@ from typing import Any, Literal
 from cfusion.cohort.splits import fold_count
 from cfusion.program import code_digest
 from cfusion.run_folder import DONE, is_done, is_fold_name, read_marker
-from launch.sweep.markers import FAILED, LOCK, LOG, attempts, holder, read_failure
+from launch.sweep.markers import FAILED, LOCK, LOG, attempts, read_failure, trainer
 from launch.sweep.plan import PlannedRun, SweepConfig
 
 State = Literal["done", "running", "failed", "open"]
@@ -79,7 +79,7 @@ def _status(run: PlannedRun, files: Sequence[str]) -> RunStatus:
 
     if DONE in files:
         return status("done")
-    left, held = holder(folder) if LOCK in files else (None, False)
+    left, held = trainer(folder) if LOCK in files else (None, False)
     if held:
         return status("running", str(left))
     failure = read_failure(folder) if FAILED in files else None

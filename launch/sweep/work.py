@@ -18,9 +18,10 @@ import yaml
 
 from cfusion.errors import CfusionError, DataError, RequeueError
 from cfusion.files import write_text
+from cfusion.locks import HeldError
 from cfusion.run_folder import is_done
 from launch.sweep.cost import Meter
-from launch.sweep.markers import LOG, HeldError, add_attempt, claim, clear_failure, write_failure
+from launch.sweep.markers import LOG, add_attempt, claim, clear_failure, write_failure
 from launch.sweep.plan import DataDigests, PlannedRun
 
 _POLL_SECONDS = 0.2
@@ -65,7 +66,7 @@ def do(job: Job) -> list[Outcome]:
     data = DataDigests({})
     with contextlib.ExitStack() as held:
         mine: list[PlannedRun] = []
-        locks: list[int] = []
+        locks: list[tuple[int, ...]] = []
         for run in job.runs:
             try:
                 lock = held.enter_context(claim(run.config.output))
@@ -112,7 +113,7 @@ def _refused(run: PlannedRun, cause: str) -> Outcome:
     return Outcome(run.name, "failed", cause)
 
 
-def _attempt(job: Job, runs: list[PlannedRun], locks: list[int]) -> list[Outcome]:
+def _attempt(job: Job, runs: list[PlannedRun], locks: list[tuple[int, ...]]) -> list[Outcome]:
     """Train the runs and say how each went; the attempt and what it cost are recorded with each."""
     meter = Meter(job.share, len(runs))
     missed = Outcome("", "failed", "ended without its marker of completion")
@@ -150,7 +151,7 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError)
 
 
-def _train(job: Job, runs: list[PlannedRun], locks: list[int]) -> None:
+def _train(job: Job, runs: list[PlannedRun], locks: list[tuple[int, ...]]) -> None:
     from cfusion.runs.crossval import cross_validate, cross_validate_together
 
     if job.processes > 1:
@@ -162,9 +163,9 @@ def _train(job: Job, runs: list[PlannedRun], locks: list[int]) -> None:
         cross_validate(runs[0].config, same_code=runs[0].same_code)
 
 
-def _torchrun(run: PlannedRun, processes: int, lock: int) -> None:
+def _torchrun(run: PlannedRun, processes: int, lock: tuple[int, ...]) -> None:
     """Train a run in several processes; they hold its lock too, so it stays held should this process be killed."""
-    from cfusion.training.interruption import graceful_stop, stop_requested
+    from cfusion.interruption import graceful_stop, stop_requested
 
     folder = run.config.output
     planned = folder / "planned.yaml"
@@ -176,14 +177,20 @@ def _torchrun(run: PlannedRun, processes: int, lock: int) -> None:
         start = log.tell()
         child = subprocess.Popen(
             [*command, "-m", "cfusion", "train", str(planned), *same_code], stdout=log, stderr=subprocess.STDOUT,
-            pass_fds=(lock,), env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            pass_fds=lock, env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         )  # fmt: skip
         asked = False
-        while child.poll() is None:
-            if stop_requested() and not asked:
+        try:
+            while child.poll() is None:
+                if stop_requested() and not asked:
+                    child.terminate()
+                    asked = True
+                time.sleep(_POLL_SECONDS)
+        finally:
+            # The lock ends with this block, whoever else has its descriptor: the child must not outlive it.
+            if child.poll() is None:
                 child.terminate()
-                asked = True
-            time.sleep(_POLL_SECONDS)
+                child.wait()
     if not is_done(folder):
         if asked or child.returncode == RequeueError.exit_code:
             raise RequeueError("asked to stop; its state is saved.")

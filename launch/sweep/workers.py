@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import psutil
-
 from cfusion.errors import ConfigError
+from cfusion.machine_limits import free_memory_bytes, usable_cores
 from launch.sweep.work import Job, Outcome, do, lost
 
 logger = logging.getLogger(__name__)
@@ -68,11 +67,6 @@ def slots_here(slots: int | None, slots_per_gpu: int, processes: int) -> list[Sl
     return [Slot(threads, groups[i % len(groups)], share) for i in range(count)]
 
 
-def usable_cores() -> int:
-    """Cores that this process may use: fewer than the machine has where a scheduler has bound it to some."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def visible_gpus() -> list[str]:
     """Names of the GPUs that this process may use."""
     import torch
@@ -91,10 +85,10 @@ def run_local(jobs: Sequence[Job], slots: Sequence[Slot], tick: Callable[[Sequen
         tick: Called now and then with the jobs at work.
 
     Yields:
-        How each run went, as it ends. After a request to stop (see `cfusion.training.interruption`) the runs at work
+        How each run went, as it ends. After a request to stop (see `cfusion.interruption`) the runs at work
         save their state and end as `stopped`; the rest is not begun.
     """
-    from cfusion.training.interruption import stop_requested
+    from cfusion.interruption import stop_requested
 
     _warn_of_memory(jobs, len(slots))
     waiting = deque(jobs)
@@ -199,7 +193,7 @@ def _serve(pipe: Connection, slot: Slot) -> None:
 
 def _warn_of_memory(jobs: Sequence[Job], slots: int) -> None:
     ahead = max((run.config.data.buffer_bytes for job in jobs for run in job.runs), default=0)
-    available = psutil.virtual_memory().available
+    available = free_memory_bytes()
     if ahead * min(slots, len(jobs)) > available:
         logger.warning(
             "%d runs at a time may read %.1f GB ahead (data.buffer_bytes each), %.1f GB of memory are free",

@@ -10,12 +10,12 @@ import signal
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cfusion.errors import ConfigError, DataError, MissingExtraError, RequeueError
-from cfusion.training.interruption import SIGNALS, graceful_stop, stop_requested
+from cfusion.interruption import graceful_stop, handlers_kept, handling, stop_requested
 from launch.sweep.work import Job, Outcome, lost
 from launch.tasks.resources import TICK_SECONDS, Resources, Tick, with_threads
 
@@ -38,7 +38,7 @@ def run_ray(jobs: Sequence[Job], resources: Resources, address: str, tick: Tick)
         tick: Called now and then with the jobs that have not ended.
 
     Yields:
-        How each run went, as it ends. After a request to stop (see `cfusion.training.interruption`) the runs at work
+        How each run went, as it ends. After a request to stop (see `cfusion.interruption`) the runs at work
         save their state and end as `stopped`; the rest is not begun.
 
     Raises:
@@ -60,7 +60,7 @@ def run_ray(jobs: Sequence[Job], resources: Resources, address: str, tick: Tick)
         stopping = False
         interrupted = threading.Event()  # not the exception, which Ray's own code now and then swallows
         try:
-            with _interruption(interrupted.set):
+            with handling((signal.SIGINT,), lambda _number: interrupted.set()):
                 while not interrupted.is_set():
                     if stop_requested() and not stopping:
                         stopping = True
@@ -97,7 +97,8 @@ def _cluster(address: str) -> Iterator[None]:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _expect_answer(address)
-    with _signals_kept():
+    # Ray takes SIGTERM for itself as it starts, and leaves it to the system as it ends.
+    with handlers_kept():
         try:
             _connect(address)
             yield
@@ -114,7 +115,7 @@ def _connect(address: str) -> None:
             "_node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES,
         }  # fmt: skip
     try:
-        with _signals_kept():
+        with handlers_kept():
             ray.init(address=address, log_to_driver=False, **options)
     except OSError as error:
         raise _no_cluster(address) from error
@@ -126,33 +127,6 @@ def _connect(address: str) -> None:
 def _no_cluster(address: str) -> DataError:
     remedy = "Start one with ray start --head, or give its --ray-address."
     return DataError(f"--executor ray: there is no Ray cluster at {address}.", remedy)
-
-
-@contextlib.contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Ray takes SIGTERM for itself as it starts, and leaves it to the system as it ends; here it asks for a stop."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _interruption(does: Callable[[], object]) -> Iterator[None]:
-    """Within the block SIGINT, by Ctrl-C or as Ray cancels a task, does this; the main thread alone hears it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, lambda _number, _frame: does())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _expect_answer(address: str) -> None:
@@ -188,5 +162,5 @@ def _at_place(job: Job, folder: str, threads: int) -> list[Outcome]:
         cause = f"{folder} is not on the node {os.uname().nodename}; the sweep's folder must be shared by all nodes"
         return [Outcome(run.name, "failed", cause) for run in job.runs]
     os.chdir(folder)
-    with graceful_stop(), _interruption(lambda: signal.raise_signal(signal.SIGTERM)):
+    with graceful_stop(), handling((signal.SIGINT,), lambda _number: signal.raise_signal(signal.SIGTERM)):
         return with_threads(job, threads)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from cfusion.errors import ConfigError, MissingExtraError, RequeueError
 from cfusion.files import read_json, write_json
-from cfusion.training.interruption import stop_requested
+from cfusion.interruption import stop_requested
 from launch.sweep.work import Job, Outcome, lost
 from launch.tasks.resources import TICK_SECONDS, Resources, Tick, with_threads
 
@@ -70,7 +70,7 @@ def run_slurm(
 
     Raises:
         MissingExtraError: submitit is not installed.
-        RequeueError: A signal asked this process to stop (see `cfusion.training.interruption`).
+        RequeueError: A signal asked this process to stop (see `cfusion.interruption`).
     """
     waiting = queued(jobs, folder) if cluster == "slurm" else {}
     followed = {run.name for part in waiting.values() for job in part for run in job.runs}

@@ -27,7 +27,7 @@ from cfusion.config import validate
 from cfusion.errors import ConfigError, DataError, MissingExtraError, PartialResultError, RequeueError
 from launch.sweep import execute as sweeps
 from launch.sweep.execute import Execution, run_all
-from launch.sweep.markers import attempts, claim, holder
+from launch.sweep.markers import attempts, claim, trainer
 from launch.sweep.plan import PlannedRun, SweepConfig, plan
 from launch.sweep.status import look
 from launch.sweep.work import Job
@@ -155,7 +155,7 @@ def test_asked_to_stop_ray_has_the_runs_at_work_save_and_does_not_begin_the_rest
     pytest.importorskip("ray")
     runs = endless(files, tmp_path)
     one_at_a_time = Execution("ray", resources=Resources(cpus=1, max_parallel=1), address="local")
-    begun = functools.partial(lambda folder: holder(folder)[1], runs[0].config.output)
+    begun = functools.partial(lambda folder: trainer(folder)[1], runs[0].config.output)
     steps = []
     for number, error in ((signal.SIGTERM, RequeueError), (signal.SIGINT, KeyboardInterrupt)):
         with Disturbance(tmp_path, number, lambda: [os.getpid()], begun) as asked, pytest.raises(error):
@@ -184,7 +184,7 @@ def test_a_signal_while_ray_starts_asks_for_a_stop(files, tmp_path, monkeypatch)
 
 AFTER_RAY = """
 import signal
-from cfusion.training.interruption import graceful_stop, stop_requested
+from cfusion.interruption import graceful_stop, stop_requested
 from launch.tasks.resources import Resources
 from launch.tasks.ray_tasks import run_ray
 with graceful_stop():
@@ -210,7 +210,7 @@ def test_a_run_whose_ray_worker_always_dies_is_tried_as_often_as_asked(files, tm
 
     def kill() -> None:
         while not over.wait(0.05):
-            left, held = holder(run.config.output)
+            left, held = trainer(run.config.output)
             if held and left.pid > 0 and left.pid not in killed:
                 killed.add(left.pid)
                 os.kill(left.pid, signal.SIGKILL)
@@ -430,12 +430,12 @@ def test_the_lock_of_a_dead_process_is_taken_over(files, tmp_path):
         with claim(folder):
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
-    left, held = holder(folder)
+    left, held = trainer(folder)
     assert (left.pid, held) == (pid, False)
     status = look([run])[0]
     assert status.state == "failed"
     assert f"process {pid} on" in status.word
     assert "killed" in status.word
     with claim(folder):
-        assert holder(folder)[1]
+        assert trainer(folder)[1]
     assert look([run])[0].state == "open"

@@ -144,7 +144,7 @@ def test_a_checkpoint_of_another_run_or_damaged_is_refused(files, tmp_path, monk
 
 
 def test_sigterm_asks_for_a_stop_after_the_step():
-    from cfusion.training.interruption import graceful_stop, stop_requested
+    from cfusion.interruption import graceful_stop, stop_requested
 
     with graceful_stop():
         assert not stop_requested()

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
-from joblib import Parallel, cpu_count, delayed
+from joblib import Parallel, delayed
 
 from cfusion.errors import DataError
+from cfusion.machine_limits import usable_cores
 from cfusion.report.runs import outcomes_and_splits
 from cfusion.run_folder import PREDICTIONS
 from cfusion.survival.paired import COLUMNS, compare, holm
@@ -214,7 +215,7 @@ def compare_runs(members: Sequence[ComparedRun], bootstrap: int = 1000) -> Compa
         Cell(*key, tuple(m for m in found if m.permuted is None), tuple(m for m in found if m.permuted is not None))
         for key, found in grouped.items()
     ]
-    jobs = min(cpu_count(), len(empty)) if len(empty) >= _PARALLEL_FROM else 1
+    jobs = min(usable_cores(), len(empty)) if len(empty) >= _PARALLEL_FROM else 1
     cells = list(Parallel(n_jobs=jobs)(delayed(_scored)(cell, bootstrap) for cell in empty))
     cells, tests = _tested(cells, bootstrap)
     return Comparison(tuple(cells), tests, _rankings(cells))

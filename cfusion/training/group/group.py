@@ -19,12 +19,12 @@ from cfusion.config import DataConfig
 from cfusion.data.loader import BagSet
 from cfusion.data.partition import epoch_order
 from cfusion.errors import CfusionError, RequeueError
+from cfusion.interruption import stop_requested
 from cfusion.training.folds import FoldRun
 from cfusion.training.group.group_checkpoint import GroupCheckpoints
 from cfusion.training.group.lanes import Lanes
 from cfusion.training.group.member import GroupMember, Visit
 from cfusion.training.group.order import owners, visits
-from cfusion.training.interruption import stop_requested
 from cfusion.training.runtime import Runtime
 from cfusion.types import BagBatch
 

@@ -1,0 +1,149 @@
+"""One lock for all that a single process may do at a time in a folder.
+
+The lock is the system's (flock, by filelock): it is free when its last holder has ended, also by kill -9. Where the
+file system has no flock, a file that names host and process stands for it; one of a dead process on the same host is
+taken over, one of another host is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock, SoftFileLock, Timeout
+
+from cfusion.errors import CfusionError
+
+logger = logging.getLogger(__name__)
+
+_NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+_INSTANT = 1.0
+"""Seconds that a look at the lock (see `holder`), which takes it for an instant, is waited for."""
+_POLL_SECONDS = 0.02
+_LOOKS = 3
+
+
+class HeldError(CfusionError):
+    """Another process holds the lock."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a lock, or that held it when it was killed.
+
+    Attributes:
+        host: Its machine.
+        pid: Its number there.
+        since: When it took the lock, seconds since 1970.
+    """
+
+    host: str
+    pid: int
+    since: float
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+@contextlib.contextmanager
+def hold(path: Path, *, wait: bool = False) -> Iterator[tuple[int, ...]]:
+    """Hold the lock file `path` while the block lasts; its folder is made.
+
+    Args:
+        path: Lock file; it stays when the lock is free, and names the holder while it is not.
+        wait: Wait for another holder without end instead of refusing.
+
+    Yields:
+        Descriptors; a child process that is given them holds the lock too. None where the file system has no flock.
+
+    Raises:
+        HeldError: Another process holds it; the message is that process.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptors: list[int] = []
+    with contextlib.ExitStack() as stack:
+        try:
+            try:
+                lock: FileLock | SoftFileLock = FileLock(
+                    path, timeout=-1 if wait else _INSTANT, poll_interval=_POLL_SECONDS, fallback_to_soft=False,
+                    on_acquired=descriptors.append,
+                )  # fmt: skip
+                stack.enter_context(lock)
+            except OSError as error:
+                if error.errno not in _NO_FLOCK:
+                    raise
+                _warn_once(error.strerror)
+                lock = SoftFileLock(_marker(path), timeout=-1 if wait else _INSTANT, poll_interval=_POLL_SECONDS)
+                stack.enter_context(lock)
+        except Timeout:
+            raise HeldError(str(named(path) or "another process"), "Wait for it, or end it.") from None
+        # Not replaced: another file of this name would be another lock.
+        path.write_text(json.dumps(asdict(Holder(socket.gethostname(), os.getpid(), time.time()))), encoding="utf-8")
+        yield tuple(descriptors)
+        path.write_text("", encoding="utf-8")
+
+
+def holder(path: Path) -> tuple[Holder | None, bool]:
+    """Who holds a lock, or was killed while it did, and whether it is held now."""
+    who = named(path)
+    if not path.is_file():
+        return None, False
+    for look in range(_LOOKS):
+        if not _held(path):
+            return named(path), False
+        who = named(path)
+        if who is not None and look:
+            break
+        time.sleep(_POLL_SECONDS)
+    return who or Holder("an unknown host", 0, time.time()), True
+
+
+def _held(path: Path) -> bool:
+    try:
+        with FileLock(path, timeout=0, fallback_to_soft=False):
+            return False
+    except Timeout:
+        return True
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return named(path) is not None  # who may not write here can only read the name
+        if error.errno not in _NO_FLOCK:
+            raise
+    if not _marker(path).exists():
+        return False
+    try:
+        # Taking it takes a marker away whose process on this host is dead.
+        with SoftFileLock(_marker(path), timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def named(path: Path) -> Holder | None:
+    """Who a lock file names; None where it names nobody, because the last holder has ended well."""
+    try:
+        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _marker(path: Path) -> Path:
+    return path.with_name(f"{path.name}.held")
+
+
+@functools.cache
+def _warn_once(cause: str | None) -> None:
+    logger.warning(
+        "The file system has no flock (%s); a file ending in .held, which names host and process, stands for a lock. "
+        "After a crash, another host cannot tell that it may go: delete it then, or mount the file system with flock.",
+        cause,
+    )
