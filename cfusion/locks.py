@@ -55,12 +55,13 @@ class Holder:
 
 
 @contextlib.contextmanager
-def hold(path: Path, *, wait: bool = False) -> Iterator[tuple[int, ...]]:
+def hold(path: Path, *, wait: bool = False, keep: bool = True) -> Iterator[tuple[int, ...]]:
     """Hold the lock file `path` while the block lasts; its folder is made.
 
     Args:
-        path: Lock file; it stays when the lock is free, and names the holder while it is not.
+        path: Lock file; it names the holder while there is one.
         wait: Wait for another holder without end instead of refusing.
+        keep: Leave the empty lock file behind; otherwise it is deleted while the lock is still held.
 
     Yields:
         Descriptors; a child process that is given them holds the lock too. None where the file system has no flock.
@@ -88,8 +89,13 @@ def hold(path: Path, *, wait: bool = False) -> Iterator[tuple[int, ...]]:
             raise HeldError(str(named(path) or "another process"), "Wait for it, or end it.") from None
         # Not replaced: another file of this name would be another lock.
         path.write_text(json.dumps(asdict(Holder(socket.gethostname(), os.getpid(), time.time()))), encoding="utf-8")
-        yield tuple(descriptors)
-        path.write_text("", encoding="utf-8")
+        try:
+            yield tuple(descriptors)
+        finally:
+            if not keep:  # filelock takes no lock on a deleted file, so nobody holds a lock that others do not see
+                path.unlink(missing_ok=True)
+        if keep:
+            path.write_text("", encoding="utf-8")
 
 
 def holder(path: Path) -> tuple[Holder | None, bool]:

@@ -130,7 +130,7 @@ def _locked(out: Path) -> Iterator[None]:
     """Keep other processes from packing into a folder."""
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(hold(out / LOCK_NAME))
+            stack.enter_context(hold(out / LOCK_NAME, keep=False))
         except HeldError as error:
             raise DataError(
                 f"{out}: another process is packing into this folder ({error.message}).",

@@ -116,3 +116,14 @@ def test_another_error_of_the_file_system_is_not_taken_for_a_missing_flock(tmp_p
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(OSError, match="broken"), hold(tmp_path / "a.lock"):
         pass
+
+
+def test_a_lock_file_that_is_not_kept_leaves_with_its_holder(tmp_path, kind):
+    path = tmp_path / "a.lock"
+    with hold(path, keep=False):
+        assert holder(path)[1]
+        with pytest.raises(HeldError), hold(path, keep=False):
+            pass
+    with hold(path, keep=False):
+        pass
+    assert list(tmp_path.iterdir()) == []
