@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and leave: SIGTERM, and SIGUSR1 or SIGUSR2, as SLURM sends before the time is up."""
+"""Signals to save and stop: SIGTERM, and SIGUSR1 or SIGUSR2, which SLURM sends before the time limit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""SLURM sends what its `--signal` says: SIGUSR1 in our scripts, SIGUSR2 in submitit's."""
+"""SLURM sends the signal in its `--signal` option: SIGUSR1 in our scripts, SIGUSR2 in submitit's."""
 
 
 class _Stop:
@@ -28,7 +28,7 @@ def stop_requested() -> bool:
 
 @contextlib.contextmanager
 def graceful_stop() -> Iterator[None]:
-    """Within the block, the `SIGNALS` ask for a stop after the current step instead of ending the process.
+    """Within the block, make `SIGNALS` request a stop after the current step instead of ending the process.
 
     Blocks may be nested. The request ends with the outermost block, if `stop_requested` has returned it; one that
     nobody has read, because the work ended just then, stays for the next block.

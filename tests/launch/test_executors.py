@@ -35,7 +35,7 @@ from launch.tasks import slurm_array
 from launch.tasks.resources import Resources
 
 ONE_CORE = Resources(cpus=1)
-ROOT = Path(slurm_array.__file__).parents[1]
+ROOT = Path(slurm_array.__file__).parents[2]
 
 
 def planned(files: CohortFiles, output: Path, **more) -> list[PlannedRun]:
@@ -330,7 +330,7 @@ def test_what_is_no_address_of_a_ray_cluster_is_told_what_one_looks_like(files, 
 
 
 def test_the_job_for_kuberay_asks_for_what_its_workers_have():
-    path = Path(slurm_array.__file__).parent / "kubernetes" / "sweep_rayjob.yaml"
+    path = ROOT / "launch" / "kubernetes" / "sweep_rayjob.yaml"
     job = yaml.safe_load(path.read_text())
     command = shlex.split(shlex.split(job["spec"]["entrypoint"])[2].partition("&&")[2])
     assert command[:3] == ["cfusion", "sweep", "run"]
