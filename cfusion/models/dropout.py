@@ -103,6 +103,9 @@ class _Dropped(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        saved = ctx.saved_tensors
-        mask = saved[0] if len(saved) == 1 else keep_mask(*saved, ctx.share, grad.dtype)
+        if len(ctx.saved_tensors) == 1:
+            (mask,) = ctx.saved_tensors
+        else:
+            row_key, column_key = ctx.saved_tensors
+            mask = keep_mask(row_key, column_key, ctx.share, grad.dtype)
         return clear_dropped(grad * (1 / (1 - ctx.share)), mask), None
