@@ -33,7 +33,7 @@ def train_together(configs: Sequence[Config], folder: Path) -> list[FoldRun]:
     runtime = join_world(configs[0].parallel)
     dataset, data = open_run_shards(configs[0]), configs[0].data
     cohort, _ = folds_of(configs[0])
-    whole = BagSet.open(
+    all_bags = BagSet.open(
         dataset,
         cohort.slides_of(list(cohort.cases.index)),
         data,
@@ -45,7 +45,7 @@ def train_together(configs: Sequence[Config], folder: Path) -> list[FoldRun]:
         GroupMember(
             runtime,
             ready_fold(config, cohort, split, dataset, runtime, folder=folder / "group", on_epoch=None),
-            whole,
+            all_bags,
         )
         for config in configs
         for split in folds_of(config)[1]
@@ -55,7 +55,7 @@ def train_together(configs: Sequence[Config], folder: Path) -> list[FoldRun]:
     def fails(member: GroupMember, error: CfusionError) -> list[GroupMember]:
         raise error
 
-    Group(runtime, whole, data, GroupCheckpoints(members, runtime), results.__setitem__, fails).train(members)
+    Group(runtime, all_bags, data, GroupCheckpoints(members, runtime), results.__setitem__, fails).train(members)
     return [results[member] for member in members]
 
 

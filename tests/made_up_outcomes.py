@@ -20,17 +20,17 @@ def cohort(size: int, seed: int = 0) -> Cohort:
     return Cohort("made_up", cases, slides)
 
 
-def predicted(whole: Cohort, splits: list[Split], model: str, protocol: str, noise: float = 0.0) -> pd.DataFrame:
+def predicted(full: Cohort, splits: list[Split], model: str, protocol: str, noise: float = 0.0) -> pd.DataFrame:
     """Out-of-fold predictions with discrete survival curves; `noise` hides the truth from the model."""
     generator = np.random.default_rng(len(model))
     frames = []
     for split in splits:
-        train, test = whole.cases.loc[list(split.train)], whole.cases.loc[list(split.test)]
+        train, test = full.cases.loc[list(split.train)], full.cases.loc[list(split.test)]
         edges = np.array(TimeBins.fit(train["time_months"], train["event"], 4).right_edges_months)
         seen = test["truth"].to_numpy() + noise * generator.normal(size=len(test))
         survival = np.exp(-np.outer(np.exp(np.clip(seen, -9, 9)), edges / 30))
         frame = pd.DataFrame({
-            "model": model, "cohort": whole.name, "protocol": protocol, "seed": 7,
+            "model": model, "cohort": full.name, "protocol": protocol, "seed": 7,
             "repeat": split.repeat, "fold": split.fold,
             "case_id": test.index, "risk": -survival.sum(axis=1), "risk_cutoff": -2.0,
             "survival_months": test["time_months"].to_numpy(), "event": test["event"].to_numpy(),

@@ -10,7 +10,7 @@ from cfusion.types import SlideFeatures
 def make_slide(
     slide_id: str, cells: int = 5, dim: int = 8, seed: int = 0, *, coords: bool = True, dtype: str = "<f2"
 ) -> SlideFeatures:
-    """A slide of `cells` whole cells in a row of 3, so 4 and 16 times as many tiles at 10x and 20x."""
+    """Make a slide of `cells` complete cells, 3 to a row, with 4 and 16 times as many tiles at 10x and 20x."""
     generator = np.random.default_rng([seed, sum(slide_id.encode()), cells])
     origin = np.stack([np.arange(cells) % 3, np.arange(cells) // 3], axis=1) * 1024 + 2048
     tables, parents, side = {"x5": origin}, {}, 1024

@@ -33,7 +33,7 @@ class MlflowServer:
         quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         environment = {**os.environ, **quiet, **self.environment}
         log = (self.folder / "server.log").open("ab")
-        # A group of its own, so that `kill` reaches the worker processes too.
+        # A separate process group, so that `kill` also reaches the worker processes.
         self._process = subprocess.Popen(
             command, stdout=log, stderr=log, env=environment, start_new_session=True, cwd=self.folder
         )

@@ -15,7 +15,7 @@ KINDS = frozenset({"SqlDataset", "SqlExperiment", "SqlRegisteredModel", "SqlRegi
 
 @contextlib.contextmanager
 def earlier_writer() -> Iterator[set[str]]:
-    """Before the first row of each kind is written, write the same row through a connection of its own.
+    """Before the first row of each kind is written, write the same row through a separate connection.
 
     Yields the kinds that were met.
     """

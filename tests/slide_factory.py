@@ -39,22 +39,22 @@ def write_slide(
     Args:
         path: File to write.
         picture: u8 [h, w, 3].
-        mpp: µm/px in the description; None: not told.
-        power: Objective power in the description; None: not told.
+        mpp: µm/px in the description; None: not given.
+        power: Objective power in the description; None: not given.
         level_sizes: Width and height of further levels; pixels are taken by nearest neighbour.
         tile: Side of a tile.
         compression: jpeg or jpeg2000 as tifffile names them.
-        aperio: Whether it calls itself Aperio's; otherwise it is a plain pyramid, which tells nothing of itself.
+        aperio: Whether the description names Aperio; otherwise the file is a plain pyramid without a vendor.
     """
     made_by = "Aperio Image Library v1" if aperio else "a pyramid"
-    told = "".join(f"|{k} = {v:g}" for k, v in (("AppMag", power), ("MPP", mpp)) if v is not None)
+    resolution = "".join(f"|{k} = {v:g}" for k, v in (("AppMag", power), ("MPP", mpp)) if v is not None)
     height, width = picture.shape[:2]
     options = {"photometric": "rgb", "tile": (tile, tile), "compression": compression, "metadata": None}
     if compression == "jpeg":
         options["compressionargs"] = {"level": 90, "outcolorspace": "rgb"}
     path.parent.mkdir(exist_ok=True)
     with tifffile.TiffWriter(path) as tiff:
-        tiff.write(picture, description=f"{made_by}\n{width}x{height} ({tile}x{tile}) JPEG/RGB{told}", **options)
+        tiff.write(picture, description=f"{made_by}\n{width}x{height} ({tile}x{tile}) JPEG/RGB{resolution}", **options)
         for w, h in level_sizes:
             rows, columns = (np.arange(n) * full // n for n, full in ((h, height), (w, width)))
             tiff.write(

@@ -19,9 +19,9 @@ def test_a_benchmark_says_how_it_is_run(name: str, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module(f"benchmarks.{name}").main()
     assert stopped.value.code == 0
-    told = capsys.readouterr().out
-    assert "--quick" in told
-    assert "--json FILE" in told
+    output = capsys.readouterr().out
+    assert "--quick" in output
+    assert "--json FILE" in output
 
 
 def test_benchmarks_are_found():

@@ -1,4 +1,4 @@
-"""Every shipped configuration loads, and what is wrong with one is told by key."""
+"""Test that every shipped configuration loads, and that errors name the wrong key."""
 
 from pathlib import Path
 
@@ -57,9 +57,9 @@ def test_the_grid_of_the_study():
     assert counts == {"cohort": 6, "encoder": 8, "model": 6, "seed": 5}
     assert len(runs) * 5 == 7200
     for run in runs[:: len(runs) // 12]:
-        alone = cfusion.load_config(CONFIGS / f"{run.config.cohort.name}.yaml")
-        assert run.config.cohort == alone.cohort
-        assert run.config.splits == alone.splits
+        direct = cfusion.load_config(CONFIGS / f"{run.config.cohort.name}.yaml")
+        assert run.config.cohort == direct.cohort
+        assert run.config.splits == direct.splits
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_the_grid_of_the_study():
         ("seed.deep=1", "seed"),
     ],
 )
-def test_a_wrong_setting_is_told_by_its_key(override, message):
+def test_the_error_for_a_wrong_setting_names_its_key(override, message):
     with pytest.raises(ConfigError, match=message):
         cfusion.load_config(None, [override])
 

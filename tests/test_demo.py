@@ -20,7 +20,7 @@ def demo(out: Path) -> None:
 
 
 def kill_when(out: Path, pattern: str) -> None:
-    """Start the demo and kill it with all its workers as soon as a file of that pattern is there."""
+    """Start the demo and kill it with all its workers as soon as a file matches the pattern."""
     process = subprocess.Popen(
         [*COMMAND, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )

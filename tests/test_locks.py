@@ -71,7 +71,7 @@ def test_the_holder_is_named_and_a_killed_one_is_replaced(tmp_path, kind):
     finally:
         killed(process)
     who, held = holder(path)
-    assert (who.pid, held) == (process.pid, False), "killed: free, and the name of the dead stays to be told"
+    assert (who.pid, held) == (process.pid, False), "killed: the lock is free, and the dead process is still on record"
     with hold(path):
         assert holder(path)[0].pid == os.getpid()
         assert holder(path)[1]
@@ -97,7 +97,7 @@ def test_a_child_that_has_the_descriptor_holds_the_lock_after_its_parent_is_kill
     assert not holder(path)[1]
 
 
-def test_the_lack_of_flock_is_told_once(tmp_path, monkeypatch, caplog):
+def test_missing_flock_is_reported_once(tmp_path, monkeypatch, caplog):
     def flock(fd, operation):
         raise OSError(errno.ENOSYS, "no flock")
 

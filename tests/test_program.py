@@ -28,7 +28,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def forget() -> None:
-    """Have the digests taken anew."""
+    """Clear the cached digests."""
     program.code_digest.cache_clear()
     program.program_digest.cache_clear()
 

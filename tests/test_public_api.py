@@ -74,11 +74,11 @@ def test_a_notebook(tmp_path):
         assert len(page) < 20_000
 
 
-def test_a_configuration_shows_what_is_not_as_by_default():
+def test_a_configuration_shows_only_changed_settings():
     assert repr(cfusion.load_config(None, ["train.epochs=3"])) == "Config(train=TrainConfig(epochs=3))"
 
 
-def test_an_unknown_name_is_told():
+def test_an_unknown_name_is_refused():
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = cfusion.trian
 

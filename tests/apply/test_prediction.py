@@ -107,8 +107,8 @@ def test_shards_and_the_store_they_were_packed_from_give_the_same(
     cfusion, files, store, cases, ensemble_folder, tmp_path
 ):
     for source, name in ((files.shards, "shards.csv"), (store, "store.csv")):
-        told = cfusion("predict", source, "--model", ensemble_folder, "--cases", cases, "--out", tmp_path / name)
-        assert told.startswith("30 patients, ")
+        output = cfusion("predict", source, "--model", ensemble_folder, "--cases", cases, "--out", tmp_path / name)
+        assert output.startswith("30 patients, ")
     one, other = (
         pd.read_csv(tmp_path / name).set_index("case_id").sort_index() for name in ("shards.csv", "store.csv")
     )
@@ -123,8 +123,8 @@ def test_a_row_is_the_mean_over_the_folds_and_its_curve_holds_every_edge(files, 
     slides = group_slides(source.slide_ids, cases)
     ensemble = FoldEnsemble.load(ensemble_folder)
     table = ensemble.predict(source, slides, join_world(ParallelConfig())).set_index("case_id")
-    alone = [predict(m, DataConfig(shards=str(files.shards)), slides).set_index("case_id") for m in ensemble.models]
-    risks = np.stack([frame.loc[table.index, "risk"] for frame in alone])
+    separate = [predict(m, DataConfig(shards=str(files.shards)), slides).set_index("case_id") for m in ensemble.models]
+    risks = np.stack([frame.loc[table.index, "risk"] for frame in separate])
     np.testing.assert_allclose(table["risk"], risks.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(table["risk_sd"], risks.std(axis=0), rtol=1e-9)
     assert ensemble.risk_cutoff == pytest.approx(-2.15)
@@ -133,7 +133,7 @@ def test_a_row_is_the_mean_over_the_folds_and_its_curve_holds_every_edge(files, 
     assert [table[f"edge_{k + 1}"].iloc[0] for k in range(len(months))] == months
     curves = table[[f"survival_{k + 1}" for k in range(len(months))]].to_numpy()
     assert (np.diff(curves, axis=1) <= 0).all()
-    at_14 = (alone[0].loc[table.index, "survival_2"] + alone[1].loc[table.index, "survival_1"]) / 2
+    at_14 = (separate[0].loc[table.index, "survival_2"] + separate[1].loc[table.index, "survival_1"]) / 2
     np.testing.assert_allclose(curves[:, months.index(14.0)], at_14, rtol=1e-12)
 
 
@@ -182,7 +182,7 @@ def test_json_has_the_curve_of_each_patient(cfusion, files, ensemble_folder):
     assert len(rows[0]["curve"]["survival"]) == len(rows[0]["curve"]["months"])
 
 
-def test_slides_taken_for_patients_are_told_and_counted_as_slides(
+def test_slides_taken_for_patients_are_reported_and_counted_as_slides(
     cfusion, files, cases, ensemble_folder, tmp_path, caplog
 ):
     source = (files.shards, "--model", ensemble_folder, "--out", tmp_path / "out.csv")
@@ -199,8 +199,8 @@ def test_slides_with_and_without_barcode_are_counted_apart(cfusion, ensemble_fol
     rng = np.random.default_rng(0)
     for name in ("TCGA-AA-0001-01Z-00-DX1", "TCGA-AA-0001-01Z-00-DX2", "other"):
         write_slide(tmp_path / "store", slide_features(name, 2, 8, rng))
-    told = cfusion("predict", tmp_path / "store", "--model", ensemble_folder, "--out", tmp_path / "out.csv")
-    assert told.startswith("1 patients and 1 slides, ")
+    output = cfusion("predict", tmp_path / "store", "--model", ensemble_folder, "--out", tmp_path / "out.csv")
+    assert output.startswith("1 patients and 1 slides, ")
     assert "1 of 3 slides bear no TCGA barcode" in caplog.text
 
 
@@ -219,13 +219,13 @@ def _predicts(shards: str, folder: str, out: str) -> None:
 def test_two_processes_predict_as_one_does(files, ensemble_folder, tmp_path):
     run_world(2, _predicts, tmp_path, str(files.shards), str(ensemble_folder), str(tmp_path))
     source = ShardSource(DataConfig(shards=str(files.shards)))
-    alone = FoldEnsemble.load(ensemble_folder).predict(
+    single = FoldEnsemble.load(ensemble_folder).predict(
         source, group_slides(source.slide_ids, None), join_world(ParallelConfig())
     )
     for rank in range(2):
         table = pd.read_csv(tmp_path / f"{rank}.csv")
-        assert table["case_id"].tolist() == alone["case_id"].tolist()
-        np.testing.assert_allclose(table["risk"], alone["risk"], rtol=1e-6)
+        assert table["case_id"].tolist() == single["case_id"].tolist()
+        np.testing.assert_allclose(table["risk"], single["risk"], rtol=1e-6)
 
 
 def embeddings(**changes: object) -> Embeddings:
@@ -234,7 +234,7 @@ def embeddings(**changes: object) -> Embeddings:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"encoder": "other"}, r"here: holds embeddings of other \(8 wide\), but the model reads made-up \(8 wide\)"),
         ({"dim": 9}, r"made-up \(9 wide\), but the model reads made-up \(8 wide\)"),
@@ -243,15 +243,15 @@ def embeddings(**changes: object) -> Embeddings:
         ({"made": {"resample": "bicubic"}}, r"have resample bicubic"),
     ],
 )
-def test_embeddings_a_model_was_not_trained_on_are_refused(ensemble_folder, changes, told):
+def test_embeddings_a_model_was_not_trained_on_are_refused(ensemble_folder, changes, message):
     card = dataclasses.replace(FoldEnsemble.load(ensemble_folder).models[0].card, embeddings=dict(embeddings().made))
     embeddings().check(card)
     embeddings(made={}).check(card)
-    with pytest.raises(StoreError, match=told):
+    with pytest.raises(StoreError, match=message):
         embeddings(**changes).check(card)
 
 
-def test_what_cannot_be_predicted_is_told_and_nothing_is_written(cfusion, files, store, cases, tmp_path):
+def test_bad_input_is_refused_and_nothing_is_written(cfusion, files, store, cases, tmp_path):
     other = untrained(tmp_path / "other", encoder="uni")
     wide = untrained(tmp_path / "wide", dim=6)
     good = untrained(tmp_path / "good")
@@ -274,8 +274,8 @@ def test_what_cannot_be_predicted_is_told_and_nothing_is_written(cfusion, files,
         (ConfigError, "No model registry is given", [files.shards, "--model", "models:/a@champion"]),
         (ConfigError, r"expected models:/NAME@ALIAS", [files.shards, "--model", "models:/a", "--uri", database]),
     ]  # fmt: skip
-    for kind, told, arguments in attempts:
-        with pytest.raises(kind, match=told):
+    for kind, message, arguments in attempts:
+        with pytest.raises(kind, match=message):
             cfusion("predict", *arguments, "--out", out)
         assert not out.exists()
     with pytest.raises(ConfigError, match="nothing would be kept"):
@@ -289,8 +289,8 @@ def test_fold_models_of_several_runs_are_no_ensemble(cfusion, files, tmp_path):
         (run / "run.json").write_text("{}")
         (run / "done.json").write_text("{}")
     out = tmp_path / "out.csv"
-    told = f"{sweep}: holds fold models of 2 runs, such as {sweep}/runs/permuted and {sweep}/runs/real, which"
-    with pytest.raises(DataError, match=re.escape(told)) as refused:
+    message = f"{sweep}: holds fold models of 2 runs, such as {sweep}/runs/permuted and {sweep}/runs/real, which"
+    with pytest.raises(DataError, match=re.escape(message)) as refused:
         cfusion("predict", files.shards, "--model", sweep, "--out", out)
     assert refused.value.remedy == "Give the folder of one run, or of one of its folds."
     assert not out.exists()
@@ -300,18 +300,18 @@ def test_fold_models_of_several_runs_are_no_ensemble(cfusion, files, tmp_path):
         FoldEnsemble.load(sweep)
 
 
-def test_the_models_of_a_run_are_those_of_its_folds_alone(cfusion, files, tmp_path):
+def test_the_models_of_a_run_are_only_those_of_its_folds(cfusion, files, tmp_path):
     run = untrained(tmp_path / "sweep" / "run")
     fold = run / "fold_0" / "model"
-    alone = [fold, run / "fold_1" / "model"]
-    assert fold_models(run) == fold_models(tmp_path / "sweep") == alone
+    models = [fold, run / "fold_1" / "model"]
+    assert fold_models(run) == fold_models(tmp_path / "sweep") == models
     assert fold_models(run / "fold_0") == fold_models(fold) == [fold]
     shutil.copytree(run / "fold_0", run / ".fold_0.0123abcd_7_0123abcd.tmp")
-    assert fold_models(run) == alone, "what a killed writer left is no fold"
+    assert fold_models(run) == models, "a killed writer's temporary folder is not a fold"
     (run / "run.json").write_text("{}")
     untrained(run / "null")
     shutil.copytree(fold, run / "consolidated")
-    assert fold_models(run) == alone, "another run, or a model put there by hand, is no fold"
+    assert fold_models(run) == models, "another run, or a model copied there by hand, is not a fold"
     shutil.rmtree(run / "null")
     with pytest.raises(DataError, match=r"sweep/run: its run is not finished"):
         cfusion("predict", files.shards, "--model", tmp_path / "sweep", "--json")

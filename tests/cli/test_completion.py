@@ -46,13 +46,13 @@ def test_commands_options_and_values_complete(line, offered):
 
 def test_without_arguments_five_commands_are_taught_by_example():
     done = cfusion()
-    told = done.stdout + done.stderr
+    output = done.stdout + done.stderr
     for example in (
         "cfusion demo", "cfusion preprocess slides/ --store", "cfusion preprocess shard features --out",
         "cfusion train study.yaml", "cfusion explain a.svs --model",
     ):  # fmt: skip
-        assert example in told
-    assert max(map(len, told.splitlines())) <= 80
+        assert example in output
+    assert max(map(len, output.splitlines())) <= 80
 
 
 def commands(command, path=()):

@@ -98,8 +98,8 @@ def test_a_slide_is_preprocessed_and_explained(explained):
 def test_a_store_gives_the_same_scores_as_the_slide(explained, run, slides, tmp_path):
     result = call(explained / "features", "--slides", slides, "--model", run / "fold_0", "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    whole, one = read_explanation(explained / "planted"), read_explanation(tmp_path / "planted")
-    assert one.risks == whole.risks[:1]
+    full, one = read_explanation(explained / "planted"), read_explanation(tmp_path / "planted")
+    assert one.risks == full.risks[:1]
     assert (tmp_path / "planted/gallery/x5.png").is_file()
 
 
@@ -121,16 +121,16 @@ def test_a_registered_model_explains_as_the_folder_it_came_from(made_up):
     from cfusion.tracking.model_registry import register_ensemble
 
     client = connect(f"sqlite:///{made_up / 'mlflow.db'}")
-    register_ensemble(client, client.create_run("0").info.run_id, made_up / "run", "whole", {"cohort": "made_up"})
+    register_ensemble(client, client.create_run("0").info.run_id, made_up / "run", "made_up", {"cohort": "made_up"})
     options = ("--slide", "b", "--out", made_up / "out")
-    named = ("--model", "models:/whole@candidate", "--uri", client.tracking_uri)
+    named = ("--model", "models:/made_up@candidate", "--uri", client.tracking_uri)
     result = call(made_up / "store", *named, *options)
     assert result.exit_code == 0, result.output
     registered = read_explanation(made_up / "out" / "b")
     assert call(made_up / "store", "--model", made_up / "run", *options).exit_code == 0
     assert read_explanation(made_up / "out" / "b").risks == registered.risks
-    error = refusal(made_up / "store", "--model", "models:/whole@champion", "--uri", client.tracking_uri, *options)
-    assert "has no version champion of a model whole" in str(error)
+    error = refusal(made_up / "store", "--model", "models:/made_up@champion", "--uri", client.tracking_uri, *options)
+    assert "has no version champion of a model made_up" in str(error)
 
 
 def test_a_slide_that_cannot_be_explained_does_not_stop_the_others(made_up):
@@ -161,7 +161,7 @@ def test_a_magnification_that_the_model_or_the_store_lacks_is_refused(made_up):
     assert "Extract the slides at 40,20,10" in str(error)
 
 
-def test_imported_features_without_coordinates_are_told_what_import_has_them(made_up):
+def test_the_error_for_imported_features_without_coordinates_names_an_import_that_has_them(made_up):
     published = slide_features("p", 2, 8, np.random.default_rng(1))
     attrs = {"encoder": "made-up", "imported_from": "published"}
     write_slide(made_up / "imported", dataclasses.replace(published, coords={}, parents={}, attrs=attrs))

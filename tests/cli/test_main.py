@@ -62,26 +62,26 @@ def test_what_would_run_is_printed_and_nothing_is_written(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("train.epoch=3", "unknown key train.epoch. Did you mean train.epochs?"),
         ("data.shards=nowhere", "nowhere"),
         ("cohort.table=nothing.csv", "nothing.csv"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(config, tmp_path, override, told):
+def test_bad_input_is_one_line_and_exit_code_2(config, tmp_path, override, message):
     done = cfusion("train", config, override)
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert told in lines[0]
+    assert message in lines[0]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_a_whole_run_alone_and_under_torchrun_gives_the_same_c(config, tmp_path):
-    alone = cfusion("train", config, "parallel.precision=f64", OMP_NUM_THREADS="1")
-    assert alone.returncode == 0, alone.stderr
+def test_a_complete_run_gives_the_same_c_with_and_without_torchrun(config, tmp_path):
+    single = cfusion("train", config, "parallel.precision=f64", OMP_NUM_THREADS="1")
+    assert single.returncode == 0, single.stderr
     assert (tmp_path / "run" / "report" / "index.html").is_file()
     output = tmp_path / "world"
     launched = subprocess.run(
@@ -97,7 +97,7 @@ def test_a_whole_run_alone_and_under_torchrun_gives_the_same_c(config, tmp_path)
         [float(line.split(",")[first[0].split(",").index("risk")]) for line in lines[1:]] for lines in (first, second)
     ]
     assert risks[1] == pytest.approx(risks[0], abs=1e-9)
-    assert launched.stdout.count("pooled C") == 1, "rank 0 alone speaks"
+    assert launched.stdout.count("pooled C") == 1, "only rank 0 prints"
 
 
 def test_a_run_on_permuted_outcomes_ends_well_and_says_what_it_is(config, tmp_path):
@@ -114,7 +114,7 @@ def test_doctor_says_what_is_here():
     assert "FAIL" not in done.stdout
 
 
-def test_a_slide_without_resolution_is_told_the_option_that_supplies_it(shared, tmp_path):
+def test_the_error_for_a_slide_without_resolution_names_the_option_that_supplies_it(shared, tmp_path):
     slide = shared / "slides" / "tcga-cr-7395-01a-01-ts1.svs"
     done = cfusion("preprocess", slide, "--store", tmp_path / "features")
     assert done.returncode != 0
@@ -125,7 +125,7 @@ def test_a_slide_without_resolution_is_told_the_option_that_supplies_it(shared, 
     assert (tmp_path / "features" / "stain-texture" / f"{slide.stem}.zarr").is_dir()
 
 
-def test_a_real_slide_goes_the_whole_way_to_shards(shared, tmp_path):
+def test_a_real_slide_is_extracted_and_packed_into_shards(shared, tmp_path):
     done = cfusion("preprocess", shared / "slides" / "cmu_small_region.svs", "--store", tmp_path / "features")
     assert done.returncode == 0, done.stderr + done.stdout
     done = cfusion("preprocess", "shard", tmp_path / "features", "--out", tmp_path / "shards")
@@ -134,7 +134,7 @@ def test_a_real_slide_goes_the_whole_way_to_shards(shared, tmp_path):
     assert done.returncode == 0, done.stderr + done.stdout
 
 
-def test_an_output_that_cannot_be_a_folder_is_told(config, tmp_path):
+def test_an_output_that_cannot_be_a_folder_is_refused(config, tmp_path):
     (tmp_path / "taken").touch()
     sweep = tmp_path / "sweep.yaml"
     base = yaml.safe_load(config.read_text())
@@ -159,9 +159,9 @@ def test_a_full_disk_ends_in_a_line(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as left:
         main.run()
     assert left.value.code == 2
-    told = capsys.readouterr().err
+    written = capsys.readouterr().err
     assert (
-        told == f"error: {tmp_path}/summary.csv: No space left on device. Make room; the same command goes on from "
+        written == f"error: {tmp_path}/summary.csv: No space left on device. Make room; the same command goes on from "
         "what is whole.\n"
     )
 

@@ -38,7 +38,7 @@ def test_int8_says_its_error(store, tmp_path):
     assert "int8: root mean square error at most 0." in result.output
 
 
-def test_damage_is_listed_with_the_slides_that_are_whole(store, tmp_path):
+def test_damage_is_listed_with_the_intact_slides(store, tmp_path):
     call("shard", store, "--out", tmp_path / "shards")
     index = ShardDataset.open(tmp_path / "shards").index
     sample = index.samples[2]
@@ -68,7 +68,7 @@ def test_a_size_without_sense_is_refused(store, tmp_path, size):
     assert "such as 500MB, 1GB or 4GiB" in str(result.exception)
 
 
-def test_no_store_is_told(tmp_path):
+def test_a_missing_store_is_refused(tmp_path):
     result = call("shard", tmp_path / "nowhere", "--out", tmp_path / "shards")
     assert isinstance(result.exception, DataError)
     assert not (tmp_path / "shards").exists()

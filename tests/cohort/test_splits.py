@@ -213,8 +213,8 @@ def test_bad_split_files(tmp_path: Path, text: str, message: str) -> None:
 def test_one_selected_fold_equals_that_fold_of_all(tcga: Path):
     cohort = cohort_of(tcga, "blca")
     config = SplitsConfig(directory=tcga / "splits/tcga_blca")
-    whole = make_splits(cohort, config)
-    assert make_splits(cohort, config.model_copy(update={"fold": 3})) == [whole[3]]
+    all_folds = make_splits(cohort, config)
+    assert make_splits(cohort, config.model_copy(update={"fold": 3})) == [all_folds[3]]
     with pytest.raises(ConfigError, match=r"splits\.fold=5: no such fold; expected 0 to 4"):
         make_splits(cohort, config.model_copy(update={"fold": 5}))
 

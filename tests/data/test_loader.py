@@ -120,12 +120,12 @@ def test_neither_threads_nor_memory_nor_caches_change_a_batch(dataset, bags, con
 
 
 def test_sampled_tiles_keep_their_parents_and_their_number(dataset, bags):
-    whole = stream(dataset, bags, [[i] for i in range(6)])
+    unsampled = stream(dataset, bags, [[i] for i in range(6)])
     drawn = stream(dataset, bags, [[i] for i in range(6)], max_tiles=40)
-    for full, part in zip(whole, drawn, strict=True):
+    for full, part in zip(unsampled, drawn, strict=True):
         assert part.features["x20"].shape[1] == 40
         for name in ("x20", "x10", "x5"):
-            # Each kept row is a row of the whole bag, at its own place, and in the bag's order.
+            # Each kept row is a row of the full bag, with its position, and in the bag's order.
             rows = [
                 (full.features[name][0] == row).all(dim=1).nonzero()[:, 0].tolist() for row in part.features[name][0]
             ]
@@ -139,7 +139,7 @@ def test_sampled_tiles_keep_their_parents_and_their_number(dataset, bags):
         assert above == {tuple(p) for p in part.positions["x5"][0].tolist()}
 
 
-def test_tiles_are_drawn_anew_each_epoch_and_not_in_evaluation(dataset, bags):
+def test_tiles_are_resampled_each_epoch_and_not_sampled_in_evaluation(dataset, bags):
     first, again = (stream(dataset, bags, [[0]], max_tiles=20, epoch=1)[0].features["x20"] for _ in range(2))
     other = stream(dataset, bags, [[0]], max_tiles=20, epoch=2)[0].features["x20"]
     assert torch.equal(first, again)
@@ -152,8 +152,8 @@ def test_tiles_are_drawn_anew_each_epoch_and_not_in_evaluation(dataset, bags):
 def test_every_tile_is_drawn_about_equally_often(dataset, bags):
     total, most = bags[0].tiles["x20"], 24
     counts = torch.zeros(total)
-    whole = stream(dataset, bags, [[0]])[0].positions["x20"][0]
-    places = {tuple(place): row for row, place in enumerate(whole.tolist())}
+    unsampled = stream(dataset, bags, [[0]])[0].positions["x20"][0]
+    places = {tuple(place): row for row, place in enumerate(unsampled.tolist())}
     epochs = 400
     for epoch in range(epochs):
         (batch,) = stream(dataset, bags, [[0]], max_tiles=most, epoch=epoch)
@@ -173,18 +173,18 @@ def test_tiles_without_parents_are_drawn_in_the_same_proportion(tmp_path):
     assert batch.positions is None
 
 
-def test_tiles_of_a_magnification_that_stands_alone_are_drawn(dataset):
+def test_tiles_of_a_single_magnification_are_sampled(dataset):
     bags = make_bags(dataset, {"c": ["s0", "s1"]}, "case", (5.0,))
     loader = BagLoader(dataset, bags, DataConfig(max_tiles=3), magnifications=(5.0,), seed=0)
     (batch,) = loader.stream([[0]], epoch=0, training=True)
-    (whole,) = loader.stream([[0]], epoch=0, training=False)
-    rows = [(whole.features["x5"][0] == row).all(dim=1).nonzero().item() for row in batch.features["x5"][0]]
+    (unsampled,) = loader.stream([[0]], epoch=0, training=False)
+    rows = [(unsampled.features["x5"][0] == row).all(dim=1).nonzero().item() for row in batch.features["x5"][0]]
     assert rows == sorted(set(rows))
     assert len(rows) == 3
 
 
-def test_feature_dropout_zeroes_the_same_channels_of_a_whole_bag_and_keeps_the_mean(dataset, bags):
-    whole = stream(dataset, bags, [[0, 1]])[0]
+def test_feature_dropout_zeroes_the_same_channels_throughout_a_bag_and_keeps_the_mean(dataset, bags):
+    unsampled = stream(dataset, bags, [[0, 1]])[0]
     share, epochs = 0.25, 300
     kept = torch.zeros(epochs, 2, 8)
     for epoch in range(epochs):
@@ -195,7 +195,7 @@ def test_feature_dropout_zeroes_the_same_channels_of_a_whole_bag_and_keeps_the_m
                 zero = (batch.features[name][bag][rows] == 0).all(dim=0)
                 kept[epoch, bag] = (~zero).float()
                 factor = torch.where(zero, 0.0, 1 / (1 - share))
-                torch.testing.assert_close(batch.features[name][bag], whole.features[name][bag] * factor)
+                torch.testing.assert_close(batch.features[name][bag], unsampled.features[name][bag] * factor)
             assert torch.equal((batch.features["x20"][bag] == 0).all(dim=0), zero)
     assert abs(kept.mean().item() - (1 - share)) < 0.03
     assert not torch.equal(kept[:, 0], kept[:, 1])

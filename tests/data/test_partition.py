@@ -17,7 +17,7 @@ def keys(n):
 
 @settings(deadline=None, max_examples=300)
 @given(COSTS, st.integers(1, 33), st.integers(1, 5))
-def test_deal_gives_every_bag_once_in_equally_many_passes(costs, world, micro):
+def test_distribute_gives_every_bag_once_in_equally_many_passes(costs, world, micro):
     distributed = distribute(costs, world, micro)
     assert len(distributed) == world
     assert len({len(batches) for batches in distributed}) == 1
@@ -42,9 +42,9 @@ def test_deal_gives_every_bag_once_in_equally_many_passes(costs, world, micro):
 def test_resuming_at_another_world_size_repeats_the_global_batches(n, batch, seen, worlds):
     order = epoch_order(keys(n), seed=3, epoch=2)
     assert sorted(order) == list(range(n))
-    whole = global_batches(order, batch)
+    full = global_batches(order, batch)
     resumed = global_batches(order[seen * batch :], batch)
-    assert [b.tolist() for b in whole[seen:]] == [b.tolist() for b in resumed]
+    assert [b.tolist() for b in full[seen:]] == [b.tolist() for b in resumed]
     costs = np.random.default_rng(n).lognormal(size=n)
     for step in resumed:
         read = [
@@ -62,10 +62,10 @@ def test_resuming_at_another_world_size_repeats_the_global_batches(n, batch, see
 
 @settings(deadline=None, max_examples=100)
 @given(n=st.integers(1, 60), data=st.data())
-def test_the_order_of_a_part_is_its_order_in_the_whole(n, data):
+def test_the_order_of_a_subset_is_its_order_in_the_full_set(n, data):
     part = data.draw(st.lists(st.sampled_from(keys(n)), unique=True))
-    whole = [keys(n)[i] for i in epoch_order(keys(n), seed=3, epoch=4)]
-    assert [part[i] for i in epoch_order(part, seed=3, epoch=4)] == [key for key in whole if key in part]
+    full = [keys(n)[i] for i in epoch_order(keys(n), seed=3, epoch=4)]
+    assert [part[i] for i in epoch_order(part, seed=3, epoch=4)] == [key for key in full if key in part]
 
 
 def test_orders_differ_by_epoch_and_seed_and_are_fixed():
@@ -140,7 +140,7 @@ def test_cost_counts_the_tiles_that_are_drawn():
     assert bag_cost(tiles, max_tiles=5000) == bag_cost(tiles)
 
 
-def test_an_empty_batch_has_nothing_to_deal():
+def test_an_empty_batch_has_nothing_to_distribute():
     assert distribute([], 3) == [[], [], []]
 
 

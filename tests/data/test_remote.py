@@ -165,7 +165,7 @@ def test_a_cache_folder_that_cannot_be_written_to_is_named_with_its_setting(serv
         dataset.read("s0.A", ["x20"])
 
 
-def test_a_damaged_cached_file_is_fetched_anew(server, slides, tmp_path):
+def test_a_damaged_cached_file_is_fetched_again(server, slides, tmp_path):
     assert_same(ShardDataset.open(server.url, cache_directory=tmp_path / "cache"), slides)
     for path in (tmp_path / "cache").glob("[0-9a-f]*"):
         path.write_bytes(path.read_bytes()[:-1] + b"\x07")
@@ -186,7 +186,7 @@ def test_a_shard_that_is_wrong_on_the_server_is_named(server, tmp_path):
         dataset.read("s0.A", ["x20"])
 
 
-def test_a_server_without_ranges_is_told_so(server, tmp_path):
+def test_a_server_without_range_requests_is_refused(server, tmp_path):
     dataset = ShardDataset.open(server.url, cache_directory=tmp_path / "cache")
     server.ignores_ranges = True
     with pytest.raises(DataError, match="must answer range requests"):
@@ -218,7 +218,7 @@ def test_an_index_with_a_path_writes_nothing(server, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_whole_epoch_is_streamed_once_through_webdataset(server, slides, tmp_path):
+def test_a_complete_epoch_is_streamed_once_through_webdataset(server, slides, tmp_path):
     dataset = ShardDataset.open(server.url, cache_directory=tmp_path / "cache")
     server.faults.extend(["", "cut", "busy"])
     seen = dict(dataset.samples())
@@ -268,7 +268,7 @@ def test_a_stream_of_another_tar_is_refused(server, tmp_path):
 @pytest.mark.parametrize(
     "damage", [lambda d: d[:900], lambda d: b"\x1f\x8b" + d[2:], lambda d: bytes(len(d)), lambda d: b"?" * 9]
 )
-def test_a_stream_that_is_no_whole_tar_is_named(server, tmp_path, damage):
+def test_a_stream_that_is_not_a_complete_tar_is_named(server, tmp_path, damage):
     dataset = ShardDataset.open(server.folder, cache_directory=tmp_path / "cache")
     path = server.folder / dataset.index.shards[1].name
     path.write_bytes(damage(path.read_bytes()))
@@ -276,7 +276,7 @@ def test_a_stream_that_is_no_whole_tar_is_named(server, tmp_path, damage):
         list(dataset.samples())
 
 
-def test_a_stream_from_a_server_that_goes_away_is_told_as_any_reading(server, tmp_path):
+def test_a_stream_from_a_server_that_goes_away_fails_as_other_reads_do(server, tmp_path):
     dataset = ShardDataset.open(server.url, cache_directory=tmp_path / "cache")
     server.faults.extend(["busy"] * 50)
     with pytest.raises(DataError, match=r"shard-000000\.tar: failed 6 times.*503") as caught:

@@ -1,4 +1,4 @@
-"""The feature store: what is written is read back, whole or not at all."""
+"""Test the feature store: slides read back as written, and a failed write leaves nothing."""
 
 import dataclasses
 import threading
@@ -54,7 +54,7 @@ def test_layout_is_zarr_v3_in_uncompressed_chunks_of_1024_rows(tmp_path):
     assert (path / "x20/features/c/0/0").stat().st_size == 1024 * 8 * 2
 
 
-def test_attributes_are_those_of_a_group_that_is_there(tmp_path):
+def test_attributes_are_those_of_an_existing_group(tmp_path):
     store = FeatureStore(tmp_path / "e")
     assert store.attrs_if_complete("a") is None
     path = write_slide(tmp_path, made_features())
@@ -63,7 +63,7 @@ def test_attributes_are_those_of_a_group_that_is_there(tmp_path):
     assert store.attrs_if_complete("a") is None
 
 
-def test_a_slide_is_replaced_whole_and_a_failed_write_leaves_nothing(tmp_path):
+def test_a_slide_is_replaced_completely_and_a_failed_write_leaves_nothing(tmp_path):
     write_slide(tmp_path, made_features(dim=8))
     write_slide(tmp_path, made_features(dim=4))
     assert FeatureStore.open(tmp_path).read("a").features["x5"].shape == (300, 4)

@@ -1,4 +1,4 @@
-"""Threads beside training must not start an OpenMP team of their own."""
+"""Test that thread pools that run during training do not start their own OpenMP team."""
 
 import subprocess
 import sys

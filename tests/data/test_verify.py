@@ -49,13 +49,13 @@ def rewrite_tar(folder, extra, content=b""):
     edit_index(folder, lambda value: value["shards"][0].update(size=path.stat().st_size))
 
 
-def test_whole_shards_have_no_problems(folder):
+def test_intact_shards_have_no_problems(folder):
     result = verify_shards(folder)
     assert result.problems == ()
     assert sorted(result.good) == [f"s{i}" for i in range(8)]
 
 
-def test_names_that_are_long_or_odd_are_whole(tmp_path):
+def test_long_and_odd_names_verify(tmp_path):
     names = ["a" * 180, "../up", "naïve ~ (1)%." * 12, "s"]
     pack_store(MemoryStore([make_slide(name) for name in names]), tmp_path)
     result = verify_shards(tmp_path)
@@ -110,7 +110,7 @@ def test_the_index_of_another_tar_is_refused(folder, tmp_path):
     assert verify_shards(folder).good == ()
 
 
-def test_swapped_tars_are_told(folder):
+def test_swapped_tars_are_reported(folder):
     first, second = folder / "shard-000000.tar", folder / "shard-000001.tar"
     data = first.read_bytes()
     first.write_bytes(second.read_bytes())
@@ -173,7 +173,7 @@ def pax(header):
 
 
 @pytest.mark.parametrize("damage", [lambda h: h[:20] + b"\1" + h[21:], negative_size, pax, lambda _: bytes(512)])
-def test_a_damaged_header_costs_its_own_slide_alone(folder, damage):
+def test_a_damaged_header_costs_only_its_own_slide(folder, damage):
     index = read_index(folder)
     mates = [s for s in index.samples if s.shard == 0]
     assert len(mates) > 1
@@ -202,9 +202,9 @@ def test_an_extended_header_of_nonsense_is_named(folder, records):
 
 def test_names_from_a_tar_cannot_speak_to_the_terminal(folder):
     rewrite_tar(folder, tarfile.TarInfo("\x1b[2J\nwhole: s9.npy"))
-    told = [str(p) for p in verify_shards(folder).problems]
-    assert any(r"\x1b[2J\nwhole: s9.npy" in line for line in told)
-    assert all(line.isprintable() for line in told)
+    reported = [str(p) for p in verify_shards(folder).problems]
+    assert any(r"\x1b[2J\nwhole: s9.npy" in line for line in reported)
+    assert all(line.isprintable() for line in reported)
 
 
 def test_an_index_that_claims_more_than_memory_can_hold_is_refused(folder):
@@ -225,7 +225,7 @@ def test_an_index_that_claims_more_than_memory_can_hold_is_refused(folder):
 
 
 @pytest.mark.parametrize("change", [lambda m: m.pop("x10.npy"), lambda m: m["x10.npy"].update(shape=[24, 4])])
-def test_a_slide_that_contradicts_the_index_costs_itself_alone(folder, change):
+def test_a_slide_that_contradicts_the_index_costs_only_itself(folder, change):
     edit_index(folder, lambda value: change(value["samples"][2]["members"]))
     slide_id = json.loads((folder / "index.json").read_text())["samples"][2]["slide_id"]
     with pytest.raises(DataError, match=rf"index\.json: slide {slide_id}, member x10\.npy: is .*preprocess verify"):

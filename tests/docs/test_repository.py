@@ -55,7 +55,7 @@ def test_actions_are_pinned_and_commands_name_files_that_exist(workflow):
 
 
 @pytest.mark.parametrize("container", CONTAINERS, ids=lambda p: p.name)
-def test_a_container_copies_what_is_there_and_all_that_is_installed(container):
+def test_a_container_copies_existing_files_and_all_that_is_installed(container):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     sources = copied(container)
     assert all((ROOT / source).exists() for source in sources)

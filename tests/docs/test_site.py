@@ -54,7 +54,7 @@ def read(page: Path) -> Links:
 
 
 @pytest.mark.timeout(400)
-def test_pages_fetch_nothing_from_elsewhere_and_link_to_what_is_there(site):
+def test_pages_fetch_nothing_from_elsewhere_and_have_no_dead_links(site):
     pages = {page: read(page) for page in site.rglob("*.html")}
     assert len(pages) > 30
     for page, links in pages.items():
@@ -71,7 +71,7 @@ def test_pages_fetch_nothing_from_elsewhere_and_link_to_what_is_there(site):
                 assert anchor in pages[target].anchors, f"{page.relative_to(site)} links to {link}"
 
 
-def test_every_command_option_and_setting_is_there(site):
+def test_every_command_option_and_setting_is_documented(site):
     import typer
 
     from cfusion.cli.main import app

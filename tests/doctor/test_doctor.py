@@ -19,7 +19,7 @@ def only(monkeypatch, name):
     return found
 
 
-def test_a_server_that_does_not_answer_is_told_without_its_password(monkeypatch):
+def test_a_server_that_does_not_answer_is_reported_without_its_password(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:word@127.0.0.1:{free_port()}")
     found = only(monkeypatch, "mlflow server")
     assert not found.passed
@@ -28,12 +28,12 @@ def test_a_server_that_does_not_answer_is_told_without_its_password(monkeypatch)
     assert "word" not in found.told
 
 
-def test_a_tracking_database_that_is_there_is_ok(monkeypatch, tmp_path):
+def test_an_existing_tracking_database_is_ok(monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     assert only(monkeypatch, "mlflow server").passed
 
 
-def test_slurm_is_told_by_its_version_or_by_what_is_missing(monkeypatch, tmp_path):
+def test_slurm_is_reported_by_its_version_or_its_missing_commands(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "sbatch, srun, scontrol not on the PATH" in only(monkeypatch, "slurm").told
     for name in ("sbatch", "srun", "scontrol"):
@@ -60,7 +60,7 @@ def test_deepspeed_is_imported_for_real(monkeypatch):
 
 
 @pytest.mark.parametrize("disk_is_ahead", [True, False])
-def test_a_clock_that_is_apart_from_the_disks_is_told(monkeypatch, disk_is_ahead):
+def test_a_clock_that_differs_from_the_disks_is_reported(monkeypatch, disk_is_ahead):
     real = doctor.time.time
     monkeypatch.setattr(doctor.time, "time", lambda: real() + (-60 if disk_is_ahead else 60))
     found = only(monkeypatch, "clock")
@@ -73,7 +73,7 @@ def test_the_bus_bandwidth_is_what_nccl_tests_print():
     assert bus_bandwidth(8, 1_000_000_000, 0.01) == pytest.approx(175e9)
 
 
-def test_a_world_of_two_is_checked_and_rank_0_alone_speaks(tmp_path):
+def test_a_world_of_two_is_checked_and_only_rank_0_prints(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(
         [*command, "-m", "cfusion", "doctor"],

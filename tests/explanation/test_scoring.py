@@ -77,9 +77,9 @@ def test_small_and_large_batches_give_the_same_risks(folds, monkeypatch):
     bag, lineage = slide_bag(slide, folds.models[0]), Lineage(slide, ["x20", "x10", "x5"])
     rng = np.random.default_rng(1)
     keeps = [partial(lineage.without, "x5", rng.random(6) < 0.5) for _ in range(9)]
-    whole = risks_without(folds.models[0].module, bag, keeps)
+    full = risks_without(folds.models[0].module, bag, keeps)
     monkeypatch.setattr("cfusion.explanation.removal.TOKEN_BUDGET", 1)
-    np.testing.assert_allclose(whole, risks_without(folds.models[0].module, bag, keeps), atol=1e-5)
+    np.testing.assert_allclose(full, risks_without(folds.models[0].module, bag, keeps), atol=1e-5)
 
 
 def test_the_only_cell_cannot_be_removed(folds):
@@ -133,11 +133,11 @@ def test_many_cells_are_removed_in_squares(folds):
     assert len(set(found[corner])) == 1
     assert len(set(found)) <= 5
     bag, lineage = slide_bag(slide, folds.models[0]), Lineage(slide, ["x20", "x10", "x5"])
-    whole, without = (
+    full, without = (
         risks_without(folds.models[0].module, bag, [partial(lineage.without, "x5", gone)])[0]
         for gone in (np.zeros(12, bool), corner)
     )
-    assert found[corner].sum() == pytest.approx(whole - without, abs=1e-5)
+    assert found[corner].sum() == pytest.approx(full - without, abs=1e-5)
 
 
 def test_a_spatial_grid_is_explained_where_tiles_lie(tmp_path):

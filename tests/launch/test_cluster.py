@@ -213,8 +213,8 @@ def test_a_job_that_is_warned_saves_queues_itself_again_and_ends_as_if_undisturb
         (srun,) = [p for p in psutil.Process(submitted.pid).children(recursive=True) if p.name() == "srun"]
         for process in srun.children(recursive=True):  # SLURM signals every process of the step
             process.send_signal(signal.SIGUSR1)
-        told, _ = submitted.communicate(timeout=PATIENCE)
-    assert re.findall(r"left with (\d+)", told.decode()) == ["75", "0"], (tmp_path / f"{job.name}-4711.out").read_text()
+        log, _ = submitted.communicate(timeout=PATIENCE)
+    assert re.findall(r"left with (\d+)", log.decode()) == ["75", "0"], (tmp_path / f"{job.name}-4711.out").read_text()
     assert (job.output / "done.json").exists()
     assert run_here(planned(files, tmp_path / "calm", nodes=2, pause=0)) == 0
     assert numbers(job.output) == numbers(tmp_path / "calm")
@@ -226,11 +226,11 @@ def test_a_job_whose_input_is_bad_is_not_queued_again(files, tmp_path, slurm):
     Path(job.command[1]).write_text("data: {shards: nowhere}\n")
     job.output.mkdir(parents=True)
     (job.output / "done.json").write_text("{}")  # of another run
-    told = submit_slurm(slurm_script(job, SlurmOptions()), tmp_path / "job.sbatch")
-    assert re.findall(r"left with (\d+)", told) == ["2"], (tmp_path / f"{job.name}-4711.out").read_text()
+    log = submit_slurm(slurm_script(job, SlurmOptions()), tmp_path / "job.sbatch")
+    assert re.findall(r"left with (\d+)", log) == ["2"], (tmp_path / f"{job.name}-4711.out").read_text()
 
 
-def test_sbatch_that_is_missing_or_refuses_is_told(config, slurm, monkeypatch):
+def test_sbatch_that_is_missing_or_refuses_is_reported(config, slurm, monkeypatch):
     script = slurm_script(plan(config), SlurmOptions())
     (slurm / "sbatch").write_text("#!/bin/sh\necho 'Invalid account' >&2\nexit 1\n")
     with pytest.raises(CfusionError, match=r"sbatch refused job\.sbatch: Invalid account"):
@@ -268,7 +268,7 @@ def test_kubernetes_starts_again_what_wants_it_and_nothing_else(config):
     assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never", "as podFailurePolicy needs it"
 
 
-def test_kubernetes_ends_a_job_after_hours_that_were_given_alone(config):
+def test_kubernetes_ends_a_job_only_after_hours_that_were_given(config):
     def deadline(**resources: float) -> int | None:
         manifest = k8s_manifest(plan(config, **resources), K8sOptions("cfusion:1", "data"))
         return list(yaml.safe_load_all(manifest))[1]["spec"].get("activeDeadlineSeconds")
@@ -290,7 +290,7 @@ def test_the_nodes_codes_make_one(codes, code):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["slurm", "--gpus", "8", "--partition", "gpu"], "#SBATCH --partition=gpu"),
         (["k8s", "--image", "cfusion:1", "--claim", "data"], "kind: Job"),
@@ -298,12 +298,12 @@ def test_the_nodes_codes_make_one(codes, code):
         (["local", "--processes", "2"], "--nproc-per-node 2"),
     ],
 )
-def test_a_dry_run_shows_and_writes_what_would_be_started(config, tmp_path, arguments, told):
+def test_a_dry_run_shows_and_writes_what_would_be_started(config, tmp_path, arguments, expected):
     out = tmp_path / "out" / "job"
     result = CliRunner().invoke(
         app, ["launch", *arguments, str(config), "train.epochs=2", "--nodes", "2", "--dry-run", "--out", str(out)]
     )
     assert result.exit_code == 0, result.output
-    assert told in result.output
+    assert expected in result.output
     assert out.read_text() == result.output
     assert "train.epochs=2" in result.output

@@ -110,7 +110,7 @@ def test_a_run_waits_for_a_replacement_where_fewer_nodes_cannot_share_the_batch(
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_alone_is_started_again_also_by_torchrun_without_a_plan(files, tmp_path):
+def test_a_single_process_that_dies_is_restarted_also_by_torchrun_without_a_plan(files, tmp_path):
     run = planned(files, tmp_path / "run", nodes=1)
     standalone = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", *run.command]
     agent = subprocess.Popen([sys.executable, "-m", "launch.torchrun", *standalone], start_new_session=True)
@@ -146,7 +146,7 @@ def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(files, tmp_path)
     assert numbers(plan.output) == numbers(tmp_path / "calm")
 
 
-def test_bad_input_is_told_once_and_not_tried_again(files, tmp_path, capfd):
+def test_bad_input_is_reported_once_and_not_retried(files, tmp_path, capfd):
     plan = planned(files, tmp_path / "run", nodes=1)
     path = plan.output.with_suffix(".yaml")
     path.write_text(path.read_text().replace("encoder: made-up", "encoder: another"))

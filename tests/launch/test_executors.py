@@ -196,7 +196,7 @@ with graceful_stop():
 
 def test_a_signal_after_ray_has_ended_asks_for_a_stop():
     pytest.importorskip("ray")
-    # A process of its own: Ray leaves the signal to the system, which ends the process.
+    # In a separate process: Ray restores the default signal action, which ends the process.
     ended = subprocess.run([sys.executable, "-c", AFTER_RAY], cwd=ROOT, check=False, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
 
@@ -305,27 +305,27 @@ def test_asked_to_stop_the_command_leaves_the_array_to_slurm_and_the_same_comman
     assert (slurm / "calls").read_text() == "\n"
 
 
-def test_slurm_where_there_is_none_is_told(files, tmp_path, monkeypatch):
+def test_missing_slurm_is_reported(files, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"there is no sbatch here\. Run it where jobs are submitted"):
         run_all(planned(files, tmp_path), Execution("slurm"), tmp_path)
 
 
-def test_a_ray_cluster_that_is_not_there_is_told(files, tmp_path):
+def test_a_missing_ray_cluster_is_reported(files, tmp_path):
     pytest.importorskip("ray")
     with pytest.raises(DataError, match=r"no Ray cluster at 127\.0\.0\.1:1\. Start one with ray start"):
         run_all(planned(files, tmp_path), Execution("ray", address="127.0.0.1:1"), tmp_path)
 
 
 @pytest.mark.parametrize("address", ["bogus", "host:99999", "ray://host", "http://host:8265", ""])
-def test_what_is_no_address_of_a_ray_cluster_is_told_what_one_looks_like(files, tmp_path, monkeypatch, address):
+def test_the_error_for_an_invalid_ray_address_shows_valid_ones(files, tmp_path, monkeypatch, address):
     pytest.importorskip("ray")
-    told = rf"={re.escape(address)} is no address of a Ray cluster\. Give HOST:6379, ray://HOST:10001, auto .* local"
-    with pytest.raises(ConfigError, match=f"--ray-address{told}"):
+    message = rf"={re.escape(address)} is no address of a Ray cluster\. Give HOST:6379, ray://HOST:10001, auto .* local"
+    with pytest.raises(ConfigError, match=f"--ray-address{message}"):
         run_all(planned(files, tmp_path), Execution("ray", address=address), tmp_path)
     if address:
         monkeypatch.setenv("RAY_ADDRESS", address)
-        with pytest.raises(ConfigError, match=f"RAY_ADDRESS{told}"):
+        with pytest.raises(ConfigError, match=f"RAY_ADDRESS{message}"):
             run_all(planned(files, tmp_path), Execution("ray", address="auto"), tmp_path)
 
 
@@ -359,9 +359,9 @@ def test_an_executor_that_is_not_installed_is_named(files, tmp_path, monkeypatch
 def test_torchrun_inside_a_run(files, expected, tmp_path):
     runs = planned(files, tmp_path)[:1]
     run_all(runs, Execution(processes=2), tmp_path)
-    alone, together = (pd.read_csv(io.BytesIO(text)) for text in (expected[0], predictions(runs)[0]))
-    assert together["case_id"].tolist() == alone["case_id"].tolist()
-    assert together["risk"].to_numpy() == pytest.approx(alone["risk"].to_numpy(), abs=1e-3)
+    single, together = (pd.read_csv(io.BytesIO(text)) for text in (expected[0], predictions(runs)[0]))
+    assert together["case_id"].tolist() == single["case_id"].tolist()
+    assert together["risk"].to_numpy() == pytest.approx(single["risk"].to_numpy(), abs=1e-3)
     cost = attempts(runs[0].config.output)[-1]
     assert cost["outcome"] == "done"
     assert cost["cpu_s"] > 1
@@ -402,22 +402,22 @@ def test_a_run_that_another_process_trains_is_left_to_it(files, tmp_path):
 @pytest.mark.slow
 def test_two_sweeps_at_once_train_every_run_once(files, expected, tmp_path):
     runs = planned(files, tmp_path)
-    told: list[str] = []
+    messages: list[str] = []
 
     def other() -> None:
         try:
             run_all(runs, Execution(), tmp_path)
         except PartialResultError as error:
-            told.append(error.message)
+            messages.append(error.message)
 
     second = threading.Thread(target=other)
     second.start()
     try:
         run_all(runs, Execution(), tmp_path)
     except PartialResultError as error:
-        told.append(error.message)
+        messages.append(error.message)
     second.join()
-    assert all("left to another sweep" in word for word in told)
+    assert all("left to another sweep" in message for message in messages)
     assert predictions(runs) == expected
     assert [len(attempts(run.config.output)) for run in runs] == [1, 1]
 

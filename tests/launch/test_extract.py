@@ -31,7 +31,7 @@ def statuses(summary) -> dict[str, str]:
 ALL = {"broken": "failed", "s0": "done", "s1": "done", "s2": "done"}
 
 
-def test_shares_are_disjoint_and_whole(config: PreprocessConfig):
+def test_shares_are_disjoint_and_complete(config: PreprocessConfig):
     first = preprocess_slides(config, share=(0, 2))
     assert statuses(first) == {"broken": "failed", "s1": "done"}
     assert first.table.name == "summary-0-of-2.csv"
@@ -86,7 +86,7 @@ def test_tasks_of_a_ray_cluster(config: PreprocessConfig, ray_on_loopback, tmp_p
         fan_out(config.model_copy(update={"encoders": ("none",)}), FanOut("ray", tasks=2))
 
 
-def test_a_lost_share_is_started_again_and_then_told(config: PreprocessConfig, monkeypatch, caplog):
+def test_a_lost_share_is_restarted_and_then_reported(config: PreprocessConfig, monkeypatch, caplog):
     lost = {(1, 2): 1}
 
     def flaky(config, plan, shares, overwrite):

@@ -29,8 +29,8 @@ def test_every_file_is_named_here():
 def test_accelerate_loads_its_file(name):
     loaded = load_config_from_file(str(LAUNCH / "accelerate" / f"{name}.yaml"))
     assert (loaded.num_machines, loaded.num_processes) == PROCESSES[name]
-    alone = loaded.num_processes == 1
-    assert loaded.distributed_type == (DistributedType.NO if alone else DistributedType.MULTI_GPU)
+    single = loaded.num_processes == 1
+    assert loaded.distributed_type == (DistributedType.NO if single else DistributedType.MULTI_GPU)
     assert not loaded.use_cpu, "with it, accelerate starts one process"
     assert loaded.mixed_precision == "no", "the configuration decides"
     assert not loaded.deepspeed_config, "the configuration decides"
@@ -41,9 +41,9 @@ import sys
 from cfusion.config import ParallelConfig
 from cfusion.training.world import join_world
 runtime = join_world(ParallelConfig(engine=sys.argv[1]))
-told = runtime.gather([runtime.rank])
+gathered = runtime.gather([runtime.rank])
 if runtime.is_main:
-    print("RANKS", told, runtime.worlds())
+    print("RANKS", gathered, runtime.worlds())
 """
 
 
@@ -62,9 +62,9 @@ def test_a_file_starts_the_processes_it_names_in_one_world(tmp_path, file, engin
         [str(part) for part in command], capture_output=True, text=True, env=environment, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    (told,) = [line for line in done.stdout.splitlines() if line.startswith("RANKS")]
-    assert told.startswith(f"RANKS {ranks}")
-    assert told.count(f": {len(ranks)}") == (2 if engine == "ddp" else 3), "every library sees the same world"
+    (line,) = [found for found in done.stdout.splitlines() if found.startswith("RANKS")]
+    assert line.startswith(f"RANKS {ranks}")
+    assert line.count(f": {len(ranks)}") == (2 if engine == "ddp" else 3), "every library sees the same world"
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -94,4 +94,4 @@ def test_an_example_is_what_the_command_writes(monkeypatch, path, arguments):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     done = CliRunner().invoke(app, ["launch", *arguments, "--nodes", "2", "--gpus", "8", "--dry-run"])
     assert done.exit_code == 0, done.output
-    assert (LAUNCH / path).read_text() == done.stdout, f"write it anew with --out launch/{path}"
+    assert (LAUNCH / path).read_text() == done.stdout, f"regenerate it with --out launch/{path}"

@@ -48,7 +48,7 @@ def test_the_plan_is_the_product_less_what_is_excluded(files, tmp_path):
     assert runs[1].config.output == tmp_path / "runs" / runs[1].name
 
 
-def test_a_name_changes_with_the_configuration_and_the_data_alone(files, tmp_path):
+def test_a_name_changes_only_with_the_configuration_and_the_data(files, tmp_path):
     names = [run.name for run in plan(sweep(files, tmp_path))]
     assert names == [run.name for run in plan(sweep(files, tmp_path))]
     base = files.config(tmp_path, train={"epochs": 9}).model_dump(mode="json", exclude={"output"})
@@ -67,12 +67,12 @@ def test_a_name_changes_with_the_configuration_and_the_data_alone(files, tmp_pat
         ({"axis": {}}, "unknown key axis. Did you mean axes"),
     ],
 )
-def test_a_wrong_sweep_is_told_by_its_key(files, tmp_path, more, message):
+def test_the_error_for_a_wrong_sweep_names_its_key(files, tmp_path, more, message):
     with pytest.raises(ConfigError, match=message):
         plan(sweep(files, tmp_path, **more))
 
 
-def test_a_sweep_file_that_is_missing_is_told(tmp_path):
+def test_a_missing_sweep_file_is_reported(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read"):
         load_sweep(tmp_path / "none.yaml")
 
@@ -85,7 +85,7 @@ def test_what_is_done_is_not_done_again(files, tmp_path):
     assert stamps == {run.name: (run.config.output / "done.json").stat().st_mtime_ns for run in runs}
 
 
-def test_a_run_that_fails_is_told_with_its_cause_and_the_others_are_done(files, tmp_path):
+def test_a_failed_run_is_reported_with_its_cause_and_the_rest_is_done(files, tmp_path):
     axes = {"encoder": {"right": {}, "wrong": {"data.encoder": "uni"}}}
     runs = plan(sweep(files, tmp_path, axes=axes))
     with pytest.raises(PartialResultError, match=r"1 of 2 runs failed. wrong-\w+: .*not of data\.encoder=uni"):
@@ -123,7 +123,7 @@ def test_a_worker_that_is_killed_is_replaced_and_the_numbers_are_the_same(files,
 
 
 def children(pid: int) -> list[int]:
-    """Worker processes of the pool; the resource tracker of multiprocessing is left alone."""
+    """Return the pids of the pool's worker processes, without the resource tracker of multiprocessing."""
     import psutil
 
     found = psutil.Process(pid).children(recursive=True)

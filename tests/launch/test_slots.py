@@ -69,7 +69,7 @@ def planned(folder: Path, count: int) -> list[PlannedRun]:
 
 
 class Fake:
-    """An executor that answers as told: by run, the outcomes of its attempts."""
+    """An executor with scripted outcomes: for each run, the outcomes of its attempts in order."""
 
     def __init__(self, answers: dict[str, list[Outcome]]) -> None:
         self.answers = answers
@@ -105,7 +105,7 @@ def test_what_is_killed_is_tried_again_and_bad_input_is_not(tmp_path, monkeypatc
     assert (fake.calls[1][1].slots, fake.calls[1][1].slots_per_gpu) == (None, 1)
 
 
-def test_the_same_cause_is_told_once(tmp_path, monkeypatch):
+def test_the_same_cause_is_reported_once(tmp_path, monkeypatch):
     runs = planned(tmp_path, 30)
     monkeypatch.setattr(sweep, "_dispatch", Fake({r.name: [outcome(r.name, "failed", "no table")] for r in runs}))
     with pytest.raises(PartialResultError, match=r"30 of 30 runs failed\. run0 and 29 more: no table\.") as error:

@@ -63,19 +63,19 @@ def test_plan_and_status_say_the_same_in_lines_and_in_json(done):
     lines = [line.split("\t") for line in cfusion("plan", str(done)).splitlines()]
     assert [line[0] for line in lines] == ["done", "done", "done", "open"]
     assert [line[2] for line in lines] == ["3/3", "3/3", "3/3", "0/3"]
-    told = json.loads(cfusion("status", str(done), "--json"))
-    assert told["counts"] == {"done": 3, "running": 0, "failed": 0, "open": 1}
-    assert [run["name"] for run in told["runs"]] == [line[1] for line in lines]
-    assert 0 < told["seconds_left"] < 600
-    assert told["stale"] == []
+    report = json.loads(cfusion("status", str(done), "--json"))
+    assert report["counts"] == {"done": 3, "running": 0, "failed": 0, "open": 1}
+    assert [run["name"] for run in report["runs"]] == [line[1] for line in lines]
+    assert 0 < report["seconds_left"] < 600
+    assert report["stale"] == []
 
 
 def test_only_chooses_and_a_changed_setting_leaves_stale_runs(done):
     names = [line.split("\t")[1] for line in cfusion("plan", str(done), "--only", "model=amil").splitlines()]
     assert [name.startswith("made-up-amil-") for name in names] == [True, True]
-    told = json.loads(cfusion("plan", str(done), "train.epochs=5", "--json"))
-    assert told["counts"]["open"] == 4
-    assert len(told["stale"]) == 3
+    report = json.loads(cfusion("plan", str(done), "train.epochs=5", "--json"))
+    assert report["counts"]["open"] == 4
+    assert len(report["stale"]) == 3
 
 
 def test_runs_of_other_code_are_stale_unless_the_file_counts_them(done, monkeypatch):
@@ -83,16 +83,16 @@ def test_runs_of_other_code_are_stale_unless_the_file_counts_them(done, monkeypa
     mine = program.code_digest()
     for module in (plan_module, status_module):
         monkeypatch.setattr(module, "code_digest", lambda: "edited")
-    told = json.loads(cfusion("plan", str(done), "--json"))
-    assert told["counts"]["done"] == 0
-    assert len(told["stale"]) == 3
-    assert told["stale_codes"] == {mine: 3}
+    report = json.loads(cfusion("plan", str(done), "--json"))
+    assert report["counts"]["done"] == 0
+    assert len(report["stale"]) == 3
+    assert report["stale_codes"] == {mine: 3}
     kept = done.with_name("kept.yaml")
     kept.write_text(f"code: {mine}\n{done.read_text()}")
-    told = json.loads(cfusion("plan", str(kept), "--json"))
-    assert told["counts"]["done"] == 3
-    assert told["runs"][0]["name"] == name
-    assert told["stale"] == []
+    report = json.loads(cfusion("plan", str(kept), "--json"))
+    assert report["counts"]["done"] == 3
+    assert report["runs"][0]["name"] == name
+    assert report["stale"] == []
 
 
 def test_a_dry_run_trains_nothing_and_audits_the_data(done):
@@ -142,7 +142,7 @@ def test_pictures_of_a_sweep(files, tmp_path):
         (["model.name=amill"], r"the axis model of .* sets it"),
     ],
 )
-def test_wrong_words_on_the_command_line_are_told(done, arguments, message):
+def test_wrong_arguments_on_the_command_line_are_refused(done, arguments, message):
     with pytest.raises(ConfigError, match=message):
         cfusion("plan", str(done), *arguments)
 
@@ -173,7 +173,7 @@ def test_wrong_words_on_the_command_line_are_told(done, arguments, message):
         ({"base": {"tracking": 5}}, "tracking=5"),
     ],
 )
-def test_a_wrong_sweep_file_is_told(files, tmp_path, more, message):
+def test_a_wrong_sweep_file_is_refused(files, tmp_path, more, message):
     with pytest.raises(ConfigError, match=message):
         plan(load_sweep(written(files, tmp_path, **more)))
 
@@ -187,12 +187,12 @@ def test_a_wrong_sweep_file_is_told(files, tmp_path, more, message):
         (["--executor", "slurm", "--slots", "2"], r"--slots does not go with --executor slurm"),
     ],
 )
-def test_an_option_that_the_executor_does_not_hear_is_told(done, options, message):
+def test_an_option_that_the_executor_does_not_support_is_refused(done, options, message):
     with pytest.raises(ConfigError, match=message):
         cfusion("run", str(done), *options)
 
 
-def test_an_unknown_cohort_and_encoder_are_told_with_what_is_there(files, tmp_path):
+def test_the_error_for_an_unknown_cohort_or_encoder_lists_the_known_ones(files, tmp_path):
     axes = {
         "cohort": {"clinical": {}, "clinicl": {}},
         "encoder": {"shards": {}, "shard": {}},
@@ -295,13 +295,13 @@ def test_a_run_whose_data_or_program_changed_after_it_was_named_is_not_begun(fil
     assert again[0].name != runs[0].name
 
 
-def test_what_tracking_keeps_beside_the_runs_is_no_stale_run(files, tmp_path):
+def test_tracking_files_next_to_the_runs_are_not_stale_runs(files, tmp_path):
     path = written(files, tmp_path, axes={"seed": [1]})
     cfusion("run", str(path), "tracking.enabled=true")
-    told = json.loads(cfusion("plan", str(path), "tracking.enabled=true", "--json"))
-    [run] = told["runs"]
+    report = json.loads(cfusion("plan", str(path), "tracking.enabled=true", "--json"))
+    [run] = report["runs"]
     assert {entry.name for entry in (tmp_path / "sweep" / "runs").iterdir() if entry.is_dir()} > {run["name"]}
-    assert told["stale"] == []
+    assert report["stale"] == []
 
 
 def test_a_place_that_is_not_reached_keeps_its_own_runs_from_starting(files, tmp_path, monkeypatch):
@@ -358,12 +358,12 @@ def test_folds_as_an_axis_are_one_result(files, tmp_path):
     runs = plan(load_sweep(written(files, tmp_path, axes=axes)))
     members = members_of(runs, look(runs))
     assert {member.model for member in members} == {"amil", "mean_mil"}
-    whole = plan(load_sweep(written(files, tmp_path, axes={"model": {"amil": {"model.name": "amil"}}})))
+    complete = plan(load_sweep(written(files, tmp_path, axes={"model": {"amil": {"model.name": "amil"}}})))
     mine = [run for run in runs if run.values["model"] == "amil"]
-    run_all([*mine, *whole], Execution(slots=2), tmp_path)
+    run_all([*mine, *complete], Execution(slots=2), tmp_path)
     parts = [pd.read_csv(run.config.output / "predictions.csv") for run in mine]
     together = pd.concat(parts, ignore_index=True)
-    pd.testing.assert_frame_equal(together, pd.read_csv(whole[0].config.output / "predictions.csv"))
+    pd.testing.assert_frame_equal(together, pd.read_csv(complete[0].config.output / "predictions.csv"))
 
 
 def test_a_run_that_another_process_holds_is_not_marked_by_who_lost_a_worker(files, tmp_path):

@@ -132,8 +132,8 @@ def test_transmil_shows_the_weights_its_landmarks_amount_to():
     handle.remove()
     tokens, layout, output = caught[0]
     value = attention.query_key_value(layout.spread(tokens)).chunk(3, dim=2)[2].unflatten(2, (8, -1)).transpose(1, 2)
-    beside = layout.collect(attention.value_conv(value).transpose(1, 2).flatten(2))
-    found = (torch.cat(shown, dim=2) @ value).transpose(1, 2).flatten(2) + beside
+    convolved = layout.collect(attention.value_conv(value).transpose(1, 2).flatten(2))
+    found = (torch.cat(shown, dim=2) @ value).transpose(1, 2).flatten(2) + convolved
     torch.testing.assert_close(attention.out(found), output)
     summary = attention_maps(model, one)[0]["attentions.0"].summary
     assert summary.shape == (8, one.features["x20"].shape[1])
@@ -160,13 +160,13 @@ def test_shares_are_the_gradient_of_the_risk_and_zero_where_padded():
         assert share.shape == batch.masks[name].shape
         assert not share[~batch.masks[name]].any()
     for one, row in zip(split_bags(batch), range(2), strict=True):
-        alone = input_times_gradient(model, one)
-        for name, share in alone.items():
+        single = input_times_gradient(model, one)
+        for name, share in single.items():
             torch.testing.assert_close(shares[name][row][batch.masks[name][row]], share[0])
         step = 1e-6
         grown = {n: t * (1 + step) if n == "x20" else t for n, t in one.features.items()}
         rise = (model(*(grown[n] for n in ("x5", "x10", "x20"))).risk - model(one).risk) / step
-        torch.testing.assert_close(alone["x20"].sum(), rise[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(single["x20"].sum(), rise[0], atol=1e-5, rtol=1e-4)
 
 
 def test_split_bags_drops_the_padding():

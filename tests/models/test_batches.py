@@ -27,8 +27,8 @@ def test_logits_do_not_depend_on_batch_companions(name: str, options: dict):
         bags = [bag(seed, size) for seed, size in enumerate(sizes)]
         with torch.no_grad():
             together = model(pad(bags, extra)).logits
-            alone = torch.cat([model(b).logits for b in bags])
-        torch.testing.assert_close(together, alone, atol=1e-11, rtol=1e-11)
+            separate = torch.cat([model(b).logits for b in bags])
+        torch.testing.assert_close(together, separate, atol=1e-11, rtol=1e-11)
 
     check()
 
@@ -39,8 +39,8 @@ def test_risk_in_f32_does_not_depend_on_batch_companions(name: str, options: dic
     model = build(name, **options)
     bags = [bag(seed, size) for seed, size in enumerate(sizes)]
     with torch.no_grad():
-        alone = torch.cat([model(b).risk for b in bags])
-        torch.testing.assert_close(model(pad(bags, 2)).risk, alone, atol=1e-5, rtol=0)
+        separate = torch.cat([model(b).risk for b in bags])
+        torch.testing.assert_close(model(pad(bags, 2)).risk, separate, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
@@ -149,9 +149,9 @@ def test_baselines_read_the_finest_magnification_of_all():
 def test_half_precision_features_are_taken_as_they_come():
     model, one = build("crossfusion"), bag(1, 5)
     half = {key: tiles.half() for key, tiles in one.features.items()}
-    whole = {key: tiles.float() for key, tiles in half.items()}
+    full = {key: tiles.float() for key, tiles in half.items()}
     assert torch.equal(
-        model(dataclasses.replace(one, features=half)).risk, model(dataclasses.replace(one, features=whole)).risk
+        model(dataclasses.replace(one, features=half)).risk, model(dataclasses.replace(one, features=full)).risk
     )
 
 

@@ -40,8 +40,8 @@ def test_a_padded_bag_has_its_own_square_in_the_corner(counts: list[int]):
     tokens = grid.tokens(tiles)
     laid = grid.to_grid(tokens)
     for b, count in enumerate(counts):
-        alone = file_grid(1, count, None)
-        own = alone.to_grid(alone.tokens(tiles[b : b + 1, :count]))
+        single = file_grid(1, count, None)
+        own = single.to_grid(single.tokens(tiles[b : b + 1, :count]))
         side = math.isqrt(count - 1) + 1
         assert torch.equal(laid[b, :side, :side], own[0])
         assert not laid[b, side:].any()

@@ -79,9 +79,9 @@ def test_onednn_is_given_no_matrix_with_gaps():
         dense = linear._dense(matrix)
         assert torch.equal(dense, matrix)
         assert dense.is_contiguous() or dense.T.is_contiguous()
-    whole = torch.randn(6, 4)
-    assert linear._dense(whole) is whole
-    assert linear._dense(whole.T).data_ptr() == whole.data_ptr()
+    full = torch.randn(6, 4)
+    assert linear._dense(full) is full
+    assert linear._dense(full.T).data_ptr() == full.data_ptr()
 
 
 def test_a_model_gives_the_same_and_again_the_same_bits(onednn, monkeypatch):

@@ -183,7 +183,7 @@ def test_a_file_that_is_edited_while_its_run_trains_stops_the_next_fold(files, t
     cross_validate(config)
 
 
-def test_a_training_that_was_stopped_resumes_with_the_same_file_alone(files, tmp_path, monkeypatch):
+def test_a_stopped_training_resumes_only_with_the_same_file(files, tmp_path, monkeypatch):
     config = configured(files, MAX_MIL, tmp_path, train={"epochs": 3})
     steps = iter([False, False, False, False, True])
     monkeypatch.setattr("cfusion.training.loop.stop_requested", lambda: next(steps))
@@ -202,9 +202,9 @@ def test_a_training_that_was_stopped_resumes_with_the_same_file_alone(files, tmp
         consolidate(checkpoints, trust_code=digest_of(tmp_path))
     (tmp_path / "mine.py").write_text(MAX_MIL)
     cross_validate(config)
-    whole = config.model_copy(update={"output": tmp_path / "whole"})
-    cross_validate(whole)
-    assert (config.output / "predictions.csv").read_bytes() == (whole.output / "predictions.csv").read_bytes()
+    uninterrupted = config.model_copy(update={"output": tmp_path / "uninterrupted"})
+    cross_validate(uninterrupted)
+    assert (config.output / "predictions.csv").read_bytes() == (uninterrupted.output / "predictions.csv").read_bytes()
 
 
 def test_folds_train_together(files, tmp_path):
@@ -241,7 +241,7 @@ def test_the_registered_model_carries_the_file_and_serves_it_where_it_is_trusted
 
 
 def test_only_the_digested_bytes_run(tmp_path, monkeypatch):
-    """Neither a bytecode cache beside the file nor its folder on the path decides what runs."""
+    """A bytecode cache next to the file, or its folder on the path, must not change which code runs."""
     import py_compile
 
     file = tmp_path / "mine.py"

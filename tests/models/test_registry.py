@@ -124,9 +124,9 @@ def test_other_magnifications(name: str, magnifications: tuple[float, ...], sour
 
 
 def test_one_magnification_is_the_single_scale_variant():
-    alone, single = build("crossfusion", magnifications=(20,), source=20), build("crossfusion_single")
+    one_magnification, single = build("crossfusion", magnifications=(20,), source=20), build("crossfusion_single")
     x20 = torch.randn(1, 7, WIDTH)
-    assert torch.equal(alone(x20).risk, single(x20).risk)
+    assert torch.equal(one_magnification(x20).risk, single(x20).risk)
 
 
 def test_a_users_model_joins_by_an_assignment(monkeypatch: pytest.MonkeyPatch):

@@ -79,11 +79,11 @@ def test_outputs_losses_and_gradients_of_the_published_program(record: dict[str,
     for output, bag in zip(outputs, record["bags"], strict=True):
         np.testing.assert_allclose(output.logits[0].detach(), bag["logits"], rtol=bound, atol=bound)
         assert output.risk.item() == pytest.approx(bag["risk"], rel=bound)
-        alone = SurvivalOutput.from_logits(output.logits)
+        plain = SurvivalOutput.from_logits(output.logits)
         for name, loss, alpha in (("nll", "nll", 0.2), ("nll_alpha_0", "nll", 0.0), ("ce", "ce", 0.2)):
             # The published cross-entropy adds 1e-8 where it takes a logarithm.
             near = max(bound, 1e-6 if loss == "ce" else 0.0)
-            assert LOSSES[loss](alone, targets_of(bag), alpha=alpha).item() == pytest.approx(bag[name], rel=near), name
+            assert LOSSES[loss](plain, targets_of(bag), alpha=alpha).item() == pytest.approx(bag[name], rel=near), name
     LOSSES["nll"](outputs[0], targets_of(record["bags"][0]), alpha=0.2).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norms = {name: g.norm().item() for name, g in published_state_dict(model, gradients).items()}

@@ -18,7 +18,7 @@ def test_both_sides_are_measured(side: str):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there_is_told_at_once(monkeypatch, capsys):
+def test_a_missing_gpu_is_reported_at_once(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["model_step", "--quick", "--device", "cuda"])
     with pytest.raises(SystemExit):
         model_step.main()

@@ -1,4 +1,4 @@
-"""What hospitals' slides, disks, processes and encoders do to an extraction: told, listed, and never invented over."""
+"""Test that extraction reports damaged slides, full disks, killed processes and bad encoders, and hides nothing."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ SIDE = 1700
 
 
 class MeanColour:
-    """An encoder whose embeddings can be told from the pixels: the mean of each channel."""
+    """An encoder with predictable embeddings: the mean of each channel."""
 
     name = "mean-colour"
 
@@ -129,8 +129,8 @@ def test_alpha_0_is_background_and_not_black(tmp_path: Path):
 
 
 def test_a_truncated_file_is_listed_and_the_rest_goes_on(slides: Path, tmp_path: Path):
-    whole = (slides / "s1.svs").read_bytes()
-    (slides / "s1.svs").write_bytes(whole[: len(whole) // 3])
+    intact = (slides / "s1.svs").read_bytes()
+    (slides / "s1.svs").write_bytes(intact[: len(intact) // 3])
     (slides / "s2.svs").write_bytes(b"")
     summary = extract(slides, tmp_path / "store")
     assert [o.status for o in summary.outcomes] == ["done", "failed", "failed"]
@@ -140,26 +140,26 @@ def test_a_truncated_file_is_listed_and_the_rest_goes_on(slides: Path, tmp_path:
 
 
 def test_one_broken_tile_is_recorded_and_masked_and_the_rest_is_exact(slides: Path, tmp_path: Path):
-    extract(slides, tmp_path / "whole")
+    extract(slides, tmp_path / "intact")
     break_tile(slides / "s1.svs", 7 * 2 + 2)
     summary = extract(slides, tmp_path / "broken")
     assert [o.status for o in summary.outcomes] == ["done"] * 3
     assert summary.outcomes[1].why == "1 of 4 cells cannot be read"
-    whole, broken = read(tmp_path / "whole", "s1"), read(tmp_path / "broken", "s1")
+    intact, broken = read(tmp_path / "intact", "s1"), read(tmp_path / "broken", "s1")
     assert broken.attrs["unreadable_cells"] == [[0, 0]]
     for name in ("x20", "x10", "x5"):
-        good = (whole.coords[name] >= 1024).any(axis=1)
+        good = (intact.coords[name] >= 1024).any(axis=1)
         assert 0 < good.sum() < len(good)
-        np.testing.assert_array_equal(broken.features[name], whole.features[name][good])
-        np.testing.assert_array_equal(broken.coords[name], whole.coords[name][good])
+        np.testing.assert_array_equal(broken.features[name], intact.features[name][good])
+        np.testing.assert_array_equal(broken.coords[name], intact.coords[name][good])
 
 
 def test_a_tile_that_was_never_written_is_no_white_tile(tmp_path: Path):
     picture = tissue_picture(2048, 2048, share=1.5)
-    for name in ("whole", "holed"):
+    for name in ("intact", "holed"):
         write_slide(tmp_path / name / "a.tif", picture, level_sizes=((512, 512),), aperio=False)
     drop_tile(tmp_path / "holed" / "a.tif", 8 * 5 + 2)
-    extract(tmp_path / "whole", tmp_path / "one", default_mpp=0.5)
+    extract(tmp_path / "intact", tmp_path / "one", default_mpp=0.5)
     summary = extract(tmp_path / "holed", tmp_path / "other", default_mpp=0.5)
     assert [o.why for o in summary.outcomes] == ["1 of 4 cells cannot be read"]
     one, other = read(tmp_path / "one", "a"), read(tmp_path / "other", "a")
@@ -178,18 +178,18 @@ def test_a_slide_that_goes_away_when_it_is_read_is_not_lost(slides: Path, tmp_pa
     assert [o.status for o in summary.outcomes] == ["done"] * 3
 
 
-def test_progress_is_told_within_a_slide_too(slides: Path, tmp_path: Path, monkeypatch):
-    told = []
+def test_progress_is_also_reported_within_a_slide(slides: Path, tmp_path: Path, monkeypatch):
+    notes = []
 
-    class Telling(Progress):
+    class Recording(Progress):
         def advance(self, count: int = 1, note: str = "") -> None:
-            told.append((count, note))
+            notes.append((count, note))
 
-    monkeypatch.setattr(extraction, "progress", lambda *_: nullcontext(Telling("", 0)))
+    monkeypatch.setattr(extraction, "progress", lambda *_: nullcontext(Recording("", 0)))
     extract(slides / "s0.svs", tmp_path / "store", batch_size=4)
-    assert [count for count, _ in told].count(1) == 1
-    assert len(told) > 5
-    assert all(re.fullmatch(r"\d+ tiles/s, \d+\.\d\d GB/s", note) for _, note in told)
+    assert [count for count, _ in notes].count(1) == 1
+    assert len(notes) > 5
+    assert all(re.fullmatch(r"\d+ tiles/s, \d+\.\d\d GB/s", note) for _, note in notes)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="this system does not tell a process's open files")
@@ -205,7 +205,7 @@ def test_slides_whose_tiles_wait_for_a_batch_are_closed(slides: Path, tmp_path: 
     assert not opened
 
 
-def test_a_folder_of_masks_that_is_not_there_is_told(slides: Path, tmp_path: Path):
+def test_a_missing_folder_of_masks_is_refused(slides: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"masks=.*none: no such folder"):
         extract(slides, tmp_path / "store", masks=tmp_path / "none")
 
@@ -218,7 +218,7 @@ def test_a_slide_of_broken_tiles_fails(slides: Path, tmp_path: Path):
     assert "none of its 4 cells can be read" in outcome.why
 
 
-def test_the_same_name_in_two_folders_is_told_for_both(slides: Path, tmp_path: Path):
+def test_the_same_name_in_two_folders_is_reported_for_both(slides: Path, tmp_path: Path):
     (slides / "sub").mkdir()
     write_slide(slides / "sub" / "s1.svs", tissue_picture(1100, 1100))
     summary = extract(slides, tmp_path / "store")
@@ -278,7 +278,7 @@ def test_a_resolution_that_is_now_another_makes_a_slide_stale(tmp_path: Path):
     assert extract(path, tmp_path / "store", default_mpp=0.5).outcomes[0].status == "skipped"
 
 
-def test_an_encoder_that_is_added_does_what_is_missing_and_no_more(slides: Path, tmp_path: Path):
+def test_an_added_encoder_computes_only_its_missing_features(slides: Path, tmp_path: Path):
     class Counting(MeanColour):
         def __init__(self, name: str) -> None:
             super().__init__()
@@ -365,7 +365,7 @@ def test_an_interrupted_run_leaves_whole_slides_and_the_same_call_does_the_rest(
         process.communicate()
     there = FeatureStore.open(store).slide_ids()
     assert there == ["s0"]
-    # What a kill leaves in the midst of writing: a temporary that bears the number of a process that has ended.
+    # A kill during a write leaves a temporary folder named after the pid of a process that has ended.
     lacking = next(name for name in ("s0", "s1", "s2") if name not in there)
     with atomic_path(store / "mean-colour" / f"{lacking}.zarr") as temporary:
         temporary.mkdir()

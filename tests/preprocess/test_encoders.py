@@ -48,7 +48,7 @@ def on_meta(name: str) -> NetworkEncoder:
     return NetworkEncoder(name, CARDS[name], network, "", "meta", "f32")
 
 
-def test_every_encoder_of_the_list_is_there():
+def test_every_listed_encoder_is_known():
     assert set(encoder_names()) == {"stain-texture", *PUBLISHED_WIDTHS}
     assert {name: card.dim for name, card in CARDS.items()} == PUBLISHED_WIDTHS
     assert all(card.source.startswith("https://huggingface.co/") and card.licence for card in CARDS.values())
@@ -130,7 +130,7 @@ def test_dinov2_weights_give_the_same_embeddings_under_our_names(timm, tmp_path:
     if registers:
         options |= {"reg_tokens": registers, "no_embed_class": True}
     if gated:
-        # Two thirds of 4 × 32, in whole eights.
+        # Two thirds of 4 × 32, rounded to a multiple of 8.
         options |= {"mlp_ratio": 2 * 88 / 32, "mlp_layer": timm.layers.SwiGLUPacked, "act_layer": torch.nn.SiLU}
     ours = timm.models.vision_transformer.VisionTransformer(num_classes=0, **options).eval()
     reference.save_pretrained(tmp_path)
@@ -303,12 +303,12 @@ def test_one_small_vit_end_to_end(timm, tmp_path: Path):
     encoder = load_encoder(name, config)
     tiles = np.random.default_rng(0).integers(0, 256, (3, 256, 256, 3), dtype=np.uint8)
     together = encoder.encode(tiles)
-    alone = np.concatenate([encoder.encode(tile[None]) for tile in tiles])
-    np.testing.assert_allclose(together, alone, atol=1e-4)
+    separate = np.concatenate([encoder.encode(tile[None]) for tile in tiles])
+    np.testing.assert_allclose(together, separate, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "f32"])
-def test_precision_is_taken_and_told(timm, tmp_path: Path, precision: str):
+def test_precision_is_used_and_recorded(timm, tmp_path: Path, precision: str):
     network = build_network(card_of("timm:vit_tiny_patch16_224"))
     save_file(network.state_dict(), tmp_path / "timm_vit_tiny_patch16_224.safetensors")
     config = PreprocessConfig(weights=tmp_path, precision=precision)
@@ -350,14 +350,14 @@ def test_a_name_timm_does_not_know(timm):
         card_of("timm:no_such_net")
 
 
-def test_weights_that_are_not_here_tell_licence_gate_and_remedy(tmp_path: Path, monkeypatch):
+def test_the_error_for_missing_weights_names_licence_gate_and_remedy(tmp_path: Path, monkeypatch):
     pytest.importorskip("huggingface_hub")
     with pytest.raises(
         DataError, match=r"uni: pytorch_model.bin is not in the hub's cache .licence: CC-BY-NC-ND-4.0"
-    ) as told:
+    ) as caught:
         find_weights("uni", CARDS["uni"], tmp_path, offline=True)
-    assert "https://huggingface.co/MahmoodLab/UNI" in told.value.remedy
-    assert f"{tmp_path}/uni.bin" in told.value.remedy
+    assert "https://huggingface.co/MahmoodLab/UNI" in caught.value.remedy
+    assert f"{tmp_path}/uni.bin" in caught.value.remedy
     with pytest.raises(DataError, match=r"weights=.*none: no such file or folder"):
         find_weights("uni", CARDS["uni"], tmp_path / "none", offline=True)
 
@@ -394,7 +394,7 @@ def hub(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path / "hub"
 
 
-def test_an_encoder_of_the_hub_is_read_from_its_cache_alone(timm, hub: Path, monkeypatch):
+def test_an_encoder_of_the_hub_is_read_only_from_its_cache(timm, hub: Path, monkeypatch):
     def asks(*args, **kwargs):
         raise AssertionError("the network was asked")
 
@@ -407,10 +407,10 @@ def test_an_encoder_of_the_hub_is_read_from_its_cache_alone(timm, hub: Path, mon
     (folder / "refs" / "main").write_text("0" * 40)
     snapshot = folder / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
-    told = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear", "crop_pct": 1.0}
-    told |= {"input_size": [3, 224, 224], "license": "mit"}
+    pretrained = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear", "crop_pct": 1.0}
+    pretrained |= {"input_size": [3, 224, 224], "license": "mit"}
     write_json(snapshot / "config.json", {"architecture": "vit_tiny_patch16_224", "num_features": 192} | {
-        "pretrained_cfg": told, "model_args": {"reg_tokens": 2},
+        "pretrained_cfg": pretrained, "model_args": {"reg_tokens": 2},
     })  # fmt: skip
     with pytest.raises(DataError, match=r"hf:lab/net: model.safetensors is not in the hub's cache .licence: mit"):
         load_encoder("hf:lab/net", config)
@@ -421,7 +421,7 @@ def test_an_encoder_of_the_hub_is_read_from_its_cache_alone(timm, hub: Path, mon
     assert "resize 224 bilinear, crop 224, mean (0.1, 0.2, 0.3)" in encoder.identity["transform"]
     tiles = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
     pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2) / 255
-    mean, std = (torch.tensor(told[key]).view(3, 1, 1) for key in ("mean", "std"))
+    mean, std = (torch.tensor(pretrained[key]).view(3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
         expected = network((pixels - mean) / std).numpy()
     np.testing.assert_allclose(encoder.encode(tiles), expected, atol=1e-4)

@@ -11,7 +11,7 @@ from preprocess.settings import PreprocessConfig
 
 
 class MeanColour:
-    """An encoder whose embeddings can be told from the pixels: the mean of each channel."""
+    """An encoder with predictable embeddings: the mean of each channel."""
 
     name = "mean-colour"
     dim = 3
@@ -63,8 +63,8 @@ def test_a_mean_of_means_is_the_mean_of_the_parent(shared: Path, tmp_path: Path,
     preprocess_slides(config, slots=[[MeanColour()]])
     read = FeatureStore.open(tmp_path).read("cmu_small_region")
     for fine, coarse in (("x20", "x10"), ("x10", "x5")):
-        whole = [i for i in range(len(read.features[coarse])) if (read.parents[fine] == i).sum() == 4]
-        assert whole
-        for i in whole:
+        complete = [i for i in range(len(read.features[coarse])) if (read.parents[fine] == i).sum() == 4]
+        assert complete
+        for i in complete:
             mean = read.features[fine][read.parents[fine] == i].astype(np.float32).mean(axis=0)
             np.testing.assert_allclose(read.features[coarse][i], mean, atol=0.3)

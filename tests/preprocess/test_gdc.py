@@ -116,7 +116,7 @@ def test_a_wrong_md5_is_fetched_again_and_never_takes_the_name(server, tmp_path:
     assert not (tmp_path / "a.svs").exists()
 
 
-def test_a_file_that_is_not_there_is_told_and_the_rest_arrives(server, tmp_path: Path):
+def test_a_missing_file_is_reported_and_the_rest_arrives(server, tmp_path: Path):
     server.broken.add("id-1")
     failed = download(rows(), tmp_path, api=address(server))
     assert list(failed) == ["slide-id-1.svs"]
@@ -124,7 +124,7 @@ def test_a_file_that_is_not_there_is_told_and_the_rest_arrives(server, tmp_path:
     assert (tmp_path / "slide-id-2.svs").exists()
 
 
-def test_answers_that_are_no_http_or_break_off_are_told_or_tried_again(server, tmp_path: Path):
+def test_invalid_or_truncated_answers_are_reported_or_retried(server, tmp_path: Path):
     server.garbled.add("id-1")
     server.chunked.add("id-2")
     failed = download(rows(), tmp_path, api=address(server))
@@ -156,7 +156,7 @@ def test_an_interruption_ends_the_transfers_that_are_under_way(server, tmp_path:
     assert stopped == [True, True]
 
 
-def test_a_folder_that_cannot_be_is_told(tmp_path: Path):
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="file: cannot create the folder"):
         download(rows(), tmp_path / "file")
@@ -164,9 +164,9 @@ def test_a_folder_that_cannot_be_is_told(tmp_path: Path):
 
 def test_a_cohort_becomes_a_query(server):
     assert find_rows("tcga_gbmlgg", address(server)) == rows()
-    told = {term["content"]["field"]: term["content"]["value"] for term in server.query["filters"]["content"]}
-    assert told["cases.project.project_id"] == ["TCGA-GBM", "TCGA-LGG"]
-    assert told["experimental_strategy"] == ["Diagnostic Slide"]
+    filters = {term["content"]["field"]: term["content"]["value"] for term in server.query["filters"]["content"]}
+    assert filters["cases.project.project_id"] == ["TCGA-GBM", "TCGA-LGG"]
+    assert filters["experimental_strategy"] == ["Diagnostic Slide"]
     assert server.query["return_type"] == "manifest"
 
 
@@ -233,7 +233,7 @@ def test_the_published_manifests_are_read_and_written_alike(tcga: Path, tmp_path
         (f"id\tfilename\tmd5\tsize\nx\t../a.svs\t{'0' * 32}\t5\n", "not a valid name"),
     ],
 )
-def test_a_manifest_that_cannot_be_is_told(tmp_path: Path, text: str, message: str):
+def test_an_invalid_manifest_is_refused(tmp_path: Path, text: str, message: str):
     (tmp_path / "m.tsv").write_text(text)
     with pytest.raises(DataError, match=message):
         find_rows(str(tmp_path / "m.tsv"))

@@ -207,7 +207,7 @@ def test_files_that_cannot_be_read_are_named_and_the_rest_goes_on(tmp_path: Path
     assert "contains a tensor [5], torch.float32, expected a tensor [N, d] of floats" in report.refused["flat"]
 
 
-def test_what_fits_no_layout_or_several_is_told(tmp_path: Path):
+def test_input_that_fits_no_layout_or_several_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match="no such folder"):
         import_features(tmp_path / "none", tmp_path / "store")
     (tmp_path / "empty").mkdir()

@@ -39,7 +39,7 @@ def test_tars_are_about_as_large_as_asked(store, tmp_path):
     assert len(each.shards) == len(store.slides)
 
 
-def test_the_order_is_shuffled_by_the_seed_alone(store, tmp_path):
+def test_the_order_depends_only_on_the_seed(store, tmp_path):
     orders = [[s.slide_id for s in pack_store(store, tmp_path / str(n), seed=n).samples] for n in (7, 8)]
     assert orders[0] != orders[1]
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(store.slides)
@@ -79,9 +79,9 @@ def test_a_finished_set_is_left_as_it_is(store, tmp_path):
 
 
 def test_a_stopped_run_goes_on_behind_the_last_finished_tar(store, tmp_path):
-    whole = pack_store(store, tmp_path / "whole", target_bytes=30_000)
+    expected = pack_store(store, tmp_path / "expected", target_bytes=30_000)
     stopped = MemoryStore(store.slides.values())
-    last = whole.samples[-1].slide_id
+    last = expected.samples[-1].slide_id
 
     def read(slide_id):
         if slide_id == last:
@@ -92,12 +92,12 @@ def test_a_stopped_run_goes_on_behind_the_last_finished_tar(store, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         pack_store(stopped, tmp_path / "resumed", target_bytes=30_000, workers=1)
     assert not (tmp_path / "resumed" / "index.json").exists()
-    kept = [s for s in whole.samples if (tmp_path / "resumed" / whole.shards[s.shard].name).exists()]
+    kept = [s for s in expected.samples if (tmp_path / "resumed" / expected.shards[s.shard].name).exists()]
     assert kept
     store.reads.clear()
-    assert pack_store(store, tmp_path / "resumed", target_bytes=30_000) == whole
+    assert pack_store(store, tmp_path / "resumed", target_bytes=30_000) == expected
     assert not {s.slide_id for s in kept} & set(store.reads)
-    assert tar_bytes(tmp_path / "resumed") == tar_bytes(tmp_path / "whole")
+    assert tar_bytes(tmp_path / "resumed") == tar_bytes(tmp_path / "expected")
 
 
 def test_leftovers_of_other_packings_go_and_foreign_files_stay(store, tmp_path):
@@ -123,7 +123,7 @@ def test_a_damaged_index_is_replaced(store, tmp_path):
     assert pack_store(store, tmp_path) == index == ShardDataset.open(tmp_path).index
 
 
-def test_a_changed_slide_is_packed_anew(store, tmp_path):
+def test_a_changed_slide_is_packed_again(store, tmp_path):
     first = pack_store(store, tmp_path)
     changed = make_slide("TCGA-03.DX1.7B2F", seed=99)
     store.slides[changed.slide_id] = changed
@@ -142,14 +142,14 @@ def test_a_refused_slide_that_was_mended_is_packed(store, tmp_path):
 
 
 def test_a_refused_slide_that_was_extracted_again_to_the_same_attributes_is_packed(store, tmp_path):
-    whole = pack_store(store, tmp_path / "whole", target_bytes=30_000)
-    lost = whole.samples[-1].slide_id
+    expected = pack_store(store, tmp_path / "expected", target_bytes=30_000)
+    lost = expected.samples[-1].slide_id
     good = store.slides[lost].features["x10"].copy()
     store.slides[lost].features["x10"][0] = np.nan
     assert list(pack_store(store, tmp_path / "mended", target_bytes=30_000).refused) == [lost]
     store.slides[lost].features["x10"][:] = good
-    assert pack_store(store, tmp_path / "mended", target_bytes=30_000) == whole
-    assert tar_bytes(tmp_path / "mended") == tar_bytes(tmp_path / "whole")
+    assert pack_store(store, tmp_path / "mended", target_bytes=30_000) == expected
+    assert tar_bytes(tmp_path / "mended") == tar_bytes(tmp_path / "expected")
 
 
 def test_a_slide_whose_store_lost_bytes_is_left_out_and_named(tmp_path):
@@ -177,7 +177,7 @@ def test_two_processes_do_not_pack_into_one_folder(store, tmp_path):
     assert pack_store(store, tmp_path) == index
 
 
-def test_a_finished_set_with_a_lost_tar_is_packed_anew(store, tmp_path):
+def test_a_finished_set_with_a_lost_tar_is_packed_again(store, tmp_path):
     index = pack_store(store, tmp_path, target_bytes=30_000)
     (tmp_path / index.shards[1].name).unlink()
     assert pack_store(store, tmp_path, target_bytes=30_000) == index

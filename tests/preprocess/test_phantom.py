@@ -72,18 +72,18 @@ def test_table_is_read_and_truth_names_every_patient(small: PhantomCohort) -> No
 
 def test_interrupted_drawing_goes_on_and_gives_the_same_bytes(small: PhantomCohort, tmp_path: Path) -> None:
     first = draw_cohort(SMALL, tmp_path, workers=1)
-    whole = {path.name: path.read_bytes() for path in small.slides.iterdir()}
-    assert {path.name: path.read_bytes() for path in first.slides.iterdir()} == whole
+    expected = {path.name: path.read_bytes() for path in small.slides.iterdir()}
+    assert {path.name: path.read_bytes() for path in first.slides.iterdir()} == expected
     lost, kept = sorted(first.slides.iterdir())[:2]
     lost.unlink()
     (first.slides / f".{lost.name}.0a1b2c3d.tmp").write_bytes(b"half a slide")
     before = kept.stat().st_mtime_ns
     draw_cohort(SMALL, tmp_path)
-    assert {path.name: path.read_bytes() for path in first.slides.iterdir()} == whole
+    assert {path.name: path.read_bytes() for path in first.slides.iterdir()} == expected
     assert kept.stat().st_mtime_ns == before
 
 
-def test_folder_of_another_spec_is_refused_and_left_alone(small: PhantomCohort) -> None:
+def test_folder_of_another_spec_is_refused_and_left_unchanged(small: PhantomCohort) -> None:
     table = small.table.read_bytes()
     with pytest.raises(DataError, match=r"phantom\.json: the folder contains the phantom cohort of another spec"):
         draw_cohort(dataclasses.replace(SMALL, seed=6), small.table.parent)

@@ -82,7 +82,7 @@ def test_broken_tiles_are_no_comparison(tmp_path: Path, caplog):
 
 def test_a_jpeg_2000_tile_without_its_end_is_an_error_and_no_picture(tmp_path: Path):
     path = write_slide(tmp_path / "a.svs", tissue_picture(1024, 1024), compression="aperio_jp2000_rgb")
-    whole = RawTileReader(open_slide(path)).region(512, 512, 512, 512)
+    undamaged = RawTileReader(open_slide(path)).region(512, 512, 512, 512)
     offset, length = tile_bytes(path)[5]
     with path.open("r+b") as stream:
         stream.seek(offset + length // 2)
@@ -92,7 +92,7 @@ def test_a_jpeg_2000_tile_without_its_end_is_an_error_and_no_picture(tmp_path: P
     assert OpenSlideReader(slide).region(256, 256, 256, 256).shape == (256, 256, 3)
     with pytest.raises(DataError, match=r"a.svs: a JPEG 2000 tile is truncated"):
         RawTileReader(slide).region(256, 256, 256, 256)
-    np.testing.assert_array_equal(RawTileReader(slide).region(512, 512, 512, 512), whole)
+    np.testing.assert_array_equal(RawTileReader(slide).region(512, 512, 512, 512), undamaged)
 
 
 def test_other_layouts_are_read_through_openslide(tmp_path: Path):
@@ -102,12 +102,12 @@ def test_other_layouts_are_read_through_openslide(tmp_path: Path):
 
 def test_a_broken_tile_is_an_error_and_the_others_stay_exact(tmp_path: Path):
     path = write_slide(tmp_path / "a.svs", tissue_picture(1024, 1024))
-    whole = RawTileReader(open_slide(path)).region(512, 512, 512, 512)
+    undamaged = RawTileReader(open_slide(path)).region(512, 512, 512, 512)
     break_tile(path, 5)
     raw = RawTileReader(open_slide(path))
     with pytest.raises(DataError, match="the region at 0, 0 cannot be read"):
         raw.region(0, 0, 1024, 1024)
-    np.testing.assert_array_equal(raw.region(512, 512, 512, 512), whole)
+    np.testing.assert_array_equal(raw.region(512, 512, 512, 512), undamaged)
 
 
 def test_scrambled_jpeg_data_is_an_error_and_no_picture(tmp_path: Path):

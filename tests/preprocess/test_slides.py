@@ -11,7 +11,7 @@ from cfusion.errors import DataError
 from preprocess.resolution import finest_scale, read_mpp_table, resolve
 from preprocess.slides import find_slides, open_slide, same_name, slide_id_of
 
-TOLD = {
+PROPERTIES = {
     "mpp": {"openslide.mpp-x": "0.24", "openslide.mpp-y": "0.26"},
     "objective": {"openslide.objective-power": "40"},
     "tiff": {"tiff.ResolutionUnit": "centimeter", "tiff.XResolution": "40000", "tiff.YResolution": "40000"},
@@ -21,7 +21,7 @@ TOLD = {
 @pytest.mark.parametrize("left_out", range(6))
 def test_first_source_of_the_resolution_wins(left_out: int):
     order = ["mpp", "objective", "tiff", "table", "default"]
-    properties = {k: v for name in order[left_out:] if name in TOLD for k, v in TOLD[name].items()}
+    properties = {k: v for name in order[left_out:] if name in PROPERTIES for k, v in PROPERTIES[name].items()}
     table = {"a": 0.25} if left_out <= 3 else {}
     default = 0.25 if left_out <= 4 else None
     if left_out == 5:

@@ -1,4 +1,4 @@
-"""A whole run: every fold once, resumed where it stopped, tracked, registered."""
+"""Test complete runs: every fold trains once, a stopped run resumes, results are tracked and registered."""
 
 import dataclasses
 import json
@@ -119,7 +119,7 @@ def test_a_failed_fold_fails_the_run(files, tmp_path, monkeypatch):
     assert sorted(run.info.status for run in runs) == ["FAILED", "FAILED", "FINISHED"]
 
 
-def test_the_folder_of_another_run_is_refused_and_left_alone(files, tmp_path):
+def test_the_folder_of_another_run_is_refused_and_left_unchanged(files, tmp_path):
     config = files.config(tmp_path / "run")
     cross_validate(config)
     before = (config.output / "run.json").read_bytes()
@@ -130,10 +130,10 @@ def test_the_folder_of_another_run_is_refused_and_left_alone(files, tmp_path):
 
 def test_permuted_outcomes_are_the_same_outcomes_of_other_patients(files, tmp_path):
     real = Run.prepare(files.config(tmp_path)).cohort
-    dealt = permuted(real, 3)
-    assert list(dealt.cases.index) == list(real.cases.index)
-    assert not dealt.cases["time_months"].equals(real.cases["time_months"])
-    pairs = [sorted(zip(c.cases["time_months"], c.cases["event"], strict=True)) for c in (real, dealt)]
+    shuffled = permuted(real, 3)
+    assert list(shuffled.cases.index) == list(real.cases.index)
+    assert not shuffled.cases["time_months"].equals(real.cases["time_months"])
+    pairs = [sorted(zip(c.cases["time_months"], c.cases["event"], strict=True)) for c in (real, shuffled)]
     assert pairs[0] == pairs[1]
 
 
@@ -155,11 +155,11 @@ def test_a_run_of_one_fold_is_scored_and_reported_with_its_training_patients_out
     report_runs([config.output], tmp_path / "report", title="Test")
     (row,) = json.loads((tmp_path / "report" / "summary.json").read_text())
     assert row["cindex_pooled"] == pytest.approx(scores.summary["cindex_pooled"].iloc[0], rel=1e-12)
-    whole, alone = (pd.read_csv(run.output / "scores.csv").set_index("fold").loc[1] for run in (finished, config))
-    assert alone["ibs"] == pytest.approx(whole["ibs"], rel=1e-12), "censoring is that of the same patients"
+    full, single = (pd.read_csv(run.output / "scores.csv").set_index("fold").loc[1] for run in (finished, config))
+    assert single["ibs"] == pytest.approx(full["ibs"], rel=1e-12), "censoring is estimated on the same patients"
 
 
-def test_a_slide_missing_from_the_shards_is_told_and_stops_under_strict(files, tmp_path):
+def test_a_slide_missing_from_the_shards_is_reported_and_stops_under_strict(files, tmp_path):
     table = tmp_path / "clinical.csv"
     rows = pd.read_csv(files.table)
     extra = pd.DataFrame([{"patient": "PT-9999", "slide": "PT-9999-1", "time": 5.0, "event": 1}])

@@ -1,4 +1,4 @@
-"""Whole runs whose folds share one read leave what each leaves alone."""
+"""Test that complete runs whose folds share one read write the same files as separate runs."""
 
 import signal
 from pathlib import Path
@@ -32,18 +32,18 @@ def contents(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_runs_together_leave_the_files_and_numbers_of_each_alone(files, tmp_path):
+def test_runs_together_write_the_files_and_numbers_of_separate_runs(files, tmp_path):
     def tracked(how: str) -> dict[str, dict[str, object]]:
         return {"tracking": {"enabled": True, "uri": f"sqlite:///{tmp_path / how / 'mlflow.db'}", "experiment": "t"}}
 
     seeds = (1, 2)
-    alone = [run(files, tmp_path / "separate" / str(s), "separate", seed=s, **tracked("separate")) for s in seeds]
+    singles = [run(files, tmp_path / "separate" / str(s), "separate", seed=s, **tracked("separate")) for s in seeds]
     together = [run(files, tmp_path / "together" / str(s), seed=s, **tracked("together")) for s in seeds]
     assert len({shares_a_read(config) for config in together}) == 1
-    for config in alone:
+    for config in singles:
         cross_validate(config)
     scores = cross_validate_together(together)
-    for one, other, scored in zip(alone, together, scores, strict=True):
+    for one, other, scored in zip(singles, together, scores, strict=True):
         assert is_done(other.output)
         assert contents(one.output) == contents(other.output)
         left, right = (pd.read_csv(config.output / "predictions.csv") for config in (one, other))
@@ -71,7 +71,7 @@ def test_a_run_that_fails_leaves_the_others_going_on(files, tmp_path):
         cross_validate(bad)
 
 
-def test_a_stopped_run_leaves_with_75_and_does_what_is_missing(files, tmp_path, monkeypatch):
+def test_a_stopped_run_exits_with_75_and_resumes(files, tmp_path, monkeypatch):
     config = run(files, tmp_path / "run")
     original, seen = group.stop_requested, 0
 
@@ -102,7 +102,9 @@ def test_a_stopped_run_leaves_with_75_and_does_what_is_missing(files, tmp_path, 
 @pytest.mark.parametrize(("resumed", "later"), [((1, 0), ()), ((1,), (0,))], ids=["other order", "one left out"])
 def test_the_state_of_runs_together_is_found_in_any_order(files, tmp_path, monkeypatch, resumed, later):
     """Stopped in the second pass; the first run's folder holds the state, and only the second's starts the resume."""
-    whole, stopped = ([run(files, tmp_path / how / str(s), seed=s) for s in (1, 2)] for how in ("whole", "stopped"))
+    complete, stopped = (
+        [run(files, tmp_path / how / str(s), seed=s) for s in (1, 2)] for how in ("complete", "stopped")
+    )
     passes: list[int] = []
     original = group.Group._pass
 
@@ -111,7 +113,7 @@ def test_the_state_of_runs_together_is_found_in_any_order(files, tmp_path, monke
         original(self, active, number)
 
     monkeypatch.setattr(group.Group, "_pass", noted)
-    cross_validate_together(whole)
+    cross_validate_together(complete)
     undisturbed = list(passes)
     with monkeypatch.context() as patch:
         patch.setattr(group, "stop_requested", lambda: passes[-1:] == [1] and len(passes) > len(undisturbed))
@@ -123,7 +125,7 @@ def test_the_state_of_runs_together_is_found_in_any_order(files, tmp_path, monke
         if numbers:
             cross_validate_together([stopped[i] for i in numbers])
             assert passes == undisturbed[1:], "the state was found: the first pass is not done again"
-    for one, other in zip(whole, stopped, strict=True):
+    for one, other in zip(complete, stopped, strict=True):
         assert (one.output / "predictions.csv").read_bytes() == (other.output / "predictions.csv").read_bytes()
         assert contents(one.output) == contents(other.output)
 

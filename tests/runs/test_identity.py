@@ -131,8 +131,8 @@ def test_an_operator_is_other_code_and_the_named_option_continues(files, tmp_pat
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     for digest in ("another", before):
-        told = CliRunner().invoke(app, ["train", str(path), "--same-code", digest])
-        assert (told.exit_code == 0) is (digest == before), told.output
+        result = CliRunner().invoke(app, ["train", str(path), "--same-code", digest])
+        assert (result.exit_code == 0) is (digest == before), result.output
     assert restored == [True]
     marker = run_folder.read_marker(config.output)
     assert marker["provenance"]["code"] == before
@@ -163,9 +163,9 @@ def test_moved_data_and_other_threads_are_the_same_run(files, tmp_path, restored
     assert states(sweep(moved, tmp_path / "sweep"))[1:] == (["done"], [])
     cross_validate(other)
     assert restored == [True]
-    whole = small(files, tmp_path / "whole")
-    cross_validate(whole)
-    predictions = [(c.output / run_folder.PREDICTIONS).read_bytes() for c in (other, whole)]
+    fresh = small(files, tmp_path / "fresh")
+    cross_validate(fresh)
+    predictions = [(c.output / run_folder.PREDICTIONS).read_bytes() for c in (other, fresh)]
     assert predictions[0] == predictions[1]
 
 
@@ -199,7 +199,7 @@ def test_a_folder_of_0_1_0_is_compared_by_what_decides(files, tmp_path):
     Run.open(join_world(config.parallel), config, "0123456789")
 
 
-def test_runs_on_absent_data_are_told_apart_by_its_place(files, tmp_path):
+def test_runs_on_absent_data_are_distinguished_by_its_path(files, tmp_path):
     axes = {"shards": {name: {"data.shards": str(tmp_path / name)} for name in ("one", "two")}}
     names = [run.name for run in plan(sweep(files, tmp_path / "sweep", axes=axes))]
     assert len({name.rpartition("-")[2] for name in names}) == 2

@@ -1,4 +1,4 @@
-"""A finished run trained again: equal bit for bit, and where it is not, told."""
+"""Test reproduction of a finished run: predictions match bit for bit, or the differences are reported."""
 
 import pandas as pd
 import pytest
@@ -17,7 +17,7 @@ evidence.register(app)
 reproduce.register(app)
 
 
-def test_a_run_is_reproduced_bit_for_bit_and_a_changed_table_is_told(tmp_path):
+def test_a_run_is_reproduced_bit_for_bit_and_a_changed_table_is_reported(tmp_path):
     files = make_cohort(tmp_path / "cohort", two_slides=0)
     config = files.config(tmp_path / "run", train={"epochs": 2})
     with pytest.raises(DataError, match="holds no finished run"):
@@ -40,16 +40,16 @@ def test_a_run_is_reproduced_bit_for_bit_and_a_changed_table_is_told(tmp_path):
     assert "packages" not in str(again.exception)
 
 
-def test_a_training_with_other_predictions_is_told_and_a_tolerance_is_kept(tmp_path, monkeypatch):
+def test_different_predictions_are_reported_and_a_tolerance_is_kept(tmp_path, monkeypatch):
     files = make_cohort(tmp_path / "cohort", two_slides=0)
     config = files.config(tmp_path / "run", train={"epochs": 1})
     cross_validate(config)
     table = pd.read_csv(config.output / "predictions.csv", float_precision="round_trip")
-    table["survival_1"] += 1e-6  # the risk alone would not tell
+    table["survival_1"] += 1e-6  # a change that the risk does not show
     table.to_csv(config.output / "predictions.csv", index=False)
     monkeypatch.chdir(tmp_path)
-    alone = CliRunner().invoke(app, ["reproduce", "run", "--out", "first"])
-    assert "48 predictions, largest difference 1e-06" in alone.output
-    assert "another device or number of threads" in str(alone.exception)
+    strict = CliRunner().invoke(app, ["reproduce", "run", "--out", "first"])
+    assert "48 predictions, largest difference 1e-06" in strict.output
+    assert "another device or number of threads" in str(strict.exception)
     near = CliRunner().invoke(app, ["reproduce", "run", "--out", "second", "--tolerance", "1e-5"])
     assert near.exit_code == 0, near.output

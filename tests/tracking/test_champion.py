@@ -156,23 +156,23 @@ def test_a_registered_ensemble_predicts_as_the_folder_it_came_from(client, cfusi
     (folder / "predictions.csv").write_text("not a part of the model\n")
     run_id = client.create_run("0").info.run_id
     for _ in range(2):
-        assert register_ensemble(client, run_id, folder, "whole", {"cohort": "made_up"}) == "1"
-    (found,) = (v for v in list_versions(client) if v.name == "whole")
+        assert register_ensemble(client, run_id, folder, "made_up", {"cohort": "made_up"}) == "1"
+    (found,) = (v for v in list_versions(client) if v.name == "made_up")
     assert found.aliases == ("candidate",)
     assert found.tags["contract"] == "made-up, 8 wide, at x20, x10, x5"
     out = tmp_path / "out.csv"
-    model = ("--model", "models:/whole@candidate", "--uri", client.tracking_uri)
+    model = ("--model", "models:/made_up@candidate", "--uri", client.tracking_uri)
     cfusion("predict", files.shards, *model, "--out", out)
     source = ShardSource(DataConfig(shards=str(files.shards)))
-    alone = FoldEnsemble.load(folder).predict(
+    direct = FoldEnsemble.load(folder).predict(
         source, group_slides(source.slide_ids, None), join_world(ParallelConfig())
     )
-    np.testing.assert_allclose(pd.read_csv(out)["risk"], alone["risk"], rtol=1e-12)
+    np.testing.assert_allclose(pd.read_csv(out)["risk"], direct["risk"], rtol=1e-12)
     listed = call(client, "registry", "list").stdout
     assert "candidate" in listed
     assert "made-up, 8 wide, at x20, x10, x5" in listed
-    with pytest.raises(DataError, match="has no version champion of a model whole"):
-        cfusion("predict", files.shards, "--model", "models:/whole@champion", "--uri", client.tracking_uri, "--json")
+    with pytest.raises(DataError, match="has no version champion of a model made_up"):
+        cfusion("predict", files.shards, "--model", "models:/made_up@champion", "--uri", client.tracking_uri, "--json")
 
 
 def test_the_served_model_has_signature_example_encoder_and_time_bins(client, tmp_path, recwarn):

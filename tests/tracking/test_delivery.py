@@ -77,11 +77,11 @@ def test_a_sender_that_dies_anywhere_sends_the_rest_once(database, tmp_path, mon
     """A run or metrics stored just before the process died are found again, not duplicated."""
     journal_of(tmp_path, stops_at).close()
     target = {"create_run": "create_run", "log_batch": "log_batch", "after the batch": "log_batch"}[stops_at]
-    whole = getattr(MlflowClient, target)
+    original = getattr(MlflowClient, target)
 
     def dies(self, *arguments, **options):
         if stops_at != "log_batch":
-            whole(self, *arguments, **options)
+            original(self, *arguments, **options)
         if stops_at == "after the batch" and not options.get("metrics"):
             return None
         raise KeyboardInterrupt
@@ -101,11 +101,11 @@ def test_a_sender_that_dies_anywhere_sends_the_rest_once(database, tmp_path, mon
 def test_thousands_of_metrics_go_in_batches_that_mlflow_takes(database, tmp_path, monkeypatch):
     journal_of(tmp_path, "many", steps=1300).close()
     sizes = []
-    whole = MlflowClient.log_batch
+    original = MlflowClient.log_batch
 
     def counted(self, run_id, **options):
         sizes.append(len(options.get("metrics", [])))
-        whole(self, run_id, **options)
+        original(self, run_id, **options)
 
     monkeypatch.setattr(MlflowClient, "log_batch", counted)
     send(tmp_path, database)
@@ -296,9 +296,9 @@ from cfusion.tracking.delivery import send
 from cfusion.tracking.address import tracking_uri
 config = load_config(sys.argv[1])
 die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
-whole = TrackedRun.log
+original = TrackedRun.log
 def log(self, metrics, step=0):
-    whole(self, metrics, step)
+    original(self, metrics, step)
     if sys.argv[2] == "in an epoch" and self._key == "fold_1" and step == 1:
         send(config.output, tracking_uri(config.tracking, config.output))
         die()
@@ -339,13 +339,13 @@ def test_a_run_killed_by_sigkill_goes_on_in_the_same_mlflow_runs(files, database
 def test_only_one_process_sends_a_run(database, tmp_path, monkeypatch):
     journal_of(tmp_path, "two").close()
     inside = []
-    whole = delivery._Sender.take
+    original = delivery._Sender.take
 
     def take(self, records):
         with pytest.raises(DataError, match="another process is sending this run"):
             send(tmp_path, database)
         inside.append(records)
-        whole(self, records)
+        original(self, records)
 
     monkeypatch.setattr(delivery._Sender, "take", take)
     send(tmp_path, database)

@@ -79,8 +79,8 @@ def test_a_truncated_journal_keeps_its_complete_records_and_continues(tmp_path_f
     for step in range(4):
         journal.metrics(PARENT, {"loss": step / 3}, step)
     journal.close()
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) - cut])
+    complete = path.read_bytes()
+    path.write_bytes(complete[: len(complete) - cut])
     kept = records(path)
     journal = Journal(path)
     journal.start(PARENT, name="run")

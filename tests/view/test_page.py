@@ -176,9 +176,9 @@ def test_tiles_off_the_grid_are_drawn_at_their_position(browser, files: Files, t
     corners, side = np.array([[300, 333], [1111, 777]], np.int32), 256
     scores = np.array([[1.0, -1.0]], np.float32)
     level = TileScores(corners, side, scores, np.full_like(scores, np.nan))
-    whole = explanation(PLAIN)
+    full = explanation(PLAIN)
     write_explanation(
-        dataclasses.replace(whole, levels={"x20": level}, methods=("gradient",)), tmp_path / "explanation.zarr"
+        dataclasses.replace(full, levels={"x20": level}, methods=("gradient",)), tmp_path / "explanation.zarr"
     )
     viewer = Viewer(SlideFolder(files.slides), Explanations(tmp_path))
     load_deep_zoom(viewer)

@@ -135,8 +135,8 @@ def test_without_scores_a_click_finds_the_grid_of_the_slides_resolution(client: 
 
 
 def test_magnifications_without_scores_show_their_patches_too(files: Files, tmp_path: Path):
-    whole = explanation(EXPLAINED)
-    part = dataclasses.replace(whole, levels={"x20": whole.levels["x20"]})
+    full = explanation(EXPLAINED)
+    part = dataclasses.replace(full, levels={"x20": full.levels["x20"]})
     write_explanation(part, tmp_path / "explanation.zarr")
     slide = files.slides / f"{EXPLAINED}.svs"
     with running(Viewer(SlideFolder(slide), Explanations(tmp_path))) as client:
@@ -161,8 +161,8 @@ def test_a_patch_is_the_area_average_of_its_square(client: Client, tmp_path: Pat
     key = client.keys()[PLAIN]
     status, headers, content = client.ask(f"/slides/{key}/patch.jpg?x=512&y=512&side=512")
     assert (status, headers["content-type"]) == (200, "image/jpeg")
-    whole = tissue_picture(*SIZE, seed=1)[512:1024, 512:1024].astype(float)
-    expected = whole.reshape(256, 2, 256, 2, 3).mean(axis=(1, 3))
+    full = tissue_picture(*SIZE, seed=1)[512:1024, 512:1024].astype(float)
+    expected = full.reshape(256, 2, 256, 2, 3).mean(axis=(1, 3))
     assert np.abs(picture(content) - expected).mean() < 4  # two JPEG compressions apart
     assert client.ask(f"/slides/{key}/patch.jpg?x=512&y=512&side=20000")[0] == 422
 
