@@ -190,7 +190,7 @@ def test_pictures_of_another_slide_are_refused(explained, run, tmp_path):
     ("arguments", "message"),
     [
         (("store", "--slide", "z"), "has no slide z"),
-        (("nothing.svs",), r"nothing\.svs: there is no such file or folder"),
+        (("nothing.svs",), r"nothing\.svs: no such file or folder"),
         (("run",), r"run: is no feature store\. Give one slide"),
         (("store", "--device", "abacus"), "--device abacus: cannot be used"),
     ],
