@@ -57,8 +57,10 @@ def command_reference() -> str:
     """Every command with its help, arguments and options, as `cfusion COMMAND --help` tells them."""
     lines = ["# Commands", "", "What `cfusion COMMAND --help` tells, on one page. Exit codes:", ""]
     lines += [
-        "0", ":   done", "", "2", ":   bad input, told in one line, with the [page that explains it](../errors.md)", "",
-        "3", ":   done but for named parts", "", "75", ":   stopped on request with its state saved; run it again", "",
+        "0", ":   done", "",
+        "2", ":   invalid input, reported in one line with the [page that explains it](../errors.md)", "",
+        "3", ":   finished, but some items failed (listed)", "",
+        "75", ":   stopped on request, state saved; run the same command again to resume", "",
     ]  # fmt: skip
     for path, command in _walk(typer.main.get_command(app), "cfusion"):
         lines += _describe(path, command)

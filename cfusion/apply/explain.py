@@ -58,7 +58,7 @@ def explain_inputs(
         occlusion: See `cfusion.explain`.
         most_removals: Likewise.
         faithfulness: Also make deletion curves.
-        default_mpp: µm/px of slides whose files do not tell, for their pictures.
+        default_mpp: µm/px of slides whose files do not state it, for their pictures.
         device: Where the models run.
 
     Raises:

@@ -44,7 +44,7 @@ def consolidate(
     from cfusion.training.consolidation import consolidate
 
     if out.exists():
-        raise ConfigError(f"{out}: is there already.", "Give another --out.")
+        raise ConfigError(f"{out}: already exists.", "Give another --out.")
     model = consolidate(folder, weights.value, trust_code=trust_code)
     model.save(out)
     parameters = sum(parameter.numel() for parameter in model.module.parameters())

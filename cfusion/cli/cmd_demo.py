@@ -1,4 +1,4 @@
-"""`cfusion demo`: the whole path on phantom cohorts; `cfusion phantom`: such a cohort alone."""
+"""`cfusion demo`: every step on phantom cohorts; `cfusion phantom`: draw one phantom cohort."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of everything the demo makes.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for all output of the demo.")] = Path("runs/demo"),
     cases: Annotated[int, typer.Option(help="Patients per cohort.", min=40)] = 240,
     slots: Annotated[
-        int | None, typer.Option(help="Trainings at the same time; default: one a core, at most 4.")
+        int | None, typer.Option(help="Trainings at the same time; default: one per core, at most 4.")
     ] = None,
 ) -> None:
-    """Draw two phantom cohorts as real slides, and take them the whole way to a report.
+    """Draw two phantom cohorts as real slides and run every step, up to the report.
 
     Slides → tissue → tiles at 20x, 10x and 5x → embeddings → zarr store → WebDataset shards → CrossFusion and a
     baseline over 5 folds under the strict protocol, with real and with permuted outcomes → report. The embeddings
-    come from an untrained stain and texture descriptor, so that nothing needs to be downloaded. Started again after
-    an interruption, it does what is missing and ends with the same numbers.
+    come from an untrained stain and texture descriptor, so that nothing needs to be downloaded. Safe to re-run after
+    an interruption: finished steps are skipped, and the numbers are the same.
 
       cfusion demo --out runs/demo
     """

@@ -88,7 +88,7 @@ def report(
 def null(
     config: Annotated[Path, typer.Argument(help="YAML configuration.")],
     overrides: Overrides = None,
-    permutations: Annotated[int, typer.Option(help="Also train so many times on permuted outcomes.", min=0)] = 0,
+    permutations: Annotated[int, typer.Option(help="Also train N times on permuted outcomes.", min=0)] = 0,
     unit: Annotated[str, typer.Option(help="Rows that are scored: case or slide.")] = "case",
     repetitions: Annotated[int, typer.Option(help="Repetitions of the simulation.", min=2)] = 40,
 ) -> None:

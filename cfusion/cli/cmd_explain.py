@@ -20,7 +20,7 @@ def explain(
         Path, typer.Argument(help="Slides (file or folder), a store, or one slide's group in it (.zarr).")
     ],
     model: Annotated[str, typer.Option(help="models:/NAME@champion, a run's folder, or one fold's.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; each slide gets a folder of its own in it.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; each slide gets its own folder in it.")],
     uri: Annotated[str | None, typer.Option(help="MLflow server; default: MLFLOW_TRACKING_URI.")] = None,
     slide: Annotated[list[str] | None, typer.Option(help="Of a store, this slide; default all.")] = None,
     slides: Annotated[Path | None, typer.Option(help="Of a store, where its slides are, for the pictures.")] = None,
@@ -32,7 +32,7 @@ def explain(
         int, typer.Option(help="Of more cells than these, several are removed at once, in squares.", min=1)
     ] = 256,
     faithfulness: Annotated[bool, typer.Option("--faithfulness", help="Also draw deletion curves.")] = False,
-    default_mpp: Annotated[float | None, typer.Option(help="µm/px of slides whose files do not tell.")] = None,
+    default_mpp: Annotated[float | None, typer.Option(help="µm/px of slides whose files do not state it.")] = None,
     masks: Annotated[Path | None, typer.Option(help="Of a slide, folder of tissue masks; they win.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Of a slide, folder of encoder checkpoints.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network for weights.")] = False,

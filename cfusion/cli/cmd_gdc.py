@@ -40,7 +40,7 @@ def manifest(
 def download(
     source: Source,
     out: Annotated[Path, typer.Option(help="Folder for the slides.")] = Path("slides"),
-    first: Annotated[int | None, typer.Option(help="Only the first so many.", min=1)] = None,
+    first: Annotated[int | None, typer.Option(help="Only the first N.", min=1)] = None,
     client: Annotated[str | None, typer.Option(help="gdc-client to do the transfers; default none.")] = None,
     threads: Annotated[int, typer.Option(help="Files at the same time.", min=1)] = 4,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be downloaded, and stop.")] = False,

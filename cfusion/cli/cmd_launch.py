@@ -88,7 +88,7 @@ def k8s(
     cpus: Cpus = 8,
     hours: Annotated[
         float | None,
-        typer.Option(help="Limit of the whole run, final; default: none.", min=0.1, max=9999),
+        typer.Option(help="Hard limit of the complete run; default: none.", min=0.1, max=9999),
     ] = None,
     engine: Engine = None,
     name: Name = None,

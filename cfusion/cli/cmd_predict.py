@@ -34,22 +34,22 @@ def predict(
     store: Annotated[Path | None, typer.Option(help="Keep features of slides in this store.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Folder of encoder checkpoints, for slides.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network for weights.")] = False,
-    default_mpp: Annotated[float | None, typer.Option(help="µm/px of slides whose files do not tell.")] = None,
+    default_mpp: Annotated[float | None, typer.Option(help="µm/px of slides whose files do not state it.")] = None,
     threads: Annotated[int, typer.Option(help="Reading threads, for slides.", min=1)] = 2,
     trust_code: TrustCode = None,
 ) -> None:
-    """Predict risk and survival of patients, alone or under torchrun.
+    """Predict risk and survival of patients, in one process or under torchrun.
 
-    Slides are preprocessed with the encoder that the model names; embeddings of another encoder are refused. A row a
-    patient: mean risk over the fold models and its standard deviation, the risk group by their cut-off, and survival
-    at each month where a time bin ends. Without --cases, a slide without a TCGA barcode is taken for a patient.
+    Slides are preprocessed with the encoder that the model names; embeddings of another encoder are refused. One row
+    per patient: mean risk over the fold models and its standard deviation, the risk group by their cut-off, and
+    survival at each month where a time bin ends. Without --cases, a slide without a TCGA barcode counts as a patient.
 
     \b
       cfusion predict slides/ --model models:/blca@champion --out risks.csv
       cfusion predict shards/ --model runs/blca --out risks.csv
     """  # noqa: D301 - the escape is typer's mark for lines that stay as they are
     if out is None and not as_json:
-        raise ConfigError("cfusion predict: nothing would be kept.", "Give --out FILE.csv or --json.")
+        raise ConfigError("cfusion predict: there is no output.", "Give --out FILE.csv or --json.")
     from cfusion.apply.prediction import predict_inputs
 
     settings = {"weights": weights, "offline": offline, "default_mpp": default_mpp, "threads": threads}
@@ -63,8 +63,8 @@ def predict(
             raise PartialResultError(f"{len(done.failed)} slides could not be read: {lost}.", "See above.")
 
 
-def _deliver(table: pd.DataFrame, alone: int, out: Path | None, as_json: bool) -> None:
-    """Write the predictions and say what they are of; `alone` of the rows are slides taken for patients."""
+def _deliver(table: pd.DataFrame, slides: int, out: Path | None, as_json: bool) -> None:
+    """Write the predictions and report their number; `slides` rows are slides taken as patients."""
     from cfusion.files import atomic_path
 
     if out is not None:
@@ -73,9 +73,9 @@ def _deliver(table: pd.DataFrame, alone: int, out: Path | None, as_json: bool) -
     if as_json:
         typer.echo(json.dumps(_records(table), indent=1))
         return
-    rows = {"patients": len(table) - alone, "slides": alone}
-    told = " and ".join(f"{count} {name}" for name, count in rows.items() if count)
-    typer.echo(f"{told}, {(table['group'] == 'high').sum()} of high risk: {out}")
+    rows = {"patients": len(table) - slides, "slides": slides}
+    counted = " and ".join(f"{count} {name}" for name, count in rows.items() if count)
+    typer.echo(f"{counted}, {(table['group'] == 'high').sum()} of high risk: {out}")
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, object]]:

@@ -58,7 +58,7 @@ def run(
     ] = None,
     magnifications: Annotated[str, typer.Option(help="Finest first, each half the one before.")] = "20,10,5",
     resolution: Annotated[str, typer.Option(help="nominal: 40x/20x/10x, as CLAM; exact: the true µm/px.")] = "nominal",
-    default_mpp: Annotated[float | None, typer.Option(help="µm/px of slides whose files do not tell.")] = None,
+    default_mpp: Annotated[float | None, typer.Option(help="µm/px of slides whose files do not state it.")] = None,
     mpp_table: Annotated[Path | None, typer.Option(help="CSV slide_id,mpp for such slides.")] = None,
     masks: Annotated[Path | None, typer.Option(help="Folder of tissue masks (.png) or .geojson; they win.")] = None,
     resample: Annotated[str, typer.Option(help="area, or bicubic as PIL's default.")] = "area",
@@ -84,7 +84,7 @@ def run(
     partition: Annotated[str, typer.Option(help="SLURM partition.")] = "",
     hours: Annotated[float, typer.Option(help="Time limit of a SLURM task.", min=0.1)] = 24.0,
 ) -> None:
-    """Extract the features of slides; run it again and it does what is left.
+    """Extract the features of slides; safe to re-run: finished slides are skipped.
 
     cfusion preprocess slides/ --store features --encoder uni --encoder conch
     """
@@ -115,7 +115,7 @@ def run(
 @app.command()
 def verify(
     store: Annotated[Path, typer.Argument(help="Feature store, or folder of shards.")],
-    encoder: Annotated[str | None, typer.Option(help="One encoder of a store alone.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Only this encoder of a store.")] = None,
 ) -> None:
     """Read every byte of a store or of shards again, and compare shapes and digests with what was written.
 
@@ -138,7 +138,7 @@ def verify(
 def inspect(
     store: Annotated[Path, typer.Argument(help="Feature store.")],
     slide: Annotated[str | None, typer.Option(help="Draw this slide.")] = None,
-    encoder: Annotated[str | None, typer.Option(help="One encoder alone.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Only this encoder.")] = None,
     out: Annotated[Path | None, typer.Option(help="Picture to write; default SLIDE.png.")] = None,
 ) -> None:
     """Show a store as a table, or one slide as a picture.
@@ -171,7 +171,7 @@ def import_(
     source: Annotated[Path, typer.Argument(help="Folder of features that another program made.")],
     store: Annotated[Path, typer.Option(help="Feature store to write.")] = Path("features"),
     layout: Annotated[str, typer.Option("--from", help="auto, published, clam, trident or stamp.")] = "auto",
-    encoder: Annotated[str | None, typer.Option(help="Name of the encoder, where the files do not tell.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Name of the encoder, where the files do not state it.")] = None,
 ) -> None:
     """Take over features made by the published program, CLAM, TRIDENT or STAMP.
 
@@ -210,8 +210,10 @@ def _tell(summary: Summary) -> None:
         typer.echo(f"partly  {outcome.slide_id}: {outcome.why}")
     failed, stale = len(summary.of("failed")), len(summary.of("stale"))
     if failed or stale:
-        told = [f"{failed} failed"] * bool(failed) + [f"{stale} are stale"] * bool(stale)
-        raise PartialResultError(f"of {len(summary.outcomes)} slides {' and '.join(told)}.", f"See {summary.table}.")
+        problems = [f"{failed} failed"] * bool(failed) + [f"{stale} are stale"] * bool(stale)
+        raise PartialResultError(
+            f"of {len(summary.outcomes)} slides {' and '.join(problems)}.", f"See {summary.table}."
+        )
 
 
 def _table(summary: Summary) -> None:

@@ -45,7 +45,7 @@ def list_(uri: Uri = None) -> None:
             found.name, found.version, ", ".join(found.aliases), tags["cohort"], tags["protocol"], tags["patients"],
             f"{tags['cindex']} ({tags['low']} to {tags['high']})", tags["contract"],
         )  # fmt: skip
-    # A file or a pipe gets whole lines; a terminal wraps to its width.
+    # A file or a pipe gets complete lines; a terminal wraps to its width.
     Console(width=None if sys.stdout.isatty() else 240).print(table)
 
 
@@ -105,7 +105,7 @@ def send_(
         state = send(folder, address)
         refused += len(state.refused)
         typer.echo(f"{folder}: {waiting} records sent to {public_name(address)}")
-        for told in state.refused:
-            typer.echo(f"refused {told}")
+        for reason in state.refused:
+            typer.echo(f"refused {reason}")
     if refused:
         raise PartialResultError(f"The server refused {refused} records.", "See above.")

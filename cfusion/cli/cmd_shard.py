@@ -1,4 +1,4 @@
-"""`cfusion preprocess shard`: features to WebDataset shards; and whether shards are whole."""
+"""`cfusion preprocess shard`: features to WebDataset shards; and check that shards are complete."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def shard(
     seed: Annotated[int, typer.Option(help="Seed of the order of slides.")] = 7,
     workers: Annotated[int, typer.Option(help="Threads that read and encode slides.", min=1)] = 2,
 ) -> None:
-    """Pack a feature store into WebDataset tars with an index; run it again and it does what is left.
+    """Pack a feature store into WebDataset tars with an index; safe to re-run: finished tars are skipped.
 
     cfusion preprocess shard features --out shards --size 1GB
     """

@@ -21,7 +21,7 @@ SweepFile = Annotated[Path, typer.Argument(help="YAML file of the sweep; see con
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.key=value for all runs; output=FOLDER moves the sweep.")
 ]
-Only = Annotated[list[str] | None, typer.Option("--only", help="axis=value: these runs alone; may be repeated.")]
+Only = Annotated[list[str] | None, typer.Option("--only", help="axis=value: only these runs; may be repeated.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 TAKES = {
@@ -56,11 +56,11 @@ def _echo_json(settings: SweepConfig, statuses: list[RunStatus], stale: list[str
     from launch.sweep.status import codes_of, counts
 
     runs = [status.to_json() for status in statuses]
-    told = {
+    header = {
         "name": settings.name, "output": str(settings.output), "counts": counts(statuses), "stale": stale,
         "stale_codes": codes_of(settings, stale), **more,
     }  # fmt: skip
-    typer.echo(json.dumps({**told, "runs": runs}, indent=1))
+    typer.echo(json.dumps({**header, "runs": runs}, indent=1))
 
 
 def _echo_lines(statuses: list[RunStatus]) -> None:
@@ -137,7 +137,7 @@ def run(
     ] = 1,
     processes: Annotated[int, typer.Option(help="Processes of a run (torchrun), a GPU each.", min=1)] = 1,
     retries: Annotated[int, typer.Option(help="Further tries of a run that was killed.", min=0)] = 1,
-    limit: Annotated[int | None, typer.Option(help="Do so many of the runs that are left.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Run at most N of the unfinished runs.", min=1)] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, audit its data, and stop.")
     ] = False,
@@ -152,9 +152,9 @@ def run(
     chunk: Annotated[int, typer.Option(help="slurm: runs one after the other in a task.", min=1)] = 1,
     ray_address: Annotated[str, typer.Option(help="ray: auto, HOST:6379, ray://HOST:10001, or local.")] = "auto",
 ) -> None:
-    """Do what is missing of a sweep; started again after any end, it goes on.
+    """Train the unfinished runs of a sweep; safe to re-run after any interruption.
 
-    A run is held while it is trained: several sweeps in one folder share the work. Failed runs are tried anew.
+    A run is locked while it is trained, so several sweeps in one folder share the work. Failed runs are tried again.
 
       cfusion sweep run configs/sweeps/backbones.yaml --executor slurm --gpus 1
     """

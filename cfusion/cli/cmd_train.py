@@ -31,9 +31,9 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Train and score every fold of a configuration; started again, do what is missing.
+    """Train and score every fold of a configuration; safe to re-run: finished folds are skipped.
 
-    Runs unchanged alone, under torchrun and under accelerate launch:
+    The same command runs in one process, under torchrun and under accelerate launch:
 
       cfusion train configs/tcga_blca.yaml train.epochs=20
 
@@ -66,7 +66,8 @@ def train(
     )
     if resolved.evaluation.permute_outcomes is not None:
         typer.echo(
-            f"a null, on permuted outcomes; beside the real one: cfusion report RUN {resolved.output} --out report"
+            "null run on permuted outcomes; to compare it with the real run: "
+            f"cfusion report RUN {resolved.output} --out report"
         )
         return
     page = report_runs([resolved.output], resolved.output / REPORT, title=f"{row['cohort']}: {row['model']}")

@@ -50,9 +50,7 @@ def view(
     )
     load_deep_zoom(viewer)
     if viewer.deep_zoom_trouble:
-        typer.echo(
-            f"no deep zoom, still pictures alone: {viewer.deep_zoom_trouble} Run: cfusion view --fetch", err=True
-        )
+        typer.echo(f"no deep zoom, only still pictures: {viewer.deep_zoom_trouble} Run: cfusion view --fetch", err=True)
     count = len(viewer.slides.slides)
     serve(
         viewer, host, port, lambda address: typer.echo(f"{count} slide{'s' * (count != 1)} at {address} (Ctrl-C ends)")

@@ -23,4 +23,4 @@ def encoders(incomplete: str) -> list[tuple[str, str]]:
     installed = dict.fromkeys(package_names("cfusion.encoders"), "of an installed package")
     known = {name: card.licence for name, card in CARDS.items()}
     found = {**installed, "stain-texture": "nothing learnt", **known}
-    return [(name, told) for name, told in found.items() if name.startswith(incomplete)]
+    return [(name, text) for name, text in found.items() if name.startswith(incomplete)]

@@ -38,11 +38,11 @@ HELP = """Survival prediction from whole-slide images, from slides to numbers a 
 
 \b
 The five commands most people need, each with an example:
-  cfusion demo                                       all of it, slides drawn
+  cfusion demo                                       every step, on drawn slides
   cfusion preprocess slides/ --store features        slides to embeddings
   cfusion preprocess shard features --out shards     embeddings to shards
   cfusion train study.yaml data.shards=shards        cross-validate, report
-  cfusion explain a.svs --model runs/study --out ex  what makes a risk
+  cfusion explain a.svs --model runs/study --out ex  explain a risk
 
 \b
 Then: `view` shows slides and heatmaps, `predict` scores new patients, `score`
@@ -50,24 +50,27 @@ anyone's predictions, `sweep` compares models. COMMAND --help has an example;
 `cfusion help TOPIC` explains an error.
 
 \b
-Exit codes: 0 done; 2 bad input, told in one line; 3 done but for named parts;
-75 stopped on request with its state saved: the same command goes on.
+Exit codes:
+  0: done
+  2: invalid input
+  3: finished, but some items failed (listed)
+  75: stopped on request, state saved; run the same command again to resume
 """
 
 SECONDS_FOR_RANK_0 = 5.0
-"""So long another process waits with an error that rank 0 may have too."""
+"""How long another process waits before it reports an error that rank 0 may have too."""
 
 SECONDS_FOR_THE_CAUSE = 0.5
-"""So long a process waits that ends because another has."""
+"""How long a process waits before it exits because another process has ended."""
 
 DISK = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Make room; the same command goes on from what is whole."),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space, then run the same command again; it resumes."),
     **dict.fromkeys(
         (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS),
         "Give another path, or the right to it.",
     ),
 }
-"""What to do about what a file system refuses, by error number."""
+"""Remedies for file system errors, by error number."""
 
 app = typer.Typer(
     help=HELP,
@@ -96,7 +99,7 @@ def _show_version(asked: bool) -> None:
 @app.callback()
 def _common(
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Log every step."),
-    quiet: bool = typer.Option(False, "--quiet", "-q", help="Log warnings alone."),
+    quiet: bool = typer.Option(False, "--quiet", "-q", help="Log warnings only."),
     version: bool = typer.Option(
         False, "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
     ),

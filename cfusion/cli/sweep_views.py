@@ -35,7 +35,7 @@ def status_table(statuses: Sequence[RunStatus], axes: Sequence[str]) -> Renderab
 def picture(
     row_axis: str, column_axis: str | None, cells: Mapping[tuple[str, str], Sequence[RunStatus]], width: int = 120
 ) -> RenderableType:
-    """Squares coloured by state, a cell for each pair of values, in a terminal of so many columns."""
+    """Squares coloured by state, a cell for each pair of values, in a terminal of the given width in columns."""
     from rich.table import Table
 
     rows = dict.fromkeys(row for row, _ in cells)

@@ -77,7 +77,7 @@ def compare_with_champion(
     pooled, low, line = _scored(table, f"Version {number}", replicates)
     if champion is None:
         chance = (
-            "Its interval is above .5." if low > CHANCE else "Its interval includes .5: not clearly better than chance."
+            "Its interval is above .5." if low > CHANCE else "Its interval is not above .5: not better than chance."
         )
         return Verdict(name, number, low > CHANCE, (line, "There is no champion to compare it with.", chance))
     other = _predictions(client, find_version(client, name, str(champion)))

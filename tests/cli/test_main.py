@@ -103,7 +103,10 @@ def test_a_complete_run_gives_the_same_c_with_and_without_torchrun(config, tmp_p
 def test_a_run_on_permuted_outcomes_ends_well_and_says_what_it_is(config, tmp_path):
     done = cfusion("train", config, "evaluation.permute_outcomes=1")
     assert done.returncode == 0, done.stderr
-    assert f"a null, on permuted outcomes; beside the real one: cfusion report RUN {tmp_path / 'run'}" in done.stdout
+    assert (
+        f"null run on permuted outcomes; to compare it with the real run: cfusion report RUN {tmp_path / 'run'}"
+        in done.stdout
+    )
     assert not (tmp_path / "run" / "report").exists()
 
 

@@ -112,7 +112,7 @@ def test_the_difference_equals_that_of_the_two_scores(client, version):
 def test_the_first_champion_is_better_than_chance(client, version):
     version("chance", predictions(30.0))
     result = call(client, "registry", "promote", "chance", "--yes")
-    assert "Its interval includes .5: not clearly better than chance." in result.stdout
+    assert "Its interval is not above .5: not better than chance." in result.stdout
     assert isinstance(result.exception, ConfigError)
     assert champion(client, "chance") is None
 
