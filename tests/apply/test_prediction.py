@@ -5,63 +5,35 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from factories import ENCODER, CohortFiles, make_cohort, slide_features
+from factories import ENCODER, CohortFiles, slide_features
 from spawn import run_world
-from typer.testing import CliRunner
+from untrained_models import EDGES, untrained
 
 from cfusion.apply.ensemble import FoldEnsemble, predict
 from cfusion.apply.sources import Embeddings, ShardSource, StoreSource, group_slides
-from cfusion.cli.main import app
-from cfusion.config import DataConfig, ModelConfig, ParallelConfig
+from cfusion.config import DataConfig, ParallelConfig
 from cfusion.data.shards import ShardDataset
 from cfusion.data.store import write_slide
 from cfusion.errors import CfusionError, CohortError, ConfigError, DataError, PartialResultError, StoreError
 from cfusion.run_folder import fold_models
 from cfusion.survival.patients import score_patients
-from cfusion.training.fitted import FittedModel, ModelCard, build
 from cfusion.training.folds import fit
 from cfusion.training.world import join_world
 from cfusion.types import SlideFeatures
 from preprocess.descriptor import DIM
 
-MAGNIFICATIONS = (20.0, 10.0, 5.0)
 NAMES = ("x20", "x10", "x5")
-EDGES = ((0.0, 6.0, 14.0, 30.0, 200.0), (0.0, 6.0, 15.0, 31.0, 200.0))
 
 
 @pytest.fixture(autouse=True)
 def keep_logging(monkeypatch):
     """The command line sets up logging for its process; here the process is the tests'."""
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
-    return make_cohort(tmp_path_factory.mktemp("cohort"), patients=30, two_slides=3)
-
-
-def untrained(folder: Path, *, grid: str = "spatial", encoder: str = ENCODER, dim: int = 8) -> Path:
-    """Two fold models as a run leaves them, with weights drawn at random."""
-    settings = ModelConfig(embed_dim=16, num_heads=2, options={"grid": grid})
-    for fold, edges in enumerate(EDGES):
-        torch.manual_seed(fold)
-        card = ModelCard(
-            model=settings.model_dump(mode="json"), backbone_dim=dim, magnifications=MAGNIFICATIONS, edges_months=edges,
-            encoder=encoder, cohort="made_up", endpoint="OS", fold=fold, risk_cutoff=-2.2 + 0.1 * fold,
-        )  # fmt: skip
-        network = build(settings, dim, 4, MAGNIFICATIONS).eval()
-        with torch.no_grad():  # a fresh network has parts that do nothing yet, such as the position encoding
-            for parameter in network.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        FittedModel(network, card).save(folder / f"fold_{fold}" / "model")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +61,6 @@ def cases(files: CohortFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows["slide_id"] += ".svs"
     rows[["slide_id", "case_id"]].to_csv(path, index=False)
     return path
-
-
-@pytest.fixture
-def cfusion() -> Callable[..., str]:
-    def call(*arguments: object) -> str:
-        result = CliRunner().invoke(app, [str(a) for a in arguments])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        assert result.exit_code == 0, result.output
-        return result.stdout
-
-    return call
 
 
 def test_shards_and_the_store_they_were_packed_from_give_the_same(

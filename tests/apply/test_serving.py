@@ -10,9 +10,9 @@ import urllib.request
 
 import numpy as np
 import pytest
-from apply.test_prediction import untrained
 from mlflow_server import wait_for
 from spawn import free_port
+from untrained_models import untrained
 
 from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.tracking.address import connect

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from apply.test_prediction import cfusion, files, untrained  # noqa: F401 - fixtures
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from typer.testing import CliRunner
+from untrained_models import cfusion, files, untrained  # noqa: F401 - fixtures
 
 from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.apply.sources import ShardSource, group_slides
@@ -156,12 +156,12 @@ def test_a_registered_ensemble_predicts_as_the_folder_it_came_from(client, cfusi
     (folder / "predictions.csv").write_text("not a part of the model\n")
     run_id = client.create_run("0").info.run_id
     for _ in range(2):
-        assert register_ensemble(client, run_id, folder, "made_up", {"cohort": "made_up"}) == "1"
-    (found,) = (v for v in list_versions(client) if v.name == "made_up")
+        assert register_ensemble(client, run_id, folder, "complete", {"cohort": "made_up"}) == "1"
+    (found,) = (v for v in list_versions(client) if v.name == "complete")
     assert found.aliases == ("candidate",)
     assert found.tags["contract"] == "made-up, 8 wide, at x20, x10, x5"
     out = tmp_path / "out.csv"
-    model = ("--model", "models:/made_up@candidate", "--uri", client.tracking_uri)
+    model = ("--model", "models:/complete@candidate", "--uri", client.tracking_uri)
     cfusion("predict", files.shards, *model, "--out", out)
     source = ShardSource(DataConfig(shards=str(files.shards)))
     direct = FoldEnsemble.load(folder).predict(
@@ -171,8 +171,8 @@ def test_a_registered_ensemble_predicts_as_the_folder_it_came_from(client, cfusi
     listed = call(client, "registry", "list").stdout
     assert "candidate" in listed
     assert "made-up, 8 wide, at x20, x10, x5" in listed
-    with pytest.raises(DataError, match="has no version champion of a model made_up"):
-        cfusion("predict", files.shards, "--model", "models:/made_up@champion", "--uri", client.tracking_uri, "--json")
+    with pytest.raises(DataError, match="has no version champion of a model complete"):
+        cfusion("predict", files.shards, "--model", "models:/complete@champion", "--uri", client.tracking_uri, "--json")
 
 
 def test_the_served_model_has_signature_example_encoder_and_time_bins(client, tmp_path, recwarn):
