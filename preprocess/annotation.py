@@ -32,8 +32,8 @@ def read_mask(path: Path, shape: tuple[int, int], px_level0: tuple[float, float]
     """Read a user's tissue mask on the overview's grid.
 
     Args:
-        path: A picture of the entire slide at any scale, nonzero where there is tissue; or GeoJSON polygons in
-        level-0 px.
+        path: A picture of the entire slide at any scale, nonzero where there is tissue; or GeoJSON polygons in level-0
+            px.
         shape: Height and width of the overview.
         px_level0: Level-0 px per pixel of the overview, in x and y.
 

@@ -43,8 +43,8 @@ class DeepZoom:
 
     Attributes:
         slide: The open slide; `close` closes it.
-        levels: Levels of the deep-zoom pyramid; the last is level 0 of the slide, and each coarser one is half
-        the size.
+        levels: Levels of the deep-zoom pyramid; the last is level 0 of the slide, and each coarser one is half the
+            size.
     """
 
     def __init__(self, slide: Slide) -> None:

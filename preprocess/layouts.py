@@ -48,8 +48,7 @@ class Found:
     Attributes:
         encoder: Name of the encoder, if the files name it.
         files: Per slide and magnification name, a function that reads the level.
-        alignment: `grid`: children lie in their parents; `centre`: linked to the parent that contains a tile's
-        centre;
+        alignment: `grid`: children lie in their parents; `centre`: linked to the parent that contains a tile's centre;
             `none`: no coordinates, so no parents.
     """
 

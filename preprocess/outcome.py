@@ -18,9 +18,8 @@ class SlideOutcome:
 
     Attributes:
         slide_id: The slide's name.
-        status: `done`; `skipped`: already extracted; `stale`: extracted with another configuration or from
-        another file;
-            `failed`.
+        status: `done`; `skipped`: already extracted; `stale`: extracted with another configuration or from another
+            file; `failed`.
         why: The reason if not `done`; otherwise a remark, such as cells that cannot be read.
         tiles: Tiles over all magnifications.
         seconds: From opening the slide to the written features; slides overlap.

@@ -108,8 +108,7 @@ def pack_store(
         workers: Threads that read and encode slides.
 
     Raises:
-        DataError: No slide could be packed, slides differ in encoder, width or magnifications, or another
-        process packs
+        DataError: No slide could be packed, slides differ in encoder, width or magnifications, or another process packs
             into the folder.
     """
     out = Path(out_dir)

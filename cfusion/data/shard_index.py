@@ -149,8 +149,8 @@ class ShardIndex(_Entry):
     Attributes:
         format: Version of this schema.
         encoder: Name of the encoder of the embeddings.
-        plan: Digest of everything that determined the shards: slides, their attributes in the store, order,
-        dtype, target.
+        plan: Digest of everything that determined the shards: slides, their attributes in the store, order, dtype,
+            target.
         provenance: Attributes that all slides share: weight digest, transform, resample filter, …
         dtype: Storage type of embeddings.
         dim: Width of an embedding.

@@ -20,8 +20,7 @@ class Attention(nn.Module):
     """Anything that weighs tiles.
 
     Attributes:
-        visit: If set, receives the weights of every forward pass, a few queries at a time: exactly the weights
-        that the
+        visit: If set, receives the weights of every forward pass, a few queries at a time: exactly the weights that the
             output is computed from.
     """
 

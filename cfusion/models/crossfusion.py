@@ -32,8 +32,8 @@ class CrossFusion(BagModel):
         source: The one whose tokens set the grid; the others are context.
         offered: Magnifications of the data, of which it may ignore some.
         mixer: How the streams are fused: the paper's convolution or its ablation.
-        grid: `file`: tiles on a square in the order of their file, as published; `spatial`: at their place in
-        the tissue.
+        grid: `file`: tiles on a square in the order of their file, as published; `spatial`: at their place in the
+            tissue.
         dropout: Of feed-forwards and convolution channels.
         attention_dropout: Of the self-attention weights; .2 in the published program.
     """

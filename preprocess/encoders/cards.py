@@ -30,8 +30,7 @@ class EncoderCard:
         gated: Whether the licence must be accepted on the hub before a download.
         options: Arguments of the architecture.
         file: Weights file in the repository.
-        layout: Naming scheme of the weights: timm's, Hugging Face's DINOv2, open_clip's image tower, CONCH's,
-        or CONCH
+        layout: Naming scheme of the weights: timm's, Hugging Face's DINOv2, open_clip's image tower, CONCH's, or CONCH
             v1.5's.
         pool: `token`: the network's own pooling; `token+mean`: class token concatenated with the mean of the patch
             tokens; `map`: mean of the last feature map; `attention`: one learned query, as in CoCa.

@@ -40,8 +40,7 @@ class PhantomSpec:
         cells: Columns and rows of 1024 px cells on a slide (at 20x).
         share_40x: Share of slides written at 40x (0.25 µm/px); the others are 20x (0.5 µm/px).
         two_slides: Number of patients with a second slide.
-        architecture_weight: Weight of the architecture in the log-hazard; the weight of the nuclei completes a
-        sum of
+        architecture_weight: Weight of the architecture in the log-hazard; the weight of the nuclei completes a sum of
             squares of 1.
         effect: Standard deviation of the log-hazard.
         median_months: Median survival of a patient of average risk.
