@@ -69,7 +69,7 @@ def test_the_grid_of_the_study():
         ("trian.epochs=3", r"unknown key trian\. Did you mean train\?"),
         ("model.num_heads=7", r"num_heads=7 does not divide model\.embed_dim=512"),
         ("train.lr=fast", r"train\.lr='fast'"),
-        ("train.epochs", "reads section.key=value"),
+        ("train.epochs", r"'train\.epochs': expected an override of the form section\.key=value"),
         ("model.source=40", r"model\.source=40 is not among data\.magnifications"),
         ("seed.deep=1", "seed"),
     ],

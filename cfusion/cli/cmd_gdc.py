@@ -64,7 +64,7 @@ def download(
     failed = fetch(rows, out, api=api, client=client, threads=threads)
     for name, why in failed.items():
         typer.echo(f"failed  {name}: {why}")
-    typer.echo(f"{out}: {len(rows) - len(failed)} of {len(rows)} slides are there")
+    typer.echo(f"{out}: {len(rows) - len(failed)} of {len(rows)} slides downloaded")
     if failed:
         raise PartialResultError(f"{len(failed)} slides were not downloaded.", "Run the same command again.")
 

@@ -131,7 +131,7 @@ def verify(
         typer.echo(f"WRONG   {slide}: {why}")
     if wrong:
         raise DataError(f"{store}: {len(wrong)} slides are not what was written.", "Delete them and extract again.")
-    typer.echo(f"{store}: {len(list_store(store, encoder))} slides are what was written.")
+    typer.echo(f"{store}: {len(list_store(store, encoder))} slides match the digests recorded when they were written.")
 
 
 @app.command()

@@ -49,7 +49,7 @@ def test_a_folder_without_features_is_no_store(tmp_path: Path):
     for command in ("verify", "inspect"):
         refused = call(command, tmp_path)
         assert isinstance(refused.exception, DataError)
-        assert "holds no features" in str(refused.exception)
+        assert "contains no features" in str(refused.exception)
 
 
 @pytest.mark.parametrize("form", [(), ("run",)], ids=["short", "run"])
@@ -68,10 +68,10 @@ def test_the_real_slides_as_the_readme_has_them(shared: Path, tmp_path: Path):
     assert call(small, "--store", tmp_path).exit_code == 0
     refused = call(large, "--store", tmp_path)
     assert isinstance(refused.exception, DataError)
-    assert "does not tell its resolution" in str(refused.exception)
+    assert "its file does not state its resolution" in str(refused.exception)
     assert "--default-mpp" in str(refused.exception)
     assert call(large, "--store", tmp_path, "--default-mpp", 0.25).exit_code == 0
-    assert "2 slides are what was written" in call("verify", tmp_path).output
+    assert "2 slides match the digests recorded" in call("verify", tmp_path).output
     listed = call("inspect", tmp_path).output
     assert "0.499 (mpp)" in listed
     drawn = call("inspect", tmp_path, "--slide", "cmu_small_region", "--out", tmp_path / "a.png")
@@ -105,7 +105,7 @@ def test_a_folder_with_a_bad_slide_is_done_in_part(tmp_path: Path):
         (("--tasks", "4"), "--tasks does not go with --executor local. Leave it out, or give --executor slurm or ray"),
         (("--hours", "2"), "--hours does not go with --executor local. Leave it out, or give --executor slurm."),
         (("--executor", "slurm", "--strict"), "--strict does not go with --executor slurm"),
-        (("--device", "cuda:77", "--encoder", "uni"), "device 'cuda:77' is not here"),
+        (("--device", "cuda:77", "--encoder", "uni"), "device 'cuda:77' is unavailable"),
         (("--threads", "0"), "threads=0"),
     ],
 )
@@ -134,4 +134,4 @@ def test_a_manifest_becomes_a_call_of_gdc_client(tmp_path: Path):
     assert f"gdc-client download --manifest {tmp_path / 'm.tsv'} --dir 'some slides'" in result.output
     refused = call("download", source, "--out", tmp_path, "--first", 1, "--api", "http://127.0.0.1:1", app=gdc.app)
     assert isinstance(refused.exception, PartialResultError)
-    assert "cannot be reached" in refused.output
+    assert "unreachable" in refused.output
