@@ -1,20 +1,26 @@
-"""Fan-out: the same extraction on this node, as a SLURM job array, or on a Ray cluster.
+"""Fan-out: one extraction as a SLURM job array, or on a Ray cluster.
 
-Every task takes one of equal shares of the sorted slides. Work is idempotent, so a task that was killed is started
-again and does what is left; no lock is held that a crash could leave behind.
+Every task takes one of equal shares of the sorted slides. Finished slides are skipped, so a task that was killed is
+started again and does the rest; no lock is held that a crash could leave behind.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from cfusion.errors import CfusionError, ConfigError, DataError, MissingExtraError
+from cfusion.console import progress
+from cfusion.errors import CfusionError, ConfigError, DataError, RequeueError
+from cfusion.files import digest_json
+from cfusion.interruption import graceful_stop, stop_requested
+from launch.tasks.attempts import attempt_all
+from launch.tasks.ray_tasks import run_ray
+from launch.tasks.slurm_array import run_slurm
+from launch.tasks.task import TaskResources
 from preprocess.extraction import preprocess_slides
 from preprocess.outcome import SlideOutcome, Summary, write_summary
 from preprocess.settings import PreprocessConfig
@@ -24,23 +30,96 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FanOut:
-    """How the work is spread.
+    """How the slides are distributed.
 
     Attributes:
-        executor: `local`: this process, its threads and GPUs; `slurm`: a job array; `ray`: tasks on a Ray cluster.
-        tasks: Equal shares of the slides, each a task.
-        gpus: GPUs of one task.
-        minutes: Time limit of a SLURM task.
-        partition: SLURM partition; empty: the cluster's default.
-        attempts: How often a share is started before it counts as lost.
+        executor: `slurm`: a job array; `ray`: tasks of a Ray cluster.
+        tasks: Equal shares of the slides, one task each.
+        retries: Further attempts at a share that was lost or failed unexpectedly; invalid input is not tried again.
+        resources: Resources of a task.
+        address: Address of the Ray cluster.
     """
 
-    executor: Literal["local", "slurm", "ray"] = "local"
+    executor: Literal["slurm", "ray"]
     tasks: int = 1
-    gpus: int = 0
-    minutes: int = 24 * 60
-    partition: str = ""
-    attempts: int = 3
+    retries: int = 2
+    resources: TaskResources = field(default_factory=TaskResources)
+    address: str = "auto"
+
+
+@dataclass(frozen=True)
+class ShareResult:
+    """How a share went.
+
+    Attributes:
+        name: The share.
+        summary: Outcome of its slides; None if it did not end.
+        error: An error that every attempt would meet, such as invalid input.
+        cause: Why it was lost, in one line.
+        stopped: Whether a signal stopped it.
+    """
+
+    name: str
+    summary: Summary | None = None
+    error: CfusionError | None = None
+    cause: str = ""
+    stopped: bool = False
+
+    @property
+    def retry(self) -> bool:
+        """Whether another attempt may succeed."""
+        return bool(self.cause) and not self.stopped
+
+
+@dataclass(frozen=True)
+class SlideShare:
+    """One of equal shares of the slides; a task of `launch.tasks`.
+
+    Attributes:
+        config: Settings, with absolute paths.
+        number: The share, from 0.
+        of: Number of shares.
+        overwrite: Extract stale slides again.
+    """
+
+    config: PreprocessConfig
+    number: int
+    of: int
+    overwrite: bool = False
+
+    @property
+    def name(self) -> str:
+        """Number of the share, for messages."""
+        return f"share {self.number} of {self.of}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its name with a digest of the settings: a share with other settings is other work."""
+        digest = digest_json([self.config.model_dump(mode="json"), self.overwrite])
+        return (f"{self.name}, settings {digest[:16]}",)
+
+    def __call__(self) -> list[ShareResult]:
+        """Extract the slides of the share; an error is returned as a value, so that no executor wraps it."""
+        try:
+            summary = preprocess_slides(
+                self.config, share=(self.number, self.of), overwrite=self.overwrite, stop=stop_requested
+            )
+        except RequeueError:
+            return [ShareResult(self.name, stopped=True)]
+        except CfusionError as error:
+            return [ShareResult(self.name, error=error)]
+        except Exception as error:  # noqa: BLE001 - a task reports any cause; the caller tries again
+            logger.error("%s", traceback.format_exc())
+            return self.lost(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        return [ShareResult(self.name, summary)]
+
+    def lost(self, cause: str, *, stopped: bool = False) -> list[ShareResult]:
+        """Return that the share did not end."""
+        return [ShareResult(self.name, cause=cause, stopped=stopped)]
+
+    def refused(self, cause: str) -> list[ShareResult]:
+        """Return that the share cannot start where it was sent."""
+        return [ShareResult(self.name, error=DataError(f"{self.name}: {cause}."))]
 
 
 def fan_out(config: PreprocessConfig, plan: FanOut, *, overwrite: bool = False) -> Summary:
@@ -48,40 +127,68 @@ def fan_out(config: PreprocessConfig, plan: FanOut, *, overwrite: bool = False) 
 
     Raises:
         CfusionError: See `preprocess_slides`.
-        DataError: A share was lost `plan.attempts` times.
+        DataError: Every attempt at a share was lost.
         MissingExtraError: The executor's package is not installed.
+        RequeueError: A signal asked for a stop; finished slides are kept.
     """
-    if plan.tasks < 1 or plan.attempts < 1:
-        raise ConfigError(f"tasks={plan.tasks}, attempts={plan.attempts}: expected at least 1.")
-    if plan.executor == "local" and plan.tasks == 1:
-        return preprocess_slides(config, overwrite=overwrite)
-    config = _with_whole_paths(config)
-    shares = [(number, plan.tasks) for number in range(plan.tasks)]
-    run = {"local": _here, "slurm": _on_slurm, "ray": _on_ray}[plan.executor]
-    parts: dict[tuple[int, int], Summary] = {}
-    for attempt in range(1, plan.attempts + 1):
-        left = [share for share in shares if share not in parts]
-        for share, result in zip(left, run(config, plan, left, overwrite), strict=True):
-            if isinstance(result, Summary):
-                parts[share] = result
-            elif isinstance(result, CfusionError):
-                raise result
-            else:
-                logger.warning("share %d of %d was lost, attempt %d: %s", *share, attempt, result)
-        if len(parts) == len(shares):
-            return merge_summaries(config.store, [parts[share] for share in shares])
-    lost = [f"{n}/{of}" for n, of in shares if (n, of) not in parts]
-    raise DataError(f"the shares {', '.join(lost)} were lost {plan.attempts} times.", "See the executor's logs.")
+    if plan.tasks < 1 or plan.retries < 0:
+        raise ConfigError(f"tasks={plan.tasks}, retries={plan.retries}: expected at least 1 and at least 0.")
+    config = _with_absolute_paths(config)
+    shares = [SlideShare(config, number, plan.tasks, overwrite) for number in range(plan.tasks)]
+    with graceful_stop(), progress("Shares", len(shares)) as bar:
+
+        def attempt(todo: Sequence[SlideShare]) -> Iterator[ShareResult]:
+            for result in _dispatch(todo, plan, config.store):
+                if result.retry:
+                    logger.warning("%s was lost: %s", result.name, result.cause)
+                bar.advance(int(not result.retry))
+                yield result
+
+        results = attempt_all(shares, plan.retries, attempt)
+    ended = [results[share.name] for share in shares if share.name in results]
+    _raise_if_not_done(ended, plan)
+    return merge_summaries(config.store, [result.summary for result in ended if result.summary is not None])
 
 
-def _with_whole_paths(config: PreprocessConfig) -> PreprocessConfig:
-    """The same configuration from wherever a task may start: a Ray worker has a working folder of its own."""
+def _dispatch(shares: Sequence[SlideShare], plan: FanOut, store: Path) -> Iterator[ShareResult]:
+    if plan.executor == "slurm":
+        return run_slurm(shares, plan.resources, store / "jobs", "cfusion-preprocess", _no_tick)
+    store.mkdir(parents=True, exist_ok=True)
+    return run_ray(shares, plan.resources, plan.address, _no_tick, store)
+
+
+def _no_tick(_waiting: Sequence[SlideShare]) -> None:
+    """The results alone advance the bar."""
+
+
+def _raise_if_not_done(results: Sequence[ShareResult], plan: FanOut) -> None:
+    for result in results:
+        if result.error is not None:
+            raise result.error
+    done = sum(result.summary is not None for result in results)
+    if len(results) < plan.tasks or any(result.stopped for result in results):
+        raise RequeueError(
+            f"Asked to stop: {done} of {plan.tasks} shares are finished; finished slides of the rest are kept.",
+            "The same command resumes.",
+        )
+    lost = [result for result in results if result.cause]
+    if lost:
+        names = ", ".join(result.name.removeprefix("share ") for result in lost)
+        raise DataError(
+            f"{len(lost)} of {plan.tasks} shares were lost in each of {plan.retries + 1} attempts ({names}): "
+            f"{lost[0].cause}.",
+            "See the executor's logs. The same command does the rest.",
+        )
+
+
+def _with_absolute_paths(config: PreprocessConfig) -> PreprocessConfig:
+    """Make the configuration independent of the folder in which a task starts."""
     paths = {name: value.absolute() for name, value in config if isinstance(value, Path)}
     return config.model_copy(update=paths)
 
 
 def merge_summaries(store: Path, parts: Sequence[Summary]) -> Summary:
-    """One summary of all shares, and one `summary.csv` in place of theirs."""
+    """Merge the shares' summaries, and replace their tables by one `summary.csv`."""
     outcomes: list[SlideOutcome] = sorted((o for part in parts for o in part.outcomes), key=lambda o: o.path)
     table = write_summary(store / "summary.csv", outcomes)
     for part in parts:
@@ -91,66 +198,3 @@ def merge_summaries(store: Path, parts: Sequence[Summary]) -> Summary:
     busy = sum(part.seconds * (1 - part.encoder_idle) for part in parts)
     idle = 1 - busy / max(1e-9, sum(part.seconds for part in parts))
     return Summary(tuple(outcomes), seconds, sum(part.pixels for part in parts), idle, table)
-
-
-def _task(config: PreprocessConfig, share: tuple[int, int], overwrite: bool) -> Summary | CfusionError:
-    """One share; an error of the user's comes back as a value, so that no executor wraps or retries it."""
-    try:
-        return preprocess_slides(config, share=share, overwrite=overwrite)
-    except CfusionError as error:
-        return error
-
-
-def _here(config: PreprocessConfig, plan: FanOut, shares: list[tuple[int, int]], overwrite: bool) -> list[Any]:
-    return [_task(config, share, overwrite) for share in shares]
-
-
-def _on_slurm(config: PreprocessConfig, plan: FanOut, shares: list[tuple[int, int]], overwrite: bool) -> list[Any]:
-    return run_submitit(config, plan, shares, overwrite, cluster="slurm")
-
-
-def run_submitit(
-    config: PreprocessConfig, plan: FanOut, shares: list[tuple[int, int]], overwrite: bool, cluster: str
-) -> list[Any]:
-    """Run shares as a job array of submitit's `cluster`, `slurm` or `local`; a task that was lost gives its error."""
-    if importlib.util.find_spec("submitit") is None:
-        raise MissingExtraError("submitit", "slurm", "--executor slurm")
-    import submitit
-
-    if cluster == "slurm" and shutil.which("srun") is None:
-        raise ConfigError("--executor slurm: there is no srun here.", "Run it where jobs are submitted.")
-    executor = submitit.AutoExecutor(folder=config.store / "jobs", cluster=cluster)
-    executor.update_parameters(
-        name="cfusion-preprocess", timeout_min=plan.minutes, cpus_per_task=config.threads + 1,
-        gpus_per_node=plan.gpus, slurm_array_parallelism=len(shares),
-        **({"slurm_partition": plan.partition} if plan.partition else {}),
-    )  # fmt: skip
-    with executor.batch():
-        jobs = [executor.submit(_task, config, share, overwrite) for share in shares]
-    results: list[Any] = []
-    for job in jobs:
-        try:
-            results.append(job.result())
-        except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:
-            results.append(str(error).splitlines()[0])
-    return results
-
-
-def _on_ray(config: PreprocessConfig, plan: FanOut, shares: list[tuple[int, int]], overwrite: bool) -> list[Any]:
-    if importlib.util.find_spec("ray") is None:
-        raise MissingExtraError("ray", "ray", "--executor ray")
-    import ray
-
-    if not ray.is_initialized():
-        try:
-            ray.init(address="auto", log_to_driver=False)
-        except ConnectionError as error:
-            raise DataError("--executor ray: there is no Ray cluster here.", "Start one: ray start --head.") from error
-    task = ray.remote(num_cpus=config.threads, num_gpus=plan.gpus, max_retries=plan.attempts - 1)(_task)
-    results: list[Any] = []
-    for future in [task.remote(config, share, overwrite) for share in shares]:
-        try:
-            results.append(ray.get(future))
-        except ray.exceptions.RayError as error:
-            results.append(str(error).splitlines()[0])
-    return results

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import cfusion
 from cfusion.console import Progress, progress
 from cfusion.data.store import FeatureStore, write_slide
-from cfusion.errors import CfusionError, ConfigError, DataError
+from cfusion.errors import CfusionError, ConfigError, DataError, RequeueError
 from cfusion.files import digest_file, digest_json
 from cfusion.types import SlideFeatures
 from preprocess.annotation import find_mask
@@ -41,6 +41,7 @@ def preprocess_slides(
     strict: bool = False,
     overwrite: bool = False,
     share: tuple[int, int] = (0, 1),
+    stop: Callable[[], bool] = lambda: False,
 ) -> Summary:
     """Extract the features of all slides of `config.slides` into `config.store`.
 
@@ -53,6 +54,7 @@ def preprocess_slides(
         strict: Raise at the first slide that fails.
         overwrite: Extract stale slides again: those made with another configuration or from another file.
         share: (number, of): this process does one of `of` equal shares of the slides.
+        stop: Asked after each batch of tiles whether to stop.
 
     Returns:
         The outcome of each slide, also written to `summary.csv` in the store.
@@ -61,6 +63,7 @@ def preprocess_slides(
         DataError: No slide was found, the store cannot be written, an encoder returns invalid embeddings, or, if
             `strict`, a slide failed.
         ConfigError: An encoder, the magnifications or the table of resolutions cannot be used.
+        RequeueError: `stop` returned true; finished slides are kept.
     """
     start = time.monotonic()
     check_halving(config.magnifications)
@@ -69,7 +72,7 @@ def preprocess_slides(
     table = read_mpp_table(config.mpp_table) if config.mpp_table else {}
     paths = find_slides(config.slides)
     slots = load_slots(config) if slots is None else slots
-    run = _Run(config, slots, table, strict, overwrite)
+    run = _Run(config, slots, table, strict, overwrite, stop)
     mine = paths[share[0] :: share[1]]
     todo = run.sort_out(mine, same_name(paths))
     with progress("Slides", sum(len(some) for some in todo.values())) as bar:
@@ -113,13 +116,14 @@ class _Run:
         mpp_table: dict[str, float],
         strict: bool,
         overwrite: bool,
+        stop: Callable[[], bool],
     ) -> None:
         self.config, self.encoders, self.mpp_table = config, slots[0], mpp_table
-        self.strict, self.overwrite = strict, overwrite
+        self.strict, self.overwrite, self._stop = strict, overwrite, stop
         self.outcomes: dict[Path, SlideOutcome] = {}
         self.digests = {e.name: configuration_digest(config, e) for e in self.encoders}
         self.pipeline = Pipeline(
-            slots, config.threads, config.batch_size, self._plan, self._write, self._fail, self._show
+            slots, config.threads, config.batch_size, self._plan, self._write, self._fail, self._after_batch
         )
         self._start = time.monotonic()
         self._bar = Progress("", 0)
@@ -221,6 +225,11 @@ class _Run:
         logger.warning("failed: %s", error)
         self.outcomes[path] = SlideOutcome(slide_id_of(path), "failed", str(error), path=str(path))
         self._show(1)
+
+    def _after_batch(self) -> None:
+        if self._stop():
+            raise RequeueError("Asked to stop; finished slides are kept.", "The same command resumes.")
+        self._show()
 
     def _show(self, slides: int = 0) -> None:
         """Advance the progress bar by finished slides and show the rate."""

@@ -13,7 +13,7 @@ import psutil
 import yaml
 from factories import CohortFiles
 
-from launch.cluster.cluster_plan import LaunchPlan, Resources, make_plan
+from launch.cluster.cluster_plan import LaunchPlan, LaunchResources, make_plan
 
 WORKER = Path(__file__).with_name("elastic_worker.py")
 PATIENCE = 180.0
@@ -35,7 +35,7 @@ def planned(
     )
     path = output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    plan = make_plan(path, [], Resources(nodes=nodes, gpus=0, cpus=1), python=sys.executable)
+    plan = make_plan(path, [], LaunchResources(nodes=nodes, gpus=0, cpus=1), python=sys.executable)
     return dataclasses.replace(plan, command=(str(WORKER), str(path), str(pause), str(stop_at)))
 
 

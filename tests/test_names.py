@@ -7,12 +7,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(p for top in ("cfusion", "launch", "preprocess") for p in (ROOT / top).rglob("*.py"))
 
-AWAITED = {"Resources"}
-"""Classes still to be renamed: the resources of a launch and those of a task."""
-
 
 def twice(places: dict[str, list[str]]) -> dict[str, list[str]]:
-    return {name: found for name, found in places.items() if len(found) > 1 and name not in AWAITED}
+    return {name: found for name, found in places.items() if len(found) > 1}
 
 
 def test_no_two_modules_share_a_name():

@@ -145,9 +145,9 @@ def _plan(
     config: Path, overrides: list[str] | None, nodes: int, gpus: int, processes: int | None, cpus: int, hours: float,
     engine: str | None, name: str | None, python: str,
 ) -> LaunchPlan:  # fmt: skip
-    from launch.cluster.cluster_plan import Resources, make_plan
+    from launch.cluster.cluster_plan import LaunchResources, make_plan
 
-    resources = Resources(nodes, gpus, processes, cpus, hours)
+    resources = LaunchResources(nodes, gpus, processes, cpus, hours)
     return make_plan(config, overrides or [], resources, python=python, name=name, engine=engine)
 
 

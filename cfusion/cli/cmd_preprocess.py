@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,18 +11,28 @@ from typer.core import TyperGroup
 
 from cfusion.cli import cmd_shard as shard
 from cfusion.cli.completion import encoders
-from cfusion.cli.options import refuse_unheard
+from cfusion.cli.options import (
+    TASK_OPTIONS,
+    Chunk,
+    Cpus,
+    Executor,
+    Gpus,
+    Hours,
+    MaxParallel,
+    Mem,
+    Partition,
+    RayAddress,
+    Retries,
+    given,
+    refuse_unheard,
+)
 from cfusion.errors import ConfigError, DataError, PartialResultError
 
 if TYPE_CHECKING:
     from preprocess.outcome import Summary
 
 
-TASK_THREADS = 4
-"""Reading threads of a task on slurm or ray, whose machine is not this one."""
-
-
-TAKES = {"local": {"strict"}, "slurm": {"tasks", "gpus", "partition", "hours"}, "ray": {"tasks", "gpus"}}
+TAKES = {"local": {"strict"}, **{executor: names | {"tasks", "retries"} for executor, names in TASK_OPTIONS.items()}}
 """Options of `cfusion preprocess run` that not every executor takes."""
 
 
@@ -72,17 +81,23 @@ def run(
     precision: Annotated[str, typer.Option(help="card, f32, bf16 or f16.")] = "card",
     device: Annotated[list[str] | None, typer.Option(help="cpu, cuda:0, …; default all GPUs.")] = None,
     threads: Annotated[
-        int | None, typer.Option(help="Reading threads; default all cores, on slurm and ray 4 a task.")
+        int | None, typer.Option(help="Reading threads; default: all cores, on slurm and ray those of --cpus.")
     ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at the first slide that fails, on this machine.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo slides made with other settings.")] = False,
-    executor: Annotated[str, typer.Option(help="local, slurm or ray.")] = "local",
-    tasks: Annotated[int, typer.Option(help="Shares of the slides, one task each, on slurm or ray.", min=1)] = 1,
-    gpus: Annotated[int, typer.Option(help="GPUs of a task, on slurm or ray.")] = 0,
-    partition: Annotated[str, typer.Option(help="SLURM partition.")] = "",
-    hours: Annotated[float, typer.Option(help="Time limit of a SLURM task.", min=0.1)] = 24.0,
+    executor: Executor = "local",
+    tasks: Annotated[int, typer.Option(help="slurm, ray: shares of the slides, one task each.", min=1)] = 1,
+    retries: Retries = 2,
+    partition: Partition = "",
+    hours: Hours = 24.0,
+    cpus: Cpus = 4,
+    gpus: Gpus = 0,
+    mem: Mem = None,
+    max_parallel: MaxParallel = None,
+    chunk: Chunk = 1,
+    ray_address: RayAddress = "auto",
 ) -> None:
     """Extract the features of slides; safe to re-run: finished slides are skipped.
 
@@ -90,14 +105,16 @@ def run(
     """
     from cfusion.config import validate
     from launch.extract import FanOut, fan_out
+    from launch.tasks.task import TaskResources
     from preprocess.extraction import preprocess_slides
     from preprocess.settings import PreprocessConfig
 
     refuse_unheard(context, executor, TAKES)
-    plan = None
     if executor != "local":
-        plan = FanOut(executor, tasks=tasks, gpus=gpus, partition=partition, minutes=math.ceil(60 * hours))  # type: ignore[arg-type]
-        threads = TASK_THREADS if threads is None else threads
+        if threads is None:
+            threads = cpus
+        elif not given(context, "cpus"):
+            cpus = threads
     values = {
         "slides": slides, "store": store, "encoders": tuple(encoder or ["stain-texture"]), "masks": masks,
         "magnifications": _numbers(magnifications), "resolution": resolution, "default_mpp": default_mpp,
@@ -106,10 +123,12 @@ def run(
         **({} if threads is None else {"threads": threads}),
     }  # fmt: skip
     config = validate(PreprocessConfig, values, "cfusion preprocess")
-    if plan:
-        _tell(fan_out(config, plan, overwrite=overwrite))
+    if executor != "local":
+        resources = TaskResources(cpus, gpus, mem, hours, partition, max_parallel, chunk)
+        plan = FanOut(executor, tasks, retries, resources, ray_address)  # type: ignore[arg-type]
+        _report(fan_out(config, plan, overwrite=overwrite))
     else:
-        _tell(preprocess_slides(config, strict=strict or slides.is_file(), overwrite=overwrite))
+        _report(preprocess_slides(config, strict=strict or slides.is_file(), overwrite=overwrite))
 
 
 @app.command()
@@ -195,7 +214,7 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise ConfigError(f"--magnifications {text}: expected numbers, such as 20,10,5.") from None
 
 
-def _tell(summary: Summary) -> None:
+def _report(summary: Summary) -> None:
     for outcome in summary.of("failed") + summary.of("stale"):
         typer.echo(f"{outcome.status:<8}{outcome.slide_id}: {outcome.why}")
     _table(summary)

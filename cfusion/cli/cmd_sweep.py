@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cfusion.cli.options import refuse_unheard
+from cfusion.cli.options import (
+    TASK_OPTIONS,
+    Chunk,
+    Cpus,
+    Executor,
+    Gpus,
+    Hours,
+    MaxParallel,
+    Mem,
+    Partition,
+    RayAddress,
+    Retries,
+    refuse_unheard,
+)
 
 if TYPE_CHECKING:
     from launch.sweep.plan import PlannedRun, SweepConfig
@@ -24,11 +37,7 @@ Overrides = Annotated[
 Only = Annotated[list[str] | None, typer.Option("--only", help="axis=value: only these runs; may be repeated.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-TAKES = {
-    "local": {"slots", "slots_per_gpu"},
-    "slurm": {"partition", "hours", "cpus", "gpus", "mem", "max_parallel", "chunk"},
-    "ray": {"cpus", "gpus", "max_parallel", "ray_address"},
-}
+TAKES = {"local": {"slots", "slots_per_gpu"}, **TASK_OPTIONS}
 """Options of `cfusion sweep run` that not every executor takes."""
 
 
@@ -128,29 +137,25 @@ def run(
     file: SweepFile,
     overrides: Overrides = None,
     only: Only = None,
-    executor: Annotated[str, typer.Option(help="local, slurm (job array) or ray (cluster).")] = "local",
+    executor: Executor = "local",
     slots: Annotated[
-        int | None, typer.Option(help="local: runs at the same time; default: one, or by the GPUs.", min=1)
+        int | None, typer.Option(help="local: runs at the same time; default: one, or as many as the GPUs hold.", min=1)
     ] = None,
     slots_per_gpu: Annotated[
-        int, typer.Option(help="local: runs on one GPU, each its share of the memory.", min=1)
+        int, typer.Option(help="local: runs on one GPU, each with an equal share of its memory.", min=1)
     ] = 1,
-    processes: Annotated[int, typer.Option(help="Processes of a run (torchrun), a GPU each.", min=1)] = 1,
-    retries: Annotated[int, typer.Option(help="Further tries of a run that was killed.", min=0)] = 1,
+    processes: Annotated[int, typer.Option(help="Processes of a run (torchrun), each with one GPU.", min=1)] = 1,
+    retries: Retries = 1,
     limit: Annotated[int | None, typer.Option(help="Run at most N of the unfinished runs.", min=1)] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done, audit its data, and stop.")
-    ] = False,
-    partition: Annotated[str, typer.Option(help="slurm: partition.")] = "",
-    hours: Annotated[
-        float, typer.Option(help="slurm: time limit of a task; near it a task is queued again.", min=0.1)
-    ] = 24.0,
-    cpus: Annotated[int, typer.Option(help="slurm, ray: cores of a task.", min=1)] = 4,
-    gpus: Annotated[int, typer.Option(help="slurm, ray: GPUs of a task.", min=0)] = 0,
-    mem: Annotated[float | None, typer.Option(help="slurm: memory of a task in GB.", min=0.1)] = None,
-    max_parallel: Annotated[int | None, typer.Option(help="slurm, ray: tasks at the same time.", min=1)] = None,
-    chunk: Annotated[int, typer.Option(help="slurm: runs one after the other in a task.", min=1)] = 1,
-    ray_address: Annotated[str, typer.Option(help="ray: auto, HOST:6379, ray://HOST:10001, or local.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would run, audit its data, and stop.")] = False,
+    partition: Partition = "",
+    hours: Hours = 24.0,
+    cpus: Cpus = 4,
+    gpus: Gpus = 0,
+    mem: Mem = None,
+    max_parallel: MaxParallel = None,
+    chunk: Chunk = 1,
+    ray_address: RayAddress = "auto",
 ) -> None:
     """Train the unfinished runs of a sweep; safe to re-run after any interruption.
 
@@ -160,7 +165,7 @@ def run(
     """
     from cfusion.run_folder import is_done
     from launch.sweep.execute import Execution, run_all
-    from launch.tasks.resources import Resources
+    from launch.tasks.task import TaskResources
 
     refuse_unheard(context, executor, TAKES)
     settings, runs = _planned(file, overrides, only)
@@ -168,14 +173,14 @@ def run(
         runs = [run for run in runs if not is_done(run.config.output)][:limit]
     if dry_run:
         return _rehearse(runs)
-    resources = Resources(cpus, gpus, mem, hours, partition, max_parallel, chunk)
+    resources = TaskResources(cpus, gpus, mem, hours, partition, max_parallel, chunk)
     how = Execution(executor, slots, slots_per_gpu, retries, processes, settings.group, resources, ray_address)
     run_all(runs, how, settings.output)
     typer.echo(f"{len(runs)} runs are done; table: cfusion sweep report {file}")
 
 
 def _rehearse(runs: list[PlannedRun]) -> None:
-    """List what would be done, and audit each cohort with each encoder once."""
+    """List what would run, and audit each cohort with each encoder once."""
     from launch.sweep.execute import audits
     from launch.sweep.status import look
 

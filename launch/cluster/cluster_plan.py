@@ -50,7 +50,7 @@ SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
 @dataclass(frozen=True)
-class Resources:
+class LaunchResources:
     """What a run asks of a cluster.
 
     Attributes:
@@ -88,7 +88,7 @@ class LaunchPlan:
     """
 
     name: str
-    resources: Resources
+    resources: LaunchResources
     least_nodes: int
     output: Path
     command: tuple[str, ...]
@@ -137,7 +137,7 @@ class LaunchPlan:
 def make_plan(
     config: Path,
     overrides: Sequence[str],
-    resources: Resources,
+    resources: LaunchResources,
     *,
     python: str,
     name: str | None = None,

@@ -1,4 +1,4 @@
-"""Do what is missing of a sweep, on whichever executor: jobs, retries, and one word at the end for what failed."""
+"""Do the unfinished runs of a sweep on any executor: jobs, retries, and one error at the end for what failed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from launch.sweep.markers import LOG
 from launch.sweep.plan import PlannedRun, places, remember_data
 from launch.sweep.work import Job, Outcome
 from launch.sweep.workers import run_local, slots_here
+from launch.tasks.attempts import attempt_all
 from launch.tasks.ray_tasks import run_ray
-from launch.tasks.resources import Resources, Tick
 from launch.tasks.slurm_array import run_slurm
+from launch.tasks.task import TaskResources, Tick
 
 logger = logging.getLogger(__name__)
 
-_TOLD = 5
-"""Causes that the closing word names; `cfusion sweep status` shows all."""
+_SHOWN = 5
+"""Causes that the final error lists; `cfusion sweep status` shows all."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,13 @@ class Execution:
 
     Attributes:
         executor: `local`: worker processes of this machine; `slurm`: a job array; `ray`: tasks of a Ray cluster.
-        slots: Workers at the same time (local); none: `slots_per_gpu` for each GPU, or one.
+        slots: Workers at the same time (local); None: `slots_per_gpu` for each GPU, or one.
         slots_per_gpu: Runs on one GPU at the same time, each with an equal share of its memory.
-        retries: How often a run is tried again that was killed or failed unexpectedly; bad input is not tried again.
+        retries: Further attempts at a run that was killed or failed unexpectedly; invalid input is not tried again.
         processes: Processes of each run; more than one are started by torchrun.
-        group: Most runs in one job where they share one read.
-        resources: Of a task (slurm, ray).
-        address: Of the Ray cluster.
+        group: Maximum number of runs in one job where they share one read.
+        resources: Resources of a task (slurm, ray).
+        address: Address of the Ray cluster.
     """
 
     executor: str = "local"
@@ -48,7 +49,7 @@ class Execution:
     retries: int = 1
     processes: int = 1
     group: int = 8
-    resources: Resources = field(default_factory=Resources)
+    resources: TaskResources = field(default_factory=TaskResources)
     address: str = "auto"
 
 
@@ -58,13 +59,13 @@ def run_all(runs: Sequence[PlannedRun], execution: Execution, folder: Path) -> N
     Args:
         runs: Of `launch.sweep.plan.plan`.
         execution: Where and how.
-        folder: Of the sweep, for what an executor writes.
+        folder: Folder of the sweep; executors write to it.
 
     Raises:
         PartialResultError: Some runs failed, or another process trains them; each is named with its cause.
-        RequeueError: A signal asked for a stop; runs at work have saved their state.
+        RequeueError: A signal asked for a stop; running runs have saved their state.
     """
-    from cfusion.interruption import graceful_stop, stop_requested
+    from cfusion.interruption import graceful_stop
 
     missing = [run for run in runs if not is_done(run.config.output)]
     if len(missing) < len(runs):
@@ -76,46 +77,53 @@ def run_all(runs: Sequence[PlannedRun], execution: Execution, folder: Path) -> N
         progress(f"{len(todo)} runs, folds", sum(fold_count(run.config.splits) for run in todo)) as bar,
         graceful_stop(),
     ):
-        folds = _Folds(bar)
-        for attempt in range(execution.retries + 1):
-            for outcome in _dispatch(jobs_of(todo, execution), execution, folder, folds.look):
-                outcomes[outcome.name] = outcome
-                if outcome.state == "failed":
-                    logger.warning("%s: %s", outcome.name, outcome.cause)
-            folds.look([Job((run,)) for run in todo], at_once=True)
-            todo = [run for run in todo if run.name in outcomes and outcomes[run.name].again != "no"]
-            if not todo or attempt == execution.retries or stop_requested():
-                break
-            if any(outcomes[run.name].again == "alone" for run in todo):
-                execution = replace(execution, slots=None, slots_per_gpu=1)
-            logger.warning("trying again: %s", ", ".join(run.name for run in todo[:_TOLD]))
+        outcomes |= attempt_all(todo, execution.retries, _Attempt(execution, folder, _Folds(bar)))
     _raise_if_not_done(missing, outcomes)
+
+
+class _Attempt:
+    """Does runs on the executor; after one ran out of memory on its share of a GPU, with one run per GPU."""
+
+    def __init__(self, execution: Execution, folder: Path, folds: _Folds) -> None:
+        self._execution, self._folder, self._folds = execution, folder, folds
+
+    def __call__(self, runs: Sequence[PlannedRun]) -> Iterator[Outcome]:
+        alone = False
+        jobs = jobs_of(runs, self._execution)
+        for outcome in _dispatch(jobs, self._execution, self._folder, self._folds.look):
+            if outcome.state == "failed":
+                logger.warning("%s: %s", outcome.name, outcome.cause)
+            alone = alone or outcome.again == "alone"
+            yield outcome
+        self._folds.look([Job((run,)) for run in runs], at_once=True)
+        if alone:
+            self._execution = replace(self._execution, slots=None, slots_per_gpu=1)
 
 
 def _raise_if_not_done(runs: Sequence[PlannedRun], outcomes: Mapping[str, Outcome]) -> None:
     left = [outcomes.get(run.name) for run in runs if not is_done(run.config.output)]
-    if any(outcome is None or outcome.state == "stopped" for outcome in left):
-        raise RequeueError(f"{len(left)} of {len(runs)} runs are left; those at work have saved their state.")
+    if any(outcome is None or outcome.stopped for outcome in left):
+        raise RequeueError(f"{len(left)} of {len(runs)} runs are left; the running ones have saved their state.")
     causes: dict[str, list[str]] = {}
     for outcome in left:
         if outcome is not None and outcome.state == "failed":
             causes.setdefault(outcome.cause, []).append(outcome.name)
     held = [outcome.cause for outcome in left if outcome is not None and outcome.state == "held"]
     if causes:
-        told = [f"{_names(names)}: {cause}" for cause, names in list(causes.items())[:_TOLD]]
+        reasons = [f"{_names(names)}: {cause}" for cause, names in list(causes.items())[:_SHOWN]]
         raise PartialResultError(
-            f"{sum(map(len, causes.values()))} of {len(runs)} runs failed. {' '.join(map(_sentence, told))}",
-            f"Their folders hold {LOG}; cfusion sweep status shows all.",
+            f"{sum(map(len, causes.values()))} of {len(runs)} runs failed. {' '.join(map(_sentence, reasons))}",
+            f"See {LOG} in their folders; cfusion sweep status lists all.",
         )
     if held:
         raise PartialResultError(
-            f"{len(held)} of {len(runs)} runs are left to another sweep in this folder. {'; '.join(held[:_TOLD])}",
-            "cfusion sweep status follows them.",
+            f"{len(held)} of {len(runs)} runs are left to another sweep in this folder. {'; '.join(held[:_SHOWN])}",
+            "cfusion sweep status shows them.",
         )
 
 
-def _sentence(words: str) -> str:
-    return words if words.endswith((".", "?")) else f"{words}."
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "?")) else f"{text}."
 
 
 def _names(names: Sequence[str]) -> str:
@@ -123,7 +131,7 @@ def _names(names: Sequence[str]) -> str:
 
 
 def jobs_of(runs: Sequence[PlannedRun], execution: Execution) -> list[Job]:
-    """The runs as jobs, in their order; those with `train.folds=together` that share a read are one job."""
+    """Make jobs of the runs, in order; runs with `train.folds=together` that share a read are one job."""
     from cfusion.runs.crossval import shares_a_read
 
     groups: dict[str, list[PlannedRun]] = {}
@@ -141,7 +149,7 @@ def jobs_of(runs: Sequence[PlannedRun], execution: Execution) -> list[Job]:
 
 
 def audits(runs: Sequence[PlannedRun]) -> Iterator[str]:
-    """What the data of the runs are and what an audit drops or doubts; each cohort with each encoder is read once."""
+    """Audit the data of the runs: each cohort with each encoder is read once. Yields lines."""
     from cfusion.runs.run import Run
 
     seen = set()
@@ -157,7 +165,7 @@ def audits(runs: Sequence[PlannedRun]) -> Iterator[str]:
 
 
 def folds_done(run: PlannedRun) -> int:
-    """How many folds of a run are whole."""
+    """Return how many folds of a run are complete."""
     return len(fold_folders(run.config.output))
 
 
@@ -165,14 +173,14 @@ def _dispatch(jobs: Sequence[Job], execution: Execution, folder: Path, tick: Tic
     if not jobs:
         return iter(())
     if execution.executor == "slurm":
-        return run_slurm(jobs, execution.resources, folder / "jobs", tick)
+        return run_slurm(jobs, execution.resources, folder / "jobs", "cfusion-sweep", tick)
     if execution.executor == "ray":
         return run_ray(jobs, execution.resources, execution.address, tick)
     return run_local(jobs, slots_here(execution.slots, execution.slots_per_gpu, execution.processes), tick)
 
 
 class _Folds:
-    """Moves the bar by the folds that runs at work have finished; looks seldom where the runs are many."""
+    """Advances the bar by the folds that running runs have finished; the more runs, the less often it looks."""
 
     def __init__(self, bar: Progress) -> None:
         self._bar = bar

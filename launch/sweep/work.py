@@ -1,4 +1,4 @@
-"""One job in a worker: a run, or several that share one read, claimed, trained, and told about."""
+"""One job in a worker: a run, or several that share one read. It is locked, trained and reported."""
 
 from __future__ import annotations
 
@@ -28,30 +28,15 @@ _POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Job:
-    """What one worker does at a time.
-
-    Attributes:
-        runs: One run, or several that share one read of the shards.
-        processes: Processes of each run; more than one are started by torchrun.
-        share: Part of its GPUs that the worker may fill.
-    """
-
-    runs: tuple[PlannedRun, ...]
-    processes: int = 1
-    share: float = 1.0
-
-
-@dataclass(frozen=True)
 class Outcome:
     """How a run went.
 
     Attributes:
-        name: Of the run.
-        state: `held`: another process trains it; `stopped`: asked to stop, its state is saved.
+        name: The run.
+        state: `held`: another process trains it; `stopped`: stopped on request, its state is saved.
         cause: Why it is not done, in one line.
-        again: Whether another try may end otherwise: not where the input is bad; `alone` on a whole GPU where its share
-            was too small.
+        again: Whether another attempt may succeed: `no` if the input is invalid; `alone`: on a GPU of its own, because
+            its share of one was too small.
     """
 
     name: str
@@ -59,35 +44,67 @@ class Outcome:
     cause: str = ""
     again: Literal["no", "yes", "alone"] = "no"
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the same run resumes where it stopped."""
+        return self.state == "stopped"
 
-def do(job: Job) -> list[Outcome]:
-    """Do the runs of a job that are neither done nor held by another process; failed ones are marked with the cause."""
-    outcomes: list[Outcome] = []
-    data = DataDigests({})
-    with contextlib.ExitStack() as held:
-        mine: list[PlannedRun] = []
-        locks: list[tuple[int, ...]] = []
-        for run in job.runs:
-            try:
-                lock = held.enter_context(claim(run.config.output))
-            except HeldError as error:
-                outcomes.append(Outcome(run.name, "held", error.message))
-                continue
-            if is_done(run.config.output):
-                outcomes.append(Outcome(run.name, "done"))
-                continue
-            clear_failure(run.config.output)
-            if changed := run.changed(data):
-                outcomes.append(_refused(run, changed))
-                continue
-            mine.append(run)
-            locks.append(lock)
-        return outcomes + (_attempt(job, mine, locks) if mine else [])
+    @property
+    def retry(self) -> bool:
+        """Whether another attempt may succeed."""
+        return self.again != "no"
 
 
-def lost(job: Job, cause: str, *, stopped: bool = False) -> list[Outcome]:
-    """How the runs of a job went whose worker ended without a word; those not done are marked with the cause."""
-    return [_lost(run, cause, stopped) for run in job.runs]
+@dataclass(frozen=True)
+class Job:
+    """What one worker does at a time; a task of `launch.tasks`.
+
+    Attributes:
+        runs: One run, or several that share one read of the shards.
+        processes: Processes of each run; more than one are started by torchrun.
+        share: Fraction of its GPUs that the worker may fill.
+    """
+
+    runs: tuple[PlannedRun, ...]
+    processes: int = 1
+    share: float = 1.0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the runs."""
+        return tuple(run.name for run in self.runs)
+
+    def __call__(self) -> list[Outcome]:
+        """Do the runs that are neither done nor held by another process; mark failed ones with the cause."""
+        outcomes: list[Outcome] = []
+        data = DataDigests({})
+        with contextlib.ExitStack() as held:
+            mine: list[PlannedRun] = []
+            locks: list[tuple[int, ...]] = []
+            for run in self.runs:
+                try:
+                    lock = held.enter_context(claim(run.config.output))
+                except HeldError as error:
+                    outcomes.append(Outcome(run.name, "held", error.message))
+                    continue
+                if is_done(run.config.output):
+                    outcomes.append(Outcome(run.name, "done"))
+                    continue
+                clear_failure(run.config.output)
+                if changed := run.changed(data):
+                    outcomes.append(_refused(run, changed))
+                    continue
+                mine.append(run)
+                locks.append(lock)
+            return outcomes + (_attempt(self, mine, locks) if mine else [])
+
+    def lost(self, cause: str, *, stopped: bool = False) -> list[Outcome]:
+        """Return how the runs went if the worker ended without reporting; mark those that are not done."""
+        return [_lost(run, cause, stopped) for run in self.runs]
+
+    def refused(self, cause: str) -> list[Outcome]:
+        """Return that the runs cannot start where they were sent."""
+        return [Outcome(run.name, "failed", cause) for run in self.runs]
 
 
 def _lost(run: PlannedRun, cause: str, stopped: bool) -> Outcome:
@@ -106,7 +123,7 @@ def _lost(run: PlannedRun, cause: str, stopped: bool) -> Outcome:
 
 
 def _refused(run: PlannedRun, cause: str) -> Outcome:
-    """Mark a run that is not begun as failed; another try would end alike."""
+    """Mark a run that cannot start as failed; another attempt would fail too."""
     with _logged_to([run.config.output]) as log:
         log.error("%s", cause)
     write_failure(run.config.output, cause)
@@ -114,9 +131,9 @@ def _refused(run: PlannedRun, cause: str) -> Outcome:
 
 
 def _attempt(job: Job, runs: list[PlannedRun], locks: list[tuple[int, ...]]) -> list[Outcome]:
-    """Train the runs and say how each went; the attempt and what it cost are recorded with each."""
+    """Train the runs; record the attempt and its cost with each of them."""
     meter = Meter(job.share, len(runs))
-    missed = Outcome("", "failed", "ended without its marker of completion")
+    missed = Outcome("", "failed", "ended without being marked as done")
     with _logged_to([run.config.output for run in runs]) as log:
         try:
             _train(job, runs, locks)
@@ -125,7 +142,7 @@ def _attempt(job: Job, runs: list[PlannedRun], locks: list[tuple[int, ...]]) -> 
         except CfusionError as error:
             log.error("%s", error)
             missed = Outcome("", "failed", str(error))
-        except Exception as error:  # noqa: BLE001 - a worker tells its cause whatever it is; the sweep then fails
+        except Exception as error:  # noqa: BLE001 - a worker reports any cause; the sweep then fails
             log.error("%s", traceback.format_exc())
             missed = Outcome("", "failed", _line(error), "alone" if _out_of_memory(error) and job.share < 1 else "yes")
         cost = meter.read()
@@ -164,7 +181,7 @@ def _train(job: Job, runs: list[PlannedRun], locks: list[tuple[int, ...]]) -> No
 
 
 def _torchrun(run: PlannedRun, processes: int, lock: tuple[int, ...]) -> None:
-    """Train a run in several processes; they hold its lock too, so it stays held should this process be killed."""
+    """Train a run in several processes; they hold its lock too, so it stays held if this process is killed."""
     from cfusion.interruption import graceful_stop, stop_requested
 
     folder = run.config.output
@@ -187,7 +204,7 @@ def _torchrun(run: PlannedRun, processes: int, lock: tuple[int, ...]) -> None:
                     asked = True
                 time.sleep(_POLL_SECONDS)
         finally:
-            # The lock ends with this block, whoever else has its descriptor: the child must not outlive it.
+            # The lock ends with this block, even if another process has its descriptor: the child must not outlive it.
             if child.poll() is None:
                 child.terminate()
                 child.wait()
@@ -200,12 +217,12 @@ def _torchrun(run: PlannedRun, processes: int, lock: tuple[int, ...]) -> None:
         for line in reversed(lines):
             if line.startswith("error: "):
                 raise DataError(line.removeprefix("error: "))
-        raise ChildProcessError(f"torchrun ended with {child.returncode}; the last words are in its log")
+        raise ChildProcessError(f"torchrun ended with exit code {child.returncode}; its log has the last lines")
 
 
 @contextlib.contextmanager
 def _logged_to(folders: Sequence[Path]) -> Iterator[logging.Logger]:
-    """Within the block, what the program logs goes to `run.log` in each folder."""
+    """Within the block, write the program's log to `run.log` in each folder."""
     log = logging.getLogger("cfusion")
     level = log.level
     handlers = [logging.FileHandler(folder / LOG) for folder in folders]

@@ -1,6 +1,6 @@
-"""Run jobs on this machine: worker processes, each with its cores and GPUs, which keep their imports between runs.
+"""Run jobs on this machine in worker processes, each with its cores and GPUs; they keep their imports between runs.
 
-A worker that is killed takes its own run down and nobody else's; another takes its place.
+A worker that is killed ends only its own run; another worker replaces it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from cfusion.errors import ConfigError
 from cfusion.machine_limits import free_memory_bytes, usable_cores
-from launch.sweep.work import Job, Outcome, do, lost
+from launch.sweep.work import Job, Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +31,9 @@ class Slot:
     """A place for one worker.
 
     Attributes:
-        threads: Cores that it computes on.
-        gpus: Its GPUs as `CUDA_VISIBLE_DEVICES` names them; none: as the machine has them.
-        share: Part of each of these GPUs that it may fill.
+        threads: Cores.
+        gpus: Its GPUs as in `CUDA_VISIBLE_DEVICES`; None: all GPUs of the machine.
+        share: Fraction of each of these GPUs that it may fill.
     """
 
     threads: int
@@ -42,13 +42,13 @@ class Slot:
 
 
 def slots_here(slots: int | None, slots_per_gpu: int, processes: int) -> list[Slot]:
-    """The slots of this machine: `slots` of them over its GPUs in turn, or as many as its GPUs give, or one.
+    """Return the slots of this machine: `slots`, assigned to its GPUs in turn, or as many as its GPUs hold, or one.
 
     Args:
-        slots: How many; none: `slots_per_gpu` for each GPU, or for each group of `processes` GPUs. The cores are shared
-            out among them; OMP_NUM_THREADS, where it is set, is the most threads of each.
+        slots: How many; None: `slots_per_gpu` for each GPU, or for each group of `processes` GPUs. They share the
+            cores equally; OMP_NUM_THREADS, if set, limits the threads of each.
         slots_per_gpu: Workers on one GPU, each with an equal share of its memory.
-        processes: Processes of a run, each with a GPU of its own where there are GPUs.
+        processes: Processes of a run, each with a separate GPU if there are GPUs.
 
     Raises:
         ConfigError: A run asks for more GPUs than there are.
@@ -68,7 +68,7 @@ def slots_here(slots: int | None, slots_per_gpu: int, processes: int) -> list[Sl
 
 
 def visible_gpus() -> list[str]:
-    """Names of the GPUs that this process may use."""
+    """Return the names of the GPUs that this process may use."""
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -80,13 +80,13 @@ def run_local(jobs: Sequence[Job], slots: Sequence[Slot], tick: Callable[[Sequen
     """Do the jobs, one per slot at a time.
 
     Args:
-        jobs: What is to be done.
+        jobs: What to do.
         slots: Where.
-        tick: Called now and then with the jobs at work.
+        tick: Called regularly with the running jobs.
 
     Yields:
-        How each run went, as it ends. After a request to stop (see `cfusion.interruption`) the runs at work
-        save their state and end as `stopped`; the rest is not begun.
+        How each run went, when it ends. After a request to stop (see `cfusion.interruption`) running runs save their
+        state and end as `stopped`; the rest is not started.
     """
     from cfusion.interruption import stop_requested
 
@@ -118,7 +118,7 @@ def run_local(jobs: Sequence[Job], slots: Sequence[Slot], tick: Callable[[Sequen
 
 
 class _Worker:
-    """A process that does one job after the other; it is started with its first job, and again after it was killed."""
+    """A process that does one job after another; it starts with its first job, and again after it was killed."""
 
     def __init__(self, slot: Slot) -> None:
         self.job: Job | None = None
@@ -128,7 +128,7 @@ class _Worker:
 
     @property
     def ready(self) -> Connection:
-        """Readable when the job has ended, one way or the other."""
+        """Readable when the job has ended in any way."""
         assert self._pipe is not None
         return self._pipe
 
@@ -143,7 +143,7 @@ class _Worker:
         self.ready.send(self.job)
 
     def finish(self, stopping: bool) -> list[Outcome]:
-        """The outcomes of the job that has ended."""
+        """Return the outcomes of the job that has ended."""
         job, self.job = self.job, None
         assert job is not None
         try:
@@ -152,15 +152,15 @@ class _Worker:
             self._process.join()
             code = self._process.exitcode
             cause = f"its worker process was killed by signal {-code}" if code < 0 else f"its worker left with {code}"
-            return lost(job, cause + ", out of memory perhaps" * (-code == signal.SIGKILL), stopped=stopping)
+            return job.lost(cause + ", out of memory perhaps" * (-code == signal.SIGKILL), stopped=stopping)
 
     def stop(self) -> None:
-        """Ask the run at work, if there is one, to save its state and end."""
+        """Ask the running job, if any, to save its state and end."""
         if self.job is not None:
             self._process.terminate()
 
     def close(self) -> None:
-        """End the process, once it has told how its run went."""
+        """End the process after it has reported how its job went."""
         if self._process is None:
             return
         if self.job is not None and self.ready.poll(_GRACE_SECONDS):
@@ -172,7 +172,7 @@ class _Worker:
 
 
 def _serve(pipe: Connection, slot: Slot) -> None:
-    """A worker's life. Ctrl-C is the parent's to answer; the end of the parent is the end of the pipe."""
+    """Serve jobs until the parent closes the pipe. Only the parent handles Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["OMP_NUM_THREADS"] = str(slot.threads)
     if slot.gpus is not None:
@@ -188,7 +188,7 @@ def _serve(pipe: Connection, slot: Slot) -> None:
             job = pipe.recv()
         except EOFError:
             return
-        pipe.send(do(job))
+        pipe.send(job())
 
 
 def _warn_of_memory(jobs: Sequence[Job], slots: int) -> None:

@@ -1,4 +1,4 @@
-"""Jobs as tasks of a Ray cluster."""
+"""Tasks on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -12,53 +12,57 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cfusion.errors import ConfigError, DataError, MissingExtraError, RequeueError
 from cfusion.interruption import graceful_stop, handlers_kept, handling, stop_requested
-from launch.sweep.work import Job, Outcome, lost
-from launch.tasks.resources import TICK_SECONDS, Resources, Tick, with_threads
+from launch.tasks.task import TICK_SECONDS, Task, TaskResources, TaskResult, Tick, with_threads
+
+R = TypeVar("R", bound=TaskResult)
 
 _GRACE_SECONDS = 60.0
 _LAST_PORT = 65535
-_ADDRESSES = "Give HOST:6379, ray://HOST:10001, auto (this machine's cluster), or local (one for these runs)."
+_ADDRESSES = "Give HOST:6379, ray://HOST:10001, auto (this machine's cluster), or local (one for this command)."
 
 _OBJECT_STORE_BYTES = 80 << 20
-"""Enough for jobs and outcomes; data are read by the workers themselves."""
+"""Enough for tasks and results; data are read by the workers themselves."""
 
 
-def run_ray(jobs: Sequence[Job], resources: Resources, address: str, tick: Tick) -> Iterator[Outcome]:
-    """Do the jobs as tasks of a Ray cluster; Ray does not start any of them again.
+def run_ray(
+    tasks: Sequence[Task[R]], resources: TaskResources, address: str, tick: Tick, folder: Path | None = None
+) -> Iterator[R]:
+    """Do the tasks on a Ray cluster; Ray does not retry any of them.
 
     Args:
-        jobs: What is to be done.
-        resources: `cpus` and `gpus` of each task, and how many tasks at the same time.
-        address: Of the cluster: `auto`, `HOST:6379`, `ray://HOST:10001`, or `local` for one on this machine while the
-            runs last.
-        tick: Called now and then with the jobs that have not ended.
+        tasks: What to do.
+        resources: `cpus` and `gpus` of each task, and `max_parallel`.
+        address: Address of the cluster: `auto`, `HOST:6379`, `ray://HOST:10001`, or `local` for one on this machine
+            that ends with the call.
+        tick: Called regularly with the tasks that have not ended.
+        folder: Working folder of the tasks, which all nodes share; None: that of this process.
 
     Yields:
-        How each run went, as it ends. After a request to stop (see `cfusion.interruption`) the runs at work
-        save their state and end as `stopped`; the rest is not begun.
+        The results of each task when it ends. After a request to stop (see `cfusion.interruption`) running tasks save
+        their state and end as `stopped`; the rest is not started.
 
     Raises:
         MissingExtraError: Ray is not installed.
-        ConfigError: `address` is none.
-        DataError: There is no such cluster.
-        RequeueError: A signal asked for a stop before there was a cluster.
+        ConfigError: `address` is not an address.
+        DataError: No cluster answers at `address`.
+        RequeueError: A signal asked for a stop before the cluster was connected.
     """
     if importlib.util.find_spec("ray") is None:
         raise MissingExtraError("ray", "ray", "--executor ray")
     import ray
 
     with _cluster(address):
-        share = jobs[0].share if jobs else 1.0
-        # The caller tries again what was lost; tries of Ray's own would multiply with its.
-        task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus * share, max_retries=0)(_at_place)
-        todo = deque(jobs)
-        waiting: dict[Any, Job] = {}
+        # The caller retries lost tasks; Ray's own retries would multiply with these.
+        place = str(folder or Path.cwd())
+        remote: Any = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=0)(_at_place)
+        todo = deque(tasks)
+        waiting: dict[Any, Task[R]] = {}
         stopping = False
-        interrupted = threading.Event()  # not the exception, which Ray's own code now and then swallows
+        interrupted = threading.Event()  # not the exception, which Ray's code sometimes swallows
         try:
             with handling((signal.SIGINT,), lambda _number: interrupted.set()):
                 while not interrupted.is_set():
@@ -66,9 +70,9 @@ def run_ray(jobs: Sequence[Job], resources: Resources, address: str, tick: Tick)
                         stopping = True
                         todo.clear()
                         _cancel(waiting)
-                    while todo and len(waiting) < (resources.max_parallel or len(jobs)):
-                        job = todo.popleft()
-                        waiting[task.remote(job, str(Path.cwd()), resources.cpus)] = job
+                    while todo and len(waiting) < (resources.max_parallel or len(tasks)):
+                        task = todo.popleft()
+                        waiting[remote.remote(task, place, resources.cpus)] = task
                     if not waiting:
                         return
                     ended, _ = ray.wait(list(waiting), timeout=TICK_SECONDS)
@@ -77,14 +81,14 @@ def run_ray(jobs: Sequence[Job], resources: Resources, address: str, tick: Tick)
                     tick(list(waiting.values()))
             raise KeyboardInterrupt
         finally:
-            # After Ctrl-C, too, the runs at work save their state.
+            # Running tasks save their state after Ctrl-C, too.
             if waiting:
                 _cancel(waiting)
                 ray.wait(list(waiting), num_returns=len(waiting), timeout=_GRACE_SECONDS)
 
 
 def _cancel(futures: Iterable[Any]) -> None:
-    """Tasks at work are asked to stop (see `_at_place`); those that wait are not begun."""
+    """Ask running tasks to stop (see `_at_place`); waiting ones are not started."""
     import ray
 
     for future in futures:
@@ -97,7 +101,7 @@ def _cluster(address: str) -> Iterator[None]:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _expect_answer(address)
-    # Ray takes SIGTERM for itself as it starts, and leaves it to the system as it ends.
+    # Ray handles SIGTERM itself when it starts, and restores the system's default when it ends.
     with handlers_kept():
         try:
             _connect(address)
@@ -120,17 +124,17 @@ def _connect(address: str) -> None:
     except OSError as error:
         raise _no_cluster(address) from error
     except SystemExit as error:
-        # Ray's own answer to a SIGTERM, for as long as it starts.
-        raise RequeueError("Asked to stop before a run was begun.", "The same command begins.") from error
+        # Ray's own response to SIGTERM while it starts.
+        raise RequeueError("Asked to stop before any task had started.", "Run the same command again.") from error
 
 
 def _no_cluster(address: str) -> DataError:
-    remedy = "Start one with ray start --head, or give its --ray-address."
+    remedy = "Start one with ray start --head, or give its address with --ray-address."
     return DataError(f"--executor ray: there is no Ray cluster at {address}.", remedy)
 
 
 def _expect_answer(address: str) -> None:
-    """Refuse what is no address, and one where nobody answers; Ray itself asks for minutes before it says so."""
+    """Refuse an invalid address, and one that does not answer; Ray itself waits for minutes."""
     name = "--ray-address"
     if address == "auto" and os.environ.get("RAY_ADDRESS"):
         name, address = "RAY_ADDRESS", os.environ["RAY_ADDRESS"]
@@ -138,29 +142,28 @@ def _expect_answer(address: str) -> None:
         return
     there = re.fullmatch(r"(?:ray://)?([^\s/]+):(\d{1,5})", address)
     if there is None or int(there[2]) > _LAST_PORT:
-        raise ConfigError(f"{name}={address} is no address of a Ray cluster.", _ADDRESSES)
+        raise ConfigError(f"{name}={address} is not the address of a Ray cluster.", _ADDRESSES)
     try:
         socket.create_connection((there[1], int(there[2])), timeout=10).close()
     except OSError as error:
         raise _no_cluster(address) from error
 
 
-def _ray_result(future: Any, job: Job, stopping: bool) -> list[Outcome]:
+def _ray_result(future: Any, task: Task[R], stopping: bool) -> list[R]:
     import ray
 
     try:
         return ray.get(future)
     except ray.exceptions.RayError as error:
         # The text of some is empty.
-        told = str(error).strip().partition("\n")[0] or type(error).__name__
-        return lost(job, f"its Ray task was lost: {told}", stopped=stopping)
+        text = str(error).strip().partition("\n")[0] or type(error).__name__
+        return task.lost(f"its Ray task was lost: {text}", stopped=stopping)
 
 
-def _at_place(job: Job, folder: str, threads: int) -> list[Outcome]:
-    """Do a job in the folder that its relative paths mean; cancelled by Ray, it saves its state and ends."""
+def _at_place(task: Task[R], folder: str, threads: int) -> list[R]:
+    """Do a task in its working folder; when Ray cancels it, it saves its state and ends."""
     if not Path(folder).is_dir():
-        cause = f"{folder} is not on the node {os.uname().nodename}; the sweep's folder must be shared by all nodes"
-        return [Outcome(run.name, "failed", cause) for run in job.runs]
+        return task.refused(f"{folder} is not on the node {os.uname().nodename}; it must be shared by all nodes")
     os.chdir(folder)
     with graceful_stop(), handling((signal.SIGINT,), lambda _number: signal.raise_signal(signal.SIGTERM)):
-        return with_threads(job, threads)
+        return with_threads(task, threads)

@@ -1,4 +1,4 @@
-"""Jobs as a SLURM job array, through submitit."""
+"""Tasks as a SLURM job array, through submitit."""
 
 from __future__ import annotations
 
@@ -12,130 +12,158 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from cfusion.errors import ConfigError, MissingExtraError, RequeueError
 from cfusion.files import read_json, write_json
-from cfusion.interruption import stop_requested
-from launch.sweep.work import Job, Outcome, lost
-from launch.tasks.resources import TICK_SECONDS, Resources, Tick, with_threads
+from cfusion.interruption import graceful_stop, stop_requested
+from launch.tasks.task import TICK_SECONDS, Task, TaskResources, TaskResult, Tick, with_threads
 
 logger = logging.getLogger(__name__)
 
+R = TypeVar("R", bound=TaskResult)
+
 _MOST_TASKS = 1000
-"""Of one array: SLURM's MaxArraySize is 1001 unless a site sets another."""
+"""Elements of one array; SLURM's MaxArraySize is 1001 unless a site sets another."""
 
 _MOST_REQUEUES = 1000
 _QUEUE = "queue.json"
 
 
 @dataclass(frozen=True)
-class ArrayTask:
-    """Jobs of one task of an array. Near its time limit SLURM signals; the run saves, and the task is queued again."""
+class ArrayElement(Generic[R]):
+    """Tasks of one element of an array.
 
-    jobs: tuple[Job, ...]
+    SLURM sends a signal shortly before the time limit; the running task saves its state, and the element is queued
+    again.
+    """
+
+    tasks: tuple[Task[R], ...]
     threads: int
 
-    def __call__(self) -> list[Outcome]:
-        """Do the jobs; what a former attempt did is passed over."""
-        outcomes: list[Outcome] = []
-        for job in self.jobs:
-            outcomes += with_threads(job, self.threads)
-            if any(outcome.state == "stopped" for outcome in outcomes):
-                # submitit's own handler for this signal queues the task again.
-                os.kill(os.getpid(), signal.SIGUSR2)
-                break
-        return outcomes
+    def __call__(self) -> list[R]:
+        """Do the tasks; each skips what an earlier attempt finished."""
+        results: list[R] = []
+        stopped = False
+        # One block around all tasks, so that a signal between two of them is not lost.
+        with graceful_stop():
+            for task in self.tasks:
+                stopped = stop_requested()
+                if stopped:
+                    break
+                done = with_threads(task, self.threads)
+                results += done
+                stopped = any(result.stopped for result in done)
+                if stopped:
+                    break
+        if stopped:
+            # submitit's own handler for this signal queues the element again.
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return results
 
     def checkpoint(self) -> Any:
-        """What submitit queues again: the same task, since its runs know what they have done."""
+        """Return what submitit queues again: the same element, because its tasks skip what is finished."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
 
 
 def run_slurm(
-    jobs: Sequence[Job], resources: Resources, folder: Path, tick: Tick, cluster: Literal["slurm", "local"] = "slurm"
-) -> Iterator[Outcome]:
-    """Do the jobs as a job array, and wait; should this process end, the array goes on without it.
+    tasks: Sequence[Task[R]],
+    resources: TaskResources,
+    folder: Path,
+    name: str,
+    tick: Tick,
+    cluster: Literal["slurm", "local"] = "slurm",
+) -> Iterator[R]:
+    """Do the tasks as a job array and wait for it; if this process ends, the array continues.
 
-    Tasks that an earlier call has queued in `folder` and that have not ended are waited for, not queued again.
+    Tasks that an earlier call queued in `folder` and that have not ended are waited for, not queued again.
 
     Args:
-        jobs: What is to be done.
-        resources: Of each task.
-        folder: For submitit's scripts and logs.
-        tick: Called now and then with the jobs of tasks that have not ended.
+        tasks: What to do.
+        resources: Resources of each element of the array.
+        folder: Folder for submitit's scripts and logs.
+        name: Name of the array in SLURM's queue.
+        tick: Called regularly with the tasks that have not ended.
         cluster: `local`: submitit's own processes on this machine, for tests.
+
+    Yields:
+        The results of each task when its element ends.
 
     Raises:
         MissingExtraError: submitit is not installed.
         RequeueError: A signal asked this process to stop (see `cfusion.interruption`).
     """
-    waiting = queued(jobs, folder) if cluster == "slurm" else {}
-    followed = {run.name for part in waiting.values() for job in part for run in job.runs}
-    left = [job for job in jobs if not any(run.name in followed for run in job.runs)]
+    waiting = queued(tasks, folder) if cluster == "slurm" else {}
+    followed = {known for part in waiting.values() for task in part for known in task.names}
+    left = [task for task in tasks if not followed.intersection(task.names)]
     if left:
-        waiting |= submit(left, resources, folder, cluster)
+        waiting |= submit(left, resources, folder, name, cluster)
     while waiting:
         if stop_requested():
             raise _left_to_slurm(waiting)
-        ended = [task for task in waiting if task.done()]
-        for task in ended:
-            yield from _result(task, waiting.pop(task))
+        ended = [element for element in waiting if element.done()]
+        for element in ended:
+            yield from _result(element, waiting.pop(element))
         if not ended:
             time.sleep(TICK_SECONDS)
-        tick([job for part in waiting.values() for job in part])
+        tick([task for part in waiting.values() for task in part])
 
 
-def _left_to_slurm(tasks: Iterable[Any]) -> RequeueError:
-    arrays = " ".join(sorted({task.job_id.partition("_")[0] for task in tasks}))
+def _left_to_slurm(elements: Iterable[Any]) -> RequeueError:
+    arrays = " ".join(sorted({element.job_id.partition("_")[0] for element in elements}))
     return RequeueError(
-        f"Asked to stop, this command waits no longer; SLURM's job {arrays} goes on without it.",
-        f"The same command waits for it again, and queues nothing twice; scancel {arrays} ends it.",
+        f"Asked to stop: this command no longer waits; SLURM's job {arrays} continues.",
+        f"The same command waits for it again and queues nothing twice; scancel {arrays} ends it.",
     )
 
 
 def submit(
-    jobs: Sequence[Job], resources: Resources, folder: Path, cluster: Literal["slurm", "local"] = "slurm"
-) -> dict[Any, tuple[Job, ...]]:
-    """Queue the jobs as one array; returns submitit's tasks with the jobs of each."""
+    tasks: Sequence[Task[R]],
+    resources: TaskResources,
+    folder: Path,
+    name: str,
+    cluster: Literal["slurm", "local"] = "slurm",
+) -> dict[Any, tuple[Task[R], ...]]:
+    """Queue the tasks as one array; returns submitit's jobs, one per element, with the tasks of each."""
     if importlib.util.find_spec("submitit") is None:
         raise MissingExtraError("submitit", "slurm", "--executor slurm")
     import submitit
 
     if cluster == "slurm" and shutil.which("sbatch") is None:
-        raise ConfigError("--executor slurm: there is no sbatch here.", "Run it where jobs are submitted.")
-    chunk = max(resources.chunk, math.ceil(len(jobs) / _MOST_TASKS))
-    parts = [tuple(jobs[start : start + chunk]) for start in range(0, len(jobs), chunk)]
+        raise ConfigError("--executor slurm: sbatch was not found.", "Run this command on a node that submits jobs.")
+    chunk = max(resources.chunk, math.ceil(len(tasks) / _MOST_TASKS))
+    parts = [tuple(tasks[start : start + chunk]) for start in range(0, len(tasks), chunk)]
     executor = submitit.AutoExecutor(folder=folder, cluster=cluster, slurm_max_num_timeout=_MOST_REQUEUES)
-    executor.update_parameters(name="cfusion-sweep", **_slurm_parameters(resources, len(parts)))
+    executor.update_parameters(name=name, **_slurm_parameters(resources, len(parts)))
     with executor.batch():
-        tasks = [executor.submit(ArrayTask(part, resources.cpus)) for part in parts]
-    logger.info("%d tasks are queued as %s; their logs are in %s", len(tasks), tasks[0].job_id.split("_")[0], folder)
-    waiting = dict(zip(tasks, parts, strict=True))
-    names = {task.job_id: [run.name for job in part for run in job.runs] for task, part in waiting.items()}
+        elements = [executor.submit(ArrayElement(part, resources.cpus)) for part in parts]
+    array = elements[0].job_id.split("_")[0]
+    logger.info("%d array tasks are queued as job %s; their logs are in %s", len(elements), array, folder)
+    waiting = dict(zip(elements, parts, strict=True))
+    names = {element.job_id: [known for task in part for known in task.names] for element, part in waiting.items()}
     write_json(folder / _QUEUE, {**_read_queue(folder), **names})
     return waiting
 
 
-def queued(jobs: Sequence[Job], folder: Path) -> dict[Any, tuple[Job, ...]]:
-    """SLURM's tasks of earlier calls that have not ended, with those of the jobs that each does."""
+def queued(tasks: Sequence[Task[R]], folder: Path) -> dict[Any, tuple[Task[R], ...]]:
+    """Find elements that earlier calls queued and that have not ended, with those of the tasks that each does."""
     recorded = _read_queue(folder)
     if not recorded or importlib.util.find_spec("submitit") is None:
         return {}
     import submitit
 
-    waiting: dict[Any, tuple[Job, ...]] = {}
+    waiting: dict[Any, tuple[Task[R], ...]] = {}
     for job_id, names in list(recorded.items()):
-        part = tuple(job for job in jobs if any(run.name in names for run in job.runs))
-        task: Any = submitit.SlurmJob(folder=folder, job_id=job_id)
-        if part and task.done(force_check=True):
+        part = tuple(task for task in tasks if not set(names).isdisjoint(task.names))
+        element: Any = submitit.SlurmJob(folder=folder, job_id=job_id)
+        if part and element.done(force_check=True):
             del recorded[job_id]
         elif part:
-            waiting[task] = part
+            waiting[element] = part
     if waiting:
-        logger.info("%d tasks of an earlier call are queued or at work; waiting for them", len(waiting))
+        logger.info("%d array tasks of an earlier call are queued or running; waiting for them", len(waiting))
     write_json(folder / _QUEUE, recorded)
     return waiting
 
@@ -144,10 +172,10 @@ def _read_queue(folder: Path) -> dict[str, list[str]]:
     return read_json(folder / _QUEUE) if (folder / _QUEUE).is_file() else {}
 
 
-def _slurm_parameters(resources: Resources, tasks: int) -> dict[str, Any]:
+def _slurm_parameters(resources: TaskResources, elements: int) -> dict[str, Any]:
     parameters: dict[str, Any] = {
         "timeout_min": math.ceil(resources.hours * 60), "cpus_per_task": resources.cpus,
-        "slurm_array_parallelism": resources.max_parallel or tasks,
+        "slurm_array_parallelism": resources.max_parallel or elements,
     }  # fmt: skip
     if resources.gpus:
         parameters["gpus_per_node"] = resources.gpus
@@ -158,15 +186,12 @@ def _slurm_parameters(resources: Resources, tasks: int) -> dict[str, Any]:
     return parameters
 
 
-def _result(task: Any, jobs: tuple[Job, ...]) -> list[Outcome]:
+def _result(element: Any, tasks: tuple[Task[R], ...]) -> list[R]:
     import submitit
 
     try:
-        return task.result()
+        return element.result()
     except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:
-        logger.warning("task %s: %s", task.job_id, str(error).splitlines()[0])
-        return [
-            outcome
-            for job in jobs
-            for outcome in lost(job, f"its task {task.job_id} was lost, see {task.paths.stderr}")
-        ]
+        logger.warning("array task %s: %s", element.job_id, str(error).splitlines()[0])
+        cause = f"its array task {element.job_id} was lost, see {element.paths.stderr}"
+        return [result for task in tasks for result in task.lost(cause)]

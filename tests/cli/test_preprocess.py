@@ -4,14 +4,19 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 from slide_factory import break_tile, tissue_picture, write_slide
 from typer.testing import CliRunner
 
 from cfusion.cli import cmd_gdc as gdc
 from cfusion.cli import cmd_preprocess as preprocess
 from cfusion.cli import main
+from cfusion.cli.cmd_sweep import sweep
+from cfusion.cli.options import TASK_OPTIONS
 from cfusion.errors import ConfigError, DataError, PartialResultError
 from launch import extract as executors
+from launch.extract import FanOut
+from launch.tasks.task import TaskResources
 
 
 def call(*arguments: str | Path, app=preprocess.app):
@@ -41,8 +46,42 @@ def test_what_a_cluster_is_asked_for(tmp_path: Path, monkeypatch):
     slide = write_slide(tmp_path / "a.svs", tissue_picture(300, 300))
     call(slide, "--executor", "slurm", "--tasks", 3, "--gpus", 1, "--partition", "gpu", "--hours", 1.5)
     call(slide, "--executor", "ray", "--threads", 7)
-    slurm = executors.FanOut("slurm", tasks=3, gpus=1, minutes=90, partition="gpu")
-    assert asked == [(4, slurm), (7, executors.FanOut("ray"))]
+    call(slide, "--executor", "ray", "--threads", 7, "--cpus", 2, "--max-parallel", 5, "--ray-address", "n1:6379")
+    call(slide, "--executor", "slurm", "--mem", 8, "--chunk", 2, "--cpus", 3, "--retries", 0)
+    slurm = FanOut("slurm", tasks=3, resources=TaskResources(gpus=1, hours=1.5, partition="gpu"))
+    assert asked == [
+        (4, slurm),
+        (7, FanOut("ray", resources=TaskResources(cpus=7))),
+        (7, FanOut("ray", resources=TaskResources(cpus=2, max_parallel=5), address="n1:6379")),
+        (3, FanOut("slurm", retries=0, resources=TaskResources(cpus=3, mem_gb=8, chunk=2))),
+    ]
+
+
+def test_options_of_tasks_are_those_of_a_sweep():
+    shared = {name for names in TASK_OPTIONS.values() for name in names} | {"executor", "retries"}
+
+    def options(app: typer.Typer) -> dict[str, tuple[list[str], str]]:
+        command = typer.main.get_command(app).commands["run"]
+        return {p.name: (p.opts, p.help) for p in command.params if p.name in shared}
+
+    assert options(preprocess.app) == options(sweep)
+    assert options(sweep).keys() == shared
+
+
+@pytest.mark.parametrize(
+    ("executor", "option"),
+    [
+        ("local", "--cpus"),
+        ("local", "--tasks"),
+        ("ray", "--partition"),
+        ("slurm", "--ray-address"),
+        ("slurm", "--strict"),
+    ],
+)
+def test_options_that_the_executor_ignores_are_refused(tmp_path: Path, executor, option):
+    refused = call(tmp_path, "--executor", executor, option, "1")
+    assert isinstance(refused.exception, ConfigError)
+    assert f"{option} does not go with --executor {executor}" in str(refused.exception)
 
 
 def test_a_folder_without_features_is_no_store(tmp_path: Path):

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from cfusion.cli.main import app
 from cfusion.errors import CfusionError, ConfigError
-from launch.cluster.cluster_plan import MONITOR_SECONDS, RENDEZVOUS, LaunchPlan, Resources, least_nodes, make_plan
+from launch.cluster.cluster_plan import MONITOR_SECONDS, RENDEZVOUS, LaunchPlan, LaunchResources, least_nodes, make_plan
 from launch.cluster.kubernetes_job import K8sOptions, k8s_manifest
 from launch.cluster.local_agents import run_code, run_here
 from launch.cluster.slurm_job import SlurmOptions, slurm_script, submit_slurm
@@ -54,7 +54,7 @@ def config(tmp_path: Path) -> Path:
 
 def plan(config: Path, *overrides: str, engine: str | None = None, **resources) -> LaunchPlan:
     return make_plan(
-        config, overrides, Resources(**{"nodes": 2, "gpus": 8, **resources}), python="python", engine=engine
+        config, overrides, LaunchResources(**{"nodes": 2, "gpus": 8, **resources}), python="python", engine=engine
     )
 
 

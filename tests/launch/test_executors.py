@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -25,6 +26,7 @@ from factories import CohortFiles
 from cfusion.cli.cmd_sweep import sweep as sweep_app
 from cfusion.config import validate
 from cfusion.errors import ConfigError, DataError, MissingExtraError, PartialResultError, RequeueError
+from cfusion.interruption import graceful_stop, handling, stop_requested
 from launch.sweep import execute as sweeps
 from launch.sweep.execute import Execution, run_all
 from launch.sweep.markers import attempts, claim, trainer
@@ -32,9 +34,9 @@ from launch.sweep.plan import PlannedRun, SweepConfig, plan
 from launch.sweep.status import look
 from launch.sweep.work import Job
 from launch.tasks import slurm_array
-from launch.tasks.resources import Resources
+from launch.tasks.task import TaskResources
 
-ONE_CORE = Resources(cpus=1)
+ONE_CORE = TaskResources(cpus=1)
 ROOT = Path(slurm_array.__file__).parents[2]
 
 
@@ -106,11 +108,11 @@ def in_submitit(runs: list[PlannedRun], folder: Path, monkeypatch: pytest.Monkey
 
 def test_submitit_ends_with_the_same_bytes_and_a_killed_task_goes_on(files, expected, tmp_path, monkeypatch):
     runs = planned(files, tmp_path)
-    both_in_one_task = Resources(cpus=1, chunk=2)
+    both_in_one_task = TaskResources(cpus=1, chunk=2)
     find = functools.partial(processes, "submitit.core._submit")
     with (
         Disturbance(tmp_path, signal.SIGKILL, find) as killed,
-        pytest.raises(PartialResultError, match=r"2 of 2 runs failed. .* its task \d+ was lost"),
+        pytest.raises(PartialResultError, match=r"2 of 2 runs failed. .* its array task \d+ was lost"),
     ):
         in_submitit(runs, tmp_path, monkeypatch, retries=0, resources=both_in_one_task)
     assert killed.hit
@@ -136,7 +138,7 @@ def test_ray_ends_with_the_same_bytes_though_a_worker_is_killed(files, expected,
     pytest.importorskip("ray")
     runs = planned(files, tmp_path)
     with Disturbance(tmp_path, signal.SIGKILL, functools.partial(processes, "ray::_at_place")) as killed:
-        run_all(runs, Execution("ray", resources=Resources(cpus=1, max_parallel=1), address="local"), tmp_path)
+        run_all(runs, Execution("ray", resources=TaskResources(cpus=1, max_parallel=1), address="local"), tmp_path)
     assert killed.hit
     assert predictions(runs) == expected
 
@@ -154,7 +156,7 @@ def newest_step(run: PlannedRun) -> str:
 def test_asked_to_stop_ray_has_the_runs_at_work_save_and_does_not_begin_the_rest(files, tmp_path):
     pytest.importorskip("ray")
     runs = endless(files, tmp_path)
-    one_at_a_time = Execution("ray", resources=Resources(cpus=1, max_parallel=1), address="local")
+    one_at_a_time = Execution("ray", resources=TaskResources(cpus=1, max_parallel=1), address="local")
     begun = functools.partial(lambda folder: trainer(folder)[1], runs[0].config.output)
     steps = []
     for number, error in ((signal.SIGTERM, RequeueError), (signal.SIGINT, KeyboardInterrupt)):
@@ -177,7 +179,7 @@ def test_a_signal_while_ray_starts_asks_for_a_stop(files, tmp_path, monkeypatch)
 
     monkeypatch.setattr(ray, "init", start)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(RequeueError, match="before a run was begun"):
+    with pytest.raises(RequeueError, match="before any task had started"):
         run_all(planned(files, tmp_path), Execution("ray", address="local"), tmp_path)
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -185,10 +187,10 @@ def test_a_signal_while_ray_starts_asks_for_a_stop(files, tmp_path, monkeypatch)
 AFTER_RAY = """
 import signal
 from cfusion.interruption import graceful_stop, stop_requested
-from launch.tasks.resources import Resources
+from launch.tasks.task import TaskResources
 from launch.tasks.ray_tasks import run_ray
 with graceful_stop():
-    list(run_ray([], Resources(), "local", print))
+    list(run_ray([], TaskResources(), "local", print))
     signal.raise_signal(signal.SIGTERM)
     assert stop_requested()
 """
@@ -227,50 +229,74 @@ def test_a_run_whose_ray_worker_always_dies_is_tried_as_often_as_asked(files, tm
     assert [attempt["outcome"] for attempt in attempts(run.config.output)] == ["killed", "killed"]
 
 
-@pytest.fixture
-def slurm(tmp_path, monkeypatch) -> Path:
-    """Scripts in the place of SLURM's commands: sbatch keeps what it is asked for, sacct says what `state` holds."""
-    submitit = pytest.importorskip("submitit")
-    submitit.SlurmJob.watcher.clear()
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    commands = {
-        "sbatch": f'cp "$1" {tmp_path}/asked.sh; echo >> {tmp_path}/calls; echo Submitted batch job 77',
-        "srun": "true",
-        "sacct": f'touch {tmp_path}/looked; echo "JobID|State|NodeList"\n'
-        f'for i in 0 1 2; do echo "77_$i|$(cat {tmp_path}/state)|n1"; done',
-    }
-    for name, answer in commands.items():
-        (tools / name).write_text(f"#!/bin/sh\n{answer}\n")
-        (tools / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    return tmp_path
-
-
-def test_what_slurm_is_asked_for(files, slurm):
-    resources = Resources(cpus=6, gpus=1, mem_gb=32, hours=1.5, partition="gpu", max_parallel=5, chunk=2)
-    jobs = [Job((run,)) for run in planned(files, slurm, axes={"seed": [1, 2, 3, 4, 5]})]
-    tasks = slurm_array.submit(jobs, resources, slurm / "jobs")
+def test_what_slurm_is_asked_for(files, fake_slurm):
+    resources = TaskResources(cpus=6, gpus=1, mem_gb=32, hours=1.5, partition="gpu", max_parallel=5, chunk=2)
+    jobs = [Job((run,)) for run in planned(files, fake_slurm, axes={"seed": [1, 2, 3, 4, 5]})]
+    tasks = slurm_array.submit(jobs, resources, fake_slurm / "jobs", "cfusion-sweep")
     assert [len(part) for part in tasks.values()] == [2, 2, 1]
     assert [task.job_id for task in tasks] == ["77_0", "77_1", "77_2"]
-    asked = set((slurm / "asked.sh").read_text().splitlines())
+    asked = set((fake_slurm / "asked.sh").read_text().splitlines())
     assert {
         "#SBATCH --array=0-2%3", "#SBATCH --cpus-per-task=6", "#SBATCH --gpus-per-node=1", "#SBATCH --mem=32GB",
-        "#SBATCH --time=90", "#SBATCH --partition=gpu", "#SBATCH --signal=USR2@90",
+        "#SBATCH --time=90", "#SBATCH --job-name=cfusion-sweep", "#SBATCH --partition=gpu", "#SBATCH --signal=USR2@90",
     } <= asked  # fmt: skip
 
 
-def test_tasks_that_are_still_queued_are_followed_and_not_queued_again(files, slurm):
-    jobs = [Job((run,)) for run in planned(files, slurm, axes={"seed": [1, 2, 3]})]
-    slurm_array.submit(jobs, ONE_CORE, slurm / "jobs")
-    (slurm / "state").write_text("PENDING")
-    assert [task.job_id for task in slurm_array.queued(jobs[:1], slurm / "jobs")] == ["77_0"]
-    waiting = slurm_array.queued(jobs[1:], slurm / "jobs")
+@dataclass(frozen=True)
+class Result:
+    name: str
+    stopped: bool = False
+    retry: bool = False
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A task that raises a signal in its process when it ends, or only records that it ran."""
+
+    name: str
+    log: Path
+    number: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def __call__(self) -> list[Result]:
+        with self.log.open("a") as log:
+            log.write(f"{self.name} ")
+        if self.number:
+            signal.raise_signal(self.number)
+        return [Result(self.name)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_between_two_tasks_of_an_array_element_queues_the_element_again(tmp_path, number):
+    requeued: list[int] = []
+    log = tmp_path / "log"
+    element = slurm_array.ArrayElement((Recorded("a", log, number), Recorded("b", log)), threads=1)
+    with handling((signal.SIGUSR2,), requeued.append):  # submitit's place
+        assert element() == [Result("a")]
+    assert requeued == [signal.SIGUSR2]
+    assert log.read_text() == "a "
+    with handling((signal.SIGUSR2,), requeued.append):
+        last = slurm_array.ArrayElement((Recorded("a", log, number),), threads=1)
+        assert last() == [Result("a")]
+    assert len(requeued) == 1, "a signal after the last task leaves nothing to do"
+    with graceful_stop():
+        assert stop_requested()
+
+
+def test_tasks_that_are_still_queued_are_followed_and_not_queued_again(files, fake_slurm):
+    jobs = [Job((run,)) for run in planned(files, fake_slurm, axes={"seed": [1, 2, 3]})]
+    slurm_array.submit(jobs, ONE_CORE, fake_slurm / "jobs", "cfusion-sweep")
+    (fake_slurm / "state").write_text("PENDING")
+    assert [task.job_id for task in slurm_array.queued(jobs[:1], fake_slurm / "jobs")] == ["77_0"]
+    waiting = slurm_array.queued(jobs[1:], fake_slurm / "jobs")
     assert {task.job_id: part for task, part in waiting.items()} == {"77_1": (jobs[1],), "77_2": (jobs[2],)}
-    (slurm / "state").write_text("CANCELLED")
-    assert slurm_array.queued(jobs, slurm / "jobs") == {}
-    (slurm / "state").write_text("PENDING")
-    assert slurm_array.queued(jobs, slurm / "jobs") == {}
+    (fake_slurm / "state").write_text("CANCELLED")
+    assert slurm_array.queued(jobs, fake_slurm / "jobs") == {}
+    (fake_slurm / "state").write_text("PENDING")
+    assert slurm_array.queued(jobs, fake_slurm / "jobs") == {}
 
 
 @contextlib.contextmanager
@@ -284,30 +310,28 @@ def ending(state: Path) -> Iterator[None]:
         timer.cancel()
 
 
-def test_asked_to_stop_the_command_leaves_the_array_to_slurm_and_the_same_command_queues_nothing_twice(files, slurm):
-    runs = planned(files, slurm)
-    state, looked = slurm / "state", slurm / "looked"
+def test_asked_to_stop_the_command_leaves_the_array_to_slurm_and_queues_nothing_twice(files, fake_slurm):
+    runs = planned(files, fake_slurm)
+    state, looked = fake_slurm / "state", fake_slurm / "looked"
     state.write_text("PENDING")
     for _ in range(2):
         looked.unlink(missing_ok=True)
         with (
             ending(state),
-            Disturbance(slurm, signal.SIGTERM, lambda: [os.getpid()], looked.exists),
-            pytest.raises(
-                RequeueError, match=r"SLURM's job 77 goes on without it\. The same command .* scancel 77 ends"
-            ),
+            Disturbance(fake_slurm, signal.SIGTERM, lambda: [os.getpid()], looked.exists),
+            pytest.raises(RequeueError, match=r"SLURM's job 77 continues\. The same command .* scancel 77 ends"),
         ):
-            run_all(runs, Execution("slurm", resources=ONE_CORE), slurm)
-        assert (slurm / "calls").read_text() == "\n"
+            run_all(runs, Execution("slurm", resources=ONE_CORE), fake_slurm)
+        assert (fake_slurm / "calls").read_text() == "\n"
         assert [status.state for status in look(runs)] == ["open", "open"]
-    run_all(runs, Execution(slots=1), slurm)
-    run_all(runs, Execution("slurm", resources=ONE_CORE), slurm)
-    assert (slurm / "calls").read_text() == "\n"
+    run_all(runs, Execution(slots=1), fake_slurm)
+    run_all(runs, Execution("slurm", resources=ONE_CORE), fake_slurm)
+    assert (fake_slurm / "calls").read_text() == "\n"
 
 
 def test_missing_slurm_is_reported(files, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"there is no sbatch here\. Run it where jobs are submitted"):
+    with pytest.raises(ConfigError, match=r"sbatch was not found\. Run this command on a node that submits jobs"):
         run_all(planned(files, tmp_path), Execution("slurm"), tmp_path)
 
 
@@ -320,7 +344,9 @@ def test_a_missing_ray_cluster_is_reported(files, tmp_path):
 @pytest.mark.parametrize("address", ["bogus", "host:99999", "ray://host", "http://host:8265", ""])
 def test_the_error_for_an_invalid_ray_address_shows_valid_ones(files, tmp_path, monkeypatch, address):
     pytest.importorskip("ray")
-    message = rf"={re.escape(address)} is no address of a Ray cluster\. Give HOST:6379, ray://HOST:10001, auto .* local"
+    message = (
+        rf"={re.escape(address)} is not the address of a Ray cluster\. Give HOST:6379, ray://HOST:10001, auto .* local"
+    )
     with pytest.raises(ConfigError, match=f"--ray-address{message}"):
         run_all(planned(files, tmp_path), Execution("ray", address=address), tmp_path)
     if address:
@@ -368,9 +394,9 @@ def test_torchrun_inside_a_run(files, expected, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_tells_the_cause_of_a_failure(files, tmp_path):
+def test_torchrun_reports_the_cause_of_a_failure(files, tmp_path):
     runs = planned(files, tmp_path, axes={"encoder": {"uni": {"data.encoder": "uni"}}})
-    with pytest.raises(PartialResultError, match=r"holds embeddings of made-up, not of data\.encoder=uni"):
+    with pytest.raises(PartialResultError, match=r"holds embeddings of made-up, expected data\.encoder=uni"):
         run_all(runs, Execution(processes=2), tmp_path)
 
 

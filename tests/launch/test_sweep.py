@@ -26,7 +26,7 @@ from launch.sweep.markers import FAILED, add_attempt, attempts, claim, write_fai
 from launch.sweep.plan import DataDigests, PlannedRun, SweepConfig, load_sweep, plan
 from launch.sweep.results import members_of
 from launch.sweep.status import counts, grid, look, seconds_left
-from launch.sweep.work import Job, do, lost
+from launch.sweep.work import Job
 
 AXES: dict[str, Any] = {
     "encoder": {"made-up": {}},
@@ -281,7 +281,7 @@ def test_a_run_whose_data_or_program_changed_after_it_was_named_is_not_begun(fil
     path = written(CohortFiles(table, files.shards), tmp_path, axes={"seed": [1]})
     runs = plan(load_sweep(path))
     table.write_text(files.table.read_text() + "\n")
-    [outcome] = do(Job(tuple(runs)))
+    [outcome] = Job(tuple(runs))()
     assert (outcome.state, outcome.again) == ("failed", "no")
     assert outcome.cause == f"Changed since the run was planned: {table}. Start the sweep again."
     [status] = look(runs)
@@ -369,7 +369,7 @@ def test_folds_as_an_axis_are_one_result(files, tmp_path):
 def test_a_run_that_another_process_holds_is_not_marked_by_who_lost_a_worker(files, tmp_path):
     free, held = plan(load_sweep(written(files, tmp_path, axes={"seed": [1, 2]})))
     with claim(held.config.output):
-        outcomes = lost(Job((free, held)), "the worker was killed")
+        outcomes = Job((free, held)).lost("the worker was killed")
     assert [outcome.state for outcome in outcomes] == ["failed", "held"]
     assert [attempts(run.config.output) for run in (free, held)] == [[{"outcome": "killed"}], []]
     assert not (held.config.output / FAILED).exists()

@@ -22,7 +22,7 @@ from cfusion.training.checkpoint import Checkpoints
 from cfusion.training.world import join_world
 from launch.sweep.plan import PlannedRun, SweepConfig, plan
 from launch.sweep.status import look, stale
-from launch.sweep.work import Job, do
+from launch.sweep.work import Job
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def states(settings: SweepConfig) -> tuple[list[PlannedRun], list[str], list[str
 
 def test_an_edited_error_text_changes_no_run(files, tmp_path, edit, restored):
     settings = sweep(files, tmp_path / "sweep")
-    do(Job(tuple(plan(settings))))
+    Job(tuple(plan(settings)))()
     config = small(files, tmp_path / "run")
     interrupt(config)
     del restored[:]
@@ -115,7 +115,7 @@ def test_an_edited_error_text_changes_no_run(files, tmp_path, edit, restored):
 def test_an_operator_is_other_code_and_the_named_option_continues(files, tmp_path, edit, restored):
     settings = sweep(files, tmp_path / "sweep", axes={"seed": {"7": {"seed": 7}, "8": {"seed": 8}}})
     finished, half = plan(settings)
-    do(Job((finished,)))
+    Job((finished,))()
     interrupt(half.config)
     config = small(files, tmp_path / "run")
     interrupt(config)
@@ -142,13 +142,13 @@ def test_an_operator_is_other_code_and_the_named_option_continues(files, tmp_pat
     counted = sweep(files, tmp_path / "sweep", axes=dict(settings.axes), code=before)
     runs, found, left = states(counted)
     assert (found, left) == (["done", "open"], [])
-    assert [outcome.state for outcome in do(Job(tuple(runs)))] == ["done", "done"]
+    assert [outcome.state for outcome in Job(tuple(runs))()] == ["done", "done"]
     assert restored == [True, True]
 
 
 def test_moved_data_and_other_threads_are_the_same_run(files, tmp_path, restored):
     settings = sweep(files, tmp_path / "sweep")
-    do(Job(tuple(plan(settings))))
+    Job(tuple(plan(settings)))()
     config = small(files, tmp_path / "run")
     interrupt(config)
     del restored[:]

@@ -1,0 +1,92 @@
+"""Work for other machines: what a task is, what it may use, how it runs on its cores.
+
+The executors of this package need the task's data and output at the same path on every node.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+TICK_SECONDS = 1.0
+
+Tick = Callable[[Sequence[Any]], None]
+"""Called regularly while tasks are running, with those that have not ended."""
+
+
+class TaskResult(Protocol):
+    """The result of one named item of a task."""
+
+    @property
+    def name(self) -> str:
+        """The item."""
+        ...
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal stopped it; the same task resumes it."""
+        ...
+
+    @property
+    def retry(self) -> bool:
+        """Whether it failed in a way that another attempt may avoid."""
+        ...
+
+
+R = TypeVar("R", bound=TaskResult)
+
+
+class Task(Protocol[R]):
+    """Work that can be pickled. It can be started again after any end, and skips what is finished."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it does, by names that are unique among the tasks of one folder; the record of a queue holds them."""
+        ...
+
+    def __call__(self) -> list[R]:
+        """Do the work; a failure is returned as a result, not raised."""
+        ...
+
+    def lost(self, cause: str, *, stopped: bool = False) -> list[R]:
+        """Return the results of a task whose process ended without any; `stopped`: it had been asked to stop."""
+        ...
+
+    def refused(self, cause: str) -> list[R]:
+        """Return the results of a task that cannot start where another attempt would fail too."""
+        ...
+
+
+@dataclass(frozen=True)
+class TaskResources:
+    """What one task may use.
+
+    Attributes:
+        cpus: Cores.
+        gpus: GPUs.
+        mem_gb: Memory in GB; None: the cluster's default.
+        hours: Time limit in SLURM; shortly before it a task saves its state and is queued again.
+        partition: SLURM partition; empty: the cluster's default.
+        max_parallel: Maximum number of tasks at the same time; None: as many as the cluster allows.
+        chunk: Tasks that one element of a SLURM array does one after the other, so that short tasks do not each wait
+            for a node.
+    """
+
+    cpus: int = 4
+    gpus: int = 0
+    mem_gb: float | None = None
+    hours: float = 24.0
+    partition: str = ""
+    max_parallel: int | None = None
+    chunk: int = 1
+
+
+def with_threads(task: Task[R], threads: int) -> list[R]:
+    """Do a task on `threads` cores."""
+    import torch
+
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    return task()
