@@ -75,7 +75,6 @@ def test_options_of_tasks_are_those_of_a_sweep():
         ("local", "--tasks"),
         ("ray", "--partition"),
         ("slurm", "--ray-address"),
-        ("slurm", "--strict"),
     ],
 )
 def test_options_that_the_executor_ignores_are_refused(tmp_path: Path, executor, option):

@@ -62,7 +62,9 @@ def test_runs_together_write_the_files_and_numbers_of_separate_runs(files, tmp_p
 def test_a_run_that_fails_leaves_the_others_going_on(files, tmp_path):
     good = run(files, tmp_path / "good")
     bad = run(files, tmp_path / "bad", train={"lr": 1e200, "clip_norm": None, "warmup_fraction": 0.0})
-    with pytest.raises(PartialResultError, match=r"1 of 2 runs failed.*bad: The .* is not finite.*Bags of the step: PT-"):
+    with pytest.raises(
+        PartialResultError, match=r"1 of 2 runs failed.*bad: The .* is not finite.*Bags of the step: PT-"
+    ):
         cross_validate_together([bad, good])
     assert is_done(good.output)
     assert not is_done(bad.output)
