@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from cfusion.files import write_json, write_text
 from cfusion.machine_limits import memory_bytes, usable_cores
@@ -45,7 +45,8 @@ class Machine:
 
 def _gpus() -> dict[str, float]:
     metrics: dict[str, float] = {}
-    if not torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")  # the process that sends records imports this module and needs no torch
+    if torch is None or not torch.cuda.is_initialized():
         return metrics
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
@@ -67,6 +68,8 @@ def write_environment(folder: Path) -> Path:
 
 
 def _environment() -> dict[str, Any]:
+    import torch
+
     cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),

@@ -1,6 +1,6 @@
 """Track a run without ever waiting for a server: calls only write to a journal in the run's folder.
 
-A background thread sends the journal and samples the machine. If the server is down or hangs, the training continues,
+Another process (`cfusion.tracking.sender`) sends the journal. If the server is down or hangs, the training continues,
 and the records are sent when the server answers again, at the end of the run, or by `cfusion track send`.
 """
 
@@ -9,33 +9,27 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from cfusion.config import TrackingConfig
-from cfusion.errors import CfusionError, ConfigError, RequeueError
+from cfusion.errors import RequeueError
 from cfusion.tracking.address import tracking_uri
-from cfusion.tracking.delivery import delivery_of, send, unsent
+from cfusion.tracking.delivery import delivery_of, unsent
 from cfusion.tracking.journal import JOURNAL_NAME, PARENT, Journal
 from cfusion.tracking.machine import Machine
+from cfusion.tracking.sender import Pace
+from cfusion.tracking.sender_process import sender_process
 
 logger = logging.getLogger(__name__)
 
-SEND_SECONDS = 5.0
-"""Interval at which the journal is sent."""
+SAMPLE_SECONDS = 10.0
+"""Interval at which the load of the machine is sampled."""
 
-LONGEST_PAUSE_SECONDS = 60.0
-"""Maximum interval between two attempts, if the server is down or sending is expensive."""
-
-LAST_ATTEMPTS, LAST_PAUSE_SECONDS, LAST_SECONDS = 3, 1.0, 10.0
-"""At the end of a run: maximum number of attempts to send the rest, the pause between two attempts, and the time after
-which no new attempt starts, so that a hanging server delays the end only once."""
-
-MOST_OF_THE_TIME = 0.01
-"""Maximum share of a process's time spent on sending, over all its runs; above it, records are sent less often."""
+PACE = Pace()
+"""How often journals are sent."""
 
 
 class TrackedRun:
@@ -78,7 +72,7 @@ class TrackedRun:
         courier = Courier(Journal(output / JOURNAL_NAME), output, uri)
         run = cls(PARENT, tracking.experiment, courier)
         run._start(name, params, tags or {})
-        courier.thread.start()
+        courier.start()
         return run
 
     def child(self, name: str, params: Mapping[str, Any]) -> TrackedRun:
@@ -148,79 +142,42 @@ class TrackedRun:
 
 
 class Courier:
-    """Sends a journal from a background thread while it is being written."""
-
-    _at_work: set[Courier] = set()  # noqa: RUF012 - shared by all couriers of the process
+    """Has a journal sent by another process while it is being written, and samples the machine."""
 
     def __init__(self, journal: Journal, folder: Path, uri: str) -> None:
         self.journal, self.folder, self.uri = journal, folder, uri
-        self.thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._machine = Machine()
         self._closing = threading.Event()
-        self._lost = False
-        self._refused: ConfigError | None = None
-        Courier._at_work.add(self)
+        self._thread = threading.Thread(target=self._watch, name="machine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to send."""
+        sender_process().follow(self.folder, self.uri, PACE)
+        self._thread.start()
 
     def close(self, status: str, cause: str) -> None:
         """End all open runs, send the remaining records, and report those that could not be sent."""
-        Courier._at_work.discard(self)
+        self._closing.set()
+        self._thread.join()
         self._sample()
         for key, run in list(self.journal.runs.items()):
             if key != PARENT and run.status == "RUNNING":
                 self.journal.status(key, status, cause)
         self.journal.status(PARENT, status, cause)
-        self.journal.sync()
-        self._closing.set()
-        self.thread.join()
         self.journal.close()
+        refused = sender_process().finish(self.folder, self.uri, PACE)
         if left := unsent(self.folder, self.uri):
             logger.warning(
                 "%d records of this run are unsent and kept in %s; when the server is back, run: cfusion track send %s",
                 left, self.journal.path, self.folder,
             )  # fmt: skip
-        if self._refused is not None and status == "FINISHED":
-            raise self._refused
+        if refused is not None and status == "FINISHED":
+            raise refused
 
-    def _work(self) -> None:
-        pause = SEND_SECONDS
-        while not self._closing.wait(pause):
+    def _watch(self) -> None:
+        while not self._closing.wait(SAMPLE_SECONDS):
             self._sample()
-            started = time.thread_time()
-            sent = self._send()
-            due = (time.thread_time() - started) * len(Courier._at_work) / MOST_OF_THE_TIME
-            pause = min(max(SEND_SECONDS, due) if sent else 2 * pause, LONGEST_PAUSE_SECONDS)
-        self._send_last()
-
-    def _send_last(self) -> None:
-        """Send the remaining records, with a few retries."""
-        started = time.monotonic()
-        for _ in range(LAST_ATTEMPTS - 1):
-            if self._send() or time.monotonic() - started > LAST_SECONDS:
-                return
-            time.sleep(LAST_PAUSE_SECONDS)
-        self._send()
 
     def _sample(self) -> None:
         step = self.journal.runs[PARENT].steps.get("system/cpu_utilization_percentage", -1) + 1
         self.journal.metrics(PARENT, self._machine.sample(), step)
-
-    def _send(self) -> bool:
-        """Send the journal; return whether the server accepted it."""
-        try:
-            self.journal.sync()
-            send(self.folder, self.uri)
-        except ConfigError as error:
-            self._refused = error
-        except CfusionError as error:
-            if not self._lost:
-                logger.warning("tracking: %s The run continues; its records are kept and sent later.", error)
-            self._lost = True
-            return False
-        except Exception:  # a defect of tracking must not end a training; it is logged with its traceback
-            logger.exception("tracking failed; the records of the run are kept in %s", self.journal.path)
-            self._lost = True
-            return False
-        if self._lost:
-            logger.info("tracking: the server answers again")
-        self._lost = False
-        return True

@@ -86,7 +86,8 @@ def join_world(parallel: ParallelConfig) -> Runtime:
     check_precision(parallel.precision, on_cpu=on_cpu)
     if on_cpu:
         # Otherwise several threads sum the gradient of an indexed tensor in an arbitrary order.
-        torch.use_deterministic_algorithms(True)
+        # `use_deterministic_algorithms` does the same and also imports torch's compiler, which takes seconds.
+        torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     else:
         _check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())

@@ -5,10 +5,11 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,13 @@ from cfusion.cli.main import app
 from cfusion.config import TrackingConfig
 from cfusion.errors import ConfigError, DataError, RequeueError
 from cfusion.runs.crossval import cross_validate
-from cfusion.tracking import TrackedRun, delivery
+from cfusion.tracking import TrackedRun, delivery, sender
 from cfusion.tracking import tracked_run as run
 from cfusion.tracking.address import TrackingUnavailableError, connect, public_name, tracking_uri
 from cfusion.tracking.delivery import delivery_of, send, unsent
 from cfusion.tracking.journal import Journal
+from cfusion.tracking.sender import Follower, Pace
+from cfusion.tracking.sender_process import end_sender, sender_process
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +54,31 @@ def empty(database: str, target: Path) -> str:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
     return make_cohort(tmp_path_factory.mktemp("cohort"), patients=60)
+
+
+class SenderHere:
+    """Sends at the end of a run, in the process of the test, where MLflow and the network can be replaced."""
+
+    def follow(self, folder: Path, uri: str, pace: Pace) -> None:
+        pass
+
+    def finish(self, folder: Path, uri: str, pace: Pace) -> ConfigError | None:
+        follower = Follower(folder, uri, pace)
+        follower.finish()
+        return follower.refused
+
+
+@pytest.fixture
+def sends_here(monkeypatch):
+    monkeypatch.setattr(run, "sender_process", SenderHere)
+
+
+@pytest.fixture
+def new_sender():
+    """Take the environment of the test, and leave no process behind that has it."""
+    end_sender()
+    yield
+    end_sender()
 
 
 def journal_of(folder: Path, experiment: str, steps: int = 3) -> Journal:
@@ -138,7 +166,7 @@ def test_refused_records_are_reported_and_do_not_block_the_rest(database, tmp_pa
     assert history(database, runs_of(database, "refused")["fold_0"].info.run_id) == [1]
 
 
-def test_a_conflict_with_another_writer_is_resolved(files, database, tmp_path, caplog):
+def test_a_conflict_with_another_writer_is_resolved(files, database, tmp_path, caplog, sends_here):
     uri = empty(database, tmp_path / "mlflow.db")
     tracking = {"enabled": True, "uri": uri, "experiment": "shared", "register_as": "shared"}
     config = files.config(tmp_path / "run", tracking=tracking, evaluation={"bootstrap": 0}, splits={"folds": 2})
@@ -170,7 +198,7 @@ def test_the_attempts_end_if_every_one_conflicts(database, tmp_path, monkeypatch
     assert len(tried) == delivery.ATTEMPTS
 
 
-def test_the_end_of_a_run_retries_an_unreachable_server(database, tmp_path, monkeypatch, caplog):
+def test_the_end_of_a_run_retries_an_unreachable_server(database, tmp_path, monkeypatch, caplog, sends_here):
     asked = []
 
     def busy_once(folder, uri):
@@ -179,14 +207,14 @@ def test_the_end_of_a_run_retries_an_unreachable_server(database, tmp_path, monk
             raise TrackingUnavailableError("busy")
         return send(folder, uri)
 
-    monkeypatch.setattr(run, "LAST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(run, "send", busy_once)
+    monkeypatch.setattr(run, "PACE", Pace(last_pause=0.01))
+    monkeypatch.setattr(sender, "send", busy_once)
     with TrackedRun.begin(TrackingConfig(uri=database, experiment="busy"), tmp_path, "parent", {}):
         pass
     assert len(asked) == 2
     assert unsent(tmp_path, database) == 0
     assert "records of this run are unsent and kept" not in caplog.text
-    monkeypatch.setattr(run, "LAST_SECONDS", -1)
+    monkeypatch.setattr(run, "PACE", Pace(last_pause=0.01, last_seconds=-1))
     del asked[:]
     with TrackedRun.begin(TrackingConfig(uri=database, experiment="busy"), tmp_path / "slow", "parent", {}):
         pass
@@ -195,7 +223,7 @@ def test_the_end_of_a_run_retries_an_unreachable_server(database, tmp_path, monk
 
 
 def test_a_deleted_experiment_keeps_its_runs_until_it_is_restored(database, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(run, "LAST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(run, "PACE", Pace(last_pause=0.01))
     tracking = TrackingConfig(uri=database, experiment="deleted")
     client = MlflowClient(database)
     found = client.create_experiment("deleted")
@@ -244,26 +272,66 @@ def test_a_locked_database_is_reported_and_nothing_is_lost(database, tmp_path, c
     assert {r.info.status for r in runs.values()} == {"FINISHED"}
 
 
-def test_a_training_never_waits_for_a_server(tmp_path, monkeypatch):
+def test_a_training_never_waits_for_a_server(tmp_path, monkeypatch, new_sender, caplog):
     """While a request hangs, every call except the end of the parent returns."""
-    answered, asked = threading.Event(), threading.Event()
-
-    def hangs(folder, uri):
-        asked.set()
-        assert answered.wait(60)
-
-    monkeypatch.setattr(run, "SEND_SECONDS", 0.01)
-    monkeypatch.setattr(run, "send", hangs)
-    parent = TrackedRun.begin(TrackingConfig(uri="http://127.0.0.1:9"), tmp_path / "run", "parent", {})
-    assert asked.wait(60)
-    child = parent.child("fold_0", {})
-    for step in range(100):
-        child.log({"loss": 1.0}, step)
-    child.artifacts(tmp_path)
-    child.close()
-    assert not answered.is_set()
-    answered.set()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        uri = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        parent = TrackedRun.begin(TrackingConfig(uri=uri), tmp_path / "run", "parent", {})
+        connection, _ = listening.accept()
+        child = parent.child("fold_0", {})
+        for step in range(100):
+            child.log({"loss": 1.0}, step)
+        child.artifacts(tmp_path)
+        child.close()
+        assert connection.recv(1)
+        assert not caplog.text, "the request still hangs"
+    connection.close()
     parent.close()
+    assert "does not answer" in caplog.text
+
+
+def test_a_lost_sender_loses_no_record(database, tmp_path, new_sender, caplog):
+    tracking = TrackingConfig(uri=database, experiment="lost sender")
+    with TrackedRun.begin(tracking, tmp_path, "parent", {}) as parent:
+        parent.child("fold_0", {}).log({"loss": 1.0}, 0)
+        lost = sender_process()
+        os.kill(lost.pid, signal.SIGKILL)
+        lost.wait()
+    assert unsent(tmp_path, database) == 0, "another process has sent them"
+    assert {r.info.status for r in runs_of(database, "lost sender").values()} == {"FINISHED"}
+
+
+_DIES = """
+import os, signal, sys
+from pathlib import Path
+from cfusion.config import TrackingConfig
+from cfusion.tracking import TrackedRun
+from cfusion.tracking.sender_process import sender_process
+run = TrackedRun.begin(TrackingConfig(uri=sys.argv[2], experiment="killed"), Path(sys.argv[1]), "parent", {})
+run.child("fold_0", {}).log({"loss": 1.0}, 0)
+print(sender_process().pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_program_has_recorded_is_sent_and_no_process_stays(database, tmp_path):
+    killed = subprocess.run(
+        [sys.executable, "-c", _DIES, str(tmp_path), database], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    sender_pid = Path("/proc") / killed.stdout.strip()
+    while sender_pid.exists() and "Z" not in (sender_pid / "stat").read_text().rpartition(")")[2].split()[0]:
+        time.sleep(0.05)
+    assert unsent(tmp_path, database) == 0
+    assert {r.info.status for r in runs_of(database, "killed").values()} == {"RUNNING"}
+
+
+def test_the_sender_imports_no_torch():
+    code = "import sys, cfusion.tracking.sender; print('torch' in sys.modules, 'pandas' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
 
 
 @pytest.mark.parametrize(("error", "status"), [(RequeueError("stopped"), "KILLED"), (DataError("broke"), "FAILED")])
@@ -287,20 +355,22 @@ def test_the_end_of_a_run_and_its_cause_are_recorded(database, tmp_path, error, 
 
 
 _KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 from cfusion.runs import crossval
-from cfusion.cli.main import app
 from cfusion.config import load_config
-from cfusion.tracking import TrackedRun
-from cfusion.tracking.delivery import send
+from cfusion.tracking import TrackedRun, tracked_run
+from cfusion.tracking.delivery import unsent
 from cfusion.tracking.address import tracking_uri
+from cfusion.tracking.sender import Pace
+tracked_run.PACE = Pace(seconds=0.1)
 config = load_config(sys.argv[1])
 die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
 original = TrackedRun.log
 def log(self, metrics, step=0):
     original(self, metrics, step)
     if sys.argv[2] == "in an epoch" and self._key == "fold_1" and step == 1:
-        send(config.output, tracking_uri(config.tracking, config.output))
+        while unsent(config.output, tracking_uri(config.tracking, config.output)):
+            time.sleep(0.05)
         die()
 TrackedRun.log = log
 if sys.argv[2] == "behind a fold":

@@ -20,6 +20,8 @@ from cfusion.runs.crossval import cross_validate
 from cfusion.tracking import TrackedRun
 from cfusion.tracking import tracked_run as run
 from cfusion.tracking.delivery import send, unsent
+from cfusion.tracking.sender import Pace
+from cfusion.tracking.sender_process import end_sender
 
 
 @pytest.fixture(scope="module")
@@ -191,8 +193,7 @@ def test_a_conflict_with_another_writer_is_resolved(files, tmp_path, caplog):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(run, "SEND_SECONDS", 0.1)
-    monkeypatch.setattr(run, "LONGEST_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(run, "PACE", Pace(seconds=0.1, longest=0.2))
 
 
 def test_a_server_killed_in_mid_run_gets_the_rest_later_and_once(tmp_path, impatient, caplog):
@@ -225,6 +226,7 @@ def test_a_server_killed_in_mid_run_gets_the_rest_later_and_once(tmp_path, impat
 def test_a_server_that_hangs_gets_the_rest_when_it_answers_again(server, tmp_path, impatient, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    end_sender()  # the next one has these limits
     output = tmp_path / "run"
     with caplog.at_level(logging.INFO):
         parent, child = begun(server, output, "hung")
