@@ -92,6 +92,8 @@ class Split:
         validation: Patients for early stopping and model selection, from the training side. Empty under `fixed-epoch`.
         test: Patients scored once. Under the `published` protocol they also choose the model.
         repeat: Number of the repetition in repeated cross-validation.
+
+    The protocol follows from the sides, see `protocol`.
     """
 
     fold: int
@@ -99,6 +101,17 @@ class Split:
     validation: tuple[str, ...]
     test: tuple[str, ...]
     repeat: int = 0
+
+    @property
+    def protocol(self) -> str:
+        """Protocol by which a model trained on this split is chosen, a value of `evaluation.protocol`.
+
+        `fixed-epoch` if no patients choose the model, `published` if patients choose it who are also scored, else
+        `strict`.
+        """
+        if not self.validation:
+            return "fixed-epoch"
+        return "strict" if set(self.validation).isdisjoint(self.test) else "published"
 
     def __repr__(self) -> str:
         again = f", repeat {self.repeat}" if self.repeat else ""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cfusion.config import Config
 from cfusion.data.loader import BagSet
 from cfusion.data.shards import ShardDataset, open_shards
-from cfusion.errors import DataError
+from cfusion.errors import ConfigError, DataError
 from cfusion.extensions import OwnCode
 from cfusion.files import digest_json
 from cfusion.models.registry import model_code
@@ -85,13 +85,14 @@ def fit(
     Args:
         config: The run.
         cohort: Patients with slides in the shards.
-        split: Which patients train, choose the epoch and are scored.
+        split: Which patients train, choose the epoch and are scored; its protocol names the result.
         runtime: The processes; None: as launched.
         folder: Folder for checkpoints; None: no checkpoints, so an interrupted training run starts again.
         on_epoch: Called on rank 0 after each epoch.
         code: Code of the model as it was read for the run; none: it is read now.
 
     Raises:
+        ConfigError: The split is of another protocol than `evaluation.protocol`.
         DataError: The shards have another encoder or lack a slide, or a loss is not finite.
         RequeueError: The process was asked to stop; the state is in `folder`.
     """
@@ -139,6 +140,7 @@ def ready_fold(
     code: OwnCode | None = None,
 ) -> ReadyFold:
     """Prepare bags, time bins and initial weights of a fold; see `fit`."""
+    _check_protocol(config, split)
     bins = TimeBins.fit(*_outcomes(cohort, split.train), config.evaluation.n_bins)
     train_set = _bag_set(config, cohort, dataset, runtime, split.train)
     torch.manual_seed(int(digest_json(["initial weights", _name(config, split)])[:15], 16))
@@ -156,7 +158,7 @@ def ready_fold(
         risk_cutoff=None,
         embeddings=dict(dataset.index.provenance),
         unit=config.data.unit,
-        protocol=config.evaluation.protocol,
+        protocol=split.protocol,
         code=None if code is None else code.identity,
     )
     job = FoldJob(
@@ -180,6 +182,24 @@ def ready_fold(
     )
     test = _bag_set(config, cohort, dataset, runtime, split.test)
     return ReadyFold(job, network, card, cohort, split, test, None if code is None else code.source)
+
+
+def _check_protocol(config: Config, split: Split) -> None:
+    """Refuse a split that chooses the epoch by another protocol than the configuration.
+
+    Raises:
+        ConfigError: It does.
+    """
+    configured = config.evaluation.protocol
+    if split.protocol != configured:
+        raise ConfigError(
+            f"The split of fold {split.fold} is of the protocol {split.protocol}, expected evaluation.protocol="
+            f"{configured}: it has {len(split.validation)} patients that choose the epoch, "
+            f"{len(set(split.validation) & set(split.test))} of whom are scored.",
+            "Make it with make_splits(cohort, config.splits, config.evaluation.protocol), or set evaluation.protocol="
+            f"{split.protocol}.",
+            topic="protocol",
+        )
 
 
 def _train(runtime: Runtime, fold: ReadyFold) -> FoldRun:
@@ -210,7 +230,7 @@ def fold_run(fold: ReadyFold, module: nn.Module, state: TrainState, training: Te
     frame = prediction_frame(scored, fold.test, fold.job.bins)
     config, split = fold.job.config, fold.split
     shared = {
-        "model": config.model.name, "protocol": config.evaluation.protocol, "seed": config.seed,
+        "model": config.model.name, "protocol": split.protocol, "seed": config.seed,
         "repeat": split.repeat, "fold": split.fold, "risk_cutoff": card.risk_cutoff,
     }  # fmt: skip
     return FoldRun(

@@ -236,3 +236,9 @@ def test_the_fold_count_matches_the_folds(tmp_path: Path) -> None:
             assert counted[-1] == len(make_splits(cohort, config)), config
     assert counted[:4] == [5, 1, 5, 1]
     assert counted[-4:-2] == [3, 3]
+
+
+def test_a_split_with_one_patient_who_chooses_and_is_scored_is_optimistic():
+    assert Split(0, ("p1",), ("p2",), ("p3", "p4")).protocol == "strict"
+    assert Split(0, ("p1",), ("p2", "p3"), ("p3", "p4")).protocol == "published"
+    assert Split(0, ("p1", "p2"), (), ("p3", "p4")).protocol == "fixed-epoch"

@@ -163,6 +163,22 @@ def test_fixed_epoch_takes_the_last_epoch_and_published_chooses_on_the_test_fold
     assert scored == pytest.approx(published.history["validation_cindex"].max())
 
 
+@pytest.mark.parametrize("protocol", ["strict", "fixed-epoch", "published"])
+def test_a_result_carries_the_protocol_of_its_split_and_a_configuration_that_contradicts_it_is_refused(
+    files, tmp_path, protocol
+):
+    config = files.config(tmp_path, train={"epochs": 1}, evaluation={"protocol": protocol, "bootstrap": 0})
+    cohort = cfusion.read_cohort(config.cohort)
+    splits = {p: cfusion.make_splits(cohort, config.splits, p)[0] for p in ("strict", "fixed-epoch", "published")}
+    assert {name: split.protocol for name, split in splits.items()} == {name: name for name in splits}
+    run = fit(config, cohort, splits.pop(protocol))
+    assert (run.model.card.protocol, set(run.predictions["protocol"])) == (protocol, {protocol})
+    for other, split in splits.items():
+        with pytest.raises(ConfigError, match=f"protocol {other}, expected evaluation.protocol={protocol}") as refused:
+            fit(config, cohort, split)
+        assert f"evaluation.protocol={other}" in refused.value.remedy
+
+
 def test_test_patients_outcomes_change_nothing_in_training(files, tmp_path):
     config = files.config(tmp_path)
     cohort = cfusion.read_cohort(config.cohort)
