@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -94,8 +95,9 @@ def null(
 ) -> None:
     """Say what a model without any signal scores on a cohort and its folds, under each protocol.
 
-    The closed simulation takes seconds and trains nothing. With --permutations the configuration itself is trained on
-    outcomes dealt to other patients; those runs lie beside the run's output folder.
+    The simulation takes seconds and trains nothing. Under published it chooses among the epochs that the configuration
+    allows (train.epochs, train.min_epoch, train.patience). --permutations also trains the configuration on permuted
+    outcomes; the folders of those runs are next to the run's output folder.
 
       cfusion null study.yaml --permutations 1
     """
@@ -111,17 +113,20 @@ def _echo_simulation(settings: Config, unit: str, repetitions: int) -> None:
     from cfusion.cohort.read import read_cohort
     from cfusion.cohort.splits import make_splits
     from cfusion.errors import ConfigError
-    from cfusion.survival.null import scored_outcomes, simulate_null
+    from cfusion.survival.null import EpochChoice, scored_outcomes, simulate_null
 
     if unit not in ("case", "slide"):
         raise ConfigError(f"--unit {unit!r}: expected case or slide.")
     cohort = read_cohort(settings.cohort)
     folds = scored_outcomes(cohort, make_splits(cohort, settings.splits, settings.evaluation.protocol), unit)
     typer.echo("cohort\tprotocol\tepochs\tmean C\tsd\t97.5% limit")
-    kinds = [("strict, fixed-epoch", "–", False, 0.0), ("published", "independent", True, 0.0),
-             ("published", "correlated", True, 0.9)]  # fmt: skip
+    choice = EpochChoice.of(settings.train)
+    kinds = [("strict, fixed-epoch", "–", False, 0.0), ("published", f"independent; {choice}", True, 0.0),
+             ("published", f"correlated; {choice}", True, 0.9)]  # fmt: skip
     for protocol, epochs, chosen, memory in kinds:
-        result = simulate_null(folds, chosen_on_scored_fold=chosen, autocorrelation=memory, repetitions=repetitions)
+        result = simulate_null(
+            folds, chosen_on_scored_fold=chosen, autocorrelation=memory, repetitions=repetitions, **asdict(choice)
+        )
         numbers = f"{result.mean:.3f}\t{result.sd:.3f}\t{result.high:.3f}"
         typer.echo(f"{cohort.name}\t{protocol}\t{epochs}\t{numbers}")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from cfusion.survival.null import EpochChoice
 from cfusion.survival.score import Key
 
 _OPTIMISTIC = "OPTIMISTIC: the epoch is chosen on the same fold that is scored."
@@ -33,6 +34,7 @@ class ReportContext:
         curves: Learning curves: `cohort, model, protocol, fold, epoch` and a column per metric.
         oracle: Harrell's C of the true risk, if it is known (synthetic cohorts).
         permuted: Harrell's C after training on permuted outcomes.
+        choices: Which epochs the runs could choose, for the null; without an entry, those of the published training.
         notes: Sentences for the reader.
     """
 
@@ -42,7 +44,12 @@ class ReportContext:
     curves: pd.DataFrame | None = None
     oracle: Mapping[Key, float] = field(default_factory=dict)
     permuted: Mapping[Key, float] = field(default_factory=dict)
+    choices: Mapping[Key, EpochChoice] = field(default_factory=dict)
     notes: Sequence[str] = ()
+
+    def choice(self, key: Key) -> EpochChoice:
+        """Return which epochs the runs of a cohort, model and protocol could choose."""
+        return self.choices.get(key, EpochChoice())
 
 
 def optimistic(protocol: str) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
 
 from cfusion.report.context import ReportContext
-from cfusion.survival.null import Null, Outcomes, simulate_null
+from cfusion.survival.null import EpochChoice, Null, Outcomes, simulate_null
 from cfusion.survival.predictions import UNIT
 from cfusion.survival.score import Key, Scores
 
@@ -34,18 +34,18 @@ class CohortNull:
     correlated: Null
 
 
-def nulls(scores: Sequence[Scores]) -> dict[Key, CohortNull]:
-    """Simulate the null for every row of the summaries; identical folds are simulated once."""
+def nulls(scores: Sequence[Scores], context: ReportContext) -> dict[Key, CohortNull]:
+    """Simulate the null of the run behind every row of the summaries; identical ones are simulated once."""
     known: dict[tuple, CohortNull] = {}
     found = {}
     for part in scores:
         for key, rows in part.predictions.groupby(UNIT, sort=False):
             cohort, model, protocol = (str(word) for word in key)
             folds, digest = _first_run(rows)
-            chosen = protocol in SCORED_FOLD_CHOOSES
-            if (digest, chosen) not in known:
-                known[digest, chosen] = _simulate(folds, chosen)
-            found[cohort, model, protocol] = known[digest, chosen]
+            choice = context.choice((cohort, model, protocol)) if protocol in SCORED_FOLD_CHOOSES else None
+            if (digest, choice) not in known:
+                known[digest, choice] = _simulate(folds, choice)
+            found[cohort, model, protocol] = known[digest, choice]
     return found
 
 
@@ -60,12 +60,17 @@ def _first_run(rows: pd.DataFrame) -> tuple[list[Outcomes], tuple]:
     return folds, (cuts.tobytes(), time.tobytes(), event.tobytes())
 
 
-def _simulate(folds: list[Outcomes], chosen: bool) -> CohortNull:
-    if not chosen:
+def _simulate(folds: list[Outcomes], choice: EpochChoice | None) -> CohortNull:
+    """Simulate both nulls; `choice` None: no epoch is chosen on the scored fold."""
+    if choice is None:
         plain = simulate_null(folds, chosen_on_scored_fold=False, repetitions=_CHEAP_REPETITIONS)
         return CohortNull(plain, plain)
-    independent = simulate_null(folds, chosen_on_scored_fold=True, repetitions=_REPETITIONS)
-    correlated = simulate_null(folds, chosen_on_scored_fold=True, autocorrelation=0.9, repetitions=_REPETITIONS)
+    independent, correlated = (
+        simulate_null(
+            folds, chosen_on_scored_fold=True, autocorrelation=memory, repetitions=_REPETITIONS, **asdict(choice)
+        )
+        for memory in (0.0, 0.9)
+    )
     return CohortNull(independent, correlated)
 
 
@@ -79,7 +84,7 @@ def evidence_table(scores: Sequence[Scores], context: ReportContext) -> pd.DataF
     table = pd.concat([part.summary for part in scores], ignore_index=True)
     first_seen = {name: order for order, name in enumerate(dict.fromkeys(table["cohort"]))}
     table = table.sort_values("cohort", key=lambda names: names.map(first_seen), kind="stable", ignore_index=True)
-    simulated = nulls(scores)
+    simulated = nulls(scores, context)
     keys = [(str(c), str(m), str(p)) for c, m, p in table[UNIT].itertuples(index=False)]
     table["null_mean"] = [simulated[key].independent.mean for key in keys]
     table["null_low"] = [min(simulated[key].independent.low, simulated[key].correlated.low) for key in keys]

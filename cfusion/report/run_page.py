@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from cfusion.report import figures
 from cfusion.report.context import PROTOCOL_TEXTS, ReportContext
+from cfusion.report.evidence import SCORED_FOLD_CHOOSES
 from cfusion.report.page_environment import page_environment
 from cfusion.survival.predictions import UNIT
 from cfusion.survival.score import Key, Scores
@@ -55,6 +56,7 @@ def render_run_page(
         horizons=[c for c in summary.columns if c.startswith("auc_") and c.count("_") == 1],
         cohorts=[_cohort(name, rows, folds, context) for name in dict.fromkeys(str(row["cohort"]) for row in rows)],
         protocols={str(row["protocol"]): PROTOCOL_TEXTS[str(row["protocol"])] for row in rows},
+        choices=_choices(rows, context),
         details=details,
         open_details=len(details) <= _OPEN_DETAILS,
         comparisons=comparisons.to_dict("records"),
@@ -72,6 +74,13 @@ def render_card(summary: pd.DataFrame, context: ReportContext) -> str:
         protocols={str(row["protocol"]): PROTOCOL_TEXTS[str(row["protocol"])] for row in rows},
         provenance=_flat_provenance(context),
     )  # fmt: skip
+
+
+def _choices(rows: list[dict], context: ReportContext) -> list[str]:
+    """Say which epochs the nulls of the rows choose from; empty if none is chosen on the scored fold."""
+    keys = [(str(row["cohort"]), str(row["model"]), str(row["protocol"])) for row in rows]
+    chosen = [key for key in keys if key[2] in SCORED_FOLD_CHOOSES]
+    return list(dict.fromkeys(str(context.choice(key)) for key in chosen))
 
 
 def _forest_row(row: dict) -> dict[str, object]:

@@ -14,6 +14,7 @@ from cfusion.errors import DataError
 from cfusion.report.context import ReportContext
 from cfusion.report.report_files import write_report
 from cfusion.run_folder import OUTCOMES, PREDICTIONS, SPLITS, FinishedRun, read_run
+from cfusion.survival.null import EpochChoice
 from cfusion.survival.predictions import read_predictions
 from cfusion.survival.score import Key, Scores, score
 from cfusion.types import Cohort, Split
@@ -53,6 +54,7 @@ def report_runs(folders: Sequence[Path], out: Path, *, title: str, oracle: dict[
         provenance={str(run.folder.name): run.provenance for run in real},
         curves=pd.concat([run.curves() for run in real], ignore_index=True),
         oracle={key: oracle[key[0]] for key in grouped if oracle and key[0] in oracle},
+        choices={key: EpochChoice.of(members[0].config.train) for key, members in grouped.items()},
         permuted={key: sum(values) / len(values) for key, values in null.items()},
     )
     scores = [score_runs(runs, runs[0].config.evaluation.bootstrap) for runs in grouped.values()]

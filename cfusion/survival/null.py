@@ -11,14 +11,40 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cfusion.config import PUBLISHED_RECIPE
-from cfusion.errors import DataError, UndefinedMetricError
+from cfusion.config import PUBLISHED_RECIPE, TrainConfig
+from cfusion.errors import ConfigError, DataError, UndefinedMetricError
 from cfusion.types import Cohort, Split
 
 Outcomes = tuple[np.ndarray, np.ndarray]
 """Times in months [row] and events [row] of one fold's scored rows."""
 
 _COMPARISONS_PER_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class EpochChoice:
+    """Which epochs of a training run may be chosen.
+
+    Attributes:
+        epochs: Maximum number of epochs.
+        min_epoch: First epoch, from 0, that may be chosen.
+        patience: Epochs without a better score before training stops; None: it never stops early.
+    """
+
+    epochs: int = PUBLISHED_RECIPE["epochs"]
+    min_epoch: int = PUBLISHED_RECIPE["min_epoch"]
+    patience: int | None = PUBLISHED_RECIPE["patience"]
+
+    @classmethod
+    def of(cls, train: TrainConfig) -> EpochChoice:
+        """Return the choice that a run with these settings makes."""
+        return cls(train.epochs, train.min_epoch, train.patience)
+
+    def __str__(self) -> str:
+        """Return it in words, for captions."""
+        patience = "no early stop" if self.patience is None else f"patience {self.patience}"
+        epochs = "1 epoch" if self.epochs == 1 else f"at most {self.epochs} epochs"
+        return f"{epochs}, {patience}, from epoch {self.min_epoch} on"
 
 
 @dataclass(frozen=True)
@@ -45,9 +71,9 @@ def simulate_null(
     *,
     chosen_on_scored_fold: bool,
     autocorrelation: float = 0.0,
-    epochs: int = PUBLISHED_RECIPE["epochs"],
-    min_epoch: int = PUBLISHED_RECIPE["min_epoch"],
-    patience: int = PUBLISHED_RECIPE["patience"],
+    epochs: int = EpochChoice.epochs,
+    min_epoch: int = EpochChoice.min_epoch,
+    patience: int | None = EpochChoice.patience,
     repetitions: int = 40,
     seed: int = 7,
 ) -> Null:
@@ -63,16 +89,22 @@ def simulate_null(
         autocorrelation: Correlation of a row's risk between epochs, 0 ≤ r < 1.
         epochs: Maximum number of epochs.
         min_epoch: First epoch, from 0, that may be chosen.
-        patience: Epochs without a better score before training stops.
+        patience: Epochs without a better score before training stops; None: it never stops early.
         repetitions: Number of simulated cross-validations.
         seed: Seed of the draws.
 
     Raises:
         UndefinedMetricError: A fold has no comparable pair.
         DataError: There are no folds.
+        ConfigError: No epoch may be chosen.
     """
     if not folds:
         raise DataError("the null needs at least one fold.")
+    if chosen_on_scored_fold and min_epoch >= epochs:
+        raise ConfigError(
+            f"No epoch may be chosen: train.min_epoch={min_epoch}, and train.epochs={epochs} ends training before it.",
+            "Raise train.epochs or lower train.min_epoch.",
+        )
     generator = np.random.default_rng(seed)
     means = np.zeros(repetitions)
     for number, (time, event) in enumerate(folds):
@@ -128,11 +160,11 @@ def _cindex(risks: np.ndarray, pairs: tuple[np.ndarray, np.ndarray]) -> np.ndarr
     return np.concatenate([(part[:, pairs[0]] > part[:, pairs[1]]).mean(axis=1) for part in parts])
 
 
-def _kept(scores: np.ndarray, min_epoch: int, patience: int) -> float:
+def _kept(scores: np.ndarray, min_epoch: int, patience: int | None) -> float:
     best = min_epoch
     for epoch in range(min_epoch, len(scores)):
         if scores[epoch] > scores[best]:
             best = epoch
-        if epoch - best >= patience:
+        if patience is not None and epoch - best >= patience:
             break
     return float(scores[best])

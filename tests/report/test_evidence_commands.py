@@ -62,13 +62,25 @@ def test_a_failed_score_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_null(config: Path) -> None:
-    rows = [line.split("\t") for line in run("null", config, "--unit", "slide").splitlines()[1:]]
+    published = run("null", config, "train.recipe=published", "--unit", "slide")
+    rows = [line.split("\t") for line in published.splitlines()[1:]]
     assert [row[1] for row in rows] == ["strict, fixed-epoch", "published", "published"]
     assert float(rows[0][3]) == pytest.approx(0.5, abs=0.02)
     assert float(rows[1][3]) == pytest.approx(0.662, abs=0.01)
     assert float(rows[2][3]) == pytest.approx(0.610, abs=0.01)
+    assert rows[1][2] == "independent; at most 100 epochs, patience 20, from epoch 5 on"
     with pytest.raises(ConfigError, match="expected case or slide"):
         run("null", config, "--unit", "tile")
+
+
+def test_null_chooses_among_the_epochs_of_the_configuration(config: Path) -> None:
+    def means(*overrides: str) -> list[float]:
+        return [float(line.split("\t")[3]) for line in run("null", config, *overrides).splitlines()[1:]]
+
+    assert means("train.epochs=1") == pytest.approx([0.5] * 3, abs=0.02)
+    assert 0.5 < means("train.epochs=5")[1] < means("train.epochs=40", "train.patience=null")[1] - 0.02
+    with pytest.raises(ConfigError, match=r"No epoch may be chosen: train\.min_epoch=5, and train\.epochs=5"):
+        run("null", config, "train.epochs=5", "train.min_epoch=5")
 
 
 def test_audit_names_what_it_drops_and_stops_when_strict(config: Path) -> None:

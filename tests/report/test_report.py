@@ -16,11 +16,12 @@ from made_up_outcomes import cohort, predicted
 from cfusion.cohort.audit import audit
 from cfusion.cohort.read import write_outcomes
 from cfusion.cohort.splits import make_splits, write_splits
-from cfusion.config import Config, SplitsConfig, validate
+from cfusion.config import Config, Protocol, SplitsConfig, validate
 from cfusion.errors import ConfigError, DataError
 from cfusion.files import write_json, write_text
 from cfusion.report import ReportContext, figures, write_report
 from cfusion.report.runs import report_runs
+from cfusion.survival.null import EpochChoice
 from cfusion.survival.predictions import read_predictions
 from cfusion.survival.score import Scores, score
 
@@ -150,6 +151,18 @@ def test_null_and_optimism_gap_are_shown_with_the_c(folder: Path) -> None:
     assert np.isnan(summary.loc[("<b>evil</b>", "strict"), "optimism_gap"])
 
 
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [(EpochChoice(1, 0, 10), "1 epoch, patience 10, from epoch 0 on"), (None, "at most 100 epochs, patience 20, from")],
+)
+def test_the_null_is_that_of_the_run(tmp_path: Path, choice: EpochChoice | None, words: str) -> None:
+    context = ReportContext(choices={} if choice is None else {("made_up", "amil", "published"): choice})
+    write_report([scored("amil", "published")], tmp_path, context=context)
+    row = pd.read_csv(tmp_path / "summary.csv").iloc[0]
+    assert (abs(row["null_mean"] - 0.5) < 0.02) == (choice is not None)
+    assert words in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
 def test_model_card(folder: Path) -> None:
     card = (folder / "model_card.md").read_text(encoding="utf-8")
     for part in (
@@ -211,15 +224,17 @@ def test_nothing_to_report_and_twice_the_same(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def finished_run(folder: Path, *, seed: int = 7, permuted: int | None = None, **more: object) -> Path:
+def finished_run(
+    folder: Path, *, seed: int = 7, permuted: int | None = None, protocol: Protocol = "strict", **more: object
+) -> Path:
     data = cohort(120)
-    splits = make_splits(data, SplitsConfig())
-    evaluation = {"bootstrap": 20, "permute_outcomes": permuted}
+    splits = make_splits(data, SplitsConfig(), protocol)
+    evaluation = {"bootstrap": 20, "permute_outcomes": permuted, "protocol": protocol}
     values = {"cohort": {"name": "made_up"}, "model": {"name": "amil"}, "seed": seed, "evaluation": evaluation}
     config = validate(Config, values | more, "test").model_dump(mode="json")
     write_text(folder / "config.yaml", yaml.safe_dump(config))
     noise = 1.0 if permuted is None else 20.0
-    predicted(data, splits, "amil", "strict", noise).assign(seed=seed).to_csv(folder / "predictions.csv", index=False)
+    predicted(data, splits, "amil", protocol, noise).assign(seed=seed).to_csv(folder / "predictions.csv", index=False)
     write_splits(splits, folder / "splits")
     write_json(folder / "audit.json", audit(data, splits).to_json())
     write_outcomes(data, folder / "outcomes.csv")
@@ -239,6 +254,13 @@ def test_finished_runs_become_one_report(tmp_path: Path) -> None:
     assert abs(row["permuted"] - 0.5) < 0.1 < row["cindex_pooled"] - 0.5 + 0.1
     assert pd.read_csv(tmp_path / "report" / "summary.csv")["seeds"].tolist() == [2]
     assert "Learning curves" in page.read_text(encoding="utf-8")
+
+
+def test_the_null_of_a_run_has_its_epochs(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", protocol="published", train={"epochs": 3, "min_epoch": 2, "patience": None})
+    page = report_runs([run], tmp_path / "report", title="Run")
+    assert pd.read_csv(tmp_path / "report" / "summary.csv")["null_mean"].item() == pytest.approx(0.5, abs=0.02)
+    assert "at most 3 epochs, no early stop, from epoch 2 on" in page.read_text(encoding="utf-8")
 
 
 def test_reported_scores_are_those_of_the_run(tmp_path: Path) -> None:
