@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cfusion.errors import ConfigError, nearest
+from cfusion.recipe import recipe_notes, with_recipe
 from cfusion.study.packaged import DataPath
 from cfusion.yaml_files import apply_override, read_yaml
 
@@ -182,7 +183,8 @@ class TrainConfig(Section):
     """How a fold is trained."""
 
     recipe: Literal["default", "published"] = "default"
-    """`published` sets this section to the published training settings and rejects other values for those keys."""
+    """`published`: the settings of the published program for this section, its dropouts, and `data.unit=slide`. Values
+    that are given override it; log, run.json, report and model card then say so and list them."""
     epochs: int = Field(40, ge=1)
     """Maximum number of epochs."""
     patience: int | None = Field(10, ge=1)
@@ -222,15 +224,6 @@ class TrainConfig(Section):
     """`all`: every bag once an epoch; `weighted`: with replacement, by 1 / size of its (bin × censoring) class."""
     micro_batch: int = Field(1, ge=1)
     """Bags in one forward pass, padded and masked. 1 as published; only 1 gives the same dropout at any world size."""
-
-
-PUBLISHED_RECIPE: dict[str, Any] = {
-    "epochs": 100, "patience": 20, "min_epoch": 5, "monitor": "cindex", "optimizer": "adam", "lr": 1e-4,
-    "weight_decay": 4e-6, "schedule": "published", "warmup_fraction": 0.0, "clip_norm": None, "ema": None,
-    "loss": "nll", "alpha": 0.2, "sampling": "weighted", "micro_batch": 1,
-}  # fmt: skip
-"""The published training settings (CrossFusion program, `recipe: published`). The recipe also sets
-`model.options.published`, which selects the published dropouts."""
 
 
 class ParallelConfig(Section):
@@ -300,19 +293,15 @@ class Config(Section):
     output: Annotated[Path, Aside("where the numbers are written")] = Path("runs/run")
     """Folder of the run: checkpoints, predictions, report."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the run's scores must know about its recipe; empty if nothing."""
+        return recipe_notes(self.model_dump())
+
     @model_validator(mode="before")
     @classmethod
     def _apply_recipe(cls, values: Any) -> Any:
-        train = values.get("train") if isinstance(values, dict) else None
-        if not isinstance(train, dict) or train.get("recipe") != "published":
-            return values
-        for key, value in PUBLISHED_RECIPE.items():
-            if train.get(key, value) != value:
-                raise ValueError(f"train.recipe=published sets train.{key}={value}; {train[key]!r} contradicts it")
-        model = values.get("model", {})
-        model = model if isinstance(model, dict) else model.model_dump()
-        options = {"published": True, **model.get("options", {})}
-        return {**values, "train": {**train, **PUBLISHED_RECIPE}, "model": {**model, "options": options}}
+        return with_recipe(values)
 
     @model_validator(mode="after")
     def _folds_can_share_a_read(self) -> Config:

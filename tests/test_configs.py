@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 import cfusion
 from cfusion.cohort.audit import audit
 from cfusion.cohort.parsing import read_table
-from cfusion.config import PUBLISHED_RECIPE, Config
+from cfusion.config import Config
 from cfusion.errors import ConfigError
+from cfusion.recipe import PUBLISHED_RECIPE
+from cfusion.run_folder import read_config, write_config
 from launch.sweep.plan import load_sweep, plan
 from preprocess.encoders.cards import CARDS
 
@@ -79,11 +81,42 @@ def test_the_error_for_a_wrong_setting_names_its_key(override, message):
         cfusion.load_config(None, [override])
 
 
-def test_the_published_recipe_sets_its_section_and_refuses_what_contradicts_it():
-    train = cfusion.load_config(None, ["train.recipe=published"]).train
-    assert {key: getattr(train, key) for key in PUBLISHED_RECIPE} == PUBLISHED_RECIPE
-    with pytest.raises(ConfigError, match=r"sets train\.lr=0\.0001; 0\.1 contradicts it"):
-        cfusion.load_config(None, ["train.recipe=published", "train.lr=0.1"])
+def test_the_published_recipe_sets_its_section():
+    config = cfusion.load_config(None, ["train.recipe=published", "evaluation.protocol=published"])
+    assert {key: getattr(config.train, key) for key in PUBLISHED_RECIPE} == PUBLISHED_RECIPE
+    assert (config.data.unit, config.model.options) == ("slide", {"published": True})
+    assert not any("No longer" in note for note in config.notes)
+    assert cfusion.load_config(None, ["train.epochs=2"]).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changed"),
+    [
+        (["train.lr=0.1"], ["train.lr=0.1 (published: 0.0001)"]),
+        (["train.epochs=20"], ["train.epochs=20 (published: 100)"]),
+        (["train.epochs=2"], ["train.epochs=2 (published: 100)", "train.min_epoch=1 (published: 5)"]),
+        (["train.epochs=6", "train.min_epoch=2"], [
+            "train.epochs=6 (published: 100)", "train.min_epoch=2 (published: 5)",
+        ]),
+        (["data.unit=case", "parallel.precision=bf16"], [
+            "data.unit=case (published: slide)", "parallel.precision=bf16 (published: f32)",
+        ]),
+        (["model.options.dropout=0.1"], ["model.options.dropout=0.1 (published: 0.3)"]),
+        (["model.options.attention_dropout=0.2"], []),
+    ],
+)  # fmt: skip
+def test_given_values_override_the_recipe_and_are_listed(tmp_path, overrides, changed):
+    recipe = ["train.recipe=published", "evaluation.protocol=published"]
+    config = cfusion.load_config(None, [*overrides, *recipe])
+    for override in overrides:
+        section, key = override.partition("=")[0].split(".")[:2]
+        assert getattr(getattr(config, section), key) != getattr(
+            getattr(cfusion.load_config(None, recipe), section), key
+        )
+    notes = [note for note in config.notes if note.startswith("No longer the published recipe: ")]
+    assert notes == ([f"No longer the published recipe: {', '.join(changed)}."] if changed else [])
+    write_config(tmp_path, config)
+    assert read_config(tmp_path) == config
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "cohort: 5"])

@@ -13,7 +13,7 @@ LAYERS = (
     ("cfusion.errors", "cfusion.interruption", "cfusion.machine_limits"),
     ("cfusion.files", "cfusion.console"),
     ("cfusion.locks", "cfusion.yaml_files", "cfusion.program", "cfusion.extensions", "cfusion.study"),
-    ("cfusion.types",),
+    ("cfusion.types", "cfusion.recipe"),
     ("cfusion.config",),
     ("cfusion.run_folder",),
     ("cfusion.cohort", "cfusion.data", "cfusion.models"),

@@ -56,6 +56,7 @@ def report_runs(folders: Sequence[Path], out: Path, *, title: str, oracle: dict[
         oracle={key: oracle[key[0]] for key in grouped if oracle and key[0] in oracle},
         choices={key: EpochChoice.of(members[0].config.train) for key, members in grouped.items()},
         permuted={key: sum(values) / len(values) for key, values in null.items()},
+        notes=[f"{', '.join(key)}: {note}" for key, members in grouped.items() for note in members[0].config.notes],
     )
     scores = [score_runs(runs, runs[0].config.evaluation.bootstrap) for runs in grouped.values()]
     return write_report(scores, out, context=context)
@@ -89,7 +90,7 @@ def _check_alike(first: FinishedRun, other: FinishedRun) -> None:
     fold_apart = "config.splits.fold" in differing
     seeds = {"config.seed", "config.data.order_seed", "config.splits.fold"}
     # Tables and shards are compared by their digests; the report shows which code ran each run.
-    elsewhere = {"platform", "code", "program", *(f"config.{key}" for key in Config.asides())}
+    elsewhere = {"platform", "code", "program", "notes", *(f"config.{key}" for key in Config.asides())}
     wrong = {name for name in differing - seeds - elsewhere if not name.startswith("packages.")}
     wrong -= {"splits_digest"} if fold_apart else set()
     if wrong or not differing & {"config.seed", "config.splits.fold"}:

@@ -109,6 +109,8 @@ class Run:
         if runtime.is_main:
             for line in run.audit.lines(_FINDINGS_SHOWN):
                 logger.info("audit: %s", line)
+            for note in config.notes:
+                logger.warning("%s: %s", config.output, note)
             check_registration(config, run.dataset.index)
             run._claim(same_code)
         runtime.barrier()
@@ -148,6 +150,7 @@ class Run:
             f"{cohort.name}: {len(cohort.cases)} patients, {int(cohort.cases['event'].sum())} events, "
             f"{len(cohort.slides)} slides, embeddings of {index.encoder} ({index.dim} wide)"
         ]
+        lines += [f"note: {note}" for note in self.config.notes]
         lines += [f"audit: {finding}" for finding in self.audit.findings]
         lines += [
             f"fold {split.fold}: {len(split.train)} train, {len(split.validation)} choose, {len(split.test)} are scored"
@@ -300,6 +303,7 @@ def _provenance(config: Config, code: OwnCode | None, dataset: ShardDataset, fou
         "program": cfusion.__version__,
         "code": code_digest(),
         "config": config.model_dump(mode="json", exclude={"output", "tracking"}),
+        **({"notes": list(config.notes)} if config.notes else {}),
         **({} if code is None else {"model_code": code.identity}),
         "table_sha256": digest_file(config.cohort.table),
         **({} if slides is None else {"slides_sha256": digest_file(slides)}),
@@ -311,6 +315,7 @@ def _provenance(config: Config, code: OwnCode | None, dataset: ShardDataset, fou
 
 
 RECORDED_ASIDE = {
+    "notes": "they follow from the configuration, which decides",
     "program": "the digest of the code decides, not the version",
     "packages": "they are recorded, and cfusion reproduce names what differs",
     "platform": "it is recorded, and cfusion reproduce names what differs",

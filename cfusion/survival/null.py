@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cfusion.config import PUBLISHED_RECIPE, TrainConfig
+from cfusion.config import TrainConfig
 from cfusion.errors import ConfigError, DataError, UndefinedMetricError
+from cfusion.recipe import PUBLISHED_RECIPE
 from cfusion.types import Cohort, Split
 
 Outcomes = tuple[np.ndarray, np.ndarray]

@@ -46,6 +46,7 @@ class ModelCard:
         unit: What a bag was in training; if slides, a patient's risks are averaged.
         protocol: How its epoch was chosen, as in `evaluation.protocol`.
         code: Code that is not the program's, as recorded by `OwnCode.identity`; None for a model of the program.
+        notes: What a reader of its scores must know about its training, see `Config.notes`.
     """
 
     model: dict[str, Any]
@@ -61,6 +62,7 @@ class ModelCard:
     unit: Literal["case", "slide"] = "case"
     protocol: str = "unknown"
     code: dict[str, str] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -114,7 +116,7 @@ class FittedModel:
             except SafetensorError as error:
                 raise DataError(f"{folder}: the model cannot be written ({error}).", "Free disk space.") from error
             card = {"format": MODEL_FORMAT, **asdict(self.card)}
-            write_json(temporary / CARD, card if self.card.code else {k: card[k] for k in card if k != "code"})
+            write_json(temporary / CARD, {k: card[k] for k in card if card[k] or k not in ("code", "notes")})
             if self.source is not None:
                 (temporary / SOURCE).write_bytes(self.source)
 

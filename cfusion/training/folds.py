@@ -160,6 +160,7 @@ def ready_fold(
         unit=config.data.unit,
         protocol=split.protocol,
         code=None if code is None else code.identity,
+        notes=config.notes,
     )
     job = FoldJob(
         config=config,

@@ -1,6 +1,7 @@
 """Test complete runs: every fold trains once, a stopped run resumes, results are tracked and registered."""
 
 import dataclasses
+import html
 import json
 
 import numpy as np
@@ -210,3 +211,20 @@ def test_the_outcomes_of_the_test_patients_change_nothing_in_training(files, tmp
         assert torch.equal(weights, second.model.module.state_dict()[name]), name
     predicted = [c for c in first.predictions if c not in ("survival_months", "event")]
     pd.testing.assert_frame_equal(first.predictions[predicted], second.predictions[predicted])
+
+
+def test_a_changed_recipe_is_named_in_the_log_run_json_report_and_model_cards(files, tmp_path, caplog):
+    values = {"recipe": "published", "epochs": 2}
+    config = files.config(tmp_path / "run", evaluation={"protocol": "published", "bootstrap": 10})
+    config = Config.model_validate({**config.model_dump(), "train": values, "data": {"shards": str(files.shards)}})
+    note = next(note for note in config.notes if note.startswith("No longer the published recipe"))
+    assert "train.epochs=2 (published: 100)" in note
+    with caplog.at_level("WARNING"):
+        cross_validate(config)
+    assert sum(note in message for message in caplog.messages) == 1
+    assert note in json.loads((config.output / "run.json").read_text())["provenance"]["notes"]
+    for fold in range(3):
+        assert note in json.loads((config.output / f"fold_{fold}/model/model.json").read_text())["notes"]
+    page = report_runs([config.output], tmp_path / "report", title="Run")
+    for path in (page, page.parent / "model_card.md"):
+        assert f"made_up, amil, published: {note}" in html.unescape(path.read_text(encoding="utf-8"))

@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from cfusion.config import PUBLISHED_RECIPE, TrainConfig
+from cfusion.config import TrainConfig
+from cfusion.recipe import PUBLISHED_RECIPE
 from cfusion.training.schedule import learning_rate
 
 STEPS_PER_EPOCH = 7
