@@ -158,7 +158,7 @@ def _dispatch(shares: Sequence[SlideShare], plan: FanOut, store: Path) -> Iterat
 
 
 def _no_tick(_waiting: Sequence[SlideShare]) -> None:
-    """The results alone advance the bar."""
+    """Do nothing: only results advance the bar."""
 
 
 def _raise_if_not_done(results: Sequence[ShareResult], plan: FanOut) -> None:

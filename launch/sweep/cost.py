@@ -1,4 +1,4 @@
-"""What an attempt at a run cost: time, CPU time, GPU time, and energy where the GPU tells."""
+"""Cost of an attempt at a run: time, CPU time, GPU time, and energy if the GPU measures it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 
 class Meter:
-    """Measures from its making to `read`.
+    """Measures from its construction to `read`.
 
     Args:
-        share: Part of its GPUs that the work has, where several runs share them.
-        runs: Runs that are trained together; each bears an equal part.
+        share: Fraction of its GPUs that the work uses, if several runs share them.
+        runs: Number of runs trained together; each is charged an equal part.
     """
 
     def __init__(self, share: float, runs: int) -> None:
@@ -27,10 +27,10 @@ class Meter:
         self._energy = _gpu_joules()
 
     def read(self) -> dict[str, Any]:
-        """One run's part.
+        """Return the cost of one run.
 
         `started` (seconds since 1970), `host`, `wall_s`, `cpu_s` (user and system, children included), `gpu_s` (GPUs ×
-        wall × share), `energy_j` (of the GPUs; None where unknown), `together` (runs that shared the attempt).
+        wall × share), `energy_j` (of the GPUs; None if unknown), `together` (runs that shared the attempt).
         """
         wall = time.monotonic() - self._clock
         energy = _gpu_joules()
@@ -54,7 +54,7 @@ def _gpus() -> int:
 
 
 def _gpu_joules() -> float | None:
-    """Energy that the visible GPUs have drawn since their driver was loaded, where NVML is installed and tells."""
+    """Return the energy that the visible GPUs have used since their driver was loaded; None without NVML."""
     if not _gpus() or importlib.util.find_spec("pynvml") is None:
         return None
     import pynvml

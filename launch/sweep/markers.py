@@ -1,4 +1,4 @@
-"""What a sweep writes beside a run: who trains it, how its attempts went and what they cost, and why it failed."""
+"""Files of a sweep in a run's folder: who trains it, how its attempts went and what they cost, why it failed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOCK, ATTEMPTS_FILE, FAILED, LOG = "run.lock", "attempts.json", "failed.json", "
 
 @contextlib.contextmanager
 def claim(folder: Path) -> Iterator[tuple[int, ...]]:
-    """Hold a run while the block lasts; yields descriptors, and a child that is given them holds the run too.
+    """Lock a run within the block; yields descriptors, and a child process that inherits them holds the lock too.
 
     Raises:
         HeldError: Another process holds it.
@@ -25,28 +25,28 @@ def claim(folder: Path) -> Iterator[tuple[int, ...]]:
         try:
             descriptors = stack.enter_context(hold(folder / LOCK))
         except HeldError as error:
-            raise HeldError(f"{folder.name}: {error.message} trains it.", "Leave it, or end that.") from None
+            raise HeldError(f"{folder.name}: {error.message} trains it.", "Wait for it, or end that process.") from None
         yield descriptors
 
 
 def trainer(folder: Path) -> tuple[Holder | None, bool]:
-    """Who trains a run, or was killed in it, and whether that process still holds it."""
+    """Return who trains a run, or was killed while training it, and whether that process still holds it."""
     return holder(folder / LOCK)
 
 
 def attempts(folder: Path) -> list[dict[str, Any]]:
-    """The attempts at a run, oldest first: `outcome`, and its cost (see `launch.sweep.cost`) unless it was killed."""
+    """Return the attempts at a run, oldest first: `outcome`, and its cost (see `launch.sweep.cost`) unless killed."""
     path = folder / ATTEMPTS_FILE
     return read_json(path) if path.is_file() else []
 
 
 def add_attempt(folder: Path, attempt: dict[str, Any]) -> None:
-    """Record one more attempt."""
+    """Append an attempt."""
     write_json(folder / ATTEMPTS_FILE, [*attempts(folder), attempt])
 
 
 def write_failure(folder: Path, cause: str) -> None:
-    """Mark a run as failed, for this cause; its log has the rest."""
+    """Mark a run as failed with its cause; its log has the details."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / FAILED,
@@ -55,11 +55,11 @@ def write_failure(folder: Path, cause: str) -> None:
 
 
 def read_failure(folder: Path) -> dict[str, Any] | None:
-    """The failure of a run: `cause`, `log`, `attempts`, `at`; None where it has not failed."""
+    """Return the failure of a run: `cause`, `log`, `attempts`, `at`; None if it has not failed."""
     path = folder / FAILED
     return read_json(path) if path.is_file() else None
 
 
 def clear_failure(folder: Path) -> None:
-    """Take the mark away: the run is tried again."""
+    """Remove the mark, so that the run is tried again."""
     (folder / FAILED).unlink(missing_ok=True)

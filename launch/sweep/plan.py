@@ -1,4 +1,4 @@
-"""From a sweep file to the runs it means: the product of its axes, each run named by what decides its numbers."""
+"""From a sweep file to its runs: the product of its axes. What determines the numbers of a run also names it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from cfusion.study.packaged import data_name
 from cfusion.yaml_files import apply_override, read_yaml, set_key
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
+_ALLOWED = "only letters, digits and . _ + = - are allowed"
 _DATA, _ABSENT = "data.json", "absent"
 _PACKAGED = "model "
-"""Begins the key of a model's digest that an installed package offers."""
+"""Prefix of the key under which the digest of an installed package's model is stored."""
 _PLACE = re.compile(r"\{(\w[\w.]*)\}")
 
 Settings = dict[str, Any]
@@ -33,11 +34,11 @@ _SETTINGS = {
     "cohort": "cohort.name", "encoder": "data.encoder", "model": "model.name", "protocol": "evaluation.protocol",
     "fold": "splits.fold",
 }  # fmt: skip
-"""What an axis of this name sets, where it is a list of values."""
+"""The setting that an axis of this name varies if it is a list of values."""
 
 
 def _named_values(axes: Any) -> Any:
-    """An axis may be a list: the values of the one setting that the axis is named after."""
+    """Expand an axis that is a list: the values of the one setting that the axis is named after."""
     if not isinstance(axes, dict):
         return axes
     return {axis: _named(axis, values) if isinstance(values, list) else values for axis, values in axes.items()}
@@ -46,7 +47,7 @@ def _named_values(axes: Any) -> Any:
 def _named(axis: str, values: list[Any]) -> dict[str, Settings]:
     named = {plain_name(str(value)): {_SETTINGS.get(axis, axis): value} for value in values}
     if len(named) < len(values):
-        raise ValueError(f"axes.{axis}: {', '.join(map(str, values))}: two values have one name; name them yourself")
+        raise ValueError(f"axes.{axis}: {', '.join(map(str, values))}: two values get the same name; give them names")
     return named
 
 
@@ -58,32 +59,32 @@ class SweepConfig(Section):
     output: Path = Path("runs/sweep")
     """Folder of the sweep; each run has a folder below it."""
     base: dict[str, Any] = Field(default_factory=dict)
-    """Settings of every run, in sections as in a run's own file. `{axis}` in a text, here or on an axis, stands for the
-    name of the run's value on that axis."""
+    """Settings of every run, in sections as in the file of a single run. `{axis}` in a text, here or on an axis, stands
+    for the name of the run's value on that axis."""
     axes: Annotated[dict[str, dict[str, Settings]], BeforeValidator(_named_values)] = Field(default_factory=dict)
-    """Axis → value's name → `section.key: value` of that value. Or a list of values of the one setting that the axis is
-    named after, such as `seed: [1, 2, 3]`; so are cohort, encoder, model, protocol and fold."""
+    """Axis → value's name → `section.key: value` of that value. Or a list of values of one setting, which the axis
+    names: a key such as `seed: [1, 2, 3]`, or cohort, encoder, model, protocol, fold."""
     exclude: tuple[dict[str, str], ...] = ()
-    """Combinations that are left out, as axis: value; a run is left out if it has all values of one entry."""
+    """Combinations to leave out, as axis: value; a run is left out if it has all values of one entry."""
     code: str | None = None
-    """Digest of the code whose runs count, as `cfusion sweep plan` tells it of stale folders; default: this program's.
-    For an update of which you know that it changes no numbers."""
+    """Digest of the code whose runs count as done, as `cfusion sweep plan` prints it for stale folders; default: this
+    program's. For updates that you know to change no numbers."""
     group: int = Field(8, ge=1)
-    """Most runs that share one read of the shards, where `train.folds` is `together`; all their folds' models, moments
-    and best weights are in memory at once."""
+    """Maximum number of runs that share one read of the shards with `train.folds=together`; the models, moments and
+    best weights of all their folds are in memory at once."""
 
     @model_validator(mode="after")
     def _names_are_plain(self) -> SweepConfig:
         if not _NAME.fullmatch(self.name):
-            raise ValueError(f"name: {self.name!r} becomes a folder's name: letters, digits and . _ + = - alone")
+            raise ValueError(f"name: {self.name!r} becomes a folder's name: {_ALLOWED}")
         for axis, values in self.axes.items():
             for name in (axis, *values):
                 if not _NAME.fullmatch(name):
-                    raise ValueError(
-                        f"axes.{axis}: {name!r} becomes part of a folder's name: letters, digits and . _ + = - alone"
-                    )
+                    raise ValueError(f"axes.{axis}: {name!r} becomes part of a folder's name: {_ALLOWED}")
         if "output" in self.base or any("output" in keys for values in self.axes.values() for keys in values.values()):
-            raise ValueError("output is the sweep's, each run has a folder below it; set it at the top of the file")
+            raise ValueError(
+                "output is the folder of the sweep, with a folder for each run; set it at the top of the file"
+            )
         return self
 
     @model_validator(mode="after")
@@ -93,8 +94,8 @@ class SweepConfig(Section):
             for key, twin in itertools.product(sorted(keys), sorted(others)):
                 if f"{key}.".startswith(f"{twin}.") or f"{twin}.".startswith(f"{key}."):
                     raise ValueError(
-                        f"axes {one} and {other} both set {max(key, twin, key=len)}, and one would hide the other; let "
-                        f"one of them set it, with {{{one}}} in its text where it follows from both"
+                        f"axes {one} and {other} both set {max(key, twin, key=len)}, and one would override the other; "
+                        f"set it on one of them, with {{{one}}} in its text if it depends on both"
                     )
         return self
 
@@ -107,10 +108,10 @@ class PlannedRun:
         name: Values of its axes and a digest of its configuration, its data and the code.
         values: Its value on each axis.
         config: Its resolved configuration, `output` included.
-        absent: What of its data is not there, in a sentence; empty where all is.
+        absent: What is missing of its data, in a sentence; empty if nothing is.
         data: Digest of each of its tables, splits and shards, by path.
         code: Digest of the program that planned it.
-        same_code: Digest of the code whose runs count, where the sweep names it.
+        same_code: Digest of the code whose runs count as done, if the sweep names it.
     """
 
     name: str
@@ -122,10 +123,10 @@ class PlannedRun:
     same_code: str | None = None
 
     def changed(self, data: DataDigests) -> str:
-        """What is no longer as it was when the run was named, in a sentence; empty where all is.
+        """Report what changed since the run was named, in a sentence; empty if nothing did.
 
         Args:
-            data: What is read now, once for several runs.
+            data: Digests of the data now; each file is read once for several runs.
         """
         now, absent = data.of(self.config)
         if absent:
@@ -136,7 +137,7 @@ class PlannedRun:
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
-    """Read a sweep file; `overrides` (`section.key=value`) hold for all its runs, `output=…` moves the sweep.
+    """Read a sweep file; `overrides` (`section.key=value`) apply to all its runs, `output=…` moves the sweep.
 
     Raises:
         ConfigError: It cannot be read, a key is unknown, or an override sets what an axis sets.
@@ -156,11 +157,11 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
 
 
 def plan(sweep: SweepConfig, only: Sequence[str] = ()) -> list[PlannedRun]:
-    """The runs of a sweep, in the order of its axes.
+    """Return the runs of a sweep, in the order of its axes.
 
     Args:
         sweep: The sweep.
-        only: `axis=value`: of this axis, only runs with one of the values so named.
+        only: `axis=value`: only runs with this value; several values of one axis may be named.
 
     Raises:
         ConfigError: A value's setting is unknown or refused, a model does not exist, or an exclusion or `only` names an
@@ -182,7 +183,7 @@ def plan(sweep: SweepConfig, only: Sequence[str] = ()) -> list[PlannedRun]:
     ]
     if not runs:
         raise ConfigError(
-            f"sweep {sweep.name}: has no runs.", "All are left out by exclude or --only, or an axis is empty."
+            f"sweep {sweep.name}: has no runs.", "An axis is empty, or exclude or --only leaves out all runs."
         )
     _check_models(sweep, {run.config.model.name for run in runs})
     _check_twins(sweep, runs)
@@ -202,8 +203,8 @@ def _check_twins(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> None:
         digest = run.name.rpartition("-")[2]
         if digest in seen:
             raise ConfigError(
-                f"sweep {sweep.name}: {seen[digest]} and {run.name} are one run, no setting differs.",
-                "Leave out one of the values that make them.",
+                f"sweep {sweep.name}: {seen[digest]} and {run.name} are the same run: no setting differs.",
+                "Leave out one of the two values.",
             )
         seen[digest] = run.name
 
@@ -266,7 +267,7 @@ def _place_name(path: Path | str) -> str:
 
 
 def _contents(config: Config, digests: Mapping[str, str]) -> dict[str, Any]:
-    """What a run's name counts of its data: contents by setting; where one is absent, its place tells runs apart."""
+    """Return the data that a run's name depends on: contents by setting, or the path where a file is missing."""
     located = {
         key: digests[place] if digests[place] != _ABSENT else [_ABSENT, place] for key, place in places(config).items()
     }
@@ -275,7 +276,7 @@ def _contents(config: Config, digests: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _filled(setting: Any, values: Mapping[str, str], source: str) -> Any:
-    """A copy of the setting with every `{axis}` in its texts replaced."""
+    """Copy a setting, with every `{axis}` in its texts replaced."""
     if isinstance(setting, dict):
         return {key: _filled(value, values, source) for key, value in setting.items()}
     if isinstance(setting, list):
@@ -285,7 +286,7 @@ def _filled(setting: Any, values: Mapping[str, str], source: str) -> Any:
 
     def value_of(place: re.Match[str]) -> str:
         if place[1] not in values:
-            raise ConfigError(f"{source}: {setting!r} names no axis with {place[0]}.", nearest(place[1], values))
+            raise ConfigError(f"{source}: {setting!r}: there is no axis {place[0]}.", nearest(place[1], values))
         return values[place[1]]
 
     return _PLACE.sub(value_of, setting)
@@ -293,11 +294,11 @@ def _filled(setting: Any, values: Mapping[str, str], source: str) -> Any:
 
 @dataclass
 class DataDigests:
-    """Digests of the files that runs are made from, each read once for the whole sweep.
+    """Digests of the files that runs depend on; each is read once for the entire sweep.
 
     Attributes:
-        remembered: Digests of files as they were when the sweep was last run: where a file is not there now, as on
-            another machine than the one that trained, its runs keep their names.
+        remembered: Digests of files when the sweep was last run. If a file is missing now, as on a machine other than
+            the one that trained, its runs keep their names.
     """
 
     remembered: Mapping[str, str]
@@ -305,9 +306,9 @@ class DataDigests:
     _packages: dict[str, str] = field(default_factory=dict)
 
     def of(self, config: Config) -> tuple[dict[str, str], str]:
-        """Digests of a run's tables, splits, shards and model file by path, and what is absent, in a sentence.
+        """Return digests of a run's tables, splits, shards and model file by path, and what is missing, in a sentence.
 
-        Shards are known by their index, which holds a checksum of every tar; a model of an installed package by the
+        Shards are identified by their index, which has a checksum of every tar; a model of an installed package by the
         version of the package and its module.
         """
         found = {_place_name(path): self._digest(str(path)) for path in _paths(config).values()}
@@ -319,7 +320,7 @@ class DataDigests:
         return digests, absent
 
     def _package(self, model: str) -> str:
-        """Digest of the installed package that offers a model; empty where none does."""
+        """Return the digest of the installed package that offers a model; empty if none does."""
         if model not in self._packages:
             code = package_code("cfusion.models", model)
             self._packages[model] = "" if code is None else digest_json(code.identity)
@@ -333,7 +334,7 @@ class DataDigests:
 
 
 def remember_data(output: Path, runs: Sequence[PlannedRun]) -> None:
-    """Keep the digests of the runs' data in the sweep's folder."""
+    """Store the digests of the runs' data in the sweep's folder."""
     seen = {place: digest for run in runs for place, digest in run.data.items() if digest != _ABSENT}
     if seen.items() - _remembered(output).items():
         write_json(output / _DATA, {**_remembered(output), **seen})
@@ -364,10 +365,10 @@ def _digest_place(place: str) -> tuple[str, str]:
     if path.exists():
         return (
             _ABSENT,
-            f"{place}: holds neither {INDEX_NAME} nor splits_K.csv. Point the setting at the folder that does.",
+            f"{place}: has neither {INDEX_NAME} nor splits_K.csv. Set it to the folder that has.",
         )
-    # The part of the path that is wrong may be any of its folders, such as an encoder's.
+    # Any folder of the path may be wrong, such as an encoder's.
     wrong = next(part for part in (path, *path.parents) if part.parent.is_dir())
-    beside = [p.name for p in sorted(wrong.parent.glob("*"))]
-    remedy = nearest(wrong.name, beside) if beside else "Put it there, or correct the setting."
-    return _ABSENT, f"{place}: is not there. {remedy}" if wrong == path else f"{place}: there is no {wrong}. {remedy}"
+    siblings = [p.name for p in sorted(wrong.parent.glob("*"))]
+    remedy = nearest(wrong.name, siblings) if siblings else "Put it there, or correct the setting."
+    return _ABSENT, f"{place}: not found. {remedy}" if wrong == path else f"{place}: there is no {wrong}. {remedy}"

@@ -1,4 +1,4 @@
-"""The runs of a sweep as the report compares them: which cell each belongs to, how it ended, what it cost."""
+"""The runs of a sweep for the report: the cell of each, how it ended, what it cost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launch.sweep.status import RunStatus, look
 
 
 def report_sweep(sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path) -> Path:
-    """Compare what is finished of a sweep, and write it to `out`; returns the page.
+    """Compare the finished runs of a sweep and write the report to `out`; returns the path of the page.
 
     Raises:
         DataError: None of the runs is finished.
@@ -24,11 +24,11 @@ def report_sweep(sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path) -> P
 
 
 def members_of(runs: Sequence[PlannedRun], statuses: Sequence[RunStatus]) -> list[ComparedRun]:
-    """The runs with the cell each belongs to.
+    """Return the runs with the cell of each.
 
-    Cohort, encoder, protocol, seed, fold and permuted outcomes are those of the configuration. What else a sweep
-    varies makes another model: its name is that on the axis `model`, or its own, and with it stand the values of all
-    axes that differ between runs which are alike in everything above.
+    Cohort, encoder, protocol, seed, fold and permuted outcomes come from the configuration. Runs that differ in
+    anything else are different models. A model's name is its value on the axis `model`, or its own name, followed by
+    the values of all axes that differ between runs which are alike in everything above.
     """
     varied = _varied(runs)
     return [
@@ -58,7 +58,7 @@ def _encoder(run: PlannedRun) -> str:
 
 
 def _varied(runs: Sequence[PlannedRun]) -> list[str]:
-    """Axes, the model's aside, whose values differ between runs of one cell."""
+    """Return the axes, except the model's, whose values differ between runs of one cell."""
     alike: dict[tuple, list[PlannedRun]] = {}
     for run in runs:
         config = run.config
@@ -72,10 +72,10 @@ def _varied(runs: Sequence[PlannedRun]) -> list[str]:
 
 
 def _cost(folder: Path) -> Cost:
-    told = [attempt for attempt in attempts(folder) if "wall_s" in attempt]
-    energies = [attempt["energy_j"] for attempt in told]
+    measured = [attempt for attempt in attempts(folder) if "wall_s" in attempt]
+    energies = [attempt["energy_j"] for attempt in measured]
     return Cost(
-        sum(attempt["cpu_s"] for attempt in told) / 3600,
-        sum(attempt["gpu_s"] for attempt in told) / 3600,
+        sum(attempt["cpu_s"] for attempt in measured) / 3600,
+        sum(attempt["gpu_s"] for attempt in measured) / 3600,
         float("nan") if not energies or None in energies else sum(energies) / 3.6e6,
     )

@@ -21,7 +21,7 @@ State = Literal["done", "running", "failed", "open"]
 STATES: tuple[State, ...] = ("done", "running", "failed", "open")
 
 _SAMPLE = 200
-"""Finished runs that an estimate is made from."""
+"""Maximum number of finished runs for an estimate."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class RunStatus:
     """One run of a sweep.
 
     Attributes:
-        name: Of the run.
+        name: The run.
         values: Its value on each axis.
-        state: `running`: a process holds it; `failed`: it ended before it was done, and is not being tried again.
-        folder: Where it lies.
-        folds_done: Folds that are whole.
-        folds: All its folds.
-        word: The cause of a failure, who trains it, or, where it cannot be begun, what of its data is absent.
-        log: Path of its log where it failed.
+        state: `running`: a process holds it; `failed`: it ended before it was done, and no process is trying again.
+        folder: Its folder.
+        folds_done: Number of complete folds.
+        folds: Number of folds.
+        word: The cause of a failure, who trains it, or what is missing of its data.
+        log: Path of its log if it failed.
     """
 
     name: str
@@ -49,7 +49,7 @@ class RunStatus:
     log: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the fields as JSON values."""
         return {
             "name": self.name, "values": dict(self.values), "state": self.state, "folder": str(self.folder),
             "folds_done": self.folds_done, "folds": self.folds, "word": self.word,
@@ -58,14 +58,14 @@ class RunStatus:
 
 
 def look(runs: Sequence[PlannedRun]) -> list[RunStatus]:
-    """The state of every run, from what lies in its folder."""
+    """Return the state of every run, from the files in its folder."""
     present = set(_names(runs[0].config.output.parent)) if runs else set()
     return [_status(run, _names(run.config.output) if run.name in present else []) for run in runs]
 
 
 def _names(folder: Path) -> list[str]:
     try:
-        return os.listdir(folder)  # noqa: PTH208 - ten thousand folders are listed, names alone are wanted
+        return os.listdir(folder)  # noqa: PTH208 - lists ten thousand folders and needs only their names
     except OSError:
         return []
 
@@ -86,12 +86,12 @@ def _status(run: PlannedRun, files: Sequence[str]) -> RunStatus:
     if failure is not None:
         return status("failed", f"{failure['cause']} (attempt {max(1, failure['attempts'])})", folder / failure["log"])
     if left is not None:
-        return status("failed", f"{left} ended without a word: killed, out of memory perhaps", folder / LOG)
+        return status("failed", f"{left} ended without a report: killed, possibly out of memory", folder / LOG)
     return status("open", run.absent)
 
 
 def stale(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> list[str]:
-    """Folders of runs that the sweep no longer means: their configuration, data or program has changed.
+    """Return the folders of stale runs: their configuration, data or code has changed.
 
     Args:
         sweep: The sweep.
@@ -99,12 +99,12 @@ def stale(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> list[str]:
     """
     planned = {run.name for run in runs}
     folder = sweep.output / "runs"
-    # Other folders may lie beside the runs, such as the artifacts of tracking.
+    # There may be other folders next to the runs, such as the artifacts of tracking.
     return sorted(name for name in _names(folder) if name not in planned and (folder / name / LOCK).is_file())
 
 
 def codes_of(sweep: SweepConfig, names: Sequence[str]) -> dict[str, int]:
-    """How many of the named runs are done, by the code that did them, other than this program's."""
+    """Count the named runs that other code than this program's has finished, by its digest."""
     folders = [sweep.output / "runs" / name for name in names]
     done = [read_marker(folder)["provenance"] for folder in folders if is_done(folder)]
     found = Counter(provenance.get("code") for provenance in done)
@@ -112,13 +112,13 @@ def codes_of(sweep: SweepConfig, names: Sequence[str]) -> dict[str, int]:
 
 
 def counts(statuses: Sequence[RunStatus]) -> dict[str, int]:
-    """Runs in each state."""
+    """Count the runs in each state."""
     found = Counter(status.state for status in statuses)
     return {state: found[state] for state in STATES}
 
 
 def seconds_left(statuses: Sequence[RunStatus]) -> float | None:
-    """An estimate of the time that the folds left will take at the pace of finished runs; None before one is."""
+    """Estimate the time for the remaining folds at the pace of finished runs; None before one is finished."""
     finished = itertools.islice((status for status in statuses if status.state == "done"), _SAMPLE)
     paces = []
     for status in finished:
@@ -135,7 +135,7 @@ def seconds_left(statuses: Sequence[RunStatus]) -> float | None:
 def grid(
     statuses: Sequence[RunStatus], axes: Sequence[str]
 ) -> tuple[str, str | None, dict[tuple[str, str], list[RunStatus]]]:
-    """The runs by two axes, cohort and encoder where the sweep has them: row axis, column axis, runs of each cell."""
+    """Group the runs by two axes, cohort and encoder if there are such: row axis, column axis, runs of each cell."""
     rows = "cohort" if "cohort" in axes else axes[0] if axes else ""
     rest = [axis for axis in axes if axis != rows]
     columns = "encoder" if "encoder" in rest else rest[0] if rest else None

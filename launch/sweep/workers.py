@@ -151,8 +151,12 @@ class _Worker:
         except (EOFError, ConnectionResetError):
             self._process.join()
             code = self._process.exitcode
-            cause = f"its worker process was killed by signal {-code}" if code < 0 else f"its worker left with {code}"
-            return job.lost(cause + ", out of memory perhaps" * (-code == signal.SIGKILL), stopped=stopping)
+            cause = (
+                f"its worker process was killed by signal {-code}"
+                if code < 0
+                else f"its worker ended with exit code {code}"
+            )
+            return job.lost(cause + ", possibly out of memory" * (-code == signal.SIGKILL), stopped=stopping)
 
     def stop(self) -> None:
         """Ask the running job, if any, to save its state and end."""

@@ -156,7 +156,7 @@ def test_wrong_arguments_on_the_command_line_are_refused(done, arguments, messag
         ({"axes": {"a": {"x": {"output": "/etc"}}}}, "output is the sweep's"),
         (
             {"axes": {"cohort": {"c": {"cohort.name": "{chort}"}}}},
-            r"names no axis with \{chort\}\. Did you mean cohort\?",
+            r"there is no axis \{chort\}\. Did you mean cohort\?",
         ),
         ({"exclude": [{"modell": "amil"}]}, r"there is no axis modell\. Did you mean model\?"),
         ({"exclude": [{"model": "amil"}, {"model": "mean"}]}, r"sweep toy: has no runs"),
@@ -165,7 +165,10 @@ def test_wrong_arguments_on_the_command_line_are_refused(done, arguments, messag
             {"axes": {"cohort": {"c": {"data": {"shards": "x"}}}, "encoder": {"e": {"data.shards": "y"}}}},
             r"axes cohort and encoder both set data\.shards",
         ),
-        ({"axes": {"pace": {"slow": {"seed": 3}, "fast": {"seed": 3}}}}, r"slow-\w+ and fast-\w+ are one run"),
+        (
+            {"axes": {"pace": {"slow": {"seed": 3}, "fast": {"seed": 3}}}},
+            r"slow-\w+ and fast-\w+ are the same run",
+        ),
         ({"name": "my study/v1"}, "name: 'my study/v1' becomes a folder's name"),
         ({"base": "hello"}, "base='hello': expected sections with keys"),
         ({"base": [1]}, r"base=\[1\]: expected sections with keys"),
@@ -201,15 +204,15 @@ def test_the_error_for_an_unknown_cohort_or_encoder_lists_the_known_ones(files, 
     overrides = [f"cohort.table={files.table.parent}/{{cohort}}.csv", f"data.shards={files.shards.parent}/{{encoder}}"]
     runs = plan(load_sweep(path, overrides))
     assert [bool(run.absent) for run in runs] == [False, True, True, True]
-    assert runs[1].absent.endswith("shard: is not there. Did you mean shards?")
-    assert runs[2].absent.endswith("clinicl.csv: is not there. Did you mean clinical.csv?")
+    assert runs[1].absent.endswith("shard: not found. Did you mean shards?")
+    assert runs[2].absent.endswith("clinicl.csv: not found. Did you mean clinical.csv?")
     assert [status.state for status in look(runs)] == ["open", "open", "open", "open"]
     assert look(runs)[1].word == runs[1].absent
     deeper = plan(load_sweep(path, [overrides[0], f"data.shards={files.shards.parent}/{{encoder}}/packed"]))
     assert deeper[1].absent.endswith(
         "shard/packed: there is no " + f"{files.shards.parent}/shard. Did you mean shards?"
     )
-    with pytest.raises(PartialResultError, match=r"3 of 4 runs failed. clinical-shard-\w+: .*shard: is not there"):
+    with pytest.raises(PartialResultError, match=r"3 of 4 runs failed. clinical-shard-\w+: .*shard: not found"):
         run_all(runs, Execution(), tmp_path)
     assert [status.state for status in look(runs)] == ["done", "open", "open", "open"]
     assert not runs[1].config.output.exists()
@@ -328,7 +331,7 @@ def test_runs_keep_their_names_where_their_shards_have_gone(files, tmp_path):
     shutil.rmtree(shards)
     later = plan(load_sweep(path))
     assert [run.name for run in later] == [run.name for run in runs]
-    assert "is not there" in later[0].absent
+    assert "not found" in later[0].absent
     assert look(later)[0].state == "done"
     assert cfusion("report", str(path)).startswith("report: ")
 

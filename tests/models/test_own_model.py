@@ -427,6 +427,6 @@ def test_a_sweep_over_files_has_plain_names_and_is_stale_after_an_edit(files, tm
     assert before[0].name == after[0].name
     assert before[1].name != after[1].name
     Path("nets/mine.py").unlink()
-    assert "nets/mine.py: is not there" in plan(SweepConfig(**values))[1].absent
+    assert "nets/mine.py: not found" in plan(SweepConfig(**values))[1].absent
     with pytest.raises(ValueError, match="two values have one name"):
         SweepConfig(**{**values, "axes": {"model": ["nets/mine.py:MaxMIL", "mine.py:MaxMIL"]}})
