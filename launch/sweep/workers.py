@@ -151,11 +151,7 @@ class _Worker:
         except (EOFError, ConnectionResetError):
             self._process.join()
             code = self._process.exitcode
-            cause = (
-                f"its worker process was killed by signal {-code}"
-                if code < 0
-                else f"its worker ended with exit code {code}"
-            )
+            cause = f"its worker process was killed by signal {-code}" if code < 0 else f"its worker exited with {code}"
             return job.lost(cause + ", possibly out of memory" * (-code == signal.SIGKILL), stopped=stopping)
 
     def stop(self) -> None:
