@@ -51,6 +51,11 @@ def _named(axis: str, values: list[Any]) -> dict[str, Settings]:
     return named
 
 
+def _as_text(digest: Any) -> Any:
+    """Restore a digest without letters, which YAML reads as a number."""
+    return str(digest) if type(digest) is int else digest
+
+
 class SweepConfig(Section):
     """A sweep: settings that all runs share, and axes whose product gives the runs."""
 
@@ -66,7 +71,7 @@ class SweepConfig(Section):
     names: a key such as `seed: [1, 2, 3]`, or cohort, encoder, model, protocol, fold."""
     exclude: tuple[dict[str, str], ...] = ()
     """Combinations to leave out, as axis: value; a run is left out if it has all values of one entry."""
-    code: str | None = None
+    code: Annotated[str | None, BeforeValidator(_as_text)] = None
     """Digest of the code whose runs count as done, as `cfusion sweep plan` prints it for stale folders; default: this
     program's. For updates that you know to change no numbers."""
     group: int = Field(8, ge=1)

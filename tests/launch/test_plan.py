@@ -72,6 +72,10 @@ def test_the_error_for_a_wrong_sweep_names_its_key(files, tmp_path, more, messag
         plan(sweep(files, tmp_path, **more))
 
 
+def test_a_digest_of_code_without_letters_is_text(files, tmp_path):
+    assert sweep(files, tmp_path, code=9999523186).code == "9999523186"
+
+
 def test_a_missing_sweep_file_is_reported(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read"):
         load_sweep(tmp_path / "none.yaml")

@@ -153,7 +153,7 @@ def test_wrong_arguments_on_the_command_line_are_refused(done, arguments, messag
         ({"axes": {"model": ["amill"]}}, r"model\.name='amill': no such model\. Did you mean amil\?"),
         ({"axes": {"train.epoch": [3]}}, r"unknown key train\.epoch\. Did you mean train\.epochs\?"),
         ({"axes": {"seed": ["../x"]}}, r"axes\.seed: '\.\./x' becomes part of a folder's name"),
-        ({"axes": {"a": {"x": {"output": "/etc"}}}}, "output is the sweep's"),
+        ({"axes": {"a": {"x": {"output": "/etc"}}}}, "output is the folder of the sweep"),
         (
             {"axes": {"cohort": {"c": {"cohort.name": "{chort}"}}}},
             r"there is no axis \{chort\}\. Did you mean cohort\?",
