@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from skimage.draw import polygon
 
-from cfusion.errors import DataError
+from cfusion.errors import ConfigError, DataError
 from cfusion.files import atomic_path, write_text
 from preprocess.grid import TileGrid
+from preprocess.names import SLIDE_SUFFIXES
 from preprocess.slides import Overview
+
+logger = logging.getLogger(__name__)
+
+NAME_ENDINGS = ("", *SLIDE_SUFFIXES)
+"""A mask has the name of its slide, with or without the suffix of the slide."""
 
 MASK_SUFFIXES = (".geojson", ".json", ".png", ".tif", ".tiff")
 """Suffixes of user masks, in order of preference."""
@@ -25,15 +33,38 @@ def find_mask(folder: Path | None, slide_id: str) -> Path | None:
     """Return the user's mask or GeoJSON of a slide, or None."""
     if folder is None:
         return None
-    return next((p for s in MASK_SUFFIXES if (p := folder / f"{slide_id}{s}").is_file()), None)
+    # macOS writes an accent as a character of its own.
+    names = [f"{name}{ending}" for name in {slide_id: 0, normalize("NFD", slide_id): 0} for ending in NAME_ENDINGS]
+    return next((p for s in MASK_SUFFIXES for name in names if (p := folder / f"{name}{s}").is_file()), None)
+
+
+def check_masks(folder: Path | None, slide_ids: Iterable[str]) -> None:
+    """Check that the user's masks are used, and warn of those that are not.
+
+    Raises:
+        ConfigError: The folder is missing, or none of its masks has the name of a slide.
+    """
+    if folder is None:
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"masks={folder}: no such folder.")
+    used = {find_mask(folder, slide_id) for slide_id in slide_ids}
+    others = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in MASK_SUFFIXES and p not in used)
+    if used == {None} or not used:
+        raise ConfigError(
+            f"masks={folder}: none of its files has the name of a slide{f', such as {others[0]}' if others else ''}.",
+            f"Expected SLIDE_ID with one of {', '.join(MASK_SUFFIXES)}.",
+        )
+    if others:
+        logger.warning("%s: %d masks are used for no slide: %s", folder, len(others), ", ".join(others[:5]))
 
 
 def read_mask(path: Path, shape: tuple[int, int], px_level0: tuple[float, float]) -> np.ndarray:
     """Read a user's tissue mask on the overview's grid.
 
     Args:
-        path: A picture of the entire slide at any scale, nonzero where there is tissue; or GeoJSON polygons in level-0
-            px.
+        path: A picture of the entire slide at any scale, nonzero where there is tissue (with a palette, where the
+            index is; transparent pixels are not); or GeoJSON polygons in level-0 px.
         shape: Height and width of the overview.
         px_level0: Level-0 px per pixel of the overview, in x and y.
 
@@ -41,16 +72,37 @@ def read_mask(path: Path, shape: tuple[int, int], px_level0: tuple[float, float]
         bool [h, w].
 
     Raises:
-        DataError: The file is unreadable or contains no polygon.
+        DataError: The file is unreadable, contains no polygon, or is of a slide of another shape.
     """
-    if path.suffix in (".geojson", ".json"):
+    if path.suffix.lower() in (".geojson", ".json"):
         return _rasterised(path, shape, px_level0)
     try:
         with Image.open(path) as image:
-            mask = image.convert("L").resize((shape[1], shape[0]), Image.Resampling.NEAREST)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            painted = _painted(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged pictures end in errors of many kinds
         raise DataError(f"{path}: not a readable mask ({error}).", "Expected a PNG or TIFF picture.") from error
+    (height, width), (tall, wide) = shape, painted.shape
+    size = (round(width * px_level0[0]), round(height * px_level0[1]))
+    # A mask at any scale is rounded to whole pixels.
+    if abs(wide * size[1] - tall * size[0]) > max(0.02 * wide * size[1], size[0] + size[1]):
+        raise DataError(
+            f"{path}: the mask has {wide} × {tall} px, but the slide has {size[0]} × {size[1]} px, another shape.",
+            "Give a mask of the entire slide.",
+        )
+    mask = Image.fromarray(painted.astype(np.uint8)).resize((shape[1], shape[0]), Image.Resampling.NEAREST)
     return np.asarray(mask) > 0
+
+
+def _painted(image: Image.Image) -> np.ndarray:
+    """Return where a picture is painted, bool [h, w]: its value or index is not zero, and it is not transparent."""
+    values = np.asarray(image)
+    if values.ndim == 2:
+        return np.asarray(values > 0)
+    if image.mode in ("LA", "RGBA", "PA", "La", "RGBa"):
+        return np.asarray((values[..., :-1] > 0).any(axis=2) & (values[..., -1] > 0))
+    return np.asarray((values > 0).any(axis=2))
 
 
 def contours_geojson(mask: np.ndarray, px_level0: tuple[float, float]) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,24 @@ import numpy as np
 import cfusion
 from cfusion.console import Progress, progress
 from cfusion.data.store import FeatureStore, write_slide
-from cfusion.errors import CfusionError, ConfigError, DataError, RequeueError
+from cfusion.data.tile_places import LEVEL_0
+from cfusion.errors import CfusionError, ConfigError, DataError, RequeueError, SlideError
 from cfusion.files import digest_file, digest_json
 from cfusion.types import SlideFeatures
-from preprocess.annotation import find_mask
+from preprocess.annotation import check_masks, find_mask
 from preprocess.encoders import Encoder, load_slots
-from preprocess.grid import GRID_VERSION, check_halving
-from preprocess.outcome import SlideOutcome, Summary, write_summary
+from preprocess.grid import GRID_VERSION, TILE_PX, check_halving
+from preprocess.names import without_suffix
+from preprocess.outcome import ALREADY, SlideOutcome, Summary, store_is_lost, write_summary
 from preprocess.pipeline import Pipeline, Work
-from preprocess.resolution import read_mpp_table
+from preprocess.resolution import read_mpp_table, scale_of
 from preprocess.settings import PreprocessConfig
-from preprocess.slide_plan import plan_slide
-from preprocess.slides import find_slides, same_name, slide_id_of
+from preprocess.slide_headers import other_dicom_class
+from preprocess.slide_plan import SlidePlan, plan_slide
+from preprocess.slides import Slide, find_slides, open_slide, same_name, slide_id_of
 from preprocess.tissue import METHOD
 
 logger = logging.getLogger(__name__)
-
-STORE_IS_LOST = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES})
-"""Write errors after which every other slide would fail too."""
 
 
 def preprocess_slides(
@@ -52,7 +52,8 @@ def preprocess_slides(
         config: Settings of preprocessing.
         slots: Loaded encoders, one list per device or thread that encodes; None: those that `config` names.
         strict: Raise at the first slide that fails.
-        overwrite: Extract stale slides again: those made with another configuration or from another file.
+        overwrite: Extract stale slides again: those made with another configuration or from another file. Every slide
+            is opened and compared, even if its file's size and time are unchanged.
         share: (number, of): this process does one of `of` equal shares of the slides.
         stop: Asked after each batch of tiles whether to stop.
 
@@ -67,10 +68,10 @@ def preprocess_slides(
     """
     start = time.monotonic()
     check_halving(config.magnifications)
-    if config.masks is not None and not config.masks.is_dir():
-        raise ConfigError(f"masks={config.masks}: no such folder.")
-    table = read_mpp_table(config.mpp_table) if config.mpp_table else {}
     paths = find_slides(config.slides)
+    slide_ids = [slide_id_of(path) for path in paths]
+    check_masks(config.masks, slide_ids)
+    table = _table_for(config, slide_ids)
     slots = load_slots(config) if slots is None else slots
     run = _Run(config, slots, table, strict, overwrite, stop)
     mine = paths[share[0] :: share[1]]
@@ -82,6 +83,30 @@ def preprocess_slides(
     seconds = time.monotonic() - start
     idle = max(0.0, 1 - run.pipeline.encode_seconds / (len(slots) * seconds))
     return Summary(outcomes, seconds, run.pipeline.pixels, idle, write_summary(config.store / name, outcomes))
+
+
+def _table_for(config: PreprocessConfig, slide_ids: Sequence[str]) -> dict[str, float]:
+    """Read the table of resolutions, and compare its names with those of the slides.
+
+    Raises:
+        ConfigError: None of its rows is of one of the slides.
+    """
+    if config.mpp_table is None:
+        return {}
+    table = read_mpp_table(config.mpp_table)
+    names = {*slide_ids, *(without_suffix(slide_id) for slide_id in slide_ids)}
+    unused = [name for name in table if name not in names]
+    if len(unused) == len(table):
+        raise ConfigError(
+            f"{config.mpp_table}: none of its {len(table)} rows has the name of a slide, such as {slide_ids[0]}"
+            f"{f'; its first row is of {unused[0]}' if unused else ''}.",
+            "Write the names of the slides into slide_id, with or without their suffixes.",
+        )
+    if unused:
+        logger.warning(
+            "%s: %d rows have the name of no slide: %s", config.mpp_table, len(unused), ", ".join(unused[:5])
+        )
+    return table
 
 
 def configuration_digest(config: PreprocessConfig, encoder: Encoder) -> str:
@@ -104,6 +129,26 @@ def _settings(config: PreprocessConfig) -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = str(value)
     return f"{text[:12]}…" if len(text) > 40 else text or "none"
+
+
+@dataclass(frozen=True)
+class _OpenedNow:
+    """What decides a slide's features, as its file is now."""
+
+    mpp: float
+    mpp_source: str
+    slide_bytes: int
+    slide_mtime_ns: int
+    slide_size_px: list[int]
+    slide_digest: str
+    header_digest: str
+
+    @classmethod
+    def of(cls, slide: Slide) -> _OpenedNow:
+        return cls(
+            slide.resolution.mpp, slide.resolution.source, slide.file_bytes, slide.modified_ns, list(slide.size_px),
+            slide.quickhash, slide.header_digest,
+        )  # fmt: skip
 
 
 class _Run:
@@ -137,20 +182,35 @@ class _Run:
                 names = ", ".join(str(p) for p in same[slide_id])
                 self._fail(path, DataError(f"{len(same[slide_id])} slides share this name: {names}.", "Rename one."))
                 continue
-            there = [FeatureStore(self.config.store / e.name).attrs_if_complete(slide_id) for e in self.encoders]
-            why = ["" if a is None else self._why_stale(path, e, a) for e, a in zip(self.encoders, there, strict=True)]
-            lacking = tuple(i for i, attrs in enumerate(there) if attrs is None or why[i])
-            if any(why) and not self.overwrite:
-                reason_text = ", ".join(
-                    f"{e.name} {reason}" for e, reason in zip(self.encoders, why, strict=True) if reason
-                )
-                reason_text = f"{reason_text}; --overwrite extracts it again"
-                self.outcomes[path] = SlideOutcome(slide_id, "stale", reason_text, path=str(path))
-            elif lacking:
+            if other := other_dicom_class(path):
+                why = f"a DICOM file of the class {other}, not a whole-slide image"
+                self.outcomes[path] = SlideOutcome(slide_id, "skipped", why, path=str(path))
+                continue
+            try:
+                lacking = self._lacking(path, slide_id)
+            except CfusionError as error:
+                self._fail(path, error)
+                continue
+            except OSError as error:
+                self._fail(path, SlideError(f"{path}: cannot be read ({error.strerror or error})."))
+                continue
+            if lacking:
                 todo.setdefault(lacking, []).append(path)
-            else:
-                self.outcomes[path] = SlideOutcome(slide_id, "skipped", "already extracted", path=str(path))
         return todo
+
+    def _lacking(self, path: Path, slide_id: str) -> tuple[int, ...]:
+        """Return the indices of the encoders to run on a slide; if there are none, its outcome is recorded."""
+        there = [FeatureStore(self.config.store / e.name).attrs_if_complete(slide_id) for e in self.encoders]
+        why = ["" if a is None else self._why_stale(path, e, a) for e, a in zip(self.encoders, there, strict=True)]
+        lacking = tuple(i for i, attrs in enumerate(there) if attrs is None or why[i])
+        if any(why) and not self.overwrite:
+            reasons = ", ".join(f"{e.name} {reason}" for e, reason in zip(self.encoders, why, strict=True) if reason)
+            text = f"{reasons}; --overwrite extracts it again"
+            self.outcomes[path] = SlideOutcome(slide_id, "stale", text, path=str(path))
+            return ()
+        if not lacking:
+            self.outcomes[path] = SlideOutcome(slide_id, "skipped", ALREADY, path=str(path))
+        return lacking
 
     def extract(self, todo: Mapping[tuple[int, ...], Sequence[Path]], bar: Progress) -> None:
         """Run the slides through the pipeline."""
@@ -161,10 +221,9 @@ class _Run:
 
     def _why_stale(self, path: Path, encoder: Encoder, attrs: dict[str, Any]) -> str:
         """List what changed since the slide's features were made; empty if nothing did."""
-        slide_id = slide_id_of(path)
-        now: dict[str, Any] = {"slide_bytes": path.stat().st_size, "mask_digest": self._mask_digest(slide_id)}
-        if attrs.get("mpp_source") in ("table", "default"):
-            now["mpp"] = self.mpp_table.get(slide_id, self.config.default_mpp)
+        if attrs.get("imported_from"):
+            return f"imported from {attrs['imported_from']}"
+        now: dict[str, Any] = {"mask_digest": self._mask_digest(slide_id_of(path)), **self._changed_file(path, attrs)}
         changed_configuration = attrs.get("config_digest") != self.digests[encoder.name]
         if changed_configuration:
             now |= {**encoder.identity, **_settings(self.config)}
@@ -174,6 +233,34 @@ class _Run:
         if changed or changed_configuration:
             return f"made with {'; '.join(changed) or 'another configuration'}"
         return ""
+
+    def _changed_file(self, path: Path, attrs: dict[str, Any]) -> dict[str, Any]:
+        """Return what a slide's features depend on, from its file, where it differs from the features' attributes.
+
+        An unchanged size and time of the file mean an unchanged file, unless `overwrite` asks for a look. Where they
+        changed, what decides is compared: resolution, size and the digest of the header.
+        """
+        stat = path.stat()
+        same_file = (stat.st_size, stat.st_mtime_ns) == (attrs.get("slide_bytes"), attrs.get("slide_mtime_ns"))
+        from_user = attrs.get("mpp_source") in ("table", "default") or slide_id_of(path) in self.mpp_table
+        if same_file and not from_user and not self.overwrite:
+            return {}
+        slide = open_slide(path, self.mpp_table, self.config.default_mpp)
+        now = _OpenedNow.of(slide)
+        slide.close()
+        # Version 0.1.0 stored no digest of the header; its size in bytes stands for it.
+        header = "header_digest" if "header_digest" in attrs else "slide_bytes"
+        keys = ["mpp", "slide_size_px", "slide_digest", header]
+        changed = {key: getattr(now, key) for key in keys if key in attrs and attrs[key] != getattr(now, key)}
+        if changed and now.slide_bytes != attrs.get("slide_bytes"):
+            # Another file: its digests need not be told.
+            changed = {"slide_bytes": now.slide_bytes, **{key: changed[key] for key in ["mpp"] if key in changed}}
+        finest = f"x{max(self.config.magnifications):g}"
+        scale = scale_of(slide.slide_id, now.mpp, max(self.config.magnifications), self.config.resolution).factor
+        stored = attrs.get("tile_px_level0", {}).get(finest)
+        if "mpp" not in changed and stored and abs(stored / (TILE_PX * scale) - 1) > 1e-6:
+            changed["tile_px_level0"] = {**attrs["tile_px_level0"], finest: TILE_PX * scale}
+        return changed
 
     def _mask_digest(self, slide_id: str) -> str:
         mask = find_mask(self.config.masks, slide_id)
@@ -201,9 +288,18 @@ class _Run:
         resolution, tiles = plan.slide.resolution, sum(len(t) for t in grid.tiles.values())
         self.outcomes[work.path] = SlideOutcome(
             plan.slide.slide_id, "done", why, tiles, time.monotonic() - work.start, resolution.mpp, resolution.source,
-            plan.reader.name, str(work.path),
+            plan.reader.name, str(work.path), plan.scale.taken_as, plan.tissue, "; ".join(self._warnings(plan)),
         )  # fmt: skip
         self._show(1)
+
+    def _warnings(self, plan: SlidePlan) -> list[str]:
+        """List what was assumed for a slide."""
+        found = [plan.scale.warning] if plan.scale.warning else []
+        if plan.slide.resolution.source == "default":
+            found.append("the resolution is --default-mpp")
+        if self.config.masks is not None and not plan.mask_digest:
+            found.append("no mask of its own")
+        return found
 
     def _attrs(self, work: Work, encoder: Encoder) -> dict[str, Any]:
         plan = work.plan
@@ -211,16 +307,15 @@ class _Run:
         return {
             **encoder.identity, "encoder": encoder.name, "dtype": "float16",
             "config_digest": self.digests[encoder.name], "program_version": cfusion.__version__,
-            "mpp": slide.resolution.mpp, "mpp_source": slide.resolution.source, "reader": plan.reader.name,
+            "reader": plan.reader.name,
             "tile_px_level0": {n: grid.scale * grid.cell_px / grid.factor(n) for n in grid.names},
             "tissue": plan.tissue, "mask_digest": plan.mask_digest, **_settings(self.config),
-            "slide_digest": slide.quickhash, "slide_bytes": slide.file_bytes, "slide_size_px": list(slide.size_px),
+            "coords_space": LEVEL_0, "coords_from": "extracted from the slide", **asdict(_OpenedNow.of(slide)),
             "unreadable_cells": [[int(v) for v in grid.cells[number]] for number in sorted(work.bad_cells)],
         }  # fmt: skip
 
     def _fail(self, path: Path, error: CfusionError) -> None:
-        cause = error.__cause__
-        if self.strict or (isinstance(cause, OSError) and cause.errno in STORE_IS_LOST):
+        if self.strict or store_is_lost(error):
             raise error
         logger.warning("failed: %s", error)
         self.outcomes[path] = SlideOutcome(slide_id_of(path), "failed", str(error), path=str(path))

@@ -1,14 +1,15 @@
 """Import features that other programs extracted.
 
 Supported layouts: the published CrossFusion program, CLAM, TRIDENT, STAMP. `alignment` reports what a layout's
-coordinates allow. Where they allow no alignment, none is invented.
+coordinates allow. Where they allow no alignment, none is invented. What contradicts itself is refused, and the message
+names both sides and the option that decides.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,42 @@ from scipy.spatial import KDTree
 
 import cfusion
 from cfusion.console import progress
-from cfusion.data.store import write_slide
-from cfusion.errors import CfusionError, ConfigError, LayoutError, MissingExtraError
+from cfusion.data.encoder_names import encoder_name
+from cfusion.data.store import FeatureStore, array_digest, write_slide
+from cfusion.data.tile_places import LEVEL_0, TILE_PX, check_on_slide
+from cfusion.errors import CfusionError, ConfigError, LayoutError, MissingExtraError, StoreError
 from cfusion.types import SlideFeatures, magnification_value
-from preprocess.layouts import LAYOUTS, Level
+from preprocess.feature_files import Level, said
+from preprocess.layouts import FEATURE_SUFFIXES, LAYOUTS, FeatureFile, Found, SourceFolder, slide_name
+from preprocess.outcome import SlideOutcome, store_is_lost, write_summary
+from preprocess.resolution import read_mpp_table
+from preprocess.slides import SlideGeometry, find_slides, same_name, slide_id_of
 
 logger = logging.getLogger(__name__)
+
+LOST_IN_F16 = 0.01
+"""Largest relative error of features stored as f16."""
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What the user says about features that are imported.
+
+    Attributes:
+        only: Patterns of folders or files to take; empty: all.
+        magnification: Magnification of files that do not state theirs.
+        slides: Folder of the slides, for µm/px, sizes, and coordinates in level-0 px.
+        mpp_table: See `PreprocessConfig`; for the slides.
+        default_mpp: Likewise.
+        overwrite: Replace features that the store already has.
+    """
+
+    only: tuple[str, ...] = ()
+    magnification: float | None = None
+    slides: Path | None = None
+    mpp_table: Path | None = None
+    default_mpp: float | None = None
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,12 +65,16 @@ class ImportReport:
         alignment: What its coordinates allow, as a sentence.
         imported: Slides that are now in the store.
         refused: Slides that were not imported, with the reason.
+        skipped: Files that were left out on purpose, with the reason.
+        table: The CSV file with a row for each slide and each skipped file.
     """
 
     layout: str
     alignment: str
     imported: tuple[str, ...]
     refused: dict[str, str]
+    skipped: dict[str, str] = field(default_factory=dict)
+    table: Path | None = None
 
 
 ALIGNMENTS = {
@@ -50,7 +85,13 @@ ALIGNMENTS = {
 }
 
 
-def import_features(source: Path, store: Path, layout: str = "auto", encoder: str | None = None) -> ImportReport:
+def import_features(
+    source: Path,
+    store: Path,
+    layout: str = "auto",
+    encoder: str | None = None,
+    options: ImportOptions | None = None,
+) -> ImportReport:
     """Import the features of another program into a feature store.
 
     A slide whose files cannot be used is refused with the reason, and the rest are imported.
@@ -59,47 +100,247 @@ def import_features(source: Path, store: Path, layout: str = "auto", encoder: st
         source: Folder that the other program wrote.
         store: Feature store.
         layout: published, clam, trident, stamp, or auto.
-        encoder: Name of the encoder; required if the files do not name it.
+        encoder: Encoder to import: its name, or `FOUND=NAME` to store the features of FOUND under NAME. Required if
+            the files name none or several.
+        options: Everything else that the user says.
 
     Raises:
         ConfigError: The layout is unknown, or the encoder is not named.
-        LayoutError: The folder does not have the layout.
+        LayoutError: The folder does not have the layout, or contradicts itself or the options.
+        SlideError: `options.slides` has no slides.
     """
-    if not source.is_dir():
-        raise LayoutError(f"{source}: no such folder.")
+    options = options or ImportOptions()
+    folder = SourceFolder(source, options.only, options.magnification)
+    name, found = _find_layout(folder, layout)
+    held, stored_as = _choose_encoder(source, {f.encoder for f in found.files}, encoder)
+    chosen = [f for f in found.files if f.encoder in held]
+    _check_tilings(source, chosen)
+    run = _Import(store, stored_as, name, found.alignment, options, _slides(options))
+    run.skip_others(folder, found, chosen)
+    for slide_id, path, why in found.refused:
+        run.refuse(slide_id, path, why)
+    by_slide: dict[str, list[FeatureFile]] = {}
+    for file in chosen:
+        by_slide.setdefault(file.slide_id, []).append(file)
+    with progress("Importing", len(by_slide)) as bar:
+        for slide_id, files in sorted(by_slide.items()):
+            run.take(slide_id, files)
+            bar.advance()
+    return run.report()
+
+
+def _find_layout(folder: SourceFolder, layout: str) -> tuple[str, Found]:
+    if not folder.path.is_dir():
+        raise LayoutError(f"{folder.path}: no such folder.")
     if layout != "auto" and layout not in LAYOUTS:
         raise ConfigError(f"layout {layout!r} is unknown.", f"Known: auto, {', '.join(LAYOUTS)}.")
-    found = {name: LAYOUTS[name](source) for name in ([layout] if layout != "auto" else LAYOUTS)}
+    found = {name: LAYOUTS[name](folder) for name in ([layout] if layout != "auto" else LAYOUTS)}
     fits = {name: f for name, f in found.items() if f.files}
     if len(fits) != 1:
         matches = f"fits the layouts {', '.join(fits)}" if fits else f"has no features of {', '.join(found)}"
         raise LayoutError(
-            f"{source}: {matches}.", "Give the folder with --from LAYOUT; see `cfusion preprocess import -h`."
+            f"{folder.path}: {matches}.", "Give the folder with --from LAYOUT; see `cfusion preprocess import -h`."
         )
-    name, holds = next(iter(fits.items()))
-    encoder = encoder or holds.encoder
-    if encoder is None:
-        raise ConfigError(f"{source}: the files do not name their encoder.", "Give --encoder NAME.")
-    imported, refused = [], {}
-    with progress("Importing", len(holds.files)) as bar:
-        for slide_id, levels in sorted(holds.files.items()):
-            try:
-                write_slide(store, _assemble(slide_id, levels, encoder, name, holds.alignment))
-                imported.append(slide_id)
-            except CfusionError as error:
-                if isinstance(error, MissingExtraError) or isinstance(error.__cause__, OSError):
-                    raise
-                logger.warning("slide %s refused: %s", slide_id, error)
-                refused[slide_id] = str(error)
-            bar.advance()
-    return ImportReport(name, ALIGNMENTS[holds.alignment], tuple(imported), refused)
+    return next(iter(fits.items()))
 
 
-def _assemble(
-    slide_id: str, files: Mapping[str, Callable[[], Level]], encoder: str, layout: str, alignment: str
-) -> SlideFeatures:
-    names = sorted(files, key=magnification_value, reverse=True)
-    levels = {name: files[name]() for name in names}
+def _choose_encoder(source: Path, held: set[str | None], wanted: str | None) -> tuple[set[str | None], str]:
+    """Return the encoders of the files to import, as the files name them, and the name in the store."""
+    known = sorted(name for name in held if name is not None)
+    which, _, stored_as = (wanted or "").partition("=")
+    if not which:
+        if not known:
+            raise ConfigError(f"{source}: the files do not name their encoder.", "Give --encoder NAME.")
+        if len({encoder_name(name) for name in known}) > 1:
+            raise LayoutError(
+                f"{source}: contains the encoders {', '.join(known)}.", f"Choose one, such as --encoder {known[0]}."
+            )
+        return set(known), encoder_name(known[0])
+    fitting = {name for name in known if encoder_name(name) == encoder_name(which)}
+    if known and not fitting:
+        raise LayoutError(
+            f"{source}: its features are of {', '.join(known)}, but --encoder says {which}.",
+            f"Leave --encoder out, or give --encoder {known[0]}={stored_as or which} to store them under that name.",
+        )
+    # Files that name no encoder are of the one that the user names.
+    return {*fitting, None}, stored_as or encoder_name(which)
+
+
+def _check_tilings(source: Path, files: Sequence[FeatureFile]) -> None:
+    by_name: dict[str, dict[str, Path]] = {}
+    for file in files:
+        by_name.setdefault(file.magnification, {}).setdefault(file.tiling, file.paths[0].parent)
+    for tilings in by_name.values():
+        if len(tilings) > 1:
+            first, second, *_ = tilings.values()
+            raise LayoutError(
+                f"{source}: {first} and {second} have one magnification with different tile sizes or overlaps.",
+                f"Choose one, such as --only '{first.parent.name}', with the folders of the other magnifications.",
+            )
+
+
+@dataclass(frozen=True)
+class _Slides:
+    """The files of slides by name, and what is needed to find their resolution."""
+
+    files: Mapping[str, Path]
+    mpp_table: Mapping[str, float]
+    default_mpp: float | None
+
+    def geometry(self, slide_id: str) -> SlideGeometry | None:
+        path = self.files.get(slide_id)
+        return None if path is None else SlideGeometry.of(path, self.mpp_table, self.default_mpp)
+
+
+def _slides(options: ImportOptions) -> _Slides | None:
+    if options.slides is None:
+        if options.mpp_table or options.default_mpp:
+            raise ConfigError("--mpp-table and --default-mpp describe slides, but --slides is not given.")
+        return None
+    paths = find_slides(options.slides)
+    if same := same_name(paths):
+        slide_id, files = next(iter(same.items()))
+        raise ConfigError(
+            f"{options.slides}: the slides {', '.join(map(str, files))} share the name {slide_id}.", "Rename one."
+        )
+    table = read_mpp_table(options.mpp_table) if options.mpp_table else {}
+    return _Slides({slide_id_of(path): path for path in paths}, table, options.default_mpp)
+
+
+class _Import:
+    """One import: takes slides, and records the outcome of each."""
+
+    def __init__(
+        self, store: Path, encoder: str, layout: str, alignment: str, options: ImportOptions, slides: _Slides | None
+    ) -> None:
+        self.store, self.encoder, self.layout, self.alignment = store, encoder, layout, alignment
+        self.options, self.slides = options, slides
+        self._outcomes: list[SlideOutcome] = []
+        self._matched = 0
+
+    def report(self) -> ImportReport:
+        """Write the table of outcomes and return the report.
+
+        Raises:
+            ConfigError: No slide of `--slides` belongs to any of the features.
+        """
+        table = write_summary(self.store / "import.csv", self._outcomes)
+        named: dict[str, dict[str, str]] = {"done": {}, "failed": {}, "skipped": {}}
+        for outcome in self._outcomes:
+            key = outcome.path if outcome.status == "skipped" else outcome.slide_id
+            named[outcome.status][key] = outcome.why
+        if self.slides is not None and not self._matched:
+            raise ConfigError(
+                f"{self.options.slides}: none of its slides has the name of one of the features, such as "
+                f"{self._outcomes[-1].slide_id}.",
+                "Give the folder of the slides that the features were made from.",
+            )
+        imported = tuple(sorted(named["done"]))
+        return ImportReport(self.layout, ALIGNMENTS[self.alignment], imported, named["failed"], named["skipped"], table)
+
+    def refuse(self, slide_id: str, path: Path, why: str) -> None:
+        """Record a slide that cannot be imported."""
+        logger.warning("slide %s refused: %s", slide_id, why)
+        self._outcomes.append(SlideOutcome(slide_id, "failed", why, path=str(path)))
+
+    def skip_others(self, folder: SourceFolder, found: Found, chosen: Sequence[FeatureFile]) -> None:
+        """Record the files that look like features and are not imported."""
+        used = {path for file in chosen for path in file.paths} | {path for _, path, _ in found.refused}
+        encoders = {file.paths[0]: file.encoder for file in found.files}
+        for path in SourceFolder(folder.path).files(*FEATURE_SUFFIXES):
+            if path in used:
+                continue
+            if path in encoders:
+                why = f"features of {encoders[path]}; --encoder {encoders[path]} imports them"
+                if encoders[path] is None:
+                    why = "names no encoder; --encoder NAME imports it"
+            elif self.options.only:
+                why = "not chosen by --only, or no features of the layout"
+            else:
+                why = f"no features of the layout {self.layout}"
+            self._outcomes.append(SlideOutcome(slide_name(path), "skipped", why, path=str(path)))
+
+    def take(self, slide_id: str, files: Sequence[FeatureFile]) -> None:
+        """Import one slide; any error refuses it alone, unless the store cannot be written."""
+        try:
+            features = self._assemble(slide_id, files)
+            if not self._is_there(features):
+                write_slide(self.store, features)
+        except CfusionError as error:
+            if isinstance(error, MissingExtraError) or store_is_lost(error):
+                raise
+            self.refuse(slide_id, files[0].paths[0], str(error))
+        except MemoryError:
+            raise
+        except Exception as error:  # a library's error is one slide's, not the run's
+            logger.debug("slide %s", slide_id, exc_info=True)
+            self.refuse(slide_id, files[0].paths[0], f"{files[0].paths[0]}: cannot be imported ({said(error)}).")
+        else:
+            tiles = sum(map(len, features.features.values()))
+            mpp, source = features.attrs.get("mpp"), features.attrs.get("mpp_source", "")
+            path = str(files[0].paths[0])
+            self._outcomes.append(
+                SlideOutcome(slide_id, "done", tiles=tiles, mpp=mpp, mpp_source=source, reader=self.layout, path=path)
+            )
+
+    def _is_there(self, features: SlideFeatures) -> bool:
+        """Return whether the store has exactly these features.
+
+        Raises:
+            StoreError: It has others, which only `overwrite` replaces.
+        """
+        attrs = FeatureStore(self.store / self.encoder).attrs_if_complete(features.slide_id)
+        if attrs is None or self.options.overwrite:
+            return False
+        digests = {f"{name}/features": array_digest(array) for name, array in features.features.items()}
+        stored = {key: value for key, value in attrs.get("digests", {}).items() if key.endswith("/features")}
+        if stored == digests and attrs.get("imported_from") == self.layout and self.slides is None:
+            return True
+        made = f"imported from {attrs['imported_from']}" if attrs.get("imported_from") else "extracted from the slide"
+        raise StoreError(
+            f"{self.store}: already has features of {self.encoder} of slide {features.slide_id}, {made}.",
+            "Give another --store, or --overwrite to replace them.",
+        )
+
+    def _assemble(self, slide_id: str, files: Sequence[FeatureFile]) -> SlideFeatures:
+        levels = _read_levels(slide_id, files)
+        geometry = self.slides.geometry(slide_id) if self.slides else None
+        self._matched += geometry is not None
+        if self.slides and geometry is None:
+            logger.warning("slide %s: %s has no slide of this name", slide_id, self.options.slides)
+        attrs = {
+            "encoder": self.encoder, "imported_from": self.layout, "alignment": self.alignment,
+            "program_version": cfusion.__version__, **_geometry_attrs(slide_id, levels, geometry),
+        }  # fmt: skip
+        levels, space = _to_pixels(slide_id, levels, geometry)
+        levels, parents = _linked(slide_id, levels)
+        coords = {n: level.coords.astype(np.int32) for n, level in levels.items() if level.coords is not None}
+        if coords:
+            attrs |= space
+        attrs["tile_px_level0"] = {n: level.side_px for n, level in levels.items() if level.side_px is not None}
+        features = {name: _as_f16(slide_id, name, level.features) for name, level in levels.items()}
+        slide = SlideFeatures(slide_id, features, coords, parents, attrs)
+        if geometry is not None and coords and space["coords_space"] == LEVEL_0:
+            check_on_slide(slide, geometry.size_px)
+        return slide
+
+
+def _read_levels(slide_id: str, files: Sequence[FeatureFile]) -> dict[str, Level]:
+    """Read a slide's files, finest magnification first."""
+    by_name: dict[str, FeatureFile] = {}
+    for file in files:
+        if not file.magnification:
+            raise LayoutError(
+                f"{file.paths[0]}: does not state its magnification.", "Give --magnification, such as 20."
+            )
+        if file.magnification in by_name:
+            raise LayoutError(
+                f"{by_name[file.magnification].paths[0]} and {file.paths[0]} are both slide {slide_id} at "
+                f"{file.magnification}.",
+                "Choose one with --only FOLDER, or rename one.",
+            )
+        by_name[file.magnification] = file
+    levels = {n: by_name[n].read() for n in sorted(by_name, key=magnification_value, reverse=True)}
     widths = {level.features.shape[1] for level in levels.values() if len(level.features)}
     if not widths:
         raise LayoutError(f"slide {slide_id}: has no tiles.")
@@ -107,7 +348,63 @@ def _assemble(
         raise LayoutError(
             f"slide {slide_id}: its magnifications have embeddings of different widths: {sorted(widths)}."
         )
-    parents: dict[str, np.ndarray] = {}
+    return levels
+
+
+def _geometry_attrs(slide_id: str, levels: Mapping[str, Level], geometry: SlideGeometry | None) -> dict[str, Any]:
+    """Return what is known of the slide, from the files or from the slide itself."""
+    sizes = {level.size_px for level in levels.values() if level.size_px is not None}
+    if len(sizes) > 1:
+        raise LayoutError(f"slide {slide_id}: its files are of slides of different sizes: {sorted(sizes)}.")
+    size = next(iter(sizes), None)
+    if geometry is None:
+        return {} if size is None else {"slide_size_px": list(size)}
+    if size is not None and size != geometry.size_px:
+        raise LayoutError(
+            f"slide {slide_id}: its files are of a slide of {size[0]} × {size[1]} px, but {geometry.path} has "
+            f"{geometry.size_px[0]} × {geometry.size_px[1]} px.",
+            "Give the slides that the features were made from with --slides.",
+        )
+    attrs: dict[str, Any] = {"slide_size_px": list(geometry.size_px), "slide_digest": geometry.quickhash}
+    if geometry.resolution is not None:
+        attrs |= {"mpp": geometry.resolution.mpp, "mpp_source": geometry.resolution.source}
+    return attrs
+
+
+def _to_pixels(
+    slide_id: str, levels: Mapping[str, Level], geometry: SlideGeometry | None
+) -> tuple[dict[str, Level], dict[str, Any]]:
+    """Convert coordinates in µm to px: of level 0 if the slide's resolution is known, or else of the tiles."""
+    with_coords = [level for level in levels.values() if level.coords is not None]
+    known_from = "; ".join(dict.fromkeys(level.coords_from for level in with_coords))
+    in_um = {level.um_px for level in with_coords if level.um_px is not None}
+    if not in_um:
+        return dict(levels), {"coords_space": LEVEL_0, "coords_from": known_from}
+    if geometry is not None:
+        mpp = geometry.known_resolution().mpp
+        px = dict.fromkeys(levels, mpp)
+        space: dict[str, Any] = {"coords_space": LEVEL_0, "coords_from": f"{known_from}; the slide has {mpp:g} µm/px"}
+    elif len(in_um) == 1:
+        px = {name: next(iter(in_um)) for name in levels}
+        space = {"coords_space": TILE_PX, "coords_um_px": next(iter(in_um)), "coords_from": known_from}
+    else:
+        raise LayoutError(
+            f"slide {slide_id}: its magnifications have coordinates in different units, of {sorted(in_um)} µm.",
+            "Give the folder of the slides with --slides.",
+        )
+    scaled = {}
+    for name, level in levels.items():
+        assert level.coords is not None
+        assert level.um_px is not None
+        assert level.side_px is not None
+        coords = np.rint(level.coords / px[name]).astype(np.int64)
+        scaled[name] = replace(level, coords=coords, side_px=level.side_px * (level.um_px / px[name]))
+    return scaled, space
+
+
+def _linked(slide_id: str, levels: Mapping[str, Level]) -> tuple[dict[str, Level], dict[str, np.ndarray]]:
+    """Link tiles to their parents; tiles without one are dropped."""
+    levels, names, parents = dict(levels), list(levels), {}
     # From the coarsest down, so that a tile is linked only to a parent that is itself kept.
     for coarse, fine in zip(names[::-1], names[-2::-1], strict=False):
         if levels[fine].coords is None or levels[coarse].coords is None:
@@ -120,14 +417,21 @@ def _assemble(
             logger.info("slide %s: %d tiles of %s have no parent", slide_id, int((~keep).sum()), fine)
         levels[fine] = levels[fine].subset(keep)
         parents[fine] = parent[keep].astype(np.int32)
-    with np.errstate(over="ignore"):
-        features = {name: level.features.astype(np.float16) for name, level in levels.items()}
-    coords = {n: level.coords.astype(np.int32) for n, level in levels.items() if level.coords is not None}
-    attrs: dict[str, Any] = {
-        "encoder": encoder, "imported_from": layout, "alignment": alignment, "program_version": cfusion.__version__,
-        "tile_px_level0": {n: level.side_px for n, level in levels.items() if level.side_px is not None},
-    }  # fmt: skip
-    return SlideFeatures(slide_id, features, coords, parents, attrs)
+    return levels, parents
+
+
+def _as_f16(slide_id: str, name: str, values: np.ndarray) -> np.ndarray:
+    """Convert features to f16, which is refused if it changes them."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        halves = values.astype(np.float16)
+        size = float(np.sqrt(np.mean(values.astype(np.float64) ** 2)))
+        change = float(np.sqrt(np.mean((halves.astype(np.float64) - values) ** 2)))
+    if np.isfinite(halves).all() and change > LOST_IN_F16 * size:
+        raise LayoutError(
+            f"slide {slide_id}, {name}: its features are of the size {size:.2g}, too small for f16.",
+            "Scale them and save them again.",
+        )
+    return halves
 
 
 def find_parents(fine: Level, coarse: Level) -> np.ndarray:

@@ -2,43 +2,51 @@
 
 from __future__ import annotations
 
-import importlib.util
-import pickle
+import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from cfusion.errors import DataError, LayoutError, MissingExtraError
+from cfusion.data.encoder_names import encoder_name
+from cfusion.errors import DataError, LayoutError
 from cfusion.types import magnification_name
+from preprocess.feature_files import Level, dataset, number, number_if_given, opened, placed_level, read_tensor, text
+from preprocess.names import plain_name
 
 MAGNIFICATION_FOLDER = re.compile(r"x(5|10|20|40|2\.5|1\.25)")
-TRIDENT_FOLDER = re.compile(r"(\d+(?:\.\d+)?)x_(\d+)px_(\d+)px_overlap")
+TRIDENT_FOLDER = re.compile(r"(\d+(?:\.\d+)?)x_(\d+px_(\d+)px)_overlap")
+FEATURE_SUFFIXES = (".h5", ".hdf5", ".pt", ".pth")
+"""Suffixes of files that look like features."""
+
+STAMP_PX, STAMP_UM, HISTORIC_STAMP_STRIDE = 256.0, 256.0, 224
+"""Side of STAMP's tiles in px if its files do not state it; its first version: px of 256 / 224 µm."""
 
 
 @dataclass(frozen=True)
-class Level:
-    """One slide's features at one magnification, as a layout stores them.
+class FeatureFile:
+    """One slide's features at one magnification.
 
     Attributes:
-        features: [N, d].
-        coords: i64 [N, 2], top-left corners in level-0 px; None if the layout has none.
-        side_px: Side of a tile in level-0 px; None if unknown.
+        slide_id: The slide.
+        magnification: Its name; empty if neither the file nor its folders state it.
+        encoder: The encoder that the file or its folder names, under the layout's name.
+        read: Reads the features.
+        paths: Files that `read` opens; the first has the features.
+        tiling: Size and overlap of the tiles, if the folder's name states them.
     """
 
-    features: np.ndarray
-    coords: np.ndarray | None = None
-    side_px: float | None = None
-
-    def subset(self, keep: np.ndarray) -> Level:
-        """Return the level with only the tiles of `keep`, bool [N]."""
-        return Level(self.features[keep], None if self.coords is None else self.coords[keep], self.side_px)
+    slide_id: str
+    magnification: str
+    encoder: str | None
+    read: Callable[[], Level]
+    paths: tuple[Path, ...]
+    tiling: str = ""
 
 
 @dataclass
@@ -46,112 +54,179 @@ class Found:
     """The content of a layout.
 
     Attributes:
-        encoder: Name of the encoder, if the files name it.
-        files: Per slide and magnification name, a function that reads the level.
-        alignment: `grid`: children lie in their parents; `centre`: linked to the parent that contains a tile's centre;
-            `none`: no coordinates, so no parents.
+        files: The features.
+        refused: Files that belong to the layout and cannot be used: slide, file, reason.
+        alignment: `grid`: children lie in their parents; `centre`: linked to the parent that contains a tile's
+            centre; `none`: no coordinates, so no parents.
     """
 
-    encoder: str | None
-    files: dict[str, dict[str, Callable[[], Level]]] = field(default_factory=dict)
+    files: list[FeatureFile] = field(default_factory=list)
+    refused: list[tuple[str, Path, str]] = field(default_factory=list)
     alignment: str = "none"
 
 
-def find_published(source: Path) -> Found:
-    """`{pt_dir}/{backbone}/x{5,10,20}/pt_files/{slide}.pt`: f32 [N, d], no coordinates.
+@dataclass(frozen=True)
+class SourceFolder:
+    """A folder of another program's features.
 
-    `source` is `pt_dir` with one backbone, or the backbone's folder.
+    Attributes:
+        path: The folder.
+        only: Patterns of folders or files to take; empty: all.
+        magnification: Magnification of files that do not state theirs.
     """
-    # CLAM's tensors lie in folders of the same name, next to its patches.
-    folders = [
-        p
-        for pattern in ("*/pt_files", "*/*/pt_files")
-        for p in sorted(source.glob(pattern))
-        if MAGNIFICATION_FOLDER.fullmatch(p.parent.name) and not (p.parent / "patches").is_dir()
-    ]
-    backbones = {p.parent.parent for p in folders}
-    if len(backbones) > 1:
-        names = ", ".join(sorted(p.name for p in backbones))
-        raise LayoutError(f"{source}: contains the backbones {names}.", "Give the folder of one of them.")
-    found = Found(next(iter(backbones)).name if backbones else None)
-    for folder in folders:
-        for path in sorted(folder.glob("*.pt")):
-            read = partial(_plain, path)
-            found.files.setdefault(path.stem, {})[folder.parent.name] = read
+
+    path: Path
+    only: tuple[str, ...] = ()
+    magnification: float | None = None
+
+    def files(self, *suffixes: str) -> Iterator[Path]:
+        """List the files with these suffixes, in subfolders too, sorted; hidden ones are left out."""
+        for folder, subfolders, names in os.walk(self.path, followlinks=False):
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            for name in sorted(names):
+                path = Path(folder, name)
+                if name.lower().endswith(suffixes) and not name.startswith(".") and self._wanted(path):
+                    yield path
+
+    def _wanted(self, path: Path) -> bool:
+        parts = path.relative_to(self.path.parent if self.path.name else self.path).parts
+        return not self.only or any(fnmatchcase(part, pattern) for part in parts for pattern in self.only)
+
+
+def find_published(source: SourceFolder) -> Found:
+    """`{pt_dir}/{backbone}/x{5,10,20}/pt_files/{slide}.pt`: f32 [N, d], no coordinates."""
+    found = Found()
+    for path in source.files(".pt"):
+        magnification = path.absolute().parent.parent
+        # CLAM's tensors lie in folders of the same name, next to its patches.
+        if (
+            path.parent.name == "pt_files"
+            and MAGNIFICATION_FOLDER.fullmatch(magnification.name)
+            and not (magnification / "patches").is_dir()
+        ):
+            read, backbone = partial(_plain, path), magnification.parent.name
+            found.files.append(FeatureFile(slide_name(path), magnification.name, backbone, read, (path,)))
     return found
 
 
-def find_clam(source: Path) -> Found:
+def find_clam(source: SourceFolder) -> Found:
     """CLAM: `patches/{slide}.h5` next to `h5_files/{slide}.h5` or `pt_files/{slide}.pt`.
 
     A run has one magnification, which its files do not name, so the folders of runs must be named `x20`, `x10`,
-    `x5`.
-    CLAM's grids begin at the corner of each contour, so the grids of different runs are not aligned.
+    `x5`. CLAM's grids begin at the corner of each contour, so the grids of different runs are not aligned.
 
     Raises:
-        LayoutError: `source` is itself a run.
+        LayoutError: `source` is itself a run, and its magnification is not known.
     """
-    if (source / "patches").is_dir() and ((source / "h5_files").is_dir() or (source / "pt_files").is_dir()):
-        raise LayoutError(
-            f"{source}: this is a CLAM run, and its files do not name their magnification.",
-            "Name its folder after the magnification, such as x20, and give the parent folder.",
-        )
-    found = Found(None, alignment="centre")
-    runs = {p.name: p for p in sorted(source.iterdir()) if MAGNIFICATION_FOLDER.fullmatch(p.name) and p.is_dir()}
-    for name, run in runs.items():
-        for patches in sorted((run / "patches").glob("*.h5")):
-            features = run / "h5_files" / patches.name
-            tensor = run / "pt_files" / f"{patches.stem}.pt"
-            if features.is_file() or tensor.is_file():
-                read = partial(_clam, patches, features if features.is_file() else tensor)
-                found.files.setdefault(patches.stem, {})[name] = read
+    found = Found(alignment="centre")
+    runs: dict[Path, str] = {}
+    for path in source.files(".h5", ".pt"):
+        run = path.parent.parent
+        if path.parent.name in ("patches", "h5_files", "pt_files") and _is_clam_run(run):
+            runs.setdefault(run, "")
+    for run in runs:
+        if source.magnification is not None:
+            runs[run] = magnification_name(source.magnification)
+        elif MAGNIFICATION_FOLDER.fullmatch(run.name) and run != source.path:
+            runs[run] = run.name
+        else:
+            raise LayoutError(
+                f"{run}: this is a CLAM run, and its files do not name their magnification.",
+                "Name its folder after the magnification, such as x20, and give the parent folder; or give "
+                "--magnification.",
+            )
+        _add_clam_run(found, source, run, runs[run])
     return found
 
 
-def find_trident(source: Path) -> Found:
-    """TRIDENT: `{mag}x_{px}px_{overlap}px_overlap/features_{encoder}/{slide}.h5`, on grids from the slide's corner."""
-    encoders: set[str] = set()
-    overlaps: set[int] = set()
-    found = Found(None)
-    for folder in sorted(p for p in source.iterdir() if p.is_dir()):
-        if not (match := TRIDENT_FOLDER.fullmatch(folder.name)):
+def _is_clam_run(run: Path) -> bool:
+    return (run / "patches").is_dir() and ((run / "h5_files").is_dir() or (run / "pt_files").is_dir())
+
+
+def _add_clam_run(found: Found, source: SourceFolder, run: Path, magnification: str) -> None:
+    by_slide: dict[str, dict[str, Path]] = {}
+    for path in source.files(".h5", ".pt"):
+        if path.parent.parent == run and path.parent.name in ("patches", "h5_files", "pt_files"):
+            by_slide.setdefault(slide_name(path), {})[path.parent.name] = path
+    for slide_id, has in by_slide.items():
+        patches, features = has.get("patches"), has.get("h5_files", has.get("pt_files"))
+        if patches is None:
+            found.refused.append(
+                (slide_id, next(iter(has.values())), "its patches/ file with the coordinates is missing")
+            )
+        elif features is None:
+            found.refused.append((slide_id, patches, "has patches, but no features in h5_files/ or pt_files/"))
+        else:
+            read, paths = partial(_clam, patches, features), (features, *(p for p in has.values() if p != features))
+            found.files.append(FeatureFile(slide_id, magnification, None, read, paths))
+
+
+def find_trident(source: SourceFolder) -> Found:
+    """TRIDENT: `{mag}x_{px}px_{overlap}px_overlap/features_{encoder}/{slide}.h5`, or the same files in any folder.
+
+    Folders tell encoder, magnification and overlap; in a flat tree, the attributes of the files do.
+    """
+    found, overlaps = Found(), set()
+    for path in source.files(".h5"):
+        folder = path.absolute().parent
+        if folder.name in ("patches", "h5_files") or folder.name.startswith("slide_features_"):
             continue
-        overlaps.add(int(match[3]))
-        for features in sorted(folder.glob("features_*")):
-            encoders.add(features.name.removeprefix("features_"))
-            for path in sorted(features.glob("*.h5")):
-                patches = folder / "patches" / f"{path.stem}_patches.h5"
-                read = partial(_trident, path, patches)
-                found.files.setdefault(path.stem, {})[magnification_name(float(match[1]))] = read
-    if len(encoders) > 1:
-        raise LayoutError(
-            f"{source}: contains the encoders {', '.join(sorted(encoders))}.", "Keep only one in the folder."
-        )
-    found.encoder = next(iter(encoders), None)
+        named = folder.name.removeprefix("features_") if folder.name.startswith("features_") else None
+        match = TRIDENT_FOLDER.fullmatch(folder.parent.name) if named else None
+        if match is not None:
+            overlaps.add(int(match[3]))
+            patches = path.parent.parent / "patches" / f"{path.stem}_patches.h5"
+            paths = (path, patches) if patches.is_file() else (path,)
+            name, read = magnification_name(float(match[1])), partial(_trident, path, patches, float(match[1]), named)
+            found.files.append(FeatureFile(slide_name(path), name, named, read, paths, match[2]))
+        elif (file := _flat_trident(path, named, source.magnification, overlaps)) is not None:
+            found.files.append(file)
     found.alignment = "grid" if overlaps <= {0} else "centre"
     return found
 
 
-def find_stamp(source: Path) -> Found:
-    """STAMP: `{slide}.h5` with `coords` f32 in µm, `feats` f16 and the attributes `unit`, `tile_size_um`."""
-    found = Found(None, alignment="centre")
-    for path in sorted(source.glob("*.h5")):
+def _flat_trident(path: Path, named: str | None, magnification: float | None, overlaps: set[int]) -> FeatureFile | None:
+    """Return a file of a flat tree; None if it is not TRIDENT's."""
+    try:
+        with opened(path) as file:
+            if "features" not in file or "coords" not in file:
+                return None
+            attrs = {**file["coords"].attrs}
+            stated, encoder = _trident_magnification(file["coords"], path), text(file["features"].attrs.get("encoder"))
+    except DataError:
+        return None
+    overlaps.add(int(attrs.get("overlap") or 0))
+    magnification = stated or magnification
+    name = "" if magnification is None else magnification_name(magnification)
+    encoder = named or (encoder if encoder != "None" else None)
+    return FeatureFile(slide_name(path), name, encoder, partial(_trident, path, None, magnification, encoder), (path,))
+
+
+def find_stamp(source: SourceFolder) -> Found:
+    """STAMP: `{slide}.h5` with `coords` f32 in µm and `feats` f16, in any folder.
+
+    The side of a tile is the attribute `tile_size_um`, before version 2.1 `tile_size`. The first version wrote no
+    attributes, and coordinates in pixels of 256 / 224 µm.
+    """
+    found = Found(alignment="centre")
+    for path in source.files(".h5"):
         try:
-            with _opened(path) as file:
-                if "feats" not in file or "tile_size_um" not in file.attrs:
+            with opened(path) as file:
+                if "feats" not in file:
                     continue
-                found.encoder = found.encoder or _text(file.attrs.get("extractor"))
-                side_um, side_px = _stamp_sides(file, path)
+                encoder = text(file.attrs.get("extractor"))
+                side_um, side_px, _ = _stamp_sides(file, path)
         except DataError as error:
-            found.files[path.stem] = {"x20": partial(_refused, error)}
+            found.refused.append((slide_name(path), path, error.message))
             continue
         name = magnification_name(round(10 / (side_um / side_px), 3))
-        found.files[path.stem] = {name: partial(_stamp, path)}
-    return found
+        found.files.append(FeatureFile(slide_name(path), name, encoder, partial(_stamp, path), (path,)))
+    return found if found.files else Found()
 
 
-def _refused(error: DataError) -> Level:
-    raise error
+def slide_name(path: Path) -> str:
+    """Return the name of the slide of a feature file."""
+    return plain_name(path.stem)
 
 
 def _plain(path: Path) -> Level:
@@ -162,135 +237,114 @@ def _plain(path: Path) -> Level:
 
 
 def _clam(patches: Path, features: Path) -> Level:
-    with _opened(patches) as file:
-        dataset = _dataset(file, patches, "coords")
-        coords = dataset[:]
+    with opened(patches) as file:
+        stored = dataset(file, patches, "coords")
+        coords = stored[:]
         # `patch_size` counts pixels of `patch_level`; coordinates count pixels of level 0.
-        side = _number(dataset, patches, "patch_size") * _number(dataset, patches, "downsample")
+        side = number(stored, patches, "patch_size") * number(stored, patches, "downsample")
+        size = _size(stored.attrs.get("level_dim")) if int(stored.attrs.get("patch_level", -1)) == 0 else None
     if features.suffix == ".pt":
         values = read_tensor(features)
     else:
-        with _opened(features) as file:
-            values = _dataset(file, features, "features")[:]
-            if "coords" in file and not np.array_equal(_dataset(file, features, "coords")[:], coords):
+        with opened(features) as file:
+            values = dataset(file, features, "features")[:]
+            if "coords" in file and not np.array_equal(dataset(file, features, "coords")[:], coords):
                 raise LayoutError(f"{features}: its coords are not those of {patches}.")
-    return _checked(features, values, coords, side)
+    return placed_level(features, values, coords, side, coords_from="CLAM counts level-0 px", size_px=size)
 
 
-def _trident(path: Path, patches: Path) -> Level:
-    with _opened(path) as file:
-        values, dataset = _dataset(file, path, "features")[:], _dataset(file, path, "coords")
-        coords, side = dataset[:], _trident_side(dataset, path)
-    if side is None and patches.is_file():
-        with _opened(patches) as file:
-            side = _trident_side(_dataset(file, patches, "coords"), patches)
+def _size(stored: Any) -> tuple[int, int] | None:
+    values = np.asarray(stored if stored is not None else [], object).ravel()
+    try:
+        width, height = (int(v) for v in values)
+    except (TypeError, ValueError):
+        return None
+    return (width, height) if width > 0 and height > 0 else None
+
+
+def _trident(path: Path, patches: Path | None, magnification: float | None, encoder: str | None) -> Level:
+    with opened(path) as file:
+        stored, coords = dataset(file, path, "features"), dataset(file, path, "coords")
+        values, places = stored[:], coords[:]
+        _agree(path, encoder, text(stored.attrs.get("encoder")), magnification, _trident_magnification(coords, path))
+        side, size = number_if_given(coords, path, "patch_size_level0"), _size([
+            coords.attrs.get("level0_width"), coords.attrs.get("level0_height")
+        ])  # fmt: skip
+        if not values.size:
+            raise LayoutError(f"{path}: has no tiles.")
+        source = "TRIDENT counts level-0 px"
+        if side is None and patches is None:
+            side = _stride(path, places[0] if places.ndim == 3 else places)
+            source += "; the side of a tile is the stride of its coordinates"
+    if side is None and patches is not None and patches.is_file():
+        with opened(patches) as file:
+            side = number_if_given(dataset(file, patches, "coords"), patches, "patch_size_level0")
     if side is None:
-        raise LayoutError(f"{path}: patch_size_level0 is missing.", f"Put {patches.name} next to it, in patches/.")
-    return _checked(path, values, coords if coords.size else coords.reshape(-1, 2), side)
+        raise LayoutError(
+            f"{path}: patch_size_level0 is missing.", f"Put {path.stem}_patches.h5 next to it, in patches/."
+        )
+    places = places if places.size else places.reshape(-1, 2)
+    return placed_level(path, values, places, side, coords_from=source, size_px=size)
 
 
-def _trident_side(coords: Any, path: Path) -> float | None:
-    stored = coords.attrs.get("patch_size_level0")
-    # TRIDENT writes None as the string 'None'.
-    return None if stored is None or _text(stored) == "None" else _number(coords, path, "patch_size_level0")
+def _agree(path: Path, named: str | None, encoder: str | None, folder: float | None, stated: float | None) -> None:
+    """Refuse a file whose attributes contradict its folders."""
+    if named and encoder and encoder != "None" and encoder_name(named) != encoder_name(encoder):
+        raise LayoutError(
+            f"{path}: its attribute says the encoder {encoder}, its folder {named}.",
+            "Move it to the folder of its encoder.",
+        )
+    if folder and stated and abs(stated / folder - 1) > 0.01:
+        raise LayoutError(
+            f"{path}: its attributes say {stated:g}x, but its folder or --magnification says {folder:g}x.",
+            "Move it to the folder of its magnification, or leave out --magnification.",
+        )
+
+
+def _trident_magnification(coords: Any, path: Path) -> float | None:
+    """Return the magnification that the attributes state; −1 and 'None' state none."""
+    try:
+        return number_if_given(coords, path, "target_magnification")
+    except LayoutError:
+        return None
+
+
+def _stride(path: Path, places: np.ndarray) -> float:
+    """Return the smallest distance between columns or rows of tiles."""
+    steps = [np.diff(np.unique(places[:, axis])) for axis in range(2)] if places.ndim == 2 and places.size else []
+    steps = [step.min() for step in steps if len(step)]
+    if not steps or min(steps) <= 0:
+        raise LayoutError(f"{path}: neither its attributes nor its coordinates give the side of a tile.")
+    return float(min(steps))
 
 
 def _stamp(path: Path) -> Level:
-    with _opened(path) as file:
-        unit = _text(file.attrs.get("unit")) or "um"
+    with opened(path) as file:
+        unit = text(file.attrs.get("unit")) or "um"
         if unit != "um":
             raise LayoutError(f"{path}: its coordinates are in {unit!r}, expected um.")
-        values, coords = _dataset(file, path, "feats")[:], _dataset(file, path, "coords")[:]
-        side_um, side_px = _stamp_sides(file, path)
-    # STAMP does not store level-0 px, so pixels of the tile's own resolution stand in for them.
-    return _checked(path, values, np.rint(coords * (side_px / side_um)).astype(np.int64), side_px)
+        values, coords = dataset(file, path, "feats")[:], dataset(file, path, "coords")[:]
+        side_um, side_px, um_per_unit = _stamp_sides(file, path)
+    um = coords.astype(np.float64) * um_per_unit
+    return placed_level(path, values, um, side_px, um_px=side_um / side_px, coords_from="STAMP counts µm")
 
 
-def _stamp_sides(file: Any, path: Path) -> tuple[float, float]:
-    """Return the side of a tile in µm and in px; STAMP's default is 256 px if its files give none."""
-    side_px = _number(file, path, "tile_size_px") if "tile_size_px" in file.attrs else 256.0
-    return _number(file, path, "tile_size_um"), side_px
-
-
-def _checked(path: Path, values: np.ndarray, coords: np.ndarray, side: float) -> Level:
-    if values.ndim == 3 and values.shape[0] == 1:
-        values = values[0]
-    if values.size == 0:
-        raise LayoutError(f"{path}: has no tiles.")
-    if values.ndim != 2 or coords.shape != (len(values), 2):
-        raise LayoutError(f"{path}: features {list(values.shape)} and coords {list(coords.shape)} do not match.")
-    wild = ~(np.abs(coords) < 2**31).all(axis=1)
-    if wild.any():
-        raise LayoutError(f"{path}: a tile lies at {coords[wild][0].tolist()}, which cannot be on a slide.")
-    return Level(values, coords.astype(np.int64), side)
-
-
-def read_tensor(path: Path) -> np.ndarray:
-    """Read a tensor [N, d] from a `.pt` file; only tensors are unpickled.
-
-    Raises:
-        LayoutError: The file is unreadable, or contains something else.
-    """
-    try:
-        tensor = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+def _stamp_sides(file: Any, path: Path) -> tuple[float, float, float]:
+    """Return the side of a tile in µm and in px, and the µm that one unit of the coordinates has."""
+    key = next((key for key in ("tile_size_um", "tile_size") if key in file.attrs), None)
+    if key is not None:
+        side_px = number(file, path, "tile_size_px") if "tile_size_px" in file.attrs else STAMP_PX
+        return number(file, path, key), side_px, 1.0
+    stride = _stride(path, dataset(file, path, "coords")[:])
+    if round(stride) != HISTORIC_STAMP_STRIDE:
         raise LayoutError(
-            f"{path}: contains a pickled object, not a plain tensor, so it is not opened.",
-            "Import the .h5 files next to it, or save it again with torch.save(torch.as_tensor(features), path).",
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise LayoutError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}).") from None
-    plain = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and tensor.is_floating_point()
-    if not plain or tensor.ndim != 2:
-        is_tensor = isinstance(tensor, torch.Tensor)
-        kind = f"a tensor {list(tensor.shape)}, {tensor.dtype}" if is_tensor else type(tensor).__name__
-        raise LayoutError(f"{path}: contains {kind}, expected a tensor [N, d] of floats.")
-    return tensor.float().numpy()
+            f"{path}: has no attribute tile_size_um or tile_size, and its tiles are {stride:g} apart.",
+            f"Expected STAMP's attributes, or tiles {HISTORIC_STAMP_STRIDE} apart, as its first version wrote.",
+        )
+    return STAMP_UM, float(HISTORIC_STAMP_STRIDE), STAMP_UM / HISTORIC_STAMP_STRIDE
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    if importlib.util.find_spec("h5py") is None:
-        raise MissingExtraError("h5py", "import", f"Reading {path.name}")
-    import h5py
-
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except (OSError, RuntimeError) as error:
-        raise LayoutError(f"{path}: not a readable HDF5 file ({error}).") from None
-
-
-def _dataset(file: Any, path: Path, name: str) -> Any:
-    if name not in file:
-        raise LayoutError(f"{path}: has no dataset {name!r}, only {', '.join(file)}.")
-    found = file[name]
-    if getattr(found, "ndim", 0) == 0 or found.dtype.kind not in "fiu":
-        raise LayoutError(f"{path}: its {name!r} is not an array of numbers.")
-    return found
-
-
-def _number(holder: Any, path: Path, key: str) -> float:
-    """Read a positive number from the attributes; the mean if there are several, as CLAM writes one for x and y."""
-    if key not in holder.attrs:
-        raise LayoutError(f"{path}: {holder.name} has no attribute {key!r}.")
-    stored = holder.attrs[key]
-    try:
-        number = float(np.mean(np.asarray(stored, np.float64)))
-    except (TypeError, ValueError):
-        number = float("nan")
-    if not 0 < number < float("inf"):
-        raise LayoutError(f"{path}: {key} is {stored}, expected a positive number.")
-    return number
-
-
-def _text(value: Any) -> str | None:
-    if isinstance(value, bytes):
-        return value.decode()
-    return value if isinstance(value, str) else None
-
-
-LAYOUTS: dict[str, Callable[[Path], Found]] = {
+LAYOUTS: dict[str, Callable[[SourceFolder], Found]] = {
     "published": find_published,
     "trident": find_trident,
     "clam": find_clam,

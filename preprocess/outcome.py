@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import csv
+import errno
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from cfusion.errors import DataError
+from cfusion.errors import CfusionError, DataError
 from cfusion.files import atomic_path
+
+ALREADY = "already extracted"
+"""Why a finished slide is skipped."""
+
+STORE_IS_LOST = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES})
+"""Write errors after which every other slide would fail too."""
+
+
+def store_is_lost(error: CfusionError) -> bool:
+    """Return whether an error comes from a store that cannot be written, so that every other slide would fail too."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in STORE_IS_LOST
 
 
 @dataclass(frozen=True)
@@ -25,6 +38,9 @@ class SlideOutcome:
         seconds: From opening the slide to the written features; slides overlap.
         mpp: µm per level-0 px.
         mpp_source: Source of that number.
+        taken_as: What `nominal` takes the slide as, such as `40x`; `exact` if it uses the true resolution.
+        mask: Source of the tissue: a mask's file, or `automatic`.
+        warnings: What was assumed or is suspicious.
         reader: Reader of its pixels.
         path: The slide's file.
     """
@@ -38,6 +54,9 @@ class SlideOutcome:
     mpp_source: str = ""
     reader: str = ""
     path: str = ""
+    taken_as: str = ""
+    mask: str = ""
+    warnings: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,7 +94,11 @@ def write_summary(target: Path, outcomes: Sequence[SlideOutcome]) -> Path:
         DataError: The file cannot be written.
     """
     try:
-        with atomic_path(target) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        # A file name need not be valid UTF-8.
+        with (
+            atomic_path(target) as temporary,
+            temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream,
+        ):
             writer = csv.DictWriter(stream, [f.name for f in fields(SlideOutcome)])
             writer.writeheader()
             writer.writerows({**asdict(o), "seconds": f"{o.seconds:.2f}"} for o in outcomes)

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from cfusion.errors import CfusionError, DataError
+from cfusion.errors import CfusionError, DataError, SlideError
 from preprocess.encoders import Encoder
 from preprocess.slide_plan import CellTiles, SlidePlan
 
@@ -128,6 +128,11 @@ class Pipeline:
             return path, start, self._plan(path)
         except CfusionError as error:
             return path, start, error
+        except MemoryError:
+            raise
+        except Exception as error:  # a library's error is one slide's, not the run's
+            logger.debug("%s", path, exc_info=True)
+            return path, start, SlideError(f"{path}: cannot be read ({error!r}).", "Check the file.")
 
     def _started(self, plans: Iterable[tuple[Path, float, SlidePlan | CfusionError]]) -> Iterator[Work]:
         for path, start, plan in plans:
@@ -211,6 +216,11 @@ class Pipeline:
             future.result()
         except CfusionError as error:
             self._on_failure(path, error)
+        except MemoryError:
+            raise
+        except Exception as error:  # likewise
+            logger.debug("%s", path, exc_info=True)
+            self._on_failure(path, SlideError(f"{path}: its features cannot be written ({error!r})."))
 
     def _flush(self) -> None:
         for name in list(self._batches):

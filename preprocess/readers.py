@@ -96,7 +96,20 @@ class RawTileReader:
     def __init__(self, slide: Slide) -> None:
         self._slide = slide
         self._reference = OpenSlideReader(slide)
-        with _tiff(slide) as tiff:
+        try:
+            self._read_layout(slide)
+        except (DataError, MemoryError):
+            raise
+        except Exception as error:
+            raise DataError(f"{slide.path}: its TIFF tags cannot be used ({error}).") from error
+        self._file = os.open(slide.path, os.O_RDONLY)
+        self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+        self._scratch = threading.local()
+        self._has_fallen_back = False
+
+    def _read_layout(self, slide: Slide) -> None:
+        with tifffile.TiffFile(slide.path) as tiff:
             page = tiff.pages[0]
             if not isinstance(page, tifffile.TiffPage) or not page.is_tiled or page.samplesperpixel != 3:
                 raise DataError(f"{slide.path}: level 0 is not in RGB tiles.")
@@ -109,11 +122,9 @@ class RawTileReader:
             self._tile = (page.tilewidth, page.tilelength)
             self._across = -(-page.imagewidth // page.tilewidth)
             self._offsets, self._counts = page.dataoffsets, page.databytecounts
-        self._file = os.open(slide.path, os.O_RDONLY)
-        self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._lock = threading.Lock()
-        self._scratch = threading.local()
-        self._has_fallen_back = False
+            number = self._across * -(-page.imagelength // page.tilelength)
+            if min(len(self._offsets), len(self._counts)) < number:
+                raise DataError(f"{slide.path}: has {len(self._offsets)} tiles, expected {number}.")
 
     def close(self) -> None:
         """See `Reader.close`."""
@@ -125,7 +136,9 @@ class RawTileReader:
         """See `Reader.region`."""
         try:
             return self.raw_region(x_px, y_px, width_px, height_px, shrink, out)
-        except (_UndecodedError, RuntimeError, ValueError, OSError) as error:
+        except (DataError, MemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001 - decoders raise errors of many kinds
             # One line per slide: a damaged one can have thousands of such tiles.
             level = logging.DEBUG if self._has_fallen_back else logging.INFO
             self._has_fallen_back = True
@@ -172,6 +185,8 @@ class RawTileReader:
                 self._cache[number] = tile
                 return tile
         count = self._counts[number]
+        if count > self._slide.file_bytes:
+            raise _UndecodedError(f"tile {number} has {count} bytes, more than the file")
         data = os.pread(self._file, count, self._offsets[number]) if count else b""
         tile = self._decode(data, None if keep else self._buffer())
         if tile.shape != (self._tile[1], self._tile[0], 3) or tile.dtype != np.uint8:
@@ -245,12 +260,7 @@ def _same_pixels(raw: RawTileReader, reference: OpenSlideReader, x_px: int, y_px
     place = (x_px, y_px, CHECK_PX, CHECK_PX)
     try:
         return np.array_equal(raw.raw_region(*place), reference.region(*place))
-    except (DataError, _UndecodedError, RuntimeError, ValueError, OSError):
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - decoders raise errors of many kinds
         return None
-
-
-def _tiff(slide: Slide) -> tifffile.TiffFile:
-    try:
-        return tifffile.TiffFile(slide.path)
-    except (tifffile.TiffFileError, OSError, ValueError) as error:
-        raise DataError(f"{slide.path}: is not a TIFF file ({error}).") from error

@@ -23,11 +23,11 @@ class PreprocessConfig(Section):
     magnifications: tuple[float, ...] = (20.0, 10.0, 5.0)
     """Magnifications of the tiles, finest first, each half the one before."""
     resolution: Literal["nominal", "exact"] = "nominal"
-    """`nominal` maps a slide to 40x/20x/10x, as published features do; `exact` resamples to the true µm/px."""
+    """`nominal` maps a slide to 80x, 60x, 40x, 20x, 10x or 5x as TRIDENT; `exact` resamples to the true µm/px."""
     default_mpp: float | None = Field(None, gt=0)
     """µm/px of slides whose files have no resolution."""
     mpp_table: Path | None = None
-    """CSV `slide_id, mpp` that supplies resolutions."""
+    """CSV `slide_id, mpp` of resolutions, which win over what the files state."""
     resample: Literal["area", "bicubic"] = "area"
     """Filter of the coarser magnifications."""
     min_tissue: float = Field(0.25, gt=0, le=1)

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ from preprocess.annotation import find_mask, read_mask, write_sheets
 from preprocess.grid import TileGrid, make_grid
 from preprocess.readers import Reader, choose_reader
 from preprocess.resample import area_tiles, bicubic_tiles
-from preprocess.resolution import finest_scale
+from preprocess.resolution import Scale, scale_of
 from preprocess.settings import PreprocessConfig
 from preprocess.slides import Slide, open_slide
 from preprocess.tissue import METHOD, tissue_mask
@@ -55,6 +55,7 @@ class SlidePlan:
         resample: Filter of the coarser magnifications.
         tissue: Source of the tissue: the name of the method, or of the user's mask.
         mask_digest: SHA-256 of the user's mask; empty if there is none.
+        scale: How the slide's resolution was used.
         cell_rows: For each cell, per magnification name, the rows of its tiles.
     """
 
@@ -64,6 +65,7 @@ class SlidePlan:
     resample: Literal["area", "bicubic"]
     tissue: str
     mask_digest: str
+    scale: Scale
     cell_rows: list[dict[str, np.ndarray]] = field(repr=False)
 
     def cells(self) -> Iterator[int]:
@@ -89,6 +91,10 @@ class SlidePlan:
             self._refuse_lost(tiles[self.grid.names[0]], rows[self.grid.names[0]])
         except DataError as error:
             return CellTiles(number, rows, None, str(error))
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a library's error is one cell's, not the run's
+            return CellTiles(number, rows, None, f"{self.slide.path}: the cell at {x0}, {y0}: {error!r}")
         return CellTiles(number, rows, tiles, pixels=(x1 - x0) * (y1 - y0))
 
     def _refuse_lost(self, tiles: np.ndarray, rows: np.ndarray) -> None:
@@ -137,7 +143,7 @@ def _scratch(side_px: int) -> np.ndarray:
     return _SCRATCH.cell
 
 
-def plan_slide(path: Path, config: PreprocessConfig, mpp_table: dict[str, float]) -> SlidePlan:
+def plan_slide(path: Path, config: PreprocessConfig, mpp_table: Mapping[str, float]) -> SlidePlan:
     """Open a slide and plan what to read of it.
 
     Raises:
@@ -145,14 +151,14 @@ def plan_slide(path: Path, config: PreprocessConfig, mpp_table: dict[str, float]
     """
     slide = open_slide(path, mpp_table, config.default_mpp)
     try:
-        scale = finest_scale(slide.slide_id, slide.resolution.mpp, config.magnifications[0], config.resolution)
+        scale = scale_of(slide.slide_id, slide.resolution.mpp, config.magnifications[0], config.resolution)
         overview = slide.overview()
         own = find_mask(config.masks, slide.slide_id)
         if own is None:
             mask = tissue_mask(overview, overview.px_level0[0] * slide.resolution.mpp)
         else:
             mask = read_mask(own, overview.rgb.shape[:2], overview.px_level0) & overview.scanned
-        grid = make_grid(mask, slide.size_px, scale, config.magnifications, config.min_tissue)
+        grid = make_grid(mask, slide.size_px, scale.factor, config.magnifications, config.min_tissue)
         if not len(grid.cells):
             raise DataError(
                 f"{path}: no tissue was found.", "Look at the slide; --masks accepts your own mask.", topic="tissue"
@@ -167,7 +173,7 @@ def plan_slide(path: Path, config: PreprocessConfig, mpp_table: dict[str, float]
         slide.close()
         raise
     tissue, digest = (METHOD, "") if own is None else (own.name, digest_file(own))
-    return SlidePlan(slide, grid, reader, config.resample, tissue, digest, rows_by_cell(grid))
+    return SlidePlan(slide, grid, reader, config.resample, tissue, digest, scale, rows_by_cell(grid))
 
 
 def rows_by_cell(grid: TileGrid) -> list[dict[str, np.ndarray]]:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import openslide
 from PIL import Image
 
-from cfusion.errors import DataError, SlideError
+from cfusion.errors import DataError, ResolutionError, SlideError
+from preprocess.names import SLIDE_SUFFIXES, plain_name
 from preprocess.resolution import Resolution, resolve
+from preprocess.slide_headers import first_of_series, is_dicom, slide_series, tiff_is_cut_short
 
 logger = logging.getLogger(__name__)
-
-SLIDE_SUFFIXES = (
-    ".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".tif", ".tiff", ".vms", ".vmu",
-)  # fmt: skip
-"""Suffixes of files that OpenSlide may be able to read."""
 
 MAX_BLOCK_PX = 2048
 """Side of the blocks in which an overview is read; bounds memory on a slide with one level."""
@@ -39,6 +39,8 @@ class Slide:
     Attributes:
         path: The file.
         file_bytes: Its size.
+        modified_ns: When it was last changed.
+        header_digest: Digest of its properties and of both ends of the file.
         slide_id: The slide's name everywhere else, see `slide_id_of`.
         size_px: Width and height of level 0.
         level_sizes_px: Width and height of each level.
@@ -53,7 +55,7 @@ class Slide:
         self.slide_id = slide_id_of(path)
         self._lock = threading.Lock()
         self._handle = _open(path)
-        self.file_bytes = path.stat().st_size
+        self.file_bytes, self.modified_ns = path.stat().st_size, path.stat().st_mtime_ns
         properties = dict(self._handle.properties)
         self.size_px: tuple[int, int] = self._handle.dimensions
         self.level_sizes_px: tuple[tuple[int, int], ...] = self._handle.level_dimensions
@@ -61,6 +63,7 @@ class Slide:
         self.background = _background(properties)
         self.quickhash = properties.get("openslide.quickhash-1", "")
         self.vendor = properties.get("openslide.vendor", "")
+        self.header_digest = _header_digest(path, properties)
         try:
             self.resolution: Resolution = resolve(self.slide_id, properties, mpp_table, default_mpp)
         except DataError:
@@ -149,39 +152,53 @@ def open_slide(path: Path, mpp_table: Mapping[str, float] | None = None, default
 def find_slides(root: Path) -> list[Path]:
     """List the slides in a folder and its subfolders, sorted; the path of a slide gives that slide.
 
-    Links to folders are followed, and no folder is searched twice. The DICOM files of one folder are the levels of
-    one slide, so only the first is listed.
+    Listed is every file that looks like a slide, dangling links and unreadable folders too, so that nothing is lost
+    without a word. Links to folders are followed, and no folder is searched twice. The DICOM files of one series are
+    the levels of one slide, so only the first is listed.
 
     Raises:
-        SlideError: The path does not exist, or no file has the suffix of a slide.
+        SlideError: The path does not exist, or no file looks like a slide.
     """
     if root.is_file():
         return [root]
     if not root.is_dir():
         raise SlideError(f"{root}: no such file or folder.", "Give a slide, or a folder of slides.")
-    found = sorted(p for p in _files(root) if p.suffix.lower() in SLIDE_SUFFIXES and p.is_file())
-    first = {p.parent: p for p in reversed(found) if p.suffix.lower() == ".dcm"}
-    found = [p for p in found if p.suffix.lower() != ".dcm" or first[p.parent] == p]
+    found = sorted(p for p in _files(root) if p.is_dir() or p.suffix.lower() in SLIDE_SUFFIXES or is_dicom(p))
+    found = [p for p in found if p.is_dir() or not is_dicom(p) or p == first_of_series(p)]
     if not found:
         raise SlideError(f"{root}: contains no slides.", f"Looked for {' '.join(SLIDE_SUFFIXES)}.")
     return found
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """List the files of a folder and its subfolders, except hidden ones."""
+    """List the files of a folder and its subfolders, except hidden ones; and the folders that cannot be read."""
     searched: set[str] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    unreadable: list[Path] = []
+    walk = os.walk(root, followlinks=True, onerror=lambda error: unreadable.append(Path(error.filename)))
+    for folder, subfolders, names in walk:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         if (real := os.path.realpath(folder)) in searched:
             subfolders.clear()
             continue
         searched.add(real)
         yield from (Path(folder, name) for name in names if not name.startswith("."))
+    yield from unreadable
 
 
 def slide_id_of(path: Path) -> str:
-    """Return a slide's name: its file's stem; for DICOM, where a slide is a folder of files, the folder's name."""
-    return path.parent.name if path.suffix.lower() == ".dcm" else path.stem
+    """Return a slide's name: its file's stem.
+
+    A slide in DICOM is a folder of files, and has the folder's name; several in one folder have the names of their
+    first files.
+    """
+    if not is_dicom(path):
+        return plain_name(path.stem)
+    folder = Path(os.path.abspath(path)).parent  # noqa: PTH100 - resolve() would follow links
+    series = slide_series(folder)
+    if path.name in series and len(set(series.values())) == 1:
+        return plain_name(folder.name)
+    first = first_of_series(path)
+    return plain_name(first.stem if first.suffix.lower() == ".dcm" else first.name)
 
 
 def same_name(paths: Sequence[Path]) -> dict[str, list[Path]]:
@@ -192,20 +209,114 @@ def same_name(paths: Sequence[Path]) -> dict[str, list[Path]]:
     return {slide_id: files for slide_id, files in by_id.items() if len(files) > 1}
 
 
-def _open(path: Path) -> openslide.OpenSlide:
+@dataclass(frozen=True)
+class SlideGeometry:
+    """What features need to know of a slide.
+
+    Attributes:
+        path: The file.
+        size_px: Width and height of level 0.
+        quickhash: See `Slide`.
+        resolution: See `Slide`; None if it is not known.
+        unknown: Why it is not known.
+    """
+
+    path: Path
+    size_px: tuple[int, int]
+    quickhash: str
+    resolution: Resolution | None
+    unknown: ResolutionError | None = None
+
+    @classmethod
+    def of(cls, path: Path, mpp_table: Mapping[str, float], default_mpp: float | None) -> SlideGeometry:
+        """Read it from a slide.
+
+        Raises:
+            SlideError: OpenSlide cannot read the file.
+        """
+        with _open(path) as handle:
+            properties, size = dict(handle.properties), handle.dimensions
+        quickhash = properties.get("openslide.quickhash-1", "")
+        try:
+            return cls(path, size, quickhash, resolve(slide_id_of(path), properties, mpp_table, default_mpp))
+        except ResolutionError as error:
+            return cls(path, size, quickhash, None, error)
+
+    def known_resolution(self) -> Resolution:
+        """Return the resolution.
+
+        Raises:
+            ResolutionError: It is not known.
+        """
+        if self.resolution is None:
+            raise self.unknown or ResolutionError(f"{self.path}: its resolution is unknown.")
+        return self.resolution
+
+
+HEADER_BYTES = 64 << 10
+"""Bytes at either end of a file that its header digest covers."""
+
+
+def _header_digest(path: Path, properties: Mapping[str, str]) -> str:
+    """Compute the SHA-256 of a slide's properties and of both ends of its file, where TIFF keeps its directories."""
+    digest = hashlib.sha256(json.dumps(properties, sort_keys=True).encode())
+    with path.open("rb") as stream:
+        digest.update(stream.read(HEADER_BYTES))
+        stream.seek(max(0, path.stat().st_size - HEADER_BYTES))
+        digest.update(stream.read(HEADER_BYTES))
+    return digest.hexdigest()
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what is no file with content.
+
+    Raises:
+        SlideError: It is missing, empty, or cannot be opened.
+    """
+    if path.is_symlink() and not path.exists():
+        raise SlideError(f"{path}: links to {path.readlink()}, which does not exist.", "Mend the link.")
+    if path.is_dir():
+        raise SlideError(f"{path}: this folder cannot be read.", "Check its permissions.")
     if not path.is_file():
         raise SlideError(f"{path}: no such slide.")
     try:
+        with path.open("rb") as stream:
+            empty = not stream.read(1)
+    except OSError as error:
+        raise SlideError(f"{path}: cannot be opened ({error.strerror}).", "Check its permissions.") from None
+    if empty:
+        raise SlideError(f"{path}: the slide is damaged or truncated (the file is empty).", "Download the file again.")
+
+
+def _open(path: Path) -> openslide.OpenSlide:
+    """Open a file with OpenSlide, and tell its refusals apart."""
+    _check_file(path)
+    again = "Download the file again."
+    try:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
+        if tiff_is_cut_short(path):
+            raise SlideError(
+                f"{path}: the slide is cut short: its directory lies past the end of the file.", again
+            ) from error
         raise SlideError(f"{path}: OpenSlide does not know this format.", "Convert it to a pyramidal TIFF.") from error
     except openslide.OpenSlideError as error:
-        raise SlideError(f"{path}: the slide is damaged or truncated ({error}).", "Download the file again.") from error
+        if "nsupported" in str(error):
+            raise SlideError(
+                f"{path}: OpenSlide does not read this kind of the format ({error}); the file is not damaged.",
+                "Convert it to a pyramidal TIFF with JPEG tiles.",
+            ) from error
+        raise SlideError(f"{path}: the slide is damaged or truncated ({error}).", again) from error
+    except Exception as error:  # names that the library does not take, for example
+        raise SlideError(f"{path}: cannot be opened ({error}).", "Check the file and its name.") from error
 
 
 def _background(properties: Mapping[str, str]) -> tuple[int, int, int]:
     text = properties.get("openslide.background-color", "FFFFFF")
-    return int(text[0:2], 16), int(text[2:4], 16), int(text[4:6], 16)
+    try:
+        return int(text[0:2], 16), int(text[2:4], 16), int(text[4:6], 16)
+    except ValueError:
+        return 255, 255, 255
 
 
 def _read_overview(slide: Slide, level: int, width: int, height: int) -> Overview:

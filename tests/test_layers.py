@@ -19,13 +19,15 @@ LAYERS = (
     ("cfusion.cohort", "cfusion.data", "cfusion.models"),
     ("cfusion.survival",),
     (
-        "preprocess.settings", "preprocess.outcome", "preprocess.resolution", "preprocess.grid",
-        "preprocess.descriptor", "preprocess.layouts", "preprocess.samples",
+        "preprocess.settings", "preprocess.outcome", "preprocess.grid", "preprocess.names",
+        "preprocess.descriptor", "preprocess.feature_files", "preprocess.samples",
         "preprocess.inspection", "preprocess.gdc", "preprocess.phantom",
     ),
-    ("preprocess.slides", "preprocess.resample", "preprocess.encoders", "preprocess.importers", "preprocess.packing"),
+    ("preprocess.resolution", "preprocess.slide_headers", "preprocess.layouts"),
+    ("preprocess.slides", "preprocess.resample", "preprocess.encoders", "preprocess.packing"),
     (
-        "preprocess.tissue", "preprocess.annotation", "preprocess.readers", "preprocess.regions", "preprocess.deepzoom",
+        "preprocess.importers", "preprocess.tissue", "preprocess.annotation", "preprocess.readers",
+        "preprocess.regions", "preprocess.deepzoom",
     ),
     ("preprocess.slide_plan",),
     ("preprocess.pipeline",),
@@ -51,7 +53,8 @@ ROOTS = ("cfusion", "cfusion.__version__", "preprocess", "launch")
 PREPROCESS_MAY_IMPORT = (
     "cfusion.errors", "cfusion.files", "cfusion.console", "cfusion.types", "cfusion.config", "cfusion.extensions",
     "cfusion.locks", "cfusion.machine_limits",
-    "cfusion.data.store", "cfusion.data.shard_index", "cfusion.__version__",
+    "cfusion.data.store", "cfusion.data.shard_index", "cfusion.data.tile_places", "cfusion.data.encoder_names",
+    "cfusion.__version__",
 )  # fmt: skip
 DOORS = {
     "openslide": ("preprocess.slides", "preprocess.deepzoom"),

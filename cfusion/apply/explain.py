@@ -11,12 +11,15 @@ import pandas as pd
 
 from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.apply.inputs import Inputs
+from cfusion.data.tile_places import LEVEL_0, check_on_slide, coords_space, on_slide
 from cfusion.errors import CfusionError, ConfigError, DataError, PartialResultError
 from cfusion.explanation import Explanation, explain
 from cfusion.explanation.explanation_files import check_target, write_results
 from cfusion.explanation.faithfulness import deletion_areas, deletion_curves
 from cfusion.explanation.scoring import Occlusion
+from cfusion.types import SlideFeatures
 from preprocess.regions import SlidePictures
+from preprocess.slides import SlideGeometry
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ def explain_inputs(
     for slide_id in inputs.slide_ids:
         try:
             check_target(out / slide_id)
-            slide = inputs.source.read(slide_id)
+            slide = _placed(inputs.source.read(slide_id), inputs.files.get(slide_id), default_mpp)
             found = explain(
                 ensemble, slide, occlusion=occlusion, most_removals=most_removals, magnifications=magnifications,
                 device=device,
@@ -92,6 +95,17 @@ def explain_inputs(
         )
 
 
+def _placed(slide: SlideFeatures, file: Path | None, default_mpp: float | None) -> SlideFeatures:
+    """Return the features with coordinates in level-0 px, checked against the slide where it is at hand."""
+    if file is None:
+        return slide
+    if coords_space(slide.attrs) == LEVEL_0:
+        check_on_slide(slide, SlideGeometry.of(file, {}, default_mpp).size_px)
+        return slide
+    geometry = SlideGeometry.of(file, {}, default_mpp)
+    return on_slide(slide, geometry.size_px, geometry.known_resolution().mpp)
+
+
 def _write(
     found: Explanation, file: Path | None, default_mpp: float | None, out: Path, curves: pd.DataFrame | None
 ) -> Path:
@@ -100,13 +114,6 @@ def _write(
         logger.info("%s: no gallery and no picture under the heatmaps, as its slide is not at hand", found.slide_id)
         return write_results(found, folder, curves=curves)
     with SlidePictures(file, default_mpp=default_mpp) as pictures:
-        size = found.attrs.get("slide_size_px")
-        if size and tuple(size) != pictures.size_px:
-            raise DataError(
-                f"{file}: has {pictures.size_px[0]} × {pictures.size_px[1]} px, but the features of {found.slide_id} "
-                f"are of a slide of {size[0]} × {size[1]} px.",
-                "Give the folder of the slides that the features were made of.",
-            )
         return write_results(found, folder, pictures=pictures, curves=curves)
 
 

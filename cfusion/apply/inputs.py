@@ -12,6 +12,7 @@ from typing import Any
 
 from cfusion.apply.sources import BagSource, ShardSource, StoreSource
 from cfusion.config import DataConfig, validate
+from cfusion.data.encoder_names import encoder_name
 from cfusion.data.shard_index import INDEX_NAME
 from cfusion.data.store import SUFFIX, encoders_in
 from cfusion.errors import DataError, StoreError
@@ -109,7 +110,7 @@ def _open_store(path: Path, card: ModelCard) -> Inputs:
     if path.suffix == SUFFIX:
         path, chosen = path.parent, (path.name.removesuffix(SUFFIX),)
     root, held = (path.parent, [path.name]) if _encoder_folder(path) else (path, encoders_in(path))
-    if card.encoder not in held:
+    if encoder_name(card.encoder) not in {encoder_name(name) for name in held}:
         raise StoreError(
             f"{path}: holds embeddings of {', '.join(held)}, but the model reads {card.encoder}.",
             f"Preprocess the slides with --encoder {card.encoder}.",

@@ -13,6 +13,7 @@ import torch
 from cfusion.cohort.parsing import read_table
 from cfusion.cohort.read import patient_of, slide_stem
 from cfusion.config import DataConfig
+from cfusion.data.encoder_names import encoder_name
 from cfusion.data.loader import BagSet
 from cfusion.data.partition import bag_cost
 from cfusion.data.positions import bag_positions
@@ -53,7 +54,7 @@ class Embeddings:
         Raises:
             StoreError: The encoder, its weights or the width differ, or a magnification is missing.
         """
-        if (self.encoder, self.dim) != (card.encoder, card.backbone_dim):
+        if (encoder_name(self.encoder), self.dim) != (encoder_name(card.encoder), card.backbone_dim):
             raise StoreError(
                 f"{self.where}: holds embeddings of {self.encoder} ({self.dim} wide), but the model reads "
                 f"{card.encoder} ({card.backbone_dim} wide).",
@@ -301,6 +302,12 @@ def group_slides(slide_ids: Sequence[str], table: Path | None) -> dict[str, tupl
         rows = [
             (str(case), slide_stem(str(slide))) for case, slide in zip(cells["case_id"], cells["slide_id"], strict=True)
         ]
+        patients: dict[str, str] = {}
+        for case, slide in rows:
+            if patients.setdefault(slide, case) != case:
+                raise CohortError(
+                    f"{table}: slide {slide} belongs to {patients[slide]} and to {case}.", "Keep one of its rows."
+                )
         absent = sorted({slide for _, slide in rows} - set(slide_ids))
         if absent:
             raise CohortError(

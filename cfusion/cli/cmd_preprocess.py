@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from preprocess.outcome import Summary
 
 
+SHOWN = 10
+"""Skipped files that an import prints; its table has all."""
+
 TAKES = {"local": {"strict"}, **{executor: names | {"tasks", "retries"} for executor, names in TASK_OPTIONS.items()}}
 """Options of `cfusion preprocess run` that not every executor takes."""
 
@@ -66,9 +69,9 @@ def run(
         ),
     ] = None,
     magnifications: Annotated[str, typer.Option(help="Finest first, each half the one before.")] = "20,10,5",
-    resolution: Annotated[str, typer.Option(help="nominal: 40x/20x/10x, as CLAM; exact: the true µm/px.")] = "nominal",
+    resolution: Annotated[str, typer.Option(help="nominal: 80x to 5x, as TRIDENT; exact: the true µm/px.")] = "nominal",
     default_mpp: Annotated[float | None, typer.Option(help="µm/px of slides whose files do not state it.")] = None,
-    mpp_table: Annotated[Path | None, typer.Option(help="CSV slide_id,mpp for such slides.")] = None,
+    mpp_table: Annotated[Path | None, typer.Option(help="CSV slide_id,mpp, which wins over the files.")] = None,
     masks: Annotated[Path | None, typer.Option(help="Folder of tissue masks (.png) or .geojson; they win.")] = None,
     resample: Annotated[str, typer.Option(help="area, or bicubic as PIL's default.")] = "area",
     min_tissue: Annotated[float, typer.Option(help="Share of a finest tile that must be tissue.")] = 0.25,
@@ -86,7 +89,9 @@ def run(
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at the first slide that fails, on this machine.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo slides made with other settings.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Redo slides made with other settings or from another file.")
+    ] = False,
     executor: Executor = "local",
     tasks: Annotated[int, typer.Option(help="slurm, ray: shares of the slides, one task each.", min=1)] = 1,
     retries: Retries = 2,
@@ -190,19 +195,42 @@ def import_(
     source: Annotated[Path, typer.Argument(help="Folder of features that another program made.")],
     store: Annotated[Path, typer.Option(help="Feature store to write.")] = Path("features"),
     layout: Annotated[str, typer.Option("--from", help="auto, published, clam, trident or stamp.")] = "auto",
-    encoder: Annotated[str | None, typer.Option(help="Name of the encoder, where the files do not state it.")] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="The encoder to import, or its name where the files state none; FOUND=NAME renames it."),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Take only folders or files of this name, such as '*_256px_0px_overlap'.")
+    ] = None,
+    magnification: Annotated[
+        float | None, typer.Option(help="Magnification of files that do not state theirs, such as 20.", min=0.1)
+    ] = None,
+    slides: Annotated[
+        Path | None, typer.Option(help="Folder of the slides: gives µm/px, checks sizes, places the tiles of STAMP.")
+    ] = None,
+    mpp_table: Annotated[Path | None, typer.Option(help="CSV slide_id,mpp for --slides.")] = None,
+    default_mpp: Annotated[float | None, typer.Option(help="µm/px of --slides whose files do not state it.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace features that the store has.")] = False,
 ) -> None:
-    """Take over features made by the published program, CLAM, TRIDENT or STAMP.
+    """Import features made by the published program, CLAM, TRIDENT or STAMP.
 
     cfusion preprocess import clam/ --store features --from clam --encoder uni
     """
-    from preprocess.importers import import_features
+    from preprocess.importers import ImportOptions, import_features
 
-    report = import_features(source, store, layout, encoder)
+    options = ImportOptions(tuple(only or ()), magnification, slides, mpp_table, default_mpp, overwrite)
+    report = import_features(source, store, layout, encoder, options)
     typer.echo(f"{report.layout}: {report.alignment}")
     for name, why in report.refused.items():
         typer.echo(f"refused {name}: {why}")
-    typer.echo(f"{len(report.imported)} slides imported into {store}, {len(report.refused)} refused")
+    for name, why in list(report.skipped.items())[:SHOWN]:
+        typer.echo(f"skipped {name}: {why}")
+    if len(report.skipped) > SHOWN:
+        typer.echo(f"skipped {len(report.skipped) - SHOWN} more files")
+    skipped = f", {len(report.skipped)} files skipped" if report.skipped else ""
+    typer.echo(
+        f"{len(report.imported)} slides imported into {store}, {len(report.refused)} refused{skipped}; {report.table}"
+    )
     if report.refused:
         raise PartialResultError(f"{len(report.refused)} of the slides were not imported.", "See above.")
 
@@ -215,7 +243,10 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _report(summary: Summary) -> None:
-    for outcome in summary.of("failed") + summary.of("stale"):
+    from preprocess.outcome import ALREADY
+
+    others = [o for o in summary.of("skipped") if o.why != ALREADY]
+    for outcome in summary.of("failed") + summary.of("stale") + others:
         typer.echo(f"{outcome.status:<8}{outcome.slide_id}: {outcome.why}")
     _table(summary)
     speed = summary.tiles / max(1e-9, summary.seconds)
@@ -227,6 +258,9 @@ def _report(summary: Summary) -> None:
     partly = [o for o in summary.of("done") if o.why]
     for outcome in partly:
         typer.echo(f"partly  {outcome.slide_id}: {outcome.why}")
+    for outcome in summary.of("done"):
+        if outcome.warnings:
+            typer.echo(f"warning {outcome.slide_id}: {outcome.warnings}")
     failed, stale = len(summary.of("failed")), len(summary.of("stale"))
     if failed or stale:
         problems = [f"{failed} failed"] * bool(failed) + [f"{stale} are stale"] * bool(stale)

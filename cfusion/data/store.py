@@ -18,10 +18,12 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 import numpy as np
 import zarr
 
+from cfusion.data.encoder_names import encoder_name
 from cfusion.errors import DataError, StoreError
 from cfusion.files import atomic_path, is_orphan
 from cfusion.types import SlideFeatures, magnification_value
@@ -54,12 +56,14 @@ class FeatureStore:
 
     @classmethod
     def open(cls, root: str | os.PathLike[str], encoder: str | None = None) -> FeatureStore:
-        """Open the features of `encoder` in the store at `root`; None: of its only encoder.
+        """Open the features of `encoder`, also by TRIDENT's name, in the store at `root`; None: of its only encoder.
 
         Raises:
             StoreError: The store is missing, lacks the encoder, or has several and none was named.
         """
         found = encoders_in(root)
+        if encoder is not None and encoder not in found:
+            encoder = next((name for name in found if encoder_name(name) == encoder_name(encoder)), encoder)
         if encoder is None:
             if len(found) != 1:
                 which = f"holds the encoders {', '.join(found)}" if found else "holds no encoder's features"
@@ -272,6 +276,7 @@ def checked_name(name: str) -> str:
     Raises:
         StoreError: It is empty, hidden, or leads elsewhere.
     """
-    if not name or name.startswith(".") or name != Path(name).name or "\\" in name or "\0" in name:
+    valid = name and not name.startswith(".") and name == Path(name).name and "\\" not in name
+    if not valid or any(category(character) in ("Cc", "Cs") for character in name):
         raise StoreError(f"{name!r}: not a valid name for a slide or an encoder.", "Use a plain file name.")
     return name

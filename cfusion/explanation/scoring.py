@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.apply.sources import Embeddings, bag_of_slides
 from cfusion.console import Progress, progress
+from cfusion.data.tile_places import check_level_0
 from cfusion.errors import ConfigError, DataError
 from cfusion.explanation.removal import Keep, Lineage, risks_without
 from cfusion.explanation.result import METHODS, Explanation, TileScores
@@ -126,6 +127,7 @@ def slide_bag(slide: SlideFeatures, model: FittedModel, device: torch.device | s
         Embeddings(where, encoder, dim, tuple(held), slide.attrs).check(model.card)
     for name in network.magnification_names:
         _check_level(slide, name)
+    check_level_0(slide)
     return bag_of_slides([slide], network.magnification_names, slide.slide_id).to(device)
 
 

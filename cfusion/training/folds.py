@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cfusion.config import Config
+from cfusion.data.encoder_names import encoder_name
 from cfusion.data.loader import BagSet
 from cfusion.data.shards import ShardDataset, open_shards
 from cfusion.errors import ConfigError, DataError
@@ -247,7 +248,7 @@ def open_run_shards(config: Config) -> ShardDataset:
     """Open the shards of a run and check that they have the configured encoder."""
     dataset = open_shards(config.data)
     wanted = config.data.encoder
-    if wanted is not None and dataset.index.encoder != wanted:
+    if wanted is not None and encoder_name(dataset.index.encoder) != encoder_name(wanted):
         raise DataError(
             f"{config.data.shards}: holds embeddings of {dataset.index.encoder}, expected data.encoder={wanted}.",
             "Point data.shards at the shards of that encoder.",

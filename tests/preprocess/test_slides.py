@@ -1,18 +1,28 @@
 """Slides as hospitals have them: resolution, pyramids, what is not scanned, what cannot be read."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
 import openslide
 import pytest
+import tifffile
+from hypothesis import given
+from hypothesis import strategies as st
 from slide_factory import GLASS, break_tile, tissue_picture, write_slide
 
 from cfusion.errors import DataError
-from preprocess.resolution import finest_scale, read_mpp_table, resolve
+from preprocess.resolution import Resolution, finest_scale, read_mpp_table, resolve, scale_of
+from preprocess.slide_headers import SERIES, dicom_tags, other_dicom_class
 from preprocess.slides import find_slides, open_slide, same_name, slide_id_of
 
+OME = (
+    '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels SizeX="9" '
+    'PhysicalSizeX="{}" PhysicalSizeY="{}"/></Image></OME>'
+)
+
 PROPERTIES = {
-    "mpp": {"openslide.mpp-x": "0.24", "openslide.mpp-y": "0.26"},
+    "mpp": {"openslide.mpp-x": "0.249", "openslide.mpp-y": "0.251"},
     "objective": {"openslide.objective-power": "40"},
     "tiff": {"tiff.ResolutionUnit": "centimeter", "tiff.XResolution": "40000", "tiff.YResolution": "40000"},
 }
@@ -20,9 +30,9 @@ PROPERTIES = {
 
 @pytest.mark.parametrize("left_out", range(6))
 def test_first_source_of_the_resolution_wins(left_out: int):
-    order = ["mpp", "objective", "tiff", "table", "default"]
+    order = ["table", "mpp", "objective", "tiff", "default"]
     properties = {k: v for name in order[left_out:] if name in PROPERTIES for k, v in PROPERTIES[name].items()}
-    table = {"a": 0.25} if left_out <= 3 else {}
+    table = {"a": 0.25} if left_out == 0 else {}
     default = 0.25 if left_out <= 4 else None
     if left_out == 5:
         with pytest.raises(DataError, match=r"slide a: .* resolution .*--default-mpp, or --mpp-table"):
@@ -66,13 +76,82 @@ def test_nominal_warns_beyond_a_tenth(caplog: pytest.LogCaptureFixture):
     assert not caplog.records
     finest_scale("a", 0.29, 20, "nominal")
     assert "slide a: 0.29 µm/px is taken as 40x" in caplog.text
+    assert scale_of("a", 0.29, 20, "nominal").warning == "0.29 µm/px is taken as 40x (0.25 µm/px)"
+    assert scale_of("a", 0.29, 20, "exact").taken_as == "exact"
+
+
+@pytest.mark.parametrize(
+    ("mpp", "power"),
+    [
+        (0.1, 80), (0.159, 80), (0.16, 60), (0.185, 60), (0.1999, 60), (0.2, 40), (0.2325, 40), (0.2999, 40), (0.3, 20),
+        (0.325, 20), (0.35, 20), (0.5999, 20), (0.6, 10), (0.65, 10), (1.1999, 10), (1.2, 5), (2.3999, 5),
+    ],
+)  # fmt: skip
+def test_nominal_keeps_to_the_buckets_of_trident(mpp: float, power: float):
+    """The limits as TRIDENT's `_fetch_magnification` has them."""
+    found = scale_of("a", mpp, 5, "nominal")
+    assert (found.factor, found.taken_as) == (power / 5, f"{power}x")
+
+
+@given(st.floats(0.05, 2.39), st.floats(0.05, 2.39))
+def test_a_coarser_slide_is_never_taken_as_a_finer_one(first: float, second: float):
+    fine, coarse = sorted((first, second))
+    assert finest_scale("a", fine, 5, "nominal") >= finest_scale("a", coarse, 5, "nominal")
+
+
+@pytest.mark.parametrize(
+    ("properties", "sides"),
+    [
+        ({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.5"}, r"0.25 µm/px in x and 0.5 µm/px in y"),
+        ({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.256"}, r"0.25 µm/px in x and 0.256 µm/px in y"),
+        (
+            {"tiff.ResolutionUnit": "centimeter", "tiff.XResolution": "40000", "tiff.YResolution": "20000"},
+            r"0.25 µm/px in x and 0.5 µm/px in y .TIFF",
+        ),
+        (
+            {"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.25", "openslide.objective-power": "20"},
+            r"0.25 µm/px .mpp. and an objective of 20x",
+        ),
+        (
+            {"openslide.objective-power": "40", "tiff.ImageDescription": OME.format("0.5", "0.5")},
+            r"0.5 µm/px .ome. and an objective of 40x",
+        ),
+        (
+            {"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.25", "tiff.ImageDescription": OME.format("0.5", "0.5")},
+            r"0.25 µm/px and 0.5 µm/px in OME-XML",
+        ),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_refused_unless_the_table_decides(properties: dict[str, str], sides: str):
+    with pytest.raises(DataError, match=f"slide a: its file contradicts itself: {sides}.*--mpp-table"):
+        resolve("a", properties, {}, 0.5)
+    assert resolve("a", properties, {"a": 0.4}, None) == Resolution(0.4, "table")
+
+
+@pytest.mark.parametrize(
+    ("unit", "size"),
+    [("", "0.5"), (' PhysicalSizeXUnit="&#181;m" PhysicalSizeYUnit="&#181;m"', "0.5"), ("nm", "500"), ("mm", "0.0005")],
+)
+def test_the_resolution_of_ome_xml(tmp_path: Path, unit: str, size: str):
+    """With tifffile's own reading of the file as the right value."""
+    units = f' PhysicalSizeXUnit="{unit}" PhysicalSizeYUnit="{unit}"' if unit.isalpha() else unit
+    xml = OME.format(size, size).replace("<Pixels", f"<Pixels{units}")
+    assert resolve("a", {"tiff.ImageDescription": xml}, {}, None) == Resolution(pytest.approx(0.5), "ome")
+    assert tifffile.xml2dict(xml)["OME"]["Image"]["Pixels"]["PhysicalSizeX"] == float(size)
+
+
+def test_ome_xml_with_a_unit_that_is_no_length_or_with_entities_states_nothing():
+    pixel = OME.format("1", "1").replace("<Pixels", '<Pixels PhysicalSizeXUnit="pixel" PhysicalSizeYUnit="pixel"')
+    bomb = '<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "1">]>' + OME.format("&a;", "&a;")
+    for xml in (pixel, bomb, OME.format("0.5", "0.5")[:-10]):
+        assert resolve("a", {"tiff.ImageDescription": xml}, {}, 0.25).source == "default"
 
 
 def test_slides_that_are_too_coarse_or_odd_say_so():
     with pytest.raises(DataError, match="slide a: 1 µm/px is too coarse for 20x"):
         finest_scale("a", 1.0, 20, "nominal")
-    with pytest.raises(DataError, match=r"0.1 µm/px is not near 40x, 20x, 10x.*--resolution exact"):
-        finest_scale("a", 0.1, 20, "nominal")
+    with pytest.raises(DataError, match=r"2.4 µm/px is coarser than 5x.*--resolution exact"):
+        finest_scale("a", 2.4, 2.5, "nominal")
     assert finest_scale("a", 0.1, 20, "exact") == pytest.approx(5)
 
 
@@ -80,6 +159,11 @@ def test_table_of_resolutions(tmp_path: Path):
     table = tmp_path / "mpp.csv"
     table.write_text("slide_id,mpp\na,0.25\nb,0.5\n")
     assert read_mpp_table(table) == {"a": 0.25, "b": 0.5}
+    table.write_text("slide_id,mpp\n a.svs ,0.25\nJose\u0301.NDPI,0.5\na,0.25\n")
+    assert read_mpp_table(table) == {"a": 0.25, "Jos\u00e9": 0.5}
+    table.write_text("slide_id,mpp\na,0.25\nb,0.5\na.svs,0.5\n")
+    with pytest.raises(DataError, match=r"mpp.csv, lines 2 and 4: slide a has 0.25 and 0.5 µm/px"):
+        read_mpp_table(table)
     table.write_text("slide_id,mpp\na,0.25\nb,fast\n")
     with pytest.raises(DataError, match=r"mpp.csv, line 3: mpp is 'fast', expected µm/px"):
         read_mpp_table(table)
@@ -188,6 +272,96 @@ def test_links_to_folders_are_followed_and_no_folder_is_searched_twice(tmp_path:
     (root / "linked-again").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(root)
     assert [str(p.relative_to(root)) for p in find_slides(root)] == ["linked/b.svs", "own/a.svs"]
+
+
+def test_whatever_looks_like_a_slide_is_listed(tmp_path: Path):
+    for name in ("a.qptiff", "b.isyntax", "deep/er/c.czi"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "gone.svs").symlink_to("nowhere.svs")
+    found = find_slides(tmp_path)
+    assert [str(p.relative_to(tmp_path)) for p in found] == ["a.qptiff", "b.isyntax", "deep/er/c.czi", "gone.svs"]
+    with pytest.raises(DataError, match=r"gone.svs: links to nowhere.svs, which does not exist"):
+        open_slide(tmp_path / "gone.svs")
+
+
+def dicom(path: Path, series: str, kind: str = "1.2.840.10008.5.1.4.1.1.77.1.6") -> Path:
+    """Write a DICOM header whose sequences hold a decoy of the series."""
+
+    def element(group, number, vr, value):
+        value = value + b"\0" * (len(value) % 2)
+        long = vr in (b"SQ", b"OB")
+        return (
+            struct.pack("<HH2s", group, number, vr)
+            + struct.pack("<HI" if long else "<H", *([0] * long), len(value))
+            + value
+        )
+
+    decoy = element(0x0020, 0x000E, b"UI", b"9.9.9")
+    item = struct.pack("<HHI", 0xFFFE, 0xE000, len(decoy)) + decoy
+    untold = struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF) + decoy + struct.pack("<HHI", 0xFFFE, 0xE00D, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(
+        bytes(128) + b"DICM" + element(0x0002, 0x0010, b"UI", b"1.2.840.10008.1.2.1")
+        + element(0x0008, 0x0016, b"UI", kind.encode()) + element(0x0008, 0x1115, b"SQ", item)
+        + struct.pack("<HH2sHI", 0x0008, 0x1140, b"SQ", 0, 0xFFFFFFFF) + untold + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+        + element(0x0020, 0x000E, b"UI", series.encode())
+    )  # fmt: skip
+    return path
+
+
+def test_dicom_files_are_slides_by_series(tmp_path: Path):
+    for name, series in (
+        ("m/1.dcm", "1.1"),
+        ("m/2.dcm", "1.2"),
+        ("m/3.dcm", "1.1"),
+        ("one/x.dcm", "1.3"),
+        ("one/IM0001", "1.3"),
+    ):
+        dicom(tmp_path / name, series)
+    report = dicom(tmp_path / "one/report.dcm", "1.4", "1.2.840.10008.5.1.4.1.1.88.33")
+    found = find_slides(tmp_path)
+    names = [(str(p.relative_to(tmp_path)), slide_id_of(p)) for p in found]
+    assert names == [("m/1.dcm", "1"), ("m/2.dcm", "2"), ("one/IM0001", "one"), ("one/report.dcm", "report")]
+    assert slide_id_of(tmp_path / "m/3.dcm") == "1"
+    assert other_dicom_class(report) == "1.2.840.10008.5.1.4.1.1.88.33"
+    assert {other_dicom_class(p) for p in found if p != report} == {""}
+
+
+def test_two_real_dicom_slides_in_one_folder(shared: Path, monkeypatch: pytest.MonkeyPatch):
+    """With OpenSlide's property as the right series."""
+    folder = shared / "cases/slides/r03_two_dicom"
+    found = find_slides(folder)
+    assert [slide_id_of(p) for p in found] == ["A_2336245", "B_3581709"]
+    for path in found:
+        with openslide.OpenSlide(path) as slide:
+            assert dicom_tags(path)[SERIES] == slide.properties["dicom.SeriesInstanceUID"]
+    monkeypatch.chdir(folder)
+    assert [slide_id_of(p) for p in find_slides(Path())] == ["A_2336245", "B_3581709"]
+
+
+def test_the_name_of_a_lone_dicom_file_is_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(dicom(tmp_path / "case" / "a.dcm", "1.1").parent)
+    assert slide_id_of(Path("a.dcm")) == "case"
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_a_slide_that_is_cut_short_or_in_an_unknown_compression_says_so(tmp_path: Path, big: bool):
+    path = tmp_path / "a.tif"
+    picture = tissue_picture(1100, 1100)
+    options = {"tile": (256, 256), "photometric": "rgb", "metadata": None}
+    with tifffile.TiffWriter(path, bigtiff=big) as tiff:
+        tiff.write(picture, compression="jpeg2000", **options)
+    with pytest.raises(DataError, match=r"does not read this kind .*Unsupported.*not damaged. Convert it"):
+        open_slide(path)
+    with tifffile.TiffWriter(path, bigtiff=big) as tiff:
+        tiff.write(picture, compression="deflate", **options)
+    data = bytearray(path.read_bytes())
+    at, kind = (8, "<Q") if big else (4, "<I")
+    struct.pack_into(kind, data, at, len(data) + 1000)
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"cut short: its directory lies past the end.*Download the file again"):
+        open_slide(path)
 
 
 def test_the_dicom_files_of_a_folder_are_one_slide(tmp_path: Path):

@@ -1,0 +1,172 @@
+"""Read the feature files of other programs: HDF5 and plain tensors, checked before their numbers are used."""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cfusion.errors import LayoutError, MissingExtraError
+
+WHOLE = 0.01
+"""Largest distance of a coordinate in px from a whole number."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One slide's features at one magnification, as a layout stores them.
+
+    Attributes:
+        features: [N, d].
+        coords: [N, 2], top-left corners: i64 in level-0 px, or f64 in µm if `um_px` is given; None if there are none.
+        side_px: Side of a tile in px: of level 0, or of its own magnification if `um_px` is given; None if unknown.
+        um_px: µm per px of the tile's own magnification, if the coordinates are in µm.
+        coords_from: How the space of the coordinates is known.
+        size_px: Width and height of the slide's level 0, if the file states it.
+    """
+
+    features: np.ndarray
+    coords: np.ndarray | None = None
+    side_px: float | None = None
+    um_px: float | None = None
+    coords_from: str = ""
+    size_px: tuple[int, int] | None = None
+
+    def subset(self, keep: np.ndarray) -> Level:
+        """Return the level with only the tiles of `keep`, bool [N]."""
+        coords = None if self.coords is None else self.coords[keep]
+        return replace(self, features=self.features[keep], coords=coords)
+
+
+def placed_level(path: Path, values: np.ndarray, coords: np.ndarray, side: float, **known: Any) -> Level:
+    """Check features and coordinates against each other and make a level of them; see `Level` for `known`.
+
+    A leading axis of length 1 is dropped, as TRIDENT and CLAM write `[1, N, d]`.
+
+    Raises:
+        LayoutError: There are no tiles, the shapes differ, or a coordinate cannot be on a slide.
+    """
+    values, coords = (a[0] if a.ndim == 3 and a.shape[0] == 1 else a for a in (values, coords))
+    if values.size == 0:
+        raise LayoutError(f"{path}: has no tiles.")
+    if values.ndim != 2 or coords.shape != (len(values), 2):
+        raise LayoutError(f"{path}: features {list(values.shape)} and coords {list(coords.shape)} do not match.")
+    wild = ~(np.abs(coords) < 2**31).all(axis=1)
+    if wild.any():
+        raise LayoutError(f"{path}: a tile lies at {coords[wild][0].tolist()}, which cannot be on a slide.")
+    if "um_px" in known:
+        return Level(values, coords.astype(np.float64), side, **known)
+    whole = np.rint(coords.astype(np.float64))
+    broken = (np.abs(coords - whole) > WHOLE).any(axis=1)
+    if broken.any():
+        raise LayoutError(
+            f"{path}: a tile lies at {coords[broken][0].tolist()}, expected whole pixels of level 0.",
+            "Check in which unit its coordinates are.",
+        )
+    return Level(values, whole.astype(np.int64), side, **known)
+
+
+def read_tensor(path: Path) -> np.ndarray:
+    """Read a tensor [N, d] from a `.pt` file; only tensors are unpickled.
+
+    Raises:
+        LayoutError: The file is unreadable, or contains something else.
+    """
+    try:
+        tensor = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise LayoutError(
+            f"{path}: contains a pickled object, not a plain tensor, so it is not opened.",
+            "Import the .h5 files next to it, or save it again with torch.save(torch.as_tensor(features), path).",
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a damaged archive ends in errors of many kinds
+        raise LayoutError(f"{path}: cannot be read ({said(error)}).") from None
+    plain = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and tensor.is_floating_point()
+    if plain and tensor.ndim == 3 and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    if not plain or tensor.ndim != 2:
+        is_tensor = isinstance(tensor, torch.Tensor)
+        kind = f"a tensor {list(tensor.shape)}, {tensor.dtype}" if is_tensor else type(tensor).__name__
+        raise LayoutError(f"{path}: contains {kind}, expected a tensor [N, d] of floats.")
+    return tensor.detach().float().numpy()
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Open an HDF5 file for reading.
+
+    Raises:
+        LayoutError: The file is unreadable, or what is read from it within the block is damaged.
+        MissingExtraError: h5py is not installed.
+    """
+    if importlib.util.find_spec("h5py") is None:
+        raise MissingExtraError("h5py", "import", f"Reading {path.name}")
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except (LayoutError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - damaged files end in errors of many kinds
+        raise LayoutError(f"{path}: not a readable HDF5 file ({said(error)}).") from None
+
+
+def dataset(file: Any, path: Path, name: str) -> Any:
+    """Return a dataset of numbers.
+
+    Raises:
+        LayoutError: It is missing, or is not an array of numbers.
+    """
+    if name not in file:
+        raise LayoutError(f"{path}: has no dataset {name!r}, only {', '.join(file)}.")
+    found = file[name]
+    if getattr(found, "ndim", 0) == 0 or found.dtype.kind not in "fiu":
+        raise LayoutError(f"{path}: its {name!r} is not an array of numbers.")
+    return found
+
+
+def number(holder: Any, path: Path, key: str) -> float:
+    """Read a positive number from the attributes; CLAM writes one for x and one for y.
+
+    Raises:
+        LayoutError: It is missing or not positive, or x and y differ by more than 2%.
+    """
+    if key not in holder.attrs:
+        raise LayoutError(f"{path}: {holder.name} has no attribute {key!r}.")
+    stored = holder.attrs[key]
+    try:
+        values = np.asarray(stored, np.float64).ravel()
+    except (TypeError, ValueError):
+        values = np.empty(0)
+    if not values.size or not np.isfinite(values).all() or not (values > 0).all():
+        raise LayoutError(f"{path}: {key} is {stored}, expected a positive number.")
+    if values.max() > 1.02 * values.min():
+        raise LayoutError(f"{path}: {key} is {stored}; expected the same for x and y.")
+    return float(values.mean())
+
+
+def number_if_given(holder: Any, path: Path, key: str) -> float | None:
+    """Read a positive number from the attributes; None if it is missing. TRIDENT writes None as the string 'None'."""
+    return None if key not in holder.attrs or text(holder.attrs[key]) == "None" else number(holder, path, key)
+
+
+def text(value: Any) -> str | None:
+    """Return an attribute's text; None if it is something else."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return value if isinstance(value, str) else None
+
+
+def said(error: BaseException) -> str:
+    """Return what a library's error says, in one short line, with the error's class if it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
