@@ -196,7 +196,7 @@ def _flat_trident(path: Path, named: str | None, magnification: float | None, ov
     except DataError:
         return None
     overlaps.add(int(attrs.get("overlap") or 0))
-    magnification = stated or magnification
+    magnification = magnification or stated
     name = "" if magnification is None else magnification_name(magnification)
     encoder = named or (encoder if encoder != "None" else None)
     return FeatureFile(slide_name(path), name, encoder, partial(_trident, path, None, magnification, encoder), (path,))

@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import numpy as np
+import openslide
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cfusion.data.store import FeatureStore
 from cfusion.errors import ConfigError, DataError
-from preprocess.importers import import_features
+from preprocess.importers import ImportOptions, import_features
 
 h5py = pytest.importorskip("h5py")
 
@@ -275,3 +278,225 @@ def test_an_odd_tensor_is_refused_and_the_rest_goes_on(tmp_path: Path, tensor: t
     report = import_features(tmp_path / "in", tmp_path / "store")
     assert report.imported == ("b",)
     assert message in report.refused["a"]
+
+
+def write_flat(path: Path, count: int = 9, dtype=np.float32, leading: bool = False, encoder=None, **attrs) -> None:
+    """Write a file as in a flat tree of TRIDENT's, such as `TCGA-BLCA/NAME.UUID.h5`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values, places = features(count).astype(dtype), grid(512, 3, count // 3).astype(np.int64)
+    with h5py.File(path, "w") as file:
+        stored = file.create_dataset("features", data=values[None] if leading else values)
+        if encoder:
+            stored.attrs["encoder"] = encoder
+        file.create_dataset("coords", data=places[None] if leading else places).attrs.update(attrs)
+
+
+KNOWN = {"patch_size": 256, "patch_size_level0": 512, "target_magnification": 20, "overlap": 0}
+UUID = "TCGA-2F-A9KO-01Z-00-DX1.195576CF-B739-4BD9-B15B-4A70AE287D3E"
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("leading", [False, True])
+def test_a_flat_tree_of_trident(tmp_path: Path, dtype, leading: bool):
+    write_flat(tmp_path / f"in/TCGA-BLCA/{UUID}.h5", dtype=dtype, leading=leading, encoder="uni_v1", **KNOWN)
+    report = import_features(tmp_path / "in", tmp_path / "store")
+    assert (report.layout, report.imported) == ("trident", (UUID,))
+    slide = FeatureStore.open(tmp_path / "store", "uni").read(UUID)
+    np.testing.assert_array_equal(slide.features["x20"], features(9).astype(dtype).astype(np.float16))
+    assert slide.attrs["tile_px_level0"] == {"x20": 512}
+    assert slide.attrs["coords_space"] == "level-0 px"
+    assert FeatureStore.open(tmp_path / "store", "uni_v1").encoder == "uni"
+
+
+def test_a_flat_tree_that_states_nothing(tmp_path: Path):
+    write_flat(tmp_path / "in/a.h5", leading=True, level0_magnification=-1, target_magnification=-1)
+    with pytest.raises(ConfigError, match="do not name their encoder"):
+        import_features(tmp_path / "in", tmp_path / "store")
+    report = import_features(tmp_path / "in", tmp_path / "store", encoder="uni2-h")
+    assert "does not state its magnification. Give --magnification" in report.refused["a"]
+    options = ImportOptions(magnification=20)
+    assert import_features(tmp_path / "in", tmp_path / "store", encoder="uni2-h", options=options).imported == ("a",)
+    attrs = FeatureStore.open(tmp_path / "store").attrs("a")
+    assert attrs["tile_px_level0"] == {"x20": 512}
+    assert "the stride of its coordinates" in attrs["coords_from"]
+    options = ImportOptions(magnification=10)
+    write_flat(tmp_path / "other/a.h5", encoder="uni_v1", **KNOWN)
+    report = import_features(tmp_path / "other", tmp_path / "o", options=options)
+    assert "its attributes say 20x, but its folder or --magnification says 10x" in report.refused["a"]
+
+
+def test_one_of_several_encoders_is_chosen_and_the_others_are_listed(tmp_path: Path):
+    write_flat(tmp_path / "in/a.h5", encoder="uni_v1", **KNOWN)
+    write_flat(tmp_path / "in/b.h5", encoder="conch_v1", **KNOWN)
+    with pytest.raises(DataError, match=r"contains the encoders conch_v1, uni_v1. Choose one, such as --encoder"):
+        import_features(tmp_path / "in", tmp_path / "store")
+    report = import_features(tmp_path / "in", tmp_path / "store", encoder="conch")
+    assert report.imported == ("b",)
+    assert report.skipped == {str(tmp_path / "in/a.h5"): "features of uni_v1; --encoder uni_v1 imports them"}
+    assert report.table.read_text().count("skipped") == 1
+    with pytest.raises(DataError, match=r"are of conch_v1, uni_v1, but --encoder says virchow. .*conch_v1=virchow"):
+        import_features(tmp_path / "in", tmp_path / "store", encoder="virchow")
+    assert import_features(tmp_path / "in", tmp_path / "other", encoder="uni=my-uni").imported == ("a",)
+    assert FeatureStore.open(tmp_path / "other").encoder == "my-uni"
+
+
+def test_two_backbones_of_the_published_program_are_chosen_from(tmp_path: Path):
+    write_published(tmp_path / "in")
+    (tmp_path / "in/resnet50").rename(tmp_path / "in/uni")
+    write_published(tmp_path / "in")
+    with pytest.raises(DataError, match="contains the encoders resnet50, uni"):
+        import_features(tmp_path / "in", tmp_path / "store")
+    assert import_features(tmp_path / "in", tmp_path / "store", encoder="uni").imported == ("a", "b")
+
+
+def test_an_encoder_attribute_that_contradicts_its_folder_is_refused(tmp_path: Path):
+    write_trident(tmp_path / "in", slides=("a", "b"))
+    with h5py.File(tmp_path / "in/20x_256px_0px_overlap/features_uni_v1/a.h5", "r+") as file:
+        file["features"].attrs["encoder"] = "conch_v1"
+    with h5py.File(tmp_path / "in/20x_256px_0px_overlap/features_uni_v1/b.h5", "r+") as file:
+        file["coords"].attrs["target_magnification"] = 10
+    report = import_features(tmp_path / "in", tmp_path / "store")
+    assert "its attribute says the encoder conch_v1, its folder uni_v1" in report.refused["a"]
+    assert "its attributes say 10x, but its folder or --magnification says 20x" in report.refused["b"]
+
+
+@pytest.mark.parametrize("other", ["20x_512px_0px_overlap", "20x_256px_64px_overlap"])
+def test_one_magnification_twice_is_refused_until_one_is_chosen(tmp_path: Path, other: str):
+    write_trident(tmp_path / "in")
+    folder = tmp_path / "in" / other / "features_uni_v1"
+    write_flat(folder / "b.h5", encoder="uni_v1", **KNOWN)
+    with pytest.raises(DataError, match=rf"20x_256px_0px_overlap.*{other}|{other}.*20x_256px_0px_overlap") as refused:
+        import_features(tmp_path / "in", tmp_path / "store")
+    assert "--only" in refused.value.remedy
+    report = import_features(tmp_path / "in", tmp_path / "store", options=ImportOptions(only=("*_256px_0px_overlap",)))
+    assert report.imported == ("a",)
+    assert "one grid" in report.alignment
+    assert str(folder / "b.h5") in report.skipped
+
+
+def test_one_slide_twice_is_refused_with_both_files(tmp_path: Path):
+    for folder in ("one", "two"):
+        write_flat(tmp_path / "in" / folder / "a.h5", encoder="uni_v1", **KNOWN)
+    write_flat(tmp_path / "in/two/b.h5", encoder="uni_v1", **KNOWN)
+    report = import_features(tmp_path / "in", tmp_path / "store")
+    assert report.imported == ("b",)
+    assert "one/a.h5 and" in report.refused["a"]
+    assert "two/a.h5 are both slide a at x20" in report.refused["a"]
+
+
+@pytest.mark.parametrize("attrs", [{"tile_size": 256.0, "unit": "um", "stamp_version": "2.0.1"}, None])
+def test_older_files_of_stamp_in_subfolders(tmp_path: Path, attrs):
+    """Before 2.1 the side was `tile_size`; the first version counted px of 256 / 224 µm and wrote no attributes."""
+    path = tmp_path / "in/ABCD-UUID/a.h5"
+    path.parent.mkdir(parents=True)
+    with h5py.File(path, "w") as file:
+        file["coords"] = grid(256 if attrs else 224, 3, 3).astype(np.float32)
+        file["feats"] = features(9).astype(np.float16)
+        file.attrs.update({"extractor": "uni", **(attrs or {})})
+    assert import_features(tmp_path / "in", tmp_path / "store").imported == ("a",)
+    slide = FeatureStore.open(tmp_path / "store").read("a")
+    (name,) = slide.features
+    side_px = slide.attrs["tile_px_level0"][name]
+    assert slide.attrs["coords_um_px"] * side_px == pytest.approx(256)
+    assert slide.coords[name].max(axis=0) * slide.attrs["coords_um_px"] == pytest.approx([512, 512])
+
+
+def test_stamp_is_placed_on_the_slides(tmp_path: Path, shared: Path):
+    """The right places: µm over the µm/px that OpenSlide reads."""
+    (tmp_path / "in").mkdir()
+    write_stamp(tmp_path / "in", slides=("cmu_small_region", "elsewhere"))
+    mpp = float(openslide.OpenSlide(shared / "slides/cmu_small_region.svs").properties["openslide.mpp-x"])
+    options = ImportOptions(slides=shared / "slides")
+    import_features(tmp_path / "in", tmp_path / "store", options=options)
+    slide = FeatureStore.open(tmp_path / "store").read("cmu_small_region")
+    np.testing.assert_array_equal(slide.coords["x8.75"], np.rint(grid(256, 3, 3) / mpp))
+    assert slide.attrs["tile_px_level0"]["x8.75"] == pytest.approx(256 / mpp)
+    assert (slide.attrs["coords_space"], slide.attrs["mpp"]) == ("level-0 px", mpp)
+    assert slide.attrs["slide_size_px"] == [2220, 2967]
+    other = FeatureStore.open(tmp_path / "store").attrs("elsewhere")
+    assert other["coords_space"] == "tile px"
+
+
+def test_features_of_a_larger_slide_are_refused_with_both_sizes(tmp_path: Path, shared: Path):
+    write_flat(tmp_path / "in/cmu_small_region.h5", 30, encoder="uni_v1", **KNOWN)
+    stated = {**KNOWN, "level0_width": 9000, "level0_height": 9000}
+    write_flat(tmp_path / "stated/cmu_small_region.h5", encoder="uni_v1", **stated)
+    options = ImportOptions(slides=shared / "slides")
+    report = import_features(tmp_path / "in", tmp_path / "store", options=options)
+    assert "its tiles reach 1536 × 5120 px, but the slide has 2220 × 2967 px" in report.refused["cmu_small_region"]
+    report = import_features(tmp_path / "stated", tmp_path / "store", options=options)
+    assert "of a slide of 9000 × 9000 px, but" in report.refused["cmu_small_region"]
+    write_flat(tmp_path / "no/other.h5", encoder="uni_v1", **KNOWN)
+    with pytest.raises(ConfigError, match="none of its slides has the name of one of the features, such as other"):
+        import_features(tmp_path / "no", tmp_path / "store", options=options)
+
+
+def test_clam_slides_with_half_their_files_are_refused_by_name(tmp_path: Path):
+    write_clam(tmp_path / "in", slides=("a", "patches_only", "features_only"))
+    for path in (tmp_path / "in").rglob("patches_only.*"):
+        if path.parent.name != "patches":
+            path.unlink()
+    for path in (tmp_path / "in").glob("*/patches/features_only.h5"):
+        path.unlink()
+    report = import_features(tmp_path / "in", tmp_path / "store", encoder="resnet50")
+    assert report.imported == ("a",)
+    assert "no features in h5_files/ or pt_files/" in report.refused["patches_only"]
+    assert "its patches/ file with the coordinates is missing" in report.refused["features_only"]
+
+
+def test_a_tensor_that_requires_grad_is_imported(tmp_path: Path):
+    write_published(tmp_path / "in")
+    path = tmp_path / "in/resnet50/x20/pt_files/a.pt"
+    torch.save(torch.load(path).requires_grad_(), path)
+    assert import_features(tmp_path / "in", tmp_path / "store").imported == ("a", "b")
+
+
+def test_coordinates_are_rounded_and_other_units_are_refused(tmp_path: Path):
+    write_trident(tmp_path / "in", slides=("near", "um"))
+    for name, shift in (("near", -1e-4), ("um", 0.3)):
+        for path in (tmp_path / "in").glob(f"*/features_uni_v1/{name}.h5"):
+            with h5py.File(path, "r+") as file:
+                replace("coords", file["coords"][:] + shift)(file)
+    report = import_features(tmp_path / "in", tmp_path / "store")
+    assert report.imported == ("near",)
+    assert "expected whole pixels of level 0" in report.refused["um"]
+    assert FeatureStore.open(tmp_path / "store").read("near").coords["x20"][1].tolist() == [512, 0]
+
+
+def test_features_that_f16_would_lose_are_refused(tmp_path: Path):
+    write_published(tmp_path / "in")
+    path = tmp_path / "in/resnet50/x20/pt_files/a.pt"
+    torch.save(torch.load(path) * 1e-9, path)
+    report = import_features(tmp_path / "in", tmp_path / "store")
+    assert "too small for f16" in report.refused["a"]
+
+
+def test_an_import_replaces_nothing_unless_told(tmp_path: Path):
+    write_published(tmp_path / "in")
+    assert import_features(tmp_path / "in", tmp_path / "store").imported == ("a", "b")
+    assert import_features(tmp_path / "in", tmp_path / "store").imported == ("a", "b")
+    torch.save(torch.ones(16, DIM), tmp_path / "in/resnet50/x20/pt_files/a.pt")
+    report = import_features(tmp_path / "in", tmp_path / "store")
+    assert report.imported == ("b",)
+    assert "already has features of resnet50 of slide a, imported from published" in report.refused["a"]
+    assert import_features(tmp_path / "in", tmp_path / "store", options=ImportOptions(overwrite=True)).refused == {}
+    assert (FeatureStore.open(tmp_path / "store").read("a").features["x20"] == 1).all()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["pt", "h5"]), st.integers(1, 8))
+def test_changed_bytes_refuse_one_slide_alone(tmp_path: Path, seed: int, kind: str, changes: int):
+    rng, root = np.random.default_rng(seed), tmp_path / f"{seed}-{kind}-{changes}"
+    if kind == "pt":
+        write_published(root / "in", slides=("a", "b", "c"))
+        (path,) = (root / "in").glob("*/x20/pt_files/b.pt")
+    else:
+        write_trident(root / "in", slides=("a", "b", "c"))
+        (path,) = (root / "in").glob("20x*/features_uni_v1/b.h5")
+    data = bytearray(path.read_bytes())
+    for at in rng.integers(0, len(data), changes):
+        data[at] = rng.integers(0, 256)
+    path.write_bytes(data)
+    report = import_features(root / "in", root / "store")
+    assert {"a", "c"} <= set(report.imported)
+    assert set(report.imported) | set(report.refused) == {"a", "b", "c"}
