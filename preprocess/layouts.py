@@ -191,11 +191,12 @@ def _flat_trident(path: Path, named: str | None, magnification: float | None, ov
         with opened(path) as file:
             if "features" not in file or "coords" not in file:
                 return None
-            attrs = {**file["coords"].attrs}
+            overlap = _whole(file["coords"].attrs.get("overlap", 0))
             stated, encoder = _trident_magnification(file["coords"], path), text(file["features"].attrs.get("encoder"))
     except DataError:
         return None
-    overlaps.add(int(attrs.get("overlap") or 0))
+    # An overlap that is no number is not taken for none.
+    overlaps.add(-1 if overlap is None else overlap)
     magnification = magnification or stated
     name = "" if magnification is None else magnification_name(magnification)
     encoder = named or (encoder if encoder != "None" else None)
@@ -242,7 +243,7 @@ def _clam(patches: Path, features: Path) -> Level:
         coords = stored[:]
         # `patch_size` counts pixels of `patch_level`; coordinates count pixels of level 0.
         side = number(stored, patches, "patch_size") * number(stored, patches, "downsample")
-        size = _size(stored.attrs.get("level_dim")) if int(stored.attrs.get("patch_level", -1)) == 0 else None
+        size = _size(stored.attrs.get("level_dim")) if _whole(stored.attrs.get("patch_level")) == 0 else None
     if features.suffix == ".pt":
         values = read_tensor(features)
     else:
@@ -254,12 +255,18 @@ def _clam(patches: Path, features: Path) -> Level:
 
 
 def _size(stored: Any) -> tuple[int, int] | None:
-    values = np.asarray(stored if stored is not None else [], object).ravel()
-    try:
-        width, height = (int(v) for v in values)
-    except (TypeError, ValueError):
+    values = [_whole(v) for v in np.asarray(stored if stored is not None else [], object).ravel()]
+    if len(values) != 2 or values[0] is None or values[1] is None or min(values[0], values[1]) <= 0:
         return None
-    return (width, height) if width > 0 and height > 0 else None
+    return values[0], values[1]
+
+
+def _whole(stored: Any) -> int | None:
+    """Return an attribute that should be a whole number; None if it is not a number."""
+    try:
+        return int(stored)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _trident(path: Path, patches: Path | None, magnification: float | None, encoder: str | None) -> Level:

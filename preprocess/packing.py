@@ -190,6 +190,11 @@ def _finished(out: Path, plan: _Plan, store: FeatureSource) -> ShardIndex | None
     except DataError as error:
         logger.warning("packing again: %s", error.message)
         return None
+    if index.encoder != plan.encoder:
+        raise DataError(
+            f"{out}: contains shards of {index.encoder}, which those of {plan.encoder} would replace.",
+            "Give another folder, or delete it.",
+        )
     same = index.plan == plan.digest and all(_is_complete(out, shard) for shard in index.shards)
     return index if same and _still_refused(store, index.refused, plan) else None
 

@@ -29,6 +29,12 @@ MAX_BLOCK_PX = 2048
 MIN_BLOCK_PX = 256
 """Minimum size of a block that is split because it cannot be read."""
 
+FILL_SIDE = 32
+"""Side, in px of the overview, of the squares that are read from a finer level."""
+
+FILL_PROBES = 8
+"""Pixels of level 0 that are looked at before such a square is read."""
+
 MAX_SPLITS = 400
 """Maximum number of blocks split per overview; a slide with more broken blocks is not worth the reads."""
 
@@ -121,7 +127,9 @@ class Slide:
         fine_enough = [i for i, d in enumerate(self.downsamples) if d <= step * 1.001]
         level = max(fine_enough, key=lambda i: self.downsamples[i], default=0)
         width, height = (max(1, math.ceil(side / step)) for side in self.size_px)
-        return _read_overview(self, level, width, height)
+        overview = _read_overview(self, level, width, height)
+        _fill_from_finer(self, level, overview)
+        return overview
 
 
 class Overview:
@@ -130,14 +138,25 @@ class Overview:
     Attributes:
         rgb: u8 [h, w, 3], on the background colour.
         scanned: bool [h, w], true where the slide has pixels.
-        unread: bool [h, w], true where they cannot be decoded at this level.
+        unread: bool [h, w], true where the chosen level cannot be decoded.
+        filled: bool [h, w], true where a finer level was read instead.
         px_level0: Level-0 px per pixel of the overview, in x and y.
     """
 
     def __init__(
-        self, rgb: np.ndarray, scanned: np.ndarray, unread: np.ndarray, px_level0: tuple[float, float]
+        self,
+        rgb: np.ndarray,
+        scanned: np.ndarray,
+        unread: np.ndarray,
+        px_level0: tuple[float, float],
     ) -> None:
         self.rgb, self.scanned, self.unread, self.px_level0 = rgb, scanned, unread, px_level0
+        self.filled = np.zeros_like(unread)
+
+    @property
+    def lost(self) -> np.ndarray:
+        """Where no level can be decoded, bool [h, w]."""
+        return self.unread & ~self.filled
 
 
 def open_slide(path: Path, mpp_table: Mapping[str, float] | None = None, default_mpp: float | None = None) -> Slide:
@@ -353,10 +372,73 @@ def _read_overview(slide: Slide, level: int, width: int, height: int) -> Overvie
     return overview
 
 
+def _fill_from_finer(slide: Slide, level: int, overview: Overview) -> None:
+    """Read from finer levels what an overview's level lacks: level 0 decides what is on a slide.
+
+    A coarse level can have holes where level 0 has pixels, and tiles that cannot be decoded. Squares with such pixels
+    are read from the next finer level; holes only where a probe of level 0 finds a pixel.
+    """
+    height, width = overview.scanned.shape
+    down = slide.downsamples
+    finer = sorted((i for i in range(len(down)) if down[i] < down[level]), key=lambda i: -down[i])
+    for top in range(0, height, FILL_SIDE):
+        for left in range(0, width, FILL_SIDE):
+            square = (left, top, min(left + FILL_SIDE, width), min(top + FILL_SIDE, height))
+            rows, columns = slice(top, square[3]), slice(left, square[2])
+            lost, scanned = overview.lost[rows, columns], overview.scanned[rows, columns]
+            lacks = lost | ~scanned
+            if not lacks.any() or not (lost.any() or _has_pixels(slide, overview, left, top, lacks)):
+                continue
+            for other in finer:
+                _fill_square(slide, other, square, overview)
+                if not (overview.lost[rows, columns] | ~overview.scanned[rows, columns]).any():
+                    break
+
+
+def _has_pixels(slide: Slide, overview: Overview, left: int, top: int, lacks: np.ndarray) -> bool:
+    """Return whether level 0 has pixels at some of the places, relative to (left, top), that an overview lacks."""
+    places = np.argwhere(lacks)[:: max(1, lacks.sum() // FILL_PROBES)]
+    for row, column in places.tolist():
+        x, y = ((at + 0.5) * px for at, px in zip((left + column, top + row), overview.px_level0, strict=True))
+        try:
+            if slide.read_rgba(int(x), int(y), 1, 1)[..., 3].any():
+                return True
+        except DataError:
+            return True
+    return False
+
+
+def _fill_square(slide: Slide, level: int, square: tuple[int, int, int, int], overview: Overview) -> None:
+    """Read a square (left, top, right, bottom) of an overview from `level`, and take what the overview lacks."""
+    left, top, right, bottom = square
+    height, width = overview.scanned.shape
+    shape = (bottom - top, right - left)
+    piece = Overview(np.empty((*shape, 3), np.uint8), np.zeros(shape, bool), np.zeros(shape, bool), overview.px_level0)
+    factor = (slide.level_sizes_px[level][0] / width, slide.level_sizes_px[level][1] / height)
+    try:
+        _read_block(slide, level, factor, square, piece, (left, top))
+    except DataError:
+        return
+    rows, columns = slice(top, bottom), slice(left, right)
+    take = piece.scanned & (overview.lost[rows, columns] | ~overview.scanned[rows, columns])
+    overview.rgb[rows, columns][take] = piece.rgb[take]
+    overview.scanned[rows, columns][take] = True
+    # What this level can decode, also as not scanned, is not lost.
+    overview.filled[rows, columns] = True
+
+
 def _read_block(
-    slide: Slide, level: int, factor: tuple[float, float], block: tuple[int, int, int, int], overview: Overview
+    slide: Slide,
+    level: int,
+    factor: tuple[float, float],
+    block: tuple[int, int, int, int],
+    overview: Overview,
+    origin: tuple[int, int] = (0, 0),
 ) -> None:
-    """Read the pixels `block` (left, top, right, bottom) of an overview; `factor` px of `level` make one."""
+    """Read the pixels `block` (left, top, right, bottom) of an overview that begins at `origin`.
+
+    `factor` px of `level` make one.
+    """
     (left, top, right, bottom), (fx, fy) = block, factor
     x0, y0 = math.floor(left * fx), math.floor(top * fy)
     x1, y1 = math.ceil(right * fx), math.ceil(bottom * fy)
@@ -366,5 +448,6 @@ def _read_block(
     size = (right - left, bottom - top)
     picture = Image.fromarray(slide.composite(rgba)).resize(size, Image.Resampling.BOX, box)
     alpha = Image.fromarray(np.ascontiguousarray(rgba[..., 3])).resize(size, Image.Resampling.BOX, box)
-    overview.rgb[top:bottom, left:right] = np.asarray(picture)
-    overview.scanned[top:bottom, left:right] = np.asarray(alpha) > 127
+    rows, columns = slice(top - origin[1], bottom - origin[1]), slice(left - origin[0], right - origin[0])
+    overview.rgb[rows, columns] = np.asarray(picture)
+    overview.scanned[rows, columns] = np.asarray(alpha) > 127

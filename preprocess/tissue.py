@@ -51,11 +51,11 @@ def tissue_mask(overview: Overview, um_px: float) -> np.ndarray:
         um_px: µm per pixel of the overview.
 
     Returns:
-        bool [h, w]. True where the overview could not be read: there the slide's own pixels decide.
+        bool [h, w]. True where no level of the slide can be read: there the cells are listed as unreadable.
     """
-    readable = overview.scanned & ~overview.unread
+    readable = overview.scanned & ~overview.lost
     if not readable.any():
-        return overview.unread.copy()
+        return overview.lost.copy()
     picture = _on_white_glass(overview.rgb, readable)
     ink = pen_mask(picture, um_px)
     saturation = _saturation(picture)
@@ -65,7 +65,7 @@ def tissue_mask(overview: Overview, um_px: float) -> np.ndarray:
     mask = ndimage.binary_closing(np.pad(mask, 2), iterations=2)[2:-2, 2:-2] & valid
     mask = _without_small(mask, MIN_TISSUE_UM2 / um_px**2)
     mask |= _small_holes(mask, MAX_HOLE_UM2 / um_px**2)
-    return mask & overview.scanned & ~ink | overview.unread
+    return mask & overview.scanned & ~ink | overview.lost
 
 
 def pen_mask(rgb: np.ndarray, um_px: float) -> np.ndarray:

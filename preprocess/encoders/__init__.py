@@ -92,6 +92,12 @@ def load_slots(config: PreprocessConfig) -> list[list[Encoder]]:
     """
     if len(set(config.encoders)) != len(config.encoders) or not config.encoders:
         raise ConfigError(f"encoders {list(config.encoders)}: expected one or more names, each given once.")
+    networks = [name for name in config.encoders if name != StainTexture.name]
+    if len(networks) > 1 and config.weights is not None and config.weights.is_file():
+        raise ConfigError(
+            f"weights={config.weights}: one checkpoint for the encoders {', '.join(networks)}.",
+            "Give a folder with one checkpoint for each, ENCODER.safetensors, or one encoder.",
+        )
     if set(config.encoders) == {StainTexture.name}:
         return [[StainTexture()]] * config.threads
     return [[load_encoder(name, config, device) for name in config.encoders] for device in _devices(config.devices)]

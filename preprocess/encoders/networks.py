@@ -70,7 +70,7 @@ class NetworkEncoder:
             size = (card.resize_px, card.resize_px)
             values = F.interpolate(values, size, mode=card.filter, antialias=True, align_corners=False)
             values = values.round().clamp(0, 255)
-        margin = (card.resize_px - card.image_px) // 2
+        margin = round((card.resize_px - card.image_px) / 2)  # as torchvision's CenterCrop
         values = values[..., margin : margin + card.image_px, margin : margin + card.image_px]
         return (values / 255 - self._mean) / self._std
 
@@ -141,15 +141,55 @@ def card_of(name: str, offline: bool = False) -> EncoderCard:
     except (RuntimeError, ValueError, TypeError, OSError, KeyError) as error:
         raise ConfigError(f"encoder {name!r}: timm cannot build it ({error}).", "Check the name.") from error
     pretrained = network.pretrained_cfg
-    image_px = pretrained["input_size"][-1]
     if kind == "timm":
         repo = pretrained.get("hf_hub_id") or ""
+    data = timm.data.resolve_data_config({}, model=network)
+    resize_px, image_px, resampling = _resized(name, timm.data.create_transform(**data, is_training=False))
     return EncoderCard(
-        network.num_features, architecture, repo, f"{HUB}/{repo}", pretrained.get("license") or "see its card",
-        gated=False, file="model.safetensors", resize_px=round(image_px / (pretrained.get("crop_pct") or 1)),
-        image_px=image_px, filter="bilinear" if pretrained.get("interpolation") == "bilinear" else "bicubic",
-        colours=(tuple(pretrained["mean"]), tuple(pretrained["std"])),
+        _output_width(name, network, image_px), architecture, repo, f"{HUB}/{repo}",
+        pretrained.get("license") or "see its card", gated=False, file="model.safetensors", resize_px=resize_px,
+        image_px=image_px, filter=resampling, colours=(tuple(data["mean"]), tuple(data["std"])),
     )  # fmt: skip
+
+
+def _resized(name: str, transform: Any) -> tuple[int, int, Any]:
+    """Return size of the resized tile, size of its crop and filter, from timm's own transform.
+
+    Raises:
+        ConfigError: The transform does something else.
+    """
+    steps = {type(step).__name__: step for step in transform.transforms}
+    crop = steps.get("CenterCrop")
+    resize = steps.get("Resize")
+    resampling = str(getattr(getattr(resize, "interpolation", None), "value", ""))
+    sizes = {int(v) for v in np.ravel(getattr(resize, "size", []))}
+    crops = {int(v) for v in np.ravel(getattr(crop, "size", []))} or sizes
+    if len(sizes) != 1 or len(crops) != 1 or resampling not in ("bilinear", "bicubic"):
+        raise ConfigError(
+            f"encoder {name!r}: its transform is {transform}, expected a square resize, bilinear or bicubic, and a "
+            "centre crop.",
+            "Choose another encoder.",
+        )
+    return sizes.pop(), crops.pop(), resampling
+
+
+def _output_width(name: str, network: nn.Module, image_px: int) -> int:
+    """Return the width of an embedding: run the network without numbers, as `num_features` can be another width.
+
+    Raises:
+        ConfigError: The network does not return one vector per tile.
+    """
+    with torch.inference_mode():
+        try:
+            out = network.eval().to("meta")(torch.empty(1, 3, image_px, image_px, device="meta"))
+        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+            raise ConfigError(f"encoder {name!r}: cannot be run ({error}).", "Choose another encoder.") from error
+    if not isinstance(out, Tensor) or out.ndim != 2:
+        shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ConfigError(
+            f"encoder {name!r}: returns {shape} per tile, expected one vector.", "Choose another encoder."
+        )
+    return out.shape[1]
 
 
 def build_network(card: EncoderCard) -> nn.Module:

@@ -1,5 +1,6 @@
 """Test that extraction reports damaged slides, full disks, killed processes and bad encoders, and hides nothing."""
 
+import csv
 import errno
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 from slide_factory import break_tile, drop_tile, tissue_picture, write_slide
 
@@ -22,8 +24,10 @@ from cfusion.data.store import FeatureStore
 from cfusion.errors import ConfigError, DataError
 from cfusion.files import atomic_path
 from preprocess import extraction
+from preprocess.encoders import load_slots
 from preprocess.extraction import preprocess_slides
 from preprocess.settings import PreprocessConfig
+from preprocess.tissue import METHOD
 
 SIDE = 1700
 
@@ -397,3 +401,122 @@ def test_two_processes_on_the_same_slides_both_end_well(slides: Path, tmp_path: 
     assert [code for code, _ in codes] == [0, 0], codes
     assert sorted(p.name for p in (store / "mean-colour").iterdir()) == ["s0.zarr", "s1.zarr", "s2.zarr"]
     assert {o.status for o in extract(slides, store).outcomes} == {"skipped"}
+
+
+def plain_tiff(path: Path, picture: np.ndarray) -> Path:
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(picture, tile=(256, 256), photometric="rgb", compression="deflate", metadata=None,
+                   resolution=(20000, 20000), resolutionunit="CENTIMETER")  # fmt: skip
+    return path
+
+
+def test_an_ordinary_tiff_under_another_name_is_read_through_openslide(slides: Path, tmp_path: Path):
+    plain_tiff(slides / "x.ndpi", tissue_picture(SIDE, SIDE))
+    summary = extract(slides, tmp_path / "store")
+    assert [(o.slide_id, o.status) for o in summary.outcomes] == [(name, "done") for name in ("s0", "s1", "s2", "x")]
+    assert summary.outcomes[-1].reader == "openslide"
+
+
+@pytest.mark.parametrize("where", ["preprocess.slide_plan.tissue_mask", "preprocess.slide_plan.choose_reader"])
+def test_an_error_of_a_library_fails_one_slide(slides: Path, tmp_path: Path, monkeypatch, where: str):
+    module, name = where.rsplit(".", 1)
+    original = getattr(sys.modules[module], name)
+    calls = []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyError("tag 322")
+        return original(*args)
+
+    monkeypatch.setattr(where, failing)
+    summary = extract(slides, tmp_path / "store", threads=1)
+    assert sorted(o.status for o in summary.outcomes) == ["done", "done", "failed"]
+    assert "cannot be read (KeyError('tag 322'))" in summary.of("failed")[0].why
+
+
+@pytest.mark.parametrize("name", ["back\\slash.svs", "line\nbreak.svs", b"not-utf8-\xff.svs"])
+def test_a_name_that_the_store_cannot_hold_fails_one_slide(slides: Path, tmp_path: Path, name):
+    shutil.copy(slides / "s0.svs", slides / os.fsdecode(name))
+    summary = extract(slides, tmp_path / "store")
+    assert sorted(o.status for o in summary.outcomes) == ["done", "done", "done", "failed"]
+    assert "not a valid name" in summary.of("failed")[0].why
+    assert summary.table.read_text(encoding="utf-8").count("done") == 3
+
+
+def test_dangling_links_and_other_dicom_files_stand_in_the_summary(slides: Path, tmp_path: Path):
+    (slides / "gone.svs").symlink_to("nowhere.svs")
+    report = slides / "case" / "report.dcm"
+    report.parent.mkdir()
+    kind = b"1.2.840.10008.5.1.4.1.1.88.33\0"
+    report.write_bytes(bytes(128) + b"DICM" + b"\x08\0\x16\0UI" + len(kind).to_bytes(2, "little") + kind)
+    summary = extract(slides, tmp_path / "store")
+    assert [(o.slide_id, o.status) for o in summary.outcomes if o.status != "done"] == [
+        ("report", "skipped"), ("gone", "failed"),
+    ]  # fmt: skip
+    assert "not a whole-slide image" in summary.of("skipped")[0].why
+    assert "links to nowhere.svs, which does not exist" in summary.of("failed")[0].why
+
+
+def mend(path: Path, keep_time: bool) -> None:
+    """Change the resolution in place: the size in bytes stays."""
+    stat = path.stat()
+    data = path.read_bytes()
+    assert data.count(b"MPP = 0.5") == 1
+    path.write_bytes(data.replace(b"MPP = 0.5", b"MPP = .25"))
+    if keep_time:
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_a_slide_mended_in_place_is_stale(slides: Path, tmp_path: Path):
+    extract(slides, tmp_path / "store")
+    mend(slides / "s0.svs", keep_time=False)
+    (slides / "s1.svs").touch()  # a changed time alone changes nothing
+    again = extract(slides, tmp_path / "store")
+    assert [o.status for o in again.outcomes] == ["stale", "skipped", "skipped"]
+    assert "made with mpp 0.5, now 0.25" in again.outcomes[0].why
+    assert extract(slides, tmp_path / "store", overwrite=True).outcomes[0].status == "done"
+    assert read(tmp_path / "store", "s0").attrs["mpp"] == 0.25
+
+
+def test_overwrite_looks_into_every_slide(slides: Path, tmp_path: Path):
+    extract(slides, tmp_path / "store")
+    mend(slides / "s0.svs", keep_time=True)
+    again = extract(slides, tmp_path / "store", overwrite=True)
+    assert [o.status for o in again.outcomes] == ["done", "skipped", "skipped"]
+    assert read(tmp_path / "store", "s0").attrs["tile_px_level0"]["x20"] == 512
+
+
+def test_the_table_of_resolutions_wins_and_its_other_rows_are_named(slides: Path, tmp_path: Path, caplog):
+    table = tmp_path / "mpp.csv"
+    table.write_text("slide_id,mpp\ns0.svs,0.25\ns9,0.25\n")
+    summary = extract(slides, tmp_path / "store", mpp_table=table)
+    assert [(o.mpp, o.mpp_source, o.taken_as) for o in summary.outcomes] == [
+        (0.25, "table", "40x"), (0.5, "mpp", "20x"), (0.5, "mpp", "20x"),
+    ]  # fmt: skip
+    assert "1 rows have the name of no slide: s9" in caplog.text
+    table.write_text("slide_id,mpp\ns9,0.25\n")
+    with pytest.raises(
+        ConfigError, match="none of its 1 rows has the name of a slide, such as s0; its first row is of s9"
+    ):
+        extract(slides, tmp_path / "store", mpp_table=table)
+
+
+def test_what_was_assumed_stands_in_the_summary(tmp_path: Path):
+    slides, masks = tmp_path / "slides", tmp_path / "masks"
+    masks.mkdir()
+    for name in ("a", "b"):
+        write_slide(slides / f"{name}.svs", tissue_picture(1100, 1100), mpp=0.35)
+    Image.new("L", (110, 110), 255).save(masks / "a.svs.png")
+    extract(slides, tmp_path / "store", masks=masks)
+    rows = list(csv.DictReader((tmp_path / "store/summary.csv").open(encoding="utf-8")))
+    assert [(r["taken_as"], r["mask"]) for r in rows] == [("20x", "a.svs.png"), ("20x", METHOD)]
+    assert rows[0]["warnings"] == "0.35 µm/px is taken as 20x (0.5 µm/px)"
+    assert rows[1]["warnings"].endswith("; no mask of its own")
+
+
+def test_one_checkpoint_for_two_encoders_is_refused(tmp_path: Path):
+    (tmp_path / "w.safetensors").touch()
+    config = PreprocessConfig(encoders=("uni", "conch"), weights=tmp_path / "w.safetensors")
+    with pytest.raises(ConfigError, match="one checkpoint for the encoders uni, conch"):
+        load_slots(config)

@@ -439,3 +439,29 @@ def test_nothing_but_tensors_is_unpickled(tmp_path: Path):
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     with pytest.raises(DataError, match="not a readable checkpoint"):
         read_weights(tmp_path / "broken.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "mobilenetv4_conv_small.e2400_r224_in1k", "efficientvit_b0", "resnet18",
+             "efficientnet_lite0", "convnext_atto", "tf_efficientnet_b1", "swin_tiny_patch4_window7_224"],
+)  # fmt: skip
+def test_a_model_of_timm_is_run_as_timm_runs_it(timm, name: str):
+    """Width of the output and pixels of the transform, by timm itself."""
+    card = card_of(f"timm:{name}")
+    network = timm.create_model(name, pretrained=False, num_classes=0).eval()
+    data = timm.data.resolve_data_config({}, model=network)
+    with torch.inference_mode():
+        assert network(torch.zeros(1, *data["input_size"])).shape == (1, card.dim)
+    tile = tissue_picture(256, 256, share=2)
+    right = timm.data.create_transform(**data, is_training=False)(Image.fromarray(tile))
+    encoder = NetworkEncoder(name, card, torch.nn.Identity(), "", "cpu", "f32")
+    found = encoder.transformed(torch.from_numpy(tile)[None].permute(0, 3, 1, 2))[0]
+    assert found.shape == right.shape
+    # A grey level of 255 is the difference of two roundings.
+    assert (found - right).abs().max() < 2.1 / 255 / min(data["std"])
+
+
+def test_a_transform_that_is_not_ours_is_refused(timm):
+    compose = timm.data.create_transform((3, 224, 224), interpolation="lanczos", is_training=False)
+    with pytest.raises(ConfigError, match="expected a square resize, bilinear or bicubic"):
+        networks._resized("timm:x", compose)

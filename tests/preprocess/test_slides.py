@@ -9,12 +9,13 @@ import pytest
 import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
-from slide_factory import GLASS, break_tile, tissue_picture, write_slide
+from slide_factory import GLASS, break_tile, drop_tile, tissue_picture, write_slide
 
 from cfusion.errors import DataError
 from preprocess.resolution import Resolution, finest_scale, read_mpp_table, resolve, scale_of
 from preprocess.slide_headers import SERIES, dicom_tags, other_dicom_class
 from preprocess.slides import find_slides, open_slide, same_name, slide_id_of
+from preprocess.tissue import tissue_mask
 
 OME = (
     '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels SizeX="9" '
@@ -238,6 +239,37 @@ def test_an_unreadable_part_of_the_overview_is_marked(tmp_path: Path):
     break_tile(path, 0, level=1)
     overview = open_slide(path).overview()
     assert overview.unread.any()
+
+
+@pytest.mark.parametrize("fault", [drop_tile, break_tile], ids=["hole", "broken"])
+def test_level_0_decides_what_the_overview_lacks(tmp_path: Path, fault):
+    """The right overview is that of the same slide without a fault."""
+    picture = tissue_picture(4096, 4096, share=0.6)
+    path = write_slide(tmp_path / "a.svs", picture, level_sizes=((1024, 1024),))
+    whole = open_slide(path).overview()
+    for number in (0, 5, 10):
+        fault(path, number, level=1)
+    mended = open_slide(path).overview()
+    assert mended.scanned.all()
+    assert not mended.lost.any()
+    right, found = (tissue_mask(o, 8.0) for o in (whole, mended))
+    assert right.any()
+    assert (right != found).mean() < 0.002
+
+
+def test_what_no_level_can_decode_is_lost_and_what_none_has_is_not_scanned(tmp_path: Path):
+    path = write_slide(tmp_path / "a.svs", tissue_picture(2048, 2048), level_sizes=((512, 512),))
+    for number, fault in ((0, break_tile), (3, drop_tile)):
+        fault(path, number, level=1)
+    for number in (*range(4), *range(8, 12), *range(16, 20), *range(24, 28)):
+        break_tile(path, number)
+    for number in (36, 37, 38, 39, 44, 45, 46, 47, 52, 53, 54, 55, 60, 61, 62, 63):
+        drop_tile(path, number)
+    overview = open_slide(path).overview()
+    height, width = overview.scanned.shape
+    assert overview.lost[: height // 2 - 1, : width // 2 - 1].all()
+    assert not overview.scanned[height // 2 + 1 :, width // 2 + 1 :].any()
+    assert overview.scanned[: height // 2 - 1, width // 2 + 1 :].all()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a slide at all", b"II*\0" + bytes(100)])

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from cfusion.errors import DataError
-from preprocess.annotation import contours_geojson, draw_sheet, find_mask, read_mask
+from cfusion.errors import ConfigError, DataError
+from preprocess.annotation import check_masks, contours_geojson, draw_sheet, find_mask, read_mask
 from preprocess.grid import make_grid
 from preprocess.slides import Overview, open_slide
 from preprocess.tissue import MIN_TISSUE_UM2, pen_mask, tissue_mask
@@ -161,6 +161,51 @@ def test_a_mask_that_cannot_be_read_is_named(tmp_path: Path, name, content, mess
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"{name}: {message}"):
         read_mask(tmp_path / name, (20, 20), (8.0, 8.0))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "I;16", "RGB", "RGBA", "LA", "white glass P", "grey P"])
+def test_a_mask_is_read_as_painted(tmp_path: Path, mode: str):
+    """The upper left quarter is tissue, in every way a picture can say so."""
+    right = np.zeros((100, 100), bool)
+    right[:50, :50] = True
+    image = Image.fromarray(right.astype(np.uint8) * 255)
+    if mode == "white glass P":
+        image = Image.fromarray(right.astype(np.uint8))
+        image.putpalette([255] * 3 + [0] * 765)
+    elif mode == "I;16":
+        image = Image.fromarray(right.astype(np.uint16))
+    elif mode in ("RGBA", "LA"):  # white everywhere, but transparent on the glass
+        image = Image.new("L", (100, 100), 255).convert(mode)
+        image.putalpha(Image.fromarray(right.astype(np.uint8) * 255))
+    else:
+        image = image.convert(mode.split()[-1])
+    image.save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.png", (100, 100), (8.0, 8.0)), right)
+
+
+def test_a_mask_of_another_shape_is_refused_with_both_sizes(tmp_path: Path):
+    Image.new("L", (100, 50), 255).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a.png: the mask has 100 × 50 px, but the slide has 160 × 160 px"):
+        read_mask(tmp_path / "a.png", (20, 20), (8.0, 8.0))
+    Image.new("L", (7, 7), 255).save(tmp_path / "a.png")
+    assert read_mask(tmp_path / "a.png", (20, 21), (8.0, 8.0)).all()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.svs.png", "a.SVS.geojson"])
+def test_masks_are_found_by_name(tmp_path: Path, name: str):
+    (tmp_path / name.replace("SVS", "svs")).touch()
+    assert find_mask(tmp_path, "a") is not None
+
+
+def test_masks_that_fit_no_slide_are_refused_or_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with pytest.raises(ConfigError, match="no such folder"):
+        check_masks(tmp_path / "none", ["a"])
+    for name in ("a_mask.png", "Jose\u0301.png"):
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=r"none of its files has the name of a slide, such as Jos.*SLIDE_ID"):
+        check_masks(tmp_path, ["a"])
+    check_masks(tmp_path, ["a", "Jos\u00e9"])
+    assert "1 masks are used for no slide: a_mask.png" in caplog.text
 
 
 def test_the_sheet_shows_contours_and_cells():
