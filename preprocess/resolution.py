@@ -93,7 +93,7 @@ def power_of(mpp: float) -> float | None:
 
 
 @dataclass(frozen=True)
-class Scale:
+class SlideScale:
     """Level-0 pixels per pixel of the finest magnification, a float ≥ 1, and how the slide's resolution was used.
 
     Attributes:
@@ -112,7 +112,7 @@ def finest_scale(slide_id: str, mpp: float, magnification: float, policy: Litera
     return scale_of(slide_id, mpp, magnification, policy).factor
 
 
-def scale_of(slide_id: str, mpp: float, magnification: float, policy: Literal["nominal", "exact"]) -> Scale:
+def scale_of(slide_id: str, mpp: float, magnification: float, policy: Literal["nominal", "exact"]) -> SlideScale:
     """Return how many level-0 pixels a pixel of `magnification` has.
 
     `nominal` uses the scanner's magnification by TRIDENT's buckets, and warns beyond ±10%; `exact` divides the true
@@ -140,7 +140,7 @@ def scale_of(slide_id: str, mpp: float, magnification: float, policy: Literal["n
             f"slide {slide_id}: {mpp:g} µm/px is too coarse for {magnification:g}x.",
             "Leave it out, or choose coarser --magnifications.",
         )
-    return Scale(scale, taken_as, warning)
+    return SlideScale(scale, taken_as, warning)
 
 
 def read_mpp_table(path: Path) -> dict[str, float]:

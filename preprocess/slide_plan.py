@@ -19,7 +19,7 @@ from preprocess.annotation import find_mask, read_mask, write_sheets
 from preprocess.grid import TileGrid, make_grid
 from preprocess.readers import Reader, choose_reader
 from preprocess.resample import area_tiles, bicubic_tiles
-from preprocess.resolution import Scale, scale_of
+from preprocess.resolution import SlideScale, scale_of
 from preprocess.settings import PreprocessConfig
 from preprocess.slides import Slide, open_slide
 from preprocess.tissue import METHOD, tissue_mask
@@ -65,7 +65,7 @@ class SlidePlan:
     resample: Literal["area", "bicubic"]
     tissue: str
     mask_digest: str
-    scale: Scale
+    scale: SlideScale
     cell_rows: list[dict[str, np.ndarray]] = field(repr=False)
 
     def cells(self) -> Iterator[int]:

@@ -52,8 +52,8 @@ def check_on_slide(slide: SlideFeatures, size_px: tuple[int, int]) -> None:
     stored = slide.attrs.get("slide_size_px")
     if stored and tuple(stored) != tuple(size_px):
         raise StoreError(
-            f"slide {slide.slide_id}: its features are of a slide of {stored[0]} × {stored[1]} px, but the slide has "
-            f"{width} × {height} px.", remedy, topic="geometry",
+            f"the slide has {width} × {height} px, but the features of {slide.slide_id} are of a slide of "
+            f"{stored[0]} × {stored[1]} px.", remedy, topic="geometry",
         )  # fmt: skip
     sides = slide.attrs.get("tile_px_level0", {})
     for name, coords in slide.coords.items():
