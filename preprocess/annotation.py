@@ -50,12 +50,14 @@ def check_masks(folder: Path | None, slide_ids: Iterable[str]) -> None:
         raise ConfigError(f"masks={folder}: no such folder.")
     used = {find_mask(folder, slide_id) for slide_id in slide_ids}
     others = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in MASK_SUFFIXES and p not in used)
-    if used == {None} or not used:
+    if not others and used <= {None}:
+        logger.warning("%s: contains no masks", folder)
+    elif used <= {None}:
         raise ConfigError(
-            f"masks={folder}: none of its files has the name of a slide{f', such as {others[0]}' if others else ''}.",
+            f"masks={folder}: none of its files has the name of a slide, such as {others[0]}.",
             f"Expected SLIDE_ID with one of {', '.join(MASK_SUFFIXES)}.",
         )
-    if others:
+    elif others:
         logger.warning("%s: %d masks are used for no slide: %s", folder, len(others), ", ".join(others[:5]))
 
 

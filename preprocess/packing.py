@@ -163,7 +163,7 @@ def _plan(store: FeatureSource, dtype: StoredDtype, seed: int, target_bytes: int
     readable = {slide_id: values for slide_id, values in attrs.items() if values is not None}
     shown, first = next(iter(readable.items()), (order[0], {}))
     for slide_id, values in readable.items():
-        for key in ("encoder", "weight_digest"):
+        for key in ("encoder", "weight_digest", "coarser"):
             if values.get(key) != first.get(key):
                 raise DataError(
                     f"Slides {shown} and {slide_id} differ in {key}: {first.get(key)} and {values.get(key)}.",

@@ -21,7 +21,7 @@ LAYERS = (
     (
         "preprocess.settings", "preprocess.outcome", "preprocess.grid", "preprocess.names",
         "preprocess.descriptor", "preprocess.feature_files", "preprocess.samples",
-        "preprocess.inspection", "preprocess.gdc", "preprocess.phantom",
+        "preprocess.inspection", "preprocess.derive", "preprocess.gdc", "preprocess.phantom",
     ),
     ("preprocess.resolution", "preprocess.slide_headers", "preprocess.layouts"),
     ("preprocess.slides", "preprocess.resample", "preprocess.encoders", "preprocess.packing"),

@@ -27,6 +27,9 @@ from cfusion.types import BagBatch, SlideFeatures, magnification_name
 SAME_FOR_ALL = ("version", "weights", "transform", "pool", "resolution", "resample")
 """What two sets of embeddings of one encoder must have in common for a model of the one to read the other."""
 
+EXTRACTED = "extracted"
+"""Coarser magnifications that are not derived from the finest."""
+
 Cases = Mapping[str, Sequence[str]]
 
 
@@ -66,6 +69,12 @@ class Embeddings:
                 f"{self.where}: holds {', '.join(self.magnifications)}, but the model also reads {', '.join(missing)}.",
                 f"Extract the slides at {','.join(f'{m:g}' for m in card.magnifications)}.",
             )
+        ours, theirs = (made.get("coarser") or EXTRACTED for made in (self.made, card.embeddings))
+        if ours != theirs and len(card.magnifications) > 1:
+            raise StoreError(
+                f"{self.where}: its coarser magnifications are {ours}, but the model was trained on {theirs} ones.",
+                "`cfusion preprocess derive` makes the one from the other's finest.", topic="encoder",
+            )  # fmt: skip
         for key in SAME_FOR_ALL:
             ours, theirs = self.made.get(key), card.embeddings.get(key)
             if ours is not None and theirs is not None and ours != theirs:
@@ -208,7 +217,11 @@ class StoreSource:
             )
         ((names, dim, *_),) = kinds
         attrs = [self._store.attrs(slide) for slide in self.slide_ids]
-        made = {key: attrs[0].get(key) for key in SAME_FOR_ALL if all(a.get(key) == attrs[0].get(key) for a in attrs)}
+        made = {
+            key: attrs[0].get(key)
+            for key in (*SAME_FOR_ALL, "coarser")
+            if all(a.get(key) == attrs[0].get(key) for a in attrs)
+        }
         return Embeddings(str(self._root), self._store.encoder, dim, names, made)
 
     @property

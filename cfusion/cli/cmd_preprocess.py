@@ -190,6 +190,29 @@ def inspect(
     console.print(table)
 
 
+@app.command()
+def derive(
+    store: Annotated[Path, typer.Argument(help="Feature store with the finest magnification.")],
+    out: Annotated[Path, typer.Option(help="Another feature store to write.")],
+    magnifications: Annotated[str, typer.Option(help="To derive, each half the one before.")] = "10,5",
+    encoder: Annotated[str | None, typer.Option(help="The encoder, if the store has several.")] = None,
+) -> None:
+    """Derive coarser magnifications: each cell is the mean of its children's embeddings.
+
+    cfusion preprocess derive features --out derived
+    """
+    from preprocess.derive import derive_store
+
+    report = derive_store(store, out, _numbers(magnifications), encoder)
+    for name, why in report.refused.items():
+        typer.echo(f"refused {name}: {why}")
+    shares = [share for by_name in report.done.values() for share in by_name.values()]
+    mean = f"; on average {sum(shares) / len(shares):.0%} of a cell's children are present" if shares else ""
+    typer.echo(f"{len(report.done)} slides derived into {out}, {len(report.refused)} refused{mean}")
+    if report.refused:
+        raise PartialResultError(f"{len(report.refused)} of the slides were not derived.", "See above.")
+
+
 @app.command("import")
 def import_(
     source: Annotated[Path, typer.Argument(help="Folder of features that another program made.")],

@@ -149,3 +149,6 @@ MODELS: dict[str, Builder] = {
 }
 """Builders of the program's own models by name. A builder is called by keywords with those of `build_model`'s shape
 arguments that it names; its other parameters are the model's options."""
+
+READ_ONE = frozenset({"crossfusion_single", "amil", "dsmil", "transmil", "mean_mil"})
+"""Models that read only the finest magnification."""

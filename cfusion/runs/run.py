@@ -34,7 +34,7 @@ from cfusion.tracking import TrackedRun
 from cfusion.tracking.facts import run_inputs, run_name, run_params, run_tags, version_tags
 from cfusion.tracking.machine import write_environment
 from cfusion.tracking.model_registry import check_registration
-from cfusion.training.folds import FoldRun, open_run_shards
+from cfusion.training.folds import FoldRun, open_run_shards, with_held_magnifications
 from cfusion.training.model_check import check_own_model
 from cfusion.training.runtime import Runtime
 from cfusion.types import Cohort, Split, magnification_name
@@ -76,6 +76,7 @@ class Run:
         """
         cohort = read_cohort(config.cohort)
         dataset = open_run_shards(config)
+        config = with_held_magnifications(config, dataset)
         code = check_own_model(config, dataset.index.dim)
         names = [magnification_name(m) for m in config.data.magnifications]
         found = audit(

@@ -20,7 +20,7 @@ from cfusion.data.shards import ShardDataset, open_shards
 from cfusion.errors import ConfigError, DataError
 from cfusion.extensions import OwnCode
 from cfusion.files import digest_json
-from cfusion.models.registry import model_code
+from cfusion.models.registry import READ_ONE, model_code
 from cfusion.survival.bins import TimeBins
 from cfusion.survival.losses import LOSSES
 from cfusion.survival.predictions import fold_predictions
@@ -33,7 +33,7 @@ from cfusion.training.runtime import Runtime
 from cfusion.training.schedule import make_optimizer
 from cfusion.training.step import Stepper
 from cfusion.training.world import join_world
-from cfusion.types import Cohort, Split, titled_table
+from cfusion.types import Cohort, Split, magnification_value, titled_table
 
 logger = logging.getLogger(__name__)
 
@@ -98,9 +98,11 @@ def fit(
         RequeueError: The process was asked to stop; the state is in `folder`.
     """
     runtime = runtime or join_world(config.parallel)
+    dataset = open_run_shards(config)
+    config = with_held_magnifications(config, dataset)
     with tempfile.TemporaryDirectory() as scratch:
         fold = ready_fold(
-            config, cohort, split, open_run_shards(config), runtime,
+            config, cohort, split, dataset, runtime,
             folder=folder or Path(scratch), on_epoch=on_epoch, code=code,
         )  # fmt: skip
         return _train(runtime, fold)
@@ -254,6 +256,24 @@ def open_run_shards(config: Config) -> ShardDataset:
             "Point data.shards at the shards of that encoder.",
         )
     return dataset
+
+
+def with_held_magnifications(config: Config, dataset: ShardDataset) -> Config:
+    """Return the configuration with the magnifications that the shards have, for a model of one magnification.
+
+    Only where `data.magnifications` is not set: then what the model does not read need not be in the shards.
+    """
+    held = tuple(magnification_value(name) for name in dataset.index.magnifications)
+    wanted = config.data.magnifications
+    if (
+        config.model.name not in READ_ONE
+        or "magnifications" in config.data.model_fields_set
+        or set(wanted) <= set(held)
+    ):
+        return config
+    found = tuple(m for m in wanted if m in held) or held
+    logger.info("%s: has only %s, of which the model reads one", config.data.shards, ", ".join(map(str, found)))
+    return config.model_copy(update={"data": config.data.model_copy(update={"magnifications": found})})
 
 
 def _bag_set(

@@ -8,12 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from factories import CohortFiles, make_cohort
+from factories import ENCODER, CohortFiles, MadeUpStore, make_cohort
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.config import Config
+from cfusion.data.shards import ShardDataset
 from cfusion.errors import ConfigError, DataError
 from cfusion.report.runs import report_runs
 from cfusion.run_folder import is_done
@@ -21,6 +22,8 @@ from cfusion.runs import crossval
 from cfusion.runs.crossval import cross_validate
 from cfusion.runs.run import Run, permuted
 from cfusion.training.folds import fit
+from cfusion.types import SlideFeatures
+from preprocess.packing import pack_store
 
 
 @pytest.fixture(scope="module")
@@ -228,3 +231,22 @@ def test_a_changed_recipe_is_named_in_the_log_run_json_report_and_model_cards(fi
     page = report_runs([config.output], tmp_path / "report", title="Run")
     for path in (page, page.parent / "model_card.md"):
         assert f"made_up, amil, published: {note}" in html.unescape(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("model", ["amil", "mean_mil", "crossfusion_single"])
+def test_a_model_of_one_magnification_trains_on_shards_of_one(tmp_path, model: str):
+    files = make_cohort(tmp_path / "cohort", patients=60)
+    dataset = ShardDataset.open(files.shards)
+    slides = [
+        SlideFeatures(name, {"x20": np.array(dataset.read(name, ("x20",))["x20"])}, {}, {}, {"encoder": ENCODER})
+        for name in dataset.slide_ids
+    ]
+    pack_store(MadeUpStore(slides), tmp_path / "x20")
+    files = CohortFiles(files.table, tmp_path / "x20")
+    config = files.config(tmp_path / "run", model={"name": model, "embed_dim": 16, "num_heads": 2})
+    run = Run.prepare(config)
+    assert run.config.data.magnifications == (20.0,)
+    assert fit(config, run.cohort, run.splits[0]).model.card.magnifications == (20.0,)
+    crossfusion = files.config(tmp_path / "crossfusion")
+    with pytest.raises(DataError, match=r"no magnification x10, x5.*data.magnifications"):
+        fit(crossfusion, run.cohort, run.splits[0])
