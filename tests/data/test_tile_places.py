@@ -55,7 +55,5 @@ def test_tiles_outside_the_slide_are_refused_with_both_sizes(coords, message: st
 
 def test_a_tile_may_reach_over_the_edge_and_a_recorded_size_must_be_that_of_the_slide():
     check_on_slide(slide([(899, 799)], 256.0, slide_size_px=[900, 800]), (900, 800))
-    with pytest.raises(
-        StoreError, match="900 × 800 px, but the features of a are of a slide of 901 × 800 px"
-    ):
+    with pytest.raises(StoreError, match="900 × 800 px, but the features of a are of a slide of 901 × 800 px"):
         check_on_slide(slide([(0, 0)], 256.0, slide_size_px=[901, 800]), (900, 800))
