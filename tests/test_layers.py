@@ -21,10 +21,10 @@ LAYERS = (
     (
         "preprocess.settings", "preprocess.outcome", "preprocess.grid", "preprocess.names",
         "preprocess.descriptor", "preprocess.feature_files", "preprocess.samples",
-        "preprocess.inspection", "preprocess.derive", "preprocess.gdc", "preprocess.phantom",
+        "preprocess.inspection", "preprocess.gdc", "preprocess.phantom",
     ),
     ("preprocess.resolution", "preprocess.slide_headers", "preprocess.layouts"),
-    ("preprocess.slides", "preprocess.resample", "preprocess.encoders", "preprocess.packing"),
+    ("preprocess.slides", "preprocess.resample", "preprocess.encoders", "preprocess.packing", "preprocess.derive"),
     (
         "preprocess.importers", "preprocess.tissue", "preprocess.annotation", "preprocess.readers",
         "preprocess.regions", "preprocess.deepzoom",
