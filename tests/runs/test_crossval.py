@@ -247,6 +247,6 @@ def test_a_model_of_one_magnification_trains_on_shards_of_one(tmp_path, model: s
     run = Run.prepare(config)
     assert run.config.data.magnifications == (20.0,)
     assert fit(config, run.cohort, run.splits[0]).model.card.magnifications == (20.0,)
-    crossfusion = files.config(tmp_path / "crossfusion")
+    crossfusion = files.config(tmp_path / "cf", model={"name": "crossfusion", "embed_dim": 16, "num_heads": 2})
     with pytest.raises(DataError, match=r"no magnification x10, x5.*data.magnifications"):
         fit(crossfusion, run.cohort, run.splits[0])
