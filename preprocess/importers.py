@@ -22,7 +22,7 @@ from cfusion.data.encoder_names import encoder_name
 from cfusion.data.store import FeatureStore, array_digest, write_slide
 from cfusion.data.tile_places import LEVEL_0, TILE_PX, check_on_slide
 from cfusion.errors import CfusionError, ConfigError, LayoutError, MissingExtraError, StoreError
-from cfusion.types import SlideFeatures, magnification_value
+from cfusion.types import SlideFeatures, magnification_name, magnification_value
 from preprocess.feature_files import Level, said
 from preprocess.layouts import FEATURE_SUFFIXES, LAYOUTS, FeatureFile, Found, SourceFolder, slide_name
 from preprocess.outcome import SlideOutcome, store_is_lost, write_summary
@@ -115,6 +115,7 @@ def import_features(
     held, stored_as = _choose_encoder(source, {f.encoder for f in found.files}, encoder)
     chosen = [f for f in found.files if f.encoder in held]
     _check_tilings(source, chosen)
+    _check_magnification(source, chosen, options.magnification)
     run = _Import(store, stored_as, name, found.alignment, options, _slides(options))
     run.skip_others(folder, found, chosen)
     for slide_id, path, why in found.refused:
@@ -177,6 +178,15 @@ def _check_tilings(source: Path, files: Sequence[FeatureFile]) -> None:
                 f"{source}: {first} and {second} have one magnification with different tile sizes or overlaps.",
                 f"Choose one, such as --only '{first.parent.name}', with the folders of the other magnifications.",
             )
+
+
+def _check_magnification(source: Path, files: Sequence[FeatureFile], wanted: float | None) -> None:
+    others = sorted({f.magnification for f in files} - {magnification_name(wanted)}) if wanted is not None else []
+    if others:
+        raise LayoutError(
+            f"{source}: its files are of {', '.join(others)}, but --magnification says {wanted:g}.",
+            "Leave --magnification out, or choose folders with --only.",
+        )
 
 
 @dataclass(frozen=True)

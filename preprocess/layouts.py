@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,11 +16,11 @@ from cfusion.data.encoder_names import encoder_name
 from cfusion.errors import DataError, LayoutError
 from cfusion.types import magnification_name
 from preprocess.feature_files import Level, dataset, number, number_if_given, opened, placed_level, read_tensor, text
-from preprocess.names import plain_name
+from preprocess.names import files_below, plain_name
 
 MAGNIFICATION_FOLDER = re.compile(r"x(5|10|20|40|2\.5|1\.25)")
 TRIDENT_FOLDER = re.compile(r"(\d+(?:\.\d+)?)x_(\d+px_(\d+)px)_overlap")
-FEATURE_SUFFIXES = (".h5", ".hdf5", ".pt", ".pth")
+FEATURE_SUFFIXES = (".h5", ".hdf5", ".npy", ".npz", ".pkl", ".pt", ".pth")
 """Suffixes of files that look like features."""
 
 STAMP_PX, STAMP_UM, HISTORIC_STAMP_STRIDE = 256.0, 256.0, 224
@@ -80,13 +79,8 @@ class SourceFolder:
     magnification: float | None = None
 
     def files(self, *suffixes: str) -> Iterator[Path]:
-        """List the files with these suffixes, in subfolders too, sorted; hidden ones are left out."""
-        for folder, subfolders, names in os.walk(self.path, followlinks=False):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            for name in sorted(names):
-                path = Path(folder, name)
-                if name.lower().endswith(suffixes) and not name.startswith(".") and self._wanted(path):
-                    yield path
+        """List the chosen files with these suffixes, in subfolders too, sorted."""
+        yield from sorted(p for p in files_below(self.path) if p.name.lower().endswith(suffixes) and self._wanted(p))
 
     def _wanted(self, path: Path) -> bool:
         parts = path.relative_to(self.path.parent if self.path.name else self.path).parts
@@ -125,10 +119,11 @@ def find_clam(source: SourceFolder) -> Found:
         if path.parent.name in ("patches", "h5_files", "pt_files") and _is_clam_run(run):
             runs.setdefault(run, "")
     for run in runs:
-        if source.magnification is not None:
+        named = MAGNIFICATION_FOLDER.fullmatch(run.absolute().name)
+        if named and (run != source.path or source.magnification is not None):
+            runs[run] = named[0]
+        elif source.magnification is not None:
             runs[run] = magnification_name(source.magnification)
-        elif MAGNIFICATION_FOLDER.fullmatch(run.name) and run != source.path:
-            runs[run] = run.name
         else:
             raise LayoutError(
                 f"{run}: this is a CLAM run, and its files do not name their magnification.",
@@ -179,22 +174,25 @@ def find_trident(source: SourceFolder) -> Found:
             paths = (path, patches) if patches.is_file() else (path,)
             name, read = magnification_name(float(match[1])), partial(_trident, path, patches, float(match[1]), named)
             found.files.append(FeatureFile(slide_name(path), name, named, read, paths, match[2]))
-        elif (file := _flat_trident(path, named, source.magnification, overlaps)) is not None:
-            found.files.append(file)
+        else:
+            try:
+                file = _flat_trident(path, named, source.magnification, overlaps)
+            except DataError as error:
+                found.refused.append((slide_name(path), path, error.message))
+                continue
+            if file is not None:
+                found.files.append(file)
     found.alignment = "grid" if overlaps <= {0} else "centre"
     return found
 
 
 def _flat_trident(path: Path, named: str | None, magnification: float | None, overlaps: set[int]) -> FeatureFile | None:
     """Return a file of a flat tree; None if it is not TRIDENT's."""
-    try:
-        with opened(path) as file:
-            if "features" not in file or "coords" not in file:
-                return None
-            overlap = _whole(file["coords"].attrs.get("overlap", 0))
-            stated, encoder = _trident_magnification(file["coords"], path), text(file["features"].attrs.get("encoder"))
-    except DataError:
-        return None
+    with opened(path) as file:
+        if "features" not in file or "coords" not in file:
+            return None
+        overlap = _whole(file["coords"].attrs.get("overlap", 0))
+        stated, encoder = _trident_magnification(file["coords"], path), text(file["features"].attrs.get("encoder"))
     # An overlap that is no number is not taken for none.
     overlaps.add(-1 if overlap is None else overlap)
     magnification = magnification or stated

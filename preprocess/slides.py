@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import openslide
 from PIL import Image
 
 from cfusion.errors import DataError, ResolutionError, SlideError
-from preprocess.names import SLIDE_SUFFIXES, plain_name
+from preprocess.names import SLIDE_SUFFIXES, files_below, plain_name
 from preprocess.resolution import Resolution, resolve
 from preprocess.slide_headers import first_of_series, is_dicom, slide_series, tiff_is_cut_short
 
@@ -182,26 +182,11 @@ def find_slides(root: Path) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise SlideError(f"{root}: no such file or folder.", "Give a slide, or a folder of slides.")
-    found = sorted(p for p in _files(root) if p.is_dir() or p.suffix.lower() in SLIDE_SUFFIXES or is_dicom(p))
+    found = sorted(p for p in files_below(root) if p.is_dir() or p.suffix.lower() in SLIDE_SUFFIXES or is_dicom(p))
     found = [p for p in found if p.is_dir() or not is_dicom(p) or p == first_of_series(p)]
     if not found:
         raise SlideError(f"{root}: contains no slides.", f"Looked for {' '.join(SLIDE_SUFFIXES)}.")
     return found
-
-
-def _files(root: Path) -> Iterator[Path]:
-    """List the files of a folder and its subfolders, except hidden ones; and the folders that cannot be read."""
-    searched: set[str] = set()
-    unreadable: list[Path] = []
-    walk = os.walk(root, followlinks=True, onerror=lambda error: unreadable.append(Path(error.filename)))
-    for folder, subfolders, names in walk:
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        if (real := os.path.realpath(folder)) in searched:
-            subfolders.clear()
-            continue
-        searched.add(real)
-        yield from (Path(folder, name) for name in names if not name.startswith("."))
-    yield from unreadable
 
 
 def slide_id_of(path: Path) -> str:

@@ -18,9 +18,10 @@ from cfusion.data.store import SUFFIX, encoders_in
 from cfusion.errors import DataError, StoreError
 from cfusion.training.fitted import ModelCard
 from cfusion.training.runtime import Runtime
+from preprocess.annotation import find_mask
 from preprocess.extraction import preprocess_slides
 from preprocess.settings import PreprocessConfig
-from preprocess.slides import find_slides, slide_id_of
+from preprocess.slides import find_slides, same_name, slide_id_of
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Inputs:
                 f"{self.where}: has no slide {', '.join(missing)}.",
                 "`cfusion preprocess inspect` lists the slides of a store.",
             )
-        found = {slide_id_of(file): file for file in find_slides(pictures)} if pictures else {}
+        found = _by_name(find_slides(pictures), slide_ids or self.slide_ids) if pictures else {}
         return replace(self, slide_ids=tuple(slide_ids or self.slide_ids), files={**self.files, **found})
 
 
@@ -123,9 +124,12 @@ def _open_store(path: Path, card: ModelCard) -> Inputs:
 
 def _extract(given: Sequence[Path], card: ModelCard, extraction: Extraction, runtime: Runtime | None) -> Inputs:
     """Extract the slides, each process its share, with the model's encoder and the settings of its training."""
-    files = {slide_id_of(file): file for path in given for file in _slides_in(path)}
+    paths = list(dict.fromkeys(file for path in given for file in _slides_in(path)))
+    files = _by_name(paths, [slide_id_of(file) for file in paths])
     share = (0, 1) if runtime is None else (runtime.rank, runtime.world_size)
-    states = [state for path in given for state in _extract_share(path, card, extraction, share)]
+    states = [
+        state for path in given for state in _extract_share(path, card, _for_path(path, given, extraction), share)
+    ]
     states = states if runtime is None else runtime.gather(states)
     there = sorted({slide for slide, done in states if done})
     failed = sorted({slide for slide, done in states if not done})
@@ -133,6 +137,27 @@ def _extract(given: Sequence[Path], card: ModelCard, extraction: Extraction, run
         raise DataError(f"None of the {len(failed)} slides could be read: {', '.join(failed[:5])}.", "See above.")
     features = StoreSource(extraction.store, card.encoder)
     return Inputs(", ".join(map(str, given)), features, tuple(there), files, tuple(failed))
+
+
+def _by_name(files: Sequence[Path], slide_ids: Sequence[str]) -> dict[str, Path]:
+    """Return the files of slides by name.
+
+    Raises:
+        StoreError: Two files have the name of one of `slide_ids`.
+    """
+    for slide_id, several in same_name(files).items():
+        if slide_id in slide_ids:
+            raise StoreError(f"The files {', '.join(map(str, several))} share the name {slide_id}.", "Rename one.")
+    return {slide_id_of(file): file for file in files}
+
+
+def _for_path(path: Path, given: Sequence[Path], extraction: Extraction) -> Extraction:
+    """Leave out a folder of masks that has none for the slides of this path, but has for those of another."""
+    masks = extraction.settings.get("masks")
+    if masks is None or len(given) == 1 or not masks.is_dir():
+        return extraction
+    fits = {p for p in given if any(find_mask(masks, slide_id_of(file)) for file in _slides_in(p))}
+    return replace(extraction, settings={**extraction.settings, "masks": None if fits and path not in fits else masks})
 
 
 def _slides_in(path: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,9 @@ LONGEST_FOLLOW_UP_MONTHS = 600.0
 
 _MONTHS = {"months": 1.0, "days": 1 / DAYS_PER_MONTH, "years": 12.0}
 _BARCODE = re.compile(r"TCGA-(\w{2})-\w{4}")
-_SLIDE_SUFFIX = re.compile(r"\.(?:svs|ndpi|tiff?|mrxs|scn|vms|vmu|bif|svslide|dcm|h5|pt|zarr)$", re.IGNORECASE)
+_SLIDE_SUFFIX = re.compile(
+    r"\.(?:svs|ndpi|tiff?|qptiff|mrxs|czi|scn|vms|vmu|bif|svslide|dcm|isyntax|h5|pt|zarr)$", re.IGNORECASE
+)
 _COVARIATES = ("age", "is_female", "oncotree_code", "grade", "stage", "site")
 
 
@@ -44,8 +47,11 @@ def has_barcode(name: str) -> bool:
 
 
 def slide_stem(name: str) -> str:
-    """Return the slide_id of a file name, without folder and slide suffix; other dots (TCGA's UUIDs) are kept."""
-    return _SLIDE_SUFFIX.sub("", re.split(r"[\\/]", name)[-1])
+    """Return the slide_id of a file name, without folder and slide suffix; other dots (TCGA's UUIDs) are kept.
+
+    Accents are composed, as in the names of slides: macOS writes them as characters of their own.
+    """
+    return unicodedata.normalize("NFC", _SLIDE_SUFFIX.sub("", re.split(r"[\\/]", name)[-1]))
 
 
 def read_cohort(config: CohortConfig) -> Cohort:

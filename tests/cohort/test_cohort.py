@@ -51,6 +51,7 @@ def test_names() -> None:
     assert patient_of("TCGA-A6-2683-01Z-00-DX1.0dfc5d0a") == "TCGA-A6-2683"
     assert patient_of("patient-7") == "patient-7"
     assert slide_stem("folder/a.b.c.svs") == "a.b.c"
+    assert slide_stem("Jose\u0301.qptiff") == "Jos\u00e9"
     assert slide_stem("TCGA-A6-2683-01Z-00-DX1.0dfc5d0a-68f4") == "TCGA-A6-2683-01Z-00-DX1.0dfc5d0a-68f4"
 
 

@@ -500,3 +500,29 @@ def test_changed_bytes_refuse_one_slide_alone(tmp_path: Path, seed: int, kind: s
     report = import_features(root / "in", root / "store")
     assert {"a", "c"} <= set(report.imported)
     assert set(report.imported) | set(report.refused) == {"a", "b", "c"}
+
+
+def test_a_magnification_that_contradicts_the_folders_is_refused(tmp_path: Path):
+    write_clam(tmp_path / "clam")
+    write_trident(tmp_path / "trident")
+    write_published(tmp_path / "published")
+    for layout, encoder in (("clam", "resnet50"), ("trident", "uni"), ("published", "resnet50")):
+        options = ImportOptions(magnification=20)
+        with pytest.raises(DataError, match="its files are of x10, x5, but --magnification says 20"):
+            import_features(tmp_path / layout, tmp_path / "store", layout, encoder, options)
+    options = ImportOptions(magnification=20)
+    assert import_features(tmp_path / "clam/x20", tmp_path / "store", "clam", "resnet50", options).imported == ("a",)
+    with pytest.raises(DataError, match="its files are of x10, but --magnification says 20"):
+        import_features(tmp_path / "clam/x10", tmp_path / "store", "clam", "resnet50", options)
+
+
+def test_linked_folders_are_searched_and_dangling_links_are_refused(tmp_path: Path):
+    write_flat(tmp_path / "elsewhere/a.h5", encoder="uni_v1", **KNOWN)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/gone.h5").symlink_to("nowhere.h5")
+    (tmp_path / "in/other.npy").touch()
+    report = import_features(tmp_path / "in", tmp_path / "store")
+    assert report.imported == ("a",)
+    assert "not a readable HDF5 file" in report.refused["gone"]
+    assert report.skipped == {str(tmp_path / "in/other.npy"): "no features of the layout trident"}
