@@ -185,6 +185,10 @@ class TrainConfig(Section):
     recipe: Literal["default", "published"] = "default"
     """`published`: the settings of the published program for this section, its dropouts, and `data.unit=slide`. Values
     that are given override it; log, run.json, report and model card then say so and list them."""
+    published_errors: bool = False
+    """Whether to repeat four errors of the published program, which `recipe: published` does under the protocol
+    `published`: time bins from all patients (a leak); an epoch's last, partial window of bags makes no step, and its
+    gradient enters the next epoch; attention dropout in evaluation; fp16 without loss scaling on a GPU (noise)."""
     epochs: int = Field(40, ge=1)
     """Maximum number of epochs."""
     patience: int | None = Field(10, ge=1)
@@ -232,7 +236,8 @@ class ParallelConfig(Section):
     engine: Literal["ddp", "zero1", "zero2", "zero3"] = "ddp"
     """DistributedDataParallel, or a stage of DeepSpeed's ZeRO."""
     precision: Literal["f32", "bf16", "fp16", "f64"] = "f32"
-    """Precision of the forward pass; f64 is for tests of numerical equality."""
+    """Precision of the forward pass; f64 is for tests of numerical equality. With `train.published_errors`, f32 is fp16
+    without loss scaling on a GPU."""
     global_batch: int = Field(32, ge=1)
     """Bags per optimizer step over all processes; the number of accumulation steps follows from it."""
 
@@ -244,7 +249,8 @@ class EvaluationConfig(Section):
     """Patients used to choose the model: `strict`: an inner validation split; `fixed-epoch`: none, the last epoch is
     used; `published`: the scored fold, which is optimistic."""
     n_bins: int = Field(4, ge=2)
-    """Time bins of the discrete hazard, at quantiles of the training patients' event times."""
+    """Time bins of the discrete hazard, at quantiles of the training patients' event times (of all patients' with
+    `train.published_errors`)."""
     horizons_months: tuple[float, ...] = (12.0, 36.0, 60.0)
     """Horizons of the time-dependent AUC, in months."""
     bootstrap: int = Field(1000, ge=0)
@@ -317,6 +323,21 @@ class Config(Section):
                 f"train.folds=together needs parallel.engine=ddp and f32, bf16 or f64; "
                 f"got {self.parallel.engine}, {self.parallel.precision}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _published_errors_are_possible(self) -> Config:
+        needs = {
+            "evaluation.protocol": (self.evaluation.protocol, "published", "its time bins see the scored patients"),
+            "parallel.engine": (self.parallel.engine, "ddp", "ZeRO does not keep a gradient between epochs"),
+            "train.folds": (self.train.folds, "separate", "a group steps on every window"),
+        }
+        for key, (found, wanted, why) in needs.items():
+            if self.train.published_errors and found != wanted:
+                raise ValueError(
+                    f"train.published_errors=true needs {key}={wanted}, since {why}; got {found}. Set "
+                    f"train.published_errors=false or {key}={wanted}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from cfusion.config import Config, load_config
+from cfusion.config import Config, validate
 from cfusion.errors import DataError
 from cfusion.files import check_format, read_json, write_json, write_text
+from cfusion.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -137,7 +138,11 @@ def read_config(folder: Path) -> Config:
     Raises:
         ConfigError: It cannot be read, or has a key that this program does not know.
     """
-    return load_config(folder / CONFIG)
+    values = read_yaml(folder / CONFIG)
+    if isinstance(values.get("train"), dict):
+        # Every setting was written; a run from before this one does not have these errors, whatever its recipe.
+        values["train"].setdefault("published_errors", False)
+    return validate(Config, values, str(folder / CONFIG))
 
 
 def write_config(folder: Path, config: Config) -> None:

@@ -99,7 +99,7 @@ def test_the_published_recipe_sets_its_section():
             "train.epochs=6 (published: 100)", "train.min_epoch=2 (published: 5)",
         ]),
         (["data.unit=case", "parallel.precision=bf16"], [
-            "data.unit=case (published: slide)", "parallel.precision=bf16 (published: f32)",
+            "data.unit=case (published: slide)", "parallel.precision=bf16 (published: fp16 without loss scaling)",
         ]),
         (["model.options.dropout=0.1"], ["model.options.dropout=0.1 (published: 0.3)"]),
         (["model.options.attention_dropout=0.2"], []),
@@ -117,6 +117,40 @@ def test_given_values_override_the_recipe_and_are_listed(tmp_path, overrides, ch
     assert notes == ([f"No longer the published recipe: {', '.join(changed)}."] if changed else [])
     write_config(tmp_path, config)
     assert read_config(tmp_path) == config
+
+
+def test_the_errors_of_the_published_program_are_named_by_kind_and_are_off_elsewhere():
+    config = cfusion.load_config(None, ["train.recipe=published", "evaluation.protocol=published"])
+    assert config.train.published_errors
+    kinds = [note.removeprefix("Error of the published program, ").partition(":")[0] for note in config.notes]
+    assert kinds == ["leak", "noise", "noise", "noise"]
+    for alone in ("evaluation.protocol=published", "train.recipe=published"):
+        assert not cfusion.load_config(None, [alone]).train.published_errors
+    strict = cfusion.load_config(None, ["train.recipe=published"])
+    assert strict.notes == ("No longer the published recipe: train.published_errors=False (published: True).",)
+    exact = cfusion.load_config(
+        None, ["train.recipe=published", "evaluation.protocol=published", "parallel.precision=f64"]
+    )
+    assert not any("fp16 without loss scaling, in" in note for note in exact.notes)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["evaluation.protocol=strict", "evaluation.protocol=fixed-epoch", "parallel.engine=zero2", "train.folds=together"],
+)
+def test_the_errors_of_the_published_program_are_refused_where_they_cannot_be(override):
+    key, _, value = override.partition("=")
+    overrides = ["train.published_errors=true", "evaluation.protocol=published", override]
+    with pytest.raises(ConfigError, match=f"train.published_errors=true needs {key}=.*; got {value}"):
+        cfusion.load_config(None, overrides)
+
+
+def test_a_run_from_before_the_errors_does_not_have_them(tmp_path):
+    config = cfusion.load_config(None, ["train.recipe=published", "evaluation.protocol=published"])
+    write_config(tmp_path, config)
+    path = tmp_path / "config.yaml"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "published_errors" not in line))
+    assert not read_config(tmp_path).train.published_errors
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "cohort: 5"])

@@ -112,6 +112,13 @@ class SelfAttention(Attention):
         return self.out(found.transpose(1, 2).flatten(2))
 
 
+def keep_attention_dropout(model: nn.Module) -> None:
+    """Leave dropout of self-attention on in a model that was set to evaluate, until its mode is next set."""
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.training = True
+
+
 class CrossAttention(Attention):
     """Multi-head attention of source tokens over context tokens, one learned vector added to both.
 

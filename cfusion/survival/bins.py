@@ -1,4 +1,4 @@
-"""Time bins of the discrete hazard, fitted on the training patients only."""
+"""Time bins of the discrete hazard, fitted on the training patients (`train.published_errors`: on all)."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import torch
 from cfusion.config import Config
 from cfusion.data.loader import BagSet
 from cfusion.survival.bins import TimeBins
+from cfusion.training.inference import PublishedEvaluation
 from cfusion.types import Targets
 
 
@@ -26,7 +27,7 @@ class FoldJob:
         train: Training bags.
         validation: Bags that choose the epoch; None under `fixed-epoch`.
         cases: Outcomes by patient: `time_months`, `event`.
-        bins: Time bins of the training patients.
+        bins: Time bins of the training patients; with `train.published_errors`, of all patients.
         sampling_weights: [bag], for `sampling: weighted`; None otherwise.
         name: Name of the run among other seeds and folds; its dropout depends on it.
         identity: All of this as plain values, for checkpoints.
@@ -46,6 +47,10 @@ class FoldJob:
     card: dict[str, Any]
     folder: Path
     on_epoch: Callable[[int, dict[str, float]], None]
+
+    def evaluation(self, epoch: int) -> PublishedEvaluation | None:
+        """Return how the parameters of an epoch are evaluated if it is done as in the published program."""
+        return PublishedEvaluation(self.name, epoch) if self.config.train.published_errors else None
 
 
 def targets_of(job: FoldJob, bags: BagSet) -> Targets:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -144,7 +144,7 @@ def ready_fold(
 ) -> ReadyFold:
     """Prepare bags, time bins and initial weights of a fold; see `fit`."""
     _check_protocol(config, split)
-    bins = TimeBins.fit(*_outcomes(cohort, split.train), config.evaluation.n_bins)
+    bins = TimeBins.fit(*_binned(config, cohort, split), config.evaluation.n_bins)
     train_set = _bag_set(config, cohort, dataset, runtime, split.train)
     torch.manual_seed(int(digest_json(["initial weights", _name(config, split)])[:15], 16))
     code = code or model_code(config.model.name)
@@ -177,7 +177,7 @@ def ready_fold(
         | {
             "split": split.__dict__,
             "shards_digest": dataset.index.digest,
-            "outcomes_digest": _outcomes_digest(cohort, split),
+            "outcomes_digest": _outcomes_digest(config, cohort, split),
         }
         | ({} if code is None else {"model_code": code.identity}),
         card=asdict(card),
@@ -210,10 +210,14 @@ def _train(runtime: Runtime, fold: ReadyFold) -> FoldRun:
     job, network, train = fold.job, fold.network, fold.job.config.train
     optimizer = make_optimizer(network, train)
     model, optimizer = runtime.prepare(network, optimizer)
-    stepper = Stepper(runtime, model, optimizer, LOSSES[train.loss], train.alpha, train.clip_norm)
+    stepper = Stepper(
+        runtime, model, optimizer, LOSSES[train.loss], train.alpha, train.clip_norm, train.published_errors
+    )
     state, snapshot = train_fold(runtime, job, network, stepper)
-    training = predict_logits(runtime, network, job.train, train.micro_batch)
-    scored = predict_logits(runtime, network, fold.test, train.micro_batch)
+    published = job.evaluation(state.best_epoch)
+    training, scored = (
+        predict_logits(runtime, network, bags, train.micro_batch, published) for bags in (job.train, fold.test)
+    )
     module = runtime.bare(network, snapshot.parts)
     runtime.release()
     return fold_run(fold, module, state, training, scored)
@@ -290,15 +294,31 @@ def _bag_set(
     )
 
 
-def _outcomes(cohort: Cohort, patients: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _outcomes(cohort: Cohort, patients: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     rows = cohort.cases.loc[list(patients)]
     return rows["time_months"].to_numpy(dtype=float), rows["event"].to_numpy(dtype=bool)
 
 
-def _outcomes_digest(cohort: Cohort, split: Split) -> str:
-    """Digest of the outcomes that a fold trains on and chooses by, and of its patients' slides."""
+def _binned(config: Config, cohort: Cohort, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Return the outcomes that decide the time bins: those of the training patients.
+
+    With `train.published_errors` those of all bags of the cohort, as in the published program: where a bag is a
+    slide, a patient counts once for each slide.
+    """
+    if not config.train.published_errors:
+        return _outcomes(cohort, split.train)
+    cases = cohort.cases
+    known = cases.index[(cases["time_months"] >= 0) & cases["event"].notna()]
+    by_slide = cohort.slides["case_id"]
+    return _outcomes(cohort, list(known if config.data.unit == "case" else by_slide[by_slide.isin(known)]))
+
+
+def _outcomes_digest(config: Config, cohort: Cohort, split: Split) -> str:
+    """Digest of the outcomes that decide a fold's bins, training and choice, and of its patients' slides."""
     patients = [*split.train, *split.validation]
-    outcomes = [values.tolist() for values in _outcomes(cohort, tuple(patients))]
+    outcomes = [values.tolist() for values in _outcomes(cohort, patients)]
+    if config.train.published_errors:
+        outcomes += [values.tolist() for values in _binned(config, cohort, split)]
     return digest_json([outcomes, cohort.slides_of([*patients, *split.test])])
 
 

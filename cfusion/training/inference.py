@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from cfusion.data.loader import BagSet
 from cfusion.data.partition import evaluation_slices
+from cfusion.models.attention import keep_attention_dropout
+from cfusion.models.dropout import seeded
 from cfusion.survival.bins import TimeBins
 from cfusion.survival.predictions import curve_table
 from cfusion.training.runtime import Runtime
+from cfusion.training.step import dropout_seed
 from cfusion.types import SurvivalOutput
 
 
-def predict_logits(runtime: Runtime, model: nn.Module, bags: BagSet, micro_batch: int) -> Tensor:
-    """Return logits [bag, bin] in f64 of every bag, each computed once, the same on every rank; dropout is off."""
+@dataclass(frozen=True)
+class PublishedEvaluation:
+    """Evaluation with the errors of the published program: attention dropout stays on, and a GPU computes in fp16.
+
+    The dropout masks of a bag follow from these values and the bag, so that each evaluation of an epoch gives the same
+    numbers, after a resume too.
+
+    Attributes:
+        training: Name of the training run: its seed and fold.
+        epoch: The epoch whose parameters are evaluated.
+    """
+
+    training: str
+    epoch: int
+
+    @contextlib.contextmanager
+    def forward(self, runtime: Runtime, keys: Sequence[str]) -> Iterator[None]:
+        """Run one forward pass over the bags `keys`."""
+        seed = dropout_seed(f"evaluation of {self.training}", self.epoch, keys, [0] * len(keys))
+        with seeded(seed, runtime.device), runtime.autocast(published=True):
+            yield
+
+
+def predict_logits(
+    runtime: Runtime, model: nn.Module, bags: BagSet, micro_batch: int, published: PublishedEvaluation | None = None
+) -> Tensor:
+    """Return logits [bag, bin] in f64 of every bag, each computed once, the same on every rank.
+
+    Dropout is off, unless the model is evaluated as in the published program (`published`).
+    """
     mine = evaluation_slices(bags.costs, runtime.world_size)[runtime.rank]
     slices = [mine[start : start + micro_batch].tolist() for start in range(0, len(mine), micro_batch)]
     own = len(slices)
@@ -24,11 +59,15 @@ def predict_logits(runtime: Runtime, model: nn.Module, bags: BagSet, micro_batch
         slices += [[int(bags.costs.argmin())]] * (max(runtime.gather([own])) - own)
     was_training = model.training
     model.eval()
+    if published is not None:
+        keep_attention_dropout(model)
     rows: list[tuple[int, list[float]]] = []
     with torch.no_grad():
         stream = bags.loader.stream(slices, epoch=0, training=False)
         for number, (indices, batch) in enumerate(zip(slices, stream, strict=True)):
-            output: SurvivalOutput = model(batch)
+            keys = [bags.bags[i].key for i in indices]
+            with contextlib.nullcontext() if published is None else published.forward(runtime, keys):
+                output: SurvivalOutput = model(batch)
             if number < own:
                 rows += zip(indices, output.logits.double().tolist(), strict=True)
     model.train(was_training)

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from cfusion.config import Config
 from cfusion.data.partition import MicroBatch, distribute, earlier_draws, epoch_order, global_batches
-from cfusion.errors import RequeueError
+from cfusion.errors import ConfigError, RequeueError
 from cfusion.interruption import stop_requested
 from cfusion.training.checkpoint import Checkpoints, TrainState
 from cfusion.training.choice import chosen_parameters, finish_epoch, has_ended, validation_scores
@@ -21,7 +22,7 @@ from cfusion.training.inference import predict_logits
 from cfusion.training.runtime import Runtime
 from cfusion.training.schedule import learning_rate
 from cfusion.training.snapshot import Snapshot
-from cfusion.training.step import Share, Stepper, dropout_seed
+from cfusion.training.step import Share, Stepper, StepReport, dropout_seed
 from cfusion.types import Targets
 
 
@@ -48,13 +49,16 @@ def train_fold(runtime: Runtime, job: FoldJob, model: nn.Module, stepper: Steppe
     state = checkpoints.load(snapshot) or TrainState()
     runtime.loss_scale = state.loss_scale
     runtime.publish(model, snapshot.parts)
+    for name, gradient in snapshot.carried.items():
+        model.get_parameter(name).grad = gradient
     while not has_ended(state, train):
         started = time.monotonic()
-        lr = _train_epoch(runtime, job, state, snapshot, stepper, checkpoints)
+        lr = _train_epoch(runtime, job, model, state, snapshot, stepper, checkpoints)
         metrics = {"train_loss": state.loss_sum / state.samples_seen, "learning_rate": lr}
         with _averaged(runtime, model, snapshot):
             if job.validation is not None:
-                logits = predict_logits(runtime, model, job.validation, train.micro_batch)
+                published = job.evaluation(state.epoch)
+                logits = predict_logits(runtime, model, job.validation, train.micro_batch, published)
                 metrics |= validation_scores(job, job.validation, logits)
             finish_epoch(job, state, snapshot, metrics, snapshot.parameters)
         if runtime.is_main:
@@ -65,7 +69,13 @@ def train_fold(runtime: Runtime, job: FoldJob, model: nn.Module, stepper: Steppe
 
 
 def _train_epoch(
-    runtime: Runtime, job: FoldJob, state: TrainState, snapshot: Snapshot, stepper: Stepper, checkpoints: Checkpoints
+    runtime: Runtime,
+    job: FoldJob,
+    model: nn.Module,
+    state: TrainState,
+    snapshot: Snapshot,
+    stepper: Stepper,
+    checkpoints: Checkpoints,
 ) -> float:
     """Train the rest of the current epoch; return the last learning rate."""
     config, costs, lengths = job.config, job.train.costs, job.train.lengths
@@ -75,7 +85,7 @@ def _train_epoch(
         epoch=state.epoch,
         weights=job.sampling_weights,
     )
-    steps_per_epoch = math.ceil(len(order) / config.parallel.global_batch)
+    steps_per_epoch = _steps_per_epoch(config, len(order))
     batches = global_batches(order[state.samples_seen :], config.parallel.global_batch)
     earlier = global_batches(earlier_draws(order)[state.samples_seen :], config.parallel.global_batch)
     plans = [
@@ -91,10 +101,15 @@ def _train_epoch(
     shares = _shares(runtime, job, state.epoch, batches, earlier, plans)
     stepper.model.train()
     for batch, plan in zip(batches, plans, strict=True):
-        lr = learning_rate(config.train, step=state.step, steps_per_epoch=steps_per_epoch)
-        report = stepper.step([next(shares) for _ in plan], cases=len(batch), lr=lr, stop=stop_requested())
-        snapshot.move_average(config.train.ema)
-        state.step += 1
+        own = [next(shares) for _ in plan]
+        if config.train.published_errors and len(batch) < config.parallel.global_batch:
+            report = _carry(config, model, snapshot, stepper, own, cases=len(batch))
+        else:
+            lr = learning_rate(config.train, step=state.step, steps_per_epoch=steps_per_epoch)
+            report = stepper.step(own, cases=len(batch), lr=lr, stop=stop_requested())
+            snapshot.carried = {}
+            snapshot.move_average(config.train.ema)
+            state.step += 1
         state.samples_seen += len(batch)
         state.loss_sum += report.loss * len(batch)
         state.loss_scale = runtime.loss_scale
@@ -105,6 +120,33 @@ def _train_epoch(
                 "Run the same command again to resume.",
             )
     return learning_rate(config.train, step=state.step - 1, steps_per_epoch=steps_per_epoch)
+
+
+def _carry(
+    config: Config, model: nn.Module, snapshot: Snapshot, stepper: Stepper, own: Sequence[Share], *, cases: int
+) -> StepReport:
+    """Keep the gradient of an epoch's last, partial window for the next epoch (`train.published_errors`)."""
+    report = stepper.carry(own, cases=cases, window=config.parallel.global_batch, stop=stop_requested())
+    snapshot.carried = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return report
+
+
+def _steps_per_epoch(config: Config, bags: int) -> int:
+    """Return the steps of an epoch over `bags` bags.
+
+    Raises:
+        ConfigError: With `train.published_errors` there is none, as a partial window makes no step.
+    """
+    batch = config.parallel.global_batch
+    if not config.train.published_errors:
+        return math.ceil(bags / batch)
+    if bags < batch:
+        raise ConfigError(
+            f"{bags} training bags are fewer than parallel.global_batch={batch}: with train.published_errors=true, "
+            "which carries the gradient of a partial window to the next epoch, no epoch has a step.",
+            "Lower parallel.global_batch, or set train.published_errors=false.",
+        )
+    return bags // batch
 
 
 def _shares(

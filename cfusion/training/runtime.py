@@ -127,9 +127,15 @@ class Runtime:
         with contextlib.nullcontext() if exchanged else self.accelerator.no_sync(model):
             yield
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the autocast context of a forward pass in training."""
+    def autocast(self, *, published: bool = False) -> contextlib.AbstractContextManager[Any]:
+        """Return the autocast context of a forward pass in training.
+
+        `published`: where the precision is f32, compute in fp16 on a GPU, as the published program does; no loss is
+        scaled then. A CPU stays at f32.
+        """
         dtype = _AUTOCAST.get(self.parallel.precision)
+        if published and self.parallel.precision == "f32" and self.device.type == "cuda":
+            dtype = torch.float16
         return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def backward(self, loss: Tensor) -> None:

@@ -25,11 +25,13 @@ class Snapshot:
         parts: The parameters and their moments, see `Runtime.parts`.
         best: Parameters of the best epoch; empty before the first.
         average: Moving average of the parameters; empty if it is off.
+        carried: Gradient that waits for the next step, by parameter (`train.published_errors`); empty if none does.
     """
 
     parts: dict[str, Part]
     best: dict[str, Tensor] = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)
+    carried: dict[str, Tensor] = field(default_factory=dict)
 
     def parameters(self) -> dict[str, Tensor]:
         """Return a copy of the parameters."""
@@ -50,7 +52,7 @@ class Snapshot:
             self.average[name].lerp_(part.values, 1 - decay)
 
     def pieces(self) -> dict[str, Piece]:
-        """Return what this process writes to a checkpoint: parameters, their average and their moments."""
+        """Return what this process writes to a checkpoint: parameters, average, moments and a carried gradient."""
         groups = {"model": {name: part.values for name, part in self.parts.items()}, "average": self.average}
         pieces = {
             f"{group}/{name}": Piece(part.shape, part.start, values[name])
@@ -59,6 +61,8 @@ class Snapshot:
             if values
         }
         for name, part in self._written().items():
+            if name in self.carried:
+                pieces[f"gradient/{name}"] = Piece(part.shape, part.start, self.carried[name])
             for moment, values in part.moments.items():
                 if values.ndim:
                     pieces[f"{moment}/{name}"] = Piece(part.shape, part.start, values)
@@ -94,6 +98,11 @@ class Snapshot:
                     values.copy_(stored.complete(f"{moment}/{name}"))
         if self.average:
             self.average = {name: _read(stored, "average", name, part) for name, part in self.parts.items()}
+        self.carried = {
+            name: _read(stored, "gradient", name, part)
+            for name, part in self.parts.items()
+            if f"gradient/{name}" in stored.shapes
+        }
         if best is not None:
             self.best = {name: _read(best, "model", name, part) for name, part in self.parts.items()}
 

@@ -78,6 +78,7 @@ class Stepper:
         loss: From the loss registry.
         alpha: Weight of uncensored cases in the loss.
         clip_norm: Maximum gradient norm; None: no clipping.
+        published_errors: Whether a GPU computes the forward pass as in the published program, see `Runtime.autocast`.
     """
 
     runtime: Runtime
@@ -86,6 +87,7 @@ class Stepper:
     loss: Loss
     alpha: float
     clip_norm: float | None
+    published_errors: bool = False
 
     def step(self, micro_batches: Sequence[Share], *, cases: int, lr: float, stop: bool = False) -> StepReport:
         """Update the parameters with the gradient of the mean loss over the global batch.
@@ -103,6 +105,21 @@ class Stepper:
         return self.move(
             loss, [case for m in micro_batches for case in m.batch.case_ids], cases=cases, lr=lr, stop=stop
         )
+
+    def carry(self, micro_batches: Sequence[Share], *, cases: int, window: int, stop: bool = False) -> StepReport:
+        """Add the gradient of a partial window to the next step's, as the published program does at an epoch's end.
+
+        Args:
+            micro_batches: This process's share; every rank has the same number.
+            cases: Bags of the partial window over all processes.
+            window: Bags of a complete window, by which the gradient is divided.
+            stop: Whether this process wants to stop after it.
+
+        Raises:
+            DataError: The loss is not finite on some rank; the bags are named.
+        """
+        loss = self.accumulate(micro_batches, cases=window)
+        return self._agree(loss, [case for m in micro_batches for case in m.batch.case_ids], cases=cases, stop=stop)
 
     def accumulate(self, micro_batches: Sequence[Share], *, cases: int) -> float:
         """Add the gradient of this process's share of a global batch of `cases` bags; the last pass exchanges it.
@@ -136,17 +153,22 @@ class Stepper:
         Raises:
             DataError: See `step`.
         """
-        total, bad, stops = self.runtime.sum([loss, float(not math.isfinite(loss)), float(stop)])
-        if bad:
-            self._refuse(bags, "loss")
+        report = self._agree(loss, bags, cases=cases, stop=stop)
         norm = self.runtime.advance(self.model, self.optimizer, lr=lr, clip_norm=self.clip_norm)
         if not math.isfinite(norm):
             self._refuse(bags, "gradient")
+        return report
+
+    def _agree(self, loss: float, bags: Sequence[str], *, cases: int, stop: bool) -> StepReport:
+        """Sum losses and requests to stop over all processes, and refuse a loss that is not finite."""
+        total, bad, stops = self.runtime.sum([loss, float(not math.isfinite(loss)), float(stop)])
+        if bad:
+            self._refuse(bags, "loss")
         return StepReport(total / cases, bool(stops))
 
     def _forward(self, micro: Share) -> SurvivalOutput:
         # Both passes of a set-wise loss use this method: same dropout, same arithmetic, same logits.
-        with seeded(micro.seed, self.runtime.device), self.runtime.autocast():
+        with seeded(micro.seed, self.runtime.device), self.runtime.autocast(published=self.published_errors):
             return self.model(micro.batch)
 
     def _refuse(self, bags: Sequence[str], what: str) -> None:

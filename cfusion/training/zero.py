@@ -105,7 +105,7 @@ class ZeroRuntime(Runtime):
         self._engine.set_gradient_accumulation_boundary(last)
         yield
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self, *, published: bool = False) -> contextlib.AbstractContextManager[Any]:
         """Return an empty context: the engine computes in the precision of its configuration."""
         return contextlib.nullcontext()
 

@@ -38,6 +38,12 @@ VARIANTS: dict[str, dict[str, dict[str, object]]] = {
     "weighted sampling": {"train": {"sampling": "weighted"}},
     "cox over ranks": {"train": {"loss": "cox"}},
     "partial last window": {"parallel": {"global_batch": 20}, "train": {"epochs": 14}},
+    "published errors": {
+        "parallel": {"global_batch": 20},
+        "train": {"epochs": 14, "published_errors": True, "min_epoch": 9},
+        "model": {"name": "crossfusion_single", "embed_dim": 16, "num_heads": 2, "options": {"published": True}},
+        "evaluation": {"protocol": "published"},
+    },
     "packed bags": {"train": {"micro_batch": 3}, "model": {"name": "mean_mil"}},
 }
 

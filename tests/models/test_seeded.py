@@ -1,8 +1,7 @@
 """Six published models at weights and bags drawn from a seed, and their training through the product's own loop.
 
 `material/golden/seeded.json` holds the published program's figures; `material/README.md` has the recipe of the draws.
-Its training `partial`, whose last bag's gradient enters the next epoch's first step, is not checked: the loop steps on
-an epoch's last, smaller batch, where the published program does not.
+In its training `partial` the last bag's gradient enters the next epoch's first step (`train.published_errors`).
 """
 
 import json
@@ -120,15 +119,15 @@ class DrawnBags:
             yield BagBatch(self.features[number], case_ids=(self.bags[number].case_id,))
 
 
-def recipe(record: dict[str, Any]) -> Config:
+def recipe(record: dict[str, Any], errors: bool) -> Config:
     return Config.model_validate({
         "train": {
             "epochs": len(record["whole"]["losses"]), "patience": None, "optimizer": "adam", "weight_decay": 4e-6,
             "lr": record["training"]["lr"], "schedule": "published", "warmup_fraction": 0.0, "clip_norm": None,
-            "alpha": record["training"]["alpha"],
+            "alpha": record["training"]["alpha"], "published_errors": errors,
         },
         "parallel": {"precision": "f64", "global_batch": record["training"]["bags_a_step"]},
-        "evaluation": {"protocol": "fixed-epoch", "n_bins": record["config"]["n_classes"]},
+        "evaluation": {"protocol": "published" if errors else "fixed-epoch", "n_bins": record["config"]["n_classes"]},
     })  # fmt: skip
 
 
@@ -140,11 +139,15 @@ def recipe(record: dict[str, Any]) -> Config:
         for r in RECORDS
     ],
 )
+@pytest.mark.parametrize(
+    ("windows", "errors"), [("whole", False), ("whole", True), ("partial", True)], ids=["whole", "carried", "partial"]
+)
 def test_training_through_the_loop_is_the_published_training(
-    record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    record: dict[str, Any], windows: str, errors: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    expected, count = record["whole"], record["whole"]["bags"]
-    config, features, bound = recipe(record), drawn_bags(record), tolerance(record)
+    expected, count = record[windows], record[windows]["bags"]
+    assert bool(count % record["training"]["bags_a_step"]) == (windows == "partial")
+    config, features, bound = recipe(record, errors), drawn_bags(record), tolerance(record)
     sizes = [dict(zip(NAMES, bag["sizes"], strict=True)) for bag in record["bags"]]
     bags = tuple(BagEntry(f"bag-{i}", f"case-{i}", (f"slide-{i}",), sizes[i]) for i in range(count))
     rows = record["bags"][:count]

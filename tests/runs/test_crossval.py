@@ -220,17 +220,23 @@ def test_a_changed_recipe_is_named_in_the_log_run_json_report_and_model_cards(fi
     values = {"recipe": "published", "epochs": 2}
     config = files.config(tmp_path / "run", evaluation={"protocol": "published", "bootstrap": 10})
     config = Config.model_validate({**config.model_dump(), "train": values, "data": {"shards": str(files.shards)}})
-    note = next(note for note in config.notes if note.startswith("No longer the published recipe"))
-    assert "train.epochs=2 (published: 100)" in note
+    assert "train.epochs=2 (published: 100)" in config.notes[0]
+    assert [note.partition(":")[0] for note in config.notes] == [
+        "No longer the published recipe",
+        "Error of the published program, leak",
+        *["Error of the published program, noise"] * 3,
+    ]
     with caplog.at_level("WARNING"):
         cross_validate(config)
-    assert sum(note in message for message in caplog.messages) == 1
-    assert note in json.loads((config.output / "run.json").read_text())["provenance"]["notes"]
-    for fold in range(3):
-        assert note in json.loads((config.output / f"fold_{fold}/model/model.json").read_text())["notes"]
     page = report_runs([config.output], tmp_path / "report", title="Run")
-    for path in (page, page.parent / "model_card.md"):
-        assert f"made_up, amil, published: {note}" in html.unescape(path.read_text(encoding="utf-8"))
+    assert json.loads((config.output / "run.json").read_text())["provenance"]["notes"] == list(config.notes)
+    for fold in range(3):
+        card = json.loads((config.output / f"fold_{fold}/model/model.json").read_text())
+        assert card["notes"] == list(config.notes)
+    for note in config.notes:
+        assert sum(note in message for message in caplog.messages) == 1
+        for path in (page, page.parent / "model_card.md"):
+            assert f"made_up, amil, published: {note}" in html.unescape(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("model", ["amil", "mean_mil", "crossfusion_single"])
