@@ -276,7 +276,7 @@ class TrackingConfig(Section):
 
 
 class Config(Section):
-    """A whole run: cohort, splits, data, model, training, evaluation, tracking."""
+    """A complete run: cohort, splits, data, model, training, evaluation, tracking."""
 
     cohort: CohortConfig = CohortConfig()
     """Patients and outcomes."""

@@ -39,7 +39,7 @@ SETTINGS: dict[str, Any] = {
     },
     "parallel": {"global_batch": 32},
 }
-"""A small network, trained briefly: 150 bags a fold bear no more."""
+"""A small network, trained briefly: 150 bags per fold support no more."""
 
 MODELS: dict[str, dict[str, Any]] = {
     "crossfusion": {"model.name": "crossfusion", "model.options": {"dropout": 0.1}},
@@ -50,17 +50,17 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo leaves."""
+    """The report of the demo and its scores."""
 
     page: Path
     summary: pd.DataFrame
 
 
 def run_demo(out: Path, *, cases: int, slots: int) -> DemoResult:
-    """Do what is missing of the demo in `out`; started again after any interruption, end with the same numbers.
+    """Run the demo in `out`; safe to re-run after an interruption: finished steps are skipped.
 
     Args:
-        out: Folder of everything the demo makes.
+        out: Folder for all output of the demo.
         cases: Patients per cohort.
         slots: Trainings at the same time.
     """
@@ -78,7 +78,7 @@ def run_demo(out: Path, *, cases: int, slots: int) -> DemoResult:
 
 
 def plan_demo(out: Path) -> list[PlannedRun]:
-    """Two cohorts × two models × real and permuted outcomes; the models of real outcomes are registered."""
+    """Plan two cohorts × two models × real and permuted outcomes; the models of real outcomes are registered."""
     sweep = SweepConfig(
         name="demo",
         output=out,
@@ -108,7 +108,7 @@ def _registered(run: PlannedRun) -> PlannedRun:
 
 
 def _prepare(spec: PhantomSpec, folder: Path, threads: int) -> PhantomCohort:
-    """Slides, features and shards of one cohort; what is there stays."""
+    """Make the slides, features and shards of one cohort; finished ones are kept."""
     cohort = draw_cohort(spec, folder, workers=threads)
     config = PreprocessConfig(slides=cohort.slides, store=folder / "features", encoders=(ENCODER,), threads=threads)
     preprocess_slides(config, strict=True)
@@ -117,7 +117,7 @@ def _prepare(spec: PhantomSpec, folder: Path, threads: int) -> PhantomCohort:
 
 
 def _oracle(cohort: PhantomCohort) -> float:
-    """Harrell's C of the planted log-hazard: what a perfect model would reach."""
+    """Return Harrell's C of the planted log-hazard, which a perfect model would reach."""
     outcomes = pd.read_csv(cohort.table).drop_duplicates("patient").set_index("patient")
     truth = pd.read_csv(cohort.truth).set_index("case_id").loc[outcomes.index]
     return concordance(outcomes["time"], outcomes["event"].astype(bool), truth["log_hazard"]).cindex

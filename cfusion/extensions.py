@@ -1,4 +1,4 @@
-"""Code that does not come with the program: a model in a user's file, models and encoders of installed packages.
+"""Code that does not come with the program: a model in a user's file, and models and encoders of installed packages.
 
 Code in a file is imported from the same bytes that its digest is computed from, under a private module name. Its folder
 is not put on `sys.path` and no bytecode cache is read, so the digest says exactly which code runs.
@@ -25,7 +25,7 @@ from cfusion.files import digest_file, digest_json
 Group = Literal["cfusion.models", "cfusion.encoders"]
 
 SHORTEST_PREFIX = 12
-"""Digits of a SHA-256 that are enough to name a file."""
+"""Number of digits of a SHA-256 that identify a file."""
 
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<attribute>[A-Za-z_]\w*)")
 _OURS = ("cfusion", "preprocess", "launch")
@@ -36,11 +36,11 @@ class OwnCode:
     """A class or function outside the program, and the code it is in.
 
     Attributes:
-        name: As the configuration names it.
+        name: Name in the configuration.
         attribute: Name of the class or function in its module.
         path: File of the module.
         digest: SHA-256 of that file.
-        source: Its bytes; None for a module of an installed package, which does not travel with a model.
+        source: Its bytes; None for a module of an installed package, which is not saved with a model.
         package: Name and version of the installed distribution; empty for a file.
         module: Module of the installed package; empty for a file.
     """
@@ -55,7 +55,7 @@ class OwnCode:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What a run and a model record of it."""
+        """The record of this code in a run and in a model."""
         if self.package is None:
             return {"file": self.path.name, "attribute": self.attribute, "sha256": self.digest}
         distribution, version = self.package
@@ -74,7 +74,7 @@ class OwnCode:
         except (Exception, SystemExit) as error:
             raise ConfigError(
                 f"{self.where(error)}: does not import ({type(error).__name__}: {error}).",
-                "Correct the file; it must import without running a training.",
+                "Correct the file; it must import without starting a training.",
                 topic="own-model",
             ) from error
         found: Any = module
@@ -129,7 +129,7 @@ class _OneSource(importlib.abc.SourceLoader):
 
 
 def _refuse_siblings(path: Path, tree: ast.Module) -> None:
-    """Refuse imports of modules beside the file: they are not in its digest and do not travel with the model."""
+    """Refuse imports of modules in the same folder: they are not in the digest and are not saved with the model."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Import | ast.ImportFrom):
             continue
@@ -138,16 +138,16 @@ def _refuse_siblings(path: Path, tree: ast.Module) -> None:
         else:
             names = ["." if node.level else str(node.module)]
         for name in names:
-            if name == "." or _beside(path, name.partition(".")[0]):
+            if name == "." or _is_in_folder(path, name.partition(".")[0]):
                 raise ConfigError(
-                    f"{path}:{node.lineno}: imports a module beside the file ({ast.unparse(node)}), which would not "
-                    "travel with the model.",
+                    f"{path}:{node.lineno}: imports a module of its folder ({ast.unparse(node)}), which would not be "
+                    "saved with the model.",
                     "Put the code into this one file, or into an installed package (entry point cfusion.models).",
                     topic="own-model",
                 )
 
 
-def _beside(path: Path, name: str) -> bool:
+def _is_in_folder(path: Path, name: str) -> bool:
     folder = path.resolve().parent
     if name in _OURS or not ((folder / f"{name}.py").is_file() or (folder / name / "__init__.py").is_file()):
         return False
@@ -160,25 +160,25 @@ def _beside(path: Path, name: str) -> bool:
 
 
 def names_file(name: str) -> bool:
-    """Whether a name reads `FILE.py:CLASS`."""
+    """Return whether a name has the form `FILE.py:CLASS`."""
     return _FILE.fullmatch(name) is not None
 
 
 def plain_name(name: str) -> str:
-    """A name as it may stand in a folder's name: `models/mine.py:MaxMIL` → `mine-MaxMIL`; others as they are."""
+    """Return a name that can be part of a folder's name: `models/mine.py:MaxMIL` → `mine-MaxMIL`; others unchanged."""
     match = _FILE.fullmatch(name)
     return f"{Path(match['path']).stem}-{match['attribute']}" if match else name
 
 
 def file_of(name: str) -> Path:
-    """The file of a name that reads `FILE.py:CLASS`, relative to the working folder as all paths of a configuration."""
+    """Return the file of a name `FILE.py:CLASS`, relative to the working folder like all paths of a configuration."""
     match = _FILE.fullmatch(name)
     assert match is not None
     return Path(match["path"])
 
 
 def file_code(name: str, path: Path | None = None) -> OwnCode:
-    """The code of a name that reads `FILE.py:CLASS`.
+    """Read the code of a name `FILE.py:CLASS`.
 
     Args:
         name: The name.
@@ -193,8 +193,8 @@ def file_code(name: str, path: Path | None = None) -> OwnCode:
     try:
         source = path.read_bytes()
     except OSError as error:
-        beside = [p.name for p in sorted(path.parent.glob("*.py"))]
-        hint = nearest(path.name, beside) if beside else ""
+        neighbours = [p.name for p in sorted(path.parent.glob("*.py"))]
+        hint = nearest(path.name, neighbours) if neighbours else ""
         raise ConfigError(
             f"model.name={name}: {path} cannot be read ({error.strerror}).",
             f"{hint} Give its path relative to the working folder.".strip(),
@@ -204,12 +204,12 @@ def file_code(name: str, path: Path | None = None) -> OwnCode:
 
 
 def package_names(group: Group) -> list[str]:
-    """Names that installed packages offer."""
+    """Return the names that installed packages offer."""
     return sorted({entry.name for entry in entry_points(group=group)})
 
 
 def package_code(group: Group, name: str) -> OwnCode | None:
-    """The code behind an entry point; None where no installed package offers the name.
+    """Find the code of an entry point; None if no installed package offers the name.
 
     Raises:
         ConfigError: Two distributions offer the name, or the module of the entry point is missing.
@@ -254,7 +254,7 @@ def check_trusted(path: Path, digest: str, trust_code: str | None) -> None:
     Args:
         path: The file.
         digest: Its SHA-256.
-        trust_code: What the user trusts: the SHA-256, or at least its first 12 digits.
+        trust_code: The SHA-256 that the user trusts, or at least its first 12 digits.
 
     Raises:
         UntrustedCodeError: Nothing is trusted, or another digest is.
@@ -262,10 +262,10 @@ def check_trusted(path: Path, digest: str, trust_code: str | None) -> None:
     look = f"Read it (less {path}); if you trust it, add --trust-code {digest[:SHORTEST_PREFIX]}."
     if not trust_code:
         raise UntrustedCodeError(
-            f"{path}: this model comes with code of its own, which runs only when you trust it (SHA-256 {digest}).",
+            f"{path}: this model comes with its code, which runs only if you trust it (SHA-256 {digest}).",
             look,
         )
     if len(trust_code) < SHORTEST_PREFIX or not digest.startswith(trust_code.lower()):
         short = len(trust_code) < SHORTEST_PREFIX
-        told = f"expected at least {SHORTEST_PREFIX} digits of it" if short else "you trust another file"
-        raise UntrustedCodeError(f"{path}: has SHA-256 {digest}, but --trust-code is {trust_code}: {told}.", look)
+        why = f"expected at least {SHORTEST_PREFIX} digits of it" if short else "you trust another file"
+        raise UntrustedCodeError(f"{path}: has SHA-256 {digest}, but --trust-code is {trust_code}: {why}.", look)

@@ -36,7 +36,7 @@ MODULES = {
     "runs": Modules(True, "a run, fold by fold, and its scores"),
     "runs.reproduction": Modules(False, "trains a finished run again and compares"),
     "survival": Modules(True, "time bins, losses, predictions, scores and intervals"),
-    "survival.null": Modules(False, "simulated outcomes beside finished scores"),
+    "survival.null": Modules(False, "simulated outcomes, reported with finished scores"),
     "survival.paired": Modules(False, "compares finished runs"),
     "survival.ranks": Modules(False, "ranks finished runs"),
     "training": Modules(True, "losses by step, choice of the epoch, processes, prediction of a fold"),

@@ -1,7 +1,7 @@
-"""What the folder of a run contains: the names of its files, reading and writing them, and whether the run is done.
+"""Files in the folder of a run: their names, reading and writing them, and whether the run is done.
 
-The one owner of these names. Importable without torch, so that a launcher or a status page can look into ten thousand
-folders. It holds the files below and a folder for each fold; a fold's folder appears complete or not at all.
+The only owner of these names. It is importable without torch, so that a launcher or a status page can read ten thousand
+folders. A run's folder has the files below and a folder for each fold, which appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -84,17 +84,17 @@ def fold_name(fold: int, repeat: int, repeats: int) -> str:
 
 
 def is_fold_name(name: str) -> bool:
-    """Return whether a file of this name in a run's folder is a fold; the temporary of a killed writer is none."""
+    """Return whether a file of this name in a run's folder is a fold; the temporary file of a killed writer is not."""
     return _FOLD_NAME.fullmatch(name) is not None
 
 
 def fold_folders(run: Path) -> list[Path]:
     """Return the folders of the finished folds of a run, sorted by name."""
-    return sorted(path for path in run.glob(_ANY_FOLD) if is_fold_name(path.name) and is_whole(path))
+    return sorted(path for path in run.glob(_ANY_FOLD) if is_fold_name(path.name) and is_complete(path))
 
 
-def is_whole(fold: Path) -> bool:
-    """Return whether a fold's folder is there; it appears only when the fold is finished."""
+def is_complete(fold: Path) -> bool:
+    """Return whether a fold is finished; its folder appears only then."""
     return (fold / FOLD).is_file()
 
 
@@ -155,7 +155,7 @@ class FinishedRun:
     """A finished run, as read from its folder.
 
     Attributes:
-        folder: Where it lies.
+        folder: The run's folder.
         config: Its configuration.
         audit: What the audit found, `Audit.to_json()`.
         provenance: Digests, versions and seeds.

@@ -54,8 +54,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def command_reference() -> str:
-    """Every command with its help, arguments and options, as `cfusion COMMAND --help` tells them."""
-    lines = ["# Commands", "", "What `cfusion COMMAND --help` tells, on one page. Exit codes:", ""]
+    """Every command with its help, arguments and options, as `cfusion COMMAND --help` shows them."""
+    lines = ["# Commands", "", "The help of every command, as `cfusion COMMAND --help` shows it. Exit codes:", ""]
     lines += [
         "0", ":   done", "",
         "2", ":   invalid input, reported in one line with the [page that explains it](../errors.md)", "",
@@ -146,7 +146,7 @@ def identity_reference() -> str:
         "# What decides the numbers", "",
         "A run is known by what decides its numbers. A run with the same identity continues in its folder, and a sweep "
         "does not train it again; if something below that decides is different, the folder is refused and a sweep "
-        "trains the run anew.", "",
+        "trains the run again.", "",
         "| what | decides |", "|---|---|",
         "| settings | all but those [below](#settings-that-do-not-decide) |",
         "| outcome table and table of the slides | their content, not their path or name |",
@@ -171,9 +171,9 @@ def _is_section(field: FieldInfo) -> bool:
     return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 
 
-def _section(name: str, told: str, section: Any) -> list[str]:
+def _section(name: str, text: str, section: Any) -> list[str]:
     heading = f"## `{name}`" if name.islower() else f"## {name}"
-    return [heading, "", told, "", *_table(section.model_fields)]
+    return [heading, "", text, "", *_table(section.model_fields)]
 
 
 def _table(fields: dict[str, FieldInfo]) -> list[str]:
@@ -278,8 +278,8 @@ def python_reference() -> str:
     rows = []
     for name in cfusion._API:
         thing = getattr(cfusion, name)
-        told = (inspect.getdoc(thing) or "").partition("\n\n")[0]
-        rows.append(f"| [`cfusion.{name}`][{thing.__module__}.{thing.__qualname__}] | {_cell(told)} |")
+        summary = (inspect.getdoc(thing) or "").partition("\n\n")[0]
+        rows.append(f"| [`cfusion.{name}`][{thing.__module__}.{thing.__qualname__}] | {_cell(summary)} |")
     return "\n".join([head, "| name | |", "|---|---|", *rows, ""])
 
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Makes .venv with pinned packages, and only what is missing of it; fetches OpenSeadragon for the viewer where npm is.
+# Creates .venv with pinned packages, or only what is missing; fetches OpenSeadragon for the viewer if npm is available.
 # Sourced by quickstart.sh and test.sh.
 # usage: setup_environment EXTRA     (EXTRA: "" or "dev")
 #
-# torch is pinned first and alone, so that pip takes one build of it: PyPI's, which is the CUDA build on Linux, or the
-# one of CFUSION_TORCH_INDEX (an index URL such as PyTorch's CPU index) where that is set.
+# torch is installed first, by a separate command, so that pip takes one build of it: PyPI's, which is the CUDA build on
+# Linux, or that of CFUSION_TORCH_INDEX (an index URL such as PyTorch's CPU index) if it is set.
 
 fetch_viewer() {
     if command -v npm > /dev/null; then
         .venv/bin/cfusion view --fetch || echo "until that works, cfusion view shows still pictures" >&2
     else
-        echo "npm is not here: cfusion view shows still pictures instead of deep zoom" >&2
+        echo "npm is not installed: cfusion view shows still pictures instead of deep zoom" >&2
     fi
 }
 

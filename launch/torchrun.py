@@ -1,9 +1,10 @@
 """torchrun on one node, with the exit code of the run itself.
 
-`python -m launch.torchrun` takes torchrun's arguments. torchrun leaves with 1 whatever its processes left with, so a
-scheduler cannot tell a run to be started again (75) from one whose input is bad (2), and it starts even the latter
-again and again; this one does neither. And torchrun hands its own store to the processes, which dies with the node that
-made it, and in which processes that are started again find the addresses of the dead; here they make one of their own.
+`python -m launch.torchrun` takes torchrun's arguments and differs from torchrun in two ways. torchrun exits with 1
+for any exit code of its processes, so a scheduler cannot distinguish a run to requeue (75) from one with invalid
+input (2). It restarts even the latter. This program passes the exit code on and does not restart invalid input.
+torchrun also shares its store with the processes. That store is lost with the node that made it, and restarted
+processes find the addresses of dead ones in it; here the processes make a separate store.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Agent(LocalElasticAgent):
-    """An agent that does not start processes again that would leave in the same way."""
+    """An agent that does not restart processes that would fail in the same way."""
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         parsed.rdzv_conf = ",".join(filter(None, [parsed.rdzv_conf, f"is_host={str(host).lower()}"]))
     # torchrun has no argument that names the class of its agent.
     launcher.LocalElasticAgent = _Agent  # type: ignore[attr-defined]
-    # Until torchrun has handlers of its own, a signal that asks for a stop must not look like a crash.
+    # Until torchrun installs its handlers, a signal that asks for a stop must not look like a crash.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _leave)
     try:
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def is_host() -> bool | None:
-    """Whether this node is the first, which holds the rendezvous; None where no scheduler has numbered the nodes.
+    """Return whether this node is the first, which holds the rendezvous; None if no scheduler has numbered the nodes.
 
     torchrun guesses by comparing host names, which fails in containers and network namespaces.
     """
@@ -78,13 +79,13 @@ def is_host() -> bool | None:
 
 
 def _report_exit(what: str, code: int) -> int:
-    """Say why this node leaves, and hand on the code."""
+    """Log why this node exits, and return the code."""
     logger.warning("node %s: %s; leaving with %d", os.environ.get("NODE_RANK", "-"), what, code)
     return code
 
 
 def _of(codes: dict[int, int]) -> int:
-    """One code for a node whose processes have failed."""
+    """Return one exit code for a node whose processes have failed."""
     for code in (*FINAL, REQUEUE):
         if code in codes.values():
             return code
@@ -101,5 +102,5 @@ if __name__ == "__main__":
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    # A thread of the rendezvous may still wait for a node that has left first; the usual end would abort over it (134).
+    # A thread of the rendezvous may still wait for a node that exited first; a normal exit would then abort (134).
     os._exit(left_with)

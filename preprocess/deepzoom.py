@@ -119,7 +119,7 @@ class DeepZoom:
         rgb = self.slide.composite(self.slide.read_rgba(x_px, y_px, side, side))
         return Image.fromarray(area_average(rgb, pixels, pixels))
 
-    def whole(self, longest_px: int) -> Image.Image:
+    def still(self, longest_px: int) -> Image.Image:
         """Return the entire slide, its longer side at most `longest_px`; unreadable areas have the background colour.
 
         Raises:

@@ -16,7 +16,7 @@ from cfusion.errors import ConfigError
 from cfusion.types import magnification_name
 
 TILE_PX = 256
-"""Side of a tile in pixels of its own magnification."""
+"""Side of a tile, in pixels at the tile's magnification."""
 
 GRID_VERSION = "cells-1"
 """Name and version of the grid, for provenance."""

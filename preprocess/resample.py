@@ -59,7 +59,7 @@ def area_tiles(finest: np.ndarray, grid: TileGrid, wanted: Mapping[str, np.ndarr
 
 
 def bicubic_tiles(region: np.ndarray, grid: TileGrid, wanted: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Cut a cell into tiles, each `PIL.Image.resize` of its own level-0 pixels with PIL's default filter.
+    """Cut a cell into tiles; each is `PIL.Image.resize` of its level-0 pixels with PIL's default filter.
 
     Arguments and result are those of `area_tiles`, but `region` is u8 [h, w, 3] at level 0.
     """

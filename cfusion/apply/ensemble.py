@@ -29,18 +29,18 @@ from cfusion.types import BagBatch, SurvivalOutput, magnification_name
 def predict(
     model: FittedModel, data: DataConfig, cases: Sequence[str] | Mapping[str, Sequence[str]], *, micro_batch: int = 1
 ) -> pd.DataFrame:
-    """Risk and survival curve of each patient, computed once each at any number of processes.
+    """Predict the risk and survival curve of each patient; at any number of processes each is computed once.
 
     Args:
         model: A trained model, as `fit` or `FittedModel.load` gives it.
-        data: Where the shards are and how they are read.
-        cases: Patients, or their slides by patient. The slides of a patient given by name alone are those whose name
-            is the patient's or begins with it and a hyphen, as TCGA's barcodes do.
+        data: Location of the shards and how they are read.
+        cases: Patients, or the slides of each patient. A patient given only by name has the slides whose name equals
+            the patient's or begins with it and a hyphen, as TCGA barcodes do.
         micro_batch: Bags in one forward pass.
 
     Returns:
-        One row per patient: `model, protocol, fold` (as the model's card tells), `case_id, risk, risk_cutoff` (of the
-        model; NaN where it has none), `survival_1…K, edge_1…K`. `cfusion.score` takes it with the patients' cohort.
+        One row per patient: `model, protocol, fold` (from the model's card), `case_id, risk, risk_cutoff` (of the
+        model; NaN if it has none), `survival_1…K, edge_1…K`. `cfusion.score` takes it with the patients' cohort.
 
     Raises:
         DataError: The shards are of another encoder or width, or a patient has no slide in them.
@@ -61,13 +61,13 @@ def predict(
     frame = prediction_frame(predict_logits(runtime, model.module, bags, micro_batch), bags, model.bins)
     card = model.card
     cutoff = np.nan if card.risk_cutoff is None else card.risk_cutoff
-    told = {"model": card.model["name"], "protocol": card.protocol, "fold": card.fold}
-    first = [*told, "case_id", "risk", "risk_cutoff"]
-    return frame.assign(**told, risk_cutoff=cutoff)[[*first, *frame.columns[2:]]]
+    labels = {"model": card.model["name"], "protocol": card.protocol, "fold": card.fold}
+    first = [*labels, "case_id", "risk", "risk_cutoff"]
+    return frame.assign(**labels, risk_cutoff=cutoff)[[*first, *frame.columns[2:]]]
 
 
 def slides_by_name(cases: Sequence[str], slide_ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The slides whose name is the patient's, or begins with it and a hyphen.
+    """Return the slides whose name equals the patient's, or begins with it and a hyphen.
 
     Raises:
         DataError: A patient has none.
@@ -98,14 +98,14 @@ class FoldEnsemble:
 
         Raises:
             DataError: There is none, they belong to several runs, or they do not read the same embeddings.
-            UntrustedCodeError: The models come with code of their own, and `trust_code` does not name it.
+            UntrustedCodeError: The models include code, and `trust_code` does not match it.
         """
         cls.cards(folder)
         return cls(tuple(FittedModel.load(path, trust_code=trust_code) for path in fold_models(folder)))
 
     @classmethod
     def cards(cls, folder: Path) -> tuple[ModelCard, ...]:
-        """The cards of every fold's model of the run at or below `folder`; no code of a model is run.
+        """Read the cards of every fold's model of the run at or below `folder`; no code of a model is run.
 
         Raises:
             DataError: There is none, they belong to several runs, or they do not read the same embeddings.
@@ -119,22 +119,22 @@ class FoldEnsemble:
 
     @property
     def risk_cutoff(self) -> float | None:
-        """Mean of the folds' cut-offs, as its risk is the mean of theirs; see `is_high_risk`."""
+        """Mean of the folds' cut-offs, because the risk is the mean of the folds' risks; see `is_high_risk`."""
         return mean_cutoff([model.card for model in self.models])
 
     def predict(self, source: BagSource, cases: Cases, runtime: Runtime) -> pd.DataFrame:
-        """Risk and survival curve of each patient; each bag is read once for all models, and on one rank.
+        """Predict the risk and survival curve of each patient; one rank reads each bag, once for all models.
 
         As in training, a patient's slides form one bag, or their curves and risks are averaged (`ModelCard.unit`).
 
         Args:
-            source: Where the embeddings are.
+            source: The embeddings.
             cases: Slides of each patient.
             runtime: The processes; every rank gets all rows.
 
         Returns:
             One row per patient: `case_id, slides, risk` and `risk_sd` (mean and standard deviation over folds), `group`
-            (high where the risk is at least `risk_cutoff`, otherwise low; empty where a fold has none), `survival_1…K,
+            (high where the risk is at least `risk_cutoff`, otherwise low; empty if a fold has none), `survival_1…K,
             edge_1…K` (mean over folds at each month where some model's time bin ends).
 
         Raises:
@@ -181,7 +181,7 @@ class FoldEnsemble:
         return np.unique(np.concatenate([m.bins.right_edges_months for m in self.models]))
 
     def _mean_curve(self, survival: Sequence[np.ndarray]) -> np.ndarray:
-        """The mean over models of their survival curves [bin] at `months`."""
+        """Return the mean over models of their survival curves [bin] at `months`."""
         curves = [
             step_values(model.bins.right_edges_months, curve, self.months, before=1.0)
             for model, curve in zip(self.models, survival, strict=True)
@@ -191,12 +191,12 @@ class FoldEnsemble:
     def predict_bag(
         self, features: Mapping[str, np.ndarray], positions: Mapping[str, Sequence[Sequence[int]]] | None = None
     ) -> pd.DataFrame:
-        """Risk and survival of one bag.
+        """Predict the risk and survival of one bag.
 
         Args:
             features: Per magnification name, f32 [tile, dim].
             positions: Per magnification name, [tile, 2], column and row of each tile on its magnification's grid, as
-                `bag_positions` gives them; CrossFusion with `grid: spatial` cannot do without.
+                `bag_positions` gives them; required by CrossFusion with `grid: spatial`.
 
         Returns:
             One row per month at which some model's time bin ends: `months`, `survival` (mean over folds), and, the
@@ -222,18 +222,18 @@ class FoldEnsemble:
 
 
 def mean_cutoff(cards: Sequence[ModelCard]) -> float | None:
-    """Mean of the cut-offs of several models; None where one has none."""
+    """Return the mean of the cut-offs of several models; None if one has none."""
     cutoffs = [card.risk_cutoff for card in cards if card.risk_cutoff is not None]
     return float(np.mean(cutoffs)) if len(cutoffs) == len(cards) else None
 
 
 def _checked_features(features: np.ndarray, name: str) -> np.ndarray:
-    """Features [tile, dim] of a magnification, in f32.
+    """Return the features [tile, dim] of a magnification, in f32.
 
     Raises:
         DataError: A value is not finite.
     """
-    with np.errstate(over="ignore"):  # what f32 cannot hold becomes infinite, and is told
+    with np.errstate(over="ignore"):  # a value too large for f32 becomes infinite and is refused below
         values = np.array(features, dtype=np.float32)
     finite = np.isfinite(values).all(axis=1)
     if not finite.all():
@@ -245,7 +245,7 @@ def _checked_features(features: np.ndarray, name: str) -> np.ndarray:
 
 
 def _checked_positions(positions: Mapping[str, Sequence[Sequence[int]]], name: str, tiles: int) -> np.ndarray:
-    """Positions [tile, 2] of a magnification.
+    """Return the positions [tile, 2] of a magnification.
 
     Raises:
         DataError: They are not columns and rows of that many tiles.

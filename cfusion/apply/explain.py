@@ -1,4 +1,4 @@
-"""Explain the slides of opened inputs, each into a folder of its own."""
+"""Explain the slides of opened inputs, each in a separate folder."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Explained:
-    """What became of one slide.
+    """The result for one slide.
 
     Attributes:
         explanation: Its scores.
         page: Its page.
-        areas: Areas of its deletion curves, where they were made.
+        areas: Areas of its deletion curves, if they were requested.
     """
 
     explanation: Explanation
@@ -51,22 +51,22 @@ def explain_inputs(
     default_mpp: float | None = None,
     device: str = "cpu",
 ) -> Iterator[Explained]:
-    """Explain every slide of the inputs, each into a folder of its name in `out`.
+    """Explain every slide of the inputs, each in a folder with the slide's name in `out`.
 
     Args:
         inputs: The slides.
         ensemble: The models.
         out: Folder to write.
-        magnifications: Names of those to report; None: all that the models read.
+        magnifications: Names of the magnifications to report; None: all that the models read.
         occlusion: See `cfusion.explain`.
-        most_removals: Likewise.
+        most_removals: See `cfusion.explain`.
         faithfulness: Also make deletion curves.
         default_mpp: µm/px of slides whose files do not state it, for their pictures.
-        device: Where the models run.
+        device: Device of the models.
 
     Raises:
         DataError: The only slide cannot be explained.
-        PartialResultError: Some slides cannot; the others are done.
+        PartialResultError: Some slides could not be explained; the rest are done.
     """
     failed: dict[str, CfusionError] = {}
     for slide_id in inputs.slide_ids:
@@ -111,17 +111,19 @@ def _write(
 ) -> Path:
     folder = out / found.slide_id
     if file is None:
-        logger.info("%s: no gallery and no picture under the heatmaps, as its slide is not at hand", found.slide_id)
+        logger.info(
+            "%s: no gallery and no picture under the heatmaps, because the slide file is unavailable", found.slide_id
+        )
         return write_results(found, folder, curves=curves)
     with SlidePictures(file, default_mpp=default_mpp) as pictures:
         return write_results(found, folder, pictures=pictures, curves=curves)
 
 
 def checked_device(name: str | None) -> str:
-    """The device of this name; none: a GPU where there is one, or else the CPU.
+    """Return the name of a usable device; None: a GPU if available, otherwise the CPU.
 
     Raises:
-        ConfigError: There is no such device.
+        ConfigError: The device cannot be used.
     """
     import torch
 

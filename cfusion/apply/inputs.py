@@ -1,6 +1,6 @@
-"""What a model is applied to: shards, a feature store, one slide's group in a store, or slides.
+"""Inputs of a model: shards, a feature store, one slide's group in a store, or slides.
 
-Slides are preprocessed as those of the training were; every other part of the program gets a `BagSource`.
+Slides are preprocessed with the settings of the training. The rest of the program sees only a `BagSource`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from preprocess.slides import find_slides, same_name, slide_id_of
 
 @dataclass(frozen=True)
 class Extraction:
-    """How slides are preprocessed, apart from what the model decides.
+    """How slides are preprocessed, except for the settings that the model fixes.
 
     Attributes:
         store: Feature store to write.
         settings: Other settings of `PreprocessConfig`, such as `default_mpp`.
-        overwrite: Extract slides again whose features in `store` were made with other settings.
+        overwrite: Extract a slide again if its features in `store` were made with other settings.
     """
 
     store: Path
@@ -41,13 +41,13 @@ class Extraction:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Slides with embeddings that a model reads.
+    """Slides whose embeddings a model reads.
 
     Attributes:
-        where: What was given, for messages.
+        where: What the user named, for messages.
         source: Their embeddings.
         slide_ids: The slides, among those of the source.
-        files: Files of slides by name, where they are known.
+        files: Slide files by slide name, if known.
         failed: Slides that could not be preprocessed.
     """
 
@@ -58,10 +58,10 @@ class Inputs:
     failed: tuple[str, ...] = ()
 
     def choose(self, slide_ids: Sequence[str] | None = None, pictures: Path | None = None) -> Inputs:
-        """Keep only some slides, and find the files of those of a store.
+        """Keep only some slides, and find their files if they come from a store.
 
         Args:
-            slide_ids: Slides to keep; none: all.
+            slide_ids: Slides to keep; None: all.
             pictures: A folder that is searched for the slides' files.
 
         Raises:
@@ -85,9 +85,9 @@ def open_inputs(
     Args:
         given: The folder or URL of shards; a feature store, one encoder's folder in it or one slide's group; or any
             number of slides and folders of slides.
-        card: Of the model: its encoder, and how its embeddings are made.
+        card: Card of the model: its encoder and the settings of its embeddings.
         extraction: How slides are preprocessed.
-        runtime: The processes, which share the slides; each gets all of them. None: this process alone.
+        runtime: The processes that share the extraction; each gets all slides. None: only this process.
 
     Raises:
         StoreError: The store holds other embeddings than the model reads, or a folder holds nothing usable.
@@ -123,7 +123,7 @@ def _open_store(path: Path, card: ModelCard) -> Inputs:
 
 
 def _extract(given: Sequence[Path], card: ModelCard, extraction: Extraction, runtime: Runtime | None) -> Inputs:
-    """Extract the slides, each process its share, with the model's encoder and the settings of its training."""
+    """Extract this process's share of the slides with the model's encoder and the settings of its training."""
     paths = list(dict.fromkeys(file for path in given for file in _slides_in(path)))
     files = _by_name(paths, [slide_id_of(file) for file in paths])
     share = (0, 1) if runtime is None else (runtime.rank, runtime.world_size)
@@ -131,12 +131,12 @@ def _extract(given: Sequence[Path], card: ModelCard, extraction: Extraction, run
         state for path in given for state in _extract_share(path, card, _for_path(path, given, extraction), share)
     ]
     states = states if runtime is None else runtime.gather(states)
-    there = sorted({slide for slide, done in states if done})
+    extracted = sorted({slide for slide, done in states if done})
     failed = sorted({slide for slide, done in states if not done})
-    if not there:
+    if not extracted:
         raise DataError(f"None of the {len(failed)} slides could be read: {', '.join(failed[:5])}.", "See above.")
     features = StoreSource(extraction.store, card.encoder)
-    return Inputs(", ".join(map(str, given)), features, tuple(there), files, tuple(failed))
+    return Inputs(", ".join(map(str, given)), features, tuple(extracted), files, tuple(failed))
 
 
 def _by_name(files: Sequence[Path], slide_ids: Sequence[str]) -> dict[str, Path]:
@@ -167,7 +167,7 @@ def _slides_in(path: Path) -> list[Path]:
         if not path.is_dir():
             raise
         raise StoreError(
-            f"{path}: is no feature store.",
+            f"{path}: is not a feature store.",
             "Give one slide, a folder of slides, a store, or one slide's group in it.",
         ) from error
 

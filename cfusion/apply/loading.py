@@ -1,4 +1,4 @@
-"""Load a fold ensemble by the name that a user gives: a registered model, or the folder of a run or a fold."""
+"""Load a fold ensemble by its name: a registered model, or the folder of a run or a fold."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def load_ensemble(model: str, uri: str | None = None, trust_code: str | None = N
     Args:
         model: models:/NAME@ALIAS, models:/NAME/VERSION, the folder of a finished run, or that of one fold.
         uri: MLflow server; None: MLFLOW_TRACKING_URI.
-        trust_code: Digest of code that came with the model and may run.
+        trust_code: Digest of the code in the model that may run.
 
     Raises:
-        ConfigError: The name is not an address in the registry, or no registry is named.
+        ConfigError: The name is not an address in the registry, or no registry is configured.
         DataError: There is no such model, its run is not finished, or the folder holds models of several runs.
-        UntrustedCodeError: The models come with code of their own, and `trust_code` does not name it.
+        UntrustedCodeError: The models include code, and `trust_code` does not match it.
     """
     if not model.startswith("models:"):
         return _load_finished(Path(model), trust_code)

@@ -1,4 +1,4 @@
-"""Predict the patients of whatever the user named: shards, a feature store or slides."""
+"""Predict the patients of shards, a feature store or slides."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Prediction:
 
     Attributes:
         table: A row per patient, as `FoldEnsemble.predict` returns it.
-        slides_as_patients: Number of rows that are slides, each taken for a patient.
+        slides_as_patients: Number of rows that are slides, each counted as a patient.
         failed: Slides that could not be read.
         is_main: Whether this process reports the result.
     """
@@ -54,10 +54,10 @@ def predict_inputs(
         given: See `open_inputs`.
         model: See `load_ensemble`.
         uri: MLflow server; None: MLFLOW_TRACKING_URI.
-        trust_code: Digest of code that came with the model and may run.
-        cases: Table `slide_id, case_id`; None: TCGA barcodes, or each slide for itself.
-        store: Where features of slides are kept; None: nowhere.
-        settings: Settings of `PreprocessConfig` for slides, apart from what the model decides.
+        trust_code: Digest of the code in the model that may run.
+        cases: Table `slide_id, case_id`; None: TCGA barcodes, otherwise each slide is a patient.
+        store: Store that keeps the features of slides; None: they are not kept.
+        settings: Settings of `PreprocessConfig` for slides, except those that the model fixes.
 
     Raises:
         DataError: The model or the inputs cannot be used, or a slide of the table is missing.
@@ -69,12 +69,12 @@ def predict_inputs(
         extraction = Extraction(where, {"sheets": False, **settings})
         inputs = open_inputs(given, ensemble.models[0].card, extraction, runtime)
         slides = group_slides(inputs.slide_ids, cases)
-        alone = 0 if cases else sum(not has_barcode(slide) for slide in inputs.slide_ids)
-        if alone and runtime.is_main:
+        unnamed = 0 if cases else sum(not has_barcode(slide) for slide in inputs.slide_ids)
+        if unnamed and runtime.is_main:
             logger.warning(
-                "%d of %d slides bear no TCGA barcode: each is taken for a patient. --cases TABLE groups them.",
-                alone, len(inputs.slide_ids),
+                "%d of %d slides have no TCGA barcode: each counts as a patient. --cases TABLE groups them.",
+                unnamed, len(inputs.slide_ids),
             )  # fmt: skip
         table = ensemble.predict(inputs.source, slides, runtime)
         runtime.barrier()
-    return Prediction(table, alone, inputs.failed, runtime.is_main)
+    return Prediction(table, unnamed, inputs.failed, runtime.is_main)

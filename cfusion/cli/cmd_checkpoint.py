@@ -1,4 +1,4 @@
-"""`cfusion checkpoint`: make a model of the checkpoints of a training in progress."""
+"""`cfusion checkpoint`: export a model from the checkpoints of a training in progress."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import typer
 from cfusion.cli.options import TrustCode
 from cfusion.errors import ConfigError
 
-checkpoints = typer.Typer(no_args_is_help=True, help="Make a model of the checkpoints of a training in progress.")
+checkpoints = typer.Typer(no_args_is_help=True, help="Export a model from the checkpoints of a training in progress.")
 
 
 class Weights(StrEnum):
-    """Which weights of a checkpoint."""
+    """Which weights of a checkpoint to export."""
 
     best = "best"
     last = "last"
@@ -32,12 +32,14 @@ def register(app: typer.Typer) -> None:
 def consolidate(
     folder: Annotated[Path, typer.Argument(help="Checkpoints of one fold, such as RUN/checkpoints/fold_0.")],
     out: Annotated[Path, typer.Option(help="Folder of the model: model.safetensors and model.json.")],
-    weights: Annotated[Weights, typer.Option(help="Of the best epoch so far, or of the last step.")] = Weights.best,
+    weights: Annotated[
+        Weights, typer.Option(help="Weights of the best epoch so far, or of the last step.")
+    ] = Weights.best,
     trust_code: TrustCode = None,
 ) -> None:
-    """Put together what the processes of a training wrote, as one model that every other command reads.
+    """Combine the checkpoint files of all processes into one model that every other command can read.
 
-    A finished fold has its model already, in RUN/fold_0/model.
+    A finished fold already has its model, in RUN/fold_0/model.
 
       cfusion checkpoint consolidate runs/study/checkpoints/fold_0 --out model
     """

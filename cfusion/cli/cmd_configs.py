@@ -10,7 +10,9 @@ import typer
 from cfusion.errors import ConfigError
 from cfusion.files import write_text
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Shipped configurations: list them, copy one.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="List or copy the configurations that come with the package."
+)
 
 
 def _complete(incomplete: str) -> list[str]:
@@ -34,10 +36,10 @@ def show() -> None:
 
 @app.command()
 def copy(
-    name: Annotated[str, typer.Argument(help="As `configs list` names it.", autocompletion=_complete)],
+    name: Annotated[str, typer.Argument(help="Name, as `configs list` shows it.", autocompletion=_complete)],
     destination: Annotated[Path | None, typer.Argument(help="File or folder; default: the current folder.")] = None,
 ) -> None:
-    """Copy a shipped configuration, to edit and to run; an existing file is never overwritten.
+    """Copy a shipped configuration to edit and run; an existing file is never overwritten.
 
     cfusion configs copy tcga_blca study.yaml
     """
@@ -48,7 +50,7 @@ def copy(
     if target.is_dir():
         target = target / source.name
     if target.exists():
-        raise ConfigError(f"{target}: exists already.", "Give another destination.")
+        raise ConfigError(f"{target}: already exists.", "Give another destination.")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, source.read_text(encoding="utf-8"))
     typer.echo(target)

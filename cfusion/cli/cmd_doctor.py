@@ -1,4 +1,4 @@
-"""`cfusion doctor`: is this machine, or this world of processes, fit for a run?"""
+"""`cfusion doctor`: check this machine, or the processes that a launcher started, before a run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor() -> None:
-    """Check what a run needs here: libraries, GPU, memory, disk, OpenSlide, MLflow, DeepSpeed, SLURM.
+    """Check what a run needs: libraries, GPU, memory, disk, OpenSlide, MLflow, DeepSpeed, SLURM.
 
-    Under torchrun it also checks the world: who sees how many processes, the bandwidth and latency between them, and
-    how far their clocks are apart. Prints one line a check; leaves with 2 if one that a run cannot do without failed.
+    Under torchrun it also checks the processes: how many each library sees, the bandwidth and latency between them,
+    and the difference between their clocks. Prints one line per check. Exits with 2 if a required check fails.
 
     torchrun --nproc-per-node 2 -m cfusion doctor
     """
@@ -35,8 +35,8 @@ def doctor() -> None:
         width = max(len(check.name) for check in checks)
         for check in checks:
             mark = "ok" if check.passed else "FAIL" if check.required else "missing"
-            typer.echo(f"{mark:<9}{check.name:<{width + 2}}{check.told}")
+            typer.echo(f"{mark:<9}{check.name:<{width + 2}}{check.detail}")
         if failed:
-            raise CfusionError(f"doctor: {', '.join(failed)} failed.", "The lines above say what was found.")
+            raise CfusionError(f"doctor: {', '.join(failed)} failed.", "See the lines above.")
     elif failed:
         raise typer.Exit(CfusionError.exit_code)

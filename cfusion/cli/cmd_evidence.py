@@ -29,10 +29,10 @@ def score(
     predictions: Annotated[Path, typer.Option(help="CSV of out-of-fold predictions, one row per patient and model.")],
     out: Annotated[Path, typer.Option(help="Folder for scores.csv, summary.csv and the report.")],
     bootstrap: Annotated[int, typer.Option(help="Patient-bootstrap replicates of each interval.", min=0)] = 1000,
-    horizons: Annotated[str, typer.Option(help="Months of the time-dependent AUC.")] = "12,36,60",
+    horizons: Annotated[str, typer.Option(help="Months at which the time-dependent AUC is computed.")] = "12,36,60",
     title: Annotated[str, typer.Option(help="Heading of the report.")] = "Scores of out-of-fold predictions",
 ) -> None:
-    """Score anyone's predictions: tables, intervals, nulls and a report.
+    """Score predictions of any program: tables, intervals, nulls and a report.
 
     Columns: model, cohort, fold, case_id, risk (higher is worse), survival_months, event (1 = happened) or censorship
     (1 = censored); optional protocol, seed, repeat, slide_id, risk_cutoff, survival_1..K and edge_1..K (months).
@@ -77,7 +77,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder of the report.")],
     title: Annotated[str, typer.Option(help="Heading.")] = "Survival from whole-slide images",
 ) -> None:
-    """Write one report over finished runs; seeds are scored together, permuted runs become the null of the others.
+    """Write one report on finished runs; seeds are scored together, permuted runs become the null of the others.
 
     cfusion report runs/study runs/study-amil --out report
     """
@@ -90,10 +90,10 @@ def null(
     config: Annotated[Path, typer.Argument(help="YAML configuration.")],
     overrides: Overrides = None,
     permutations: Annotated[int, typer.Option(help="Also train N times on permuted outcomes.", min=0)] = 0,
-    unit: Annotated[str, typer.Option(help="Rows that are scored: case or slide.")] = "case",
+    unit: Annotated[str, typer.Option(help="Unit that is scored: case or slide.")] = "case",
     repetitions: Annotated[int, typer.Option(help="Repetitions of the simulation.", min=2)] = 40,
 ) -> None:
-    """Say what a model without any signal scores on a cohort and its folds, under each protocol.
+    """Simulate what a model without signal scores on a cohort and its folds, under each protocol.
 
     The simulation takes seconds and trains nothing. Under published it chooses among the epochs that the configuration
     allows (train.epochs, train.min_epoch, train.patience). --permutations also trains the configuration on permuted
@@ -147,11 +147,11 @@ def _echo_permutation(settings: Config, seed: int) -> None:
 def audit(
     config: Annotated[Path, typer.Argument(help="YAML configuration.")],
     overrides: Overrides = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop where anything is dropped or doubted.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if anything is dropped or suspicious.")] = False,
 ) -> None:
-    """Read a cohort and its splits; say what a run would drop or doubt, and why.
+    """Check a cohort and its splits: what a run would drop, what is suspicious, and why.
 
-    It needs no shards: whether each slide has features is checked by `cfusion train --dry-run`.
+    It needs no shards. `cfusion train --dry-run` also checks that each slide has features.
 
       cfusion audit configs/tcga_blca.yaml
     """

@@ -22,27 +22,28 @@ def explain(
     model: Annotated[str, typer.Option(help="models:/NAME@champion, a run's folder, or one fold's.")],
     out: Annotated[Path, typer.Option(help="Folder to write; each slide gets its own folder in it.")],
     uri: Annotated[str | None, typer.Option(help="MLflow server; default: MLFLOW_TRACKING_URI.")] = None,
-    slide: Annotated[list[str] | None, typer.Option(help="Of a store, this slide; default all.")] = None,
-    slides: Annotated[Path | None, typer.Option(help="Of a store, where its slides are, for the pictures.")] = None,
-    magnification: Annotated[list[float] | None, typer.Option(help="Report this one; default all read.")] = None,
+    slide: Annotated[list[str] | None, typer.Option(help="For a store: only this slide; default: all.")] = None,
+    slides: Annotated[Path | None, typer.Option(help="For a store: folder of its slides, for the pictures.")] = None,
+    magnification: Annotated[list[float] | None, typer.Option(help="Report only this one; default: all.")] = None,
     occlusion: Annotated[
-        Literal["cells", "tiles", "none"], typer.Option(help="Remove those of the coarsest magnification, or all.")
+        Literal["cells", "tiles", "none"],
+        typer.Option(help="Remove coarsest tiles with all inside, or every single tile."),
     ] = "cells",
     most_removals: Annotated[
-        int, typer.Option(help="Of more cells than these, several are removed at once, in squares.", min=1)
+        int, typer.Option(help="Maximum removals; if there are more cells, squares of cells are removed.", min=1)
     ] = 256,
     faithfulness: Annotated[bool, typer.Option("--faithfulness", help="Also draw deletion curves.")] = False,
     default_mpp: Annotated[float | None, typer.Option(help="µm/px of slides whose files do not state it.")] = None,
-    masks: Annotated[Path | None, typer.Option(help="Of a slide, folder of tissue masks; they win.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="Of a slide, folder of encoder checkpoints.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network for weights.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda:0, …; default a GPU where there is one.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="For slides: folder of tissue masks to use.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="For slides: folder of encoder checkpoints.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Never download weights.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda:0, …; default: a GPU if available.")] = None,
     trust_code: TrustCode = None,
 ) -> None:
     """Score every tile of a slide: attention, input×gradient, occlusion; mean and spread over folds.
 
     Each slide gets a folder with index.html, explanation.zarr, overlays, a gallery of the tiles that raise and lower
-    the risk most, and GeoJSON that QuPath opens. A slide is preprocessed with the encoder that the model names.
+    the risk most, and GeoJSON that QuPath opens. Slides are preprocessed with the encoder of the model.
 
     \b
       cfusion explain a.svs --model models:/blca@champion --out explained

@@ -19,10 +19,10 @@ Api = Annotated[str, typer.Option(help="GDC endpoint.")]
 def manifest(
     source: Source,
     out: Annotated[Path, typer.Option(help="Manifest to write.")] = Path("gdc_manifest.tsv"),
-    folder: Annotated[Path, typer.Option(help="Folder of the slides, in the call that is printed.")] = Path("slides"),
+    folder: Annotated[Path, typer.Option(help="Folder of the slides, for the printed command.")] = Path("slides"),
     api: Api = "https://api.gdc.cancer.gov",
 ) -> None:
-    """Write a manifest that gdc-client reads, and print the call that downloads it.
+    """Write a manifest for gdc-client, and print the command that downloads its slides.
 
     cfusion gdc manifest tcga_blca --out blca.tsv
     """
@@ -41,12 +41,14 @@ def download(
     source: Source,
     out: Annotated[Path, typer.Option(help="Folder for the slides.")] = Path("slides"),
     first: Annotated[int | None, typer.Option(help="Only the first N.", min=1)] = None,
-    client: Annotated[str | None, typer.Option(help="gdc-client to do the transfers; default none.")] = None,
+    client: Annotated[
+        str | None, typer.Option(help="Program gdc-client, to transfer the files; default: built in.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="Files at the same time.", min=1)] = 4,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be downloaded, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be downloaded, and stop.")] = False,
     api: Api = "https://api.gdc.cancer.gov",
 ) -> None:
-    """Download slides and check their MD5 sums; run it again and it goes on where it stopped.
+    """Download slides and check their MD5 sums; safe to re-run: finished slides are skipped.
 
     cfusion gdc download tcga_blca --out slides --first 10
 

@@ -32,7 +32,9 @@ def _complete(incomplete: str) -> list[tuple[str, str]]:
 
 
 def explain(
-    topic: Annotated[str | None, typer.Argument(help="As an error names it.", autocompletion=_complete)] = None,
+    topic: Annotated[
+        str | None, typer.Argument(help="Topic, as an error message names it.", autocompletion=_complete)
+    ] = None,
 ) -> None:
     """Explain an error: its causes, and what to do. Without a topic, list them.
 
@@ -44,7 +46,7 @@ def explain(
             typer.echo(f"{name:<17}{title}")
         return
     if topic not in known:
-        raise ConfigError(f"{topic!r}: there is no such topic.", nearest(topic, known))
+        raise ConfigError(f"{topic!r}: unknown topic.", nearest(topic, known))
     title, text = known[topic]
     if not sys.stdout.isatty():
         typer.echo(f"{title}\n\n{text}")

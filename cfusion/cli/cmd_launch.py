@@ -12,22 +12,24 @@ if TYPE_CHECKING:
     from launch.cluster.cluster_plan import LaunchPlan
 
 launch = typer.Typer(
-    help="Start `cfusion train` on several nodes, which go on when one is lost and start again when time is up.",
+    help="Start `cfusion train` on several nodes; it survives a lost node and resumes after its time limit.",
     no_args_is_help=True,
 )
 
-ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration, as the nodes will find it.")]
+ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration; the path must be valid on the nodes.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, such as train.epochs=20")]
 Nodes = Annotated[int, typer.Option(help="Number of nodes.", min=1)]
-Gpus = Annotated[int, typer.Option(help="GPUs per node, with a process each; 0: the CPU computes.", min=0)]
-Processes = Annotated[int | None, typer.Option(help="Processes per node, where not one per GPU.", min=1)]
+Gpus = Annotated[int, typer.Option(help="GPUs per node, one process each; 0: use the CPU.", min=0)]
+Processes = Annotated[int | None, typer.Option(help="Processes per node; default: one per GPU.", min=1)]
 Cpus = Annotated[int, typer.Option(help="Cores per process.", min=1)]
-Hours = Annotated[float, typer.Option(help="Time limit; before it, the run saves and leaves.", min=0.1, max=9999)]
-Engine = Annotated[str | None, typer.Option(help="ddp, zero1, zero2 or zero3; default: as the configuration says.")]
-Name = Annotated[str | None, typer.Option(help="Name of the job; default: of cohort and model.")]
-Python = Annotated[str | None, typer.Option(help="The interpreter on the nodes.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be started, and stop.")]
-Out = Annotated[Path | None, typer.Option(help="Also write what is shown to this file.")]
+Hours = Annotated[
+    float, typer.Option(help="Time limit; shortly before it, the run saves its state and exits.", min=0.1, max=9999)
+]
+Engine = Annotated[str | None, typer.Option(help="ddp, zero1, zero2 or zero3; default: as in the configuration.")]
+Name = Annotated[str | None, typer.Option(help="Name of the job; default: cohort and model.")]
+Python = Annotated[str | None, typer.Option(help="Python interpreter on the nodes.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be started, and stop.")]
+Out = Annotated[Path | None, typer.Option(help="Also write the printed text to this file.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -49,14 +51,12 @@ def slurm(
     python: Python = None,
     partition: Annotated[str | None, typer.Option(help="Partition of the cluster.")] = None,
     account: Annotated[str | None, typer.Option(help="Account that is charged.")] = None,
-    sbatch: Annotated[list[str] | None, typer.Option(help="Further option of sbatch, as KEY=VALUE.")] = None,
-    setup: Annotated[list[str] | None, typer.Option(help="Line of shell before the run: module load cuda.")] = None,
+    sbatch: Annotated[list[str] | None, typer.Option(help="Additional option of sbatch, as KEY=VALUE.")] = None,
+    setup: Annotated[list[str] | None, typer.Option(help="Shell line to run first, such as: module load cuda.")] = None,
     image: Annotated[
-        str | None, typer.Option(help="Container image, where the cluster has pyxis; it sees this folder.")
+        str | None, typer.Option(help="Container image, which needs pyxis; this folder is mounted in it.")
     ] = None,
-    mount: Annotated[
-        list[str] | None, typer.Option(help="Further folder for the container: /data or /data:/where.")
-    ] = None,
+    mount: Annotated[list[str] | None, typer.Option(help="Additional folder to mount: /data or /data:/where.")] = None,
     dry_run: DryRun = False,
     out: Out = None,
 ) -> None:
@@ -81,24 +81,24 @@ def k8s(
     config: ConfigFile,
     claim: Annotated[str, typer.Option(help="PersistentVolumeClaim with the data and the runs.")],
     overrides: Overrides = None,
-    image: Annotated[str, typer.Option(help="Container image with cfusion in it.")] = "cfusion:latest",
+    image: Annotated[str, typer.Option(help="Container image with cfusion installed.")] = "cfusion:latest",
     nodes: Nodes = 1,
     gpus: Gpus = 1,
     processes: Processes = None,
     cpus: Cpus = 8,
     hours: Annotated[
         float | None,
-        typer.Option(help="Hard limit of the complete run; default: none.", min=0.1, max=9999),
+        typer.Option(help="Hard time limit of the entire run; default: none.", min=0.1, max=9999),
     ] = None,
     engine: Engine = None,
     name: Name = None,
     python: Python = None,
-    folder: Annotated[str, typer.Option(help="Where it is mounted; paths are relative to it.")] = "/work",
+    folder: Annotated[str, typer.Option(help="Where the volume is mounted; paths are relative to it.")] = "/work",
     secret: Annotated[str | None, typer.Option(help="Secret with variables such as MLFLOW_TRACKING_PASSWORD.")] = None,
     dry_run: DryRun = False,
     out: Out = None,
 ) -> None:
-    """Apply a run to Kubernetes, as an Indexed Job with a headless Service.
+    """Submit a run to Kubernetes, as an Indexed Job with a headless Service.
 
     cfusion launch k8s study.yaml --image IMAGE --claim DATA --nodes 2
     """
@@ -125,7 +125,7 @@ def local(
     dry_run: DryRun = False,
     out: Out = None,
 ) -> None:
-    """Run on this machine, each node an agent with its processes.
+    """Run on this machine, with one agent per node that starts the node's processes.
 
     cfusion launch local configs/tcga_blca.yaml --nodes 2 --processes 2
     """

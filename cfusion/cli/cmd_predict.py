@@ -28,19 +28,19 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the predictions as JSON.")] = False,
     cases: Annotated[
-        Path | None, typer.Option(help="Table slide_id,case_id; default: TCGA barcodes, or by slide.")
+        Path | None, typer.Option(help="CSV slide_id,case_id; default: TCGA barcodes, or each slide.")
     ] = None,
     uri: Annotated[str | None, typer.Option(help="MLflow server; default: MLFLOW_TRACKING_URI.")] = None,
     store: Annotated[Path | None, typer.Option(help="Keep features of slides in this store.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Folder of encoder checkpoints, for slides.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network for weights.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Never download weights.")] = False,
     default_mpp: Annotated[float | None, typer.Option(help="µm/px of slides whose files do not state it.")] = None,
     threads: Annotated[int, typer.Option(help="Reading threads, for slides.", min=1)] = 2,
     trust_code: TrustCode = None,
 ) -> None:
     """Predict risk and survival of patients, in one process or under torchrun.
 
-    Slides are preprocessed with the encoder that the model names; embeddings of another encoder are refused. One row
+    Slides are preprocessed with the encoder of the model; embeddings of another encoder are refused. One row
     per patient: mean risk over the fold models and its standard deviation, the risk group by their cut-off, and
     survival at each month where a time bin ends. Without --cases, a slide without a TCGA barcode counts as a patient.
 
@@ -49,7 +49,7 @@ def predict(
       cfusion predict shards/ --model runs/blca --out risks.csv
     """  # noqa: D301 - the escape is typer's mark for lines that stay as they are
     if out is None and not as_json:
-        raise ConfigError("cfusion predict: there is no output.", "Give --out FILE.csv or --json.")
+        raise ConfigError("cfusion predict: no output was requested.", "Give --out FILE.csv or --json.")
     from cfusion.apply.prediction import predict_inputs
 
     settings = {"weights": weights, "offline": offline, "default_mpp": default_mpp, "threads": threads}
@@ -75,7 +75,7 @@ def _deliver(table: pd.DataFrame, slides: int, out: Path | None, as_json: bool) 
         return
     rows = {"patients": len(table) - slides, "slides": slides}
     counted = " and ".join(f"{count} {name}" for name, count in rows.items() if count)
-    typer.echo(f"{counted}, {(table['group'] == 'high').sum()} of high risk: {out}")
+    typer.echo(f"{counted}, {(table['group'] == 'high').sum()} at high risk: {out}")
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, object]]:

@@ -1,4 +1,4 @@
-"""`cfusion registry` and `cfusion track`: registered models, and runs whose server was away."""
+"""`cfusion registry` and `cfusion track`: registered models, and records that a tracking server missed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import typer
 
 from cfusion.errors import ConfigError, PartialResultError
 
-models = typer.Typer(no_args_is_help=True, help="List registered models, and make one the champion.")
-track = typer.Typer(no_args_is_help=True, help="Send what the tracking server has not got of a run.")
+models = typer.Typer(no_args_is_help=True, help="List registered models; make one the champion.")
+track = typer.Typer(no_args_is_help=True, help="Upload records that the tracking server has not received.")
 
 Uri = Annotated[str | None, typer.Option(help="MLflow server or database; default: MLFLOW_TRACKING_URI.")]
 
@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
 
 @models.command("list")
 def list_(uri: Uri = None) -> None:
-    """Show every version that cfusion registered, with what it reads and how it scored.
+    """List every version that cfusion registered, with its inputs and scores.
 
     cfusion registry list --uri sqlite:///runs/mlflow.db
     """
@@ -88,9 +88,9 @@ def send_(
     runs: Annotated[list[Path], typer.Argument(help="Output folders of tracked runs.")],
     uri: Annotated[str | None, typer.Option(help="Server or database; default: the one of the run.")] = None,
 ) -> None:
-    """Send what the tracking server has not got of finished, stopped or killed runs; nothing is sent twice.
+    """Upload the records of finished, stopped or killed runs that the server has not received; none is sent twice.
 
-    A server that has nothing of a run, such as another one given with --uri, gets all of it.
+    A server that has no record of a run, such as another one given with --uri, receives all of them.
 
       cfusion track send runs/study
     """

@@ -24,8 +24,8 @@ def reproduce(
 ) -> None:
     """Train a finished run again from its own configuration and compare every prediction.
 
-    On the same CPU and library versions the predictions are equal bit for bit; on a GPU give a --tolerance. What
-    differs in data, program or packages is said first. Leaves with 2 where the predictions differ.
+    On the same CPU and library versions the predictions are equal bit for bit; on a GPU, set --tolerance. Differences
+    in data, program or packages are reported first. Exits with 2 if the predictions differ.
 
       cfusion reproduce runs/study
     """
@@ -33,7 +33,9 @@ def reproduce(
 
     result = reproduce_run(run, out or run.with_name(f"{run.name}-again"), trust_code=trust_code)
     if result.largest == float("inf"):
-        raise DataError(f"{run}: was not reproduced; other patients are predicted.", _advice(result.differences))
+        raise DataError(
+            f"{run}: was not reproduced; the predictions are of other patients.", _advice(result.differences)
+        )
     typer.echo(f"{result.cases} predictions, largest difference {result.largest:.3g}")
     if result.largest > tolerance:
         raise DataError(f"{run}: was not reproduced.", _advice(result.differences))
@@ -42,4 +44,4 @@ def reproduce(
 def _advice(differences: tuple[str, ...]) -> str:
     if differences:
         return f"{'; '.join(differences)}."
-    return "Data, program and packages are the same: another device or number of threads gives other bits."
+    return "Data, program and packages are the same: another device or number of threads changes the last bits."

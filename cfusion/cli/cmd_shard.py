@@ -1,4 +1,4 @@
-"""`cfusion preprocess shard`: features to WebDataset shards; and check that shards are complete."""
+"""`cfusion preprocess shard`: pack features into WebDataset shards, and verify shards."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def register(app: typer.Typer) -> None:
 def shard(
     store: Annotated[Path, typer.Argument(help="Feature store to pack.")],
     out: Annotated[Path, typer.Option(help="Folder for the tars and their index.")],
-    encoder: Annotated[str | None, typer.Option(help="Encoder to pack, where the store holds several.")] = None,
-    size: Annotated[str, typer.Option(help="About how large a tar is: 500MB, 1GB, 4GiB.")] = "1GB",
-    dtype: Annotated[Dtype, typer.Option(help="int8 has a scale for each channel.")] = Dtype.f16,
+    encoder: Annotated[str | None, typer.Option(help="Encoder to pack; required if the store has several.")] = None,
+    size: Annotated[str, typer.Option(help="Approximate size of a tar: 500MB, 1GB, 4GiB.")] = "1GB",
+    dtype: Annotated[Dtype, typer.Option(help="Storage type; int8 has a scale for each channel.")] = Dtype.f16,
     seed: Annotated[int, typer.Option(help="Seed of the order of slides.")] = 7,
     workers: Annotated[int, typer.Option(help="Threads that read and encode slides.", min=1)] = 2,
 ) -> None:
@@ -49,12 +49,12 @@ def shard(
         typer.echo(f"int8: root mean square error at most {error:.2%} of the values' (slide {worst.slide_id})")
     if index.refused:
         for reason in index.refused.values():
-            typer.echo(f"left out: {reason}")
-        raise PartialResultError(f"{len(index.refused)} slides were left out.", "The others are packed.")
+            typer.echo(f"skipped: {reason}")
+        raise PartialResultError(f"{len(index.refused)} slides were skipped.", "The rest are packed.")
 
 
 def print_verification(shards: Path) -> None:
-    """Check every byte of a folder of shards against its index, and tell what is found."""
+    """Check every byte of a folder of shards against its index, and print the result."""
     from cfusion.data.verify import verify_shards
     from cfusion.errors import DataError
 
@@ -62,11 +62,11 @@ def print_verification(shards: Path) -> None:
     for problem in result.problems:
         typer.echo(str(problem))
     if not result.problems:
-        typer.echo(f"{len(result.good)} slides, all whole")
+        typer.echo(f"{len(result.good)} slides, all intact")
         return
     for slide_id in result.good:
-        typer.echo(f"whole: {slide_id}")
-    raise DataError(f"{shards}: {len(result.problems)} problems, {len(result.good)} slides are whole.", "See above.")
+        typer.echo(f"intact: {slide_id}")
+    raise DataError(f"{shards}: {len(result.problems)} problems, {len(result.good)} slides are intact.", "See above.")
 
 
 def _bytes(text: str) -> int:

@@ -22,14 +22,16 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value, such as train.epochs=20", autocompletion=settings)
     ] = None,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Show what would run, and stop.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the complete configuration, and stop.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and audit the data, and stop.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop where the audit drops or doubts anything.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail if the audit drops anything or finds anything suspicious.")
+    ] = False,
     same_code: Annotated[
         str | None,
-        typer.Option(
-            help="Continue a run of other code, of which you know that its numbers are the same.", metavar="DIGEST"
-        ),
+        typer.Option(help="Resume a run of other code that you know gives the same numbers.", metavar="DIGEST"),
     ] = None,
 ) -> None:
     """Train and score every fold of a configuration; safe to re-run: finished folds are skipped.

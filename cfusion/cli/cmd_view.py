@@ -17,14 +17,16 @@ def view(
     slides: Annotated[Path | None, typer.Argument(help="A slide, or a folder of slides.")] = None,
     explanations: Annotated[Path | None, typer.Option(help="Folder that `cfusion explain` wrote.")] = None,
     run: Annotated[Path | None, typer.Option(help="Output folder of `cfusion train`, for survival curves.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; loopback is not seen from elsewhere.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0: any that is free.", min=0, max=65535)] = 0,
-    default_mpp: Annotated[float | None, typer.Option(help="µm/px of slides that tell none.", min=0.05, max=10)] = None,
-    fetch: Annotated[bool, typer.Option("--fetch", help="Fetch OpenSeadragon through npm, for deep zoom.")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on; the default: this machine only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: any free port.", min=0, max=65535)] = 0,
+    default_mpp: Annotated[
+        float | None, typer.Option(help="µm/px of slides that state none.", min=0.05, max=10)
+    ] = None,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Download OpenSeadragon through npm, for deep zoom.")] = False,
 ) -> None:
     """Show slides in the browser: deep zoom, heatmaps, the patches under a click, the patient's survival.
 
-    Runs until Ctrl-C. Nothing is loaded from elsewhere, and only files among SLIDES are shown.
+    Runs until Ctrl-C. The page loads nothing from other hosts and shows only files in SLIDES.
 
     \b
       cfusion view slides

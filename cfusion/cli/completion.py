@@ -1,10 +1,10 @@
-"""What the shell completes besides commands, options and files: settings and encoders."""
+"""Shell completion of settings and encoders."""
 
 from __future__ import annotations
 
 
 def settings(incomplete: str) -> list[tuple[str, str]]:
-    """`section.key=` of every setting, with what it means."""
+    """Return `section.key=` of every setting that begins with `incomplete`, with its meaning."""
     from cfusion.config import Config
 
     found = []
@@ -16,11 +16,11 @@ def settings(incomplete: str) -> list[tuple[str, str]]:
 
 
 def encoders(incomplete: str) -> list[tuple[str, str]]:
-    """Names of the known encoders, with their licences."""
+    """Return the names of the known encoders that begin with `incomplete`, with their licences."""
     from cfusion.extensions import package_names
     from preprocess.encoders.cards import CARDS
 
-    installed = dict.fromkeys(package_names("cfusion.encoders"), "of an installed package")
+    installed = dict.fromkeys(package_names("cfusion.encoders"), "from an installed package")
     known = {name: card.licence for name, card in CARDS.items()}
-    found = {**installed, "stain-texture": "nothing learnt", **known}
+    found = {**installed, "stain-texture": "untrained", **known}
     return [(name, text) for name, text in found.items() if name.startswith(incomplete)]

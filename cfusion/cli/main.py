@@ -1,4 +1,4 @@
-"""The command `cfusion`: its subjects, and how errors reach the shell.
+"""The command `cfusion`: its subcommands, and how errors become messages and exit codes.
 
 Modules here import nothing heavy at the top, so that `--help` answers at once.
 """
@@ -67,7 +67,7 @@ DISK = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space, then run the same command again; it resumes."),
     **dict.fromkeys(
         (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS),
-        "Give another path, or the right to it.",
+        "Give another path, or change its permissions.",
     ),
 }
 """Remedies for file system errors, by error number."""
@@ -129,7 +129,7 @@ def run() -> None:
     except SystemExit as left:
         # Typer has turned Ctrl-C into this code.
         if left.code == 130:
-            sys.stderr.write("interrupted; the same command goes on from here\n")
+            sys.stderr.write("interrupted; run the same command again to resume\n")
         raise
     except RuntimeError as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -140,12 +140,14 @@ def run() -> None:
             raise
         time.sleep(SECONDS_FOR_THE_CAUSE)  # then the launcher sees its exit code first
         rank = os.environ.get("RANK")
-        sys.stderr.write(f"rank {rank}: another process of this run has ended, which said why; this one ends too\n")
+        sys.stderr.write(
+            f"rank {rank}: another process of this run has ended and reported the cause; this one exits too\n"
+        )
         sys.exit(1)
 
 
 def _let_rank_0_speak(error: CfusionError) -> None:
-    """All processes mostly fail alike; the launcher ends the others once one has left, and one message is seen."""
+    """Give rank 0 time to report an error that all processes have; the launcher then ends the other processes."""
     if isinstance(error, RequeueError):
         sys.exit(error.exit_code)
     time.sleep(SECONDS_FOR_RANK_0)

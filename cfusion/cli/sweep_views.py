@@ -1,4 +1,4 @@
-"""How a sweep looks in a terminal: its runs as a table, its state as a picture."""
+"""Terminal views of a sweep: a table of its runs and a picture of their states."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 COLOURS = {"done": "green", "running": "yellow", "failed": "red", "open": "bright_black"}
 _ROWS = 60
 _SQUARES = 16
-"""Most squares of a cell."""
+"""Maximum number of squares in a cell."""
 
 
 def status_table(statuses: Sequence[RunStatus], axes: Sequence[str]) -> RenderableType:
-    """The runs, a row each; of many the first, and how to see the others."""
+    """Return a table with a row per run; of many runs only the first, and how to list the rest."""
     from rich.table import Table
     from rich.text import Text
 
@@ -35,7 +35,7 @@ def status_table(statuses: Sequence[RunStatus], axes: Sequence[str]) -> Renderab
 def picture(
     row_axis: str, column_axis: str | None, cells: Mapping[tuple[str, str], Sequence[RunStatus]], width: int = 120
 ) -> RenderableType:
-    """Squares coloured by state, a cell for each pair of values, in a terminal of the given width in columns."""
+    """Return squares coloured by state, one cell per pair of values, for a terminal of `width` columns."""
     from rich.table import Table
 
     rows = dict.fromkeys(row for row, _ in cells)
@@ -48,14 +48,14 @@ def picture(
 
 
 def legend(counts: Mapping[str, int]) -> Text:
-    """The states in their colours, with how many runs are in each."""
+    """Return the states in their colours, with the number of runs in each."""
     from rich.text import Text
 
     return Text("   ").join(Text(f"■ {state} {count:,}", COLOURS[state]) for state, count in counts.items())
 
 
 def _squares(runs: Sequence[RunStatus], most: int) -> Text:
-    """A square a run, or, of many, squares in proportion; no state that occurs is left without one."""
+    """Return one square per run, or proportional squares if there are many; every state that occurs gets one."""
     from rich.text import Text
 
     counted = {state: sum(1 for run in runs if run.state == state) for state in COLOURS}
@@ -68,7 +68,7 @@ def _squares(runs: Sequence[RunStatus], most: int) -> Text:
 
 
 def words(statuses: Sequence[RunStatus]) -> Iterator[Text]:
-    """Who trains what; each cause of failure, or absent data, with the runs it stops and the log of the first."""
+    """Yield a line per running run, then one per cause of failure or missing data, with its runs and the first log."""
     from rich.text import Text
 
     for run in (status for status in statuses if status.state == "running"):
@@ -85,7 +85,7 @@ def words(statuses: Sequence[RunStatus]) -> Iterator[Text]:
 
 
 def duration(seconds: float) -> str:
-    """A time span for a person."""
+    """Format a time span for people."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

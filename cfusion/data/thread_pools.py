@@ -1,4 +1,4 @@
-"""Thread pools that run beside training without a second OpenMP team.
+"""Thread pools that work during training without a second OpenMP team.
 
 A thread that calls a torch operation starts its own team of OpenMP threads, as many as the process may use. Two teams
 on the same cores spin against each other: with two cores, a training step on 128 tiles takes twice as long. Threads of

@@ -1,1 +1,1 @@
-"""Checks of this machine and of a world of processes."""
+"""Checks of this machine and of the processes that a launcher started."""

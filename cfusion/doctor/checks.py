@@ -1,4 +1,4 @@
-"""Checks of one machine: each says in a line what was found and, where it failed, what to do."""
+"""Checks of one machine; each reports in one line what it found and, if it failed, what to do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GIB = 1 << 30
 WRITTEN_MIB = 64
 
 MOST_SECONDS_APART = 2.0
-"""Clocks further apart than this make timestamps of runs and files useless."""
+"""Larger differences between clocks make timestamps of runs and files useless."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,20 @@ class Check:
     """The outcome of one check.
 
     Attributes:
-        name: What was looked at.
-        passed: Whether it is as a run needs it.
-        told: What was found, or what to do.
-        required: Whether a run cannot do without it.
+        name: What was checked.
+        passed: Whether it meets what a run needs.
+        detail: What was found, or what to do.
+        required: Whether every run needs it.
     """
 
     name: str
     passed: bool
-    told: str
+    detail: str
     required: bool = True
 
 
 def check_node() -> list[Check]:
-    """All checks of this machine; a check that raises has failed, with its error as what it tells."""
+    """Run all checks of this machine. A check that raises has failed; its error becomes the detail."""
     return [_attempt(*item) for item in CHECKS]
 
 
@@ -95,8 +95,8 @@ def _openslide() -> str:
         read = slide.read_rgba(64, 64, 64, 64)[..., :3]
         slide.close()
     if (read != picture[:64, :64]).any():
-        raise RuntimeError("a made slide came back with other pixels")
-    return f"library {importlib.metadata.version('openslide-bin')}, a made slide was read back"
+        raise RuntimeError("a generated slide was read back with other pixels")
+    return f"library {importlib.metadata.version('openslide-bin')}, a generated slide was read back"
 
 
 def _mlflow() -> str:
@@ -118,7 +118,7 @@ def _mlflow_server() -> str:
 
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
-        raise RuntimeError("MLFLOW_TRACKING_URI is not set; runs are tracked in sqlite files beside them")
+        raise RuntimeError("MLFLOW_TRACKING_URI is not set; runs are tracked in sqlite files next to them")
     started = time.monotonic()
     with unavailable(checked_uri(uri)):
         connect(uri).search_experiments(max_results=1)
@@ -160,14 +160,14 @@ def _clock() -> str:
 
 
 def _deepspeed() -> str:
-    # A process of its own: the import takes over logging and picks a device for good.
+    # A separate process, because the import takes over logging and chooses a device for good.
     code = (
         "import transformers, deepspeed; from deepspeed.accelerator import get_accelerator as found;"
         "print('', deepspeed.__version__, found().device_name(), found().communication_backend_name())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False)
     if done.returncode:
-        raise RuntimeError(f"cannot be imported: {(done.stderr.strip().splitlines() or ['no word of why'])[-1]}")
+        raise RuntimeError(f"cannot be imported: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
     version, device, backend = done.stdout.split()[-3:]
     return f"{version}, on {device} with {backend}"
 
@@ -201,4 +201,4 @@ CHECKS: tuple[tuple[str, bool, Callable[[], str]], ...] = (
     ("slurm", False, _slurm),
     ("launcher", True, _launcher),
 )
-"""Name, whether a run cannot do without it, and the check."""
+"""Name, whether every run needs it, and the check."""

@@ -1,4 +1,4 @@
-"""Checks of a world of processes: who sees how many, how fast they exchange, how far their clocks are apart."""
+"""Checks of several processes: how many each library sees, their latency and bandwidth, their clocks."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from cfusion.training.runtime import Runtime
 from cfusion.training.world import join_world, launched
 
 SIZES_BYTES = (1 << 16, 1 << 22, 1 << 26)
-"""One layer's gradients, those of gated attention (1M parameters in f32), most of those of CrossFusion (23M)."""
+"""Gradients of one layer, of gated attention (1M parameters in f32), and most of those of CrossFusion (23M)."""
 
 ROUNDS = 7
 
 
 def check_world() -> list[Check]:
-    """All checks of the processes that a launcher started; every one of them calls this and gets the same list.
+    """Check the processes that a launcher started; every process calls this and gets the same list.
 
-    One process of each node also checks its node: the first node's checks are all told, of the others what failed.
+    One process of each node also checks its node. The list has all checks of the first node, and the failed required
+    checks of the other nodes.
 
     Raises:
-        ConfigError: Accelerate or torch.distributed sees another world than the launcher made.
+        ConfigError: Accelerate or torch.distributed sees other processes than the launcher started.
     """
     runtime = join_world(ParallelConfig(global_batch=launched()))
     try:
@@ -41,16 +42,16 @@ def _checks(runtime: Runtime) -> list[Check]:
     leads = os.environ.get("LOCAL_RANK", "0") == "0"
     everywhere = runtime.gather([(platform.node(), check_node() if leads else [])])
     nodes = [(name, checks) for name, checks in everywhere if checks]
-    told = list(nodes[0][1])
+    checked = list(nodes[0][1])
     for name, checks in nodes[1:]:
         failed = [check for check in checks if check.required and not check.passed]
-        told += [Check(f"{name} {check.name}", False, check.told) for check in failed]
+        checked += [Check(f"{name} {check.name}", False, check.detail) for check in failed]
     bandwidths = [_bandwidth(runtime, size) for size in SIZES_BYTES]
-    return [*told, _world(runtime, [name for name, _ in nodes]), _latency(runtime), *bandwidths, _clocks(runtime)]
+    return [*checked, _world(runtime, [name for name, _ in nodes]), _latency(runtime), *bandwidths, _clocks(runtime)]
 
 
 def seconds(runtime: Runtime, work: Callable[[], object]) -> float:
-    """Median time of a collective over `ROUNDS`, of the slowest process in each."""
+    """Return the median over `ROUNDS` of the time that the slowest process takes for a collective."""
     work()
     times = []
     for _ in range(ROUNDS):
@@ -64,7 +65,7 @@ def seconds(runtime: Runtime, work: Callable[[], object]) -> float:
 
 
 def bus_bandwidth(world_size: int, size: int, taken: float) -> float:
-    """Bytes a second that an all-reduce moved over each link: 2(n − 1)/n of its size, as NCCL's tests count."""
+    """Return bytes per second that an all-reduce moved over each link: 2(n − 1)/n of its size, as in NCCL's tests."""
     return 2 * (world_size - 1) / world_size * size / taken
 
 
@@ -97,7 +98,7 @@ def _all_reduce(runtime: Runtime, size: int) -> float:
 
 
 def _clocks(runtime: Runtime) -> Check:
-    """Clocks are read as processes leave a barrier, so what is told holds to about the latency."""
+    """Compare clocks that are read as processes leave a barrier, so the difference is accurate to about the latency."""
     read = []
     for _ in range(ROUNDS):
         runtime.barrier()

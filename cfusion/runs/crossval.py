@@ -1,7 +1,7 @@
-"""A whole run: cohort, audit, splits, every fold once, scores, tracking, in one folder.
+"""Cross-validation in one folder: cohort, audit, splits, every fold once, scores, tracking.
 
-A fold's folder appears whole or not at all, so a run that was stopped or killed goes on with the folds that are
-missing and ends with the numbers it would have had. A fold that fails fails the run.
+A fold's folder appears complete or not at all. A run that was stopped or killed therefore resumes with the missing
+folds and ends with the numbers of an undisturbed run. A fold that fails fails the run.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ logger = logging.getLogger(__name__)
 def cross_validate(config: Config, *, same_code: str | None = None) -> Scores:
     """Train, predict and score every fold, and leave predictions and scores in `config.output`.
 
-    Started again on the same folder it does what is missing. Under `torchrun` every rank calls it.
+    Safe to re-run on the same folder: finished folds are skipped. Under `torchrun` every rank calls it.
 
     Args:
         config: The run.
-        same_code: Digest of other code whose numbers are known to be the same; a run that it began is continued.
+        same_code: Digest of other code whose numbers are known to be the same; its unfinished run is resumed.
 
     Raises:
         ConfigError: The folder holds another run, or ranks disagree on the configuration.
@@ -59,23 +59,23 @@ def cross_validate(config: Config, *, same_code: str | None = None) -> Scores:
 
 
 def shares_a_read(config: Config) -> str:
-    """Digest of what runs must have in common to be trained together: patients, bags and arithmetic."""
+    """Return a digest of what runs must share to be trained together: patients, bags and arithmetic."""
     return digest_json(_shared(config))
 
 
 def cross_validate_together(configs: Sequence[Config], *, same_code: str | None = None) -> list[Scores]:
-    """As `cross_validate` for several runs, all folds of all of them from one pass over the shards an epoch.
+    """Cross-validate several runs; each epoch of all their folds takes one pass over the shards.
 
-    Each run ends with the files that it would have alone. If a run fails, the others continue. To resume, give the runs
-    in any order; runs that are done or have failed may be left out.
+    Each run ends with the same files as when it is trained separately. If a run fails, the others continue. To resume,
+    give the runs in any order; runs that are done or have failed may be omitted.
 
     Args:
         configs: Runs with `train.folds=together` and the same `shares_a_read`, such as other seeds and models.
         same_code: As for `cross_validate`.
 
     Raises:
-        ConfigError: They cannot share a read, or as `cross_validate`.
-        PartialResultError: Some runs failed, each told with its cause; the others are done.
+        ConfigError: The runs cannot share a read, or as for `cross_validate`.
+        PartialResultError: Some runs failed, listed with their causes; the rest are done.
         RequeueError: The process was asked to stop and has saved its state.
     """
     _check_shared(configs)
@@ -101,17 +101,17 @@ def cross_validate_together(configs: Sequence[Config], *, same_code: str | None 
         raise failed[0]
     if failed:
         causes = "; ".join(f"{runs[i].config.output}: {error.message}" for i, error in failed.items())
-        raise PartialResultError(f"{len(failed)} of {len(runs)} runs failed, the others are done. {causes}")
+        raise PartialResultError(f"{len(failed)} of {len(runs)} runs failed; the rest are done. {causes}")
     return scores
 
 
 def _train_together(
     runtime: Runtime, runs: Sequence[Run], tracked: Sequence[TrackedRun], bar: Progress
 ) -> dict[int, CfusionError]:
-    """Train the folds that are missing and write each; returns the runs that failed."""
+    """Train the missing folds and write each; return the runs that failed."""
     slides = {case: s for run in runs for case, s in run.cohort.slides_of(list(run.cohort.cases.index)).items()}
     data, dataset = runs[0].config.data, runs[0].dataset
-    whole = BagSet.open(
+    everyone = BagSet.open(
         dataset, slides, data, magnifications=data.magnifications, device=runtime.device, dtype=runtime.dtype
     )
     run_of: dict[GroupMember, int] = {}
@@ -127,7 +127,7 @@ def _train_together(
         bar.advance(note=f"{folder.parent.name}/{folder.name}")
 
     def fails(member: GroupMember, error: CfusionError) -> list[GroupMember]:
-        logger.warning("%s: %s The other runs go on.", runs[run_of[member]].config.output, error.message)
+        logger.warning("%s: %s The other runs continue.", runs[run_of[member]].config.output, error.message)
         failed[run_of[member]] = error
         return [other for other in run_of if run_of[other] == run_of[member]]
 
@@ -142,10 +142,10 @@ def _train_together(
                 run.config, run.cohort, split, dataset, runtime,
                 folder=run.folder / CHECKPOINTS / GROUP, on_epoch=_logging_to(child), code=run.code,
             )  # fmt: skip
-            member = GroupMember(runtime, fold, whole)
+            member = GroupMember(runtime, fold, everyone)
             run_of[member], children[member] = number, child
     members = list(run_of)
-    Group(runtime, whole, data, GroupCheckpoints(members, runtime), done, fails).train(members)
+    Group(runtime, everyone, data, GroupCheckpoints(members, runtime), done, fails).train(members)
     return failed
 
 
@@ -154,7 +154,7 @@ def _logging_to(child: TrackedRun) -> EpochCallback:
 
 
 def _shared(config: Config) -> dict[str, Any]:
-    """What is read and how, by section; the places too, as contents are not known before they are opened."""
+    """Return what is read and how, by section. Paths are included because contents are not known yet."""
     deciding = config.deciding()
     places = config.model_dump(mode="json", include={"cohort": {"table", "slides"}, "data": {"shards"}})
     shared = {section: deciding[section] | places[section] for section in places}
@@ -172,7 +172,7 @@ def _check_shared(configs: Sequence[Config]) -> None:
                 raise ConfigError(
                     f"{config.output} and {configs[0].output} cannot share a read: they differ in "
                     f"{', '.join(differing)}.",
-                    "Train them apart.",
+                    "Train them separately.",
                 )
     if len({config.output for config in configs}) < len(configs):
         raise ConfigError("Runs that are trained together need different outputs.")

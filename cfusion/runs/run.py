@@ -218,7 +218,7 @@ class Run:
 
     def has_fold(self, runtime: Runtime, split: Split) -> bool:
         """Return whether a fold is finished, the same on every rank."""
-        return bool(runtime.from_main(run_folder.is_whole(self.fold_folder(split))))
+        return bool(runtime.from_main(run_folder.is_complete(self.fold_folder(split))))
 
     def write_fold(self, runtime: Runtime, result: FoldRun) -> None:
         """Write the result of a fold on rank 0, completely or not at all; every rank waits for it."""
@@ -291,7 +291,7 @@ class Run:
 
 
 def permuted(cohort: Cohort, seed: int) -> Cohort:
-    """The cohort with each outcome (time and event together) dealt to a patient at random: nothing can be learnt."""
+    """Return the cohort with its outcomes (time and event together) permuted among patients: nothing can be learnt."""
     order = np.random.default_rng(seed).permutation(len(cohort.cases))
     outcomes = cohort.cases[["time_months", "event"]].to_numpy()[order]
     cases = cohort.cases.assign(time_months=outcomes[:, 0].astype(float), event=outcomes[:, 1].astype(bool))

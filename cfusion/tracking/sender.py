@@ -65,7 +65,7 @@ class Follower:
         self._lost = False
 
     def attempt(self, followers: int = 1) -> None:
-        """Send what is new, and set the time of the next attempt for a process that follows so many journals."""
+        """Send what is new, and set the time of the next attempt for a process that follows `followers` journals."""
         started = time.process_time()
         sent = self._send()
         needed = (time.process_time() - started) * followers / MOST_OF_THE_TIME
@@ -147,7 +147,7 @@ class _ToParent(logging.Handler):
 
 def main() -> None:
     """Serve the process that started this one."""
-    # The process that trains decides how it ends; a signal to the whole group must not lose the last records.
+    # The process that trains decides how it ends; a signal to its process group must not lose the last records.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class SenderProcess:
-    """A `cfusion.tracking.sender` in a process of its own.
+    """A `cfusion.tracking.sender` in a separate process.
 
     If it is lost, a run's records stay in its journal, and the run says how to send them.
     """

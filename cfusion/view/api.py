@@ -103,7 +103,7 @@ def routes(viewer: Viewer, lifespan: Callable[[Starlette], AbstractAsyncContextM
         f"/api{slide}/scores/{{magnification}}/{{what}}": api.scores,
         f"{slide}/tiles/{{level:int}}/{{column:int}}_{{row:int}}.jpg": api.tile,
         f"{slide}/patch.jpg": api.patch,
-        f"{slide}/whole.jpg": api.whole,
+        f"{slide}/still.jpg": api.still,
     }
     handlers: dict[Any, Any] = dict.fromkeys((*STATUS, HTTPException, Exception), _error_response)
     return Starlette(
@@ -214,9 +214,9 @@ class _Api:
         side = _number(request, "side")
         return self._picture(request, ("patch", x, y, side), lambda zoom: zoom.patch(x, y, side))
 
-    def whole(self, request: Request) -> Response:
+    def still(self, request: Request) -> Response:
         longest = STILL_PX if request.query_params.get("size") == "large" else LIST_PX
-        return self._picture(request, ("whole", longest), lambda zoom: zoom.whole(longest))
+        return self._picture(request, ("still", longest), lambda zoom: zoom.still(longest))
 
     def _picture(self, request: Request, what: tuple[object, ...], draw: Callable[[DeepZoom], Image.Image]) -> Response:
         slide = self._slide(request)

@@ -1,8 +1,8 @@
 """One plan of a run on several nodes: what each node starts, with which rendezvous and environment.
 
-The settings of the rendezvous stand here alone; SLURM, Kubernetes and this machine are three renderings of a plan.
-With torch's own settings a run goes on 46 s after a node is lost, or hangs where a replacement is awaited; with these
-after about 10 s (`docs/scaling.md`).
+Only this module has the settings of the rendezvous; SLURM, Kubernetes and this machine are three renderings of a plan.
+With torch's settings a run resumes 46 s after a node is lost, or hangs if it waits for a replacement; with these it
+resumes after about 10 s (`docs/scaling.md`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FINAL = (CfusionError.exit_code, PartialResultError.exit_code)
 """Exit codes of processes that would leave in the same way again."""
 
 WARNING_SECONDS = 120
-"""How long before the end of its time a job is told to save and leave."""
+"""How long before its time limit a job is asked to save and exit."""
 
 SHUTDOWN_SECONDS = 30
 """How long a process has to end its step and save before it is killed; a hung one delays a restart as long."""
@@ -105,7 +105,7 @@ class LaunchPlan:
         """Variables of every node."""
         values = {"OMP_NUM_THREADS": str(self.resources.cpus)}
         if not self.resources.gpus:
-            values["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is there would be taken
+            values["CUDA_VISIBLE_DEVICES"] = ""  # otherwise the run would take a visible GPU
         return values | ({"MLFLOW_TRACKING_URI": self.tracking_uri} if self.tracking_uri else {})
 
     def agent(self, *, endpoint: str, run_id: str, local_address: str | None = None) -> list[str]:
@@ -154,8 +154,8 @@ def make_plan(
         engine: `parallel.engine`; none: as the configuration says.
 
     Raises:
-        ConfigError: The configuration is refused, its global batch cannot be shared by so many processes, the name is
-            not one a cluster takes, or the tracking URI holds a password.
+        ConfigError: The configuration is refused, the processes cannot share its global batch, the name is not
+            valid on a cluster, or the tracking URI holds a password.
     """
     from cfusion.training.world import check_divides
 

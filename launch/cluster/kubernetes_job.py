@@ -102,7 +102,7 @@ def _codes(*values: int) -> dict[str, Any]:
 
 
 def _pod(plan: LaunchPlan, options: K8sOptions) -> dict[str, Any]:
-    # NCCL and torch's workers speak through /dev/shm, which is 64 MiB in a container unless told otherwise.
+    # NCCL and torch's workers communicate through /dev/shm, which is 64 MiB in a container by default.
     volumes = [
         {"name": "shm", "emptyDir": {"medium": "Memory"}},
         {"name": "work", "persistentVolumeClaim": {"claimName": options.claim}},

@@ -36,7 +36,7 @@ def run_here(plan: LaunchPlan) -> int:
 
 
 def start_agents(plan: LaunchPlan) -> list[subprocess.Popen[bytes]]:
-    """Start an agent for each node, the first of which holds the rendezvous; each leads a session of its own."""
+    """Start an agent for each node, each in a separate session; the first node holds the rendezvous."""
     arguments = plan.agent(endpoint=f"127.0.0.1:{free_port()}", run_id=uuid.uuid4().hex, local_address="127.0.0.1")
     return [
         subprocess.Popen(

@@ -117,7 +117,7 @@ def submit_slurm(script: str, path: Path) -> str:
 
 
 def _container(options: SlurmOptions) -> list[str]:
-    """What srun is told of a container: its image, then what the script fills in."""
+    """Return the options of srun for a container: its image, then what the script fills in."""
     if options.image is None:
         if options.mounts:
             raise ConfigError("--mount needs the --image whose container sees it.")

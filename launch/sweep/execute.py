@@ -88,15 +88,15 @@ class _Attempt:
         self._execution, self._folder, self._folds = execution, folder, folds
 
     def __call__(self, runs: Sequence[PlannedRun]) -> Iterator[Outcome]:
-        alone = False
+        exclusive = False
         jobs = jobs_of(runs, self._execution)
         for outcome in _dispatch(jobs, self._execution, self._folder, self._folds.look):
             if outcome.state == "failed":
                 logger.warning("%s: %s", outcome.name, outcome.cause)
-            alone = alone or outcome.again == "alone"
+            exclusive = exclusive or outcome.again == "exclusive"
             yield outcome
         self._folds.look([Job((run,)) for run in runs], at_once=True)
-        if alone:
+        if exclusive:
             self._execution = replace(self._execution, slots=None, slots_per_gpu=1)
 
 

@@ -93,7 +93,7 @@ class SweepConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _axes_set_keys_of_their_own(self) -> SweepConfig:
+    def _axes_set_distinct_keys(self) -> SweepConfig:
         owners = {axis: {key for settings in values.values() for key in settings} for axis, values in self.axes.items()}
         for (one, keys), (other, others) in itertools.combinations(owners.items(), 2):
             for key, twin in itertools.product(sorted(keys), sorted(others)):

@@ -35,14 +35,14 @@ class Outcome:
         name: The run.
         state: `held`: another process trains it; `stopped`: stopped on request, its state is saved.
         cause: Why it is not done, in one line.
-        again: Whether another attempt may succeed: `no` if the input is invalid; `alone`: on a GPU of its own, because
-            its share of one was too small.
+        again: Whether another attempt may succeed: `no` if the input is invalid; `exclusive`: on an unshared GPU,
+            because its share of one was too small.
     """
 
     name: str
     state: Literal["done", "failed", "stopped", "held"]
     cause: str = ""
-    again: Literal["no", "yes", "alone"] = "no"
+    again: Literal["no", "yes", "exclusive"] = "no"
 
     @property
     def stopped(self) -> bool:
@@ -144,7 +144,9 @@ def _attempt(job: Job, runs: list[PlannedRun], locks: list[tuple[int, ...]]) -> 
             missed = Outcome("", "failed", str(error))
         except Exception as error:  # noqa: BLE001 - a worker reports any cause; the sweep then fails
             log.error("%s", traceback.format_exc())
-            missed = Outcome("", "failed", _line(error), "alone" if _out_of_memory(error) and job.share < 1 else "yes")
+            missed = Outcome(
+                "", "failed", _line(error), "exclusive" if _out_of_memory(error) and job.share < 1 else "yes"
+            )
         cost = meter.read()
         log.info("ended after %.0f s", cost["wall_s"])
     outcomes = []

@@ -148,7 +148,7 @@ def test_slides_taken_for_patients_are_reported_and_counted_as_slides(
     source = (files.shards, "--model", ensemble_folder, "--out", tmp_path / "out.csv")
     assert cfusion("predict", *source).startswith("33 slides, ")
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
-        "33 of 33 slides bear no TCGA barcode: each is taken for a patient. --cases TABLE groups them."
+        "33 of 33 slides have no TCGA barcode: each counts as a patient. --cases TABLE groups them."
     ]
     caplog.clear()
     assert cfusion("predict", *source, "--cases", cases).startswith("30 patients, ")
@@ -161,7 +161,7 @@ def test_slides_with_and_without_barcode_are_counted_apart(cfusion, ensemble_fol
         write_slide(tmp_path / "store", slide_features(name, 2, 8, rng))
     output = cfusion("predict", tmp_path / "store", "--model", ensemble_folder, "--out", tmp_path / "out.csv")
     assert output.startswith("1 patients and 1 slides, ")
-    assert "1 of 3 slides bear no TCGA barcode" in caplog.text
+    assert "1 of 3 slides have no TCGA barcode" in caplog.text
 
 
 def test_tcga_slides_belong_to_their_barcodes_patient():
@@ -238,7 +238,7 @@ def test_bad_input_is_refused_and_nothing_is_written(cfusion, files, store, case
         with pytest.raises(kind, match=message):
             cfusion("predict", *arguments, "--out", out)
         assert not out.exists()
-    with pytest.raises(ConfigError, match="there is no output"):
+    with pytest.raises(ConfigError, match="no output was requested"):
         cfusion("predict", files.shards, "--model", good)
 
 

@@ -26,7 +26,7 @@ def test_every_configuration_is_listed_and_one_is_copied_once(tmp_path: Path, mo
     (tmp_path / "tcga_blca.yaml").write_text("mine")
     refused = call("configs", "copy", "tcga_blca")
     assert isinstance(refused.exception, ConfigError)
-    assert "exists already" in str(refused.exception)
+    assert "already exists" in str(refused.exception)
     assert (tmp_path / "tcga_blca.yaml").read_text() == "mine"
     unknown = call("configs", "copy", "tcga_blka")
     assert "Did you mean tcga_blca?" in str(unknown.exception)

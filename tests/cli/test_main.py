@@ -147,7 +147,7 @@ def test_an_output_that_cannot_be_a_folder_is_refused(config, tmp_path):
     assert done.returncode == 2, done.stderr
     assert "taken" in done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].endswith("Give another path, or the right to it.")
+    assert done.stderr.splitlines()[-1].endswith("Give another path, or change its permissions.")
 
 
 def test_a_full_disk_ends_in_a_line(monkeypatch, capsys, tmp_path):
@@ -164,8 +164,8 @@ def test_a_full_disk_ends_in_a_line(monkeypatch, capsys, tmp_path):
     assert left.value.code == 2
     written = capsys.readouterr().err
     assert (
-        written == f"error: {tmp_path}/summary.csv: No space left on device. Make room; the same command goes on from "
-        "what is whole.\n"
+        written == f"error: {tmp_path}/summary.csv: No space left on device. Free some space, then run the same "
+        "command again; it resumes.\n"
     )
 
 
@@ -181,4 +181,4 @@ def test_ctrl_c_leaves_with_its_code_and_says_how_to_go_on(monkeypatch, capsys):
     with pytest.raises(SystemExit) as left:
         main.run()
     assert left.value.code == 130
-    assert "interrupted; the same command goes on from here" in capsys.readouterr().err
+    assert "interrupted; run the same command again to resume" in capsys.readouterr().err

@@ -29,7 +29,7 @@ def test_a_store_is_packed_checked_and_read(store, tmp_path):
     assert dataset.index.encoder == "made-up"
     assert sorted(dataset.slide_ids) == ["s0", "s1", "s2", "s3"]
     result = call("verify", tmp_path / "shards")
-    assert (result.exit_code, result.output) == (0, "4 slides, all whole\n")
+    assert (result.exit_code, result.output) == (0, "4 slides, all intact\n")
 
 
 def test_int8_says_its_error(store, tmp_path):
@@ -48,8 +48,8 @@ def test_damage_is_listed_with_the_intact_slides(store, tmp_path):
     result = call("verify", tmp_path / "shards")
     assert isinstance(result.exception, DataError)
     assert f"shard-000000.tar, {sample.slide_id}, x5.npy: its checksum" in result.output
-    assert result.output.count("whole: ") == 3
-    assert f"whole: {sample.slide_id}" not in result.output
+    assert result.output.count("intact: ") == 3
+    assert f"intact: {sample.slide_id}" not in result.output
 
 
 def test_slides_left_out_are_named_and_tell_by_the_exit_code(store, tmp_path):
@@ -58,7 +58,7 @@ def test_slides_left_out_are_named_and_tell_by_the_exit_code(store, tmp_path):
     result = call("shard", store, "--out", tmp_path / "shards")
     assert isinstance(result.exception, PartialResultError)
     assert result.exception.exit_code == 3
-    assert "left out: slide s1: x10/features differs from its digest. Delete the group" in result.output
+    assert "skipped: slide s1: x10/features differs from its digest. Delete the group" in result.output
 
 
 @pytest.mark.parametrize("size", ["1", "GB", "-1GB", "1XB", "0MB", "one GB", "1.2.3GB"])

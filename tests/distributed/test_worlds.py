@@ -130,7 +130,7 @@ def test_inconsistent_variables_are_reported_by_a_run_and_by_the_doctor(environm
         join_world(ParallelConfig())
     (check,) = [check for check in check_node() if check.name == "launcher"]
     assert (check.passed, check.required) == (False, True)
-    assert variables["WORLD_SIZE"] in check.told or "started the processes again" in check.told
+    assert variables["WORLD_SIZE"] in check.detail or "started the processes again" in check.detail
 
 
 def test_accelerates_own_accumulation_is_off_whatever_the_environment_says(environment):

@@ -24,8 +24,8 @@ def test_a_server_that_does_not_answer_is_reported_without_its_password(monkeypa
     found = only(monkeypatch, "mlflow server")
     assert not found.passed
     assert not found.required, "a run keeps its metrics until the server is back"
-    assert "127.0.0.1" in found.told
-    assert "word" not in found.told
+    assert "127.0.0.1" in found.detail
+    assert "word" not in found.detail
 
 
 def test_an_existing_tracking_database_is_ok(monkeypatch, tmp_path):
@@ -35,11 +35,11 @@ def test_an_existing_tracking_database_is_ok(monkeypatch, tmp_path):
 
 def test_slurm_is_reported_by_its_version_or_its_missing_commands(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "sbatch, srun, scontrol not on the PATH" in only(monkeypatch, "slurm").told
+    assert "sbatch, srun, scontrol not on the PATH" in only(monkeypatch, "slurm").detail
     for name in ("sbatch", "srun", "scontrol"):
         (tmp_path / name).write_text("#!/bin/sh\necho slurm 24.11.5\n")
         (tmp_path / name).chmod(0o755)
-    assert only(monkeypatch, "slurm").told == "slurm 24.11.5"
+    assert only(monkeypatch, "slurm").detail == "slurm 24.11.5"
 
 
 def test_a_slide_that_comes_back_with_other_pixels_fails(monkeypatch):
@@ -48,15 +48,19 @@ def test_a_slide_that_comes_back_with_other_pixels_fails(monkeypatch):
     real = preprocess.slides.Slide.read_rgba
     monkeypatch.setattr(preprocess.slides.Slide, "read_rgba", lambda *a, **k: real(*a, **k) ^ 1)
     found = only(monkeypatch, "openslide")
-    assert (found.passed, found.required, found.told) == (False, True, "a made slide came back with other pixels")
+    assert (found.passed, found.required, found.detail) == (
+        False,
+        True,
+        "a generated slide was read back with other pixels",
+    )
 
 
 def test_deepspeed_is_imported_for_real(monkeypatch):
     found = only(monkeypatch, "deepspeed")
-    assert found.passed, found.told
-    assert re.fullmatch(r"\d+\.\d+\S*, on (cpu with gloo|cuda with nccl)", found.told)
+    assert found.passed, found.detail
+    assert re.fullmatch(r"\d+\.\d+\S*, on (cpu with gloo|cuda with nccl)", found.detail)
     monkeypatch.setenv("DS_ACCELERATOR", "abacus")
-    assert "abacus" in only(monkeypatch, "deepspeed").told
+    assert "abacus" in only(monkeypatch, "deepspeed").detail
 
 
 @pytest.mark.parametrize("disk_is_ahead", [True, False])
@@ -65,7 +69,7 @@ def test_a_clock_that_differs_from_the_disks_is_reported(monkeypatch, disk_is_ah
     monkeypatch.setattr(doctor.time, "time", lambda: real() + (-60 if disk_is_ahead else 60))
     found = only(monkeypatch, "clock")
     assert not found.passed
-    assert re.match(r"(59|60) s from the clock", found.told)
+    assert re.match(r"(59|60) s from the clock", found.detail)
 
 
 def test_the_bus_bandwidth_is_what_nccl_tests_print():

@@ -96,7 +96,7 @@ def test_what_is_killed_is_tried_again_and_bad_input_is_not(tmp_path, monkeypatc
     fake = Fake({
         "run0": [outcome("run0", "failed", "killed", "yes"), outcome("run0", "done")],
         "run1": [outcome("run1", "failed", "bad table")],
-        "run2": [outcome("run2", "failed", "no memory on the GPU", "alone"), outcome("run2", "done")],
+        "run2": [outcome("run2", "failed", "no memory on the GPU", "exclusive"), outcome("run2", "done")],
     })  # fmt: skip
     monkeypatch.setattr(sweep, "_dispatch", fake)
     with pytest.raises(PartialResultError, match=r"1 of 3 runs failed\. run1: bad table\."):

@@ -276,8 +276,8 @@ BAD = {
     "import fails": (PLAIN + "\nraise OSError('no such disk')\n", r"mine.py:12: does not import \(OSError: no such"),
     "exits": (PLAIN + "\nraise SystemExit(1)\n", r"mine.py:12: does not import \(SystemExit: 1"),
     "missing package": ("import no_such_package\n" + PLAIN, r"mine.py:1: does not import \(ModuleNotFoundError"),
-    "relative import": ("from . import other\n" + PLAIN, r"mine.py:1: imports a module beside the file \(from"),
-    "sibling": ("import sibling\n" + PLAIN, r"mine.py:1: imports a module beside the file \(import sibling\)"),
+    "relative import": ("from . import other\n" + PLAIN, r"mine.py:1: imports a module of its folder \(from"),
+    "sibling": ("import sibling\n" + PLAIN, r"mine.py:1: imports a module of its folder \(import sibling\)"),
     "no such class": (edited("class Plain", "class Plane"), r"mine.py: defines no Plain. Did you mean Plane\?"),
     "no class": ("Plain = 3\n", r"mine.py: Plain is a int, not a class or function"),
     "missing argument": (

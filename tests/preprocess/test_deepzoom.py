@@ -72,7 +72,7 @@ def test_coarse_tiles_of_a_slide_without_a_pyramid_read_few_pixels_at_once(tmp_p
     with zoomed(path) as zoom:
         level = zoom.levels - 1 - 4
         assert not zoom.is_ready
-        for ask in (lambda: zoom.tile(level, 0, 0), lambda: zoom.whole(160)):
+        for ask in (lambda: zoom.tile(level, 0, 0), lambda: zoom.still(160)):
             with pytest.raises(NotReadyError, match="has no pyramid"):
                 ask()
         assert zoom.tile(zoom.levels - 1, 0, 0).size == (255, 255)
@@ -82,7 +82,7 @@ def test_coarse_tiles_of_a_slide_without_a_pyramid_read_few_pixels_at_once(tmp_p
         second = np.asarray(zoom.tile(level, 1, 0))
         count = len(sizes)
         zoom.tile(level - 1, 0, 0)
-        zoom.whole(160)
+        zoom.still(160)
         assert len(sizes) == count, "the overview is read once"
     assert max(sizes) <= 2048**2, "the overview is read in blocks"
     expected = picture.reshape(192, 16, 256, 16, 3).mean(axis=(1, 3))
@@ -118,4 +118,4 @@ def test_a_broken_tile_does_not_take_its_neighbours(tmp_path: Path):
         with pytest.raises(DataError, match="cannot be read"):
             zoom.tile(zoom.levels - 1, 0, 0)
         assert zoom.tile(zoom.levels - 1, 4, 2).size == (256, 256)
-        assert max(zoom.whole(300).size) == 300
+        assert max(zoom.still(300).size) == 300

@@ -202,8 +202,8 @@ def test_without_its_table_a_run_knows_patients_by_the_names_of_slides(tmp_path:
     "path",
     [
         "/../../../../etc/passwd", "/assets/../api.py", "/assets/..%2fapi.py", "/assets/%2e%2e/api.py",
-        "/assets//etc/passwd", "/slides/../../etc/passwd/whole.jpg", "/slides/%2fetc%2fpasswd/whole.jpg",
-        "/slides/PT-0001-a/whole.jpg", "/slides/PT-0001-a.svs", "/assets/", "/assets/..\\api.py", "/slides",
+        "/assets//etc/passwd", "/slides/../../etc/passwd/still.jpg", "/slides/%2fetc%2fpasswd/still.jpg",
+        "/slides/PT-0001-a/still.jpg", "/slides/PT-0001-a.svs", "/assets/", "/assets/..\\api.py", "/slides",
     ],
 )  # fmt: skip
 def test_no_address_leads_to_a_file(client: Client, path: str):
@@ -222,8 +222,8 @@ def test_a_link_out_of_the_folder_is_refused(files: Files, tmp_path: Path):
         until(lambda: not client.json("/api/state")["probing"])
         slides = {slide["id"]: slide for slide in client.json("/api/state")["slides"]}
         assert "leads out of the served folder" in slides["inside"]["trouble"]
-        assert client.ask(f"/slides/{slides['inside']['key']}/whole.jpg")[0] == 422
-        assert client.ask(f"/slides/{slides['near']['key']}/whole.jpg")[0] == 200
+        assert client.ask(f"/slides/{slides['inside']['key']}/still.jpg")[0] == 422
+        assert client.ask(f"/slides/{slides['near']['key']}/still.jpg")[0] == 200
 
 
 def test_a_link_that_is_named_is_followed(files: Files, tmp_path: Path):
@@ -231,7 +231,7 @@ def test_a_link_that_is_named_is_followed(files: Files, tmp_path: Path):
     (tmp_path / "folder").symlink_to(files.slides)
     for given, name in ((tmp_path / "named.svs", "named"), (tmp_path / "folder", PLAIN)):
         with running(Viewer(SlideFolder(given), Explanations(None))) as client:
-            assert client.ask(f"/slides/{client.keys()[name]}/whole.jpg")[0] == 200
+            assert client.ask(f"/slides/{client.keys()[name]}/still.jpg")[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def test_an_internal_error_fails_only_one_request(files: Files, capfd: pytest.Ca
     with running(files.viewer(curves=Broken())) as client:
         key = client.keys()[PLAIN]
         assert "see the error in its terminal" in client.json(f"/api/slides/{key}", 500)["error"]
-        assert client.ask(f"/slides/{key}/whole.jpg")[0] == 200
+        assert client.ask(f"/slides/{key}/still.jpg")[0] == 200
     assert "ZeroDivisionError" in capfd.readouterr().err
 
 
@@ -383,13 +383,13 @@ def test_a_slide_without_a_pyramid_is_read_in_the_background(tmp_path: Path, mon
         try:
             assert client.json(f"/api/slides/{key}")["ready"] is False
             assert "no pyramid" in client.json(f"/slides/{key}/tiles/6/0_0.jpg", 503)["error"]
-            assert client.ask(f"/slides/{key}/whole.jpg")[0] == 503
+            assert client.ask(f"/slides/{key}/still.jpg")[0] == 503
             assert client.ask(f"/slides/{key}/tiles/12/3_3.jpg")[0] == 200
         finally:
             held.set()
         until(lambda: client.json(f"/api/slides/{key}")["ready"])
         assert client.ask(f"/slides/{key}/tiles/6/0_0.jpg")[0] == 200
-        assert client.ask(f"/slides/{key}/whole.jpg")[0] == 200
+        assert client.ask(f"/slides/{key}/still.jpg")[0] == 200
 
 
 def test_a_damaged_part_does_not_affect_the_rest(files: Files, tmp_path: Path):
@@ -400,7 +400,7 @@ def test_a_damaged_part_does_not_affect_the_rest(files: Files, tmp_path: Path):
         key = client.keys()["a"]
         assert "cannot be read" in client.json(f"/slides/{key}/tiles/11/0_0.jpg", 422)["error"]
         assert client.ask(f"/slides/{key}/tiles/11/4_4.jpg")[0] == 200
-        assert client.ask(f"/slides/{key}/whole.jpg?size=large")[0] == 200
+        assert client.ask(f"/slides/{key}/still.jpg?size=large")[0] == 200
 
 
 def test_a_slide_without_resolution_is_shown_without_um(tmp_path: Path):

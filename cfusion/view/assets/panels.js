@@ -22,7 +22,7 @@ export function showList(slides, total, current, choose) {
   const item = (slide) => {
     const picture = slide.trouble
       ? make("span", { className: "no-picture", textContent: "!", ariaHidden: "true" })
-      : make("img", { loading: "lazy", fetchPriority: "low", alt: "", width: 48, height: 48, src: `/slides/${slide.key}/whole.jpg?v=${slide.version}` });
+      : make("img", { loading: "lazy", fetchPriority: "low", alt: "", width: 48, height: 48, src: `/slides/${slide.key}/still.jpg?v=${slide.version}` });
     picture.addEventListener("error", () => picture.removeAttribute("src"), { once: true }); // a blank square
     const said = slide.trouble ?? (slide.explained ? "explained" : "");
     const button = make(

@@ -97,7 +97,7 @@ export class StillStage {
   open(slide) {
     this.slide = slide;
     this.picture.alt = `The whole slide ${slide.id}`;
-    this.picture.src = `/slides/${slide.key}/whole.jpg?size=large&v=${slide.version}`;
+    this.picture.src = `/slides/${slide.key}/still.jpg?size=large&v=${slide.version}`;
   }
 
   close() {
