@@ -10,9 +10,9 @@ SUFFIXES = {
 }  # fmt: skip
 WORDS = re.compile(
     r"""\b(?:
-        told | said\s+of | (?:can|could|cannot|to)(?:\s+not)?\s+be\s+had | so\s+many | alone | as\s+by\s+default | anew | dear
-        | beside | bears? | deals? | dealt | judge[sd]? | do(?:es)?\s+what\s+is\s+(?:left|missing) | the\s+others\s+go\s+on
-        | of\s+(?:its|their)\s+own | is\s+there\b(?!\?)
+        told | said\s+of | (?:can|could|cannot|to)(?:\s+not)?\s+be\s+had | so\s+many | alone | as\s+by\s+default
+        | anew | dear | beside | bears? | deals? | dealt | judge[sd]? | do(?:es)?\s+what\s+is\s+(?:left|missing)
+        | the\s+others\s+go\s+on | of\s+(?:its|their)\s+own | is\s+there\b(?!\?)
         | whole(?![-\s]\s*slide|\s+(?:number|minute|month|week|day))
     )\b""",
     re.IGNORECASE | re.VERBOSE,
