@@ -257,7 +257,7 @@ def one_change(number: int, seed: int, folder: Path) -> tuple[str, str]:
     try:
         return f"{kind}: {attempt()}", what
     except CfusionError as error:
-        # Two encoders in a folder refuse the import as a whole, by rule, and name both.
+        # Two encoders in a folder refuse the complete import, by rule; the error names both.
         by_rule = kind == "tiff" or "contains the encoders" in str(error)
         return (f"{kind}: refused" if by_rule else f"{kind}: FAILED run ended"), f"{what}: {error}"
     except WrongError as error:
@@ -267,7 +267,7 @@ def one_change(number: int, seed: int, folder: Path) -> tuple[str, str]:
 
 
 def work(numbers: range, seed: int, channel: Any) -> None:
-    """Make changes in a process of its own, and send what came of each."""
+    """Make changes in a separate process, and send the result of each."""
     logging.disable(logging.CRITICAL)
     for number in numbers:
         channel.send(number)

@@ -33,7 +33,7 @@ def find_mask(folder: Path | None, slide_id: str) -> Path | None:
     """Return the user's mask or GeoJSON of a slide, or None."""
     if folder is None:
         return None
-    # macOS writes an accent as a character of its own.
+    # macOS writes an accent as a separate character.
     names = [f"{name}{ending}" for name in {slide_id: 0, normalize("NFD", slide_id): 0} for ending in NAME_ENDINGS]
     return next((p for s in MASK_SUFFIXES for name in names if (p := folder / f"{name}{s}").is_file()), None)
 
@@ -87,7 +87,7 @@ def read_mask(path: Path, shape: tuple[int, int], px_level0: tuple[float, float]
         raise DataError(f"{path}: not a readable mask ({error}).", "Expected a PNG or TIFF picture.") from error
     (height, width), (tall, wide) = shape, painted.shape
     size = (round(width * px_level0[0]), round(height * px_level0[1]))
-    # A mask at any scale is rounded to whole pixels.
+    # A mask at any scale is rounded to integer pixels.
     if abs(wide * size[1] - tall * size[0]) > max(0.02 * wide * size[1], size[0] + size[1]):
         raise DataError(
             f"{path}: the mask has {wide} × {tall} px, but the slide has {size[0]} × {size[1]} px, another shape.",

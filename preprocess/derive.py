@@ -129,7 +129,7 @@ def _origin(coords: np.ndarray, side: float) -> np.ndarray:
     """Return where the grid of the tiles begins, f64 [2]: 0 if they lie on several grids, or on one from the corner."""
     offsets = coords - np.floor(coords / side + 0.5) * side
     spread = np.ptp(offsets, axis=0)
-    # Corners are rounded to whole pixels.
+    # Corners are rounded to integer pixels.
     return np.where(spread <= 1, offsets.mean(axis=0), 0.0) if (spread <= 1).all() else np.zeros(2)
 
 

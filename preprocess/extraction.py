@@ -253,7 +253,7 @@ class _Run:
         keys = ["mpp", "slide_size_px", "slide_digest", header]
         changed = {key: getattr(now, key) for key in keys if key in attrs and attrs[key] != getattr(now, key)}
         if changed and now.slide_bytes != attrs.get("slide_bytes"):
-            # Another file: its digests need not be told.
+            # Another file: its digests need not be reported.
             changed = {"slide_bytes": now.slide_bytes, **{key: changed[key] for key in ["mpp"] if key in changed}}
         finest = f"x{max(self.config.magnifications):g}"
         scale = scale_of(slide.slide_id, now.mpp, max(self.config.magnifications), self.config.resolution).factor
@@ -298,7 +298,7 @@ class _Run:
         if plan.slide.resolution.source == "default":
             found.append("the resolution is --default-mpp")
         if self.config.masks is not None and not plan.mask_digest:
-            found.append("no mask of its own")
+            found.append("no mask file")
         return found
 
     def _attrs(self, work: Work, encoder: Encoder) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import torch
 
 from cfusion.errors import LayoutError, MissingExtraError
 
-WHOLE = 0.01
-"""Largest distance of a coordinate in px from a whole number."""
+INTEGER_TOLERANCE_PX = 0.01
+"""Largest distance of a coordinate in px from an integer."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Level:
     Attributes:
         features: [N, d].
         coords: [N, 2], top-left corners: i64 in level-0 px, or f64 in µm if `um_px` is given; None if there are none.
-        side_px: Side of a tile in px: of level 0, or of its own magnification if `um_px` is given; None if unknown.
-        um_px: µm per px of the tile's own magnification, if the coordinates are in µm.
+        side_px: Side of a tile in px: of level 0, or of its magnification if `um_px` is given; None if unknown.
+        um_px: µm per px at the tile's magnification, if the coordinates are in µm.
         coords_from: How the space of the coordinates is known.
         size_px: Width and height of the slide's level 0, if the file states it.
     """
@@ -63,14 +63,14 @@ def placed_level(path: Path, values: np.ndarray, coords: np.ndarray, side: float
         raise LayoutError(f"{path}: a tile lies at {coords[wild][0].tolist()}, which cannot be on a slide.")
     if "um_px" in known:
         return Level(values, coords.astype(np.float64), side, **known)
-    whole = np.rint(coords.astype(np.float64))
-    broken = (np.abs(coords - whole) > WHOLE).any(axis=1)
+    rounded = np.rint(coords.astype(np.float64))
+    broken = (np.abs(coords - rounded) > INTEGER_TOLERANCE_PX).any(axis=1)
     if broken.any():
         raise LayoutError(
-            f"{path}: a tile lies at {coords[broken][0].tolist()}, expected whole pixels of level 0.",
+            f"{path}: a tile lies at {coords[broken][0].tolist()}, expected integer pixels of level 0.",
             "Check in which unit its coordinates are.",
         )
-    return Level(values, whole.astype(np.int64), side, **known)
+    return Level(values, rounded.astype(np.int64), side, **known)
 
 
 def read_tensor(path: Path) -> np.ndarray:

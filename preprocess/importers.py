@@ -271,10 +271,10 @@ class _Import:
             self._outcomes.append(SlideOutcome(slide_name(path), "skipped", why, path=str(path)))
 
     def take(self, slide_id: str, files: Sequence[FeatureFile]) -> None:
-        """Import one slide; any error refuses it alone, unless the store cannot be written."""
+        """Import one slide; any error refuses only this slide, unless the store cannot be written."""
         try:
             features = self._assemble(slide_id, files)
-            if not self._is_there(features):
+            if not self._is_stored(features):
                 write_slide(self.store, features)
         except CfusionError as error:
             if isinstance(error, MissingExtraError) or store_is_lost(error):
@@ -293,7 +293,7 @@ class _Import:
                 SlideOutcome(slide_id, "done", tiles=tiles, mpp=mpp, mpp_source=source, reader=self.layout, path=path)
             )
 
-    def _is_there(self, features: SlideFeatures) -> bool:
+    def _is_stored(self, features: SlideFeatures) -> bool:
         """Return whether the store has exactly these features.
 
         Raises:

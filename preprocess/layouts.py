@@ -191,7 +191,7 @@ def _flat_trident(path: Path, named: str | None, magnification: float | None, ov
     with opened(path) as file:
         if "features" not in file or "coords" not in file:
             return None
-        overlap = _whole(file["coords"].attrs.get("overlap", 0))
+        overlap = _integer(file["coords"].attrs.get("overlap", 0))
         stated, encoder = _trident_magnification(file["coords"], path), text(file["features"].attrs.get("encoder"))
     # An overlap that is no number is not taken for none.
     overlaps.add(-1 if overlap is None else overlap)
@@ -241,7 +241,7 @@ def _clam(patches: Path, features: Path) -> Level:
         coords = stored[:]
         # `patch_size` counts pixels of `patch_level`; coordinates count pixels of level 0.
         side = number(stored, patches, "patch_size") * number(stored, patches, "downsample")
-        size = _size(stored.attrs.get("level_dim")) if _whole(stored.attrs.get("patch_level")) == 0 else None
+        size = _size(stored.attrs.get("level_dim")) if _integer(stored.attrs.get("patch_level")) == 0 else None
     if features.suffix == ".pt":
         values = read_tensor(features)
     else:
@@ -253,14 +253,14 @@ def _clam(patches: Path, features: Path) -> Level:
 
 
 def _size(stored: Any) -> tuple[int, int] | None:
-    values = [_whole(v) for v in np.asarray(stored if stored is not None else [], object).ravel()]
+    values = [_integer(v) for v in np.asarray(stored if stored is not None else [], object).ravel()]
     if len(values) != 2 or values[0] is None or values[1] is None or min(values[0], values[1]) <= 0:
         return None
     return values[0], values[1]
 
 
-def _whole(stored: Any) -> int | None:
-    """Return an attribute that should be a whole number; None if it is not a number."""
+def _integer(stored: Any) -> int | None:
+    """Return an attribute that should be an integer; None if it is not a number."""
     try:
         return int(stored)
     except (TypeError, ValueError, OverflowError):

@@ -17,7 +17,7 @@ from preprocess.names import without_suffix
 logger = logging.getLogger(__name__)
 
 BUCKETS = ((0.16, 80.0), (0.2, 60.0), (0.3, 40.0), (0.6, 20.0), (1.2, 10.0), (2.4, 5.0))
-"""The nominal policy, as TRIDENT: a slide below so many µm/px was scanned at this magnification."""
+"""The nominal policy, as TRIDENT: a slide with fewer µm/px than the first number was scanned at the second."""
 
 UM_PX_AT_1X = 10.0
 """µm/px × magnification, by the field's convention."""
@@ -226,7 +226,7 @@ def _from_ome(properties: Mapping[str, str]) -> tuple[float | None, float | None
 
 
 def _parsed(xml: str) -> ElementTree.Element:
-    """Parse OME-XML; entities of its own, which could grow without bound, are refused."""
+    """Parse OME-XML; entity declarations, which could expand without bound, are refused."""
     if "<!" in xml.replace("<!--", ""):
         raise ValueError("it declares entities")
     return ElementTree.fromstring(xml)  # noqa: S314 - without declarations there is nothing to expand

@@ -49,7 +49,7 @@ def has_barcode(name: str) -> bool:
 def slide_stem(name: str) -> str:
     """Return the slide_id of a file name, without folder and slide suffix; other dots (TCGA's UUIDs) are kept.
 
-    Accents are composed, as in the names of slides: macOS writes them as characters of their own.
+    Accents are composed, as in the names of slides: macOS writes them as separate characters.
     """
     return unicodedata.normalize("NFC", _SLIDE_SUFFIX.sub("", re.split(r"[\\/]", name)[-1]))
 

@@ -428,5 +428,5 @@ def test_a_sweep_over_files_has_plain_names_and_is_stale_after_an_edit(files, tm
     assert before[1].name != after[1].name
     Path("nets/mine.py").unlink()
     assert "nets/mine.py: not found" in plan(SweepConfig(**values))[1].absent
-    with pytest.raises(ValueError, match="two values have one name"):
+    with pytest.raises(ValueError, match="two values get the same name"):
         SweepConfig(**{**values, "axes": {"model": ["nets/mine.py:MaxMIL", "mine.py:MaxMIL"]}})

@@ -357,7 +357,7 @@ def wait_for(condition, seconds: float = 60.0) -> None:
 
 
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
-def test_an_interrupted_run_leaves_whole_slides_and_the_same_call_does_the_rest(slides: Path, tmp_path: Path, kill):
+def test_an_interrupted_run_leaves_complete_slides_and_the_same_call_does_the_rest(slides: Path, tmp_path: Path, kill):
     store = tmp_path / "store"
     process = start_slow(slides, store, tmp_path / "go")
     try:
@@ -471,7 +471,7 @@ def mend(path: Path, keep_time: bool) -> None:
 def test_a_slide_mended_in_place_is_stale(slides: Path, tmp_path: Path):
     extract(slides, tmp_path / "store")
     mend(slides / "s0.svs", keep_time=False)
-    (slides / "s1.svs").touch()  # a changed time alone changes nothing
+    (slides / "s1.svs").touch()  # only the time changed: the slide is not stale
     again = extract(slides, tmp_path / "store")
     assert [o.status for o in again.outcomes] == ["stale", "skipped", "skipped"]
     assert "made with mpp 0.5, now 0.25" in again.outcomes[0].why
@@ -512,7 +512,7 @@ def test_what_was_assumed_stands_in_the_summary(tmp_path: Path):
     rows = list(csv.DictReader((tmp_path / "store/summary.csv").open(encoding="utf-8")))
     assert [(r["taken_as"], r["mask"]) for r in rows] == [("20x", "a.svs.png"), ("20x", METHOD)]
     assert rows[0]["warnings"] == "0.35 µm/px is taken as 20x (0.5 µm/px)"
-    assert rows[1]["warnings"].endswith("; no mask of its own")
+    assert rows[1]["warnings"].endswith("; no mask file")
 
 
 def test_one_checkpoint_for_two_encoders_is_refused(tmp_path: Path):

@@ -459,7 +459,7 @@ def test_coordinates_are_rounded_and_other_units_are_refused(tmp_path: Path):
                 replace("coords", file["coords"][:] + shift)(file)
     report = import_features(tmp_path / "in", tmp_path / "store")
     assert report.imported == ("near",)
-    assert "expected whole pixels of level 0" in report.refused["um"]
+    assert "expected integer pixels of level 0" in report.refused["um"]
     assert FeatureStore.open(tmp_path / "store").read("near").coords["x20"][1].tolist() == [512, 0]
 
 
@@ -471,7 +471,7 @@ def test_features_that_f16_would_lose_are_refused(tmp_path: Path):
     assert "too small for f16" in report.refused["a"]
 
 
-def test_an_import_replaces_nothing_unless_told(tmp_path: Path):
+def test_an_import_replaces_nothing_unless_asked(tmp_path: Path):
     write_published(tmp_path / "in")
     assert import_features(tmp_path / "in", tmp_path / "store").imported == ("a", "b")
     assert import_features(tmp_path / "in", tmp_path / "store").imported == ("a", "b")
@@ -485,7 +485,7 @@ def test_an_import_replaces_nothing_unless_told(tmp_path: Path):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["pt", "h5"]), st.integers(1, 8))
-def test_changed_bytes_refuse_one_slide_alone(tmp_path: Path, seed: int, kind: str, changes: int):
+def test_changed_bytes_refuse_only_one_slide(tmp_path: Path, seed: int, kind: str, changes: int):
     rng, root = np.random.default_rng(seed), tmp_path / f"{seed}-{kind}-{changes}"
     if kind == "pt":
         write_published(root / "in", slides=("a", "b", "c"))

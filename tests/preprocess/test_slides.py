@@ -246,13 +246,13 @@ def test_level_0_decides_what_the_overview_lacks(tmp_path: Path, fault):
     """The right overview is that of the same slide without a fault."""
     picture = tissue_picture(4096, 4096, share=0.6)
     path = write_slide(tmp_path / "a.svs", picture, level_sizes=((1024, 1024),))
-    whole = open_slide(path).overview()
+    intact = open_slide(path).overview()
     for number in (0, 5, 10):
         fault(path, number, level=1)
     mended = open_slide(path).overview()
     assert mended.scanned.all()
     assert not mended.lost.any()
-    right, found = (tissue_mask(o, 8.0) for o in (whole, mended))
+    right, found = (tissue_mask(o, 8.0) for o in (intact, mended))
     assert right.any()
     assert (right != found).mean() < 0.002
 
