@@ -230,7 +230,7 @@ def test_bad_input_is_refused_and_nothing_is_written(cfusion, files, store, case
         (DataError, "its run is not finished", [files.shards, "--model", unfinished]),
         (DataError, "holds no model.json", [files.shards, "--model", tmp_path / "nothing"]),
         (CohortError, "1 of its slides are not there: nowhere", [files.shards, "--model", good, "--cases", absent]),
-        (DataError, "there is no such file or folder", [tmp_path / "gone", "--model", untaught]),
+        (DataError, "gone: no such file or folder", [tmp_path / "gone", "--model", untaught]),
         (ConfigError, "No model registry is given", [files.shards, "--model", "models:/a@champion"]),
         (ConfigError, r"expected models:/NAME@ALIAS", [files.shards, "--model", "models:/a", "--uri", database]),
     ]  # fmt: skip
