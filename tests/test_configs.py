@@ -124,8 +124,8 @@ def test_the_errors_of_the_published_program_are_named_by_kind_and_are_off_elsew
     assert config.train.published_errors
     kinds = [note.removeprefix("Error of the published program, ").partition(":")[0] for note in config.notes]
     assert kinds == ["leak", "noise", "noise", "noise"]
-    for alone in ("evaluation.protocol=published", "train.recipe=published"):
-        assert not cfusion.load_config(None, [alone]).train.published_errors
+    for override in ("evaluation.protocol=published", "train.recipe=published"):
+        assert not cfusion.load_config(None, [override]).train.published_errors
     strict = cfusion.load_config(None, ["train.recipe=published"])
     assert strict.notes == ("No longer the published recipe: train.published_errors=False (published: True).",)
     exact = cfusion.load_config(

@@ -27,7 +27,7 @@ EXEMPT = {
 
 QUOTED = {
     ("cfusion/training/group/member.py", '"judged"'): "key of a checkpoint",
-    ("tests/models/test_seeded.py", 'record["whole"]'): "key of a stored record",
+    ("tests/models/test_seeded.py", '"whole"'): "key of a stored record",
 }
 """File and text that is removed before the search, with the reason."""
 

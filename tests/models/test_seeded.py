@@ -140,7 +140,7 @@ def recipe(record: dict[str, Any], errors: bool) -> Config:
     ],
 )
 @pytest.mark.parametrize(
-    ("windows", "errors"), [("whole", False), ("whole", True), ("partial", True)], ids=["whole", "carried", "partial"]
+    ("windows", "errors"), [("whole", False), ("whole", True), ("partial", True)], ids=["full", "carried", "partial"]
 )
 def test_training_through_the_loop_is_the_published_training(
     record: dict[str, Any], windows: str, errors: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
