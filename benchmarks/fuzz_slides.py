@@ -204,7 +204,7 @@ def write_published(folder: Path, name: str, rng: np.random.Generator, suffix: s
 def independent(path: Path, kind: str) -> np.ndarray:
     """Read features of the changed file without this program, as f16."""
     if kind == "pt":
-        values = torch.load(path, weights_only=True).detach().float().numpy()
+        values = torch.load(path, map_location="cpu", weights_only=True).detach().float().numpy()
     else:
         with h5py.File(path) as file:
             values = file["feats" if kind == "stamp" else "features"][:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 WHOLE_SLIDE_CLASS = "1.2.840.10008.5.1.4.1.1.77.1.6"
 """DICOM's class of whole-slide images; reports and annotations have others."""
@@ -20,6 +21,23 @@ LONG = frozenset({b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC",
 
 MAX_HEADER_BYTES = 256 << 10
 """Where the search for these tags ends."""
+
+
+class TiffForm(NamedTuple):
+    """How a kind of TIFF writes pointers and the number of a directory's tags, and where its first pointer is."""
+
+    pointer: str
+    tags: str
+    first: int
+
+
+CLASSIC, BIG = TiffForm("I", "H", 4), TiffForm("Q", "Q", 8)
+
+TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+"""Bytes of a value of each TIFF type."""
+
+MAX_DIRECTORIES, MAX_TAGS = 1000, 1000
+"""Where a search of damaged directories ends."""
 
 
 def other_dicom_class(path: Path) -> str:
@@ -108,16 +126,35 @@ def _length(data: bytes, at: int) -> tuple[int, int]:
 
 
 def tiff_is_cut_short(path: Path) -> bool:
-    """Return whether a file begins as a TIFF whose first directory lies past the end of the file."""
-    head, size = _bytes_at(path, 0, 16), path.stat().st_size
+    """Return whether a TIFF file's directories, or what they point to, lie past the end of the file."""
+    head = _bytes_at(path, 0, 16)
     order = {b"II": "<", b"MM": ">"}.get(head[:2])
-    if order is None or len(head) < 8:
+    version = struct.unpack(f"{order}H", head[2:4])[0] if order and len(head) == 16 else 0
+    if version not in (42, 43):
         return False
-    version = struct.unpack(f"{order}H", head[2:4])[0]
-    if version == 42:
-        offset = struct.unpack(f"{order}I", head[4:8])[0]
-    elif version == 43 and len(head) == 16:
-        offset = struct.unpack(f"{order}Q", head[8:16])[0]
-    else:
-        return False
-    return bool(offset >= size)
+    form = BIG if version == 43 else CLASSIC
+    (at,) = struct.unpack_from(f"{order}{form.pointer}", head, form.first)
+    for _ in range(MAX_DIRECTORIES):
+        if at == 0:
+            return False
+        following = _next_directory(path, at, order or "<", form)
+        if following is None:
+            return True
+        at = following
+    return False
+
+
+def _next_directory(path: Path, at: int, order: str, form: TiffForm) -> int | None:
+    """Return where the directory after the one at `at` lies; None if this one, or a value of it, is not in the file."""
+    entry, pointer, counted = (struct.Struct(order + f) for f in (f"HH{form.pointer * 2}", form.pointer, form.tags))
+    size, head = path.stat().st_size, _bytes_at(path, at, counted.size)
+    if at >= size or len(head) < counted.size:
+        return None
+    count = counted.unpack(head)[0]
+    tags = _bytes_at(path, at + counted.size, min(count, MAX_TAGS) * entry.size)
+    for _, kind, number, value in entry.iter_unpack(tags[: len(tags) // entry.size * entry.size]):
+        length = number * TYPE_BYTES.get(kind, 0)
+        if length > pointer.size and value + length > size:
+            return None
+    after = _bytes_at(path, at + counted.size + count * entry.size, pointer.size)
+    return int(pointer.unpack(after)[0]) if len(after) == pointer.size else None

@@ -71,6 +71,7 @@ class Slide:
         self.vendor = properties.get("openslide.vendor", "")
         self.header_digest = _header_digest(path, properties)
         try:
+            _check_tiles(path, properties)
             self.resolution: Resolution = resolve(self.slide_id, properties, mpp_table, default_mpp)
         except DataError:
             self.close()
@@ -257,6 +258,9 @@ class SlideGeometry:
         return self.resolution
 
 
+MAX_TILE_PIXELS = 1 << 26
+"""Pixels of the largest tile that is read; usual tiles have 2¹⁶ to 2²⁰."""
+
 HEADER_BYTES = 64 << 10
 """Bytes at either end of a file that its header digest covers."""
 
@@ -301,7 +305,8 @@ def _open(path: Path) -> openslide.OpenSlide:
     except openslide.OpenSlideUnsupportedFormatError as error:
         if tiff_is_cut_short(path):
             raise SlideError(
-                f"{path}: the slide is cut short: its directory lies past the end of the file.", again
+                f"{path}: the slide is cut short: a directory, or its content, is past the end of the file.",
+                again,
             ) from error
         raise SlideError(f"{path}: OpenSlide does not know this format.", "Convert it to a pyramidal TIFF.") from error
     except openslide.OpenSlideError as error:
@@ -313,6 +318,21 @@ def _open(path: Path) -> openslide.OpenSlide:
         raise SlideError(f"{path}: the slide is damaged or truncated ({error}).", again) from error
     except Exception as error:  # names that the library does not take, for example
         raise SlideError(f"{path}: cannot be opened ({error}).", "Check the file and its name.") from error
+
+
+def _check_tiles(path: Path, properties: Mapping[str, str]) -> None:
+    """Refuse tiles of an impossible size: OpenSlide ends the process if it cannot get the memory for one.
+
+    Raises:
+        SlideError: A level has such tiles.
+    """
+    for level in range(int(properties.get("openslide.level-count", 0))):
+        sides = [properties.get(f"openslide.level[{level}].tile-{side}", "1") for side in ("width", "height")]
+        if int(sides[0]) * int(sides[1]) > MAX_TILE_PIXELS:
+            raise SlideError(
+                f"{path}: the slide is damaged: level {level} has tiles of {' × '.join(sides)} px.",
+                "Download the file again.",
+            )
 
 
 def _background(properties: Mapping[str, str]) -> tuple[int, int, int]:

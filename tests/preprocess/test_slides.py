@@ -13,7 +13,7 @@ from slide_factory import GLASS, break_tile, drop_tile, tissue_picture, write_sl
 
 from cfusion.errors import DataError
 from preprocess.resolution import Resolution, finest_scale, read_mpp_table, resolve, scale_of
-from preprocess.slide_headers import SERIES, dicom_tags, other_dicom_class
+from preprocess.slide_headers import SERIES, dicom_tags, other_dicom_class, tiff_is_cut_short
 from preprocess.slides import find_slides, open_slide, same_name, slide_id_of
 from preprocess.tissue import tissue_mask
 
@@ -392,8 +392,27 @@ def test_a_slide_that_is_cut_short_or_in_an_unknown_compression_says_so(tmp_path
     at, kind = (8, "<Q") if big else (4, "<I")
     struct.pack_into(kind, data, at, len(data) + 1000)
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"cut short: its directory lies past the end.*Download the file again"):
+    with pytest.raises(DataError, match=r"cut short: a directory.* past the end.*Download the file again"):
         open_slide(path)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.55])
+def test_a_slide_of_which_only_the_beginning_arrived_is_cut_short(tmp_path: Path, share: float):
+    path = write_slide(tmp_path / "a.svs", tissue_picture(1100, 1100), level_sizes=((275, 275),))
+    assert not tiff_is_cut_short(path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    assert tiff_is_cut_short(path)
+    with pytest.raises(DataError, match=r"cut short.*Download the file again"):
+        open_slide(path)
+
+
+def test_tiles_of_an_impossible_size_do_not_end_the_process(tmp_path: Path):
+    """OpenSlide aborts where memory for a tile cannot be had."""
+    path = write_slide(tmp_path / "a.svs", tissue_picture(1100, 1100))
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tiff.pages[0].tags["TileWidth"].overwrite(1 << 30, dtype="I")
+    with pytest.raises(DataError, match=r"a.svs: the slide is damaged"):
+        open_slide(path).overview()
 
 
 def test_the_dicom_files_of_a_folder_are_one_slide(tmp_path: Path):
