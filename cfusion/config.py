@@ -221,9 +221,12 @@ class TrainConfig(Section):
     that of the events' likelihood is alpha. 0 in validation; ignored by `cox` and `ranking`."""
     keep_checkpoints: Annotated[int, Aside("how much is kept while a fold trains")] = Field(2, ge=1)
     """Number of recent checkpoints to keep while a fold trains, in addition to its best parameters."""
-    folds: Literal["separate", "together"] = "separate"
-    """`separate`: train the folds one after another; `together`: train all folds from one read of the shards per epoch,
-    with the results of separate training."""
+    folds: Annotated[
+        Literal["auto", "separate", "side-by-side", "together"], Aside("every fold is trained as if it were alone")
+    ] = "auto"
+    """`separate`: train the folds one after another, each on all cores; `side-by-side`: as many at once as there are
+    cores (one process on a CPU only); `together`: all folds from one read of the shards per epoch; `auto`:
+    `side-by-side` for bags of up to 8,192 tiles if memory suffices, else `separate`."""
     sampling: Literal["all", "weighted"] = "all"
     """`all`: every bag once an epoch; `weighted`: with replacement, by 1 / size of its (bin × censoring) class."""
     micro_batch: int = Field(1, ge=1)
@@ -311,7 +314,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _folds_can_share_a_read(self) -> Config:
-        if self.train.folds == "separate":
+        if self.train.folds != "together":
             return self
         if self.train.sampling == "weighted":
             raise ValueError(

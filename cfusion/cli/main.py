@@ -38,7 +38,7 @@ HELP = """Survival prediction from whole-slide images, from slides to numbers a 
 
 \b
 The five commands most people need, each with an example:
-  cfusion demo                                       every step, on drawn slides
+  cfusion demo                                       each step on drawn slides
   cfusion preprocess slides/ --store features        slides to embeddings
   cfusion preprocess shard features --out shards     embeddings to shards
   cfusion train study.yaml data.shards=shards        cross-validate, report

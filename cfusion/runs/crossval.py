@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from typing import Any
 
 from cfusion.config import Config
 from cfusion.console import Progress, progress
 from cfusion.data.loader import BagSet
+from cfusion.data.thread_pools import pool_of_teams, threads_each
 from cfusion.errors import CfusionError, ConfigError, PartialResultError
 from cfusion.files import digest_json
-from cfusion.interruption import graceful_stop
+from cfusion.interruption import graceful_stop, stop_requested
 from cfusion.run_folder import CHECKPOINTS, GROUP
+from cfusion.runs.arrangement import Arrangement
 from cfusion.runs.run import Run
 from cfusion.survival.score import Scores
 from cfusion.tracking import TrackedRun
@@ -51,8 +54,7 @@ def cross_validate(config: Config, *, same_code: str | None = None) -> Scores:
     run = Run.open(runtime, config, same_code)
     with run.tracked(runtime) as parent:
         with graceful_stop(), progress(f"{run.cohort.name} {config.model.name}", len(run.splits)) as bar:
-            for split in run.splits:
-                _fold(runtime, run, split, parent, bar)
+            _train_folds(runtime, run, parent, bar)
         scores = run.score(runtime, parent)
     run.mark_done(runtime, parent)
     return scores
@@ -178,13 +180,64 @@ def _check_shared(configs: Sequence[Config]) -> None:
         raise ConfigError("Runs that are trained together need different outputs.")
 
 
-def _fold(runtime: Runtime, run: Run, split: Split, parent: TrackedRun, bar: Progress) -> None:
+def _train_folds(runtime: Runtime, run: Run, parent: TrackedRun, bar: Progress) -> None:
+    """Train the folds one after another, or several at once as `Run.arrangement` says.
+
+    Folds that do not fill the cores at the end are trained one after another, each on all cores. On how many cores a
+    fold trains does not depend on which folds are missing, so a resumed run has the same bits.
+    """
+    arrangement = run.arrangement(runtime)
+    logger.info("%s", arrangement.describe())
+    splits, at_once = run.splits, arrangement.at_once
+    if at_once > 1:
+        full = len(splits) - len(splits) % at_once
+        first, splits = splits[:full], splits[full:]
+        _train_side_by_side(first, arrangement, lambda split, stop: _fold(runtime, run, split, parent, bar, stop=stop))
+    for split in splits:
+        _fold(runtime, run, split, parent, bar)
+
+
+def _train_side_by_side(
+    splits: Sequence[Split], arrangement: Arrangement, fold: Callable[[Split, Callable[[], bool]], None]
+) -> None:
+    """Train several folds at once; if one fails or the run is interrupted, the others save their state and stop."""
+    failed: list[BaseException] = []
+
+    def train(split: Split) -> None:
+        if failed:
+            return
+        try:
+            fold(split, lambda: bool(failed) or stop_requested())
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            failed.append(error)
+
+    with (
+        pool_of_teams(arrangement.at_once, arrangement.threads, "fold") as pool,
+        threads_each(arrangement.threads),
+    ):
+        try:
+            wait([pool.submit(train, split) for split in splits])
+        except KeyboardInterrupt as error:
+            failed.insert(0, error)
+    if failed:
+        raise failed[0]
+
+
+def _fold(
+    runtime: Runtime,
+    run: Run,
+    split: Split,
+    parent: TrackedRun,
+    bar: Progress,
+    *,
+    stop: Callable[[], bool] = stop_requested,
+) -> None:
     folder, checkpoints = run.fold_folder(split), run.fold_checkpoints(split)
     with parent.child(folder.name, {"fold": split.fold, "repeat": split.repeat}) as child:
         if not run.has_fold(runtime, split):
             run.check_code(runtime)
             result = fit(
-                run.config, run.cohort, split, runtime=runtime, folder=checkpoints, code=run.code,
+                run.config, run.cohort, split, runtime=runtime, folder=checkpoints, code=run.code, stop=stop,
                 on_epoch=lambda epoch, metrics: child.log(metrics, epoch),
             )  # fmt: skip
             run.write_fold(runtime, result)

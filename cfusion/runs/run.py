@@ -28,6 +28,7 @@ from cfusion.models.registry import model_code
 from cfusion.program import code_digest
 from cfusion.report import figures
 from cfusion.report.standalone import run_figures, write_figures
+from cfusion.runs.arrangement import Arrangement, arrange
 from cfusion.survival.predictions import read_predictions
 from cfusion.survival.score import Scores, score
 from cfusion.tracking import TrackedRun
@@ -144,6 +145,14 @@ class Run:
         """Digest of all that decides the numbers."""
         return digest_json(_deciding(self.provenance))
 
+    def arrangement(self, runtime: Runtime | None = None) -> Arrangement:
+        """Return how the folds are trained; None: by one process on this machine."""
+        one_cpu_process = not torch.cuda.is_available() if runtime is None else runtime.is_one_cpu_process
+        return arrange(
+            self.config, self.dataset, len(self.splits),
+            threads=torch.get_num_threads(), one_cpu_process=one_cpu_process, code=self.code,
+        )  # fmt: skip
+
     def describe(self) -> str:
         """Return what the run will do, as text for the terminal."""
         cohort, index = self.cohort, self.dataset.index
@@ -157,7 +166,7 @@ class Run:
             f"fold {split.fold}: {len(split.train)} train, {len(split.validation)} choose, {len(split.test)} are scored"
             for split in self.splits
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, self.arrangement().describe()])
 
     def _claim(self, same_code: str | None) -> None:
         """Take the output folder for this run, or refuse the folder of another."""

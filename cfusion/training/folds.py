@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from cfusion.data.shards import ShardDataset, open_shards
 from cfusion.errors import ConfigError, DataError
 from cfusion.extensions import OwnCode
 from cfusion.files import digest_json
+from cfusion.interruption import stop_requested
 from cfusion.models.registry import READ_ONE, model_code
 from cfusion.survival.bins import TimeBins
 from cfusion.survival.losses import LOSSES
@@ -36,6 +38,9 @@ from cfusion.training.world import join_world
 from cfusion.types import Cohort, Split, magnification_value, titled_table
 
 logger = logging.getLogger(__name__)
+
+_ONE_AT_A_TIME = threading.Lock()
+"""Initial weights come from torch's generator, which all threads share."""
 
 EpochCallback = Callable[[int, dict[str, float]], None]
 
@@ -78,6 +83,7 @@ def fit(
     folder: Path | None = None,
     on_epoch: EpochCallback | None = None,
     code: OwnCode | None = None,
+    stop: Callable[[], bool] = stop_requested,
 ) -> FoldRun:
     """Train on one fold, choose the epoch as the protocol requires, and predict the fold's test patients.
 
@@ -91,6 +97,7 @@ def fit(
         folder: Folder for checkpoints; None: no checkpoints, so an interrupted training run starts again.
         on_epoch: Called on rank 0 after each epoch.
         code: Code of the model as it was read for the run; none: it is read now.
+        stop: Whether to save the state and stop; asked after every step.
 
     Raises:
         ConfigError: The split is of another protocol than `evaluation.protocol`.
@@ -103,7 +110,7 @@ def fit(
     with tempfile.TemporaryDirectory() as scratch:
         fold = ready_fold(
             config, cohort, split, dataset, runtime,
-            folder=folder or Path(scratch), on_epoch=on_epoch, code=code,
+            folder=folder or Path(scratch), on_epoch=on_epoch, code=code, stop=stop,
         )  # fmt: skip
         return _train(runtime, fold)
 
@@ -141,14 +148,16 @@ def ready_fold(
     folder: Path,
     on_epoch: EpochCallback | None,
     code: OwnCode | None = None,
+    stop: Callable[[], bool] = stop_requested,
 ) -> ReadyFold:
     """Prepare bags, time bins and initial weights of a fold; see `fit`."""
     _check_protocol(config, split)
     bins = TimeBins.fit(*_binned(config, cohort, split), config.evaluation.n_bins)
     train_set = _bag_set(config, cohort, dataset, runtime, split.train)
-    torch.manual_seed(int(digest_json(["initial weights", _name(config, split)])[:15], 16))
     code = code or model_code(config.model.name)
-    network = build(config.model, dataset.index.dim, config.evaluation.n_bins, config.data.magnifications, code)
+    with _ONE_AT_A_TIME:
+        torch.manual_seed(int(digest_json(["initial weights", _name(config, split)])[:15], 16))
+        network = build(config.model, dataset.index.dim, config.evaluation.n_bins, config.data.magnifications, code)
     card = ModelCard(
         model=config.model.model_dump(mode="json"),
         backbone_dim=dataset.index.dim,
@@ -183,6 +192,7 @@ def ready_fold(
         card=asdict(card),
         folder=folder,
         on_epoch=on_epoch or (lambda epoch, metrics: None),
+        stop=stop,
     )
     test = _bag_set(config, cohort, dataset, runtime, split.test)
     return ReadyFold(job, network, card, cohort, split, test, None if code is None else code.source)

@@ -14,7 +14,6 @@ from torch import nn
 from cfusion.config import Config
 from cfusion.data.partition import MicroBatch, distribute, earlier_draws, epoch_order, global_batches
 from cfusion.errors import ConfigError, RequeueError
-from cfusion.interruption import stop_requested
 from cfusion.training.checkpoint import Checkpoints, TrainState
 from cfusion.training.choice import chosen_parameters, finish_epoch, has_ended, validation_scores
 from cfusion.training.fold_job import FoldJob, targets_of
@@ -103,10 +102,10 @@ def _train_epoch(
     for batch, plan in zip(batches, plans, strict=True):
         own = [next(shares) for _ in plan]
         if config.train.published_errors and len(batch) < config.parallel.global_batch:
-            report = _carry(config, model, snapshot, stepper, own, cases=len(batch))
+            report = _carry(job, model, snapshot, stepper, own, cases=len(batch))
         else:
             lr = learning_rate(config.train, step=state.step, steps_per_epoch=steps_per_epoch)
-            report = stepper.step(own, cases=len(batch), lr=lr, stop=stop_requested())
+            report = stepper.step(own, cases=len(batch), lr=lr, stop=job.stop())
             snapshot.carried = {}
             snapshot.move_average(config.train.ema)
             state.step += 1
@@ -123,10 +122,11 @@ def _train_epoch(
 
 
 def _carry(
-    config: Config, model: nn.Module, snapshot: Snapshot, stepper: Stepper, own: Sequence[Share], *, cases: int
+    job: FoldJob, model: nn.Module, snapshot: Snapshot, stepper: Stepper, own: Sequence[Share], *, cases: int
 ) -> StepReport:
     """Keep the gradient of an epoch's last, partial window for the next epoch (`train.published_errors`)."""
-    report = stepper.carry(own, cases=cases, window=config.parallel.global_batch, stop=stop_requested())
+    window = job.config.parallel.global_batch
+    report = stepper.carry(own, cases=cases, window=window, stop=job.stop())
     snapshot.carried = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return report
 

@@ -104,6 +104,11 @@ class Runtime:
         return {"Accelerate": self.accelerator.num_processes, "torch.distributed": torch_sees}
 
     @property
+    def is_one_cpu_process(self) -> bool:
+        """Whether this process is the only one and computes on a CPU, so that its cores are free for several folds."""
+        return self.world_size == 1 and self.device.type == "cpu"
+
+    @property
     def is_main(self) -> bool:
         """Whether this process writes files, logs and tracking records."""
         return self.rank == 0

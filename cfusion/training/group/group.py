@@ -61,8 +61,8 @@ class Group:
     @functools.cached_property
     def lanes(self) -> Lanes | None:
         """Threads for members that train side by side; only on a CPU with several threads and a single process."""
-        single = self.runtime.world_size == 1 and self.runtime.device.type == "cpu"
-        return Lanes(torch.get_num_threads()) if single and torch.get_num_threads() > 1 else None
+        several = self.runtime.is_one_cpu_process and torch.get_num_threads() > 1
+        return Lanes(torch.get_num_threads()) if several else None
 
     def train(self, members: Sequence[GroupMember]) -> None:
         """Train all members to completion.

@@ -6,14 +6,11 @@ than half the rate of four single-threaded steps side by side.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, wait
 from typing import TypeVar
 
-import torch
-
-from cfusion.data.thread_pools import single_core_pool
+from cfusion.data.thread_pools import single_core_pool, threads_each
 
 LaneKey = TypeVar("LaneKey")
 
@@ -37,7 +34,7 @@ class Lanes:
             The exceptions of the lanes that failed, by lane.
         """
         failed: dict[LaneKey, BaseException] = {}
-        with _one_thread_each():
+        with threads_each(1):
             under_way = {self._pool.submit(next, lane, lane): key for key, lane in lanes.items()}
             while under_way:
                 for future in wait(under_way, return_when=FIRST_COMPLETED).done:
@@ -51,14 +48,3 @@ class Lanes:
     def close(self) -> None:
         """Shut down the threads."""
         self._pool.shutdown()
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Limit torch to one thread; MKL has a single thread count per process, which torch sets."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
