@@ -18,12 +18,13 @@ from cfusion.data.loader import BagSet
 from cfusion.data.thread_pools import pool_of_teams, threads_each
 from cfusion.errors import CfusionError, ConfigError, PartialResultError
 from cfusion.files import digest_json
-from cfusion.interruption import graceful_stop, stop_requested
+from cfusion.interruption import graceful_stop
 from cfusion.run_folder import CHECKPOINTS, GROUP
 from cfusion.runs.arrangement import Arrangement
 from cfusion.runs.run import Run
 from cfusion.survival.score import Scores
 from cfusion.tracking import TrackedRun
+from cfusion.training.fold_job import never_stop
 from cfusion.training.folds import EpochCallback, FoldRun, fit, ready_fold
 from cfusion.training.group.group import Group
 from cfusion.training.group.group_checkpoint import GroupCheckpoints
@@ -207,7 +208,7 @@ def _train_side_by_side(
         if failed:
             return
         try:
-            fold(split, lambda: bool(failed) or stop_requested())
+            fold(split, lambda: bool(failed))
         except BaseException as error:  # noqa: BLE001 - raised again below
             failed.append(error)
 
@@ -230,7 +231,7 @@ def _fold(
     parent: TrackedRun,
     bar: Progress,
     *,
-    stop: Callable[[], bool] = stop_requested,
+    stop: Callable[[], bool] = never_stop,
 ) -> None:
     folder, checkpoints = run.fold_folder(split), run.fold_checkpoints(split)
     with parent.child(folder.name, {"fold": split.fold, "repeat": split.repeat}) as child:

@@ -13,10 +13,14 @@ import torch
 
 from cfusion.config import Config
 from cfusion.data.loader import BagSet
-from cfusion.interruption import stop_requested
 from cfusion.survival.bins import TimeBins
 from cfusion.training.inference import PublishedEvaluation
 from cfusion.types import Targets
+
+
+def never_stop() -> bool:
+    """Return False: only a signal stops the training."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class FoldJob:
         card: Model card, for readers of a checkpoint that do not have the run.
         folder: Folder for checkpoints.
         on_epoch: Called on rank 0 with each finished epoch's number and metrics.
-        stop: Whether to save the state and stop; asked after every step.
+        stop: Whether to save the state and stop, as after a signal; asked after every step.
     """
 
     config: Config
@@ -49,7 +53,7 @@ class FoldJob:
     card: dict[str, Any]
     folder: Path
     on_epoch: Callable[[int, dict[str, float]], None]
-    stop: Callable[[], bool] = stop_requested
+    stop: Callable[[], bool] = never_stop
 
     def evaluation(self, epoch: int) -> PublishedEvaluation | None:
         """Return how the parameters of an epoch are evaluated if it is done as in the published program."""

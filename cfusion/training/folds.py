@@ -21,14 +21,13 @@ from cfusion.data.shards import ShardDataset, open_shards
 from cfusion.errors import ConfigError, DataError
 from cfusion.extensions import OwnCode
 from cfusion.files import digest_json
-from cfusion.interruption import stop_requested
 from cfusion.models.registry import READ_ONE, model_code
 from cfusion.survival.bins import TimeBins
 from cfusion.survival.losses import LOSSES
 from cfusion.survival.predictions import fold_predictions
 from cfusion.training.checkpoint import TrainState
 from cfusion.training.fitted import FittedModel, ModelCard, build
-from cfusion.training.fold_job import FoldJob
+from cfusion.training.fold_job import FoldJob, never_stop
 from cfusion.training.inference import patient_survival, predict_logits, prediction_frame
 from cfusion.training.loop import train_fold
 from cfusion.training.runtime import Runtime
@@ -83,7 +82,7 @@ def fit(
     folder: Path | None = None,
     on_epoch: EpochCallback | None = None,
     code: OwnCode | None = None,
-    stop: Callable[[], bool] = stop_requested,
+    stop: Callable[[], bool] = never_stop,
 ) -> FoldRun:
     """Train on one fold, choose the epoch as the protocol requires, and predict the fold's test patients.
 
@@ -97,7 +96,7 @@ def fit(
         folder: Folder for checkpoints; None: no checkpoints, so an interrupted training run starts again.
         on_epoch: Called on rank 0 after each epoch.
         code: Code of the model as it was read for the run; none: it is read now.
-        stop: Whether to save the state and stop; asked after every step.
+        stop: Whether to save the state and stop, as after a signal; asked after every step.
 
     Raises:
         ConfigError: The split is of another protocol than `evaluation.protocol`.
@@ -148,7 +147,7 @@ def ready_fold(
     folder: Path,
     on_epoch: EpochCallback | None,
     code: OwnCode | None = None,
-    stop: Callable[[], bool] = stop_requested,
+    stop: Callable[[], bool] = never_stop,
 ) -> ReadyFold:
     """Prepare bags, time bins and initial weights of a fold; see `fit`."""
     _check_protocol(config, split)

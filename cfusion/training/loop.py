@@ -14,6 +14,7 @@ from torch import nn
 from cfusion.config import Config
 from cfusion.data.partition import MicroBatch, distribute, earlier_draws, epoch_order, global_batches
 from cfusion.errors import ConfigError, RequeueError
+from cfusion.interruption import stop_requested
 from cfusion.training.checkpoint import Checkpoints, TrainState
 from cfusion.training.choice import chosen_parameters, finish_epoch, has_ended, validation_scores
 from cfusion.training.fold_job import FoldJob, targets_of
@@ -105,7 +106,7 @@ def _train_epoch(
             report = _carry(job, model, snapshot, stepper, own, cases=len(batch))
         else:
             lr = learning_rate(config.train, step=state.step, steps_per_epoch=steps_per_epoch)
-            report = stepper.step(own, cases=len(batch), lr=lr, stop=job.stop())
+            report = stepper.step(own, cases=len(batch), lr=lr, stop=stop_requested() or job.stop())
             snapshot.carried = {}
             snapshot.move_average(config.train.ema)
             state.step += 1
@@ -126,7 +127,7 @@ def _carry(
 ) -> StepReport:
     """Keep the gradient of an epoch's last, partial window for the next epoch (`train.published_errors`)."""
     window = job.config.parallel.global_batch
-    report = stepper.carry(own, cases=cases, window=window, stop=job.stop())
+    report = stepper.carry(own, cases=cases, window=window, stop=stop_requested() or job.stop())
     snapshot.carried = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return report
 

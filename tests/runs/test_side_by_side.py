@@ -18,6 +18,7 @@ from cfusion.runs import crossval
 from cfusion.runs.arrangement import SHORT, arrange
 from cfusion.runs.crossval import cross_validate
 from cfusion.runs.run import Run
+from cfusion.training import loop
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,7 +97,7 @@ def test_a_run_stopped_at_two_folds_resumes_at_both(files, separate, tmp_path, t
         return len(steps) > 4
 
     with monkeypatch.context() as patch:
-        patch.setattr(crossval, "stop_requested", stops)
+        patch.setattr(loop, "stop_requested", stops)
         with pytest.raises(RequeueError):
             cross_validate(config)
     assert {path.name for path in (config.output / "checkpoints").iterdir()} == {"fold_0", "fold_1"}
@@ -128,12 +129,15 @@ import signal, sys, threading
 import torch
 from cfusion.config import load_config
 from cfusion.runs import crossval
+from cfusion.training import loop
 torch.set_num_threads(2)
-original = crossval.stop_requested
+original = loop.stop_requested
+pressed = threading.Lock()
 def interrupts():
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    if pressed.acquire(blocking=False):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
     return original()
-crossval.stop_requested = interrupts
+loop.stop_requested = interrupts
 crossval.cross_validate(load_config(sys.argv[1]))
 """
 
