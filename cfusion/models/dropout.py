@@ -35,11 +35,9 @@ _thread = threading.local()
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Make all dropout of this thread depend only on the seed within the block.
-
-    PyTorch's generators are seeded too: for its kernels on a GPU, and for a user's model with PyTorch's own dropout.
-    """
-    torch.manual_seed(seed)
+    """Make all dropout of this thread depend only on the seed within the block; on a GPU, seed PyTorch's generators."""
+    if device.type != "cpu":
+        torch.manual_seed(seed)
     _thread.generator = torch.Generator().manual_seed(seed)
     try:
         yield
