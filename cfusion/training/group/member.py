@@ -81,6 +81,8 @@ class GroupMember:
         self._outcomes = targets.to(runtime.device)
         # Metrics of the epoch that is being validated; None if there is none.
         self._validating: dict[str, float] | None = None
+        # Duration of the pass that trained it.
+        self._seconds = 0.0
         self._logits: dict[int, list[float]] = {}
         self._shown: frozenset[int] = frozenset()
         self._windows: deque[Window] = deque()
@@ -193,11 +195,12 @@ class GroupMember:
             training, scored = self._collected("train"), self._collected("test")
             return fold_run(self.fold, self._evaluated, self.verdict, training, scored)
         if self._validating is not None:
-            self._validate(self._validating, seconds)
+            self._validate(self._validating)
         if trained and not self.chosen:
             self._start_validation()
+            self._seconds = seconds
             if self.fold.job.validation is None and self._validating is not None:
-                self._validate(self._validating, seconds)
+                self._validate(self._validating)
         return None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -221,6 +224,7 @@ class GroupMember:
             "position": dataclasses.asdict(self.position),
             "verdict": dataclasses.asdict(self.verdict),
             "judged": self._validating,
+            "seconds": self._seconds,
             "chosen": self.chosen,
             "logits": [[self._all_bags.bags[bag].key, values] for bag, values in sorted(logits.items())],
         }
@@ -229,6 +233,7 @@ class GroupMember:
         """Restore the state from `numbers` and `tensors`."""
         self.position, self.verdict = TrainState(**numbers["position"]), TrainState(**numbers["verdict"])
         self._validating, self.chosen = numbers["judged"], numbers["chosen"]
+        self._seconds = numbers["seconds"]
         keys = {bag.key: number for number, bag in enumerate(self._all_bags.bags)}
         self._logits = {keys[key]: values for key, values in numbers["logits"]}
         if self.verdict.best_epoch >= 0:
@@ -265,13 +270,13 @@ class GroupMember:
         self._evaluated.load_state_dict(self._snapshot.average or self._stepper.model.state_dict())
         state.epoch, state.samples_seen, state.loss_sum = state.epoch + 1, 0, 0.0
 
-    def _validate(self, metrics: dict[str, float], seconds: float) -> None:
+    def _validate(self, metrics: dict[str, float]) -> None:
         job, state = self.fold.job, self.verdict
         if job.validation is not None:
             metrics = metrics | validation_scores(job, job.validation, self._collected("validation"))
         finish_epoch(job, state, self._snapshot, metrics, self._copied)
         if self._runtime.is_main:
-            job.on_epoch(state.epoch - 1, {**metrics, "epoch_seconds": seconds})
+            job.on_epoch(state.epoch - 1, {**metrics, "epoch_seconds": self._seconds})
         self._validating = None
         if has_ended(state, job.config.train):
             self._evaluated.load_state_dict(chosen_parameters(state, self._snapshot, job.config.train))

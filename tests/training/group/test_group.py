@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import group_runs
 import numpy as np
 import pytest
 from factories import CohortFiles, make_cohort
@@ -104,6 +106,28 @@ def test_each_bag_is_read_once_a_pass(files, tmp_path, monkeypatch):
     reads.clear()
     train_separately([config])
     assert len(reads) == 21 * slides > 2.5 * together
+
+
+def test_the_seconds_of_an_epoch_are_those_of_the_pass_that_trained_it(files, tmp_path, monkeypatch):
+    """Each epoch is validated in the pass after it, which also trains the next one."""
+    clock, durations, reported = [0.0], iter([30.0, 20.0, 10.0, 5.0, 1.0]), dict[int, set[float]]()
+    passing, ready = group.Group._pass, group_runs.ready_fold
+
+    def passes(self, active, number):
+        passing(self, active, number)
+        clock[0] += next(durations)
+
+    def watched(*arguments, **options):
+        def on_epoch(epoch, metrics):
+            reported.setdefault(epoch, set()).add(metrics["epoch_seconds"])
+
+        return ready(*arguments, **{**options, "on_epoch": on_epoch})
+
+    monkeypatch.setattr(group, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(group.Group, "_pass", passes)
+    monkeypatch.setattr(group_runs, "ready_fold", watched)
+    train_together([configuration(files, tmp_path)], tmp_path)
+    assert reported == {0: {30.0}, 1: {20.0}, 2: {10.0}}
 
 
 @pytest.mark.parametrize("stop_at", [3, 40, 101])
