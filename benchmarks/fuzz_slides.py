@@ -38,6 +38,7 @@ import torch
 
 from cfusion.data.store import FeatureStore
 from cfusion.errors import CfusionError
+from cfusion.files import write_json
 from preprocess.importers import import_features
 from preprocess.readers import choose_reader
 from preprocess.resolution import scale_of
@@ -305,11 +306,13 @@ def main() -> int:
     """Print the counts, and each failure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--changes", type=int, default=10_000)
+    parser.add_argument("--quick", action="store_true", help="200 changes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts")
     parser.add_argument("--seed", type=int, default=7)
     arguments = parser.parse_args()
     counts: collections.Counter[str] = collections.Counter()
     start = time.monotonic()
-    for outcome, what in outcomes(arguments.changes, arguments.seed):
+    for outcome, what in outcomes(200 if arguments.quick else arguments.changes, arguments.seed):
         counts[outcome] += 1
         if "FAILED" in outcome:
             print(f"{outcome}: {what}", flush=True)
@@ -317,6 +320,8 @@ def main() -> int:
         print(f"{count:6} {outcome}")
     failed = sum(count for outcome, count in counts.items() if "FAILED" in outcome)
     print(f"{sum(counts.values())} changes in {time.monotonic() - start:.0f} s, {failed} failures")
+    if arguments.json is not None:
+        write_json(arguments.json, dict(counts))
     return 1 if failed else 0
 
 

@@ -407,7 +407,7 @@ def test_a_slide_of_which_only_the_beginning_arrived_is_cut_short(tmp_path: Path
 
 
 def test_tiles_of_an_impossible_size_do_not_end_the_process(tmp_path: Path):
-    """OpenSlide aborts where memory for a tile cannot be had."""
+    """OpenSlide aborts if a tile needs more memory than the machine has."""
     path = write_slide(tmp_path / "a.svs", tissue_picture(1100, 1100))
     with tifffile.TiffFile(path, mode="r+") as tiff:
         tiff.pages[0].tags["TileWidth"].overwrite(1 << 30, dtype="I")
