@@ -20,7 +20,7 @@ from cfusion.interruption import graceful_stop, stop_requested
 from launch.tasks.attempts import attempt_all
 from launch.tasks.ray_tasks import run_ray
 from launch.tasks.slurm_array import run_slurm
-from launch.tasks.task import TaskResources
+from launch.tasks.task import TaskResources, cause_of
 from preprocess.extraction import preprocess_slides
 from preprocess.outcome import SlideOutcome, Summary, write_summary
 from preprocess.settings import PreprocessConfig
@@ -110,7 +110,7 @@ class SlideShare:
             return [ShareResult(self.name, error=error)]
         except Exception as error:  # noqa: BLE001 - a task reports any cause; the caller tries again
             logger.error("%s", traceback.format_exc())
-            return self.lost(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            return self.lost(cause_of(error))
         return [ShareResult(self.name, summary)]
 
     def lost(self, cause: str, *, stopped: bool = False) -> list[ShareResult]:

@@ -107,11 +107,6 @@ class SlideScale:
     warning: str = ""
 
 
-def finest_scale(slide_id: str, mpp: float, magnification: float, policy: Literal["nominal", "exact"]) -> float:
-    """Return the level-0 pixels per pixel of `magnification`; see `scale_of`."""
-    return scale_of(slide_id, mpp, magnification, policy).factor
-
-
 def scale_of(slide_id: str, mpp: float, magnification: float, policy: Literal["nominal", "exact"]) -> SlideScale:
     """Return how many level-0 pixels a pixel of `magnification` has.
 

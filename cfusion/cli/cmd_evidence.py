@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -125,7 +124,7 @@ def _echo_simulation(settings: Config, unit: str, repetitions: int) -> None:
              ("published", f"correlated; {choice}", True, 0.9)]  # fmt: skip
     for protocol, epochs, chosen, memory in kinds:
         result = simulate_null(
-            folds, chosen_on_scored_fold=chosen, autocorrelation=memory, repetitions=repetitions, **asdict(choice)
+            folds, chosen_on_scored_fold=chosen, autocorrelation=memory, repetitions=repetitions, choice=choice
         )
         numbers = f"{result.mean:.3f}\t{result.sd:.3f}\t{result.high:.3f}"
         typer.echo(f"{cohort.name}\t{protocol}\t{epochs}\t{numbers}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -67,7 +67,7 @@ def _simulate(folds: list[Outcomes], choice: EpochChoice | None) -> CohortNull:
         return CohortNull(plain, plain)
     independent, correlated = (
         simulate_null(
-            folds, chosen_on_scored_fold=True, autocorrelation=memory, repetitions=_REPETITIONS, **asdict(choice)
+            folds, chosen_on_scored_fold=True, autocorrelation=memory, repetitions=_REPETITIONS, choice=choice
         )
         for memory in (0.0, 0.9)
     )

@@ -90,7 +90,7 @@ def arrange(
 
 
 def _parameters(config: Config, dataset: ShardDataset, code: OwnCode | None) -> int:
-    """Count the parameters of the run's model without memory for them."""
-    with torch.device("meta"):
+    """Count the parameters of the run's model; the program's own needs no memory for them."""
+    with torch.device("meta" if code is None else "cpu"):
         network = build(config.model, dataset.index.dim, config.evaluation.n_bins, config.data.magnifications, code)
     return sum(parameter.numel() for parameter in network.parameters())

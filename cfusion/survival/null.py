@@ -72,25 +72,21 @@ def simulate_null(
     *,
     chosen_on_scored_fold: bool,
     autocorrelation: float = 0.0,
-    epochs: int = EpochChoice.epochs,
-    min_epoch: int = EpochChoice.min_epoch,
-    patience: int | None = EpochChoice.patience,
+    choice: EpochChoice = EpochChoice(),
     repetitions: int = 40,
     seed: int = 7,
 ) -> Null:
     """Score standard normal risks as a protocol would.
 
     If the epoch is chosen on the scored fold (`published`), each epoch's risks are new, or an AR(1) series over the
-    epochs. The best epoch from `min_epoch` on is kept, and training stops `patience` epochs after it. Otherwise
+    epochs. The best epoch that `choice` allows is kept. Otherwise
     (`strict`, `fixed-epoch`) the choice does not depend on the scored rows, so a single draw is scored.
 
     Args:
         folds: Outcomes of the scored rows of each fold.
         chosen_on_scored_fold: Whether the epoch is chosen on the rows that are scored.
         autocorrelation: Correlation of a row's risk between epochs, 0 ≤ r < 1.
-        epochs: Maximum number of epochs.
-        min_epoch: First epoch, from 0, that may be chosen.
-        patience: Epochs without a better score before training stops; None: it never stops early.
+        choice: Which epochs may be chosen; by default those of the published recipe.
         repetitions: Number of simulated cross-validations.
         seed: Seed of the draws.
 
@@ -101,9 +97,10 @@ def simulate_null(
     """
     if not folds:
         raise DataError("the null needs at least one fold.")
-    if chosen_on_scored_fold and min_epoch >= epochs:
+    if chosen_on_scored_fold and choice.min_epoch >= choice.epochs:
         raise ConfigError(
-            f"No epoch may be chosen: train.min_epoch={min_epoch}, and train.epochs={epochs} ends training before it.",
+            f"No epoch may be chosen: train.min_epoch={choice.min_epoch}, and train.epochs={choice.epochs} ends "
+            "training before it.",
             "Raise train.epochs or lower train.min_epoch.",
         )
     generator = np.random.default_rng(seed)
@@ -112,11 +109,11 @@ def simulate_null(
         pairs = _pairs(time, event)
         if not len(pairs[0]):
             raise UndefinedMetricError(f"null: fold {number} has no comparable pair.")
-        length = epochs if chosen_on_scored_fold else 1
+        length = choice.epochs if chosen_on_scored_fold else 1
         risks = _series(generator, repetitions, length, len(time), autocorrelation)
         scores = _cindex(risks.reshape(-1, len(time)), pairs).reshape(repetitions, length)
         if chosen_on_scored_fold:
-            means += [_kept(row, min_epoch, patience) for row in scores]
+            means += [_kept(row, choice.min_epoch, choice.patience) for row in scores]
         else:
             means += scores[:, 0]
     means /= len(folds)

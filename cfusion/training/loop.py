@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator, Sequence
 
@@ -11,16 +10,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from cfusion.config import Config
 from cfusion.data.partition import MicroBatch, distribute, earlier_draws, epoch_order, global_batches
-from cfusion.errors import ConfigError, RequeueError
+from cfusion.errors import RequeueError
 from cfusion.interruption import stop_requested
 from cfusion.training.checkpoint import Checkpoints, TrainState
 from cfusion.training.choice import chosen_parameters, finish_epoch, has_ended, validation_scores
 from cfusion.training.fold_job import FoldJob, targets_of
 from cfusion.training.inference import predict_logits
 from cfusion.training.runtime import Runtime
-from cfusion.training.schedule import learning_rate
+from cfusion.training.schedule import learning_rate, steps_in_epoch
 from cfusion.training.snapshot import Snapshot
 from cfusion.training.step import Share, Stepper, StepReport, dropout_seed
 from cfusion.types import Targets
@@ -85,7 +83,7 @@ def _train_epoch(
         epoch=state.epoch,
         weights=job.sampling_weights,
     )
-    steps_per_epoch = _steps_per_epoch(config, len(order))
+    steps_per_epoch = steps_in_epoch(config, len(order))
     batches = global_batches(order[state.samples_seen :], config.parallel.global_batch)
     earlier = global_batches(earlier_draws(order)[state.samples_seen :], config.parallel.global_batch)
     plans = [
@@ -101,12 +99,12 @@ def _train_epoch(
     shares = _shares(runtime, job, state.epoch, batches, earlier, plans)
     stepper.model.train()
     for batch, plan in zip(batches, plans, strict=True):
-        own = [next(shares) for _ in plan]
+        own, stop = [next(shares) for _ in plan], stop_requested() or job.stop()
         if config.train.published_errors and len(batch) < config.parallel.global_batch:
-            report = _carry(job, model, snapshot, stepper, own, cases=len(batch))
+            report = _carry(job, model, snapshot, stepper, own, cases=len(batch), stop=stop)
         else:
             lr = learning_rate(config.train, step=state.step, steps_per_epoch=steps_per_epoch)
-            report = stepper.step(own, cases=len(batch), lr=lr, stop=stop_requested() or job.stop())
+            report = stepper.step(own, cases=len(batch), lr=lr, stop=stop)
             snapshot.carried = {}
             snapshot.move_average(config.train.ema)
             state.step += 1
@@ -123,31 +121,20 @@ def _train_epoch(
 
 
 def _carry(
-    job: FoldJob, model: nn.Module, snapshot: Snapshot, stepper: Stepper, own: Sequence[Share], *, cases: int
+    job: FoldJob,
+    model: nn.Module,
+    snapshot: Snapshot,
+    stepper: Stepper,
+    own: Sequence[Share],
+    *,
+    cases: int,
+    stop: bool,
 ) -> StepReport:
     """Keep the gradient of an epoch's last, partial window for the next epoch (`train.published_errors`)."""
     window = job.config.parallel.global_batch
-    report = stepper.carry(own, cases=cases, window=window, stop=stop_requested() or job.stop())
+    report = stepper.carry(own, cases=cases, window=window, stop=stop)
     snapshot.carried = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return report
-
-
-def _steps_per_epoch(config: Config, bags: int) -> int:
-    """Return the steps of an epoch over `bags` bags.
-
-    Raises:
-        ConfigError: With `train.published_errors` there is none, as a partial window makes no step.
-    """
-    batch = config.parallel.global_batch
-    if not config.train.published_errors:
-        return math.ceil(bags / batch)
-    if bags < batch:
-        raise ConfigError(
-            f"{bags} training bags are fewer than parallel.global_batch={batch}: with train.published_errors=true, "
-            "which carries the gradient of a partial window to the next epoch, no epoch has a step.",
-            "Lower parallel.global_batch, or set train.published_errors=false.",
-        )
-    return bags // batch
 
 
 def _shares(

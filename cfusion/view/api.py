@@ -34,7 +34,7 @@ from cfusion.view.picture_cache import PictureCache
 from cfusion.view.served_slides import ServedSlide, SlideFolder, SlideGoneError, UnknownSlideError, stamp_of
 from preprocess.deepzoom import OVERLAP_PX, TILE_PX, DeepZoom, NotReadyError
 from preprocess.grid import TILE_PX as PATCH_PX
-from preprocess.resolution import finest_scale
+from preprocess.resolution import scale_of
 
 logger = logging.getLogger(__name__)
 
@@ -262,7 +262,7 @@ def _sides(explanation: Explanation | None, slide: ServedSlide, mpp: float | Non
         return {}, "The resolution of the slide is unknown, so no tile can be placed; set --default-mpp."
     else:
         try:
-            finest = finest_scale(slide.slide_id, mpp, MAGNIFICATIONS[0], "nominal")
+            finest = scale_of(slide.slide_id, mpp, MAGNIFICATIONS[0], "nominal").factor
         except DataError as error:
             return {}, str(error)
         side_at_1x = PATCH_PX * finest * MAGNIFICATIONS[0]

@@ -23,6 +23,7 @@ from cfusion.run_folder import is_done
 from launch.sweep.cost import Meter
 from launch.sweep.markers import LOG, add_attempt, claim, clear_failure, write_failure
 from launch.sweep.plan import DataDigests, PlannedRun
+from launch.tasks.task import cause_of
 
 _POLL_SECONDS = 0.2
 
@@ -145,7 +146,7 @@ def _attempt(job: Job, runs: list[PlannedRun], locks: list[tuple[int, ...]]) -> 
         except Exception as error:  # noqa: BLE001 - a worker reports any cause; the sweep then fails
             log.error("%s", traceback.format_exc())
             missed = Outcome(
-                "", "failed", _line(error), "exclusive" if _out_of_memory(error) and job.share < 1 else "yes"
+                "", "failed", cause_of(error), "exclusive" if _out_of_memory(error) and job.share < 1 else "yes"
             )
         cost = meter.read()
         log.info("ended after %.0f s", cost["wall_s"])
@@ -158,10 +159,6 @@ def _attempt(job: Job, runs: list[PlannedRun], locks: list[tuple[int, ...]]) -> 
             write_failure(run.config.output, outcome.cause)
         outcomes.append(outcome)
     return outcomes
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -90,3 +90,8 @@ def with_threads(task: Task[R], threads: int) -> list[R]:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     return task()
+
+
+def cause_of(error: Exception) -> str:
+    """Return the class of an error and its first line, as the cause of a failed task."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

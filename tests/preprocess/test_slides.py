@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from slide_factory import GLASS, break_tile, drop_tile, tissue_picture, write_slide
 
 from cfusion.errors import DataError
-from preprocess.resolution import Resolution, finest_scale, read_mpp_table, resolve, scale_of
+from preprocess.resolution import Resolution, read_mpp_table, resolve, scale_of
 from preprocess.slide_headers import SERIES, dicom_tags, other_dicom_class, tiff_is_cut_short
 from preprocess.slides import find_slides, open_slide, same_name, slide_id_of
 from preprocess.tissue import tissue_mask
@@ -68,14 +68,14 @@ def test_a_resolution_that_cannot_be_is_none(properties: dict[str, str]):
     ("mpp", "nominal", "exact"), [(0.25, 2, 2), (0.265, 2, 1.8868), (0.499, 1, 1.002), (0.2325, 2, 2.1505), (0.5, 1, 1)]
 )
 def test_nominal_takes_buckets_and_exact_the_true_resolution(mpp: float, nominal: float, exact: float):
-    assert finest_scale("a", mpp, 20, "nominal") == nominal
-    assert finest_scale("a", mpp, 20, "exact") == pytest.approx(exact, abs=1e-4)
+    assert scale_of("a", mpp, 20, "nominal").factor == nominal
+    assert scale_of("a", mpp, 20, "exact").factor == pytest.approx(exact, abs=1e-4)
 
 
 def test_nominal_warns_beyond_a_tenth(caplog: pytest.LogCaptureFixture):
-    finest_scale("a", 0.265, 20, "nominal")
+    scale_of("a", 0.265, 20, "nominal")
     assert not caplog.records
-    finest_scale("a", 0.29, 20, "nominal")
+    scale_of("a", 0.29, 20, "nominal")
     assert "slide a: 0.29 µm/px is taken as 40x" in caplog.text
     assert scale_of("a", 0.29, 20, "nominal").warning == "0.29 µm/px is taken as 40x (0.25 µm/px)"
     assert scale_of("a", 0.29, 20, "exact").taken_as == "exact"
@@ -97,7 +97,7 @@ def test_nominal_keeps_to_the_buckets_of_trident(mpp: float, power: float):
 @given(st.floats(0.05, 2.39), st.floats(0.05, 2.39))
 def test_a_coarser_slide_is_never_taken_as_a_finer_one(first: float, second: float):
     fine, coarse = sorted((first, second))
-    assert finest_scale("a", fine, 5, "nominal") >= finest_scale("a", coarse, 5, "nominal")
+    assert scale_of("a", fine, 5, "nominal").factor >= scale_of("a", coarse, 5, "nominal").factor
 
 
 @pytest.mark.parametrize(
@@ -150,10 +150,10 @@ def test_ome_xml_with_a_unit_that_is_no_length_or_with_entities_states_nothing()
 
 def test_slides_that_are_too_coarse_or_odd_say_so():
     with pytest.raises(DataError, match="slide a: 1 µm/px is too coarse for 20x"):
-        finest_scale("a", 1.0, 20, "nominal")
+        scale_of("a", 1.0, 20, "nominal")
     with pytest.raises(DataError, match=r"2.4 µm/px is coarser than 5x.*--resolution exact"):
-        finest_scale("a", 2.4, 2.5, "nominal")
-    assert finest_scale("a", 0.1, 20, "exact") == pytest.approx(5)
+        scale_of("a", 2.4, 2.5, "nominal")
+    assert scale_of("a", 0.1, 20, "exact").factor == pytest.approx(5)
 
 
 def test_table_of_resolutions(tmp_path: Path):

@@ -11,7 +11,7 @@ from cfusion.cohort.splits import make_splits
 from cfusion.config import CohortConfig, SplitsConfig
 from cfusion.errors import DataError, UndefinedMetricError
 from cfusion.survival.metrics import concordance
-from cfusion.survival.null import Outcomes, scored_outcomes, simulate_null
+from cfusion.survival.null import EpochChoice, Outcomes, scored_outcomes, simulate_null
 from cfusion.survival.predictions import read_predictions
 from cfusion.types import Cohort, Split
 
@@ -58,7 +58,7 @@ def test_without_choice_the_null_is_one_half() -> None:
 def test_choosing_on_fewer_rows_from_more_epochs_is_more_optimistic() -> None:
     small = simulate_null([fold(40)], chosen_on_scored_fold=True)
     large = simulate_null([fold(160)], chosen_on_scored_fold=True)
-    short = simulate_null([fold(40)], chosen_on_scored_fold=True, epochs=10)
+    short = simulate_null([fold(40)], chosen_on_scored_fold=True, choice=EpochChoice(epochs=10))
     assert 0.5 < large.mean < small.mean
     assert short.mean < small.mean
     slow = simulate_null([fold(40)], chosen_on_scored_fold=True, autocorrelation=0.99)

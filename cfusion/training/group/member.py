@@ -27,7 +27,7 @@ from cfusion.training.fold_job import targets_of
 from cfusion.training.folds import FoldRun, ReadyFold, fold_run
 from cfusion.training.group.order import Window, windows
 from cfusion.training.runtime import Runtime
-from cfusion.training.schedule import learning_rate, make_optimizer
+from cfusion.training.schedule import learning_rate, make_optimizer, steps_in_epoch
 from cfusion.training.snapshot import Snapshot
 from cfusion.training.step import Share, Stepper, dropout_seed
 from cfusion.types import BagBatch, SurvivalOutput, Targets
@@ -163,7 +163,7 @@ class GroupMember:
         if self._stepper.loss.set_wise:
             self._loss = self._stepper.accumulate([self._share(bags) for bags in window.passes], cases=cases)
         self._average_gradients()
-        steps = math.ceil(len(job.train) / job.config.parallel.global_batch)
+        steps = steps_in_epoch(job.config, len(job.train))
         lr = learning_rate(job.config.train, step=state.step, steps_per_epoch=steps)
         own = [self._all_bags.bags[bag].case_id for bags in window.passes for bag in bags]
         report = self._stepper.move(self._loss, own, cases=cases, lr=lr)
@@ -264,7 +264,7 @@ class GroupMember:
     def _start_validation(self) -> None:
         """Copy the parameters of the finished epoch for validation, and go to the next epoch."""
         config, state = self.fold.job.config, self.position
-        steps = math.ceil(len(self.fold.job.train) / config.parallel.global_batch)
+        steps = steps_in_epoch(config, len(self.fold.job.train))
         lr = learning_rate(config.train, step=state.step - 1, steps_per_epoch=steps)
         self._validating = {"train_loss": state.loss_sum / state.samples_seen, "learning_rate": lr}
         self._evaluated.load_state_dict(self._snapshot.average or self._stepper.model.state_dict())
