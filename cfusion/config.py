@@ -87,7 +87,7 @@ class CohortConfig(Section):
     table: Annotated[DataPath, Aside("the digest of its content decides")] = Path("cohort.csv")
     """Clinical table: CSV, TSV, or CSV in a ZIP file. `package:PATH` names a file of the installed package, such as
     `package:tcga/clinical/tcga_blca.csv`."""
-    format: Literal["auto", "published", "plain", "gdc", "cdr"] = "auto"
+    format: Literal["auto", "published", "plain", "gdc", "cdr", "cbioportal"] = "auto"
     """Layout of the table; `auto` detects it from the columns and logs the result."""
     endpoint: Literal["OS", "DSS", "PFI"] = "OS"
     """Overall survival, disease-specific survival or progression-free interval; the table must have its columns."""
@@ -97,6 +97,10 @@ class CohortConfig(Section):
     """What 1 means in a plain table's event column. With `censored`, a column `censorship` takes precedence."""
     keep_zero_times: bool = False
     """Whether to keep patients with a follow-up of 0 (tables in whole months round early deaths to 0)."""
+    follow_up: Annotated[DataPath | None, Aside("the digest of its content decides")] = None
+    """The GDC's `follow_up.tsv`, which holds the follow-up times since data release 42; none: they are in `table`."""
+    keep_tissue: tuple[Literal["frozen", "normal"], ...] = ()
+    """Kinds of TCGA slides to keep in addition to diagnostic slides of the tumour: frozen sections, normal tissue."""
     slides: Annotated[DataPath | None, Aside("the digest of its content decides")] = None
     """Table that maps slides to cases (`slide_id, case_id`), or a GDC manifest; needed if `table` names no slides."""
 

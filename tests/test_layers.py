@@ -15,7 +15,7 @@ LAYERS = (
     ("cfusion.locks", "cfusion.yaml_files", "cfusion.program", "cfusion.extensions", "cfusion.study"),
     ("cfusion.types", "cfusion.recipe"),
     ("cfusion.config",),
-    ("cfusion.run_folder",),
+    ("cfusion.run_folder", "cfusion.survival.bins"),
     ("cfusion.cohort", "cfusion.data", "cfusion.models"),
     ("cfusion.survival",),
     (

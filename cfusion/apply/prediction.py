@@ -14,7 +14,7 @@ import pandas as pd
 from cfusion.apply.inputs import Extraction, open_inputs
 from cfusion.apply.loading import load_ensemble
 from cfusion.apply.sources import group_slides
-from cfusion.cohort.read import has_barcode
+from cfusion.cohort.identifiers import has_barcode
 from cfusion.config import ParallelConfig
 from cfusion.training.world import join_world, launched
 

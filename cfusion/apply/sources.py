@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from cfusion.cohort.identifiers import patient_of, slide_stem
 from cfusion.cohort.parsing import read_table
-from cfusion.cohort.read import patient_of, slide_stem
 from cfusion.config import DataConfig
 from cfusion.data.encoder_names import encoder_name
 from cfusion.data.loader import BagSet

@@ -163,11 +163,12 @@ def audit(
     cohort = read_cohort(settings.cohort)
     result = examine(
         cohort,
-        make_splits(cohort, settings.splits, settings.evaluation.protocol),
+        lambda: make_splits(cohort, settings.splits, settings.evaluation.protocol),
         n_bins=settings.evaluation.n_bins,
         keep_zero_times=settings.cohort.keep_zero_times,
+        keep_tissue=settings.cohort.keep_tissue,
     )
-    for finding in result.findings:
+    for finding in sorted(result.findings, key=lambda finding: finding.action, reverse=True):
         typer.echo(finding)
     for step, patients, slides in result.flow:
         typer.echo(f"{step}: {patients} patients, {slides} slides")

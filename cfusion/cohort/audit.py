@@ -6,27 +6,43 @@ the run.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from scipy.stats import fisher_exact
 
-from cfusion.cohort.findings import Finding, has_comparable_pair, outcome_doubts
-from cfusion.cohort.read import patient_of
-from cfusion.errors import DataError
+from cfusion.cohort.findings import Finding, dropped, finding_lines, outcome_doubts
+from cfusion.cohort.fold_checks import checked_folds
+from cfusion.cohort.identifiers import Tissue
+from cfusion.cohort.slide_checks import checked_slides, named_slides
+from cfusion.errors import CfusionError, DataError
 from cfusion.types import Cohort, Split
+
+logger = logging.getLogger(__name__)
 
 LOST = {
     "with a usable outcome": (
-        "missing_time", "negative_time", "zero_time", "unknown_event", "no_outcome", "duplicate_slide",
+        "missing_time", "negative_time", "zero_time", "unknown_event", "redacted", "no_outcome", "duplicate_slide",
     ),
-    "with slides": ("no_slides",),
-    "with features": ("missing_features", "missing_magnification", "no_slides"),
+    "with slides": ("frozen_section", "normal_tissue", "no_slides"),
+    "with features": (
+        "frozen_section", "normal_tissue", "missing_features", "missing_magnification", "no_slides",
+    ),
 }  # fmt: skip
 """For each step of the flow, the kinds of findings that removed patients or slides before it."""
+
+_SHOWN_WITH_AN_ERROR = 3
+_LOSS_LEVEL = 0.001
+"""P-value below which a loss is said to depend on the outcome."""
+_A_WHOLE_GROUP = 5
+"""Patients with and without the event from which on the loss of one of the two groups is an error."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +82,8 @@ class Audit:
         return dict(Counter(finding.kind for finding in self.findings).most_common())
 
     def lines(self, most: int) -> list[str]:
-        """Format the findings as lines, at most `most` of each kind, with a count of the rest."""
-        lines = []
-        for kind, count in self.counts().items():
-            lines += [str(finding) for finding in self.findings if finding.kind == kind][:most]
-            if count > most:
-                lines.append(f"… and {count - most} more [{kind}]")
-        return lines
+        """Format the findings as lines, see `finding_lines`."""
+        return finding_lines(self.findings, most)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for a run's artifacts and report."""
@@ -85,65 +96,98 @@ class Audit:
 
 def audit(
     cohort: Cohort,
-    splits: Sequence[Split],
+    splits: Sequence[Split] | Callable[[], Sequence[Split]],
     *,
     available: Mapping[str, set[str]] | None = None,
     magnifications: Sequence[str] = (),
     n_bins: int = 4,
     keep_zero_times: bool = False,
+    keep_tissue: Collection[Tissue] = (),
 ) -> Audit:
     """Drop unusable patients and slides, flag suspicious ones, and report both.
 
     Args:
         cohort: The cohort as read.
-        splits: The folds as read or drawn. Dropped patients are removed from every side.
+        splits: The folds as read or drawn, or a function that reads or draws them once the patients are audited, so
+            that an error of the folds does not hide what was found before. Dropped patients are removed from every
+            side.
         available: Magnification names of each slide that has features; None to skip the check of features. If the
             cohort names no slides, these slides are used and matched to patients by their TCGA barcodes.
         magnifications: Names (`x20`) of the magnifications that every slide in `available` must have.
         n_bins: Number of time bins that the training side of every fold must be able to fill.
         keep_zero_times: Whether to keep patients with a follow-up of 0; otherwise they are dropped.
+        keep_tissue: Kinds of TCGA slides to keep in addition to diagnostic slides of the tumour.
 
     Raises:
-        DataError: No patient is left, a patient is scored by two folds, or a fold cannot be trained or scored: a side
-            has no patients, no event or no comparable pair, or training has fewer distinct event times than bins.
+        DataError: No patient is left, or all patients with (or all without) the event are dropped; a patient is scored
+            by two folds, or a fold cannot be trained or scored: a side has no patients, no event or no comparable pair,
+            or the event times of the training side cannot fill the bins.
     """
     findings: list[Finding] = []
-    listed = _named_slides(cohort, available)
-    flow = [("in the tables", len(cohort.cases), len(listed))]
-    known = _known_slides(cohort, listed, findings)
-    slides = _usable_slides(known, available, magnifications, findings)
-    bad = _bad_outcomes(cohort, keep_zero_times, findings)
-    flow.append(("with a usable outcome", len(cohort.cases) - len(bad), int((~known["case_id"].isin(bad)).sum())))
-    if available is not None or len(cohort.slides):
-        without = set(cohort.cases.index) - set(slides["case_id"]) - bad
-        findings += [_dropped("no_slides", case, "has no usable slide") for case in sorted(without)]
-        bad |= without
-    kept = [case for case in cohort.cases.index if case not in bad]
-    if not kept:
-        raise DataError(
-            f"cohort {cohort.name}: the audit leaves no patient ({_first_messages(findings)}).",
-            "Check that the slide names of the clinical table and of the features are the same.",
-            topic="audit",
-        )
-    cases = cohort.cases.loc[kept].astype({"event": bool})
-    clean = dataclasses.replace(cohort, cases=cases, slides=slides[slides["case_id"].isin(kept)])
-    flow.append(("with slides" if available is None else "with features", len(clean.cases), len(clean.slides)))
-    findings += outcome_doubts(clean.name, clean.cases["time_months"], clean.cases["event"])
-    named = dict.fromkeys(case for split in splits for case in (*split.train, *split.validation, *split.test))
-    strangers = [case for case in named if case not in cohort.cases.index]
-    findings += [_dropped("not_in_cohort", c, "is in the splits but not in the clinical table") for c in strangers]
-    folds = [_clean_split(clean, split, findings) for split in splits]
-    for split in folds:
-        _check_fold(clean, split, n_bins)
-    _check_scored_once(clean, folds)
+    with _findings_first(findings):
+        flow = [("in the tables", len(cohort.cases), len(named_slides(cohort, available)))]
+        known, slides = checked_slides(cohort, available, magnifications, keep_tissue, findings)
+        bad = _bad_outcomes(cohort, keep_zero_times, findings)
+        flow.append(("with a usable outcome", len(cohort.cases) - len(bad), int((~known["case_id"].isin(bad)).sum())))
+        if available is not None or len(cohort.slides):
+            without = set(cohort.cases.index) - set(slides["case_id"]) - bad
+            findings += [dropped("no_slides", case, "has no usable slide") for case in sorted(without)]
+            bad |= without
+        kept = [case for case in cohort.cases.index if case not in bad]
+        if not kept:
+            raise DataError(
+                f"cohort {cohort.name}: the audit leaves no patient ({_first_messages(findings)}).",
+                "Check that the slide names of the clinical table and of the features are the same.",
+                topic="audit",
+            )
+        findings[:0] = _loss_by_outcome(cohort, bad)
+        cases = cohort.cases.loc[kept].astype({"event": bool})
+        clean = dataclasses.replace(cohort, cases=cases, slides=slides[slides["case_id"].isin(kept)])
+        flow.append(("with slides" if available is None else "with features", len(clean.cases), len(clean.slides)))
+        findings += outcome_doubts(clean.name, clean.cases["time_months"], clean.cases["event"])
+        folds = checked_folds(cohort, clean, splits() if callable(splits) else splits, n_bins, findings)
     scored = {case for split in folds for case in (*split.train, *split.validation, *split.test)}
     if folds:
         flow.append(("in the splits", len(scored), int(clean.slides["case_id"].isin(scored).sum())))
     return Audit(clean, folds, findings, flow)
 
 
-def _dropped(kind: str, subject: str, message: str) -> Finding:
-    return Finding(kind, subject, "dropped", message)
+@contextlib.contextmanager
+def _findings_first(findings: list[Finding]) -> Iterator[None]:
+    """Log what was found before an error leaves, because a cause such as names that do not match is among it."""
+    try:
+        yield
+    except CfusionError:
+        for line in finding_lines(findings, _SHOWN_WITH_AN_ERROR):
+            logger.warning("audit: %s", line)
+        raise
+
+
+def _loss_by_outcome(cohort: Cohort, lost: set[str]) -> list[Finding]:
+    """Doubt a loss of patients that depends on their outcome: the rest is no random sample of the cohort.
+
+    Raises:
+        DataError: All patients without the event are lost, or all with it, and not all others.
+    """
+    event = cohort.cases["event"].dropna().astype(bool)
+    gone = event.index.isin(lost)
+    counts = np.array([[(gone & (event == value)).sum(), (~gone & (event == value)).sum()] for value in (True, False)])
+    lost_counts, sizes = counts[:, 0], counts.sum(axis=1)
+    words = (
+        f"{lost_counts[0]} of {sizes[0]} patients with the event and {lost_counts[1]} of {sizes[1]} without it are "
+        "dropped"
+    )
+    if (lost_counts == sizes).any() and (sizes >= _A_WHOLE_GROUP).all():
+        raise DataError(
+            f"cohort {cohort.name}: {words}; no survival can be learnt or scored from one of the groups.",
+            "Complete the times, outcomes or slides of the group that is lost.",
+            topic="audit",
+        )
+    p = float(fisher_exact(counts)[1])
+    if p >= _LOSS_LEVEL:
+        return []
+    message = f"{words} (Fisher's exact test, p {p:.2g}): the loss depends on the outcome and biases every score"
+    return [Finding("loss_by_outcome", cohort.name, "doubted", message)]
 
 
 def _first_messages(findings: Sequence[Finding]) -> str:
@@ -151,56 +195,20 @@ def _first_messages(findings: Sequence[Finding]) -> str:
     return "; ".join(examples.values())
 
 
-def _named_slides(cohort: Cohort, available: Mapping[str, set[str]] | None) -> pd.DataFrame:
-    """Return the slides named by the tables; if there are none, those with features and a known patient's barcode."""
-    if not cohort.slides.empty or not available:
-        return cohort.slides
-    owners = pd.DataFrame({"case_id": [patient_of(slide) for slide in available]}, index=list(available))
-    return owners[owners["case_id"].isin(cohort.cases.index)].rename_axis("slide_id")
-
-
-def _known_slides(cohort: Cohort, slides: pd.DataFrame, findings: list[Finding]) -> pd.DataFrame:
-    """Drop repeated slides and slides of unknown patients."""
-    twice = slides.index.duplicated()
-    findings += [_dropped("duplicate_slide", str(s), "is listed twice; one row is kept") for s in slides.index[twice]]
-    slides = slides[~twice]
-    unknown = ~slides["case_id"].isin(cohort.cases.index)
-    findings += [_dropped("no_outcome", str(s), "belongs to no patient of the table") for s in slides.index[unknown]]
-    return slides[~unknown]
-
-
-def _usable_slides(
-    slides: pd.DataFrame,
-    available: Mapping[str, set[str]] | None,
-    magnifications: Sequence[str],
-    findings: list[Finding],
-) -> pd.DataFrame:
-    if available is None:
-        return slides
-    wanted = set(magnifications)
-    keep = []
-    for slide in slides.index:
-        if slide not in available:
-            findings.append(_dropped("missing_features", slide, "has no features"))
-        elif wanted - available[slide]:
-            lacking = ", ".join(sorted(wanted - available[slide]))
-            findings.append(_dropped("missing_magnification", slide, f"has no features at {lacking}"))
-        else:
-            keep.append(slide)
-    return slides.loc[keep]
-
-
 def _bad_outcomes(cohort: Cohort, keep_zero: bool, findings: list[Finding]) -> set[str]:
     bad = set()
+    redacted = _redacted(cohort)
     for case, time, event in zip(cohort.cases.index, cohort.cases["time_months"], cohort.cases["event"], strict=True):
         if pd.isna(time):
-            finding = _dropped("missing_time", case, "has no follow-up time")
+            finding = dropped("missing_time", case, "has no follow-up time")
         elif time < 0:
-            finding = _dropped("negative_time", case, f"has a follow-up of {time:g} months")
+            finding = dropped("negative_time", case, f"has a follow-up of {time:g} months")
         elif time == 0 and not keep_zero:
-            finding = _dropped("zero_time", case, "has a follow-up of 0 (cohort.keep_zero_times=true keeps it)")
+            finding = dropped("zero_time", case, "has a follow-up of 0 (cohort.keep_zero_times=true keeps it)")
         elif pd.isna(event):
-            finding = _dropped("unknown_event", case, "does not say whether the event happened")
+            finding = dropped("unknown_event", case, "does not say whether the event happened")
+        elif case in redacted:
+            finding = dropped("redacted", case, "is redacted: the source withdrew the patient")
         else:
             continue
         findings.append(finding)
@@ -208,62 +216,9 @@ def _bad_outcomes(cohort: Cohort, keep_zero: bool, findings: list[Finding]) -> s
     return bad
 
 
-def _clean_split(clean: Cohort, split: Split, findings: list[Finding]) -> Split:
-    """Remove dropped patients from every side, and tested patients from the training side."""
-    test = set(split.test)
-    known = set(clean.cases.index)
-    optimistic = set(split.validation) == test
-    where = f"fold {split.fold}" + (f" of repeat {split.repeat}" if split.repeat else "")
-    held_out = test | set(split.validation)
-    both = [case for case in dict.fromkeys(split.train) if case in held_out]
-    if not optimistic:
-        both += [c for c in split.validation if c in test and c not in both]
-    findings += [
-        _dropped("both_sides", case, f"is on both sides of {where}; removed from the training side")
-        for case in both
-    ]  # fmt: skip
-    return dataclasses.replace(
-        split,
-        train=tuple(c for c in split.train if c in known and c not in both),
-        validation=tuple(c for c in split.validation if c in known and (optimistic or c not in test)),
-        test=tuple(c for c in split.test if c in known),
-    )
-
-
-def _check_scored_once(cohort: Cohort, splits: Sequence[Split]) -> None:
-    scored: dict[tuple[int, str], int] = {}
-    for split in splits:
-        for case in split.test:
-            other = scored.setdefault((split.repeat, case), split.fold)
-            if other != split.fold:
-                raise DataError(
-                    f"cohort {cohort.name}: {case} is scored in fold {other} and in fold {split.fold}.",
-                    "A cross-validation scores each patient in only one fold; correct the split files.",
-                    topic="splits",
-                )
-
-
-def _check_fold(cohort: Cohort, split: Split, n_bins: int) -> None:
-    where = f"cohort {cohort.name}, fold {split.fold}"
-    for side in ("train", "validation", "test") if split.validation else ("train", "test"):
-        cases = cohort.cases.loc[list(getattr(split, side))]
-        time, event = cases["time_months"].to_numpy(float), cases["event"].to_numpy(bool)
-        if not event.any():
-            raise DataError(
-                f"{where}: the {side} side has {len(cases)} patients and no event.", "Draw other folds.", topic="splits"
-            )
-        if not has_comparable_pair(time, event):
-            raise DataError(
-                f"{where}: the {side} side has {len(cases)} patients, {int(event.sum())} with the event, and no "
-                "comparable pair.",
-                "Draw other folds.",
-                topic="splits",
-            )
-    train = cohort.cases.loc[list(split.train)]
-    distinct = train.loc[train["event"], "time_months"].nunique()
-    if distinct < n_bins:
-        raise DataError(
-            f"{where}: {distinct} distinct event times in training cannot fill {n_bins} time bins.",
-            f"Set evaluation.n_bins={max(distinct, 2)} or fewer, or draw fewer folds.",
-            topic="splits",
-        )
+def _redacted(cohort: Cohort) -> set[str]:
+    """Return the patients that the source withdrew, such as those with a wrong tumour type (`Redaction` in the CDR)."""
+    if "redaction" not in cohort.cases.columns:
+        return set()
+    words = cohort.cases["redaction"].astype("string").str.strip().str.lower()
+    return set(cohort.cases.index[(words.notna() & ~words.isin(("", "no", "false", "0", "nan"))).to_numpy(bool)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +32,25 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.action}: {self.subject} {self.message} [{self.kind}]"
+
+
+def dropped(kind: str, subject: str, message: str) -> Finding:
+    """Return the finding that a slide or patient is left out."""
+    return Finding(kind, subject, "dropped", message)
+
+
+def finding_lines(findings: Sequence[Finding], most: int) -> list[str]:
+    """Format findings as lines, at most `most` of each kind, with a count of the rest; frequent kinds first.
+
+    A loss that depends on the outcome comes first of all.
+    """
+    lines = []
+    counts = Counter(finding.kind for finding in findings).most_common()
+    for kind, count in sorted(counts, key=lambda item: item[0] != "loss_by_outcome"):
+        lines += [str(finding) for finding in findings if finding.kind == kind][:most]
+        if count > most:
+            lines.append(f"… and {count - most} more [{kind}]")
+    return lines
 
 
 def outcome_doubts(name: str, time_months: pd.Series, event: pd.Series) -> list[Finding]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
+import re
 import zipfile
 from pathlib import Path
 from typing import Any, Literal
@@ -12,49 +12,66 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from cfusion.cohort.table_text import split_text
 from cfusion.errors import CohortError
 
-_MISSING = ["", "'--", "--", "NA", "N/A", "NaN", "nan", "[Not Available]", "[Not Applicable]", "[Unknown]", "#N/A"]
+_MISSING = {
+    "", "'--", "--", "NA", "N/A", "NaN", "nan", "#N/A", "NULL", "null", "None", "<NA>", "[Not Available]",
+    "[Not Applicable]", "[Not Evaluated]", "[Unknown]", "[Discrepancy]",
+}  # fmt: skip
 _ONE = ("1", "1.0", "true", "yes")
 _ZERO = ("0", "0.0", "false", "no")
-_STATUS = {"dead": True, "deceased": True, "alive": False, "living": False}
+_STATUS = {
+    "dead": True, "deceased": True, "1:deceased": True, "1:dead with tumor": True, "1:progression": True,
+    "alive": False, "living": False, "0:living": False, "0:alive or dead tumor free": False, "0:censored": False,
+}  # fmt: skip
+"""Words whose meaning is fixed, among them those of cBioPortal."""
+_COMMA = re.compile(r"[-+]?\d+,\d+")
+_WHOLE = re.compile(r"[-+]?\d+")
+_OTHER_CODE = re.compile(r"([2-9]|\d{2,})(\.0+)?")
 
 
 def read_table(path: Path) -> pd.DataFrame:
     """Read a CSV or TSV file, a ZIP file with one CSV or TSV, or a GDC clinical JSON; every cell is text or missing.
 
+    Cells may be separated by commas, tabs or semicolons. With semicolons, numbers may have a decimal comma. The index
+    is the number of the row in an editor, minus 2: the row below a header in the first line is 0.
+
     Raises:
-        CohortError: The file is missing, empty, or not such a table.
+        CohortError: The file is missing, empty, or not such a table; the message names the row that does not fit.
     """
     try:
         if path.suffix.lower() == ".json":
             return pd.DataFrame(_flat_cases(json.loads(path.read_text(encoding="utf-8"))))
-        text = _zipped_text(path) if zipfile.is_zipfile(path) else path.read_text(encoding="utf-8-sig")
-        header = text.partition("\n")[0]
-        separator = "\t" if header.count("\t") > header.count(",") else ","
-        _check_header(header, separator)
-        # Blank lines are read first and dropped later, so that row numbers in errors match those in an editor.
-        table = pd.read_csv(
-            io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, na_values=_MISSING,
-            skip_blank_lines=False,
-        ).dropna(how="all")  # fmt: skip
+        text = split_text(_zipped_text(path) if zipfile.is_zipfile(path) else path.read_text(encoding="utf-8-sig"))
+        cells = {
+            name: [None if cell.strip() in _MISSING else cell for cell in column]
+            for name, column in zip(text.names, zip(*text.rows, strict=True), strict=False) if name
+        }  # fmt: skip
+        if text.separator == ";":
+            cells = {name: _pointed(name, column) for name, column in cells.items()}
     except OSError as error:
         raise CohortError(f"{path}: cannot be read ({error.strerror}).", "Give the path of a table.") from error
-    except (ValueError, TypeError, AttributeError, csv.Error, pd.errors.ParserError) as error:
+    except (ValueError, TypeError, AttributeError, csv.Error) as error:
         raise CohortError(
-            f"{path}: is not a table ({' '.join(str(error).split())}).", "Save it as CSV or TSV, in UTF-8."
+            f"{path}: is not a table ({' '.join(str(error).split())}).",
+            "Save it as CSV or TSV, in UTF-8, with as many fields in every row as in the header.",
         ) from error
+    table = pd.DataFrame(cells, index=pd.Index(text.numbers) - 2, dtype=object).dropna(how="all")
     if table.empty:
         raise CohortError(f"{path}: has no rows.")
-    table.columns = table.columns.str.strip()
-    return table.loc[:, ~table.columns.str.fullmatch(r"(Unnamed: \d+)?")]
+    return table
 
 
-def _check_header(header: str, separator: str) -> None:
-    names = [name.strip() for name in next(csv.reader([header], delimiter=separator), []) if name.strip()]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"duplicate column names: {', '.join(twice)}")
+def _pointed(name: str, column: list[str | None]) -> list[str | None]:
+    """Return a column of numbers with decimal points instead of commas; any other column is returned unchanged."""
+    known = [cell.strip() for cell in column if cell is not None]
+    with_comma = [cell for cell in known if _COMMA.fullmatch(cell)]
+    if not with_comma or not all(_COMMA.fullmatch(cell) or _WHOLE.fullmatch(cell) for cell in known):
+        return column
+    if all(len(cell.partition(",")[2]) == 3 for cell in with_comma):
+        raise ValueError(f"{name} is {with_comma[0]!r}, in decimals or in thousands; write numbers with a point")
+    return [cell if cell is None else cell.replace(",", ".") for cell in column]
 
 
 def _zipped_text(path: Path) -> str:
@@ -113,18 +130,26 @@ def coded_events(cells: pd.Series, source: Path | str, one_is: Literal["event", 
     This is the only place that inverts a censoring column.
 
     Args:
-        cells: 1, true or yes and 0, false or no, whose meaning `one_is` gives; or dead and alive, whose meaning is
-            fixed.
+        cells: 1, true or yes and 0, false or no, whose meaning `one_is` gives; or dead and alive, or cBioPortal's
+            `1:DECEASED` and `0:LIVING`, whose meaning is fixed.
         source: The file, for errors.
         one_is: Meaning of 1.
 
     Raises:
-        CohortError: A cell has another value; the message names its row and the value.
+        CohortError: A cell has another value, such as the 2 of a competing event; the message names its row and value.
     """
     meaning = _STATUS | dict.fromkeys(_ONE, one_is == "event") | dict.fromkeys(_ZERO, one_is == "censored")
     values = cells.astype("string").str.strip().str.lower().map(meaning).astype("boolean")
     wrong = (values.isna() & cells.notna()).to_numpy(bool)
     if wrong.any():
         at = int(np.argmax(wrong))
-        raise CohortError(f"{source}, row {cells.index[at] + 2}: {cells.name} is {cells.iloc[at]!r}, expected 0 or 1.")
+        value = str(cells.iloc[at])
+        found = f"{source}, row {cells.index[at] + 2}: {cells.name} is {value!r}, expected 0 or 1."
+        if _OTHER_CODE.fullmatch(value.strip()):
+            raise CohortError(
+                f"{found} Codes above 1 are competing events, which no loss and no score of this program models.",
+                "Decide on one endpoint: code the other events as censored (cause-specific hazard) or as the event "
+                "(composite endpoint), and say so in the methods.",
+            )
+        raise CohortError(found)
     return values

@@ -1,22 +1,31 @@
 """Read patients, outcomes and slides from common table layouts into a cohort.
 
-Columns identify the layout: published tables (CLAM, MCAT, SurvPath, CrossFusion), exports of the GDC portal, TCGA-CDR
-(Liu et al., Cell 2018) or plain tables. For every layout, times are converted to months, `event` is true if the event
+Columns identify the layout: published tables (CLAM, MCAT, SurvPath, CrossFusion), plain tables, or those of the portals
+in `cfusion.cohort.portals`. For every layout, times are converted to months, `event` is true if the event
 happened, and the unit is the patient: for TCGA the first 12 characters of the barcode.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from cfusion.cohort.identifiers import is_slide_file, patient_of, site_of, slide_stem
 from cfusion.cohort.parsing import coded_events, first_column, numbers, read_table
+from cfusion.cohort.portals import (
+    DAYS_PER_MONTH,
+    is_cbioportal,
+    is_cdr,
+    is_gdc,
+    no_endpoint,
+    read_cbioportal,
+    read_cdr,
+    read_gdc,
+)
 from cfusion.config import CohortConfig
 from cfusion.errors import CohortError, ConfigError
 from cfusion.files import atomic_path
@@ -24,34 +33,13 @@ from cfusion.types import Cohort
 
 logger = logging.getLogger(__name__)
 
-DAYS_PER_MONTH = 365.25 / 12
 LONGEST_FOLLOW_UP_MONTHS = 600.0
 """No clinical cohort follows patients for more than 50 years; a longer time is probably in days."""
 
 _MONTHS = {"months": 1.0, "days": 1 / DAYS_PER_MONTH, "years": 12.0}
-_BARCODE = re.compile(r"TCGA-(\w{2})-\w{4}")
-_SLIDE_SUFFIX = re.compile(
-    r"\.(?:svs|ndpi|tiff?|qptiff|mrxs|czi|scn|vms|vmu|bif|svslide|dcm|isyntax|h5|pt|zarr)$", re.IGNORECASE
-)
-_COVARIATES = ("age", "is_female", "oncotree_code", "grade", "stage", "site")
-
-
-def patient_of(name: str) -> str:
-    """Return the patient of a slide, sample or case name: the first 12 characters of a TCGA barcode, else the name."""
-    return name[:12] if has_barcode(name) else name
-
-
-def has_barcode(name: str) -> bool:
-    """Return whether a slide, sample or case name starts with a TCGA barcode, which identifies the patient."""
-    return _BARCODE.match(name) is not None
-
-
-def slide_stem(name: str) -> str:
-    """Return the slide_id of a file name, without folder and slide suffix; other dots (TCGA's UUIDs) are kept.
-
-    Accents are composed, as in the names of slides: macOS writes them as separate characters.
-    """
-    return unicodedata.normalize("NFC", _SLIDE_SUFFIX.sub("", re.split(r"[\\/]", name)[-1]))
+_COVARIATES = ("age", "is_female", "oncotree_code", "grade", "stage", "site", "redaction", "Redaction")
+_ENTRY = ("entry", "entry_time", "entry_months", "time_entry", "delayed_entry", "left_truncation", "start", "tstart")
+"""Names of a column of delayed entry."""
 
 
 def read_cohort(config: CohortConfig) -> Cohort:
@@ -68,8 +56,14 @@ def read_cohort(config: CohortConfig) -> Cohort:
         CohortError: A table cannot be read, a value is invalid, or rows of one patient contradict each other.
     """
     table = read_table(config.table)
+    refuse_delayed_entry(table, str(config.table))
     layout = _layout(table, config)
-    rows = _READERS[layout](table, config)
+    if config.follow_up is not None and layout != "gdc":
+        raise ConfigError(
+            f"cohort.follow_up={config.follow_up}: {config.table} has the {layout} layout, which has its own times.",
+            "Only exports of the GDC portal have follow-ups in another file; remove the setting.",
+        )
+    rows = _READERS[layout](table, config).rename(columns={"Redaction": "redaction"})
     nameless = rows["case_id"].isna()
     if nameless.any():
         raise CohortError(
@@ -81,6 +75,32 @@ def read_cohort(config: CohortConfig) -> Cohort:
     slides = _read_slides(config.slides) if config.slides is not None else _slides_of_rows(rows)
     logger.info("%s: %s layout, %d patients, %d slides", config.table, layout, len(cases), len(slides))
     return Cohort(config.name, cases, slides, config.endpoint)
+
+
+def refuse_delayed_entry(table: pd.DataFrame, source: str) -> None:
+    """Refuse outcomes of patients who came under observation after time 0 (left truncation).
+
+    No loss and no score of the program removes a patient from the risk sets before the entry; used as if every patient
+    were followed from time 0, such times make survival look too long. A column of zeros is accepted.
+
+    Args:
+        table: Cells of a table.
+        source: The file, for errors.
+
+    Raises:
+        CohortError: A column such as `entry` has a time other than 0, or a text.
+    """
+    for column in table.columns:
+        if column.lower() not in _ENTRY:
+            continue
+        late = table.index[(numbers(table[column], source).fillna(0) != 0).to_numpy()]
+        if len(late):
+            raise CohortError(
+                f"{source}, row {late[0] + 2}: {column} is {table.loc[late[0], column]!r}: delayed entry (left "
+                f"truncation) is not supported, and {len(late)} rows have it.",
+                "Start every patient's time where observation starts, if that answers the question, and remove the "
+                "column; otherwise use a program with left-truncated likelihoods, such as R's survival.",
+            )
 
 
 def write_outcomes(cohort: Cohort, path: Path) -> None:
@@ -111,8 +131,9 @@ def _layout(table: pd.DataFrame, config: CohortConfig) -> str:
     columns = set(table.columns)
     found = {
         "published": "case_id" in columns and any(_published_columns(table, e) for e in ("OS", "DSS", "PFI")),
-        "cdr": "bcr_patient_barcode" in columns and {"OS", "OS.time"} <= columns,
-        "gdc": any(name.endswith("vital_status") for name in columns),
+        "cdr": is_cdr(columns),
+        "cbioportal": is_cbioportal(columns),
+        "gdc": is_gdc(columns),
         "plain": {"patient", "time"} <= columns,
     }
     if config.format != "auto":
@@ -133,8 +154,9 @@ def _layout(table: pd.DataFrame, config: CohortConfig) -> str:
 
 _EXPECTED = {
     "published": "case_id, slide_id, survival_months, censorship (1 = censored)",
-    "cdr": "bcr_patient_barcode, OS, OS.time, …",
-    "gdc": "a clinical.tsv or clinical JSON export with vital_status and days_to_death",
+    "cdr": "bcr_patient_barcode (or _PATIENT, sample), OS, OS.time, …",
+    "cbioportal": "PATIENT_ID, OS_MONTHS, OS_STATUS",
+    "gdc": "a clinical.tsv or clinical JSON export with submitter_id, vital_status and days_to_death",
     "plain": "patient, slide, time, event",
 }
 
@@ -150,78 +172,47 @@ def _published(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
     columns = _published_columns(table, config.endpoint)
     if columns is None:
         suffix = "" if config.endpoint == "OS" else f"_{config.endpoint.lower()}"
-        raise _no_endpoint(config, f"survival_months{suffix}, censorship{suffix}")
+        raise no_endpoint(config, f"survival_months{suffix}, censorship{suffix}")
     time, censorship = columns
     event = coded_events(table[censorship], config.table, "censored")
     if "event" in table.columns and config.endpoint == "OS":
-        other = (event != coded_events(table["event"], config.table)).fillna(False).to_numpy(bool)
-        if other.any():
-            raise CohortError(
-                f"{config.table}, row {table.index[other][0] + 2}: event and censorship contradict each other.",
-                "One of them is inverted; correct the table.",
-            )
+        _check_polarity(table.rename(columns={censorship: "censorship"}), event, config)
     rows = table[["case_id", *(c for c in (*_COVARIATES, "slide_id") if c in table.columns)]].copy()
     rows["time_months"] = numbers(table[time], config.table)
     rows["event"] = event
     return rows
 
 
-def _no_endpoint(config: CohortConfig, columns: str) -> ConfigError:
-    return ConfigError(f"{config.table}: has no endpoint {config.endpoint} (columns {columns}).")
-
-
 def _plain(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
     column = "event" if config.event_is == "event" else first_column(table, "censorship", "event")
     if column not in table.columns:
         raise ConfigError(f"{config.table}: lacks the column event.", f"Expected {_EXPECTED['plain']}.")
-    rows = table.rename(columns={"patient": "case_id", "slide": "slide_id"}).drop(columns=["time", column])
+    named = {"patient": "case_id", "slide": "slide_id", "time": "time_months"}
+    twice = sorted(f"{old} and {new}" for old, new in named.items() if {old, new} <= set(table.columns))
+    if twice:
+        raise CohortError(f"{config.table}: has the columns {twice[0]}, which mean the same.", "Remove one of them.")
+    event = coded_events(table[column], config.table, config.event_is)
+    if {"event", "censorship"} <= set(table.columns):
+        _check_polarity(table, event, config)
+    rows = table.rename(columns=named).drop(columns=["time_months", column])
     rows["time_months"] = numbers(table["time"], config.table) * _MONTHS[config.time_unit]
-    rows["event"] = coded_events(table[column], config.table, config.event_is)
+    rows["event"] = event
     return rows
 
 
-def _cdr(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
-    time = f"{config.endpoint}.time"
-    if time not in table.columns or config.endpoint not in table.columns:
-        raise _no_endpoint(config, f"{config.endpoint}, {time}")
-    name = config.name.upper()
-    types = sorted(t for t in table.get("type", pd.Series(dtype=str)).dropna().unique() if t in name)
-    if types:
-        logger.info("%s: kept the cancer types named in cohort.name: %s", config.table, ", ".join(types))
-        table = table[table["type"].isin(types)]
-    elif "type" in table.columns:
-        logger.info("%s: cohort.name=%s names no cancer type; kept all", config.table, config.name)
-    rows = pd.DataFrame({"case_id": table["bcr_patient_barcode"].astype(str)})
-    rows["time_months"] = numbers(table[time], config.table) / DAYS_PER_MONTH
-    rows["event"] = coded_events(table[config.endpoint], config.table)
-    return rows
-
-
-def _gdc(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
-    if config.endpoint != "OS":
-        raise ConfigError(
-            f"{config.table}: this layout has only OS, not cohort.endpoint={config.endpoint}.",
-            "TCGA-CDR has OS, DSS and PFI.",
+def _check_polarity(table: pd.DataFrame, event: pd.Series, config: CohortConfig) -> None:
+    """Refuse rows whose columns `event` and `censorship` say the same of a patient, so that one is inverted."""
+    columns = (coded_events(table["event"], config.table), coded_events(table["censorship"], config.table, "censored"))
+    other = sum(((event != column).fillna(False).to_numpy(bool) for column in columns), np.zeros(len(table), bool))
+    if other.any():
+        raise CohortError(
+            f"{config.table}, row {table.index[other][0] + 2}: event and censorship contradict each other.",
+            "One of them is inverted; correct the table.",
         )
-    column = {name.rsplit(".", 1)[-1]: name for name in reversed(table.columns)}
-    case = next((name for name in ("cases.submitter_id", "case_submitter_id", "submitter_id") if name in table), None)
-    if case is None:
-        raise ConfigError(f"{config.table}: lacks the case's submitter_id.", f"Expected {_EXPECTED['gdc']}.")
-    status = table[column["vital_status"]].str.lower()
-    event = status.map({"dead": True, "alive": False}).astype("boolean")
-
-    def days(name: str) -> pd.Series:
-        if name not in column:
-            return pd.Series(np.nan, index=table.index)
-        return numbers(table[column[name]], config.table).groupby(table[case]).transform("max")
-
-    follow_up = pd.concat([days("days_to_last_follow_up"), days("days_to_follow_up")], axis=1).max(axis=1)
-    time = days("days_to_death").where(event.fillna(False).astype(bool), follow_up)
-    return pd.DataFrame({"case_id": table[case], "time_months": time / DAYS_PER_MONTH, "event": event})
 
 
 _READERS: dict[str, Callable[[pd.DataFrame, CohortConfig], pd.DataFrame]] = {
-    "published": _published, "plain": _plain, "cdr": _cdr, "gdc": _gdc,
+    "published": _published, "plain": _plain, "cdr": read_cdr, "gdc": read_gdc, "cbioportal": read_cbioportal,
 }  # fmt: skip
 
 
@@ -237,22 +228,38 @@ def _check_plausible(rows: pd.DataFrame, config: CohortConfig) -> None:
 
 def _one_row_per_case(rows: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
     grouped = rows.groupby("case_id", sort=False)
-    for column in ("time_months", "event"):
+    for column in ("time_months", "event", *(c for c in ("site",) if c in rows.columns)):
         distinct = grouped[column].nunique()
         if (distinct > 1).any():
             case = str(distinct.index[distinct > 1][0])
             values = ", ".join(str(v) for v in rows.loc[rows["case_id"] == case, column].drop_duplicates())
             raise CohortError(
                 f"{config.table}, case {case}: the rows have different values of {column} ({values}).",
-                "A patient has only one outcome; correct the rows.",
+                "A patient has only one outcome and one site; correct the rows.",
             )
+    _check_halves(rows, config)
     cases = grouped.first().drop(columns="slide_id", errors="ignore")
     if not cases["event"].isna().any():
         cases["event"] = cases["event"].astype(bool)
-    barcodes = cases.index.to_series().str.extract(_BARCODE, expand=False)
+    barcodes = cases.index.to_series().map(site_of)
     if barcodes.notna().all():
         cases["site"] = barcodes
     return cases
+
+
+def _check_halves(rows: pd.DataFrame, config: CohortConfig) -> None:
+    """Refuse a patient whose time and event stand only in different rows: together they may be no one's outcome."""
+    known = pd.DataFrame({"time": rows["time_months"].notna(), "event": rows["event"].notna()})
+    known["both"] = known["time"] & known["event"]
+    has = known.groupby(rows["case_id"], sort=False).any()
+    halves = has.index[has["time"] & has["event"] & ~has["both"]]
+    if len(halves):
+        lines = ", ".join(str(row + 2) for row in rows.index[rows["case_id"] == halves[0]])
+        raise CohortError(
+            f"{config.table}, case {halves[0]}: a row has a time and no event, and another an event and no time (rows "
+            f"{lines}).",
+            "A patient's time and event must stand in one row; complete the row, or remove the one that is wrong.",
+        )
 
 
 def _slides_of_rows(rows: pd.DataFrame) -> pd.DataFrame:
@@ -267,7 +274,7 @@ def _read_slides(path: Path) -> pd.DataFrame:
     name = first_column(table, "slide_id", "File Name", "filename", "file_name")
     if name not in table.columns:
         raise CohortError(f"{path}: has no column of slides.", "Expected slide_id, File Name or filename.")
-    slides = table if name == "slide_id" else table[table[name].str.contains(_SLIDE_SUFFIX, na=False)]
+    slides = table if name == "slide_id" else table[table[name].map(is_slide_file, na_action="ignore").eq(True)]
     if slides.empty:
         raise CohortError(f"{path}: none of the files in {name} is a slide.", "Give the sheet of the slide images.")
     case = first_column(table, "case_id", "Case ID")

@@ -7,6 +7,7 @@ The protocol decides which patients choose the model: under `strict`, patients h
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import warnings
 from collections.abc import Sequence
@@ -16,12 +17,14 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+from cfusion.cohort.identifiers import Names, patient_of, slide_stem
 from cfusion.cohort.parsing import read_table
-from cfusion.cohort.read import patient_of
 from cfusion.config import Protocol, SplitsConfig
 from cfusion.errors import ConfigError, DataError
 from cfusion.files import atomic_path, digest_json, read_json, write_json
 from cfusion.types import Cohort, Split
+
+logger = logging.getLogger(__name__)
 
 _FILE = re.compile(r"splits_(?:(\d+)_)?(\d+)\.csv")
 _DIGEST = "splits.json"
@@ -61,13 +64,36 @@ def fold_count(config: SplitsConfig) -> int:
 
 def _outer(cohort: Cohort, config: SplitsConfig) -> list[Split]:
     if config.directory is not None:
-        return read_splits(config.directory)
+        return _of_patients(cohort, read_splits(config.directory), config.directory)
     if config.test_cases is not None:
         return _external(cohort, config.test_cases, config.repeats)
     return [
         dataclasses.replace(split, repeat=repeat)
         for repeat in range(config.repeats)
         for split in _draw(cohort, tuple(cohort.cases.index), config, config.folds, config.seed + repeat)
+    ]
+
+
+def _of_patients(cohort: Cohort, splits: Sequence[Split], source: Path) -> list[Split]:
+    """Replace names of slides, and patients written in another case or as `12.0`, by the patients of the cohort.
+
+    Names that fit none stay as they are, for the audit to report.
+    """
+    known = Names({**cohort.slides["case_id"], **{case: case for case in cohort.cases.index}})
+    named = dict.fromkeys(case for split in splits for side in _SIDES for case in getattr(split, side))
+    meant = {name: known.find(name) or known.find(slide_stem(name)) or name for name in named}
+    differ = [name for name in named if meant[name] != name]
+    if not differ:
+        return list(splits)
+    logger.warning(
+        "%s: %d names of the splits are not written as the patients of the cohort, such as %s, taken as %s",
+        source, len(differ), differ[0], meant[differ[0]],
+    )  # fmt: skip
+    return [
+        dataclasses.replace(
+            split, **{side: tuple(dict.fromkeys(meant[name] for name in getattr(split, side))) for side in _SIDES}
+        )
+        for split in splits
     ]
 
 
@@ -95,13 +121,31 @@ def _under_protocol(cohort: Cohort, split: Split, config: SplitsConfig, protocol
         return dataclasses.replace(split, train=split.train + split.validation, validation=())
     if split.validation:
         return split
-    known = set(cohort.cases.index)
-    side = tuple(case for case in split.train if case in known)
+    validation = _inner_validation(cohort, split, config)
+    train = tuple(case for case in split.train if case not in validation)
+    return dataclasses.replace(split, train=train, validation=tuple(c for c in split.train if c in validation))
+
+
+def _inner_validation(cohort: Cohort, split: Split, config: SplitsConfig) -> set[str]:
+    """Draw the patients of the training side who choose the model.
+
+    Sites differ in size and in follow-up, so with `scheme: site` the drawn part is taken whose patients and events are
+    closest to the configured fraction.
+    """
+    side = tuple(case for case in split.train if case in cohort.cases.index)
     folds = max(2, round(1 / config.validation_fraction))
     seed = config.seed + 1000 * split.repeat + split.fold
-    validation = set(_draw(cohort, side, config, folds, seed)[0].test)
-    train = tuple(case for case in split.train if case not in validation)
-    return dataclasses.replace(split, train=train, validation=tuple(c for c in side if c in validation))
+    if config.scheme == "stratified":
+        return set(_draw(cohort, side, config, folds, seed)[0].test)
+    cases = cohort.cases.loc[list(side)]
+    folds = max(2, min(folds, _sites(cohort, cases, 2).nunique()))
+
+    def distance(part: Split) -> float:
+        inside = cases.loc[list(part.test), "event"]
+        shares = (len(inside) / len(cases), float(inside.sum()) / max(float(cases["event"].sum()), 1.0))
+        return sum(abs(np.log(max(share, 1e-9) / config.validation_fraction)) for share in shares)
+
+    return set(min(_draw(cohort, side, config, folds, seed), key=distance).test)
 
 
 def _draw(cohort: Cohort, case_ids: tuple[str, ...], config: SplitsConfig, folds: int, seed: int) -> list[Split]:
@@ -114,7 +158,7 @@ def _draw(cohort: Cohort, case_ids: tuple[str, ...], config: SplitsConfig, folds
         )
     strata = _strata(cases, folds)
     if config.scheme == "site":
-        sites = _sites(cohort, cases, folds)
+        sites = _sites(cohort, cases, folds).to_numpy()
         sides = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(cases, strata, sites)
     else:
         sides = StratifiedKFold(folds, shuffle=True, random_state=seed).split(cases, strata)
@@ -144,25 +188,39 @@ def _strata(cases: pd.DataFrame, folds: int) -> np.ndarray:
     return strata
 
 
-def _sites(cohort: Cohort, cases: pd.DataFrame, folds: int) -> np.ndarray:
+def _sites(cohort: Cohort, cases: pd.DataFrame, folds: int) -> pd.Series:
     if "site" not in cases.columns or cases["site"].isna().any():
         raise DataError(
             f"cohort {cohort.name}: splits.scheme=site needs the site of every patient.",
             "Add a column site to the clinical table, or set splits.scheme=stratified.",
         )
     if cases["site"].nunique() < folds:
-        raise DataError(f"cohort {cohort.name}: {cases['site'].nunique()} sites are too few for {folds} folds.")
-    return cases["site"].to_numpy()
+        found = cases["site"].nunique()
+        raise DataError(
+            f"cohort {cohort.name}: {found} sites are too few for {folds} folds that keep sites together.",
+            f"Set splits.folds to {found} or fewer, splits.scheme=stratified, or evaluation.protocol=fixed-epoch, "
+            "which needs no inner validation."
+            if found > 1
+            else "Set splits.scheme=stratified.",
+            topic="splits",
+        )
+    return cases["site"]
 
 
 def _external(cohort: Cohort, path: Path, repeats: int) -> list[Split]:
     table = read_table(path)
     if "case_id" not in table.columns:
         raise DataError(f"{path}: expected a column case_id.")
-    test = _patients(table["case_id"])
+    (named,) = _of_patients(cohort, [Split(0, (), (), _patients(table["case_id"]))], path)
+    test = named.test
     unknown = [case for case in test if case not in cohort.cases.index]
     if unknown:
-        raise DataError(f"{path}: {len(unknown)} patients are not in cohort {cohort.name}, such as {unknown[0]}.")
+        hint = Names(cohort.cases.index).nearest(unknown[0])
+        raise DataError(
+            f"{path}: {len(unknown)} patients are not in cohort {cohort.name}, such as {unknown[0]}{hint}.",
+            "Correct the names, or remove the patients from the table.",
+            topic="splits",
+        )
     train = tuple(case for case in cohort.cases.index if case not in set(test))
     if not train:
         raise DataError(f"{path}: names every patient of cohort {cohort.name}; no training patients are left.")

@@ -82,11 +82,12 @@ class Run:
         names = [magnification_name(m) for m in config.data.magnifications]
         found = audit(
             cohort,
-            make_splits(cohort, config.splits, config.evaluation.protocol),
+            lambda: make_splits(cohort, config.splits, config.evaluation.protocol),
             available={slide: {n for n, count in dataset.tiles(slide).items() if count} for slide in dataset.slide_ids},
             magnifications=names,
             n_bins=config.evaluation.n_bins,
             keep_zero_times=config.cohort.keep_zero_times,
+            keep_tissue=config.cohort.keep_tissue,
         )
         if config.evaluation.strict:
             found.raise_if_strict()
@@ -308,7 +309,7 @@ def permuted(cohort: Cohort, seed: int) -> Cohort:
 
 
 def _provenance(config: Config, code: OwnCode | None, dataset: ShardDataset, found: Audit) -> dict[str, Any]:
-    slides = config.cohort.slides
+    asides = {"slides": config.cohort.slides, "follow_up": config.cohort.follow_up}
     return {
         "program": cfusion.__version__,
         "code": code_digest(),
@@ -316,7 +317,7 @@ def _provenance(config: Config, code: OwnCode | None, dataset: ShardDataset, fou
         **({"notes": list(config.notes)} if config.notes else {}),
         **({} if code is None else {"model_code": code.identity}),
         "table_sha256": digest_file(config.cohort.table),
-        **({} if slides is None else {"slides_sha256": digest_file(slides)}),
+        **{f"{name}_sha256": digest_file(path) for name, path in asides.items() if path is not None},
         "shards_digest": dataset.index.digest,
         "splits_digest": splits_digest(found.splits),
         "packages": {"python": platform.python_version(), "torch": torch.__version__},

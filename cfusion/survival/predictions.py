@@ -10,8 +10,9 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 
+from cfusion.cohort.identifiers import patient_of
 from cfusion.cohort.parsing import coded_events, numbers, read_table
-from cfusion.cohort.read import LONGEST_FOLLOW_UP_MONTHS, patient_of
+from cfusion.cohort.read import LONGEST_FOLLOW_UP_MONTHS, refuse_delayed_entry
 from cfusion.config import Protocol
 from cfusion.errors import CohortError, PredictionsError
 from cfusion.types import Cohort
@@ -41,6 +42,7 @@ def read_predictions(path: Path) -> pd.DataFrame:
     """
     try:
         table = read_table(path)
+        refuse_delayed_entry(table, str(path))
         if "censorship" in table.columns:
             table["event"] = _events(table, path)
         elif "event" in table.columns:

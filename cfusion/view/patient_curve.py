@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cfusion.cohort.read import patient_of, read_cohort, slide_stem
+from cfusion.cohort.identifiers import patient_of, slide_stem
+from cfusion.cohort.read import read_cohort
 from cfusion.errors import CfusionError, DataError
 from cfusion.explanation.result import Explanation
 from cfusion.report.svg import Plot, nice_ticks

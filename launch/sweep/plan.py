@@ -259,6 +259,7 @@ def _paths(config: Config) -> dict[str, Path | str]:
     found = {
         "cohort.table": config.cohort.table,
         "cohort.slides": config.cohort.slides,
+        "cohort.follow_up": config.cohort.follow_up,
         "splits.test_cases": config.splits.test_cases,
         "splits.directory": config.splits.directory,
         "data.shards": config.data.shards,

@@ -7,7 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cfusion.cohort.read import DAYS_PER_MONTH, patient_of, read_cohort, read_outcomes, slide_stem, write_outcomes
+from cfusion.cohort.identifiers import patient_of, slide_stem
+from cfusion.cohort.portals import DAYS_PER_MONTH
+from cfusion.cohort.read import read_cohort, read_outcomes, write_outcomes
 from cfusion.config import CohortConfig
 from cfusion.errors import ConfigError, DataError
 from cfusion.types import Cohort
