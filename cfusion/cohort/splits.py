@@ -89,9 +89,13 @@ def _of_patients(cohort: Cohort, splits: Sequence[Split], source: Path) -> list[
         "%s: %d names of the splits are not written as the patients of the cohort, such as %s, taken as %s",
         source, len(differ), differ[0], meant[differ[0]],
     )  # fmt: skip
+
+    def patients(names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(meant[name] for name in names))
+
     return [
         dataclasses.replace(
-            split, **{side: tuple(dict.fromkeys(meant[name] for name in getattr(split, side))) for side in _SIDES}
+            split, train=patients(split.train), validation=patients(split.validation), test=patients(split.test)
         )
         for split in splits
     ]

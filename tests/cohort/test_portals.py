@@ -55,7 +55,8 @@ def test_redacted_patients_are_dropped(tmp_path: Path) -> None:
 def test_xena_has_a_row_per_sample(tmp_path: Path) -> None:
     header = "sample\t_PATIENT\tcancer type abbreviation\tOS\tOS.time\tDSS\tDSS.time\tRedaction"
     rows = [
-        "TCGA-A1-0001-01\tTCGA-A1-0001\tLUAD\t1\t300\t0\t300\t", "TCGA-A1-0001-11\tTCGA-A1-0001\tLUAD\t1\t300\t0\t300\t",
+        "TCGA-A1-0001-01\tTCGA-A1-0001\tLUAD\t1\t300\t0\t300\t",
+        "TCGA-A1-0001-11\tTCGA-A1-0001\tLUAD\t1\t300\t0\t300\t",
         "TCGA-A1-0002-01\tTCGA-A1-0002\tOV\t0\t90\t0\t90\tRedacted",
     ]  # fmt: skip
     cohort = read(tmp_path, "\n".join([header, *rows]))
