@@ -28,7 +28,6 @@ def test_the_page_lists_what_is_set_aside_and_every_module():
 def test_the_settings_that_are_set_aside():
     assert set(Config.asides()) == {
         "cohort.table", "cohort.follow_up", "cohort.slides", "splits.directory", "splits.test_cases", "data.shards",
-            "data.cache",
-        "data.read_threads", "data.buffer_bytes", "data.cache_directory", "data.cache_bytes", "train.keep_checkpoints",
-        "train.folds", "evaluation.strict", "tracking", "output",
+        "data.cache", "data.read_threads", "data.buffer_bytes", "data.cache_directory", "data.cache_bytes",
+        "train.keep_checkpoints", "train.folds", "evaluation.strict", "tracking", "output",
     }  # fmt: skip
