@@ -13,7 +13,7 @@ from cfusion.errors import DataError
 from cfusion.survival.bins import TimeBins
 from cfusion.types import Cohort, Split
 
-_NEAREST = 20
+_NEAREST = 5
 _FEW_EVENTS = 10
 _SHARE = 0.75
 """A side with few events is doubted if it has less than this part of the events that its share of patients gives."""

@@ -10,7 +10,7 @@ from cfusion.cohort.findings import Finding, dropped
 from cfusion.cohort.identifiers import Names, Tissue, patient_of, tissue_of
 from cfusion.types import Cohort
 
-_NEAREST = 20
+_NEAREST = 5
 """Number of unknown names of one kind that are compared with all known ones."""
 
 

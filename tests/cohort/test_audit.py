@@ -196,7 +196,7 @@ def test_folds_that_cannot_be_trained_or_scored_stop_the_run(cohort: Cohort, spl
     ("name", "counts"),
     [
         ("blca", {}), ("coad", {"zero_time": 23}), ("gbmlgg", {}), ("luad", {"not_in_cohort": 9}), ("ucec", {}),
-        ("brca", {"not_in_cohort": 85, "polarity": 1}),
+        ("brca", {"not_in_cohort": 85}),
     ],
 )  # fmt: skip
 def test_published_cohorts(tcga: Path, name: str, counts: dict[str, int]) -> None:
