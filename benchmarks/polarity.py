@@ -2,14 +2,14 @@
 
     python -m benchmarks.polarity [--quick] [--json FILE]
 
-A cohort is 100 to 900 patients with 8–60% events: Weibull or log-normal survival, in a third of the cohorts with 10–50% of
-patients who never have the event. The rule is wrong on a cohort if it doubts the right table or passes the flipped one;
-it always doubts exactly one of the two, so both counts are the same. `ours` is that share, `theirs` that of the rule
-it replaced, which compared the two groups' medians.
+A cohort is 100 to 900 patients with 8–60% events: Weibull or log-normal survival, in a third of the cohorts with 10–50%
+of patients who never have the event. The rule is wrong on a cohort if it doubts the right table or passes the flipped
+one; it always doubts exactly one of the two, so both counts are the same. `ours` is that share, `theirs` that of the
+rule it replaced, which compared the two groups' medians.
 
-Follow-up that ends on one date, with uniform accrual and dropout, is `accrual`. With `tail`, most patients were recruited
-shortly before that date and some long ago, so that the longest-followed are few; there, at 40–60% events, no rule can
-tell the two columns apart.
+Follow-up that ends on one date, with uniform accrual and dropout, is `accrual`. With `tail`, most patients were
+recruited shortly before that date and some long ago, so that the longest-followed are few; there, at 40–60% events, no
+rule can tell the two columns apart.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def main() -> None:
     rows = [
         Row(
             f"wrong on {cohorts} simulated cohorts, censoring: {kind}",
-            100 * error_rate(looks_flipped, kind, cohorts), 100 * error_rate(medians_differ, kind, cohorts), "%", "lower",
+            100 * error_rate(looks_flipped, kind, cohorts),
+            100 * error_rate(medians_differ, kind, cohorts), "%", "lower",
         )
         for kind in ("accrual", "tail")
     ]  # fmt: skip

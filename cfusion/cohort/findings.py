@@ -92,10 +92,10 @@ def outcome_doubts(name: str, time_months: pd.Series, event: pd.Series) -> list[
 def looks_flipped(time_months: np.ndarray, event: np.ndarray) -> bool:
     """Return whether the events of a cohort look like its censorings.
 
-    The end of a study censors the patients who were followed longest, and most cohorts of solid tumours have fewer events
-    than censorings. So the rule takes the mean of two shares of events, that of all patients and that of the 5% followed
-    longest, and doubts a table above one half. Medians do not help: in a cohort with short follow-up, such as TCGA-BRCA,
-    events have the longer one. `benchmarks.polarity` measures how often the rule is wrong.
+    The end of a study censors the patients who were followed longest, and most cohorts of solid tumours have fewer
+    events than censorings. So the rule takes the mean of two shares of events, that of all patients and that of the 5%
+    followed longest, and doubts a table above one half. Medians do not help: in a cohort with short follow-up, such as
+    TCGA-BRCA, events have the longer one. `benchmarks.polarity` measures how often the rule is wrong.
 
     Args:
         time_months: [case].
