@@ -41,7 +41,7 @@ LOST = {
 _SHOWN_WITH_AN_ERROR = 3
 _LOSS_LEVEL = 0.001
 """P-value below which a loss is said to depend on the outcome."""
-_A_WHOLE_GROUP = 5
+_GROUP_MINIMUM = 5
 """Patients with and without the event from which on the loss of one of the two groups is an error."""
 
 
@@ -177,7 +177,7 @@ def _loss_by_outcome(cohort: Cohort, lost: set[str]) -> list[Finding]:
         f"{lost_counts[0]} of {sizes[0]} patients with the event and {lost_counts[1]} of {sizes[1]} without it are "
         "dropped"
     )
-    if (lost_counts == sizes).any() and (sizes >= _A_WHOLE_GROUP).all():
+    if (lost_counts == sizes).any() and (sizes >= _GROUP_MINIMUM).all():
         raise DataError(
             f"cohort {cohort.name}: {words}; no survival can be learnt or scored from one of the groups.",
             "Complete the times, outcomes or slides of the group that is lost.",

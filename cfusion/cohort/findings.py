@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 POLARITY_MINIMUM = 10
-"""Minimum number of events, and of censored patients, from which on their polarity is judged."""
+"""Minimum number of events, and of censored patients, from which on their polarity is checked."""
 
 _LONGEST = 0.05
 """Part of the patients, and at least `POLARITY_MINIMUM`, that are the longest-followed ones."""

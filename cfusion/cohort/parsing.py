@@ -27,7 +27,7 @@ _STATUS = {
 }  # fmt: skip
 """Words whose meaning is fixed, among them those of cBioPortal."""
 _COMMA = re.compile(r"[-+]?\d+,\d+")
-_WHOLE = re.compile(r"[-+]?\d+")
+_INTEGER = re.compile(r"[-+]?\d+")
 _OTHER_CODE = re.compile(r"([2-9]|\d{2,})(\.0+)?")
 
 
@@ -67,7 +67,7 @@ def _pointed(name: str, column: list[str | None]) -> list[str | None]:
     """Return a column of numbers with decimal points instead of commas; any other column is returned unchanged."""
     known = [cell.strip() for cell in column if cell is not None]
     with_comma = [cell for cell in known if _COMMA.fullmatch(cell)]
-    if not with_comma or not all(_COMMA.fullmatch(cell) or _WHOLE.fullmatch(cell) for cell in known):
+    if not with_comma or not all(_COMMA.fullmatch(cell) or _INTEGER.fullmatch(cell) for cell in known):
         return column
     if all(len(cell.partition(",")[2]) == 3 for cell in with_comma):
         raise ValueError(f"{name} is {with_comma[0]!r}, in decimals or in thousands; write numbers with a point")

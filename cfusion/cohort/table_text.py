@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 _SEPARATORS = ",\t;"
 _DECLARED = re.compile(r"\"?sep=(.)\"?", re.IGNORECASE)
-"""First line by which Excel is told the separator."""
+"""First line that names the separator for Excel."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _check_widths(names: list[str], numbered: list[tuple[int, list[str]]]) -> No
     found = f"row {number} has {len(row)} fields and the header has {len(names)}"
     if len(wrong) == len(numbered) and all(len(row) == len(names) + 1 for _, row in wrong):
         raise ValueError(
-            "every row has one field more than the header, so no column can be told: name the first column or remove "
+            "every row has one field more than the header, so the columns are unclear: name the first column or remove "
             "it (R: row.names = FALSE), or remove the separator at the end of each row"
         )
     raise ValueError(f"{found}: a cell is missing, or one contains the separator and lacks quotes")

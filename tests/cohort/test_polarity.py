@@ -51,7 +51,7 @@ def test_the_order_of_rows_does_not_matter_when_the_longest_times_are_tied() -> 
     assert "76% of the 41 followed longest have the event" in messages[0][0]
 
 
-def test_few_events_are_not_judged() -> None:
+def test_few_events_are_not_doubted() -> None:
     time = np.arange(1.0, 61)
     assert not looks_flipped(time, np.arange(60) > 50)
     assert not looks_flipped(time, np.arange(60) < 51)
