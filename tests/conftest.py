@@ -1,5 +1,6 @@
 """Fixtures that every part of the tests may use."""
 
+import gc
 import logging
 import os
 import sys
@@ -15,6 +16,12 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 MATERIAL = Path(__file__).parent / "material"
 TCGA = Path(__file__).parents[1] / "cfusion" / "study" / "tcga"
 install_import_hook(["cfusion.models", "cfusion.data", "cfusion.survival"], "typechecker.check")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collections: each trained fold runs a full one."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -20,7 +20,7 @@ from cfusion.training.folds import fit
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
-    return make_cohort(tmp_path_factory.mktemp("cohort"), patients=36)
+    return make_cohort(tmp_path_factory.mktemp("cohort"), patients=24)
 
 
 def fit_and_save(configs: dict[str, Config], folder: Path) -> None:
@@ -37,10 +37,10 @@ VARIANTS: dict[str, dict[str, dict[str, object]]] = {
     "every bag once": {},
     "weighted sampling": {"train": {"sampling": "weighted"}},
     "cox over ranks": {"train": {"loss": "cox"}},
-    "partial last window": {"parallel": {"global_batch": 20}, "train": {"epochs": 14}},
+    "partial last window": {"parallel": {"global_batch": 12}, "train": {"epochs": 10}},
     "published errors": {
-        "parallel": {"global_batch": 20},
-        "train": {"epochs": 14, "published_errors": True, "min_epoch": 9},
+        "parallel": {"global_batch": 6},
+        "train": {"epochs": 7, "published_errors": True, "min_epoch": 4},
         "model": {"name": "crossfusion_single", "embed_dim": 16, "num_heads": 2, "options": {"published": True}},
         "evaluation": {"protocol": "published"},
     },
@@ -52,8 +52,8 @@ def configuration(files: CohortFiles, output: Path, variant: dict[str, dict[str,
     """20 steps or more in f64, bags of any length, one bag per forward pass by default."""
     sections: dict[str, dict[str, object]] = {
         "parallel": {"precision": "f64", "global_batch": 4},
-        "model": {"name": "amil"},
-        "train": {"epochs": 4, "micro_batch": 1},
+        "model": {"name": "amil", "embed_dim": 16},
+        "train": {"epochs": 5, "micro_batch": 1},
         "evaluation": {"protocol": "fixed-epoch", "bootstrap": 0},
     }
     return files.config(output, **{k: v | variant.get(k, {}) for k, v in sections.items()})

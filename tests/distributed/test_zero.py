@@ -34,7 +34,7 @@ def configuration(files: CohortFiles, output: Path, engine: str, **sections: dic
     """Accumulation over bags of any length, a partial last window, clipping, warm-up, a moving average, a choice."""
     settings: dict[str, dict[str, Any]] = {
         "parallel": {"engine": engine, "global_batch": 8},
-        "model": {"name": "amil"},
+        "model": {"name": "amil", "embed_dim": 16},
         "train": {
             "epochs": 3,
             "micro_batch": 1,
