@@ -9,13 +9,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from jaxtyping import config as shape_checks
 from jaxtyping import install_import_hook
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 MATERIAL = Path(__file__).parent / "material"
 TCGA = Path(__file__).parents[1] / "cfusion" / "study" / "tcga"
-install_import_hook(["cfusion.models", "cfusion.data", "cfusion.survival"], "typechecker.check")
+SHAPES_CHECKED = ("models", "data", "survival")
+install_import_hook([f"cfusion.{package}" for package in SHAPES_CHECKED], "typechecker.check")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Check types and shapes in the tests of these packages; training with the checks takes three times as long."""
+    shape_checks.update("jaxtyping_disable", item.path.parent.name not in SHAPES_CHECKED)
 
 
 def pytest_collection_finish() -> None:

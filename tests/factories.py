@@ -49,7 +49,7 @@ class CohortFiles:
             "cohort": {"name": "made_up", "table": str(self.table)},
             "splits": {"folds": 3},
             "data": {"shards": str(self.shards), "encoder": ENCODER},
-            "model": {"name": "amil"},
+            "model": {"name": "amil", "embed_dim": 16},
             "train": {"epochs": 4, "patience": None, "lr": 3e-3, "micro_batch": 4},
             "parallel": {"global_batch": 8},
             "evaluation": {"bootstrap": 50},

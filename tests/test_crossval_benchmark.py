@@ -10,6 +10,7 @@ from benchmarks.published_training import theirs
 from cfusion.data.shards import ShardDataset
 
 
+@pytest.mark.slow
 def test_both_sides_are_measured_on_the_same_patients(tmp_path, monkeypatch):
     monkeypatch.setattr(published_training, "WORKERS", 1)
     size = Size(patients=30, tiles=16, epochs=2)

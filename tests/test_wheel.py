@@ -44,6 +44,7 @@ def test_every_file_of_the_packages_is_in_the_wheel(installed: Path):
         assert Path("cfusion") / path.relative_to(ROOT) in kept, path
 
 
+@pytest.mark.slow
 def test_commands_work_outside_the_clone(installed: Path, tmp_path: Path):
     where = run(installed, tmp_path, "-c", "import cfusion, launch, preprocess; print(cfusion.__file__)")
     assert Path(where.strip()).is_relative_to(installed)
@@ -62,6 +63,7 @@ def test_commands_work_outside_the_clone(installed: Path, tmp_path: Path):
     assert "#SBATCH" in cfusion("launch", "slurm", "tcga_blca.yaml", "--dry-run")
 
 
+@pytest.mark.slow
 def test_the_demo_starts_outside_the_clone(installed: Path, tmp_path: Path):
     run(installed, tmp_path, "-m", "cfusion", "phantom", "study", "--cases", "1")
     assert list((tmp_path / "study" / "slides").glob("*.svs"))

@@ -176,6 +176,7 @@ def _predicts(shards: str, folder: str, out: str) -> None:
     table.to_csv(Path(out) / f"{runtime.rank}.csv", index=False)
 
 
+@pytest.mark.slow
 def test_two_processes_predict_as_one_does(files, ensemble_folder, tmp_path):
     run_world(2, _predicts, tmp_path, str(files.shards), str(ensemble_folder), str(tmp_path))
     source = ShardSource(DataConfig(shards=str(files.shards)))

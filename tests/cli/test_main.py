@@ -79,6 +79,7 @@ def test_bad_input_is_one_line_and_exit_code_2(config, tmp_path, override, messa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_complete_run_gives_the_same_c_with_and_without_torchrun(config, tmp_path):
     single = cfusion("train", config, "parallel.precision=f64", OMP_NUM_THREADS="1")
     assert single.returncode == 0, single.stderr
@@ -128,6 +129,7 @@ def test_the_error_for_a_slide_without_resolution_names_the_option_that_supplies
     assert (tmp_path / "features" / "stain-texture" / f"{slide.stem}.zarr").is_dir()
 
 
+@pytest.mark.slow
 def test_a_real_slide_is_extracted_and_packed_into_shards(shared, tmp_path):
     done = cfusion("preprocess", shared / "slides" / "cmu_small_region.svs", "--store", tmp_path / "features")
     assert done.returncode == 0, done.stderr + done.stdout

@@ -154,7 +154,7 @@ def test_every_tile_is_drawn_about_equally_often(dataset, bags):
     counts = torch.zeros(total)
     unsampled = stream(dataset, bags, [[0]])[0].positions["x20"][0]
     places = {tuple(place): row for row, place in enumerate(unsampled.tolist())}
-    epochs = 400
+    epochs = 100
     for epoch in range(epochs):
         (batch,) = stream(dataset, bags, [[0]], max_tiles=most, epoch=epoch)
         for place in batch.positions["x20"][0].tolist():
@@ -185,7 +185,7 @@ def test_tiles_of_a_single_magnification_are_sampled(dataset):
 
 def test_feature_dropout_zeroes_the_same_channels_throughout_a_bag_and_keeps_the_mean(dataset, bags):
     unsampled = stream(dataset, bags, [[0, 1]])[0]
-    share, epochs = 0.25, 300
+    share, epochs = 0.25, 100
     kept = torch.zeros(epochs, 2, 8)
     for epoch in range(epochs):
         (batch,) = stream(dataset, bags, [[0, 1]], feature_dropout=share, epoch=epoch)

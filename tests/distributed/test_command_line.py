@@ -55,6 +55,7 @@ def test_folder_of_another_run_that_only_rank_0_reads(files, tmp_path):
     assert_reported_once(train(files, tmp_path), "error: .*holds a run that differs in")
 
 
+@pytest.mark.slow
 def test_a_damaged_slide_which_one_process_reads(tmp_path):
     files = make_cohort(tmp_path / "cohort", patients=24)
     damage_the_last_slide(files.shards)

@@ -83,6 +83,7 @@ def test_two_processes_give_the_parameters_of_one(worlds, variant):
                 torch.testing.assert_close(shared[name], tensor, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_two_processes_stopped_and_started_again_end_with_the_same_bits(files, tmp_path):
     config = configuration(files, tmp_path, VARIANTS["dropout, moving average, patience"])
     run_world(2, stop_and_resume, tmp_path, config, tmp_path)

@@ -47,6 +47,7 @@ def other_program() -> None:
         join_world(ParallelConfig())
 
 
+@pytest.mark.slow
 def test_processes_of_another_version_of_the_program_stop_at_the_start(tmp_path):
     run_world(2, other_program, tmp_path)
 

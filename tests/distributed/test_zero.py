@@ -23,6 +23,8 @@ from cfusion.training.consolidation import consolidate
 from cfusion.training.fitted import FittedModel
 from cfusion.training.folds import fit
 
+pytestmark = pytest.mark.slow
+
 STAGES = ("zero1", "zero2", "zero3")
 ON_ONE = ("ddp", "zero1", "zero3")
 STOP_AT = 3
@@ -262,7 +264,6 @@ def train_all(configs: dict[str, Config], folder: Path) -> None:
         save(train(config), folder / name)
 
 
-@pytest.mark.slow
 def test_crossfusion_is_the_same_under_every_stage(files, tmp_path):
     configs = {
         engine: configuration(
@@ -276,7 +277,6 @@ def test_crossfusion_is_the_same_under_every_stage(files, tmp_path):
         assert_close(tmp_path / "two" / engine / "0", tmp_path / "two" / "ddp" / "0", 1e-4)
 
 
-@pytest.mark.slow
 def test_bf16_is_the_same_under_the_stages_that_keep_parameters_complete(files, tmp_path):
     """ZeRO 3 rounds otherwise: its own linear layer adds the bias after it has rounded the product.
 

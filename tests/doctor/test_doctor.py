@@ -55,6 +55,7 @@ def test_a_slide_that_comes_back_with_other_pixels_fails(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_deepspeed_is_imported_for_real(monkeypatch):
     found = only(monkeypatch, "deepspeed")
     assert found.passed, found.detail
@@ -77,6 +78,7 @@ def test_the_bus_bandwidth_is_what_nccl_tests_print():
     assert bus_bandwidth(8, 1_000_000_000, 0.01) == pytest.approx(175e9)
 
 
+@pytest.mark.slow
 def test_a_world_of_two_is_checked_and_only_rank_0_prints(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(

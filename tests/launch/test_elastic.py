@@ -146,6 +146,7 @@ def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(files, tmp_path)
     assert numbers(plan.output) == numbers(tmp_path / "calm")
 
 
+@pytest.mark.slow
 def test_bad_input_is_reported_once_and_not_retried(files, tmp_path, capfd):
     plan = planned(files, tmp_path / "run", nodes=1)
     path = plan.output.with_suffix(".yaml")

@@ -106,6 +106,7 @@ def in_submitit(runs: list[PlannedRun], folder: Path, monkeypatch: pytest.Monkey
     run_all(runs, Execution("slurm", **{"resources": ONE_CORE, **how}), folder)
 
 
+@pytest.mark.slow
 def test_submitit_ends_with_the_same_bytes_and_a_killed_task_goes_on(files, expected, tmp_path, monkeypatch):
     runs = planned(files, tmp_path)
     both_in_one_task = TaskResources(cpus=1, chunk=2)
@@ -134,6 +135,7 @@ def test_a_task_that_is_signalled_saves_and_is_queued_again(files, expected, tmp
     assert [attempt["outcome"] for attempt in attempts(runs[0].config.output)] == ["stopped", "done"]
 
 
+@pytest.mark.slow
 def test_ray_ends_with_the_same_bytes_though_a_worker_is_killed(files, expected, tmp_path):
     pytest.importorskip("ray")
     runs = planned(files, tmp_path)
@@ -153,6 +155,7 @@ def newest_step(run: PlannedRun) -> str:
     return max(path.name for path in run.config.output.glob("checkpoints/fold_0/step_*"))
 
 
+@pytest.mark.slow
 def test_asked_to_stop_ray_has_the_runs_at_work_save_and_does_not_begin_the_rest(files, tmp_path):
     pytest.importorskip("ray")
     runs = endless(files, tmp_path)
@@ -196,6 +199,7 @@ with graceful_stop():
 """
 
 
+@pytest.mark.slow
 def test_a_signal_after_ray_has_ended_asks_for_a_stop():
     pytest.importorskip("ray")
     # In a separate process: Ray restores the default signal action, which ends the process.
@@ -310,6 +314,7 @@ def ending(state: Path) -> Iterator[None]:
         timer.cancel()
 
 
+@pytest.mark.slow
 def test_asked_to_stop_the_command_leaves_the_array_to_slurm_and_queues_nothing_twice(files, fake_slurm):
     runs = planned(files, fake_slurm)
     state, looked = fake_slurm / "state", fake_slurm / "looked"
@@ -400,6 +405,7 @@ def test_torchrun_reports_the_cause_of_a_failure(files, tmp_path):
         run_all(runs, Execution(processes=2), tmp_path)
 
 
+@pytest.mark.slow
 def test_asked_to_stop_the_runs_at_work_save_and_the_rest_is_not_begun(files, expected, tmp_path):
     runs = planned(files, tmp_path)
     with (

@@ -72,6 +72,7 @@ def test_shares_end_in_one_summary(config: PreprocessConfig):
     assert FeatureStore.open(config.store).slide_ids() == ["s0", "s1", "s2"]
 
 
+@pytest.mark.slow
 def test_a_job_array_of_submitit(config: PreprocessConfig, monkeypatch):
     pytest.importorskip("submitit")
     monkeypatch.setattr(extract, "run_slurm", functools.partial(slurm_array.run_slurm, cluster="local"))
@@ -80,6 +81,7 @@ def test_a_job_array_of_submitit(config: PreprocessConfig, monkeypatch):
     assert statuses(fan_out(config, plan)) == ALL | dict.fromkeys(("s0", "s1", "s2"), "skipped")
 
 
+@pytest.mark.slow
 def test_tasks_of_a_ray_cluster(config: PreprocessConfig, tmp_path):
     pytest.importorskip("ray")
     plan = FanOut("ray", tasks=2, resources=ONE_CORE, address="local")
@@ -237,6 +239,7 @@ def test_a_stopped_share_does_not_count_as_lost(config: PreprocessConfig):
     assert [(result.stopped, result.retry) for result in stopped] == [(True, False)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("classes_of_this_file")
 def test_asked_to_stop_running_ray_tasks_end_and_the_rest_is_not_started(config: PreprocessConfig, monkeypatch):
     monkeypatch.setattr(extract, "SlideShare", Waiting)

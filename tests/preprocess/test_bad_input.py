@@ -356,7 +356,10 @@ def wait_for(condition, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
+@pytest.mark.parametrize(
+    "kill",
+    [pytest.param(signal.SIGINT, id="Ctrl-C", marks=pytest.mark.slow), pytest.param(signal.SIGKILL, id="kill -9")],
+)
 def test_an_interrupted_run_leaves_complete_slides_and_the_same_call_does_the_rest(slides: Path, tmp_path: Path, kill):
     store = tmp_path / "store"
     process = start_slow(slides, store, tmp_path / "go")
@@ -386,6 +389,7 @@ def test_an_interrupted_run_leaves_complete_slides_and_the_same_call_does_the_re
             np.testing.assert_array_equal(one.features[name], other.features[name])
 
 
+@pytest.mark.slow
 def test_two_processes_on_the_same_slides_both_end_well(slides: Path, tmp_path: Path):
     store = tmp_path / "store"
     go = tmp_path / "go"

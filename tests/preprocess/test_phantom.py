@@ -204,6 +204,7 @@ def slide_means(image: np.ndarray) -> list[np.ndarray]:
     return means
 
 
+@pytest.mark.slow
 def test_architecture_shows_at_5x_and_nuclei_at_20x_only() -> None:
     rng = np.random.default_rng(0)
     count = 60

@@ -32,6 +32,7 @@ def contents(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_runs_together_write_the_files_and_numbers_of_separate_runs(files, tmp_path):
     def tracked(how: str) -> dict[str, dict[str, object]]:
         return {"tracking": {"enabled": True, "uri": f"sqlite:///{tmp_path / how / 'mlflow.db'}", "experiment": "t"}}

@@ -40,6 +40,7 @@ def test_a_run_is_reproduced_bit_for_bit_and_a_changed_table_is_reported(tmp_pat
     assert "packages" not in str(again.exception)
 
 
+@pytest.mark.slow
 def test_different_predictions_are_reported_and_a_tolerance_is_kept(tmp_path, monkeypatch):
     files = make_cohort(tmp_path / "cohort", two_slides=0)
     config = files.config(tmp_path / "run", train={"epochs": 1})

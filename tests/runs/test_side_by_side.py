@@ -106,6 +106,7 @@ def test_a_run_stopped_at_two_folds_resumes_at_both(files, separate, tmp_path, t
     assert numbers(config.output) == separate
 
 
+@pytest.mark.slow
 def test_a_fold_that_fails_stops_the_other_with_its_state(files, separate, tmp_path, two_threads, monkeypatch):
     config = settings(files, tmp_path / "run", "side-by-side")
     original = crossval.fit
@@ -142,6 +143,7 @@ crossval.cross_validate(load_config(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_both_folds_after_a_step(files, tmp_path):
     config = settings(files, tmp_path / "run", "side-by-side", epochs=50)
     (tmp_path / "run.yaml").write_text(config.model_dump_json())

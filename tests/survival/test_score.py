@@ -77,6 +77,7 @@ def test_correct_model_has_good_scores() -> None:
     assert details.low_at_risk[0] + details.high_at_risk[0] == 200
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     table = predicted(cohort(80))
     models = pd.concat([table.assign(model=f"m{i}", risk=table["risk"] * (i + 1)) for i in range(3)])

@@ -151,6 +151,7 @@ def test_nothing_is_promoted_without_an_answer(client, version):
     assert "is already the champion" in call(client, "registry", "promote", "asked", "--yes").stdout
 
 
+@pytest.mark.slow
 def test_a_registered_ensemble_predicts_as_the_folder_it_came_from(client, cfusion, files, tmp_path):  # noqa: F811
     folder = untrained(tmp_path / "run")
     (folder / "predictions.csv").write_text("not a part of the model\n")

@@ -379,7 +379,7 @@ crossval.cross_validate(config)
 """
 
 
-@pytest.mark.parametrize("where", ["in an epoch", "behind a fold"])
+@pytest.mark.parametrize("where", ["in an epoch", pytest.param("behind a fold", marks=pytest.mark.slow)])
 def test_a_run_killed_by_sigkill_goes_on_in_the_same_mlflow_runs(files, database, tmp_path, where):
     tracking = {"enabled": True, "uri": database, "experiment": where}
     config = files.config(tmp_path / "run", tracking=tracking, evaluation={"bootstrap": 0}, splits={"folds": 2})

@@ -24,11 +24,11 @@ from cfusion.errors import CheckpointError, ConfigError, DataError, RequeueError
 from cfusion.training.group import group, group_checkpoint
 from cfusion.training.group.order import owners, windows
 
-SMALL = {"name": "crossfusion", "embed_dim": 16, "num_heads": 2}
+SMALL = {"name": "crossfusion", "embed_dim": 8, "num_heads": 2}
 VARIANTS: dict[str, dict[str, dict[str, object]]] = {
     "dropout, moving average, patience": {
         "model": SMALL,
-        "train": {"ema": 0.8, "patience": 2, "epochs": 5},
+        "train": {"ema": 0.8, "patience": 1, "epochs": 4},
     },
     "attention dropout, packed by tokens": {
         "model": {**SMALL, "options": {"attention_dropout": 0.2}},
@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, dict[str, object]]] = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
-    return make_cohort(tmp_path_factory.mktemp("cohort"), patients=30, two_slides=3)
+    return make_cohort(tmp_path_factory.mktemp("cohort"), patients=24, two_slides=3)
 
 
 def configuration(files: CohortFiles, output: Path, **sections: Any) -> Config:
