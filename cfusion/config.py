@@ -24,6 +24,10 @@ Protocol = Literal["strict", "fixed-epoch", "published"]
 """Patients used to choose the model: an inner validation split, none, or (optimistically) the scored fold."""
 
 
+CovariateType = Literal["number", "category", "ordered"] | tuple[str, ...]
+"""How a clinical covariate is read; a list gives the levels of an ordered one, lowest first."""
+
+
 @dataclass(frozen=True)
 class Aside:
     """Marks a setting that does not decide the numbers of a run, so that runs that differ in it are one run.
@@ -87,10 +91,11 @@ class CohortConfig(Section):
     table: Annotated[DataPath, Aside("the digest of its content decides")] = Path("cohort.csv")
     """Clinical table: CSV, TSV, or CSV in a ZIP file. `package:PATH` names a file of the installed package, such as
     `package:tcga/clinical/tcga_blca.csv`."""
-    format: Literal["auto", "published", "plain", "gdc", "cdr", "cbioportal"] = "auto"
+    format: Literal["auto", "published", "plain", "gdc", "cdr", "cbioportal", "covariates"] = "auto"
     """Layout of the table; `auto` detects it from the columns and logs the result."""
     endpoint: Literal["OS", "DSS", "PFI"] = "OS"
-    """Overall survival, disease-specific survival or progression-free interval; the table must have its columns."""
+    """Overall survival, disease-specific survival or progression-free interval; a table must have its columns.
+    `evaluation.endpoint` (os, dss, pfi) is another name of this setting."""
     time_unit: Literal["months", "days", "years"] = "months"
     """Unit of a plain table's time column."""
     event_is: Literal["event", "censored"] = "event"
@@ -103,6 +108,16 @@ class CohortConfig(Section):
     """Kinds of TCGA slides to keep in addition to diagnostic slides of the tumour: frozen sections, normal tissue."""
     slides: Annotated[DataPath | None, Aside("the digest of its content decides")] = None
     """Table that maps slides to cases (`slide_id, case_id`), or a GDC manifest; needed if `table` names no slides."""
+    covariates: Annotated[
+        dict[str, CovariateType] | None, Aside("the clinical model is scored beside the network, which never sees them")
+    ] = None
+    """Clinical covariates by column, each `number`, `category`, `ordered` (stage II, G3, low), or a list of its levels,
+    lowest first; none: the columns `age`, `sex` (or `is_female`), `stage` and `grade` that the table has."""
+    covariates_table: Annotated[
+        DataPath | None, Aside("the clinical model is scored beside the network, which never sees them")
+    ] = None
+    """Table of the covariates by `case_id`; none: they are columns of `table`. Its columns `dss` and `dss_months`,
+    `pfi` and `pfi_months` give the end points that `table` lacks."""
 
 
 class SplitsConfig(Section):
@@ -314,7 +329,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _apply_recipe(cls, values: Any) -> Any:
-        return with_recipe(values)
+        return with_recipe(_with_endpoint(values))
 
     @model_validator(mode="after")
     def _folds_can_share_a_read(self) -> Config:
@@ -353,6 +368,21 @@ class Config(Section):
         if self.model.name == "crossfusion" and self.model.source not in self.data.magnifications:
             raise ValueError(f"model.source={self.model.source:g} is not among data.magnifications")
         return self
+
+
+def _with_endpoint(values: Any) -> Any:
+    """Move `evaluation.endpoint` to `cohort.endpoint`, the one setting of the end point."""
+    evaluation = values.get("evaluation") if isinstance(values, dict) else None
+    if not isinstance(evaluation, dict) or "endpoint" not in evaluation:
+        return values
+    cohort = values.get("cohort") or {}
+    if not isinstance(cohort, dict):
+        cohort = cohort.model_dump(exclude_unset=True)
+    endpoint = str(evaluation["endpoint"]).upper()
+    if cohort.get("endpoint", endpoint) != endpoint:
+        raise ValueError(f"evaluation.endpoint={endpoint} and cohort.endpoint={cohort['endpoint']} differ; give one")
+    rest = {key: value for key, value in evaluation.items() if key != "endpoint"}
+    return {**values, "cohort": {**cohort, "endpoint": endpoint}, "evaluation": rest}
 
 
 def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> Config:

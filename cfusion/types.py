@@ -53,12 +53,15 @@ class Cohort:
             happened), and, if known, `site` and other covariates.
         slides: One row per slide, indexed by `slide_id` (file stem): `case_id`.
         endpoint: The endpoint: OS, DSS or PFI.
+        covariates: Clinical covariates as numbers, one column each, indexed by `case_id`, NaN where missing; None if
+            there are none. No model of slides reads them.
     """
 
     name: str
     cases: pd.DataFrame
     slides: pd.DataFrame
     endpoint: str = "OS"
+    covariates: pd.DataFrame | None = None
 
     def slides_of(self, case_ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """Return the slides of each of the given patients, in the order of the table."""

@@ -62,6 +62,7 @@ DOORS = {
     "uvicorn": ("cfusion.view",),
     "webdataset": ("cfusion.data",),
     "sksurv": ("cfusion.survival",),
+    "lifelines": ("cfusion.survival.regression",),
     "accelerate": ("cfusion.training.runtime", "cfusion.training.zero"),
     "deepspeed": ("cfusion.training.zero",),
     "mlflow": ("cfusion.tracking", "cfusion.apply.serving"),

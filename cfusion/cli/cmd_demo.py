@@ -34,7 +34,7 @@ def demo(
     from cfusion.machine_limits import usable_cores
 
     result = run_demo(out, cases=cases, slots=slots or min(4, usable_cores()))
-    columns = ["cohort", "model", "protocol", "cindex_pooled", "cindex_low", "cindex_high", "oracle", "permuted"]
+    columns = ["cohort", "model", "protocol", "cindex_within", "within_low", "within_high", "oracle", "permuted"]
     typer.echo(result.summary[columns].to_string(index=False, float_format="{:.3f}".format))
     typer.echo(f"report: {result.page}")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,33 +31,54 @@ def score(
     bootstrap: Annotated[int, typer.Option(help="Patient-bootstrap replicates of each interval.", min=0)] = 1000,
     horizons: Annotated[str, typer.Option(help="Months at which the time-dependent AUC is computed.")] = "12,36,60",
     title: Annotated[str, typer.Option(help="Heading of the report.")] = "Scores of out-of-fold predictions",
+    covariates: Annotated[
+        list[str] | None,
+        typer.Option(help="Table with case_id, age, sex, stage, grade; may be given again for other cohorts."),
+    ] = None,
 ) -> None:
     """Score predictions of any program: tables, intervals, nulls and a report.
 
     Columns: model, cohort, fold, case_id, risk (higher is worse), survival_months, event (1 = happened) or censorship
     (1 = censored); optional protocol, seed, repeat, slide_id, risk_cutoff, survival_1..K and edge_1..K (months).
 
+    With --covariates, the report also says what the risk adds to them.
+
       cfusion score --predictions predictions.csv --out scored
+      cfusion score --predictions p.csv --out scored --covariates package:tcga/covariates/tcga_blca.csv
     """
     import pandas as pd
 
+    from cfusion.cohort.covariates import read_covariates
     from cfusion.files import digest_file
     from cfusion.report import ReportContext, write_report
     from cfusion.survival.predictions import read_predictions
     from cfusion.survival.score import score as compute
 
-    scores = compute(read_predictions(predictions), bootstrap=bootstrap, horizons=_months(horizons))
+    frame = read_predictions(predictions)
+    known = read_covariates([Path(table) for table in covariates or []], frame["case_id"])
+    scores = compute(frame, covariates=known, bootstrap=bootstrap, horizons=_months(horizons))
     source = {predictions.name: {"sha256": digest_file(predictions), "bootstrap": bootstrap, "horizons": horizons}}
     page = write_report([scores], out, context=ReportContext(title=title, provenance=source))
     for note in scores.notes:
         typer.echo(f"note: {note}")
     for row in scores.summary.to_dict("records"):
-        interval = f" [{row['cindex_low']:.3f}, {row['cindex_high']:.3f}]" if pd.notna(row["cindex_low"]) else ""
+        interval = f" [{row['within_low']:.3f}, {row['within_high']:.3f}]" if pd.notna(row["within_low"]) else ""
         typer.echo(
-            f"{row['cohort']}\t{row['model']}\tmean C {row['cindex_mean']:.3f} ± {row['cindex_std']:.3f}\tpooled C "
-            f"{row['cindex_pooled']:.3f}{interval}"
+            f"{row['cohort']}\t{row['model']}\tC within folds {row['cindex_within']:.3f}{interval}\tmean "
+            f"{row['cindex_mean']:.3f} ± {row['cindex_std']:.3f}\tpooled {row['cindex_pooled']:.3f}"
+            f"{_clinical_words(row)}"
         )
     typer.echo(f"report: {page}")
+
+
+def _clinical_words(row: Mapping[str, Any]) -> str:
+    """Return what the risk adds to the covariates; empty where they are unknown."""
+    if not isinstance(row.get("clinical_covariates"), str):
+        return ""
+    return (
+        f"\tclinical {row['clinical_c']:.3f}, added {row['added_c']:+.3f} [{row['added_c_low']:+.3f}, "
+        f"{row['added_c_high']:+.3f}]\tadjusted HR per SD {row['hr_sd_adjusted']:.2f}, p {row['hr_sd_adjusted_p']:.2g}"
+    )
 
 
 def _months(text: str) -> tuple[float, ...]:
@@ -138,8 +160,8 @@ def _echo_permutation(settings: Config, seed: int) -> None:
     scores = cross_validate(settings.model_copy(update={"evaluation": evaluation, "output": output}))
     row = scores.summary.iloc[0]
     typer.echo(
-        f"permuted outcomes, seed {seed} ({settings.evaluation.protocol}): mean C {row['cindex_mean']:.3f}, pooled C "
-        f"{row['cindex_pooled']:.3f} in {output}"
+        f"permuted outcomes, seed {seed} ({settings.evaluation.protocol}): C within folds {row['cindex_within']:.3f}, "
+        f"mean {row['cindex_mean']:.3f} in {output}"
     )
 
 

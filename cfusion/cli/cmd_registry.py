@@ -38,7 +38,9 @@ def list_(uri: Uri = None) -> None:
     client = connect(address)
     with unavailable(address):
         versions = list_versions(client)
-    table = Table("model", "version", "alias", "cohort", "protocol", "patients", "pooled C (95%)", "reads", box=None)
+    table = Table(
+        "model", "version", "alias", "cohort", "protocol", "patients", "C within folds (95%)", "reads", box=None
+    )
     for found in versions:
         tags = {**dict.fromkeys(("cohort", "protocol", "patients", "cindex", "low", "high"), "?"), **found.tags}
         table.add_row(
@@ -59,8 +61,8 @@ def promote(
     """Make a version the champion, if the rule on the strict C-index allows it.
 
     A version becomes champion if its patients were scored once, under the strict protocol and with their real
-    outcomes, and its pooled C-index is higher than the champion's on the same patients of the same cohort; the first
-    one if its interval lies above .5.
+    outcomes, and its C-index within folds is higher than the champion's on the same patients of the same cohort; the
+    first one if its interval lies above .5.
 
       cfusion registry promote tcga_blca-crossfusion --version 3
     """

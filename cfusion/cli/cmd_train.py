@@ -65,8 +65,8 @@ def train(
 
     row = scores.summary.iloc[0]
     typer.echo(
-        f"{row['cohort']} {row['model']} ({resolved.evaluation.protocol}): pooled C {row['cindex_pooled']:.3f} "
-        f"[{row['cindex_low']:.3f}, {row['cindex_high']:.3f}], mean over folds {row['cindex_mean']:.3f}"
+        f"{row['cohort']} {row['model']} ({resolved.evaluation.protocol}): C within folds {row['cindex_within']:.3f} "
+        f"[{row['within_low']:.3f}, {row['within_high']:.3f}], mean over folds {row['cindex_mean']:.3f}"
     )
     if resolved.evaluation.permute_outcomes is not None:
         typer.echo(

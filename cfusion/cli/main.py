@@ -15,6 +15,7 @@ import typer
 
 import cfusion
 from cfusion.cli import (
+    cmd_baseline,
     cmd_checkpoint,
     cmd_configs,
     cmd_demo,
@@ -83,7 +84,7 @@ app.add_typer(cmd_preprocess.app, name="preprocess")
 app.add_typer(cmd_gdc.app, name="gdc")
 app.add_typer(cmd_configs.app, name="configs")
 COMMANDS = (
-    cmd_demo, cmd_doctor, cmd_train, cmd_checkpoint, cmd_predict, cmd_launch, cmd_sweep,
+    cmd_demo, cmd_doctor, cmd_baseline, cmd_train, cmd_checkpoint, cmd_predict, cmd_launch, cmd_sweep,
     cmd_evidence, cmd_registry, cmd_reproduce, cmd_explain, cmd_view, cmd_help,
 )  # fmt: skip
 for module in COMMANDS:

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import fisher_exact
 
-from cfusion.cohort.findings import Finding, dropped, finding_lines, outcome_doubts
+from cfusion.cohort.findings import Finding, dropped, finding_lines, other_causes, outcome_doubts
 from cfusion.cohort.fold_checks import checked_folds
 from cfusion.cohort.identifiers import Tissue
 from cfusion.cohort.slide_checks import checked_slides, named_slides
@@ -145,6 +145,7 @@ def audit(
         clean = dataclasses.replace(cohort, cases=cases, slides=slides[slides["case_id"].isin(kept)])
         flow.append(("with slides" if available is None else "with features", len(clean.cases), len(clean.slides)))
         findings += outcome_doubts(clean.name, clean.cases["time_months"], clean.cases["event"])
+        findings += other_causes(clean.name, clean.endpoint, clean.cases)
         folds = checked_folds(cohort, clean, splits() if callable(splits) else splits, n_bins, findings)
     scored = {case for split in folds for case in (*split.train, *split.validation, *split.test)}
     if folds:

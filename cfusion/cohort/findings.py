@@ -117,6 +117,25 @@ def _longest_followed(time_months: np.ndarray, event: np.ndarray) -> tuple[int, 
     return len(longest), float(longest.mean())
 
 
+def other_causes(name: str, endpoint: str, cases: pd.DataFrame) -> list[Finding]:
+    """Name the deaths that the end point censors: after them its event can no longer happen (a competing risk).
+
+    Args:
+        name: Name of the cohort.
+        endpoint: DSS or PFI.
+        cases: [case], with `other_cause` where the table says who died of something else.
+    """
+    if "other_cause" not in cases.columns or not cases["other_cause"].any():
+        return []
+    what = {"DSS": "of another cause", "PFI": "without progression"}.get(endpoint, "of another cause")
+    died = int(cases["other_cause"].sum())
+    message = (
+        f"has {died} patients who died {what}: {endpoint} censors them at death, which treats a competing risk as if "
+        "they had left the study; read survival probabilities with care"
+    )
+    return [Finding("other_cause", name, "doubted", message)]
+
+
 def has_comparable_pair(time: np.ndarray, event: np.ndarray) -> bool:
     """Return whether at least one pair of patients has a known order of events; the C-index needs one.
 

@@ -7,6 +7,7 @@ happened, and the unit is the patient: for TCGA the first 12 characters of the b
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from cfusion.cohort.covariates import clinical_rows, coded_covariates, endpoint_outcomes, other_cause
 from cfusion.cohort.identifiers import is_slide_file, patient_of, site_of, slide_stem
 from cfusion.cohort.parsing import coded_events, first_column, numbers, read_table
 from cfusion.cohort.portals import (
@@ -57,24 +59,43 @@ def read_cohort(config: CohortConfig) -> Cohort:
     """
     table = read_table(config.table)
     refuse_delayed_entry(table, str(config.table))
+    clinical = clinical_rows(table, config)
+    outcomes = None
+    if clinical is not None and config.covariates_table is not None and config.endpoint != "OS":
+        outcomes = endpoint_outcomes(clinical, config.endpoint, config.covariates_table)
     layout = _layout(table, config)
     if config.follow_up is not None and layout != "gdc":
         raise ConfigError(
             f"cohort.follow_up={config.follow_up}: {config.table} has the {layout} layout, which has its own times.",
             "Only exports of the GDC portal have follow-ups in another file; remove the setting.",
         )
-    rows = _READERS[layout](table, config).rename(columns={"Redaction": "redaction"})
+    of_table = config if outcomes is None else config.model_copy(update={"endpoint": "OS"})
+    rows = _READERS[layout](table, of_table).rename(columns={"Redaction": "redaction"})
     nameless = rows["case_id"].isna()
     if nameless.any():
         raise CohortError(
             f"{config.table}, row {rows.index[nameless][0] + 2}: has no patient name.", "Correct the row."
         )
     rows["case_id"] = rows["case_id"].str.strip().map(patient_of)
+    if outcomes is not None:
+        rows = rows.assign(**outcomes.reindex(rows["case_id"]).set_index(rows.index))
     _check_plausible(rows, config)
     cases = _one_row_per_case(rows, config)
     slides = _read_slides(config.slides) if config.slides is not None else _slides_of_rows(rows)
     logger.info("%s: %s layout, %d patients, %d slides", config.table, layout, len(cases), len(slides))
-    return Cohort(config.name, cases, slides, config.endpoint)
+    cohort = Cohort(config.name, cases, slides, config.endpoint)
+    return cohort if clinical is None else _with_clinical(cohort, clinical, config)
+
+
+def _with_clinical(cohort: Cohort, clinical: pd.DataFrame, config: CohortConfig) -> Cohort:
+    """Add the covariates, and who died without the event of the end point."""
+    competing = other_cause(clinical, config.endpoint)
+    if competing is not None:
+        cohort.cases["other_cause"] = competing.reindex(cohort.cases.index, fill_value=False)
+    covariates = coded_covariates(clinical, config, config.covariates_table or config.table)
+    return dataclasses.replace(
+        cohort, covariates=None if covariates is None else covariates.reindex(cohort.cases.index)
+    )
 
 
 def refuse_delayed_entry(table: pd.DataFrame, source: str) -> None:
@@ -109,12 +130,20 @@ def write_outcomes(cohort: Cohort, path: Path) -> None:
         cohort.cases[["time_months", "event"]].astype({"event": int}).to_csv(temporary, float_format="%.17g")
 
 
-def read_outcomes(path: Path, name: str) -> Cohort:
+def write_covariates(cohort: Cohort, path: Path) -> None:
+    """Write the covariates of all patients by `case_id`; without covariates no file."""
+    if cohort.covariates is not None:
+        with atomic_path(path) as temporary:
+            cohort.covariates.loc[cohort.cases.index].to_csv(temporary, float_format="%.17g")
+
+
+def read_outcomes(path: Path, name: str, covariates: Path | None = None) -> Cohort:
     """Read the patients from a file of `write_outcomes`; the cohort has no slides.
 
     Args:
         path: The file.
         name: Name of the cohort.
+        covariates: File of `write_covariates`; none: no covariates.
 
     Raises:
         CohortError: The file cannot be read or lacks a column.
@@ -124,7 +153,14 @@ def read_outcomes(path: Path, name: str) -> Cohort:
         raise CohortError(f"{path}: expected the columns case_id, time_months, event.")
     outcomes = {"time_months": numbers(table["time_months"], path), "event": coded_events(table["event"], path)}
     cases = pd.DataFrame(outcomes).set_index(pd.Index(table["case_id"], name="case_id")).astype({"event": bool})
-    return Cohort(name, cases, pd.DataFrame({"case_id": []}, index=pd.Index([], name="slide_id")))
+    slides = pd.DataFrame({"case_id": []}, index=pd.Index([], name="slide_id"))
+    if covariates is None:
+        return Cohort(name, cases, slides)
+    known = read_table(covariates)
+    values = {str(column): numbers(known[column], covariates) for column in known.columns if column != "case_id"}
+    return Cohort(
+        name, cases, slides, covariates=pd.DataFrame(values).set_index(pd.Index(known["case_id"], name="case_id"))
+    )
 
 
 def _layout(table: pd.DataFrame, config: CohortConfig) -> str:
@@ -135,6 +171,7 @@ def _layout(table: pd.DataFrame, config: CohortConfig) -> str:
         "cbioportal": is_cbioportal(columns),
         "gdc": is_gdc(columns),
         "plain": {"patient", "time"} <= columns,
+        "covariates": "case_id" in columns and any({e, f"{e}_months"} <= columns for e in ("os", "dss", "pfi")),
     }
     if config.format != "auto":
         if not found[config.format]:
@@ -158,6 +195,7 @@ _EXPECTED = {
     "cbioportal": "PATIENT_ID, OS_MONTHS, OS_STATUS",
     "gdc": "a clinical.tsv or clinical JSON export with submitter_id, vital_status and days_to_death",
     "plain": "patient, slide, time, event",
+    "covariates": "case_id, os, os_months, … (dss, pfi), as in package:tcga/covariates",
 }
 
 
@@ -211,8 +249,18 @@ def _check_polarity(table: pd.DataFrame, event: pd.Series, config: CohortConfig)
         )
 
 
+def _covariate_table(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
+    outcomes = endpoint_outcomes(table.set_index("case_id"), config.endpoint, config.table)
+    if outcomes is None:
+        raise no_endpoint(config, f"{config.endpoint.lower()}, {config.endpoint.lower()}_months")
+    if "redaction" in table.columns:
+        outcomes["redaction"] = table.groupby("case_id", sort=False)["redaction"].first()
+    return outcomes.reset_index()
+
+
 _READERS: dict[str, Callable[[pd.DataFrame, CohortConfig], pd.DataFrame]] = {
     "published": _published, "plain": _plain, "cdr": read_cdr, "gdc": read_gdc, "cbioportal": read_cbioportal,
+    "covariates": _covariate_table,
 }  # fmt: skip
 
 

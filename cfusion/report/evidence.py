@@ -51,7 +51,7 @@ def nulls(scores: Sequence[Scores], context: ReportContext) -> dict[Key, CohortN
 
 def _first_run(rows: pd.DataFrame) -> tuple[list[Outcomes], tuple]:
     """Return the outcomes of each fold of the first seed and repeat, and a key that identifies equal runs."""
-    first = (rows["seed"] == rows["seed"].iloc[0]) & (rows["repeat"] == rows["repeat"].iloc[0])
+    first = (rows["seed"] == rows["seed"].min()) & (rows["repeat"] == rows["repeat"].min())
     fold, time, event = (rows[name].to_numpy()[first.to_numpy()] for name in ("fold", "survival_months", "event"))
     order = np.lexsort((event, time, fold))
     fold, time, event = fold[order], time[order], event[order]

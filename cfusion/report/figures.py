@@ -9,6 +9,7 @@ import pandas as pd
 
 from cfusion.cohort.audit import LOST
 from cfusion.report.svg import Plot, nice_ticks, number, shortened
+from cfusion.survival.decision import DecisionCurve
 from cfusion.survival.groups import Curve
 from cfusion.survival.patients import PatientScores
 
@@ -127,6 +128,25 @@ def fold_points(folds: pd.DataFrame, null: tuple[float, float] | None, where: st
     return plot.finish(f"C-index by fold, {where}", f"{scores}; mean {mean:.3f}.")
 
 
+def decision(curve: DecisionCurve, where: str) -> str:
+    """Draw the net benefit of the clinical model with and without the risk, and of treating everyone."""
+    if len(curve.thresholds) < 2:
+        return ""
+    top = max(max(values) for values in curve.benefit.values())
+    plot = Plot((0, curve.thresholds[-1]), (min(-0.02, -top / 4), top * 1.05 + 0.01), height=240)
+    plot.axes("threshold probability", "net benefit", y_format="{:.2f}".format)
+    plot.segment((0, 0), (curve.thresholds[-1], 0), "rule")
+    words = []
+    for number_, (name, values) in enumerate(curve.benefit.items()):
+        kept = [(t, v) for t, v in zip(curve.thresholds, values, strict=True) if v >= plot.y[0]]
+        plot.line(kept, f"line series{number_}")
+        plot.text(plot.width - 8, 16 + 15 * number_, name, f"note series{number_}", "end")
+        words.append(f"{name} {max(values):.3f} at most")
+    return plot.finish(
+        f"Decision curve at {curve.months:g} months, {where}", f"Net benefit per patient: {'; '.join(words)}."
+    )
+
+
 def learning_curves(curves: pd.DataFrame, where: str) -> str:
     """Draw the validation C-index by epoch, one line per fold; without validation, the training loss."""
     metric = next((m for m in ("validation_cindex", "validation_loss", "train_loss") if m in curves.columns), None)
@@ -163,7 +183,7 @@ def forest(rows: Sequence[Mapping[str, object]], x: tuple[float, float], where: 
     for tick in nice_ticks(*plot.x):
         plot.segment((tick, 0), (tick, len(rows)), "grid")
         plot.text(plot.px(tick), base + 15, f"{tick:g}")
-    plot.text((plot.px(plot.x[0]) + plot.px(plot.x[1])) / 2, base + 31, "C-index, pooled over patients", "label")
+    plot.text((plot.px(plot.x[0]) + plot.px(plot.x[1])) / 2, base + 31, "C-index within folds", "label")
     for i, row in enumerate(rows):
         _forest_row(plot, row, len(rows) - i - 0.5, left)
     plot.segment((0.5, 0), (0.5, len(rows)), "rule")

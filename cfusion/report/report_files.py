@@ -17,6 +17,9 @@ from cfusion.run_folder import SCORES, SUMMARY
 from cfusion.survival.paired import compare
 from cfusion.survival.score import Scores
 
+CLINICAL = ("clinical_c", "added_c", "added_c_low", "added_c_high", "hr_sd_adjusted", "hr_sd_adjusted_p")
+"""Columns of `summary.json` where clinical covariates are known."""
+
 
 def write_report(scores: Sequence[Scores], out_dir: Path | str, *, context: ReportContext | None = None) -> Path:
     """Write a report to a folder.
@@ -24,7 +27,7 @@ def write_report(scores: Sequence[Scores], out_dir: Path | str, *, context: Repo
     Files: `index.html`, the page, a single file that needs no network; `model_card.md`, a summary; `summary.csv`, a
     row per cohort, model and protocol, with nulls; `scores.csv`, a row per fold; `comparisons.csv`, the paired
     comparisons; `findings.csv`, patients and slides that the audits dropped or marked as suspicious; `summary.json`,
-    the pooled C with its interval, oracle and permuted C.
+    C within folds and pooled with intervals, oracle and permuted C, and what the risk adds to clinical covariates.
 
     Args:
         scores: Scores to report. Models with different numbers of patients or seeds are compared on the common ones.
@@ -71,7 +74,10 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 def summary_rows(summary: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the rows of `summary.json`; unknown values are null."""
-    columns = ["cohort", "model", "protocol", "cindex_pooled", "cindex_low", "cindex_high", "oracle", "permuted"]
+    columns = [
+        "cohort", "model", "protocol", "cindex_within", "within_low", "within_high", "cindex_pooled", "cindex_low",
+        "cindex_high", "oracle", "permuted", *(name for name in CLINICAL if name in summary.columns),
+    ]  # fmt: skip
     return [
         {name: None if pd.isna(value) else value for name, value in zip(columns, values, strict=True)}
         for values in summary[columns].itertuples(index=False)

@@ -14,9 +14,10 @@ from markupsafe import Markup
 from cfusion.report import figures
 from cfusion.report.context import PROTOCOL_TEXTS, ReportContext
 from cfusion.report.evidence import SCORED_FOLD_CHOOSES
+from cfusion.report.opening import covariate_words, opening_lines
 from cfusion.report.page_environment import page_environment
 from cfusion.survival.predictions import UNIT
-from cfusion.survival.score import Key, Scores
+from cfusion.survival.score import Scores
 
 _OPEN_DETAILS = 12
 """Up to this number of models, figures are shown; with more, they are folded."""
@@ -34,7 +35,9 @@ def _interval(row: dict, names: str, digits: int = 3, sign: str = "") -> str:
 
 def report_environment() -> jinja2.Environment:
     """Templates of the report's pages, with their filters."""
-    return page_environment("cfusion.report", num=_number, p=figures.p_text, bare_p=figures.bare_p, to=_interval)
+    return page_environment(
+        "cfusion.report", num=_number, words=covariate_words, p=figures.p_text, bare_p=figures.bare_p, to=_interval
+    )
 
 
 def render_run_page(
@@ -46,11 +49,11 @@ def render_run_page(
 ) -> str:
     """Render the page as one HTML text without external links."""
     rows = [dict(zip(summary.columns, values, strict=True)) for values in summary.itertuples(index=False)]
-    patients = {key: value for part in scores for key, value in part.patients.items()}
-    details = _details(rows, folds, patients, context)
+    details = _details(rows, folds, scores, context)
     environment = report_environment()
     return environment.get_template("page.html.j2").render(
         title=context.title,
+        opening=opening_lines(rows, scores),
         notes=list(dict.fromkeys([*context.notes, *(note for part in scores for note in part.notes)])),
         rows=rows,
         horizons=[c for c in summary.columns if c.startswith("auc_") and c.count("_") == 1],
@@ -62,7 +65,8 @@ def render_run_page(
         comparisons=comparisons.to_dict("records"),
         provenance=_flat_provenance(context),
         style=Markup(environment.get_template("style.css").render()),  # noqa: S704 - our own style sheet
-        show={name: bool(summary[name].notna().any()) for name in ("permuted", "oracle", "optimism_gap", "ibs")},
+        show={name: bool(summary[name].notna().any()) for name in ("permuted", "oracle", "optimism_gap", "ibs")}
+        | {"clinical": "clinical_c" in summary and bool(summary["clinical_c"].notna().any())},
     )
 
 
@@ -85,9 +89,21 @@ def _choices(rows: list[dict], context: ReportContext) -> list[str]:
 
 def _forest_row(row: dict) -> dict[str, object]:
     return {
-        "label": f"{row['model']} ({row['protocol']})", "c": row["cindex_pooled"], "low": row["cindex_low"],
-        "high": row["cindex_high"], "null_low": row["null_low"], "null_high": row["null_high"],
+        "label": f"{row['model']} ({row['protocol']})", "c": row["cindex_within"], "low": row["within_low"],
+        "high": row["within_high"], "null_low": row["null_low"], "null_high": row["null_high"],
     }  # fmt: skip
+
+
+def _clinical_rows(rows: list[dict]) -> list[dict[str, object]]:
+    """Return the row of the clinical model in a cohort's forest plot; empty where there is none."""
+    known = [row for row in rows if isinstance(row.get("clinical_covariates"), str)]
+    if not known:
+        return []
+    row = known[0]
+    return [{
+        "label": f"Cox: {covariate_words(row['clinical_covariates'])}", "c": row["clinical_c"],
+        "low": row["clinical_c_low"], "high": row["clinical_c_high"], "null_low": math.nan, "null_high": math.nan,
+    }]  # fmt: skip
 
 
 def _cohort(name: str, rows: list[dict], folds: pd.DataFrame, context: ReportContext) -> dict[str, Any]:
@@ -96,8 +112,8 @@ def _cohort(name: str, rows: list[dict], folds: pd.DataFrame, context: ReportCon
     audit = context.audits.get(name)
     findings = audit["findings"] if audit else []
     counts = dict(Counter(finding["kind"] for finding in findings).most_common())
-    span = figures.forest_range([_forest_row(row) for row in rows])
-    forest = figures.forest([_forest_row(row) for row in mine], span, name)
+    span = figures.forest_range([*map(_forest_row, rows), *_clinical_rows(rows)])
+    forest = figures.forest([*map(_forest_row, mine), *_clinical_rows(mine)], span, name)
     first = folds[(folds[UNIT] == [mine[0][unit] for unit in UNIT]).all(axis=1)]
     first = first[(first["seed"] == first["seed"].iloc[0]) & (first["repeat"] == first["repeat"].iloc[0])]
     return {
@@ -111,9 +127,11 @@ def _cohort(name: str, rows: list[dict], folds: pd.DataFrame, context: ReportCon
 
 
 def _details(
-    rows: list[dict], folds: pd.DataFrame, patients: dict[Key, Any], context: ReportContext
+    rows: list[dict], folds: pd.DataFrame, scores: Sequence[Scores], context: ReportContext
 ) -> list[dict[str, Any]]:
     """Collect the figures of every cohort, model and protocol."""
+    patients = {key: value for part in scores for key, value in part.patients.items()}
+    decisions = {key: found.curve for part in scores for key, found in part.added.items() if found.curve is not None}
     by_key = dict(list(folds.groupby(UNIT, sort=False)))
     curves = dict(list(context.curves.groupby(UNIT, sort=False))) if context.curves is not None else {}
     details = []
@@ -127,6 +145,9 @@ def _details(
             ),
             "AUC over time, mean of the folds": figures.auc_over_time(patients[key], where),
             "Calibration in fifths of the patients": figures.calibration(patients[key], where),
+            "Decision curve: the covariates, and the covariates with the risk": figures.decision(decisions[key], where)
+            if key in decisions
+            else "",
             "Learning curves, a line a fold": figures.learning_curves(curves[key], where) if key in curves else "",
         }
         svg = {caption: Markup(figure) for caption, figure in drawn.items() if figure}  # noqa: S704

@@ -13,7 +13,7 @@ from cfusion.config import Config
 from cfusion.errors import DataError
 from cfusion.report.context import ReportContext
 from cfusion.report.report_files import write_report
-from cfusion.run_folder import OUTCOMES, PREDICTIONS, SPLITS, FinishedRun, read_run
+from cfusion.run_folder import COVARIATES, OUTCOMES, PREDICTIONS, SPLITS, FinishedRun, read_run
 from cfusion.survival.null import EpochChoice
 from cfusion.survival.predictions import read_predictions
 from cfusion.survival.score import Key, Scores, score
@@ -47,7 +47,7 @@ def report_runs(folders: Sequence[Path], out: Path, *, title: str, oracle: dict[
         grouped.setdefault(run.key, []).append(run)
     null: dict[Key, list[float]] = {}
     for run in permuted:
-        null.setdefault(run.key, []).append(float(score_runs([run], bootstrap=0).summary["cindex_pooled"].iloc[0]))
+        null.setdefault(run.key, []).append(float(score_runs([run], bootstrap=0).summary["cindex_within"].iloc[0]))
     context = ReportContext(
         title=title,
         audits={run.config.cohort.name: run.audit for run in real},
@@ -82,7 +82,9 @@ def score_runs(runs: Sequence[FinishedRun], bootstrap: int) -> Scores:
 def outcomes_and_splits(folders: Sequence[Path], cohort: str) -> tuple[Cohort, list[Split]]:
     """Return the reference for runs of one cohort: the outcomes of all patients, and the folds of all runs."""
     splits = {(split.repeat, split.fold): split for folder in folders for split in read_splits(folder / SPLITS)}
-    return read_outcomes(folders[0] / OUTCOMES, cohort), list(splits.values())
+    covariates = folders[0] / COVARIATES
+    truth = read_outcomes(folders[0] / OUTCOMES, cohort, covariates if covariates.is_file() else None)
+    return truth, list(splits.values())
 
 
 def _check_alike(first: FinishedRun, other: FinishedRun) -> None:

@@ -17,7 +17,7 @@ import torch
 import cfusion
 from cfusion import run_folder
 from cfusion.cohort.audit import Audit, audit
-from cfusion.cohort.read import read_cohort, write_outcomes
+from cfusion.cohort.read import read_cohort, write_covariates, write_outcomes
 from cfusion.cohort.splits import make_splits, splits_digest, write_splits
 from cfusion.config import Config
 from cfusion.data.shards import ShardDataset
@@ -273,6 +273,7 @@ class Run:
 
     def _write_scores(self, scores: Scores) -> None:
         folder = self.folder
+        write_covariates(self.cohort, folder / run_folder.COVARIATES)
         write_text(folder / run_folder.PREDICTIONS, scores.predictions.to_csv(index=False))
         write_text(folder / run_folder.SCORES, scores.folds.to_csv(index=False))
         write_text(folder / run_folder.SUMMARY, scores.summary.to_csv(index=False))
@@ -282,9 +283,12 @@ class Run:
 
     def _track_scores(self, scores: Scores, parent: TrackedRun) -> None:
         row = scores.summary.iloc[0]
-        logged = ("cindex_pooled", "cindex_mean", "cindex_std", "cindex_low", "cindex_high")
-        parent.log({key: float(row[key]) for key in logged})
-        tables = (run_folder.OUTCOMES, run_folder.PREDICTIONS, run_folder.SCORES, run_folder.SUMMARY)
+        logged = ("cindex_within", "within_low", "within_high", "cindex_mean", "cindex_std", "cindex_pooled",
+                  "cindex_low", "cindex_high", "clinical_c", "added_c", "added_c_low", "added_c_high")  # fmt: skip
+        parent.log({key: float(row[key]) for key in logged if key in row})
+        tables: tuple[str, ...] = (run_folder.OUTCOMES, run_folder.PREDICTIONS, run_folder.SCORES, run_folder.SUMMARY)
+        if self.cohort.covariates is not None:
+            tables = (*tables, run_folder.COVARIATES)
         for name in (run_folder.CONFIG, run_folder.AUDIT, run_folder.RUN, *tables):
             parent.artifacts(self.folder / name)
         for name in (run_folder.FIGURES, run_folder.ENVIRONMENT, run_folder.SPLITS):
@@ -309,7 +313,11 @@ def permuted(cohort: Cohort, seed: int) -> Cohort:
 
 
 def _provenance(config: Config, code: OwnCode | None, dataset: ShardDataset, found: Audit) -> dict[str, Any]:
-    asides = {"slides": config.cohort.slides, "follow_up": config.cohort.follow_up}
+    asides = {
+        "slides": config.cohort.slides, "follow_up": config.cohort.follow_up,
+        "covariates": config.cohort.covariates_table,
+        "endpoint": None if config.cohort.endpoint == "OS" else config.cohort.covariates_table,
+    }  # fmt: skip
     return {
         "program": cfusion.__version__,
         "code": code_digest(),
@@ -326,6 +334,7 @@ def _provenance(config: Config, code: OwnCode | None, dataset: ShardDataset, fou
 
 
 RECORDED_ASIDE = {
+    "covariates_sha256": "the clinical model is scored beside the network, which never sees them",
     "notes": "they follow from the configuration, which decides",
     "program": "the digest of the code decides, not the version",
     "packages": "they are recorded, and cfusion reproduce names what differs",

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy.stats import norm
 
 from cfusion.errors import DataError
-from cfusion.survival.bootstrap import Resamples, percentile_interval
+from cfusion.survival.bootstrap import Resamples, cross_validated_interval, cross_validated_p
 
 COLUMNS = (
     "cohort", "protocol", "model", "reference", "patients", "seeds", "difference", "low", "high", "p", "p_holm",
@@ -48,7 +47,8 @@ def compare(
 
     The difference is that of the C-index within folds, averaged over the seeds both models have. Both models use the
     same resampled patients, so difficult patients affect both alike. The p-value is two-sided and normal, with the
-    bootstrap's standard error. `p_holm` corrects over all rows of the table, across cohorts and models.
+    bootstrap's standard error, widened for the dependence between folds (`CROSS_VALIDATION`). `p_holm` corrects over
+    all rows of the table, across cohorts and models.
 
     Args:
         predictions: Checked predictions of several models.
@@ -97,6 +97,7 @@ class _Scored:
     once: Resamples
     value: float
     replicates: np.ndarray
+    folds: int
 
     @classmethod
     def of(cls, base: pd.DataFrame, runs: tuple, patients: tuple[str, ...], replicates: int, seed: int) -> _Scored:
@@ -104,7 +105,7 @@ class _Scored:
         draws = Resamples.draw(outcomes["survival_months"], outcomes["event"], replicates=replicates, seed=seed)
         once = Resamples(draws.time, draws.event, np.ones((1, len(patients)), dtype=np.float32))
         value, spread = _within_folds(base, runs, patients, draws, once)
-        return cls(runs, patients, draws, once, value, spread)
+        return cls(runs, patients, draws, once, value, spread, base["fold"].nunique())
 
     def against(self, other: pd.DataFrame) -> dict[str, object]:
         value, spread = _within_folds(other, self.runs, self.patients, self.draws, self.once)
@@ -112,12 +113,9 @@ class _Scored:
         shared = {"patients": len(self.patients), "seeds": len(self.runs)}
         if np.isfinite(differences).sum() * 2 < len(differences) or np.isnan(difference):
             return {**shared, **dict.fromkeys(("difference", "low", "high", "p"), float("nan"))}
-        error = float(np.nanstd(differences))
-        low, high = percentile_interval(differences)
-        return {
-            **shared, "difference": difference, "low": low, "high": high,
-            "p": float(2 * norm.sf(abs(difference) / error)) if error > 0 else 1.0,
-        }  # fmt: skip
+        low, high = cross_validated_interval(difference, differences, folds=self.folds, bounded=False)
+        p = cross_validated_p(difference, differences, folds=self.folds)
+        return {**shared, "difference": difference, "low": low, "high": high, "p": p}
 
 
 def _shared(base: pd.DataFrame, other: pd.DataFrame) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:

@@ -1,26 +1,28 @@
-"""Turns predictions into scores: per fold, over the folds, and pooled over patients, with intervals.
+"""Turns predictions into scores: per fold, within folds, and pooled over patients, with intervals.
 
-The risks of different folds come from different models. `cindex_pooled` compares them without adjustment, as MCAT
-published it. `cindex_within` compares only patients of the same fold, and is the better claim if models differ in
-scale. Both intervals resample patients within folds.
+The risks of different folds come from different models. `cindex_within`, the headline, compares only patients of the
+same fold. `cindex_pooled` compares all of them as they are, as MCAT published it, and depends on the scale of each
+fold's model. One draw of patients serves all seeds, repeats and models, so that repetitions of what is known narrow no
+interval.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 
-from cfusion.cohort.findings import outcome_doubts
 from cfusion.errors import DataError
 from cfusion.machine_limits import usable_cores
-from cfusion.survival.bootstrap import Resamples
-from cfusion.survival.foldscores import FoldScores, References, interval_or_nan, score_fold
+from cfusion.survival.added import AddedValue, ClinicalModel
+from cfusion.survival.bootstrap import Resamples, cross_validated_interval
+from cfusion.survival.foldscores import FoldScores, References, score_fold
 from cfusion.survival.metrics import concordance
+from cfusion.survival.notes import score_notes
 from cfusion.survival.patients import PatientScores, score_patients
 from cfusion.survival.predictions import UNIT, checked_predictions
 from cfusion.types import Cohort, Split, titled_table
@@ -52,26 +54,30 @@ class Scores:
         folds: A row per cohort, model, protocol, seed, repeat and fold.
         summary: A row per cohort, model and protocol.
         patients: Curves, groups and calibration, by cohort, model and protocol.
+        added: What each adds to the clinical covariates; without an entry where they are unknown.
         notes: Remarks for the reader, for example that all risks of a fold are equal.
+        horizons: Months of the time-dependent AUC and of the calibration.
     """
 
     predictions: pd.DataFrame
     folds: pd.DataFrame
     summary: pd.DataFrame
     patients: dict[Key, PatientScores]
+    added: dict[Key, AddedValue] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    horizons: tuple[float, ...] = ()
 
     def __repr__(self) -> str:
         shown = [
-            f"{row['cohort']} {row['model']} ({row['protocol']}): C {row['cindex_pooled']:.3f} "
-            f"[{row['cindex_low']:.3f}, {row['cindex_high']:.3f}]"
+            f"{row['cohort']} {row['model']} ({row['protocol']}): C {row['cindex_within']:.3f} "
+            f"[{row['within_low']:.3f}, {row['within_high']:.3f}]"
             for row in self.summary.head(_SHOWN).to_dict("records")
         ]
         more = f"; and {len(self.summary) - _SHOWN} more" if len(self.summary) > _SHOWN else ""
         return f"Scores({'; '.join(shown)}{more})"
 
     def _repr_html_(self) -> str:
-        columns = [*UNIT, "n", "events", "cindex_pooled", "cindex_low", "cindex_high", "cindex_mean", "null_high"]
+        columns = [*UNIT, "n", "events", "cindex_within", "within_low", "within_high", "cindex_pooled", "null_high"]
         table = self.summary[[name for name in columns if name in self.summary.columns]]
         return titled_table(f"Scores of {len(self.predictions)} predictions. {' '.join(self.notes)}", table)
 
@@ -81,6 +87,7 @@ def score(
     cohort: Cohort | None = None,
     splits: Split | Sequence[Split] | None = None,
     *,
+    covariates: pd.DataFrame | None = None,
     bootstrap: int = 1000,
     horizons: Sequence[float] = (12.0, 36.0, 60.0),
 ) -> Scores:
@@ -92,6 +99,7 @@ def score(
         cohort: Its outcomes are the reference for the predictions and the training patients' outcomes; None: the
             outcomes in the predictions are used.
         splits: One fold or several; None: a fold's training patients are taken to be those of the other folds.
+        covariates: Clinical covariates [case, column] by `case_id`, as in `Cohort.covariates`; None: the cohort's.
         bootstrap: Replicates of each interval; 0: no intervals.
         horizons: Months of the time-dependent AUC and of the calibration.
 
@@ -107,20 +115,23 @@ def score(
     if cohort is not None:
         _check_against(frame, cohort)
     references = References(cohort, {(split.repeat, split.fold): split for split in folds_of})
+    clinical = covariates if covariates is not None or cohort is None else cohort.covariates
+    settings = _Settings(references, clinical, bootstrap, tuple(horizons))
     groups = [((str(c), str(m), str(p)), rows) for (c, m, p), rows in frame.groupby(UNIT, sort=False)]
     if len(groups) < _PARALLEL_FROM:
-        results = _score_groups(groups, references, bootstrap, tuple(horizons))
+        results = _score_groups(groups, settings)
     else:
         jobs = min(usable_cores(), _MOST_PROCESSES)
-        chunks = [groups[i::jobs] for i in range(jobs)]
         run = delayed(_score_groups)
-        parts = Parallel(n_jobs=jobs)(run(chunk, references, bootstrap, tuple(horizons)) for chunk in chunks)
+        parts = Parallel(n_jobs=jobs)(run(groups[i::jobs], settings) for i in range(jobs))
         results = {key: value for part in parts for key, value in part.items()}
     ordered = [results[name] for name, _ in groups]
-    folds = pd.DataFrame([row for result in ordered for row in result[0]])
-    summary = pd.DataFrame([result[1] for result in ordered])
-    patients = {name: results[name][2] for name, _ in groups}
-    return Scores(frame, folds, summary, patients, _notes(frame, folds, summary if bootstrap else summary.head(0)))
+    folds = pd.DataFrame([row for result in ordered for row in result.folds])
+    summary = pd.DataFrame([result.summary for result in ordered])
+    patients = {name: results[name].patients for name, _ in groups}
+    added = {name: found for name, _ in groups if (found := results[name].added) is not None}
+    notes = score_notes(frame, folds, summary, bootstrap > 0)
+    return Scores(frame, folds, summary, patients, added, notes, settings.horizons)
 
 
 def _with_outcomes(predictions: pd.DataFrame, cohort: Cohort | None, splits: Sequence[Split]) -> pd.DataFrame:
@@ -158,67 +169,84 @@ def _check_against(frame: pd.DataFrame, cohort: Cohort) -> None:
         )  # fmt: skip
 
 
-def _notes(frame: pd.DataFrame, folds: pd.DataFrame, resampled: pd.DataFrame) -> tuple[str, ...]:
-    notes = []
-    for name, rows in frame.groupby("cohort", sort=False):
-        cases = rows.drop_duplicates("case_id")
-        doubts = outcome_doubts(str(name), cases["survival_months"], cases["event"])
-        notes += [f"{doubt.subject}: {doubt.message}." for doubt in doubts]
-    for words, rows in folds[folds["note"] != ""].groupby(["model", "note"], sort=False):
-        counts = ", ".join(f"{count} of {cohort}" for cohort, count in rows["cohort"].value_counts(sort=False).items())
-        notes.append(f"{words[0]}: {words[1]} in folds ({counts}).")
-    for row in resampled[resampled["cindex_low"].isna()].to_dict("records"):
-        notes.append(
-            f"{row['cohort']}, {row['model']}: no interval; most bootstrap replicates have no comparable pair."
-        )
-    return tuple(notes)
+@dataclass(frozen=True, eq=False)
+class _Settings:
+    """What all groups are scored with."""
+
+    references: References
+    covariates: pd.DataFrame | None
+    bootstrap: int
+    horizons: tuple[float, ...]
+    _drawn: dict[tuple, Resamples] = field(default_factory=dict)
+    _clinical: dict[tuple, ClinicalModel | None] = field(default_factory=dict)
+
+    def draws(self, patients: pd.DataFrame, scored: pd.Series) -> Resamples | None:
+        """Return the one set of draws of a model's patients, for those that a run scores.
+
+        Models on the same patients get the same object, which keeps the counts of comparable pairs.
+        """
+        if not self.bootstrap:
+            return None
+        names = tuple(patients["case_id"])
+        if names not in self._drawn:
+            outcomes = patients["survival_months"], patients["event"]
+            self._drawn[names] = Resamples.draw(*outcomes, replicates=self.bootstrap, seed=_SEED)
+        rows = pd.Index(names).get_indexer(scored)
+        key = (names, rows.tobytes())
+        if key not in self._drawn:
+            self._drawn[key] = self._drawn[names].of(rows)
+        return self._drawn[key]
+
+    def added(self, first: pd.DataFrame, draws: Resamples | None) -> AddedValue | None:
+        """Return what a run's risk adds to the covariates; models on the same folds share the clinical model."""
+        if self.covariates is None:
+            return None
+        key = (*first["cohort"].iloc[:1], *first["case_id"], first["fold"].to_numpy().tobytes())
+        if key not in self._clinical:
+            self._clinical[key] = ClinicalModel.fit(first, self.covariates, draws, self.horizons)
+        model = self._clinical[key]
+        return None if model is None else model.with_risk(first["risk"].to_numpy(), self.horizons)
 
 
-Result = tuple[list[dict[str, object]], dict[str, object], PatientScores]
+@dataclass(frozen=True, eq=False)
+class _Result:
+    """The scores of one cohort, model and protocol."""
+
+    folds: list[dict[str, object]]
+    summary: dict[str, object]
+    patients: PatientScores
+    added: AddedValue | None
 
 
-def _score_groups(
-    groups: Sequence[tuple[Key, pd.DataFrame]], references: References, bootstrap: int, horizons: tuple[float, ...]
-) -> dict[Key, Result]:
-    draws: dict[tuple, Resamples] = {}
-    return {key: _score_group(rows, references, draws, bootstrap, horizons) for key, rows in groups}
+def _score_groups(groups: Sequence[tuple[Key, pd.DataFrame]], settings: _Settings) -> dict[Key, _Result]:
+    return {key: _score_group(rows, settings) for key, rows in groups}
 
 
-def _score_group(
-    rows: pd.DataFrame, references: References, draws: dict, bootstrap: int, horizons: tuple[float, ...]
-) -> Result:
-    """Score all seeds and repeats of one cohort, model and protocol."""
+def _score_group(unordered: pd.DataFrame, settings: _Settings) -> _Result:
+    """Score all seeds and repeats of one cohort, model and protocol; the order of the rows decides nothing."""
+    rows = unordered.sort_values(["seed", "repeat", "case_id"], kind="stable", ignore_index=True)
     happened = rows.loc[rows["event"], "survival_months"]
     grid = np.linspace(happened.quantile(0.05), happened.quantile(0.9), _GRID) if len(happened) else np.zeros(0)
+    patients = rows.drop_duplicates("case_id").sort_values("case_id")
     folds: list[FoldScores] = []
-    pooled, within, spreads = [], [], []
-    for _, run in rows.groupby(["seed", "repeat"]):
-        resamples = _draw(run, draws, bootstrap)
+    pooled, within, spreads, added = [], [], [], None
+    for number, (_, run) in enumerate(rows.groupby(["seed", "repeat"])):
+        resamples = settings.draws(patients, run["case_id"])
         for fold in sorted(run["fold"].unique()):
             counts = resamples.counts[:, (run["fold"] == fold).to_numpy()] if resamples else None
-            folds.append(score_fold(run, int(fold), references, counts, horizons, grid))
+            folds.append(score_fold(run, int(fold), settings.references, counts, settings.horizons, grid))
         risk, of_fold = run["risk"].to_numpy(), run["fold"].to_numpy()
         once = Resamples(run["survival_months"].to_numpy(), run["event"].to_numpy(), np.ones((1, len(run)), np.float32))
         pooled.append(concordance(run["survival_months"], run["event"], risk).cindex)
         within.append(float(once.cindex(risk, within=of_fold)[0]))
         if resamples:
             spreads.append((resamples.cindex(risk), resamples.cindex(risk, within=of_fold)))
+        if number == 0:
+            added = settings.added(run, resamples)
     table = pd.DataFrame([fold.row for fold in folds])
-    patients = score_patients(rows, horizons, grid, np.array([fold.auc_curve for fold in folds]))
-    summary = _summary(rows, table, pooled, within, spreads) | _mean_scores(folds) | patients.columns()
-    return [fold.row for fold in folds], summary, patients
-
-
-def _draw(run: pd.DataFrame, draws: dict, bootstrap: int) -> Resamples | None:
-    """Return the draws; models that score the same patients in the same folds share them."""
-    if not bootstrap:
-        return None
-    key = (tuple(run["case_id"]), run["fold"].to_numpy().tobytes())
-    if key not in draws:
-        draws[key] = Resamples.draw(
-            run["survival_months"], run["event"], replicates=bootstrap, seed=_SEED, stratum=run["fold"]
-        )
-    return draws[key]
+    curves = score_patients(rows, settings.horizons, grid, np.array([fold.auc_curve for fold in folds]))
+    summary = _summary(rows, table, pooled, within, spreads) | _mean_scores(folds) | curves.columns()
+    return _Result([fold.row for fold in folds], summary | (added.columns() if added else {}), curves, added)
 
 
 def _summary(
@@ -226,14 +254,18 @@ def _summary(
 ) -> dict[str, object]:
     """Average over folds, seeds and repeats; intervals are those of the replicates' mean over seeds and repeats."""
     cases = rows.drop_duplicates("case_id")
+    values = [float(np.mean(pooled)), float(np.mean(within))]
     replicates = [np.mean([spread[i] for spread in spreads], axis=0) if spreads else None for i in range(2)]
-    limits = [interval_or_nan(values) for values in replicates]
+    limits = [
+        cross_validated_interval(value, found, folds=rows["fold"].nunique())
+        for value, found in zip(values, replicates, strict=True)
+    ]
     return {
         **{name: rows[name].iloc[0] for name in UNIT}, "n": len(cases), "events": int(cases["event"].sum()),
         "folds": len(folds), "seeds": rows["seed"].nunique(),
+        "cindex_within": values[1], "within_low": limits[1][0], "within_high": limits[1][1],
         "cindex_mean": folds["harrell_c"].mean(), "cindex_std": folds["harrell_c"].std(ddof=0),
-        "cindex_pooled": float(np.mean(pooled)), "cindex_low": limits[0][0], "cindex_high": limits[0][1],
-        "cindex_within": float(np.mean(within)), "within_low": limits[1][0], "within_high": limits[1][1],
+        "cindex_pooled": values[0], "cindex_low": limits[0][0], "cindex_high": limits[0][1],
     }  # fmt: skip
 
 
@@ -247,6 +279,8 @@ def _mean_scores(folds: list[FoldScores]) -> dict[str, float]:
     for name, column in scores.items():
         there = table[column].notna()
         known = [fold.spreads[name] for fold, has in zip(folds, there, strict=True) if has and name in fold.spreads]
-        low, high = interval_or_nan(np.mean(known, axis=0) if known else None)
-        means |= {column: float(table[column].mean()), f"{name}_low": low, f"{name}_high": high}
+        value = float(table[column].mean())
+        spread = np.mean(known, axis=0) if known else None
+        low, high = cross_validated_interval(value, spread, folds=table["fold"].nunique())
+        means |= {column: value, f"{name}_low": low, f"{name}_high": high}
     return means

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 RULE = (
     "A version becomes champion if its patients were scored once, under the strict protocol and with their real "
-    "outcomes, and if its pooled C-index is higher than the champion's on the same patients of the same cohort. The "
-    "first champion needs a confidence interval above .5."
+    "outcomes, and if its C-index within folds is higher than the champion's on the same patients of the same cohort. "
+    "The first champion needs a confidence interval above .5."
 )
 
 CHANCE = 0.5
@@ -74,7 +74,7 @@ def compare_with_champion(
     wrong = _unfit(challenger, table)
     if wrong:
         return Verdict(name, number, False, (wrong,))
-    pooled, low, line = _scored(table, f"Version {number}", replicates)
+    value, low, line = _scored(table, f"Version {number}", replicates)
     if champion is None:
         chance = (
             "Its interval is above .5." if low > CHANCE else "Its interval is not above .5: not better than chance."
@@ -85,9 +85,9 @@ def compare_with_champion(
     if differs:
         return Verdict(name, number, False, (line, differs))
     best, _, best_line = _scored(other, f"Champion {champion}", replicates)
-    comparison = "Higher" if pooled > best else "Not higher"
-    reasons = (line, best_line, f"{comparison}: {pooled - best:+.3f}.", _paired(table, other, replicates))
-    return Verdict(name, number, pooled > best, reasons)
+    comparison = "Higher" if value > best else "Not higher"
+    reasons = (line, best_line, f"{comparison}: {value - best:+.3f}.", _paired(table, other, replicates))
+    return Verdict(name, number, value > best, reasons)
 
 
 def promote(client: MlflowClient, verdict: Verdict) -> None:
@@ -130,14 +130,14 @@ def _differs(table: pd.DataFrame, other: pd.DataFrame, champion: str) -> str:
 
 
 def _scored(table: pd.DataFrame, what: str, replicates: int) -> tuple[float, float, str]:
-    """Return the pooled C-index, the lower end of its interval, and a line that reports both."""
+    """Return the C-index within folds, the lower end of its interval, and a line that reports both."""
     row = score(table, bootstrap=replicates).summary.iloc[0]
-    pooled = float(row["cindex_pooled"])
+    value = float(row["cindex_within"])
     line = (
-        f"{what}: pooled strict C {pooled:.3f} [{row['cindex_low']:.3f}, {row['cindex_high']:.3f}] on {row['n']} "
+        f"{what}: strict C within folds {value:.3f} [{row['within_low']:.3f}, {row['within_high']:.3f}] on {row['n']} "
         f"patients of {row['cohort']} with {row['events']} events."
     )
-    return pooled, float(row["cindex_low"]), line
+    return value, float(row["within_low"]), line
 
 
 def _paired(table: pd.DataFrame, other: pd.DataFrame, replicates: int) -> str:

@@ -86,7 +86,7 @@ def version_tags(config: Config, summary: pd.Series) -> dict[str, str]:
         **tags,
         "endpoint": config.cohort.endpoint,
         "patients": str(summary["n"]),
-        "cindex": f"{summary['cindex_pooled']:.4f}",
-        "low": f"{summary['cindex_low']:.4f}",
-        "high": f"{summary['cindex_high']:.4f}",
+        "cindex": f"{summary['cindex_within']:.4f}",
+        "low": f"{summary['within_low']:.4f}",
+        "high": f"{summary['within_high']:.4f}",
     }

@@ -150,13 +150,30 @@ class Cell:
         """Return Harrell's C, mean over folds and seeds; NaN for an incomplete cell."""
         return float(self.summary["cindex_mean"]) if self.summary is not None and self.complete else _NAN
 
-    @property
-    def pooled(self) -> str:
-        """Describe the pooled C with its interval; a dash for an incomplete cell."""
+    def _described(self, columns: str, sign: str = "") -> str:
+        """Format a score with its interval; a dash where it is unknown, as for an incomplete cell."""
         if self.summary is None or not self.complete:
             return "–"
-        value, low, high = (self.summary[f"cindex_{name}"] for name in ("pooled", "low", "high"))
-        return f"{value:.3f}" if math.isnan(low) else f"{value:.3f} ({low:.3f} to {high:.3f})"
+        value, low, high = (float(self.summary.get(name, _NAN)) for name in columns.split())
+        if math.isnan(value):
+            return "–"
+        limits = "" if math.isnan(low) else f" ({low:{sign}.3f} to {high:{sign}.3f})"
+        return f"{value:{sign}.3f}{limits}"
+
+    @property
+    def within(self) -> str:
+        """Describe the C within folds with its interval."""
+        return self._described("cindex_within within_low within_high")
+
+    @property
+    def clinical(self) -> str:
+        """Describe the C within folds of the clinical covariates by themselves."""
+        return self._described("clinical_c clinical_c_low clinical_c_high")
+
+    @property
+    def added(self) -> str:
+        """Describe what the risk adds to the C of the clinical covariates."""
+        return self._described("added_c added_c_low added_c_high", sign="+")
 
     @property
     def states(self) -> str:

@@ -78,6 +78,7 @@ def render_comparison(comparison: Comparison, out: Path, title: str) -> str:
         total=Cost.total(costs),
         protocols={p: PROTOCOL_TEXTS[p] for p in comparison.protocols},
         nulls=any(cell.permuted for cell in comparison.cells),
+        clinical=any(cell.clinical != "–" for cell in comparison.cells),
         links=lambda member: _links(member, out),
         style=Markup(environment.get_template("style.css").render()),  # noqa: S704 - our own style sheet
     )

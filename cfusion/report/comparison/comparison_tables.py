@@ -48,6 +48,11 @@ class ResultGrid:
         values = [cell.value if cell is not None else math.nan for cell in self.row(encoder, model)]
         return sum(values) / len(values) if values else math.nan
 
+    def clinical(self, cohort: str) -> str:
+        """Return the C of the clinical covariates in a cohort; a dash where it is unknown."""
+        known = [cell.clinical for cell in self.cells.values() if cell.cohort == cohort and cell.clinical != "–"]
+        return known[0] if known else "–"
+
     def cost(self, encoder: str, model: str) -> Cost:
         """Return the cost of a method's runs over the cohorts."""
         return Cost.total([cell.cost for cell in self.row(encoder, model) if cell is not None])

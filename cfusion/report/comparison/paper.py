@@ -25,9 +25,9 @@ _RESULTS = (
     "it. Unfinished runs are named and enter no mean. Hours: all cohorts, seeds and folds."
 )
 _COHORT = (
-    "C pooled over patients, and the paired difference of C within folds from the best, each with its 95% "
-    "patient-bootstrap interval;{null} p corrected (Holm) over the {tested} tests of the sweep. The best was chosen on "
-    "these same numbers, which is optimistic for it."
+    "C within folds{clinical}, and the paired difference from the best, each with its 95% interval;{null} p corrected "
+    "(Holm) over the {tested} tests of the sweep. The best was chosen on these same numbers, which is optimistic for "
+    "it."
 )
 _RANKS = "Mean ranks by mean C, 1 is best; cohorts with a missing value are left out."
 
@@ -105,15 +105,31 @@ def _cohort(grid: ResultGrid, cohort: str, tests: list[dict[str, Any]]) -> Print
     found = {row["model"]: row for row in tests if (row["cohort"], row["protocol"]) == (cohort, grid.protocol)}
     cells = [cell for cell in grid.cells.values() if cell.cohort == cohort]
     nulls = any(not math.isnan(cell.null) for cell in cells)
+    clinical = grid.clinical(cohort)
     rows = []
     for cell in cells:
         null = ("–" if math.isnan(cell.null) else f"{cell.null:.3f}",) if nulls else ()
-        pooled = cell.pooled if cell.complete else cell.states or "–"
-        rows.append((cell.encoder, cell.model, pooled, *null, *_test(cell, found.get(cell.label)), cell.cost.words))
+        within = cell.within if cell.complete else cell.states or "–"
+        added = () if clinical == "–" else (cell.added,)
+        rows.append(
+            (cell.encoder, cell.model, within, *added, *null, *_test(cell, found.get(cell.label)), cell.cost.words)
+        )
     null_head = ("Null",) if nulls else ()
-    head = ("Encoder", "Model", "Pooled C (95%)", *null_head, "Difference (95%)", "p", "p, Holm", "Cost")
+    added_head = () if clinical == "–" else ("Adds to the clinic (95%)",)
+    head = (
+        "Encoder",
+        "Model",
+        "C within folds (95%)",
+        *added_head,
+        *null_head,
+        "Difference (95%)",
+        "p",
+        "p, Holm",
+        "Cost",
+    )
     null_text = " null: the same model on permuted outcomes, mean of folds;" if nulls else ""
-    caption = _COHORT.format(tested=sum(not row["why"] for row in tests), null=null_text)
+    alone = "" if clinical == "–" else f", what the risk adds to the clinical covariates, which alone reach {clinical}"
+    caption = _COHORT.format(tested=sum(not row["why"] for row in tests), null=null_text, clinical=alone)
     return Printed(f"Cohort {cohort}", f"{caption} {named(grid.protocol)}", head, tuple(rows))
 
 

@@ -1,0 +1,101 @@
+"""`cfusion baseline`: what age, sex, stage and grade predict without a slide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cfusion.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from cfusion.config import Config
+    from cfusion.survival.score import Scores
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command()(baseline)
+
+
+def baseline(
+    configs: Annotated[
+        list[str], typer.Argument(metavar="CONFIG... [section.key=value]...", help="YAML files, or shipped names.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder of the report and the predictions.")] = None,
+) -> None:
+    """Train and score the clinical model: a Cox regression of age, sex, stage and grade, on the folds of a run.
+
+    It needs no slides and takes seconds. What a network must add to is the C printed here. The six TCGA cohorts come
+    with the package; their names stand for their files.
+
+    \b
+      cfusion baseline tcga_blca tcga_brca tcga_coad tcga_gbmlgg tcga_luad tcga_ucec
+      cfusion baseline study.yaml evaluation.endpoint=dss --out baseline
+    """  # noqa: D301 - the escape is typer's mark for lines that stay as they are
+    from cfusion.config import load_config
+    from cfusion.report import ReportContext, write_report
+    from cfusion.report.report_files import write_table
+    from cfusion.run_folder import PREDICTIONS
+
+    overrides = [word for word in configs if "=" in word and not Path(word).exists()]
+    files = [word for word in configs if word not in overrides]
+    if not files:
+        raise ConfigError("cfusion baseline: no configuration was given.", "Example: cfusion baseline tcga_blca.")
+    results, audits = [], {}
+    for word in files:
+        scores, found = _scored(load_config(_file(word), overrides))
+        results.append(scores)
+        audits |= found
+        _echo(scores)
+    if out is not None:
+        context = ReportContext(title="What age, sex, stage and grade predict", audits=audits)
+        typer.echo(f"report: {write_report(results, out, context=context)}")
+        write_table(out / PREDICTIONS, _all_predictions(results))
+
+
+def _file(word: str) -> Path:
+    from cfusion.study.packaged import shipped_config, shipped_configs
+
+    return shipped_config(word) if word in shipped_configs() and not Path(word).exists() else Path(word)
+
+
+def _scored(settings: Config) -> tuple[Scores, dict[str, dict]]:
+    from cfusion.cohort.audit import audit
+    from cfusion.cohort.read import read_cohort
+    from cfusion.cohort.splits import make_splits
+    from cfusion.survival.clinical import clinical_predictions
+    from cfusion.survival.score import score
+
+    evaluation = settings.evaluation
+    cohort = read_cohort(settings.cohort)
+    found = audit(
+        cohort, make_splits(cohort, settings.splits, "fixed-epoch"), n_bins=evaluation.n_bins,
+        keep_zero_times=settings.cohort.keep_zero_times,
+    )  # fmt: skip
+    if evaluation.strict:
+        found.raise_if_strict()
+    scores = score(
+        clinical_predictions(found.cohort, found.splits, evaluation.n_bins), splits=found.splits,
+        bootstrap=evaluation.bootstrap, horizons=evaluation.horizons_months,
+    )  # fmt: skip
+    return scores, {found.cohort.name: found.to_json()}
+
+
+def _echo(scores: Scores) -> None:
+    row = scores.summary.iloc[0]
+    typer.echo(
+        f"{row['cohort']}\t{row['n']} patients, {row['events']} events\tC {row['cindex_mean']:.3f} ± "
+        f"{row['cindex_std']:.3f} over folds, {row['cindex_within']:.3f} [{row['within_low']:.3f}, "
+        f"{row['within_high']:.3f}] within folds"
+    )
+
+
+def _all_predictions(results: Sequence[Scores]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.concat([scores.predictions for scores in results], ignore_index=True)

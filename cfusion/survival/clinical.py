@@ -1,0 +1,55 @@
+"""The clinical model by itself: out-of-fold predictions of a Cox model of age, sex, stage and grade."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from cfusion.errors import DataError
+from cfusion.survival.bins import TimeBins
+from cfusion.survival.predictions import curve_table, fold_predictions
+from cfusion.survival.regression import predicted_by_cox
+from cfusion.types import Cohort, Split
+
+CLINICAL = "clinical"
+"""Name of the clinical model in tables of predictions."""
+
+
+def clinical_predictions(cohort: Cohort, splits: Sequence[Split], n_bins: int) -> pd.DataFrame:
+    """Fit a Cox model on the training patients of every fold and predict its test patients.
+
+    A model without settings chooses nothing, so validation patients train too (protocol `fixed-epoch`).
+
+    Args:
+        cohort: The cohort with its covariates.
+        splits: The folds.
+        n_bins: Time bins at whose right edges survival is predicted.
+
+    Returns:
+        Checked predictions of the model `clinical`.
+
+    Raises:
+        DataError: The cohort has no covariates, or a fold cannot fill the bins.
+    """
+    if cohort.covariates is None:
+        raise DataError(
+            f"cohort {cohort.name}: there are no clinical covariates.",
+            "Name a table with age, sex, stage or grade in cohort.covariates_table, or columns in cohort.covariates.",
+        )
+    return pd.concat([_fold(cohort, cohort.covariates, split, n_bins) for split in splits], ignore_index=True)
+
+
+def _fold(cohort: Cohort, covariates: pd.DataFrame, split: Split, n_bins: int) -> pd.DataFrame:
+    scored = set(split.test)
+    train = [case for case in (*split.train, *split.validation) if case not in scored]
+    patients = [*train, *split.test]
+    cases = cohort.cases.loc[patients]
+    time, event = cases["time_months"].to_numpy(float), cases["event"].to_numpy(bool)
+    training = np.arange(len(patients)) < len(train)
+    edges = TimeBins.fit(time[training], event[training], n_bins).right_edges_months
+    predicted = predicted_by_cox(covariates.loc[patients], time, event, training, np.array(edges))
+    curves = curve_table(split.test, predicted.survival, edges, risk=predicted.risk)
+    shared = {"model": CLINICAL, "protocol": "fixed-epoch", "seed": 0, "repeat": split.repeat, "fold": split.fold}
+    return fold_predictions(curves, cohort, {**shared, "risk_cutoff": float(np.median(predicted.training_risk))})
