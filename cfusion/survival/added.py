@@ -1,8 +1,8 @@
 """What a risk adds to the clinical covariates: Cox models with and without it, on the folds of the predictions.
 
-Both models are fitted again for every fold, on the patients of the other folds, whose risks are out of fold too. The model
-"both" has the covariates and the risk, standardised within each fold because each fold has another network. A risk of
-the other folds may come from a network that was trained on the scored fold; one coefficient depends on it.
+Both models are fitted again for every fold, on the patients of the other folds, whose risks are out of fold too. The
+model "both" has the covariates and the risk, standardised within each fold because each fold has another network. A
+risk of the other folds may come from a network that was trained on the scored fold; one coefficient depends on it.
 """
 
 from __future__ import annotations
