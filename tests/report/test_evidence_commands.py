@@ -40,8 +40,9 @@ def test_score_writes_the_published_numbers(material: Path, tmp_path: Path) -> N
     small = tmp_path / "predictions.csv"
     table[table["cohort"] == "ucec"].to_csv(small, index=False)
     output = run("score", "--predictions", small, "--out", tmp_path / "out", "--bootstrap", "20")
-    assert "ucec\tAMIL\tmean C 0.625 ± 0.057" in output
-    assert "note: DeepSets: all risks are equal in folds (5 of ucec)." in output
+    assert "ucec\tAMIL\tC within folds 0.624 [" in output
+    assert "\tmean 0.625 ± 0.057\tpooled 0.601" in output
+    assert "note: ucec, DeepSets (unknown): no model; within each fold all patients have the same risk." in output
     folds = pd.read_csv(tmp_path / "out/scores.csv")
     assert folds.columns[:6].tolist() == ["model", "cohort", "fold", "n", "events", "harrell_c"]
     summary = pd.read_csv(tmp_path / "out/summary.csv")
@@ -51,6 +52,20 @@ def test_score_writes_the_published_numbers(material: Path, tmp_path: Path) -> N
         run("score", "--predictions", small, "--out", tmp_path / "out", "--horizons", "60,12")
     with pytest.raises(ConfigError, match="expected increasing months"):
         run("score", "--predictions", small, "--out", tmp_path / "out", "--horizons", "nan")
+
+
+def test_score_says_what_a_risk_adds_to_the_clinic(material: Path, tmp_path: Path) -> None:
+    table = pd.read_csv(material / "published/mcat_iccv2021/predictions.csv")
+    small = tmp_path / "predictions.csv"
+    table[(table["cohort"] == "ucec") & (table["model"] == "AMIL")].to_csv(small, index=False)
+    covariates = "package:tcga/covariates/tcga_ucec.csv"
+    output = run("score", "--predictions", small, "--out", tmp_path, "--bootstrap", "20", "--covariates", covariates)
+    assert "clinical 0.786, added +0.003 [" in output
+    assert "adjusted HR per SD 1.29, p 0.031" in output
+    page = (tmp_path / "index.html").read_text()
+    assert "it is not shown to add to age, stage and grade, which alone reach .79 (difference .003 (" in page
+    assert "Decision curve at " in page
+    assert "Cox: age, stage and grade" in page
 
 
 def test_a_failed_score_leaves_nothing(tmp_path: Path) -> None:
@@ -97,9 +112,9 @@ def test_null_trains_on_permuted_outcomes(config: Path, tmp_path: Path, monkeypa
 
     def cross_validate(settings: Config) -> SimpleNamespace:
         seen.append((settings.evaluation.permute_outcomes, settings.output))
-        return SimpleNamespace(summary=pd.DataFrame([{"cindex_mean": 0.5, "cindex_pooled": 0.49}]))
+        return SimpleNamespace(summary=pd.DataFrame([{"cindex_mean": 0.49, "cindex_within": 0.5}]))
 
     monkeypatch.setattr("cfusion.runs.crossval.cross_validate", cross_validate)
     output = run("null", config, f"output={tmp_path}/run", "--permutations", "2", "--repetitions", "2")
     assert seen == [(0, tmp_path / "run-permuted-0"), (1, tmp_path / "run-permuted-1")]
-    assert "permuted outcomes, seed 1 (strict): mean C 0.500, pooled C 0.490" in output
+    assert "permuted outcomes, seed 1 (strict): C within folds 0.500, mean 0.490" in output

@@ -11,7 +11,13 @@ from sksurv.metrics import integrated_brier_score
 from sksurv.util import Surv
 
 from cfusion.errors import DataError, UndefinedMetricError
-from cfusion.survival.bootstrap import Resamples, percentile_interval
+from cfusion.survival.bootstrap import (
+    CROSS_VALIDATION,
+    Resamples,
+    cross_validated_interval,
+    cross_validated_p,
+    percentile_interval,
+)
 from cfusion.survival.metrics import (
     Training,
     auc_at,
@@ -208,14 +214,13 @@ def test_constant_risk_counts_every_pair_as_tied() -> None:
 
 
 @settings(deadline=None, max_examples=30)
-@given(seed=st.integers(0, 10_000), size=st.integers(5, 40), folds=st.integers(1, 3))
-def test_bootstrap_replicates_are_exact(seed: int, size: int, folds: int) -> None:
+@given(seed=st.integers(0, 10_000), size=st.integers(5, 40))
+def test_bootstrap_replicates_are_exact(seed: int, size: int) -> None:
     """Every replicate equals the C-index of the drawn patients, computed one by one."""
     time, event, risk = cohort(size, seed, decimals=0)
     risk = risk.round(1)
     assume(event.any() and np.ptp(time) > 0)
-    fold = np.arange(size) % folds
-    resamples = Resamples.draw(time, event, replicates=10, seed=seed, stratum=fold)
+    resamples = Resamples.draw(time, event, replicates=10, seed=seed)
     for counts, value in zip(resamples.counts, resamples.cindex(risk), strict=True):
         assert counts.sum() == size
         rows = np.repeat(np.arange(size), counts.astype(int))
@@ -252,6 +257,21 @@ def test_interval_covers_and_repeats() -> None:
     assert wide[1] - wide[0] > high - low
     with pytest.raises(UndefinedMetricError, match="have no comparable pair"):
         bootstrap_cindex([1.0, 1.0], [True, True], [0.0, 1.0], replicates=20, seed=1)
+
+
+def test_interval_of_a_cross_validation_is_wider_than_that_of_its_models() -> None:
+    time, event, risk = cohort(300)
+    draws = Resamples.draw(time, event, replicates=400, seed=1)
+    value, spread = concordance(time, event, risk).cindex, draws.cindex(risk)
+    single, several = (cross_validated_interval(value, spread, folds=folds) for folds in (1, 5))
+    assert several[0] < single[0] < value < single[1] < several[1]
+    plain = cross_validated_interval(value, spread, folds=5, bounded=False)
+    assert plain[1] - plain[0] == pytest.approx(2 * 1.959964 * np.sqrt(CROSS_VALIDATION) * spread.std(), rel=1e-6)
+    assert 0 < cross_validated_interval(0.999, np.array([0.9, 1.0, 0.95]))[1] < 1
+    assert np.isnan(cross_validated_interval(0.7, None)).all()
+    assert np.isnan(cross_validated_interval(0.7, np.array([np.nan, np.nan, 0.6]))).all()
+    assert cross_validated_p(0.1, np.array([0.05, 0.15]), folds=1) == pytest.approx(0.0455, abs=1e-3)
+    assert cross_validated_p(0.0, np.zeros(5)) == 1.0
 
 
 def test_interval_has_its_nominal_coverage() -> None:

@@ -43,9 +43,59 @@ def test_published_summary_returns(material: Path, mcat: Scores) -> None:
 
 
 def test_constant_risks_are_noted(mcat: Scores) -> None:
-    assert any(note.startswith("DeepSets: all risks are equal in folds (5 of blca, 5 of brca,") for note in mcat.notes)
+    """MCAT's DeepSets have one risk a fold in three cohorts: no model at all."""
+    named = [note.partition(",")[0] for note in mcat.notes if "DeepSets (unknown): no model" in note]
+    assert named == ["blca", "brca", "ucec"]
+    assert "DeepSets: all risks are equal in folds (1 of luad)." in mcat.notes
     constant = mcat.folds[(mcat.folds["harrell_c"] == 0.5)]
     assert (constant["note"] == "all risks are equal").all()
+
+
+def repeated(table: pd.DataFrame, column: str, times: int) -> pd.DataFrame:
+    """The same risks again and again, each time in other folds (`repeat`) or other rows (`seed`)."""
+    parts = []
+    for number in range(times):
+        shuffled = np.random.default_rng(number).permutation(len(table))
+        rows = table.iloc[shuffled].assign(**{column: number})
+        parts.append(rows.assign(fold=np.arange(len(rows)) % 5) if column == "repeat" else rows)
+    return pd.concat(parts, ignore_index=True)
+
+
+@pytest.mark.parametrize("column", ["repeat", "seed"])
+def test_repeating_what_is_known_narrows_no_interval(column: str) -> None:
+    full = cohort(120, seed=1)
+    table = predicted(full)[["model", "cohort", "protocol", "fold", "case_id", "risk", "survival_months", "event"]]
+    rows = [score(repeated(table, column, times), bootstrap=300).summary.iloc[0] for times in (1, 10)]
+    widths = [row["within_high"] - row["within_low"] for row in rows]
+    assert widths[1] == pytest.approx(widths[0], rel=0.08)
+    pooled = [row["cindex_high"] - row["cindex_low"] for row in rows]
+    assert pooled[1] == pytest.approx(pooled[0], rel=1e-9)
+
+
+def test_the_order_of_rows_decides_nothing() -> None:
+    full = cohort(80, seed=2)
+    table = pd.concat([predicted(full), predicted(full).assign(seed=8)], ignore_index=True)
+    shuffled = table.sample(frac=1, random_state=0).sort_values("model", kind="stable")
+    one, other = (score(frame, bootstrap=50) for frame in (table, shuffled))
+    pd.testing.assert_frame_equal(one.summary, other.summary, check_exact=True)
+    pd.testing.assert_frame_equal(one.folds, other.folds, check_exact=True)
+    assert one.patients == other.patients
+
+
+def test_pooled_and_within_that_disagree_are_noted(mcat: Scores) -> None:
+    assert "luad, AMIL (unknown): pooled C 0.536 and C within folds 0.559 disagree" in " ".join(mcat.notes)
+    full = cohort(120)
+    shifted = predicted(full)
+    shifted["risk"] += 8 * shifted["fold"]
+    plain = predicted(full).assign(model="plain")
+    plain["risk"] += np.random.default_rng(0).normal(0, 0.5, len(plain))
+    scores = score(pd.concat([shifted, plain], ignore_index=True), bootstrap=0)
+    assert any("m is better than plain within folds, and worse when the risks are pooled" in n for n in scores.notes)
+
+
+def test_few_events_are_noted() -> None:
+    assert any("Below about 50" in note for note in score(predicted(cohort(60)), bootstrap=20).notes)
+    assert not any("Below about 50" in note for note in score(predicted(cohort(60)), bootstrap=0).notes)
 
 
 def predicted(cohort: Cohort, config: SplitsConfig | None = None, protocol: str = "strict") -> pd.DataFrame:

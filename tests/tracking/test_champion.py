@@ -85,8 +85,8 @@ def test_a_better_version_on_the_same_patients_becomes_champion_and_says_why(cli
     version("rule", predictions(0.3, patients=200, seed=1))
     output = call(client, "registry", "promote", "rule", "--yes").stdout
     lines = output.splitlines()
-    assert lines[0].startswith("Version 2: pooled strict C 0.")
-    assert lines[1].startswith("Champion 1: pooled strict C 0.")
+    assert lines[0].startswith("Version 2: strict C within folds 0.")
+    assert lines[1].startswith("Champion 1: strict C within folds 0.")
     assert "on 200 patients of made_up with 200 events" in lines[1]
     assert lines[2].startswith("Higher: +0.")
     assert lines[3].startswith("Paired, within folds: +0.")
@@ -105,7 +105,7 @@ def test_the_difference_equals_that_of_the_two_scores(client, version):
     version("scores", tables[1])
     verdict = compare_with_champion(client, "scores", replicates=20)
     assert not verdict.passes
-    assert f"pooled strict C {expected[1]:.3f} [" in verdict.reasons[0]
+    assert f"strict C within folds {expected[1]:.3f} [" in verdict.reasons[0]
     assert verdict.reasons[2] == f"Not higher: {expected[1] - expected[0]:+.3f}."
 
 

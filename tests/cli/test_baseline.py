@@ -1,0 +1,54 @@
+"""`cfusion baseline`: the clinical model of six real cohorts, and what it refuses."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from cfusion.cli import cmd_baseline
+from cfusion.errors import CfusionError, ConfigError, DataError
+
+app = typer.Typer()
+cmd_baseline.register(app)
+COHORTS = ("blca", "brca", "coad", "gbmlgg", "luad", "ucec")
+
+
+def run(*arguments: str | Path) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if isinstance(result.exception, CfusionError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_six_cohorts_reach_their_known_figures(material: Path) -> None:
+    figures = pd.read_csv(material / "clinic/clinical_baseline.csv")
+    figures = figures[figures["model"] == "all"].set_index("cohort")
+    lines = run(*(f"tcga_{name}" for name in COHORTS), "evaluation.bootstrap=20").splitlines()
+    assert len(lines) == 6
+    for name, line in zip(COHORTS, lines, strict=True):
+        cohort, patients, scores = line.split("\t")
+        assert cohort == f"tcga_{name}"
+        assert patients.endswith("events")
+        assert float(scores.split()[1]) == pytest.approx(figures.loc[name, "mean_c"], abs=0.002)
+
+
+def test_it_writes_a_report(tmp_path: Path) -> None:
+    run("tcga_ucec", "evaluation.bootstrap=20", "evaluation.endpoint=dss", "--out", tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    assert "tcga_ucec: clinical ranks patients better than chance" in page
+    assert "24 patients who died of another cause" in page
+    predictions = pd.read_csv(tmp_path / "predictions.csv")
+    assert set(predictions["model"]) == {"clinical"}
+    assert {"survival_4", "edge_4", "risk_cutoff"} <= set(predictions)
+
+
+def test_what_it_refuses(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no configuration was given"):
+        run("evaluation.bootstrap=20")
+    with pytest.raises(DataError, match="there are no clinical covariates"):
+        run("tcga_ucec", "cohort.covariates={}")
+    with pytest.raises(ConfigError, match="no endpoint"):
+        run("tcga_ucec", "cohort.covariates_table=null", "evaluation.endpoint=dss")
