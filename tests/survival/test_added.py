@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from made_up_outcomes import cohort, predicted
 
-from cfusion.cohort.read import read_covariates
+from cfusion.cohort.covariates import read_covariates
 from cfusion.cohort.splits import make_splits
 from cfusion.config import SplitsConfig
 from cfusion.errors import CohortError, UndefinedMetricError
