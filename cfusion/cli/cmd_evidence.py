@@ -113,12 +113,16 @@ def null(
     permutations: Annotated[int, typer.Option(help="Also train N times on permuted outcomes.", min=0)] = 0,
     unit: Annotated[str, typer.Option(help="Unit that is scored: case or slide.")] = "case",
     repetitions: Annotated[int, typer.Option(help="Repetitions of the simulation.", min=2)] = 40,
+    power: Annotated[
+        bool, typer.Option("--power", help="Also print which difference of C the cohort can show.")
+    ] = False,
 ) -> None:
     """Simulate what a model without signal scores on a cohort and its folds, under each protocol.
 
     The simulation takes seconds and trains nothing. Under published it chooses among the epochs that the configuration
     allows (train.epochs, train.min_epoch, train.patience). --permutations also trains the configuration on permuted
-    outcomes; the folders of those runs are next to the run's output folder.
+    outcomes; the folders of those runs are next to the run's output folder. --power states which difference between
+    two models the cohort can show, and how many events a difference of .03 takes.
 
       cfusion null study.yaml --permutations 1
     """
@@ -126,6 +130,8 @@ def null(
 
     settings = load_config(config, overrides or [])
     _echo_simulation(settings, unit, repetitions)
+    if power:
+        _echo_power(settings)
     for seed in range(permutations):
         _echo_permutation(settings, seed)
 
@@ -150,6 +156,20 @@ def _echo_simulation(settings: Config, unit: str, repetitions: int) -> None:
         )
         numbers = f"{result.mean:.3f}\t{result.sd:.3f}\t{result.high:.3f}"
         typer.echo(f"{cohort.name}\t{protocol}\t{epochs}\t{numbers}")
+
+
+def _echo_power(settings: Config) -> None:
+    from cfusion.cohort.read import read_cohort
+    from cfusion.cohort.splits import make_splits
+    from cfusion.survival.null import scored_outcomes
+    from cfusion.survival.power import power_of
+
+    cohort = read_cohort(settings.cohort)
+    splits = make_splits(cohort, settings.splits, settings.evaluation.protocol)
+    folds = scored_outcomes(cohort, [split for split in splits if split.repeat == 0])
+    patients, events = sum(len(time) for time, _ in folds), sum(int(event.sum()) for _, event in folds)
+    for line in power_of(patients, events).lines():
+        typer.echo(f"power: {line}")
 
 
 def _echo_permutation(settings: Config, seed: int) -> None:
@@ -180,6 +200,7 @@ def audit(
     from cfusion.cohort.read import read_cohort
     from cfusion.cohort.splits import make_splits
     from cfusion.config import load_config
+    from cfusion.survival.power import power_of
 
     settings = load_config(config, overrides or [])
     cohort = read_cohort(settings.cohort)
@@ -194,6 +215,9 @@ def audit(
         typer.echo(finding)
     for step, patients, slides in result.flow:
         typer.echo(f"{step}: {patients} patients, {slides} slides")
+    cases = result.cohort.cases
+    for line in power_of(len(cases), int(cases["event"].sum())).lines():
+        typer.echo(f"power: {line}")
     typer.echo(f"features: not checked; `cfusion train {config} --dry-run` checks them in {settings.data.shards}")
     if strict or settings.evaluation.strict:
         result.raise_if_strict()
