@@ -16,6 +16,8 @@ from cfusion.report.context import PROTOCOL_TEXTS, ReportContext
 from cfusion.report.evidence import SCORED_FOLD_CHOOSES
 from cfusion.report.opening import covariate_words, opening_lines
 from cfusion.report.page_environment import page_environment
+from cfusion.report.patients_section import described
+from cfusion.report.tripod import TRIPOD_ITEMS
 from cfusion.survival.predictions import UNIT
 from cfusion.survival.score import Scores
 
@@ -54,6 +56,8 @@ def render_run_page(
     return environment.get_template("page.html.j2").render(
         title=context.title,
         opening=opening_lines(rows, scores),
+        described=described(scores),
+        tripod=TRIPOD_ITEMS,
         notes=list(dict.fromkeys([*context.notes, *(note for part in scores for note in part.notes)])),
         rows=rows,
         horizons=[c for c in summary.columns if c.startswith("auc_") and c.count("_") == 1],

@@ -54,6 +54,8 @@ class Resamples:
     def draw(cls, time: ArrayLike, event: ArrayLike, *, replicates: int, seed: int) -> Resamples:
         """Draw the replicates; the order of the patients decides who is drawn, so give it a fixed one."""
         time, event = np.asarray(time, dtype=float), np.asarray(event, dtype=bool)
+        if not len(time):
+            return cls(time, event, np.zeros((replicates, 0), dtype=np.float32))
         drawn = np.random.default_rng(seed).multinomial(len(time), np.full(len(time), 1 / len(time)), size=replicates)
         return cls(time, event, drawn.astype(np.float32))
 

@@ -15,8 +15,8 @@ different features.
 """
 
 _DETECTED = 1.96 * 1.12 + 0.84
-"""Standard deviations of a difference that the paired test finds in 80% of studies: its threshold, which the widened error
-raises by a factor of 1.12 (the same benchmark), and the 80% quantile of the normal distribution."""
+"""Standard deviations of a difference that the paired test finds in 80% of studies: its threshold, which the widened
+error raises by a factor of 1.12 (the same benchmark), and the 80% quantile of the normal distribution."""
 
 DIFFERENCE = 0.03
 """The difference of C that a study is usually planned for."""

@@ -134,6 +134,33 @@ def adjusted_ratio(
     )  # fmt: skip
 
 
+def proportional_hazards_p(column: np.ndarray, time: np.ndarray, event: np.ndarray, stratum: np.ndarray) -> float:
+    """Return the p-value of the test on scaled Schoenfeld residuals that a hazard ratio is constant over time.
+
+    Grambsch and Therneau (Biometrika 81, 1994), over the ranks of the event times; a small value means that it changes.
+
+    Args:
+        column: [case], such as the risk.
+        time: [case], months.
+        event: [case], true where the event happened.
+        stratum: [case], such as the fold.
+
+    Raises:
+        UndefinedMetricError: The column is constant, or no finite estimate exists.
+    """
+    from lifelines.statistics import proportional_hazard_test
+
+    if not column.std() > 0:
+        raise UndefinedMetricError("proportional hazards: the risk is constant.")
+    columns = pd.DataFrame({"_column": (column - column.mean()) / column.std()})
+    fitted = _fitted(columns, time, event, stratum)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = columns.assign(_time=time, _event=event.astype(int), _stratum=stratum)
+        found = proportional_hazard_test(fitted, table, time_transform="rank")
+    return float(np.ravel(found.p_value)[0])
+
+
 def _everyones(values: pd.DataFrame) -> pd.DataFrame:
     return filled(values, np.ones(len(values), dtype=bool)).reset_index(drop=True)
 

@@ -57,6 +57,7 @@ class Scores:
         added: What each adds to the clinical covariates; without an entry where they are unknown.
         notes: Remarks for the reader, for example that all risks of a fold are equal.
         horizons: Months of the time-dependent AUC and of the calibration.
+        covariates: The clinical covariates, if they are known.
     """
 
     predictions: pd.DataFrame
@@ -66,6 +67,7 @@ class Scores:
     added: dict[Key, AddedValue] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     horizons: tuple[float, ...] = ()
+    covariates: pd.DataFrame | None = None
 
     def __repr__(self) -> str:
         shown = [
@@ -131,7 +133,7 @@ def score(
     patients = {name: results[name].patients for name, _ in groups}
     added = {name: found for name, _ in groups if (found := results[name].added) is not None}
     notes = score_notes(frame, folds, summary, bootstrap > 0)
-    return Scores(frame, folds, summary, patients, added, notes, settings.horizons)
+    return Scores(frame, folds, summary, patients, added, notes, settings.horizons, clinical)
 
 
 def _with_outcomes(predictions: pd.DataFrame, cohort: Cohort | None, splits: Sequence[Split]) -> pd.DataFrame:

@@ -135,7 +135,8 @@ def test_tables_read_back(folder: Path) -> None:
     assert pd.read_csv(folder / "findings.csv")["subject"].tolist() == ["q0"]
     listed = json.loads((folder / "summary.json").read_text())
     assert set(listed[0]) == {
-        "cohort", "model", "protocol", "cindex_pooled", "cindex_low", "cindex_high", "oracle", "permuted",
+        "cohort", "model", "protocol", "cindex_within", "within_low", "within_high", "cindex_pooled", "cindex_low",
+        "cindex_high", "oracle", "permuted",
     }  # fmt: skip
     assert [entry["oracle"] for entry in listed] == [0.8, None, None]
 
@@ -201,7 +202,8 @@ def test_constant_risks_and_unknown_protocol_are_reported(tmp_path: Path) -> Non
     keep = ["model", "cohort", "fold", "case_id", "survival_months", "event"]
     scores = score(table[keep].assign(risk=1.0), bootstrap=20)
     text = write_report([scores], tmp_path).read_text(encoding="utf-8")
-    assert "flat: all risks are equal in folds (5 of made_up)" in text
+    assert "made_up, flat (unknown): no model; within each fold all patients have the same risk." in text
+    assert '<p class="opening">flat is no model of made_up' in text
     assert "do not say how the epoch was chosen" in text
     assert "nan" not in re.sub(r"<[^>]*>", "", text).lower().replace("provenance", "")
 

@@ -184,14 +184,14 @@ def test_the_best_of_a_cohort_and_no_other_is_bold(comparison, papers, language)
 
 
 @pytest.mark.parametrize("language", [0, 1])
-def test_a_cohorts_table_has_pooled_c_null_difference_p_and_cost(comparison, papers, language):
+def test_a_cohorts_table_has_c_within_folds_null_difference_p_and_cost(comparison, papers, language):
     rows = rows_of(papers[language], ("### Cohort a", r"\caption{Cohort a")[language])
     printed_rows = {(row[0], row[1].replace("\\", "")): row[2:] for row in rows}
     tests = comparison.tests.set_index(["cohort", "model"])
-    for (encoder, model), (pooled, null, difference, p, p_holm, cost) in printed_rows.items():
+    for (encoder, model), (within, null, difference, p, p_holm, cost) in printed_rows.items():
         found = cell(comparison, "a", encoder, model)
         scores = found.summary
-        assert pooled == f"{scores.cindex_pooled:.3f} ({scores.cindex_low:.3f} to {scores.cindex_high:.3f})"
+        assert within == f"{scores.cindex_within:.3f} ({scores.within_low:.3f} to {scores.within_high:.3f})"
         assert null == (("–", "--")[language] if np.isnan(found.null) else f"{found.null:.3f}")
         assert cost == "0.5 GPU h, 1 CPU h, 0.2 kWh"
         if found.best:
