@@ -1,4 +1,4 @@
-"""Coverage of the intervals and type-I error of the paired test, over whole cross-validations of a Cox ridge model.
+"""Coverage of the intervals and type-I error of the paired test, over complete cross-validations of a Cox ridge model.
 
     python -m benchmarks.coverage [--quick] [--simulations N] [--case TEXT] [--json FILE]
 

@@ -109,12 +109,12 @@ class CohortConfig(Section):
     slides: Annotated[DataPath | None, Aside("the digest of its content decides")] = None
     """Table that maps slides to cases (`slide_id, case_id`), or a GDC manifest; needed if `table` names no slides."""
     covariates: Annotated[
-        dict[str, CovariateType] | None, Aside("the clinical model is scored beside the network, which never sees them")
+        dict[str, CovariateType] | None, Aside("only the clinical model uses them; the network never sees them")
     ] = None
     """Clinical covariates by column, each `number`, `category`, `ordered` (stage II, G3, low), or a list of its levels,
     lowest first; none: the columns `age`, `sex` (or `is_female`), `stage` and `grade` that the table has."""
     covariates_table: Annotated[
-        DataPath | None, Aside("the clinical model is scored beside the network, which never sees them")
+        DataPath | None, Aside("only the clinical model uses them; the network never sees them")
     ] = None
     """Table of the covariates by `case_id`; none: they are columns of `table`. Its columns `dss` and `dss_months`,
     `pfi` and `pfi_months` give the end points that `table` lacks."""

@@ -1,4 +1,4 @@
-"""Code clinical covariates (age, sex, stage, grade) as numbers for regressions, and read end points beside them.
+"""Code clinical covariates (age, sex, stage, grade) as numbers for regressions, and read other end points.
 
 Nothing is imputed here: what is missing stays NaN, and each regression fills it from its own training patients.
 """

@@ -81,10 +81,10 @@ def _addition(row: Mapping[str, Any]) -> str:
     digits = 2 if abs(value) >= 0.01 else 3
     interval = "" if math.isnan(low) else f" ({short(low, digits)} to {short(high, digits)})"
     adds = "it adds" if low > 0 else "it is not shown to add to"
-    alone = short(float(row["clinical_c"]))
+    without = short(float(row["clinical_c"]))
     if low > 0:
-        return f"{adds} {short(value, digits)}{interval} to {words}, which alone reach {alone}"
-    return f"{adds} {words}, which alone reach {alone} (difference {short(value, digits)}{interval})"
+        return f"{adds} {short(value, digits)}{interval} to {words}, which reach {without} by themselves"
+    return f"{adds} {words}, which reach {without} by themselves (difference {short(value, digits)}{interval})"
 
 
 def covariate_words(names: str) -> str:

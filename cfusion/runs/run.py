@@ -334,7 +334,7 @@ def _provenance(config: Config, code: OwnCode | None, dataset: ShardDataset, fou
 
 
 RECORDED_ASIDE = {
-    "covariates_sha256": "the clinical model is scored beside the network, which never sees them",
+    "covariates_sha256": "only the clinical model uses them; the network never sees them",
     "notes": "they follow from the configuration, which decides",
     "program": "the digest of the code decides, not the version",
     "packages": "they are recorded, and cfusion reproduce names what differs",

@@ -56,7 +56,7 @@ class AddedValue:
         p: P-value of the difference.
         against: C of the risk by itself minus that of the clinical model.
         ratio: Hazard ratio of the risk per standard deviation, adjusted; None for a constant risk.
-        alone: The same without the covariates.
+        unadjusted: The same without the covariates.
         brier: Integrated Brier score of the clinical model.
         brier_difference: That of both minus that of the clinical model; below 0 is better.
         curve: Decision curve of both models; None if no horizon has followed patients and events.
@@ -70,7 +70,7 @@ class AddedValue:
     p: float
     against: Estimate
     ratio: AdjustedRatio | None
-    alone: AdjustedRatio | None
+    unadjusted: AdjustedRatio | None
     brier: float
     brier_difference: Estimate
     curve: DecisionCurve | None
@@ -85,7 +85,7 @@ class AddedValue:
         for name, estimate in named.items():
             found |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
         found |= {"clinical_c_mean": self.clinical_mean, "added_c_p": self.p, "clinical_brier": self.brier}
-        for name, ratio in (("hr_sd_alone", self.alone), ("hr_sd_adjusted", self.ratio)):
+        for name, ratio in (("hr_sd_unadjusted", self.unadjusted), ("hr_sd_adjusted", self.ratio)):
             found |= {
                 name: ratio.ratio if ratio else _NAN, f"{name}_low": ratio.low if ratio else _NAN,
                 f"{name}_high": ratio.high if ratio else _NAN, f"{name}_p": ratio.wald_p if ratio else _NAN,
@@ -179,7 +179,7 @@ class ClinicalModel:
             clinical=_estimate(of_clinical), clinical_mean=self.patients.mean(self.risk), both=_estimate(of_both),
             difference=difference, p=p, against=_difference(of_risk, of_clinical)[0],
             ratio=_ratio(z, self.values, time, event, fold, self.log_likelihood),
-            alone=_ratio(z, self.values[[]], time, event, fold), brier=brier, brier_difference=brier_difference,
+            unadjusted=_ratio(z, self.values[[]], time, event, fold), brier=brier, brier_difference=brier_difference,
             curve=decision_curve(time, event, probabilities, self.months, horizons),
         )  # fmt: skip
 

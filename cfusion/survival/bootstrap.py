@@ -106,7 +106,7 @@ class Resamples:
 def cross_validated_interval(
     value: float, replicates: np.ndarray | None, *, folds: int = 2, bounded: bool = True
 ) -> tuple[float, float]:
-    """Return the 95% interval of a score over a whole cross-validation, for the procedure that trained its models.
+    """Return the 95% interval of a score over a complete cross-validation, for the procedure that trained its models.
 
     The replicates resample patients and keep the trained models; `CROSS_VALIDATION` widens their variance.
 
@@ -130,7 +130,7 @@ def cross_validated_interval(
 
 
 def cross_validated_p(difference: float, replicates: np.ndarray | None, *, folds: int = 2) -> float:
-    """Return the two-sided p-value that a difference over a whole cross-validation is 0; NaN without replicates."""
+    """Return the two-sided p-value that a difference over a complete cross-validation is 0; NaN without replicates."""
     error = _error(difference, replicates, folds)
     if error == 0:
         return 1.0

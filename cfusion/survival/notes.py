@@ -1,4 +1,4 @@
-"""Remarks on scores that a reader must see beside them: doubts about outcomes, risks and intervals."""
+"""Remarks on scores that a reader must see with them: doubts about outcomes, risks and intervals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cfusion.survival.bootstrap import FEW_EVENTS
 from cfusion.survival.predictions import FOLD, UNIT
 
 _DISAGREE = 0.02
-"""Difference between pooled C and C within folds from which a reader is told."""
+"""Difference between pooled C and C within folds from which a note says so."""
 
 
 def score_notes(frame: pd.DataFrame, folds: pd.DataFrame, summary: pd.DataFrame, resampled: bool) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Clinical covariates: what a cell means, what is refused, and end points beside them."""
+"""Clinical covariates: what a cell means, what is refused, and other end points."""
 
 from pathlib import Path
 
@@ -76,8 +76,8 @@ def test_end_points_of_a_cohort(tcga: Path, endpoint: str, events: int, died: in
     assert (len(cohort.cases), cohort.cases["event"].sum()) == (480, events)
     assert cohort.covariates is not None
     assert cohort.covariates.columns.tolist() == ["age", "stage", "grade"]
-    beside = cfusion.load_config("configs/tcga_ucec.yaml", [f"evaluation.endpoint={endpoint}"])
-    assert cfusion.read_cohort(beside.cohort).cases["event"].sum() == events
+    other = cfusion.load_config("configs/tcga_ucec.yaml", [f"evaluation.endpoint={endpoint}"])
+    assert cfusion.read_cohort(other.cohort).cases["event"].sum() == events
     found = [finding for finding in audit(cohort, []).findings if finding.kind == "other_cause"]
     assert len(found) == (died is not None)
     assert all(f"has {died} patients who died" in finding.message for finding in found)

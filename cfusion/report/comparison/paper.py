@@ -128,8 +128,12 @@ def _cohort(grid: ResultGrid, cohort: str, tests: list[dict[str, Any]]) -> Print
         "Cost",
     )
     null_text = " null: the same model on permuted outcomes, mean of folds;" if nulls else ""
-    alone = "" if clinical == "–" else f", what the risk adds to the clinical covariates, which alone reach {clinical}"
-    caption = _COHORT.format(tested=sum(not row["why"] for row in tests), null=null_text, clinical=alone)
+    clinical_words = (
+        ""
+        if clinical == "–"
+        else f", what the risk adds to the clinical covariates, which reach {clinical} by themselves"
+    )
+    caption = _COHORT.format(tested=sum(not row["why"] for row in tests), null=null_text, clinical=clinical_words)
     return Printed(f"Cohort {cohort}", f"{caption} {named(grid.protocol)}", head, tuple(rows))
 
 
