@@ -40,6 +40,7 @@ from cfusion.data.store import FeatureStore
 from cfusion.errors import CfusionError
 from cfusion.files import write_json
 from preprocess.importers import import_features
+from preprocess.overview import read_overview
 from preprocess.readers import choose_reader
 from preprocess.resolution import scale_of
 from preprocess.slides import open_slide
@@ -113,7 +114,7 @@ def try_slide(path: Path) -> str:
         scale_of(slide.slide_id, slide.resolution.mpp, 5, "nominal")
         if max(slide.size_px) > 50 * PX:
             return "refused"
-        slide.overview()
+        read_overview(slide)
         reader = choose_reader(slide, [(0, 0), (256, 0), (0, 256)])
         try:
             found = reader.region(0, 0, 512, 512)

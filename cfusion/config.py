@@ -152,7 +152,8 @@ class DataConfig(Section):
     encoder: str | None = None
     """Encoder that the shards must come from; none: any."""
     magnifications: tuple[float, ...] = (20.0, 10.0, 5.0)
-    """Magnifications to read, finest first. If not set, a model of one magnification takes those of the shards."""
+    """Magnifications to read, finest first; 0: embeddings of entire slides. If not set, a model of one magnification
+    takes those of the shards."""
     unit: Literal["case", "slide"] = "case"
     """`case`: one bag per patient, from all of their slides; `slide`: one bag per slide, a patient's risks averaged."""
     max_tiles: int | None = Field(None, ge=1)

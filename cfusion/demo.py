@@ -15,6 +15,7 @@ from cfusion.report.runs import report_runs
 from cfusion.survival.metrics import concordance
 from launch.sweep.execute import Execution, run_all
 from launch.sweep.plan import PlannedRun, SweepConfig, plan
+from preprocess.encoders.weights import file_name
 from preprocess.extraction import preprocess_slides
 from preprocess.packing import pack_store
 from preprocess.phantom.draw import PHANTOMS, PhantomCohort, PhantomSpec, draw_cohort
@@ -22,11 +23,9 @@ from preprocess.settings import PreprocessConfig
 
 logger = logging.getLogger(__name__)
 
-ENCODER = "stain-texture"
-
 SETTINGS: dict[str, Any] = {
     "model": {"embed_dim": 32, "num_heads": 4},
-    "data": {"encoder": ENCODER, "cache": "ram"},
+    "data": {"cache": "ram"},
     "train": {
         "epochs": 30,
         "patience": 10,
@@ -56,20 +55,21 @@ class DemoResult:
     summary: pd.DataFrame
 
 
-def run_demo(out: Path, *, cases: int, slots: int) -> DemoResult:
+def run_demo(out: Path, *, cases: int, slots: int, encoder: str) -> DemoResult:
     """Run the demo in `out`; safe to re-run after an interruption: finished steps are skipped.
 
     Args:
         out: Folder for all output of the demo.
         cases: Patients per cohort.
         slots: Trainings at the same time.
+        encoder: Encoder of the tiles.
     """
     oracle: dict[str, float] = {}
     for spec in PHANTOMS:
-        cohort = _prepare(dataclasses.replace(spec, patients=cases), out / spec.name, threads=slots)
+        cohort = _prepare(dataclasses.replace(spec, patients=cases), out / spec.name, slots, encoder)
         oracle[spec.name] = _oracle(cohort)
         logger.info("%s: the planted risk itself has C %.3f (the oracle)", spec.name, oracle[spec.name])
-    runs = plan_demo(out)
+    runs = plan_demo(out, encoder)
     run_all(runs, Execution(slots=slots), out)
     page = report_runs(
         [run.config.output for run in runs], out / "report", title="CrossFusion demo on phantom cohorts", oracle=oracle
@@ -77,12 +77,16 @@ def run_demo(out: Path, *, cases: int, slots: int) -> DemoResult:
     return DemoResult(page, pd.read_json(out / "report" / "summary.json"))
 
 
-def plan_demo(out: Path) -> list[PlannedRun]:
+def plan_demo(out: Path, encoder: str) -> list[PlannedRun]:
     """Plan two cohorts × two models × real and permuted outcomes; the models of real outcomes are registered."""
     sweep = SweepConfig(
         name="demo",
         output=out,
-        base={**SETTINGS, "tracking": {"uri": f"sqlite:///{(out / 'mlflow.db').resolve()}"}},
+        base={
+            **SETTINGS,
+            "data": {**SETTINGS["data"], "encoder": file_name(encoder)},
+            "tracking": {"uri": f"sqlite:///{(out / 'mlflow.db').resolve()}"},
+        },
         axes={
             "cohort": {
                 spec.name: {
@@ -107,12 +111,12 @@ def _registered(run: PlannedRun) -> PlannedRun:
     return dataclasses.replace(run, config=run.config.model_copy(update={"tracking": tracking}))
 
 
-def _prepare(spec: PhantomSpec, folder: Path, threads: int) -> PhantomCohort:
+def _prepare(spec: PhantomSpec, folder: Path, threads: int, encoder: str) -> PhantomCohort:
     """Make the slides, features and shards of one cohort; finished ones are kept."""
     cohort = draw_cohort(spec, folder, workers=threads)
-    config = PreprocessConfig(slides=cohort.slides, store=folder / "features", encoders=(ENCODER,), threads=threads)
+    config = PreprocessConfig(slides=cohort.slides, store=folder / "features", encoders=(encoder,), threads=threads)
     preprocess_slides(config, strict=True)
-    pack_store(FeatureStore.open(config.store, ENCODER), folder / "shards")
+    pack_store(FeatureStore.open(config.store, file_name(encoder)), folder / "shards")
     return cohort
 
 

@@ -21,19 +21,23 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+SLIDE = "slide"
+"""Key of embeddings of entire slides, one vector in place of tiles; as a magnification it is 0."""
+
+
 def magnification_name(magnification: float) -> str:
-    """Return the key of a magnification: 20 → `x20`, 2.5 → `x2.5`."""
-    return f"x{magnification:g}"
+    """Return the key of a magnification: 20 → `x20`, 2.5 → `x2.5`, 0 → `slide`."""
+    return f"x{magnification:g}" if magnification else SLIDE
 
 
 def magnification_value(name: str) -> float:
-    """Return the magnification of a key: `x20` → 20.0."""
-    return float(name.removeprefix("x"))
+    """Return the magnification of a key: `x20` → 20.0, `slide` → 0.0."""
+    return 0.0 if name == SLIDE else float(name.removeprefix("x"))
 
 
 def magnification_words(name: str) -> str:
     """Return a key in the usual notation: `x20` → `20x`."""
-    return f"{magnification_value(name):g}x"
+    return name if name == SLIDE else f"{magnification_value(name):g}x"
 
 
 def titled_table(title: str, table: pd.DataFrame, rows: int | None = None) -> str:

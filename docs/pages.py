@@ -223,15 +223,18 @@ def _value(field: FieldInfo) -> str:
 def encoder_reference() -> str:
     """Every encoder known by name, with width, licence and model card."""
     rows = [
-        f"| [`{name}`]({card.source}) | {card.dim} | {card.licence}{', gated' if card.gated else ''} |"
+        f"| [`{name}`]({card.source}) | {card.dim} | {card.licence}{', gated' if card.gated else ''} "
+        f"| {'yes' if card.weights_tried else 'no'} |"
         for name, card in CARDS.items()
     ]
     return "\n".join([
         "# Encoders", "",
         "Names of `cfusion preprocess --encoder`. Each runs as its model card, which the name leads to, says. Besides, "
         "`timm:NAME` and `hf:OWNER/NAME` take anything that timm can build.", "",
-        "| name | width | licence |", "|---|---|---|",
-        f"| `{StainTexture.name}` | {descriptor.DIM} | this program's own: nothing learnt |", *rows, "",
+        "The tests check shapes, parameter counts and the names of the weights of all; weights were tried where the "
+        "table says so.", "",
+        "| name | width | licence | weights tried |", "|---|---|---|---|",
+        f"| `{StainTexture.name}` | {descriptor.DIM} | this program's own: nothing learnt | none |", *rows, "",
     ])  # fmt: skip
 
 

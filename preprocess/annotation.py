@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 NAME_ENDINGS = ("", *SLIDE_SUFFIXES)
 """A mask has the name of its slide, with or without the suffix of the slide."""
 
+SHEET_SUFFIXES = (".geojson", ".png", ".jpg")
+"""Suffixes of what `write_sheets` writes for a slide."""
+
 MASK_SUFFIXES = (".geojson", ".json", ".png", ".tif", ".tiff")
 """Suffixes of user masks, in order of preference."""
 

@@ -12,8 +12,9 @@ from openslide.deepzoom import DeepZoomGenerator
 from PIL import Image
 
 from cfusion.errors import DataError
+from preprocess.overview import Overview, read_overview
 from preprocess.resample import area_average
-from preprocess.slides import Overview, Slide
+from preprocess.slides import Slide
 
 TILE_PX = 254
 """Side of a tile without its overlap; with it, inner tiles are 256 px."""
@@ -71,7 +72,7 @@ class DeepZoom:
         """Read the complete slide to build the overview of a slide without a pyramid. Takes minutes."""
         with self._lock:
             if self._overview is None:
-                self._overview = self.slide.overview(self._overview_step * self.slide.resolution.mpp)
+                self._overview = read_overview(self.slide, self._overview_step * self.slide.resolution.mpp)
             return self._overview
 
     def tile(self, level: int, column: int, row: int) -> Image.Image:
@@ -127,7 +128,7 @@ class DeepZoom:
         """
         step = max(1.0, max(self.slide.size_px) / longest_px)
         small = self._area(step) <= DIRECT_PX**2 or step < self._overview_step
-        overview = self.slide.overview(step * self.slide.resolution.mpp) if small else self._held_overview()
+        overview = read_overview(self.slide, step * self.slide.resolution.mpp) if small else self._held_overview()
         picture = Image.fromarray(overview.rgb)
         picture.thumbnail((longest_px, longest_px), Image.Resampling.BOX)
         return picture

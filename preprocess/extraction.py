@@ -26,9 +26,10 @@ from preprocess.outcome import ALREADY, SlideOutcome, Summary, store_is_lost, wr
 from preprocess.pipeline import Pipeline, Work
 from preprocess.resolution import read_mpp_table, scale_of
 from preprocess.settings import PreprocessConfig
+from preprocess.slide_files import find_slides, same_name, slide_id_of
 from preprocess.slide_headers import other_dicom_class
 from preprocess.slide_plan import SlidePlan, plan_slide
-from preprocess.slides import Slide, find_slides, open_slide, same_name, slide_id_of
+from preprocess.slides import Slide, open_slide
 from preprocess.tissue import METHOD
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def configuration_digest(config: PreprocessConfig, encoder: Encoder) -> str:
     return digest_json({
         "encoder": encoder.name, "identity": encoder.identity, "magnifications": config.magnifications,
         "resolution": config.resolution, "resample": config.resample, "min_tissue": config.min_tissue,
-        "tissue": METHOD, "grid": GRID_VERSION,
+        "min_piece_um2": config.min_piece_um2, "tissue": METHOD, "grid": GRID_VERSION,
     })  # fmt: skip
 
 
@@ -122,7 +123,7 @@ def _settings(config: PreprocessConfig) -> dict[str, Any]:
     """Return the settings that features depend on, as stored in a slide's attributes."""
     return {
         "magnifications": list(config.magnifications), "resolution": config.resolution, "resample": config.resample,
-        "min_tissue": config.min_tissue, "grid_version": GRID_VERSION,
+        "min_tissue": config.min_tissue, "min_piece_um2": config.min_piece_um2, "grid_version": GRID_VERSION,
     }  # fmt: skip
 
 
@@ -288,7 +289,8 @@ class _Run:
         resolution, tiles = plan.slide.resolution, sum(len(t) for t in grid.tiles.values())
         self.outcomes[work.path] = SlideOutcome(
             plan.slide.slide_id, "done", why, tiles, time.monotonic() - work.start, resolution.mpp, resolution.source,
-            plan.reader.name, str(work.path), plan.scale.taken_as, plan.tissue, "; ".join(self._warnings(plan)),
+            plan.reader.name, str(work.path), plan.scale.taken_as, plan.tissue_from,
+            round(plan.tissue.tissue_percent, 2), round(plan.tissue.ink_percent, 2), "; ".join(self._warnings(plan)),
         )  # fmt: skip
         self._show(1)
 
@@ -299,6 +301,7 @@ class _Run:
             found.append("the resolution is --default-mpp")
         if self.config.masks is not None and not plan.mask_digest:
             found.append("no mask file")
+        found += plan.tissue.warnings
         return found
 
     def _attrs(self, work: Work, encoder: Encoder) -> dict[str, Any]:
@@ -309,7 +312,7 @@ class _Run:
             "config_digest": self.digests[encoder.name], "program_version": cfusion.__version__,
             "reader": plan.reader.name,
             "tile_px_level0": {n: grid.scale * grid.cell_px / grid.factor(n) for n in grid.names},
-            "tissue": plan.tissue, "mask_digest": plan.mask_digest, **_settings(self.config),
+            "tissue": plan.tissue_from, "mask_digest": plan.mask_digest, **_settings(self.config),
             "coords_space": LEVEL_0, "coords_from": "extracted from the slide", **asdict(_OpenedNow.of(slide)),
             "unreadable_cells": [[int(v) for v in grid.cells[number]] for number in sorted(work.bad_cells)],
         }  # fmt: skip

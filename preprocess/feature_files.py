@@ -100,6 +100,43 @@ def read_tensor(path: Path) -> np.ndarray:
     return tensor.detach().float().numpy()
 
 
+def read_array(path: Path) -> np.ndarray:
+    """Read an array from a `.npy` file, or from a `.npz` file its only one or that named `features`.
+
+    Raises:
+        LayoutError: The file is unreadable, contains pickled objects, or has several arrays, none named `features`.
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            names = loaded.files
+            name = "features" if "features" in names else names[0] if len(names) == 1 else None
+            if name is not None:
+                return np.asarray(loaded[name])
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - damaged archives end in errors of many kinds
+        raise LayoutError(
+            f"{path}: cannot be read ({said(error)}).", "Expected an array of numbers, saved without pickle."
+        ) from None
+    raise LayoutError(f"{path}: has the arrays {', '.join(names)}, none named features.", "Save it with features=….")
+
+
+def read_matrix(path: Path) -> np.ndarray:
+    """Read features [N, d] as f32 from a `.npy` or `.npz` file.
+
+    Raises:
+        LayoutError: As `read_array`, or the array is not [N, d] of floats.
+    """
+    values = read_array(path)
+    values = values[0] if values.ndim == 3 and values.shape[0] == 1 else values
+    if values.ndim != 2 or values.dtype.kind != "f":
+        raise LayoutError(f"{path}: contains {values.dtype} {list(values.shape)}, expected floats [N, d].")
+    return values.astype(np.float32)
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """Open an HDF5 file for reading.

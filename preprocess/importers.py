@@ -1,38 +1,58 @@
 """Import features that other programs extracted.
 
-Supported layouts: the published CrossFusion program, CLAM, TRIDENT, STAMP. `alignment` reports what a layout's
-coordinates allow. Where they allow no alignment, none is invented. What contradicts itself is refused, and the message
-names both sides and the option that decides.
+Supported layouts: the published CrossFusion program, CLAM, TRIDENT, STAMP, and slide encoders. `alignment` reports
+what a layout's coordinates allow. Where they allow no alignment, none is invented. What contradicts itself is refused,
+and the message names both sides and the option that decides.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from scipy.spatial import KDTree
 
 import cfusion
 from cfusion.console import progress
 from cfusion.data.encoder_names import encoder_name
 from cfusion.data.store import FeatureStore, array_digest, write_slide
-from cfusion.data.tile_places import LEVEL_0, TILE_PX, check_on_slide
+from cfusion.data.tile_places import LEVEL_0, check_on_slide
 from cfusion.errors import CfusionError, ConfigError, LayoutError, MissingExtraError, StoreError
-from cfusion.types import SlideFeatures, magnification_name, magnification_value
-from preprocess.feature_files import Level, said
-from preprocess.layouts import FEATURE_SUFFIXES, LAYOUTS, FeatureFile, Found, SourceFolder, slide_name
+from cfusion.types import SlideFeatures, magnification_name
+from preprocess.feature_files import said
+from preprocess.import_levels import as_f16, geometry_attrs, linked, read_levels, to_pixels
+from preprocess.layouts import (
+    FEATURE_SUFFIXES,
+    FeatureFile,
+    Found,
+    SourceFolder,
+    find_clam,
+    find_published,
+    find_stamp,
+    find_trident,
+    slide_name,
+)  # fmt: skip
 from preprocess.outcome import SlideOutcome, store_is_lost, write_summary
 from preprocess.resolution import read_mpp_table
-from preprocess.slides import SlideGeometry, find_slides, same_name, slide_id_of
+from preprocess.slide_embeddings import FOLDER, find_slide_embeddings
+from preprocess.slide_files import find_slides, same_name, slide_id_of
+from preprocess.slides import SlideGeometry
 
 logger = logging.getLogger(__name__)
 
-LOST_IN_F16 = 0.01
-"""Largest relative error of features stored as f16."""
+LAYOUTS: dict[str, Callable[[SourceFolder], Found]] = {
+    "published": find_published,
+    "trident": find_trident,
+    "clam": find_clam,
+    "stamp": find_stamp,
+    "slide": find_slide_embeddings,
+}
+"""Finders by layout."""
+
+BESIDES = "slide"
+"""Layout that `auto` takes only if no other fits: embeddings of slides lie next to those of their tiles."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +119,7 @@ def import_features(
     Args:
         source: Folder that the other program wrote.
         store: Feature store.
-        layout: published, clam, trident, stamp, or auto.
+        layout: published, clam, trident, stamp, slide, or auto.
         encoder: Encoder to import: its name, or `FOUND=NAME` to store the features of FOUND under NAME. Required if
             the files name none or several.
         options: Everything else that the user says.
@@ -137,6 +157,8 @@ def _find_layout(folder: SourceFolder, layout: str) -> tuple[str, Found]:
         raise ConfigError(f"layout {layout!r} is unknown.", f"Known: auto, {', '.join(LAYOUTS)}.")
     found = {name: LAYOUTS[name](folder) for name in ([layout] if layout != "auto" else LAYOUTS)}
     fits = {name: f for name, f in found.items() if f.files}
+    if len(fits) > 1:
+        fits.pop(BESIDES, None)
     if len(fits) != 1:
         matches = f"fits the layouts {', '.join(fits)}" if fits else f"has no features of {', '.join(found)}"
         raise LayoutError(
@@ -264,6 +286,8 @@ class _Import:
                 why = f"features of {encoders[path]}; --encoder {encoders[path]} imports them"
                 if encoders[path] is None:
                     why = "names no encoder; --encoder NAME imports it"
+            elif path.parent.name.startswith(FOLDER):
+                why = "embedding of a slide; --from slide imports it"
             elif self.options.only:
                 why = "not chosen by --only, or no features of the layout"
             else:
@@ -313,144 +337,23 @@ class _Import:
         )
 
     def _assemble(self, slide_id: str, files: Sequence[FeatureFile]) -> SlideFeatures:
-        levels = _read_levels(slide_id, files)
+        levels = read_levels(slide_id, files)
         geometry = self.slides.geometry(slide_id) if self.slides else None
         self._matched += geometry is not None
         if self.slides and geometry is None:
             logger.warning("slide %s: %s has no slide of this name", slide_id, self.options.slides)
         attrs = {
             "encoder": self.encoder, "imported_from": self.layout, "alignment": self.alignment,
-            "program_version": cfusion.__version__, **_geometry_attrs(slide_id, levels, geometry),
+            "program_version": cfusion.__version__, **geometry_attrs(slide_id, levels, geometry),
         }  # fmt: skip
-        levels, space = _to_pixels(slide_id, levels, geometry)
-        levels, parents = _linked(slide_id, levels)
+        levels, space = to_pixels(slide_id, levels, geometry)
+        levels, parents = linked(slide_id, levels)
         coords = {n: level.coords.astype(np.int32) for n, level in levels.items() if level.coords is not None}
         if coords:
             attrs |= space
         attrs["tile_px_level0"] = {n: level.side_px for n, level in levels.items() if level.side_px is not None}
-        features = {name: _as_f16(slide_id, name, level.features) for name, level in levels.items()}
+        features = {name: as_f16(slide_id, name, level.features) for name, level in levels.items()}
         slide = SlideFeatures(slide_id, features, coords, parents, attrs)
         if geometry is not None and coords and space["coords_space"] == LEVEL_0:
             check_on_slide(slide, geometry.size_px)
         return slide
-
-
-def _read_levels(slide_id: str, files: Sequence[FeatureFile]) -> dict[str, Level]:
-    """Read a slide's files, finest magnification first."""
-    by_name: dict[str, FeatureFile] = {}
-    for file in files:
-        if not file.magnification:
-            raise LayoutError(
-                f"{file.paths[0]}: does not state its magnification.", "Give --magnification, such as 20."
-            )
-        if file.magnification in by_name:
-            raise LayoutError(
-                f"{by_name[file.magnification].paths[0]} and {file.paths[0]} are both slide {slide_id} at "
-                f"{file.magnification}.",
-                "Choose one with --only FOLDER, or rename one.",
-            )
-        by_name[file.magnification] = file
-    levels = {n: by_name[n].read() for n in sorted(by_name, key=magnification_value, reverse=True)}
-    widths = {level.features.shape[1] for level in levels.values() if len(level.features)}
-    if not widths:
-        raise LayoutError(f"slide {slide_id}: has no tiles.")
-    if len(widths) > 1:
-        raise LayoutError(
-            f"slide {slide_id}: its magnifications have embeddings of different widths: {sorted(widths)}."
-        )
-    return levels
-
-
-def _geometry_attrs(slide_id: str, levels: Mapping[str, Level], geometry: SlideGeometry | None) -> dict[str, Any]:
-    """Return what is known of the slide, from the files or from the slide itself."""
-    sizes = {level.size_px for level in levels.values() if level.size_px is not None}
-    if len(sizes) > 1:
-        raise LayoutError(f"slide {slide_id}: its files are of slides of different sizes: {sorted(sizes)}.")
-    size = next(iter(sizes), None)
-    if geometry is None:
-        return {} if size is None else {"slide_size_px": list(size)}
-    if size is not None and size != geometry.size_px:
-        raise LayoutError(
-            f"slide {slide_id}: its files are of a slide of {size[0]} × {size[1]} px, but {geometry.path} has "
-            f"{geometry.size_px[0]} × {geometry.size_px[1]} px.",
-            "Give the slides that the features were made from with --slides.",
-        )
-    attrs: dict[str, Any] = {"slide_size_px": list(geometry.size_px), "slide_digest": geometry.quickhash}
-    if geometry.resolution is not None:
-        attrs |= {"mpp": geometry.resolution.mpp, "mpp_source": geometry.resolution.source}
-    return attrs
-
-
-def _to_pixels(
-    slide_id: str, levels: Mapping[str, Level], geometry: SlideGeometry | None
-) -> tuple[dict[str, Level], dict[str, Any]]:
-    """Convert coordinates in µm to px: of level 0 if the slide's resolution is known, or else of the tiles."""
-    with_coords = [level for level in levels.values() if level.coords is not None]
-    known_from = "; ".join(dict.fromkeys(level.coords_from for level in with_coords))
-    in_um = {level.um_px for level in with_coords if level.um_px is not None}
-    if not in_um:
-        return dict(levels), {"coords_space": LEVEL_0, "coords_from": known_from}
-    if geometry is not None:
-        mpp = geometry.known_resolution().mpp
-        px = dict.fromkeys(levels, mpp)
-        space: dict[str, Any] = {"coords_space": LEVEL_0, "coords_from": f"{known_from}; the slide has {mpp:g} µm/px"}
-    elif len(in_um) == 1:
-        px = {name: next(iter(in_um)) for name in levels}
-        space = {"coords_space": TILE_PX, "coords_um_px": next(iter(in_um)), "coords_from": known_from}
-    else:
-        raise LayoutError(
-            f"slide {slide_id}: its magnifications have coordinates in different units, of {sorted(in_um)} µm.",
-            "Give the folder of the slides with --slides.",
-        )
-    scaled = {}
-    for name, level in levels.items():
-        assert level.coords is not None
-        assert level.um_px is not None
-        assert level.side_px is not None
-        coords = np.rint(level.coords / px[name]).astype(np.int64)
-        scaled[name] = replace(level, coords=coords, side_px=level.side_px * (level.um_px / px[name]))
-    return scaled, space
-
-
-def _linked(slide_id: str, levels: Mapping[str, Level]) -> tuple[dict[str, Level], dict[str, np.ndarray]]:
-    """Link tiles to their parents; tiles without one are dropped."""
-    levels, names, parents = dict(levels), list(levels), {}
-    # From the coarsest down, so that a tile is linked only to a parent that is itself kept.
-    for coarse, fine in zip(names[::-1], names[-2::-1], strict=False):
-        if levels[fine].coords is None or levels[coarse].coords is None:
-            continue
-        parent = find_parents(levels[fine], levels[coarse])
-        keep = parent >= 0
-        if not keep.any():
-            raise LayoutError(f"slide {slide_id}: no tile of {fine} lies in a tile of {coarse}.")
-        if not keep.all():
-            logger.info("slide %s: %d tiles of %s have no parent", slide_id, int((~keep).sum()), fine)
-        levels[fine] = levels[fine].subset(keep)
-        parents[fine] = parent[keep].astype(np.int32)
-    return levels, parents
-
-
-def _as_f16(slide_id: str, name: str, values: np.ndarray) -> np.ndarray:
-    """Convert features to f16, which is refused if it changes them."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        halves = values.astype(np.float16)
-        size = float(np.sqrt(np.mean(values.astype(np.float64) ** 2)))
-        change = float(np.sqrt(np.mean((halves.astype(np.float64) - values) ** 2)))
-    if np.isfinite(halves).all() and change > LOST_IN_F16 * size:
-        raise LayoutError(
-            f"slide {slide_id}, {name}: its features are of the size {size:.2g}, too small for f16.",
-            "Scale them and save them again.",
-        )
-    return halves
-
-
-def find_parents(fine: Level, coarse: Level) -> np.ndarray:
-    """Return, for each tile, the row of the coarser tile that contains its centre, i64 [N]; −1 if none does.
-
-    Where coarser tiles overlap, the one whose centre is nearest wins.
-    """
-    if fine.coords is None or coarse.coords is None or fine.side_px is None or coarse.side_px is None:
-        raise LayoutError("tiles without coordinates or size have no parents.")
-    centres = fine.coords + fine.side_px / 2
-    distance, row = KDTree(coarse.coords + coarse.side_px / 2).query(centres, p=np.inf)
-    return np.where(distance <= coarse.side_px / 2, row, -1)

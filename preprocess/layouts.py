@@ -15,7 +15,17 @@ import numpy as np
 from cfusion.data.encoder_names import encoder_name
 from cfusion.errors import DataError, LayoutError
 from cfusion.types import magnification_name
-from preprocess.feature_files import Level, dataset, number, number_if_given, opened, placed_level, read_tensor, text
+from preprocess.feature_files import (
+    Level,
+    dataset,
+    number,
+    number_if_given,
+    opened,
+    placed_level,
+    read_matrix,
+    read_tensor,
+    text,
+)
 from preprocess.names import files_below, plain_name
 
 MAGNIFICATION_FOLDER = re.compile(r"x(5|10|20|40|2\.5|1\.25)")
@@ -88,13 +98,16 @@ class SourceFolder:
 
 
 def find_published(source: SourceFolder) -> Found:
-    """`{pt_dir}/{backbone}/x{5,10,20}/pt_files/{slide}.pt`: f32 [N, d], no coordinates."""
+    """`{pt_dir}/{backbone}/x{5,10,20}/pt_files/{slide}.pt`: f32 [N, d], no coordinates.
+
+    The same with `.npy` or `.npz` files, also in folders `npy_files` or `npz_files`.
+    """
     found = Found()
-    for path in source.files(".pt"):
+    for path in source.files(".pt", ".npy", ".npz"):
         magnification = path.absolute().parent.parent
         # CLAM's tensors lie in folders of the same name, next to its patches.
         if (
-            path.parent.name == "pt_files"
+            path.parent.name in ("pt_files", "npy_files", "npz_files")
             and MAGNIFICATION_FOLDER.fullmatch(magnification.name)
             and not (magnification / "patches").is_dir()
         ):
@@ -229,7 +242,7 @@ def slide_name(path: Path) -> str:
 
 
 def _plain(path: Path) -> Level:
-    values = read_tensor(path)
+    values = read_tensor(path) if path.suffix == ".pt" else read_matrix(path)
     if not len(values):
         raise LayoutError(f"{path}: has no tiles.")
     return Level(values)
@@ -347,12 +360,3 @@ def _stamp_sides(file: Any, path: Path) -> tuple[float, float, float]:
             f"Expected STAMP's attributes, or tiles {HISTORIC_STAMP_STRIDE} apart, as its first version wrote.",
         )
     return STAMP_UM, float(HISTORIC_STAMP_STRIDE), STAMP_UM / HISTORIC_STAMP_STRIDE
-
-
-LAYOUTS: dict[str, Callable[[SourceFolder], Found]] = {
-    "published": find_published,
-    "trident": find_trident,
-    "clam": find_clam,
-    "stamp": find_stamp,
-}
-"""Finders by layout."""

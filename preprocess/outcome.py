@@ -40,6 +40,8 @@ class SlideOutcome:
         mpp_source: Source of that number.
         taken_as: What `nominal` takes the slide as, such as `40x`; `exact` if it uses the true resolution.
         mask: Source of the tissue: a mask's file, or `automatic`.
+        tissue_percent: Share of the scanned area that is tissue.
+        ink_percent: Share of the scanned area that is ink of pens, with its margin; 0 with a user's mask.
         warnings: What was assumed or is suspicious.
         reader: Reader of its pixels.
         path: The slide's file.
@@ -56,6 +58,8 @@ class SlideOutcome:
     path: str = ""
     taken_as: str = ""
     mask: str = ""
+    tissue_percent: float | None = None
+    ink_percent: float | None = None
     warnings: str = ""
 
 

@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 
 
 LOCK_NAME = ".packing.lock"
-_OWN = re.compile(r"shard-\d{6}\.(tar|part\.json)|\.(shard-\d{6}\.(tar|part\.json)|index\.json)\.\w+\.tmp")
+OWN_FILE = re.compile(r"shard-\d{6}\.(tar|part\.json)|\.(shard-\d{6}\.(tar|part\.json)|index\.json)\.\w+\.tmp")
+"""Names of the files that packing writes, and of its temporaries."""
 
 
 class FeatureSource(Protocol):
@@ -114,7 +115,7 @@ def pack_store(
     out = Path(out_dir)
     plan = _plan(store, dtype, seed, target_bytes)
     out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
+    with locked(out):
         finished = _finished(out, plan, store)
         if finished is not None:
             _sweep(out, {shard.name for shard in finished.shards})
@@ -125,7 +126,7 @@ def pack_store(
 
 
 @contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Keep other processes from packing into a folder."""
     with contextlib.ExitStack() as stack:
         try:
@@ -233,7 +234,7 @@ def _resume(out: Path, plan: _Plan, store: FeatureSource) -> list[_Part]:
 
 def _sweep(out: Path, kept: set[str]) -> None:
     """Remove the leftovers of another or an interrupted packing."""
-    stale = [p for p in out.iterdir() if p.name not in kept and _OWN.fullmatch(p.name)]
+    stale = [p for p in out.iterdir() if p.name not in kept and OWN_FILE.fullmatch(p.name)]
     for path in stale:
         path.unlink()
     if stale:

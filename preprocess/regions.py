@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from cfusion.errors import DataError
+from preprocess.overview import read_overview
 from preprocess.slides import Slide, open_slide
 
 
@@ -35,7 +36,7 @@ class SlidePictures:
     def overview(self, side_px: int) -> UInt8[np.ndarray, "y x 3"]:
         """Return the entire slide, its longer side at most `side_px`."""
         step = max(1.0, max(self.size_px) / side_px)
-        return self._slide.overview(step * self._slide.resolution.mpp).rgb
+        return read_overview(self._slide, step * self._slide.resolution.mpp).rgb
 
     def region(self, x_px: int, y_px: int, side_px: int, out_px: int) -> UInt8[np.ndarray, "out out 3"]:
         """Return a square of level 0 at `out_px` × `out_px`, on the background colour if it cannot be read."""

@@ -10,6 +10,9 @@ from pydantic import Field
 from cfusion.config import Section
 from cfusion.machine_limits import usable_cores
 
+MIN_PIECE_UM2 = 20_000.0
+"""A little more than one 20x tile, so that a needle biopsy fragment stays."""
+
 
 class PreprocessConfig(Section):
     """Settings for extracting slides into a feature store."""
@@ -32,6 +35,8 @@ class PreprocessConfig(Section):
     """Filter of the coarser magnifications."""
     min_tissue: float = Field(0.25, gt=0, le=1)
     """Minimum share of a finest tile's area that must be tissue."""
+    min_piece_um2: float = Field(MIN_PIECE_UM2, ge=0)
+    """Area of the smallest piece of tissue in µm²; smaller ones are dirt, or clusters of cells in cytology."""
     masks: Path | None = None
     """Folder of tissue masks (`SLIDE_ID.png`) or GeoJSON (`SLIDE_ID.geojson`, level-0 px); they override the method."""
     sheets: bool = True

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 WHOLE_SLIDE_CLASS = "1.2.840.10008.5.1.4.1.1.77.1.6"
 """DICOM's class of whole-slide images; reports and annotations have others."""
@@ -35,6 +38,12 @@ CLASSIC, BIG = TiffForm("I", "H", 4), TiffForm("Q", "Q", 8)
 
 TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 """Bytes of a value of each TIFF type."""
+
+INTEGER_TYPES = frozenset({1, 3, 4, 13, 16, 18})
+"""TIFF types of unsigned integers; sizes in other types are refused by libtiff."""
+
+BYTE_COUNTS = frozenset({279, 325})
+"""TIFF tags with the bytes of each strip or tile."""
 
 MAX_DIRECTORIES, MAX_TAGS = 1000, 1000
 """Where a search of damaged directories ends."""
@@ -127,34 +136,68 @@ def _length(data: bytes, at: int) -> tuple[int, int]:
 
 def tiff_is_cut_short(path: Path) -> bool:
     """Return whether a TIFF file's directories, or what they point to, lie past the end of the file."""
+    size = path.stat().st_size
+    return any(tags is None or any(tag.end > size for tag in tags) for tags in _directories(path))
+
+
+def impossible_tile(path: Path) -> str:
+    """Return what is wrong with the size of a tile of a TIFF file: more bytes than the file has; empty if nothing."""
+    size = path.stat().st_size
+    for number, tags in enumerate(_directories(path)):
+        for tag in tags or ():
+            if tag.name not in BYTE_COUNTS or tag.kind not in INTEGER_TYPES:
+                continue
+            data = _bytes_at(path, tag.at, max(0, min(tag.end, size) - tag.at))
+            width = TYPE_BYTES[tag.kind]
+            counts = np.frombuffer(data[: len(data) // width * width], f"{tag.order}u{width}")
+            if len(counts) and counts.max() > size:
+                return f"a tile of image {number} has {counts.max()} bytes, but the file has {size}"
+    return ""
+
+
+class _Tag(NamedTuple):
+    """A tag of a TIFF directory, and where its values begin and end in the file."""
+
+    name: int
+    kind: int
+    at: int
+    end: int
+    order: str
+
+
+def _directories(path: Path) -> Iterator[list[_Tag] | None]:
+    """Read the tags of each directory of a TIFF file; None, and no more, for one that is not in the file."""
     head = _bytes_at(path, 0, 16)
     order = {b"II": "<", b"MM": ">"}.get(head[:2])
     version = struct.unpack(f"{order}H", head[2:4])[0] if order and len(head) == 16 else 0
-    if version not in (42, 43):
-        return False
+    if order is None or version not in (42, 43):
+        return
     form = BIG if version == 43 else CLASSIC
     (at,) = struct.unpack_from(f"{order}{form.pointer}", head, form.first)
     for _ in range(MAX_DIRECTORIES):
         if at == 0:
-            return False
-        following = _next_directory(path, at, order or "<", form)
-        if following is None:
-            return True
-        at = following
-    return False
+            return
+        tags, at = _directory(path, at, order, form)
+        yield tags
+        if tags is None:
+            return
 
 
-def _next_directory(path: Path, at: int, order: str, form: TiffForm) -> int | None:
-    """Return where the directory after the one at `at` lies; None if this one, or a value of it, is not in the file."""
+def _directory(path: Path, at: int, order: str, form: TiffForm) -> tuple[list[_Tag] | None, int]:
+    """Return the tags of the directory at `at`, None if it is not in the file, and where the next one is."""
     entry, pointer, counted = (struct.Struct(order + f) for f in (f"HH{form.pointer * 2}", form.pointer, form.tags))
-    size, head = path.stat().st_size, _bytes_at(path, at, counted.size)
-    if at >= size or len(head) < counted.size:
-        return None
-    count = counted.unpack(head)[0]
-    tags = _bytes_at(path, at + counted.size, min(count, MAX_TAGS) * entry.size)
-    for _, kind, number, value in entry.iter_unpack(tags[: len(tags) // entry.size * entry.size]):
+    head = _bytes_at(path, at, counted.size)
+    if len(head) < counted.size:
+        return None, 0
+    count, first = counted.unpack(head)[0], at + counted.size
+    data = _bytes_at(path, first, min(count, MAX_TAGS) * entry.size)
+    after = _bytes_at(path, first + count * entry.size, pointer.size)
+    if len(after) < pointer.size:
+        return None, 0
+    tags = []
+    for i, (name, kind, number, value) in enumerate(entry.iter_unpack(data[: len(data) // entry.size * entry.size])):
         length = number * TYPE_BYTES.get(kind, 0)
-        if length > pointer.size and value + length > size:
-            return None
-    after = _bytes_at(path, at + counted.size + count * entry.size, pointer.size)
-    return int(pointer.unpack(after)[0]) if len(after) == pointer.size else None
+        # Short values stand in the entry itself, where the pointer would be.
+        where = value if length > pointer.size else first + (i + 1) * entry.size - pointer.size
+        tags.append(_Tag(name, kind, where, where + length, order))
+    return tags, int(pointer.unpack(after)[0])

@@ -17,12 +17,13 @@ from cfusion.errors import DataError, SlideError
 from cfusion.files import digest_file
 from preprocess.annotation import find_mask, read_mask, write_sheets
 from preprocess.grid import TileGrid, make_grid
+from preprocess.overview import read_overview
 from preprocess.readers import Reader, choose_reader
 from preprocess.resample import area_tiles, bicubic_tiles
 from preprocess.resolution import SlideScale, scale_of
 from preprocess.settings import PreprocessConfig
 from preprocess.slides import Slide, open_slide
-from preprocess.tissue import METHOD, tissue_mask
+from preprocess.tissue import METHOD, Tissue, find_tissue
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class SlidePlan:
         grid: Its tiles.
         reader: Reader of its pixels.
         resample: Filter of the coarser magnifications.
-        tissue: Source of the tissue: the name of the method, or of the user's mask.
+        tissue: The tissue, the ink and what is unusual about them.
+        tissue_from: Source of the tissue: the name of the method, or of the user's mask.
         mask_digest: SHA-256 of the user's mask; empty if there is none.
         scale: How the slide's resolution was used.
         cell_rows: For each cell, per magnification name, the rows of its tiles.
@@ -63,7 +65,8 @@ class SlidePlan:
     grid: TileGrid
     reader: Reader
     resample: Literal["area", "bicubic"]
-    tissue: str
+    tissue: Tissue
+    tissue_from: str
     mask_digest: str
     scale: SlideScale
     cell_rows: list[dict[str, np.ndarray]] = field(repr=False)
@@ -152,19 +155,20 @@ def plan_slide(path: Path, config: PreprocessConfig, mpp_table: Mapping[str, flo
     slide = open_slide(path, mpp_table, config.default_mpp)
     try:
         scale = scale_of(slide.slide_id, slide.resolution.mpp, config.magnifications[0], config.resolution)
-        overview = slide.overview()
+        overview = read_overview(slide)
         own = find_mask(config.masks, slide.slide_id)
         if own is None:
-            mask = tissue_mask(overview, overview.px_level0[0] * slide.resolution.mpp)
+            tissue = find_tissue(overview, overview.px_level0[0] * slide.resolution.mpp, config.min_piece_um2)
         else:
             mask = read_mask(own, overview.rgb.shape[:2], overview.px_level0) & overview.scanned
-        grid = make_grid(mask, slide.size_px, scale.factor, config.magnifications, config.min_tissue)
+            tissue = Tissue(mask, np.zeros_like(mask), overview.scanned)
+        grid = make_grid(tissue.mask, slide.size_px, scale.factor, config.magnifications, config.min_tissue)
         if not len(grid.cells):
             raise DataError(
                 f"{path}: no tissue was found.", "Look at the slide; --masks accepts your own mask.", topic="tissue"
             )
         if config.sheets:
-            write_sheets(config.store / "sheets", slide.slide_id, overview, mask, grid)
+            write_sheets(config.store / "sheets", slide.slide_id, overview, tissue.mask, grid)
         reader = choose_reader(slide, [(int(x), int(y)) for x, y in grid.coords(grid.names[0])])
     except OSError as error:
         slide.close()
@@ -172,8 +176,8 @@ def plan_slide(path: Path, config: PreprocessConfig, mpp_table: Mapping[str, flo
     except BaseException:
         slide.close()
         raise
-    tissue, digest = (METHOD, "") if own is None else (own.name, digest_file(own))
-    return SlidePlan(slide, grid, reader, config.resample, tissue, digest, scale, rows_by_cell(grid))
+    source, digest = (METHOD, "") if own is None else (own.name, digest_file(own))
+    return SlidePlan(slide, grid, reader, config.resample, tissue, source, digest, scale, rows_by_cell(grid))
 
 
 def rows_by_cell(grid: TileGrid) -> list[dict[str, np.ndarray]]:

@@ -1,120 +1,151 @@
-"""Tissue detection: a mask of a slide's overview, found by colour."""
+"""Tissue detection: a mask of a slide's overview, found by colour relative to the slide's own glass."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
+from preprocess.ink import grey_deviation, pen_mask
+from preprocess.settings import MIN_PIECE_UM2
 from preprocess.slides import Overview
 
-METHOD = "saturation-otsu-2"
+METHOD = "glass-relative-3"
 """Name and version of the method, for the provenance of its results."""
 
-SATURATION_BOUNDS = (0.035, 0.10)
-"""Limits of Otsu's threshold on HSV saturation: glass lies below, the palest stroma to keep lies above."""
+SATURATION_BOUNDS = (0.015, 0.10)
+"""Limits of the threshold on HSV saturation: glass lies below, the palest stroma to keep lies above."""
 
-MIN_TISSUE_UM2 = 20_000.0
-"""Smaller pieces are dirt. The limit is a little more than one 20x tile, so a needle biopsy fragment stays."""
+SATURATION_NOISE = 0.008
+"""Saturation of glass that is noise; it keeps the logarithm of saturation from spreading the glass."""
+
+MOTTLED = 1.0
+"""Deviation of grey values, of 255, within 3 × 3 px above which an area is no glass."""
+
+PALE_AREA = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (9, 9))
+"""Smallest area of pale tissue next to a strong stain, in px: more than the blurred rim of the strong stain."""
+
+SMOOTHING_PX = 1.2
+"""Standard deviation of the filter against noise."""
 
 MAX_HOLE_UM2 = 60_000.0
 """Smaller holes are lumina and fat, and count as tissue."""
 
-MIN_INK_UM2 = 10_000.0
-"""Smaller specks of an ink's colour are pigment or dirt."""
+DARKEST_GLASS, MAX_TINT, MAX_YELLOW = 165, 30, 70
+"""Glass is at least this bright in every channel, and tinted by at most so much; yellowed mounting medium by more."""
 
-PEN_MARGIN_UM = 48.0
-"""Margin around ink that is dropped with it: its rim is blurred and pale."""
-
-INKS = {
-    "green": ((35, 105), 70, 25, (0, 255)),
-    "blue": ((100, 119), 140, 60, (0, 255)),
-    "red": ((174, 184), 175, 120, (60, 255)),
-    "black": ((0, 179), 0, 0, (0, 60)),
-}
-"""Inks as (hue, sure saturation, possible saturation, value), in OpenCV's units: hue in 2°, the others of 255.
-
-H&E lies between violet and pink (hue 125 to 175); blood is redder than eosin but paler than ink. A hue beyond 179
-wraps.
-"""
+INK_WARNING = 0.25
+"""Share of what is not glass from which ink is reported: a stain may have been taken for it."""
 
 
-def tissue_mask(overview: Overview, um_px: float) -> np.ndarray:
+@dataclass(frozen=True)
+class Tissue:
+    """Tissue of a slide.
+
+    Attributes:
+        mask: bool [h, w]. True where no level of the slide can be read: there the cells are listed as unreadable.
+        ink: Ink of pens, with its margin, bool [h, w].
+        scanned: Where the slide has pixels, bool [h, w].
+        warnings: What is unusual and may have been misread.
+    """
+
+    mask: np.ndarray
+    ink: np.ndarray
+    scanned: np.ndarray
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def tissue_percent(self) -> float:
+        """Share of the scanned area that is tissue, in percent."""
+        return 100 * float(self.mask.sum() / max(1, self.scanned.sum()))
+
+    @property
+    def ink_percent(self) -> float:
+        """Share of the scanned area that is ink, in percent."""
+        return 100 * float(self.ink.sum() / max(1, self.scanned.sum()))
+
+
+def find_tissue(overview: Overview, um_px: float, min_piece_um2: float = MIN_PIECE_UM2) -> Tissue:
     """Find the tissue in an overview.
 
-    The glass is made white, ink is left out, and Otsu's threshold splits the HSV saturation of the rest. Limits on
-    the threshold avoid splitting a slide that is all tissue or all glass.
+    The glass is made white, and ink is left out. The rest is split by its HSV saturation, see `_stained`. Limits on the
+    threshold avoid splitting a slide that is all tissue or all glass.
 
     Args:
         overview: Picture of the slide.
         um_px: µm per pixel of the overview.
-
-    Returns:
-        bool [h, w]. True where no level of the slide can be read: there the cells are listed as unreadable.
+        min_piece_um2: Area of the smallest piece of tissue, in µm².
     """
     readable = overview.scanned & ~overview.lost
     if not readable.any():
-        return overview.lost.copy()
-    picture = _on_white_glass(overview.rgb, readable)
-    ink = pen_mask(picture, um_px)
+        return Tissue(overview.lost.copy(), np.zeros_like(readable), overview.scanned)
+    glass = _glass(overview.rgb, readable)
+    picture = overview.rgb if glass is None else np.clip(overview.rgb * (255 / glass), 0, 255).astype(np.uint8)
+    ink = pen_mask(picture, um_px) & readable
     saturation = _saturation(picture)
     valid = readable & ~ink
-    threshold = float(np.clip(_otsu(saturation[valid]), *SATURATION_BOUNDS))
-    mask = (saturation > threshold) & valid
+    mask = _stained(picture, saturation, valid)
     mask = ndimage.binary_closing(np.pad(mask, 2), iterations=2)[2:-2, 2:-2] & valid
-    mask = _without_small(mask, MIN_TISSUE_UM2 / um_px**2)
+    mask = _without_small(mask, min_piece_um2 / um_px**2)
     mask |= _small_holes(mask, MAX_HOLE_UM2 / um_px**2)
-    return mask & overview.scanned & ~ink | overview.lost
+    mask = mask & overview.scanned & ~ink | overview.lost
+    return Tissue(mask, ink, overview.scanned, tuple(_warnings(glass, mask, ink)))
 
 
-def pen_mask(rgb: np.ndarray, um_px: float) -> np.ndarray:
-    """Find ink in a picture of a slide, with a margin; bool [h, w].
-
-    Ink is certain where its colour is strong, and extends as far as its hue continues without a break.
-    """
-    hue, saturation, value = cv2.split(cv2.cvtColor(cv2.GaussianBlur(rgb, (3, 3), 0), cv2.COLOR_RGB2HSV))
-    ink = np.zeros(hue.shape, bool)
-    for (low, high), sure, possible, (darkest, lightest) in INKS.values():
-        fits = (hue >= low) & (hue <= high) | (hue.astype(np.int16) + 180 <= high)
-        fits &= (value >= darkest) & (value <= lightest)
-        ink |= _reached(fits & (saturation >= sure), fits & (saturation >= possible))
-    ink &= ~_black_stain(ink, value, saturation)
-    ink = _without_small(ink, MIN_INK_UM2 / um_px**2)
-    return ndimage.binary_dilation(ink, iterations=max(1, round(PEN_MARGIN_UM / um_px)))
+def tissue_mask(overview: Overview, um_px: float) -> np.ndarray:
+    """Return the mask of `find_tissue`, bool [h, w]."""
+    return find_tissue(overview, um_px).mask
 
 
-def _black_stain(ink: np.ndarray, value: np.ndarray, saturation: np.ndarray) -> np.ndarray:
-    """Find dark pixels that keep a colour: dense nuclei and folds, not black ink."""
-    return ink & (value <= INKS["black"][3][1]) & (saturation > 110)
+def _warnings(glass: np.ndarray | None, mask: np.ndarray, ink: np.ndarray) -> list[str]:
+    found = []
+    if glass is None:
+        found.append("no glass was found")
+    elif np.ptp(glass) > MAX_TINT:
+        found.append(f"the glass is tinted (RGB {', '.join(f'{v:.0f}' for v in glass)})")
+    share = ink.sum() / max(1, (mask | ink).sum())
+    if share > INK_WARNING:
+        found.append(f"{share:.0%} of what is not glass was taken for ink of a pen")
+    return found
 
 
-def _reached(seeds: np.ndarray, region: np.ndarray) -> np.ndarray:
-    labels, count = ndimage.label(region, np.ones((3, 3)))
-    hit = np.zeros(count + 1, bool)
-    hit[labels[seeds]] = True
-    hit[0] = False
-    return hit[labels]
-
-
-def _on_white_glass(rgb: np.ndarray, readable: np.ndarray) -> np.ndarray:
-    """Make the glass white, if there is any: the brightest twentieth, if that is near white."""
-    bright = rgb[readable].max(axis=1) if readable.any() else np.zeros(1)
-    glass = np.median(rgb[readable][bright >= np.percentile(bright, 95)], axis=0).astype(np.float32)
-    if glass.min() < 180 or glass.max() - glass.min() > 30:
-        return rgb
-    return np.clip(rgb * (255 / glass), 0, 255).astype(np.uint8)
+def _glass(rgb: np.ndarray, readable: np.ndarray) -> np.ndarray | None:
+    """Return the colour of the glass, f32 [3]: the brightest twentieth, if that is near white or yellowed."""
+    # Smoothed, because the brightest of noisy pixels have a tint of their noise.
+    smooth = cv2.GaussianBlur(rgb, (0, 0), SMOOTHING_PX)[readable].astype(np.float32)
+    bright = smooth.mean(axis=1)
+    glass = np.median(smooth[bright >= np.percentile(bright, 95)], axis=0)
+    red, green, blue = (float(v) for v in glass)
+    # Eosin and haematoxylin take more green than blue; only yellowed glass takes more blue.
+    yellow = red >= green >= blue and red - green <= MAX_TINT
+    if glass.min() < DARKEST_GLASS or np.ptp(glass) > (MAX_YELLOW if yellow else MAX_TINT):
+        return None
+    return glass
 
 
 def _saturation(rgb: np.ndarray) -> np.ndarray:
     """Compute the HSV saturation, 0 to 1, of the smoothed picture; dark areas are damped, being only noise."""
-    smooth = cv2.GaussianBlur(rgb, (0, 0), 1.2).astype(np.float32)
+    smooth = cv2.GaussianBlur(rgb, (0, 0), SMOOTHING_PX).astype(np.float32)
     high, low = smooth.max(axis=2), smooth.min(axis=2)
     return (high - low) / (high + 8)
 
 
-def _otsu(values: np.ndarray) -> float:
-    return float(threshold_otsu(values)) if values.size and values.min() < values.max() else 1.0
+def _stained(picture: np.ndarray, saturation: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Find the stained pixels, bool [h, w]: by Otsu's threshold on the logarithm of saturation, and pale areas.
+
+    On a logarithmic scale a pale stain is as far from glass as a strong one is from it. Where a slide has both, the
+    threshold lies between the two stains; what is pale but mottled over an area is tissue, too.
+    """
+    logarithm = np.log(saturation[valid] + SATURATION_NOISE)
+    spread = logarithm.size and logarithm.min() < logarithm.max()
+    threshold = np.exp(threshold_otsu(logarithm)) - SATURATION_NOISE if spread else 1.0
+    mask: np.ndarray = (saturation > np.clip(threshold, *SATURATION_BOUNDS)) & valid
+    mottled = cv2.GaussianBlur(grey_deviation(picture), (0, 0), 2) > MOTTLED
+    pale = mottled & (saturation > SATURATION_BOUNDS[0]) & valid & ~mask
+    return mask | (cv2.morphologyEx(pale.astype(np.uint8), cv2.MORPH_OPEN, PALE_AREA) > 0)
 
 
 def _small_holes(mask: np.ndarray, area_px: float) -> np.ndarray:

@@ -21,7 +21,7 @@ from cfusion.training.runtime import Runtime
 from preprocess.annotation import find_mask
 from preprocess.extraction import preprocess_slides
 from preprocess.settings import PreprocessConfig
-from preprocess.slides import find_slides, same_name, slide_id_of
+from preprocess.slide_files import find_slides, same_name, slide_id_of
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cfusion.cli.completion import encoders
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
@@ -20,20 +22,23 @@ def demo(
     slots: Annotated[
         int | None, typer.Option(help="Trainings at the same time; default: one per core, at most 4.")
     ] = None,
+    encoder: Annotated[
+        str, typer.Option(help="Encoder of the tiles; efficientnet-lite0 is a trained one.", autocompletion=encoders)
+    ] = "stain-texture",
 ) -> None:
     """Draw two phantom cohorts as real slides and run every step, up to the report.
 
     Slides → tissue → tiles at 20x, 10x and 5x → embeddings → zarr store → WebDataset shards → CrossFusion and a
-    baseline over 5 folds under the strict protocol, with real and with permuted outcomes → report. The embeddings
-    come from an untrained stain and texture descriptor, so that nothing needs to be downloaded. Safe to re-run after
-    an interruption: finished steps are skipped, and the numbers are the same.
+    baseline over 5 folds under the strict protocol, with real and with permuted outcomes → report. By default
+    the embeddings come from an untrained stain and texture descriptor, so that nothing needs to be downloaded. Safe
+    to re-run after an interruption: finished steps are skipped, and the numbers are the same.
 
       cfusion demo --out runs/demo
     """
     from cfusion.demo import run_demo
     from cfusion.machine_limits import usable_cores
 
-    result = run_demo(out, cases=cases, slots=slots or min(4, usable_cores()))
+    result = run_demo(out, cases=cases, slots=slots or min(4, usable_cores()), encoder=encoder)
     columns = ["cohort", "model", "protocol", "cindex_within", "within_low", "within_high", "oracle", "permuted"]
     typer.echo(result.summary[columns].to_string(index=False, float_format="{:.3f}".format))
     typer.echo(f"report: {result.page}")

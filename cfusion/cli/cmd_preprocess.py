@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from cfusion.cli import cmd_shard as shard
+from cfusion.cli import cmd_store as store_changes
 from cfusion.cli.completion import encoders
 from cfusion.cli.options import (
     TASK_OPTIONS,
@@ -55,6 +56,7 @@ app = typer.Typer(
     help="Slides to embeddings at 20x, 10x and 5x. `cfusion preprocess SLIDES` is short for `… run SLIDES`.",
 )
 shard.register(app)
+store_changes.register(app)
 
 
 @app.command()
@@ -75,6 +77,9 @@ def run(
     masks: Annotated[Path | None, typer.Option(help="Folder of tissue masks (.png) or .geojson; they win.")] = None,
     resample: Annotated[str, typer.Option(help="area, or bicubic as PIL's default.")] = "area",
     min_tissue: Annotated[float, typer.Option(help="Share of a finest tile that must be tissue.")] = 0.25,
+    min_piece: Annotated[
+        float, typer.Option(help="Area of the smallest piece of tissue, in µm²; lower it for cytology.")
+    ] = 20_000,
     sheets: Annotated[bool, typer.Option(help="Write masks, contours and sheets to look at.")] = True,
     batch_size: Annotated[int, typer.Option(help="Tiles an encoder takes at once.")] = 64,
     weights: Annotated[
@@ -124,6 +129,7 @@ def run(
         "slides": slides, "store": store, "encoders": tuple(encoder or ["stain-texture"]), "masks": masks,
         "magnifications": _numbers(magnifications), "resolution": resolution, "default_mpp": default_mpp,
         "mpp_table": mpp_table, "resample": resample, "min_tissue": min_tissue, "sheets": sheets, "weights": weights,
+        "min_piece_um2": min_piece,
         "offline": offline, "batch_size": batch_size, "precision": precision, "devices": tuple(device or ()),
         **({} if threads is None else {"threads": threads}),
     }  # fmt: skip
@@ -217,7 +223,7 @@ def derive(
 def import_(
     source: Annotated[Path, typer.Argument(help="Folder of features that another program made.")],
     store: Annotated[Path, typer.Option(help="Feature store to write.")] = Path("features"),
-    layout: Annotated[str, typer.Option("--from", help="auto, published, clam, trident or stamp.")] = "auto",
+    layout: Annotated[str, typer.Option("--from", help="auto, published, clam, trident, stamp or slide.")] = "auto",
     encoder: Annotated[
         str | None,
         typer.Option(help="The encoder to import, or its name where the files state none; FOUND=NAME renames it."),
@@ -235,7 +241,7 @@ def import_(
     default_mpp: Annotated[float | None, typer.Option(help="µm/px of --slides whose files do not state it.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace features that the store has.")] = False,
 ) -> None:
-    """Import features made by the published program, CLAM, TRIDENT or STAMP.
+    """Import features made by the published program, CLAM, TRIDENT or STAMP, or by slide encoders.
 
     cfusion preprocess import clam/ --store features --from clam --encoder uni
     """

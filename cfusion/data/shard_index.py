@@ -22,6 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from cfusion.errors import ShardsError
 from cfusion.files import digest_json, write_text
+from cfusion.types import SLIDE
 
 INDEX_NAME = "index.json"
 META = "meta.json"
@@ -131,7 +132,7 @@ class Sample(_Entry):
         return {
             name.removesuffix(".npy"): member.shape[0]
             for name, member in self.members.items()
-            if re.fullmatch(r"x[0-9.]+\.npy", name)
+            if re.fullmatch(rf"(x[0-9.]+|{SLIDE})\.npy", name)
         }
 
 

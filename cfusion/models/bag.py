@@ -145,10 +145,13 @@ def check_magnifications(magnifications: Sequence[float], source: float | None =
     """Check that a model can be built for these magnifications.
 
     Raises:
-        ConfigError: The list is empty, one is not positive or repeated, or `source` is not among them.
+        ConfigError: The list is empty, one is negative or repeated, or `source` is not among them.
     """
     shown = ", ".join(f"{m:g}" for m in magnifications)
-    if not magnifications or min(magnifications) <= 0 or len(set(magnifications)) < len(magnifications):
-        raise ConfigError(f"magnifications=[{shown}]: expected one or more different, positive numbers.")
+    if not magnifications or min(magnifications) < 0 or len(set(magnifications)) < len(magnifications):
+        raise ConfigError(
+            f"magnifications=[{shown}]: expected one or more different, positive numbers, or 0 for embeddings of "
+            "entire slides."
+        )
     if source is not None and source not in magnifications:
         raise ConfigError(f"model.source={source:g} is not among the magnifications [{shown}].")

@@ -20,6 +20,7 @@ from cfusion.files import atomic_path, check_format, read_json, write_json
 from cfusion.models import MODELS, build_model
 from cfusion.run_folder import CARD, WEIGHTS
 from cfusion.survival.bins import TimeBins
+from cfusion.types import magnification_name, magnification_words
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class FittedModel:
 
     def __repr__(self) -> str:
         card = self.card
-        names = ", ".join(f"{m:g}x" for m in card.magnifications)
+        names = ", ".join(magnification_words(magnification_name(m)) for m in card.magnifications)
         return f"FittedModel({card.model['name']} of {card.cohort}, fold {card.fold}: reads {card.encoder} at {names})"
 
     @property

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from cfusion.errors import DataError
 from preprocess.deepzoom import DeepZoom
-from preprocess.slides import find_slides, open_slide, slide_id_of
+from preprocess.slide_files import find_slides, slide_id_of
+from preprocess.slides import open_slide
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,14 @@ from torch.nn import functional as F
 from cfusion.errors import ConfigError, DataError, MissingExtraError, WeightsError
 from cfusion.files import digest_file
 from preprocess.encoders.cards import CARDS, EncoderCard
-from preprocess.encoders.weights import fetch_weights, file_name, find_weights, read_weights, to_network_names
+from preprocess.encoders.weights import (
+    fetch_weights,
+    file_name,
+    find_weights,
+    fitted_positions,
+    read_weights,
+    to_network_names,
+)
 from preprocess.settings import PreprocessConfig
 
 HUB = "https://huggingface.co"
@@ -100,6 +107,33 @@ class AttentionPooled(nn.Module):
         tokens = self.ln_k(self.trunk.forward_features(pixels))
         query = self.ln_q(self.query).expand(len(tokens), -1, -1)
         return self.ln_out(self.attn(query, tokens, tokens, need_weights=False)[0])[:, 0]
+
+
+class Projected(nn.Module):
+    """A network with a head, whose output has unit length (KEEP, Zhou et al. 2024)."""
+
+    def __init__(self, visual: Any, dim: int) -> None:
+        super().__init__()
+        self.visual = visual
+        self.visual_head = nn.Sequential(nn.Linear(visual.num_features, dim), nn.GELU(), nn.Linear(dim, dim))
+
+    def forward(self, pixels: Float[Tensor, "tile 3 y x"]) -> Float[Tensor, "tile dim"]:
+        """Return the embeddings that KEEP compares with texts."""
+        return F.normalize(self.visual_head(self.visual(pixels)), dim=-1)
+
+
+class ChannelWise(nn.Module):
+    """A network of one channel, which sees each colour alone; the embeddings are concatenated (GenBio-PathFM)."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, pixels: Float[Tensor, "tile 3 y x"]) -> Float[Tensor, "tile dim"]:
+        """Return the embeddings of red, green and blue, one after the other."""
+        tiles, channels, height, width = pixels.shape
+        out: Tensor = self.encoder(pixels.reshape(tiles * channels, 1, height, width))
+        return out.reshape(tiles, -1)
 
 
 def load_network(name: str, config: PreprocessConfig, device: str) -> NetworkEncoder:
@@ -202,7 +236,11 @@ def build_network(card: EncoderCard) -> nn.Module:
         options["mlp_layer"] = getattr(timm.layers, options["mlp_layer"])
         options["act_layer"] = getattr(nn, options["act_layer"])
     network = timm.create_model(card.architecture, pretrained=False, **options)
-    return AttentionPooled(network, card.dim) if card.pool == "attention" else network
+    if card.pool == "attention":
+        return AttentionPooled(network, card.dim)
+    if card.pool == "projected":
+        return Projected(network, card.dim)
+    return ChannelWise(network) if card.pool == "channels" else network
 
 
 def load_weights(network: nn.Module, card: EncoderCard, path: Path) -> None:
@@ -211,8 +249,10 @@ def load_weights(network: nn.Module, card: EncoderCard, path: Path) -> None:
     Raises:
         WeightsError: The file is unreadable, lacks weights, or their shapes differ.
     """
-    weights = to_network_names(read_weights(path), card.layout)
     own = network.state_dict()
+    weights = to_network_names(read_weights(path), card.layout)
+    if "pos_embed" in own and "pos_embed" in weights and card.layout == "dinov2":
+        weights["pos_embed"] = fitted_positions(weights["pos_embed"], own["pos_embed"].shape[1], card.prefix_tokens)
     missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
     wrong = [key for key in own if key in weights and own[key].shape != weights[key].shape]
     if missing or wrong:

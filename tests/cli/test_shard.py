@@ -72,3 +72,41 @@ def test_a_missing_store_is_refused(tmp_path):
     result = call("shard", tmp_path / "nowhere", "--out", tmp_path / "shards")
     assert isinstance(result.exception, DataError)
     assert not (tmp_path / "shards").exists()
+
+
+def test_patients_are_removed_once_it_is_confirmed(tmp_path):
+    store, shards = tmp_path / "store", tmp_path / "shards"
+    for name in ("TCGA-AA-0001-01Z", "TCGA-AA-0001-02Z", "TCGA-AA-0002-01Z"):
+        write_slide(store, make_slide(name))
+    call("shard", store, "--out", shards)
+    result = call("remove", store, shards, "--patient", "TCGA-AA-0001")
+    assert result.exit_code == 0
+    assert "2 slides would be removed; --apply removes them" in result.output
+    assert f"rewrite {shards}/shard-000000.tar" in result.output
+    assert len(list((store / "made-up").iterdir())) == 3
+    result = call("remove", store, shards, "--patient", "TCGA-AA-0001", "--apply")
+    assert "2 slides removed" in result.output
+    assert [p.name for p in (store / "made-up").iterdir()] == ["TCGA-AA-0002-01Z.zarr"]
+    assert ShardDataset.open(shards).slide_ids == ("TCGA-AA-0002-01Z",)
+
+
+def test_patients_of_a_table_are_removed_and_those_without_slides_refused(store, tmp_path):
+    table = tmp_path / "clinical.csv"
+    table.write_text("patient,slide,time,event\np1,s0,3,1\np1,s1,3,1\np2,s2,4,0\np3,s9,5,1\n")
+    result = call("remove", store, "--patient", "p1", "--table", table, "--apply")
+    assert "2 slides removed" in result.output, result.exception
+    assert call("remove", store, "--patient", "p3", "--table", table).exception.exit_code == ConfigError.exit_code
+    assert "no slide of this patient" in str(call("remove", store, "--patient", "p4").exception)
+    assert "no --patient" in str(call("remove", store, "--slide", "s2", "--table", table).exception)
+    assert "Give --slide or --patient" in call("remove", store).exception.remedy
+    assert isinstance(call("remove", store, "--slide", "s2", "--slide", "s7").exception, PartialResultError)
+
+
+def test_stores_are_merged_once_it_is_confirmed(store, tmp_path):
+    write_slide(tmp_path / "other", make_slide("new"))
+    assert "1 groups would be copied; --apply" in call("merge", tmp_path / "other", store).output
+    assert "1 groups copied, 0 are there already" in call("merge", tmp_path / "other", store, "--apply").output
+    result = call("merge", tmp_path / "other", store, "--apply")
+    assert "0 groups copied, 1 are there already, 0 refused" in result.output
+    write_slide(tmp_path / "other", make_slide("s0", seed=77))
+    assert isinstance(call("merge", tmp_path / "other", store, "--apply").exception, PartialResultError)

@@ -421,7 +421,7 @@ def test_an_ordinary_tiff_under_another_name_is_read_through_openslide(slides: P
     assert summary.outcomes[-1].reader == "openslide"
 
 
-@pytest.mark.parametrize("where", ["preprocess.slide_plan.tissue_mask", "preprocess.slide_plan.choose_reader"])
+@pytest.mark.parametrize("where", ["preprocess.slide_plan.find_tissue", "preprocess.slide_plan.choose_reader"])
 def test_an_error_of_a_library_fails_one_slide(slides: Path, tmp_path: Path, monkeypatch, where: str):
     module, name = where.rsplit(".", 1)
     original = getattr(sys.modules[module], name)

@@ -22,13 +22,16 @@ from preprocess.settings import PreprocessConfig
 PUBLISHED_WIDTHS = {
     "resnet50": 1024, "resnet50-2048": 2048, "uni": 1024, "uni2-h": 1536, "conch": 512, "conch-v1.5": 768,
     "quiltnet": 512, "prov-gigapath": 1536, "virchow": 2560, "virchow2": 2560, "h-optimus-0": 1536,
-    "h-optimus-1": 1536, "phikon-v2": 1024, "hibou-b": 768, "hibou-l": 1024,
+    "h-optimus-1": 1536, "phikon-v2": 1024, "hibou-b": 768, "hibou-l": 1024, "h0-mini": 768, "midnight": 3072,
+    "genbio-pathfm": 4608, "musk": 1024, "keep": 768, "gpfm": 1024, "efficientnet-lite0": 1280,
 }  # fmt: skip
 """Widths as the model cards print them."""
 
 PUBLISHED_MILLIONS = {
     "uni": 303, "uni2-h": 681, "prov-gigapath": 1135, "virchow": 631, "virchow2": 631, "h-optimus-0": 1135,
     "phikon-v2": 303, "hibou-b": 86, "hibou-l": 303, "conch": 88,
+    "h0-mini": 86, "midnight": 1136, "genbio-pathfm": 1134, "musk": 303, "keep": 305,
+    "gpfm": 304, "efficientnet-lite0": 3.37,
 }  # fmt: skip
 """Parameters as the model cards or papers print them, in millions; of CONCH the image tower without its captioner."""
 
@@ -51,7 +54,10 @@ def on_meta(name: str) -> NetworkEncoder:
 def test_every_listed_encoder_is_known():
     assert set(encoder_names()) == {"stain-texture", *PUBLISHED_WIDTHS}
     assert {name: card.dim for name, card in CARDS.items()} == PUBLISHED_WIDTHS
-    assert all(card.source.startswith("https://huggingface.co/") and card.licence for card in CARDS.values())
+    assert all(
+        card.source.startswith(("https://huggingface.co/", "https://pypi.org/")) and card.licence
+        for card in CARDS.values()
+    )
 
 
 @pytest.mark.parametrize("name", PUBLISHED_WIDTHS)
@@ -75,6 +81,9 @@ PUBLISHED_COLOURS = {
     "h-optimus-1": ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)),
     "hibou-b": ((0.7068, 0.5755, 0.7220), (0.1950, 0.2316, 0.1816)),
     "hibou-l": ((0.7068, 0.5755, 0.7220), (0.1950, 0.2316, 0.1816)),
+    "h0-mini": ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)),
+    "genbio-pathfm": ((0.697, 0.575, 0.728), (0.188, 0.240, 0.187)),
+    **dict.fromkeys(["midnight", "musk", "efficientnet-lite0"], ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))),
 }
 """Means and deviations as the cards or their code have them; CONCH's code sets CLIP's. The others have ImageNet's."""
 

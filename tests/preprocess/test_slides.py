@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from slide_factory import GLASS, break_tile, drop_tile, tissue_picture, write_slide
 
 from cfusion.errors import DataError
+from preprocess.overview import read_overview
 from preprocess.resolution import Resolution, read_mpp_table, resolve, scale_of
-from preprocess.slide_headers import SERIES, dicom_tags, other_dicom_class, tiff_is_cut_short
-from preprocess.slides import find_slides, open_slide, same_name, slide_id_of
+from preprocess.slide_files import find_slides, same_name, slide_id_of
+from preprocess.slide_headers import SERIES, dicom_tags, impossible_tile, other_dicom_class, tiff_is_cut_short
+from preprocess.slides import open_slide
 from preprocess.tissue import tissue_mask
 
 OME = (
@@ -195,7 +197,7 @@ def test_overview_lies_where_the_slide_lies(tmp_path: Path, size: tuple[int, int
     x, y = size[0] * 9 // 10, size[1] // 2
     picture[y - 64 : y + 64, x - 64 : x + 64] = (120, 20, 120)
     slide = open_slide(write_slide(tmp_path / "a.svs", picture, mpp=0.5, level_sizes=levels))
-    overview = slide.overview(8.0)
+    overview = read_overview(slide, 8.0)
     assert overview.px_level0 == pytest.approx((16, 16), rel=0.02)
     rows, columns = np.nonzero(overview.rgb[..., 1] < 100)
     assert (columns.mean() + 0.5) * overview.px_level0[0] == pytest.approx(x, abs=12)
@@ -237,7 +239,7 @@ def test_a_good_region_survives_the_error_of_another_thread(tmp_path: Path):
 def test_an_unreadable_part_of_the_overview_is_marked(tmp_path: Path):
     path = write_slide(tmp_path / "a.svs", tissue_picture(2048, 2048), level_sizes=((512, 512),))
     break_tile(path, 0, level=1)
-    overview = open_slide(path).overview()
+    overview = read_overview(open_slide(path))
     assert overview.unread.any()
 
 
@@ -246,10 +248,10 @@ def test_level_0_decides_what_the_overview_lacks(tmp_path: Path, fault):
     """The right overview is that of the same slide without a fault."""
     picture = tissue_picture(4096, 4096, share=0.6)
     path = write_slide(tmp_path / "a.svs", picture, level_sizes=((1024, 1024),))
-    intact = open_slide(path).overview()
+    intact = read_overview(open_slide(path))
     for number in (0, 5, 10):
         fault(path, number, level=1)
-    mended = open_slide(path).overview()
+    mended = read_overview(open_slide(path))
     assert mended.scanned.all()
     assert not mended.lost.any()
     right, found = (tissue_mask(o, 8.0) for o in (intact, mended))
@@ -265,7 +267,7 @@ def test_what_no_level_can_decode_is_lost_and_what_none_has_is_not_scanned(tmp_p
         break_tile(path, number)
     for number in (36, 37, 38, 39, 44, 45, 46, 47, 52, 53, 54, 55, 60, 61, 62, 63):
         drop_tile(path, number)
-    overview = open_slide(path).overview()
+    overview = read_overview(open_slide(path))
     height, width = overview.scanned.shape
     assert overview.lost[: height // 2 - 1, : width // 2 - 1].all()
     assert not overview.scanned[height // 2 + 1 :, width // 2 + 1 :].any()
@@ -412,7 +414,26 @@ def test_tiles_of_an_impossible_size_do_not_end_the_process(tmp_path: Path):
     with tifffile.TiffFile(path, mode="r+") as tiff:
         tiff.pages[0].tags["TileWidth"].overwrite(1 << 30, dtype="I")
     with pytest.raises(DataError, match=r"a.svs: the slide is damaged"):
-        open_slide(path).overview()
+        read_overview(open_slide(path))
+
+
+@pytest.mark.parametrize("compression", ["jpeg", "jpeg2000"])
+@pytest.mark.parametrize("change", ["type", "value"])
+def test_a_tile_of_more_bytes_than_the_file_does_not_end_the_process(tmp_path: Path, compression: str, change: str):
+    """A wrong type makes one number of two byte counts."""
+    path = write_slide(tmp_path / "a.svs", tissue_picture(700, 700), compression=compression)
+    assert impossible_tile(path) == ""
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tag = tiff.pages[0].tags["TileByteCounts"]
+        if change == "value":
+            tag.overwrite([2**31 if i == 1 else count for i, count in enumerate(tag.value)], dtype="I")
+        at = tag.offset
+    if change == "type":
+        data = bytearray(path.read_bytes())
+        struct.pack_into("<H", data, at + 2, 16)
+        path.write_bytes(data)
+    with pytest.raises(DataError, match=r"a.svs: the slide is damaged: a tile of image 0 has \d+ bytes, but the file"):
+        open_slide(path)
 
 
 def test_the_dicom_files_of_a_folder_are_one_slide(tmp_path: Path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -13,8 +14,10 @@ from scipy import ndimage
 from cfusion.errors import ConfigError, DataError
 from preprocess.annotation import check_masks, contours_geojson, draw_sheet, find_mask, read_mask
 from preprocess.grid import make_grid
+from preprocess.overview import read_overview
+from preprocess.settings import MIN_PIECE_UM2
 from preprocess.slides import Overview, open_slide
-from preprocess.tissue import MIN_TISSUE_UM2, pen_mask, tissue_mask
+from preprocess.tissue import find_tissue, pen_mask, tissue_mask
 
 UM_PX = 8.0
 GLASS = (242, 241, 243)
@@ -54,7 +57,7 @@ def test_tissue_of_any_stain_on_any_glass(colour, light):
 
 def test_fragments_of_a_needle_biopsy_stay_and_dust_goes():
     rgb = glass()
-    radius = np.sqrt(2 * MIN_TISSUE_UM2 / np.pi) / UM_PX
+    radius = np.sqrt(2 * MIN_PIECE_UM2 / np.pi) / UM_PX
     kept = [disk(rgb, 50, 40 + 60 * i, radius, (205, 130, 180)) for i in range(4)]
     dust = disk(rgb, 150, 150, radius / 4, (120, 60, 120))
     mask = tissue_mask(overview_of(rgb), UM_PX)
@@ -121,7 +124,121 @@ def test_what_was_not_scanned_is_not_tissue_and_what_cannot_be_read_is_left_to_t
 def test_real_slides(shared: Path):
     for name, share in (("cmu_small_region", 0.38), ("tcga-cr-7395-01a-01-ts1", 0.66)):
         slide = open_slide(shared / "slides" / f"{name}.svs", default_mpp=0.25)
-        assert tissue_mask(slide.overview(), UM_PX).mean() == pytest.approx(share, abs=0.05)
+        assert tissue_mask(read_overview(slide), UM_PX).mean() == pytest.approx(share, abs=0.05)
+
+
+EOSIN = (0.07, 0.99, 0.11)
+
+
+def density(rgb: np.ndarray) -> np.ndarray:
+    return -np.log10((rgb.astype(float) + 1) / 256)
+
+
+def coloured(*stains: tuple[np.ndarray, tuple[float, float, float]]) -> np.ndarray:
+    """A picture of amounts [h, w] of stains, each with a direction in optical density."""
+    total = sum(amount[..., None] * np.array(v) / np.linalg.norm(v) for amount, v in stains)
+    return np.clip(256 * 10**-total - 1, 0, 255)
+
+
+@pytest.fixture(scope="module")
+def real_slide(shared: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A real slide at 8 µm/px, and its tissue by optical density."""
+    slide = open_slide(shared / "slides" / "cmu_small_region.svs")
+    rgb = read_overview(slide, UM_PX).rgb
+    slide.close()
+    dense = density(rgb) - density(np.percentile(rgb.reshape(-1, 3), 97, axis=0))
+    return rgb, ndimage.binary_opening(ndimage.binary_closing(ndimage.gaussian_filter(dense.sum(axis=2), 1) > 0.12))
+
+
+def unmixed(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Amounts of haematoxylin and eosin (Ruifrok and Johnston 2001)."""
+    vectors = np.array([[0.65, 0.70, 0.29], EOSIN, (0.27, 0.57, 0.78)])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    amounts = np.clip(density(rgb) @ np.linalg.inv(vectors), 0, None)
+    return amounts[..., 0], amounts[..., 1]
+
+
+def restained(rgb: np.ndarray, stain: str) -> np.ndarray:
+    nuclei, rest = unmixed(rgb)
+    blue, brown, green, red = (0.75, 0.61, 0.25), (0.27, 0.57, 0.78), (0.95, 0.10, 0.40), (0.10, 0.75, 0.45)
+    pictures = {
+        "haematoxylin and eosin": lambda: rgb.astype(float),
+        "blue haematoxylin": lambda: coloured((1.6 * nuclei, blue), (0.5 * rest, EOSIN)),
+        "toluidine blue": lambda: coloured((1.5 * nuclei + 0.6 * rest, (0.80, 0.55, 0.20))),
+        "Masson, green": lambda: coloured((rest, green), (0.6 * nuclei, red)),
+        "Masson, blue": lambda: coloured((rest, (0.85, 0.45, 0.10)), (0.6 * nuclei, red)),
+        "immunohistochemistry": lambda: coloured((0.4 * nuclei, (0.65, 0.70, 0.29)), (rest, brown)),
+        "negative immunohistochemistry": lambda: coloured((nuclei + 0.5 * rest, blue)),
+        "yellowed glass": lambda: 256 * 10 ** -(density(rgb) + density(np.array([235, 228, 200]))),
+    }  # fmt: skip
+    return np.clip(pictures[stain](), 0, 255)
+
+
+STAINS = (
+    "haematoxylin and eosin", "blue haematoxylin", "toluidine blue", "Masson, green", "Masson, blue",
+    "immunohistochemistry", "negative immunohistochemistry", "yellowed glass",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("stain", STAINS)
+def test_tissue_of_a_real_slide_in_other_stains(real_slide, stain: str):
+    rgb, true = real_slide
+    found = find_tissue(overview_of(restained(rgb, stain), noise=0), UM_PX)
+    assert (found.mask & true).sum() / true.sum() > 0.94
+    assert (found.mask & true).sum() / found.mask.sum() > 0.93
+    assert not found.ink.any()
+    assert any("glass is tinted" in warning for warning in found.warnings) == (stain == "yellowed glass")
+
+
+def test_pale_stroma_next_to_a_strong_chromogen_is_tissue():
+    """A photograph of immunohistochemistry, tissue from edge to edge, on glass."""
+    photo = skimage.data.immunohistochemistry()
+    rgb = np.full((2400, 2400, 3), 243, np.uint8)
+    rgb[176:-176, 176:-176] = np.tile(photo, (4, 4, 1))
+    small = np.asarray(Image.fromarray(rgb).resize((150, 150), Image.Resampling.BOX))
+    mask = tissue_mask(overview_of(small.astype(float), noise=0), UM_PX)
+    assert mask[12:-12, 12:-12].mean() > 0.95
+    assert mask[:9].mean() + mask[-9:].mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    "ink", [(30, 120, 60), (40, 60, 160), (200, 30, 50), (30, 30, 35), (110, 40, 150), (235, 60, 150)],
+    ids=["green", "blue", "red", "black", "purple", "pink"],
+)  # fmt: skip
+def test_pen_around_blue_tissue_is_cut_out_and_the_tissue_is_not(real_slide, ink):
+    rgb, true = real_slide
+    picture = restained(rgb, "blue haematoxylin")
+    height, width = true.shape
+    y, x = np.ogrid[:height, :width]
+    distance = np.hypot((y - height / 2) / height, (x - width / 2) / width)
+    ring = (distance > 0.43) & (distance < 0.46)
+    picture[ring] = 0.1 * picture[ring] + 0.9 * np.array(ink)
+    found = find_tissue(overview_of(picture, noise=0), UM_PX)
+    assert (found.mask & ring).sum() < 0.1 * ring.sum()
+    away = true & ~ndimage.binary_dilation(ring, iterations=9)
+    assert (found.mask & away).sum() > 0.94 * away.sum()
+
+
+def test_a_slide_that_is_mostly_ink_says_so():
+    rgb = glass()
+    rgb[20:180, 40:100] = (30, 120, 60)
+    disk(rgb, 100, 220, 30, (205, 130, 180))
+    found = find_tissue(overview_of(rgb), UM_PX)
+    assert any("taken for ink of a pen" in warning for warning in found.warnings)
+    assert found.ink_percent == pytest.approx(100 * found.ink.mean())
+    assert found.tissue_percent == pytest.approx(100 * found.mask.mean())
+
+
+def test_clusters_of_cells_stay_if_smaller_pieces_are_wanted():
+    rgb, rng = glass(400, 400), np.random.default_rng(1)
+    true = np.zeros((400, 400), bool)
+    for _ in range(60):
+        y, x = rng.integers(5, 380, 2)
+        true[y : y + 12, x : x + 12] = True
+    rgb[true] = (150, 90, 160)
+    few, all_of_them = (find_tissue(overview_of(rgb), UM_PX, area).mask for area in (MIN_PIECE_UM2, 3000))
+    assert few[true].mean() < 0.5
+    assert all_of_them[true].mean() > 0.95
 
 
 @settings(deadline=None, max_examples=40)

@@ -44,6 +44,7 @@ from cfusion.view.patient_curve import CohortCurves, patient_panel
 from cfusion.view.served_slides import MAX_OPEN, SlideFolder
 from cfusion.view.server import listen
 from preprocess import deepzoom
+from preprocess.overview import read_overview
 from preprocess.slides import Overview, Slide, open_slide
 
 ASSETS = Path(__file__).parents[2] / "cfusion" / "view" / "assets"
@@ -371,13 +372,13 @@ def test_a_slide_without_a_pyramid_is_read_in_the_background(tmp_path: Path, mon
     write_slide(tmp_path / "flat.svs", tissue_picture(4096, 3072))
     monkeypatch.setattr(deepzoom, "QUICK_PX", 1e6)
     monkeypatch.setattr(deepzoom, "DIRECT_PX", 600)
-    held, overview = threading.Event(), Slide.overview
+    held = threading.Event()
 
-    def slowly(self: Slide, um_px: float) -> Overview:
+    def slowly(slide: Slide, um_px: float) -> Overview:
         assert held.wait(60)
-        return overview(self, um_px)
+        return read_overview(slide, um_px)
 
-    monkeypatch.setattr(Slide, "overview", slowly)
+    monkeypatch.setattr(deepzoom, "read_overview", slowly)
     with running(Viewer(SlideFolder(tmp_path), Explanations(None))) as client:
         key = client.keys()["flat"]
         try:
