@@ -193,12 +193,13 @@ def test_tissue_of_a_real_slide_in_other_stains(real_slide, stain: str):
 def test_pale_stroma_next_to_a_strong_chromogen_is_tissue():
     """A photograph of immunohistochemistry, tissue from edge to edge, on glass."""
     photo = skimage.data.immunohistochemistry()
-    rgb = np.full((2400, 2400, 3), 243, np.uint8)
-    rgb[176:-176, 176:-176] = np.tile(photo, (4, 4, 1))
-    small = np.asarray(Image.fromarray(rgb).resize((150, 150), Image.Resampling.BOX))
+    row = np.hstack([photo, photo[:, ::-1]] * 2)
+    rgb = np.full((2848, 2848, 3), (243, 242, 244), np.uint8)
+    rgb[400:-400, 400:-400] = np.vstack([row, row[::-1]] * 2)
+    small = np.asarray(Image.fromarray(rgb).resize((178, 178), Image.Resampling.BOX))
     mask = tissue_mask(overview_of(small.astype(float), noise=0), UM_PX)
-    assert mask[12:-12, 12:-12].mean() > 0.95
-    assert mask[:9].mean() + mask[-9:].mean() < 0.05
+    assert mask[26:-26, 26:-26].mean() > 0.95
+    assert mask[:20].mean() + mask[-20:].mean() < 0.05
 
 
 @pytest.mark.parametrize(
