@@ -12,9 +12,9 @@ from openslide.deepzoom import DeepZoomGenerator
 from PIL import Image
 
 from cfusion.errors import DataError
-from preprocess.overview import Overview, read_overview
+from preprocess.overview import read_overview
 from preprocess.resample import area_average
-from preprocess.slides import Slide
+from preprocess.slides import Overview, Slide
 
 TILE_PX = 254
 """Side of a tile without its overlap; with it, inner tiles are 256 px."""

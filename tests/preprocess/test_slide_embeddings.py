@@ -123,7 +123,9 @@ def test_mean_mil_learns_from_one_vector_per_slide(tmp_path: Path):
         vector[0] += hazard
         write_slide_h5(tmp_path / f"job/slide_features_titan/s{i}.h5", vector.astype(np.float32))
         time = rng.exponential() * 20 * np.exp(-hazard)
-        rows.append({"patient": f"p{i}", "slide": f"s{i}", "time": round(min(time, 200) + 0.1, 3), "event": int(i % 4 > 0)})
+        rows.append(
+            {"patient": f"p{i}", "slide": f"s{i}", "time": round(min(time, 200) + 0.1, 3), "event": int(i % 4 > 0)}
+        )
     pd.DataFrame(rows).to_csv(tmp_path / "clinical.csv", index=False)
     import_features(tmp_path / "job", tmp_path / "store")
     index = pack_store(FeatureStore.open(tmp_path / "store"), tmp_path / "shards")
