@@ -1,4 +1,4 @@
-"""Ink of pens on a slide, told from stains by shape and evenness as well as by colour.
+"""Ink of pens on a slide, distinguished from stains by shape and evenness as well as by colour.
 
 A blue or green that covers a pen's hues can also be haematoxylin, collagen in Masson's stain or toluidine blue. But ink
 is even and drawn in strokes of one width; a stain follows the tissue, so it is mottled, branched and full of holes.

@@ -99,7 +99,7 @@ def plan_removal(places: Sequence[Path], slide_ids: Iterable[str]) -> Removal:
         tables += [p for p in sorted(place.glob("*.csv")) if _without_rows(p, wanted) is not None]
     if not found and not leftovers:
         raise ConfigError(
-            f"{', '.join(map(str, places))}: none of the slides {', '.join(wanted[:3])} is there.",
+            f"{', '.join(map(str, places))}: does not contain the slides {', '.join(wanted[:3])}.",
             "`cfusion preprocess inspect` lists the slides of a store.",
         )
     unknown = tuple(name for name in wanted if name not in found)

@@ -37,7 +37,7 @@ class EncoderCard:
         pool: `token`: the network's own pooling; `token+mean`: class token concatenated with the mean of the patch
             tokens; `map`: mean of the last feature map; `attention`: one learned query, as in CoCa; `projected`: a
             head after the network's own pooling, of unit length, as in KEEP; `channels`: each colour channel is
-            encoded alone, as in GenBio-PathFM.
+            encoded separately, as in GenBio-PathFM.
         prefix_tokens: Class and register tokens before the patch tokens.
         resize_px: Side to which a tile is resized.
         image_px: Side of the centre crop that the network sees.

@@ -123,7 +123,7 @@ class Projected(nn.Module):
 
 
 class ChannelWise(nn.Module):
-    """A network of one channel, which sees each colour alone; the embeddings are concatenated (GenBio-PathFM)."""
+    """A network of one channel, which sees each colour separately; the embeddings are concatenated (GenBio-PathFM)."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()

@@ -146,7 +146,7 @@ def test_positions_are_stretched_as_by_hugging_face():
     assert fitted_positions(positions, 26, 1) is positions
 
 
-def test_colours_are_seen_alone():
+def test_colours_are_seen_separately():
     class Mean(torch.nn.Module):
         def forward(self, pixels):
             assert pixels.shape[1] == 1
