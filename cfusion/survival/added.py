@@ -154,7 +154,7 @@ class ClinicalModel:
         if len(np.unique(fold)) < 2 or values.columns.empty:
             return None
         patients = FoldedPatients(time, event, fold, draws)
-        months = np.unique([*np.linspace(*np.quantile(time[event], [0.05, 0.9]), 12), *horizons])
+        months = np.unique([*np.linspace(np.quantile(time[event], 0.05), np.quantile(time[event], 0.9), 12), *horizons])
         try:
             risk, survival = _out_of_fold(values, patients, months)
             log_likelihood = cox_log_likelihood(values, time, event, fold)

@@ -97,11 +97,12 @@ def describe(
         draws: Draws of these patients, in their order; None: no intervals.
     """
     time, event, risk, fold = (first[c].to_numpy() for c in ("survival_months", "event", "risk", "fold"))
-    values = None if covariates is None else covariates.reindex(first["case_id"]).reset_index(drop=True)
+    known = pd.DataFrame(index=first["case_id"]) if covariates is None else covariates
+    values = known.reindex(first["case_id"]).reset_index(drop=True)
     columns = {"fold": fold, "patients": 1, "events": event.astype(int)}
     table = pd.DataFrame(columns)
     rule: dict[str, str] = {"patients": "sum", "events": "sum"}
-    for name in () if values is None else values.columns:
+    for name in values.columns:
         table[str(name)] = values[name]
         rule[str(name)] = "mean" if values[name].dropna().isin([0, 1]).all() else "median"
     try:
@@ -125,9 +126,9 @@ def _median(time: np.ndarray, event: np.ndarray) -> float:
     return curve.months[below[0]] if len(below) else _NAN
 
 
-def _subgroups(first: pd.DataFrame, values: pd.DataFrame | None, draws: Resamples | None) -> tuple[Subgroup, ...]:
+def _subgroups(first: pd.DataFrame, values: pd.DataFrame, draws: Resamples | None) -> tuple[Subgroup, ...]:
     members: dict[str, np.ndarray] = {}
-    for name in () if values is None else values.columns:
+    for name in values.columns:
         members |= _split(str(name), values[name].to_numpy(float))
     if "site" in first.columns:
         site = first["site"].astype("string")

@@ -27,7 +27,8 @@ def test_the_page_lists_what_is_set_aside_and_every_module():
 
 def test_the_settings_that_are_set_aside():
     assert set(Config.asides()) == {
-        "cohort.table", "cohort.follow_up", "cohort.slides", "splits.directory", "splits.test_cases", "data.shards",
+        "cohort.table", "cohort.follow_up", "cohort.slides", "cohort.covariates", "cohort.covariates_table",
+        "splits.directory", "splits.test_cases", "data.shards",
         "data.cache", "data.read_threads", "data.buffer_bytes", "data.cache_directory", "data.cache_bytes",
         "train.keep_checkpoints", "train.folds", "evaluation.strict", "tracking", "output",
     }  # fmt: skip
