@@ -109,7 +109,7 @@ def standardised(risk: np.ndarray, fold: np.ndarray) -> np.ndarray:
 
 def is_constant(risk: np.ndarray) -> bool:
     """Return whether risks differ by no more than 32-bit numbers round."""
-    return len(risk) < 2 or bool(risk.std(ddof=1) <= _CONSTANT * max(1.0, abs(float(risk.mean()))))
+    return len(risk) < 2 or bool(risk.std(ddof=1) <= _CONSTANT * float(np.abs(risk).max()))
 
 
 @dataclass(frozen=True, eq=False)

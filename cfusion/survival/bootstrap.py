@@ -15,9 +15,6 @@ from scipy.stats import norm
 
 from cfusion.errors import UndefinedMetricError
 
-TIED_RISK = 1e-8
-"""Risks that differ by at most this are tied and count half, as in scikit-survival."""
-
 CROSS_VALIDATION = 1.5
 """Variance of a cross-validated score, relative to that of its trained models on resampled patients.
 
@@ -99,7 +96,7 @@ class Resamples:
         if risk is None:
             return comparable.astype(np.float32)
         difference = risk[rows, None] - risk[None, members]
-        concordant = (difference > TIED_RISK) + np.float32(0.5) * (np.abs(difference) <= TIED_RISK)
+        concordant = (difference > 0) + np.float32(0.5) * (difference == 0)
         return concordant.astype(np.float32) * comparable
 
 

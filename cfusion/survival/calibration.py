@@ -1,4 +1,8 @@
-"""Calibration of predicted survival: D-calibration, calibration slope, and predicted against observed survival."""
+"""Calibration of predicted survival: its mean, its slope, its curve, and predicted against observed survival.
+
+The slope and D-calibration can both pass where the mean is wrong, so a mean is always given: observed over expected
+events at a horizon, the intercept over the follow-up, and the integrated calibration index (ICI).
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,21 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import chi2
+from sksurv.linear_model import CoxPHSurvivalAnalysis
+from sksurv.util import Surv
 
+from cfusion.errors import UndefinedMetricError
 from cfusion.survival.curves import step_values
 from cfusion.survival.groups import Curve, hazard_ratio, kaplan_meier
 
 _DECILES = 10
+_NORMAL = 1.959964
+_SMALLEST = 1e-7
+
+MOST_CENSORED_FOR_D_CALIBRATION = 0.2
+"""Share of censored patients above which D-calibration is not given. Spreading a censored patient over the tenths makes
+the counts too even: at a nominal level of 5% the test rejects the truth in 3.1% of cohorts with 10% censored, in 1.4%
+with 20%, and in none with 60% (simulated, 300 patients)."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +107,108 @@ def calibration_slope(
     Raises:
         UndefinedMetricError: The predictions are all equal.
     """
-    clipped = np.clip(survival, 1e-7, 1 - 1e-7)
-    fitted = hazard_ratio(time, event, np.log(-np.log(clipped)), fold)
-    margin = 1.959964 * fitted.error
+    fitted = hazard_ratio(time, event, _log_log(survival), fold)
+    margin = _NORMAL * fitted.error
     return fitted.coefficient, fitted.coefficient - margin, fitted.coefficient + margin
+
+
+def _log_log(survival: np.ndarray) -> np.ndarray:
+    """Return the log cumulative hazard."""
+    return np.asarray(np.log(-np.log(np.clip(survival, _SMALLEST, 1 - _SMALLEST))))
+
+
+def observed_over_expected(
+    time: np.ndarray, event: np.ndarray, survival: np.ndarray, months: float
+) -> tuple[float, float, float]:
+    """Return the observed over the expected share of events at a horizon, with 95% interval; < 1: too many expected.
+
+    Observed: one minus Kaplan–Meier survival, with its log-log interval. Expected: the mean predicted probability of
+    the event (McLernon et al., Ann. Intern. Med. 176, 2023).
+
+    Args:
+        time: [case], months.
+        event: [case], true where the event happened.
+        survival: [case], predicted survival at the horizon.
+        months: The horizon.
+
+    Raises:
+        UndefinedMetricError: No event happened by the horizon, or none is expected.
+    """
+    expected = float(1 - survival.mean())
+    if not (event & (time <= months)).any() or not expected > 0:
+        raise UndefinedMetricError(f"observed/expected: no event is observed or expected by {months:g} months.")
+    curve = kaplan_meier(time, event)
+    values = (curve.survival, curve.high, curve.low)
+    observed, low, high = (1 - float(step_values(curve.months, v, months, before=1.0)) for v in values)
+    return observed / expected, low / expected, high / expected
+
+
+def calibration_intercept(event: np.ndarray, cumulative_hazard: np.ndarray) -> tuple[float, float, float]:
+    """Return the log of observed over expected events during the follow-up, with 95% interval; 0 is ideal.
+
+    It is the intercept of a Poisson regression of the events with the predicted cumulative hazard at the patients' own
+    follow-up times as offset, so censoring needs no model (Crowson et al., Stat. Methods Med. Res. 25, 2016).
+
+    Args:
+        event: [case], true where the event happened.
+        cumulative_hazard: [case], predicted cumulative hazard at each patient's follow-up time.
+
+    Raises:
+        UndefinedMetricError: There is no event, or none is expected.
+    """
+    observed, expected = int(event.sum()), float(cumulative_hazard.sum())
+    if not observed or not expected > 0:
+        raise UndefinedMetricError("calibration intercept: no event is observed or expected.")
+    value, margin = float(np.log(observed / expected)), _NORMAL / float(np.sqrt(observed))
+    return value, value - margin, value + margin
+
+
+def integrated_calibration_index(time: np.ndarray, event: np.ndarray, survival: np.ndarray, months: float) -> float:
+    """Return the mean absolute difference of predicted and observed probability of the event at a horizon (ICI).
+
+    The observed probability is a smooth function of the predicted one: a Cox regression on a restricted cubic spline of
+    the predicted log cumulative hazard, with knots at its 10%, 50% and 90% quantiles (Austin, Harrell and van Klaveren,
+    Stat. Med. 39, 2020). If the quantiles coincide, it is linear; if all predictions are equal, it is Kaplan–Meier's.
+
+    Args:
+        time: [case], months.
+        event: [case], true where the event happened.
+        survival: [case], predicted survival at the horizon.
+        months: The horizon.
+
+    Raises:
+        UndefinedMetricError: No event happened by the horizon, or the regression has no finite solution.
+    """
+    if not (event & (time <= months)).any():
+        raise UndefinedMetricError(f"ICI: no event is observed by {months:g} months.")
+    value = _log_log(survival)
+    if not np.ptp(value) > 0:
+        curve = kaplan_meier(time, event)
+        observed = np.full(len(time), float(step_values(curve.months, curve.survival, months, before=1.0)))
+    else:
+        spline = _restricted_cubic(value)
+        scale = spline.std(axis=0)
+        try:
+            model = CoxPHSurvivalAnalysis(ties="efron").fit(spline / scale, Surv.from_arrays(event, time))
+        except (ValueError, ArithmeticError) as error:
+            raise UndefinedMetricError("ICI: the Cox regression on the predictions has no finite solution.") from error
+        steps = model.cum_baseline_hazard_
+        baseline = float(step_values(steps.x, steps.y, months, before=0.0))
+        observed = np.exp(-baseline * np.exp(model.predict(spline / scale)))
+    return float(np.abs(observed - survival).mean())
+
+
+def _restricted_cubic(value: np.ndarray) -> np.ndarray:
+    """Return the basis of a restricted cubic spline with three knots, [case, 2]; [case, 1] if they coincide."""
+    low, middle, high = np.quantile(value, [0.1, 0.5, 0.9])
+    if not low < middle < high:
+        return value[:, None]
+
+    def cube(knot: float) -> np.ndarray:
+        return np.clip(value - knot, 0, None) ** 3
+
+    bend = cube(low) - (cube(middle) * (high - low) - cube(high) * (middle - low)) / (high - middle)
+    return np.column_stack([value, bend / (high - low) ** 2])
 
 
 def calibration_points(

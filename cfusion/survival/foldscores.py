@@ -10,6 +10,7 @@ import pandas as pd
 
 from cfusion.errors import DataError, UndefinedMetricError
 from cfusion.survival.bootstrap import Resamples, percentile_interval
+from cfusion.survival.calibration import survival_at
 from cfusion.survival.metrics import (
     Training,
     auc_at,
@@ -162,6 +163,7 @@ def score_fold(
         "tied_risk": harrell.tied_risk, "uno_c": values["uno"], "uno_low": limits["uno"][0],
         "uno_high": limits["uno"][1], "truncation_months": training.truncation_months,
         "ibs": brier.value, "ibs_low": limits["ibs"][0], "ibs_high": limits["ibs"][1], "ibs_null": brier.null,
+        "ibs_months": brier.months,
     }  # fmt: skip
     for name in (f"auc_{h:g}" for h in horizons):
         row |= {name: values[name], f"{name}_low": limits[name][0], f"{name}_high": limits[name][1]}
@@ -180,6 +182,7 @@ def interval_or_nan(replicates: np.ndarray | None) -> tuple[float, float]:
 class _Brier:
     value: float
     null: float
+    months: float
     spread: dict[str, np.ndarray]
 
 
@@ -188,18 +191,19 @@ def _brier(
 ) -> _Brier:
     columns = survival_columns(rows)
     if columns is None:
-        return _Brier(_NAN, _NAN, {})
+        return _Brier(_NAN, _NAN, _NAN, {})
     survival, edges = columns
     if (edges != edges[0]).any() or (np.diff(edges[0]) <= 0).any():
         raise DataError(f"{where}: edge_1, edge_2, … must increase and be the same for all patients of a fold.")
     if ((survival < 0) | (survival > 1)).any() or (np.diff(survival, axis=1) > 1e-6).any():
         raise DataError(f"{where}: survival_1, survival_2, … must lie between 0 and 1 and not increase.")
     time, event = rows["survival_months"].to_numpy(), rows["event"].to_numpy()
-    times = brier_times(training, time, edges[0])
-    predicted = survival[:, np.isin(edges[0], times)]
+    times = brier_times(training, time, float(edges[0, -1]))
+    predicted = np.array([survival_at(survival, edges, np.full(len(time), month)) for month in times]).T
     spread = {} if counts is None else {"ibs": brier_replicates(training, time, event, predicted, counts, times)}
     return _Brier(
         integrated_brier(training, time, event, predicted, times),
         references.null_brier(training, time, event, times),
+        float(times[-1]) if len(times) else _NAN,
         spread,
     )

@@ -3,11 +3,16 @@
 All of these are computed by scikit-survival; only this module calls it. It validates the input once and estimates the
 censoring model, truncation time and Kaplan–Meier null from training patients only. An undefined score is an error or
 NaN, never 0 or 0.5.
+
+Ties: risks are tied if they are equal; a difference counts however small, because the scale of a risk has no meaning.
+The event of a patient at time t is weighted by the probability of being uncensored just before t, G(t−), so a censoring
+at the same time does not count as earlier (R's `concordance` with `timewt="n/G2"`).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,13 +29,18 @@ from sksurv.util import Surv
 
 from cfusion.cohort.findings import has_comparable_pair
 from cfusion.errors import DataError, UndefinedMetricError
-from cfusion.survival.bootstrap import TIED_RISK
 from cfusion.survival.curves import step_values
 
 __all__ = [
     "Concordance", "Training", "auc_at", "brier_times", "checked", "concordance",
     "integrated_brier", "uno_cindex",
 ]  # fmt: skip
+
+_AT_RISK = 0.1
+"""Share of the patients that must be at risk at the horizon of the Brier score."""
+
+_BRIER_TIMES = 30
+"""Number of times over which the Brier score is integrated."""
 
 SMALLEST_CENSORING_SURVIVAL = 0.1
 """IPCW stops where fewer than 10% would still be uncensored; beyond that one patient weighs as much as a hundred."""
@@ -44,7 +54,7 @@ class Concordance:
         cindex: (concordant + tied_risk / 2) / comparable pairs, 0 … 1; 0.5 without signal.
         concordant: Pairs where the patient with the earlier event has the higher risk.
         discordant: Pairs where that patient has the lower risk.
-        tied_risk: Comparable pairs of equal risk (within 1e-8).
+        tied_risk: Comparable pairs of equal risk.
         tied_time: Comparable pairs of an event and a censoring at the same time.
     """
 
@@ -69,8 +79,11 @@ class Training:
 
     @functools.cached_property
     def outcomes(self) -> np.ndarray:
-        """Outcomes as scikit-survival's structured array."""
-        return Surv.from_arrays(self.event, self.time)
+        """Outcomes as scikit-survival's structured array, with censorings moved to the next number after their time.
+
+        scikit-survival weights an event at t by G(t). With the censorings at t moved, that is G(t−).
+        """
+        return Surv.from_arrays(self.event, np.where(self.event, self.time, np.nextafter(self.time, np.inf)))
 
     @functools.cached_property
     def truncation_months(self) -> float:
@@ -82,9 +95,13 @@ class Training:
         left = times[uncensored >= SMALLEST_CENSORING_SURVIVAL]
         return float(left.max()) if len(left) else float("nan")
 
-    def uncensored_at(self, times: np.ndarray) -> np.ndarray:
-        """Return the share of training patients still uncensored at each time, [time]: the G of every IPCW score."""
+    def uncensored_before(self, times: np.ndarray) -> np.ndarray:
+        """Return the probability of being uncensored just before each time, [time]: G(t−), the weight of an event."""
         return self._censoring.predict_proba(times)
+
+    def uncensored_at(self, times: np.ndarray) -> np.ndarray:
+        """Return the probability of being uncensored at each time, [time]: G(t), the weight of a patient alive at t."""
+        return self._censoring.predict_proba(np.nextafter(times, np.inf))
 
     @functools.cached_property
     def _censoring(self) -> CensoringDistributionEstimator:
@@ -137,7 +154,7 @@ def concordance(time: ArrayLike, event: ArrayLike, risk: ArrayLike) -> Concordan
     time, event, risk = checked(time, event, risk)
     if not has_comparable_pair(time, event):
         raise UndefinedMetricError(f"no comparable pair among {len(time)} patients with {int(event.sum())} events.")
-    cindex, *pairs = concordance_index_censored(event, time, risk, tied_tol=TIED_RISK)
+    cindex, *pairs = concordance_index_censored(event, time, risk, tied_tol=0)
     return Concordance(float(cindex), *(int(count) for count in pairs))
 
 
@@ -152,7 +169,7 @@ def uno_cindex(training: Training, time: np.ndarray, event: np.ndarray, risk: np
     if not (event & (time < limit)).any():
         return float("nan")
     try:
-        return float(concordance_index_ipcw(training.outcomes, test, risk, tau=limit, tied_tol=TIED_RISK)[0])
+        return float(concordance_index_ipcw(training.outcomes, test, risk, tau=limit, tied_tol=0)[0])
     except NoComparablePairException:
         return float("nan")
 
@@ -180,14 +197,28 @@ def auc_at(training: Training, time: np.ndarray, event: np.ndarray, risk: np.nda
     defined = cases & controls & (wanted < limit)
     result = np.full(len(wanted), np.nan)
     if defined.any():
-        result[defined] = cumulative_dynamic_auc(training.outcomes, test, risk, wanted[defined], tied_tol=TIED_RISK)[0]
+        result[defined] = cumulative_dynamic_auc(training.outcomes, test, risk, wanted[defined], tied_tol=0)[0]
     return result[back]
 
 
-def brier_times(training: Training, time: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Return the right edges (months) within the follow-up of both test and training patients."""
-    followed = np.minimum(time, training.truncation_months)
-    return edges[(edges >= followed.min()) & (edges < followed.max())]
+def brier_times(training: Training, time: np.ndarray, last: float) -> np.ndarray:
+    """Return the times over which the Brier score is integrated, [time], months; empty if no follow-up allows any.
+
+    They run from the first follow-up time to the horizon: the last time at which a tenth of the patients (and at least
+    two) are at risk, within the training patients' follow-up and the times that the model predicts.
+
+    Args:
+        training: Gives the truncation time.
+        time: [case], months.
+        last: Last time that the model predicts, the largest edge.
+    """
+    followed = np.sort(np.minimum(time, training.truncation_months))
+    within = followed[followed < followed[-1]]
+    if not len(within) or not last > within[0]:
+        return np.zeros(0)
+    tenth = followed[-max(2, math.ceil(len(time) * _AT_RISK))]
+    horizon = min(tenth, within[-1], last)
+    return np.linspace(within[0], horizon, _BRIER_TIMES) if horizon > within[0] else np.zeros(0)
 
 
 def integrated_brier(
@@ -209,5 +240,6 @@ def integrated_brier(
         return float("nan")
     test = training.truncated(time, event)
     predicted = np.broadcast_to(survival, (len(time), len(times)))
-    scores = brier_score(training.outcomes, test, predicted, times)[1]
+    # A patient alive at t is weighted by G(t); with the censorings at t moved, that is the value just after t.
+    scores = brier_score(training.outcomes, test, predicted, np.nextafter(times, np.inf))[1]
     return float(np.trapezoid(scores, times) / (times[-1] - times[0]))

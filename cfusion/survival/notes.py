@@ -11,6 +11,7 @@ import pandas as pd
 from cfusion.cohort.findings import outcome_doubts
 from cfusion.survival.added import is_constant
 from cfusion.survival.bootstrap import FEW_EVENTS
+from cfusion.survival.doubts import prediction_doubts
 from cfusion.survival.predictions import FOLD, UNIT
 
 _DISAGREE = 0.02
@@ -40,6 +41,7 @@ def score_notes(frame: pd.DataFrame, folds: pd.DataFrame, summary: pd.DataFrame,
     constant = no_models(frame)
     notes += [f"{c}, {m} ({p}): no model; within each fold all patients have the same risk." for c, m, p in constant]
     notes += _fold_notes(folds, constant)
+    notes += prediction_doubts(frame, summary)
     if resampled:
         notes += [
             f"{row['cohort']}, {row['model']}: no interval; most bootstrap replicates have no comparable pair."

@@ -14,10 +14,14 @@ import pandas as pd
 
 from cfusion.errors import UndefinedMetricError
 from cfusion.survival.calibration import (
+    MOST_CENSORED_FOR_D_CALIBRATION,
     CalibrationPoint,
+    calibration_intercept,
     calibration_points,
     calibration_slope,
     d_calibration,
+    integrated_calibration_index,
+    observed_over_expected,
     survival_at,
 )
 from cfusion.survival.curves import is_high_risk
@@ -25,6 +29,8 @@ from cfusion.survival.groups import Curve, HazardRatio, at_risk, hazard_ratio, k
 from cfusion.survival.predictions import survival_columns
 
 _NAN = float("nan")
+_AT_RISK = 0.1
+"""Share of the patients that must be at risk at the horizon of the mean calibration."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +42,43 @@ class Calibration:
         slope: Cox coefficient of the predicted log cumulative hazard at the median event time; 1 is ideal.
         slope_low: Lower 95% limit.
         slope_high: Upper 95% limit.
-        d_calibration_p: P-value of D-calibration; small where predictions are off.
+        months: Horizon of the observed over the expected events and of the ICI: the last of the report's horizons at
+            which a tenth of the patients are at risk and that the model predicts, or else the median time of events.
+        observed_expected: Observed over expected share of events at the horizon, with its 95% limits.
+        intercept: Log of observed over expected events during the follow-up, with its 95% limits.
+        ici: Mean absolute difference of predicted and observed probability of the event at the horizon.
+        d_calibration_p: P-value of D-calibration; small where predictions are off. NaN where more than a fifth of the
+            patients are censored, because the test then hardly ever rejects.
     """
 
     points: dict[float, list[CalibrationPoint]]
     slope: float
     slope_low: float
     slope_high: float
+    months: float
+    observed_expected: tuple[float, float, float]
+    intercept: tuple[float, float, float]
+    ici: float
     d_calibration_p: float
+
+    def columns(self) -> dict[str, object]:
+        """Return the scores as columns of the summary."""
+        named = {
+            "calibration_slope": (self.slope, self.slope_low, self.slope_high),
+            "calibration_intercept": self.intercept,
+            "observed_expected": self.observed_expected,
+        }
+        limits = {
+            f"{name}{end}": value
+            for name, values in named.items() for end, value in zip(("", "_low", "_high"), values, strict=True)
+        }  # fmt: skip
+        return {
+            "calibration_months": self.months, **limits, "ici": self.ici, "d_calibration_p": self.d_calibration_p,
+        }  # fmt: skip
+
+
+_UNDEFINED = (_NAN, _NAN, _NAN)
+_NO_CALIBRATION = Calibration({}, _NAN, _NAN, _NAN, _NAN, _UNDEFINED, _UNDEFINED, _NAN, _NAN)
 
 
 @dataclass(frozen=True)
@@ -88,10 +123,8 @@ class PatientScores:
             "hazard_ratio": ratio.ratio if ratio else _NAN,
             "hazard_ratio_low": ratio.low if ratio else _NAN,
             "hazard_ratio_high": ratio.high if ratio else _NAN,
-            "calibration_slope": calibration.slope if calibration else _NAN,
-            "calibration_slope_low": calibration.slope_low if calibration else _NAN,
-            "calibration_slope_high": calibration.slope_high if calibration else _NAN,
-            "d_calibration_p": calibration.d_calibration_p if calibration else _NAN,
+            "hazard_ratio_ties": ratio.ties if ratio else "",
+            **(calibration or _NO_CALIBRATION).columns(),
         }
 
 
@@ -141,11 +174,22 @@ def _calibration(
         return None
     survival, edges = columns
     at_median = survival_at(survival, edges, np.full(len(time), np.median(time[event])))
-    slope = _or_none(calibration_slope, time, event, at_median, fold)
-    value, low, high = slope or (_NAN, _NAN, _NAN)
     predicted = {float(h): survival_at(survival, edges, np.full(len(time), h)) for h in horizons}
-    points = calibration_points(time, event, predicted, at_median)
-    return Calibration(points, value, low, high, d_calibration(event, survival_at(survival, edges, time)))
+    reached = [h for h in predicted if (time >= h).mean() >= _AT_RISK and h <= edges[:, -1].min()]
+    months = max(reached, default=float(np.median(time[event])))
+    there = survival_at(survival, edges, np.full(len(time), months))
+    at_own_time = survival_at(survival, edges, time)
+    hazard = -np.log(np.clip(at_own_time, 1e-7, 1))
+    uncensored = event.mean() >= 1 - MOST_CENSORED_FOR_D_CALIBRATION
+    return Calibration(
+        calibration_points(time, event, predicted, at_median),
+        *(_or_none(calibration_slope, time, event, at_median, fold) or _UNDEFINED),
+        months=months,
+        observed_expected=_or_none(observed_over_expected, time, event, there, months) or _UNDEFINED,
+        intercept=_or_none(calibration_intercept, event, hazard) or _UNDEFINED,
+        ici=_or_nan(integrated_calibration_index, time, event, there, months),
+        d_calibration_p=d_calibration(event, at_own_time) if uncensored else _NAN,
+    )
 
 
 def _round_up(months: float) -> float:

@@ -277,7 +277,7 @@ def _mean_scores(folds: list[FoldScores]) -> dict[str, float]:
     scores = {"uno": "uno_c", "ibs": "ibs"} | {
         name: name for name in table.columns if name.startswith("auc_") and not name.endswith(("_low", "_high"))
     }
-    means = {"ibs_null": float(table["ibs_null"].mean())}
+    means = {name: float(table[name].mean()) for name in ("ibs_null", "ibs_months")}
     for name, column in scores.items():
         there = table[column].notna()
         known = [fold.spreads[name] for fold, has in zip(folds, there, strict=True) if has and name in fold.spreads]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cfusion.survival.bootstrap import TIED_RISK, Resamples
+from cfusion.survival.bootstrap import Resamples
 from cfusion.survival.metrics import Training
 
 
@@ -30,7 +30,7 @@ def uno_replicates(
     early = seen & (followed < limit)
     if not early.any():
         return np.full(len(counts), np.nan)
-    weight[early] = training.uncensored_at(followed[early]) ** -2.0
+    weight[early] = training.uncensored_before(followed[early]) ** -2.0
     return Resamples(followed, seen, counts, weight).cindex(risk)
 
 
@@ -40,13 +40,12 @@ def auc_replicates(
     """Return the cumulative/dynamic AUC of each replicate, [replicate, time] (see `auc_at`); NaN if undefined."""
     limit = training.truncation_months
     found = np.full((len(counts), len(times)), np.nan)
-    above = risk[:, None] - risk[None]
-    wins = ((above > TIED_RISK) + 0.5 * (np.abs(above) <= TIED_RISK)).astype(np.float32)
+    wins = ((risk[:, None] > risk[None]) + 0.5 * (risk[:, None] == risk[None])).astype(np.float32)
     for column, month in enumerate(times):
         case, control = event & (time <= month), np.minimum(time, limit) > month
         if month >= limit or not case.any() or not control.any():
             continue
-        drawn = counts[:, case] / training.uncensored_at(time[case])
+        drawn = counts[:, case] / training.uncensored_before(time[case])
         controls = counts[:, control]
         won = np.einsum("rc,rc->r", drawn, controls @ wins[np.ix_(case, control)].T)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -74,7 +73,7 @@ def brier_replicates(
     died = (followed[:, None] <= times) & seen[:, None]
     alive = followed[:, None] > times
     # Only weights of events are used; at a censored patient's time the censoring survival may be 0.
-    at_death = np.where(seen, training.uncensored_at(np.where(seen, followed, 0.0)), 1.0)
+    at_death = np.where(seen, training.uncensored_before(np.where(seen, followed, 0.0)), 1.0)
     errors = survival**2 * died / at_death[:, None] + (1 - survival) ** 2 * alive / training.uncensored_at(times)
     integrated = np.trapezoid(errors, times, axis=1) / (times[-1] - times[0])
     return counts @ integrated / counts.sum(axis=1)

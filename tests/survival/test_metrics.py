@@ -106,7 +106,7 @@ def test_times_beyond_training_follow_up() -> None:
     auc = auc_at(training, time, event, risk, [limit / 2, limit, 60.0])
     assert np.isfinite(auc[0])
     assert np.isnan(auc[1:]).all()
-    assert brier_times(training, time, np.array([limit / 2, 30.0, 60.0])).tolist() == [limit / 2]
+    assert brier_times(training, time, 60.0)[-1] <= limit
 
 
 def test_scores_are_defined_with_event_and_censoring_at_the_last_time() -> None:
@@ -125,17 +125,17 @@ def test_weighted_scores_are_undefined_where_everyone_is_censored() -> None:
     assert np.isnan(training.truncation_months)
     assert np.isnan(uno_cindex(training, time, event, risk))
     assert np.isnan(auc_at(training, time, event, risk, [3.0, 12.0])).all()
-    assert not len(brier_times(training, time, np.array([3.0, 4.0])))
+    assert not len(brier_times(training, time, 4.0))
 
 
 def brute_force(
     training: Training, time: np.ndarray, event: np.ndarray, risk: np.ndarray, months: float
 ) -> list[float]:
-    """Compute Uno's C and the AUC from their definitions, pair by pair, with lifelines' censoring model."""
+    """Compute Uno's C and the AUC from their definitions, pair by pair, with lifelines' censoring model, G(t-)."""
     # An event at the time of a censoring comes first, since the patient was still at risk of being censored.
     later = training.time + np.where(training.event, 0, 1e-6)
     curve = lifelines.KaplanMeierFitter().fit(later, ~training.event)
-    g = {t: float(curve.predict(t + 1e-6)) for t in {*time.tolist(), months}}
+    g = {t: float(curve.predict(t - 1e-6)) for t in time.tolist()}
     limit = training.truncation_months
     uno, auc = np.zeros(2), np.zeros(2)
     for i in np.flatnonzero(event):
@@ -163,8 +163,7 @@ def test_brier_equals_scikit_survival_within_follow_up() -> None:
     training = Training(time, event)
     edges = np.array([5.0, 10.0, 20.0])
     survival = np.exp(-np.outer(np.exp(risk), edges / 30))
-    times = brier_times(training, time, edges)
-    np.testing.assert_array_equal(times, edges)
+    times = edges
     expected = integrated_brier_score(Surv.from_arrays(event, time), training.truncated(time, event), survival, edges)
     found = integrated_brier(training, time, event, survival, times)
     assert found == pytest.approx(expected, abs=1e-12)
@@ -173,6 +172,41 @@ def test_brier_equals_scikit_survival_within_follow_up() -> None:
     curve = lifelines.KaplanMeierFitter().fit(time, event)
     np.testing.assert_allclose(training.survival_at(times), curve.predict(times), atol=1e-6)
     assert np.isnan(integrated_brier(training, time, event, survival[:, :1], times[:1]))
+
+
+def test_the_brier_score_ends_where_a_tenth_is_at_risk() -> None:
+    time, event, _ = cohort(300)
+    training = Training(time, event)
+    times = brier_times(training, time, 500.0)
+    assert times[0] == time.min()
+    assert (time >= times[-1]).sum() == 30
+    assert (np.diff(times) > 0).all()
+    assert brier_times(training, time, 7.5)[-1] == 7.5  # the model predicts no later
+    early = Training(np.minimum(time, 10), event & (time < 10))
+    assert brier_times(early, time, 500.0)[-1] <= 10
+    for few in ([3.0, 3.0, 3.0], [5.0], [4.0, 4.0, 9.0]):
+        assert not len(brier_times(training, np.array(few), 500.0)), few
+    assert not len(brier_times(training, time, time.min()))
+    last_two = brier_times(training, np.array([1.0, 2.0, 7.0, 7.0]), 500.0)
+    assert last_two[-1] == 2.0  # a time at which follow-up of all has ended has no Brier score
+
+
+def test_risks_are_tied_only_if_they_are_equal() -> None:
+    """The scale of a risk has no meaning: differences of 1e-12 order patients as those of 1 do."""
+    time, event, risk = cohort(150, decimals=0)
+    time, risk = time + 1, risk.round(1)
+    training, ones = Training(time, event), np.ones((1, 150), np.float32)
+    for factor in (1e-12, 1e12):
+        scaled = risk * factor
+        assert concordance(time, event, scaled) == concordance(time, event, risk)
+        assert uno_cindex(training, time, event, scaled) == uno_cindex(training, time, event, risk)
+        months = [5.0, 20.0]
+        np.testing.assert_array_equal(
+            auc_at(training, time, event, scaled, months), auc_at(training, time, event, risk, months)
+        )
+        np.testing.assert_array_equal(
+            Resamples(time, event, ones).cindex(scaled), Resamples(time, event, ones).cindex(risk)
+        )
 
 
 @pytest.mark.parametrize(

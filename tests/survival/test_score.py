@@ -112,7 +112,11 @@ def test_correct_model_has_good_scores() -> None:
     assert row["uno_c"] > 0.65
     assert row["ibs"] < row["ibs_null"]
     assert row["calibration_slope_low"] < 1 < row["calibration_slope_high"]
-    assert row["d_calibration_p"] > 0.05
+    assert row["observed_expected_low"] < 1 < row["observed_expected_high"]
+    assert row["calibration_intercept_low"] < 0 < row["calibration_intercept_high"]
+    assert row["ici"] < 0.1
+    assert row["ibs_months"] > 40
+    assert np.isnan(row["d_calibration_p"])  # more than a fifth is censored
     assert row["hazard_ratio"] > 1.5
     assert row["logrank_by_fold_p"] < 1e-3
     assert row[["auc_12", "auc_36"]].min() > 0.65
@@ -299,7 +303,8 @@ def test_flipped_polarity_is_noted_with_both_medians() -> None:
     table = predicted(cohort(200))
     late = table["survival_months"] > table["survival_months"].median()
     scores = score(table.assign(event=late), bootstrap=0)
-    assert any("made_up: events have a longer median follow-up" in note for note in scores.notes)
+    (note,) = [note for note in scores.notes if "median follow-up of events" in note]
+    assert note.startswith("made_up: 50% of the patients and 100% of the 10 followed longest have the event")
 
 
 def test_undefined_scores_are_missing_and_a_single_fold_is_noted() -> None:

@@ -52,9 +52,9 @@ def test_auc(fold):
 
 def test_brier(fold):
     training, time, event, _, survival, counts = fold
-    times = brier_times(training, time, EDGES)
+    times = EDGES[brier_times(training, time, 500.0)[-1] >= EDGES]
     assert len(times) >= 3
-    kept = survival[:, np.isin(EDGES, times)]
+    kept = survival[:, : len(times)]
     found = brier_replicates(training, time, event, kept, counts, times)
     expected = []
     for row in counts:
