@@ -7,9 +7,10 @@ of patients who never have the event. The rule is wrong on a cohort if it doubts
 one; it always doubts exactly one of the two, so both counts are the same. `ours` is that share, `theirs` that of the
 rule it replaced, which compared the two groups' medians.
 
-Follow-up that ends on one date, with uniform accrual and dropout, is `accrual`. With `tail`, most patients were
-recruited shortly before that date and some long ago, so that the longest-followed are few; there, at 40–60% events, no
-rule can tell the two columns apart.
+Three kinds of censoring: `accrual`, follow-up that ends on one date, with uniform accrual and dropout; `dropout`,
+exponential times of leaving and of events, the latter with a covariate; `tail`, most patients recruited shortly before
+the last date and some long ago, so that the longest-followed are few. With `tail`, and 40–60% events, no rule can tell
+the two columns apart.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from cfusion.cohort.read import read_cohort
 from cfusion.config import CohortConfig
 from cfusion.study.packaged import FOLDER
 
-Censoring = Literal["accrual", "tail"]
+Censoring = Literal["accrual", "dropout", "tail"]
 
 
 def cohort(generator: np.random.Generator, censoring: Censoring) -> tuple[np.ndarray, np.ndarray]:
@@ -37,7 +38,10 @@ def cohort(generator: np.random.Generator, censoring: Censoring) -> tuple[np.nda
         happens = np.exp(generator.normal(size=size) * generator.uniform(0.7, 1.2))
     if generator.uniform() < 1 / 3:
         happens[generator.uniform(size=size) < generator.uniform(0.1, 0.5)] = np.inf
-    if censoring == "tail":
+    if censoring == "dropout":
+        happens = generator.exponential(np.exp(-generator.normal(size=size) * generator.uniform(0.7, 1.5)))
+        leaves = generator.exponential(1, size)
+    elif censoring == "tail":
         leaves = np.minimum(generator.gamma(1.2, 0.3, size), 3)
     else:
         leaves = generator.uniform(generator.choice([0.0, 0.1, 0.3]), 1, size)
@@ -89,7 +93,7 @@ def main() -> None:
             100 * error_rate(looks_flipped, kind, cohorts),
             100 * error_rate(medians_differ, kind, cohorts), "%", "lower",
         )
-        for kind in ("accrual", "tail")
+        for kind in ("accrual", "dropout", "tail")
     ]  # fmt: skip
     rows.append(
         Row("wrong on 12 packaged tables (right and flipped)", wrong_of_packaged(looks_flipped),

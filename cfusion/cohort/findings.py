@@ -16,6 +16,10 @@ POLARITY_MINIMUM = 10
 _LONGEST = 0.05
 """Part of the patients, and at least `POLARITY_MINIMUM`, that are the longest-followed ones."""
 
+_MEDIAN_WEIGHT = 0.5
+_SHORTEST = 0.01
+"""Months below which a median counts as this, because times in full months can be 0."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -92,10 +96,11 @@ def outcome_doubts(name: str, time_months: pd.Series, event: pd.Series) -> list[
 def looks_flipped(time_months: np.ndarray, event: np.ndarray) -> bool:
     """Return whether the events of a cohort look like its censorings.
 
-    The end of a study censors the patients who were followed longest, and most cohorts of solid tumours have fewer
-    events than censorings. So the rule takes the mean of two shares of events, that of all patients and that of the 5%
-    followed longest, and doubts a table above one half. Medians do not help: in a cohort with short follow-up, such as
-    TCGA-BRCA, events have the longer one. `benchmarks.polarity` measures how often the rule is wrong.
+    The end of a study censors the patients who were followed longest, events come early, and most cohorts of solid
+    tumours have fewer events than censorings. None of these is enough alone: in a cohort with short follow-up, such as
+    TCGA-BRCA, events have the longer median follow-up. So three signs are added: the share of events among all patients
+    and among the 5% followed longest, each less one half, and half the log ratio of the medians of events and of
+    censored patients. A sum above 0 is doubted. `benchmarks.polarity` measures how often the rule is wrong.
 
     Args:
         time_months: [case].
@@ -107,7 +112,9 @@ def looks_flipped(time_months: np.ndarray, event: np.ndarray) -> bool:
     """
     if min(event.sum(), (~event).sum()) < POLARITY_MINIMUM:
         return False
-    return bool(event.mean() + _longest_followed(time_months, event)[1] > 1)
+    shares = event.mean() + _longest_followed(time_months, event)[1] - 1
+    medians = [max(float(np.median(time_months[rows])), _SHORTEST) for rows in (event, ~event)]
+    return bool(shares + _MEDIAN_WEIGHT * np.log(medians[0] / medians[1]) > 0)
 
 
 def _longest_followed(time_months: np.ndarray, event: np.ndarray) -> tuple[int, float]:

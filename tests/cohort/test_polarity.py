@@ -6,16 +6,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.polarity import error_rate, wrong_of_packaged
+from benchmarks.polarity import Censoring, error_rate, wrong_of_packaged
 from cfusion.cohort.audit import audit
 from cfusion.cohort.findings import looks_flipped, outcome_doubts
 from cfusion.cohort.read import read_cohort
 from cfusion.config import CohortConfig
 
 
-def test_the_rule_errs_on_at_most_two_percent_of_simulated_cohorts() -> None:
+@pytest.mark.parametrize("censoring", ["accrual", "dropout"])
+def test_the_rule_errs_on_at_most_two_percent_of_simulated_cohorts(censoring: Censoring) -> None:
     """1,000 cohorts with 8–60% events, each with the right and with the flipped column."""
-    assert error_rate(looks_flipped, "accrual", 1000) <= 0.02
+    assert error_rate(looks_flipped, censoring, 1000) <= 0.02
 
 
 def test_the_six_cohorts_of_the_package_pass_and_their_flipped_tables_do_not() -> None:
