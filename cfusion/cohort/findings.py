@@ -97,7 +97,7 @@ def looks_flipped(time_months: np.ndarray, event: np.ndarray) -> bool:
     """Return whether the events of a cohort look like its censorings.
 
     The end of a study censors the patients who were followed longest, events come early, and most cohorts of solid
-    tumours have fewer events than censorings. None of these is enough alone: in a cohort with short follow-up, such as
+    tumours have fewer events than censorings. None of these is enough: in a cohort with short follow-up, such as
     TCGA-BRCA, events have the longer median follow-up. So three signs are added: the share of events among all patients
     and among the 5% followed longest, each less one half, and half the log ratio of the medians of events and of
     censored patients. A sum above 0 is doubted. `benchmarks.polarity` measures how often the rule is wrong.

@@ -42,7 +42,7 @@ def _sign(row: dict) -> Iterator[str]:
     for name, low, high in columns:
         if row[high] < 0.5:
             yield (
-                f"C {row[name]:.3f} [{row[low]:.3f}, {row[high]:.3f}] is below .5 with its whole interval; is the sign "
+                f"C {row[name]:.3f} [{row[low]:.3f}, {row[high]:.3f}] and its interval lie below .5; is the sign "
                 "of the risk turned? A higher risk must be worse, so a predicted survival time needs a minus"
             )
             return

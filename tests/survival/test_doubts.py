@@ -39,7 +39,7 @@ def test_edges_in_another_unit(table: pd.DataFrame, factor: float, unit: str) ->
 def test_the_sign_of_the_risk(table: pd.DataFrame, factor: float) -> None:
     turned = scaled(table.drop(columns="risk_cutoff"), "risk", factor)
     found = notes(turned, bootstrap=50)
-    assert any("is below .5 with its whole interval; is the sign of the risk turned?" in note for note in found)
+    assert any("and its interval lie below .5; is the sign of the risk turned?" in note for note in found)
     assert any("a higher risk have a higher predicted survival" in note for note in found)
     bare = turned[[name for name in turned.columns if not name.startswith(("survival_1", "survival_2", "survival_3",
                                                                           "survival_4", "edge"))]]  # fmt: skip
