@@ -109,7 +109,7 @@ def child(work: str, config: Config) -> dict[str, float] | None:
     cohort = read_cohort(config.cohort)
     split = make_splits(cohort, config.splits, config.evaluation.protocol)[0]
     split = dataclasses.replace(split, train=(*split.train, *split.test))
-    dataset = ShardDataset.open(config.data.shards)
+    dataset = ShardDataset.open(config.data.shards.reveal())
     with tempfile.TemporaryDirectory() as scratch:
         fold = ready_fold(config, cohort, split, dataset, runtime, folder=Path(scratch), on_epoch=None)
         model, optimizer = runtime.prepare(fold.network, make_optimizer(fold.network, config.train))

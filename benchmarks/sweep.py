@@ -75,7 +75,11 @@ def plainly(runs: list[PlannedRun], folder: Path) -> float:
     for path in files:
         config = cfusion.load_config(path)
         assert config.splits.directory is not None
-        tables = [config.cohort.table, Path(config.data.shards) / "index.json", *config.splits.directory.glob("*.csv")]
+        tables = [
+            config.cohort.table,
+            Path(str(config.data.shards)) / "index.json",
+            *config.splits.directory.glob("*.csv"),
+        ]
         digest_json([config.model_dump(mode="json"), [digest_file(table) for table in tables]])
         is_done(config.output)
     return time.perf_counter() - start

@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cfusion.addresses import Address, AddressSetting, hide_in, without_secrets
 from cfusion.errors import ConfigError, nearest
+from cfusion.extensions import names_file
 from cfusion.recipe import recipe_notes, with_recipe
 from cfusion.study.packaged import DataPath
 from cfusion.yaml_files import apply_override, read_yaml
@@ -147,8 +149,9 @@ class SplitsConfig(Section):
 class DataConfig(Section):
     """Where bags come from and how they are read."""
 
-    shards: Annotated[str, Aside("the digest of their content decides")] = "shards"
-    """Folder or URL of the packed shards and their index."""
+    shards: Annotated[AddressSetting, Aside("the digest of their content decides")] = Address.of("shards")
+    """Folder or URL of the packed shards and their index. User, password and query of a URL are used and written
+    nowhere; `~/.netrc`, `http_proxy` and fsspec's configuration are read too."""
     encoder: str | None = None
     """Encoder that the shards must come from; none: any."""
     magnifications: tuple[float, ...] = (20.0, 10.0, 5.0)
@@ -263,6 +266,8 @@ class ParallelConfig(Section):
     without loss scaling on a GPU."""
     global_batch: int = Field(32, ge=1)
     """Bags per optimizer step over all processes; the number of accumulation steps follows from it."""
+    timeout_minutes: Annotated[float, Aside("how long a process waits for the others")] = Field(10.0, gt=0, le=24 * 60)
+    """Minutes after which a process that waits for the others fails, because one of them is stuck or unreachable."""
 
 
 class EvaluationConfig(Section):
@@ -290,7 +295,7 @@ class TrackingConfig(Section):
 
     enabled: bool = True
     """Whether to track runs."""
-    uri: str | None = None
+    uri: AddressSetting | None = None
     """Tracking server or database; none: `MLFLOW_TRACKING_URI` if set, otherwise sqlite next to the output folder."""
     experiment: str = "cfusion"
     """MLflow experiment of the runs."""
@@ -321,6 +326,15 @@ class Config(Section):
     """Seed of initialisation and dropout."""
     output: Annotated[Path, Aside("where the numbers are written")] = Path("runs/run")
     """Folder of the run: checkpoints, predictions, report."""
+
+    @classmethod
+    def without_asides(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return settings without those that do not decide, and the name of a model's file without its folder."""
+        kept = super().without_asides(values)
+        model = kept.get("model")
+        if isinstance(model, dict) and names_file(str(model.get("name"))):
+            kept["model"] = {**model, "name": Path(model["name"]).name}
+        return kept
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -416,7 +430,8 @@ def _explain(section: type[BaseModel], item: Any) -> str:
     location = ".".join(str(part) for part in item["loc"])
     if item["type"] != "extra_forbidden":
         message = item["msg"].removeprefix("Value error, ")
-        return f"{location}={item['input']!r}: {message}." if location else f"{message}."
+        found = repr(hide_in(item["input"]))
+        return f"{location}={found}: {message}." if location else f"{without_secrets(message)}."
     *parents, key = (str(part) for part in item["loc"])
     owner: Any = section
     for parent in parents:

@@ -144,6 +144,21 @@ class RequeueError(CfusionError):
     topic = "requeue"
 
 
+class ExchangeError(CfusionError):
+    """Processes of a run that cannot connect, or whose exchange failed; another attempt may succeed.
+
+    Attributes:
+        consequence: Another process has ended, and reports the cause itself.
+    """
+
+    exit_code = 1
+    topic = "connection"
+
+    def __init__(self, message: str, remedy: str = "", *, consequence: bool = False) -> None:
+        super().__init__(message, remedy)
+        self.consequence = consequence
+
+
 def nearest(word: str, known: Iterable[str], parent: str = "") -> str:
     """Return a remedy for an unknown name: the nearest known name, with its `parent.` prefix, or all known names."""
     names = list(known)

@@ -76,7 +76,7 @@ def hold(path: Path, *, wait: bool = False, keep: bool = True) -> Iterator[tuple
             try:
                 lock: FileLock | SoftFileLock = FileLock(
                     path, timeout=-1 if wait else _INSTANT, poll_interval=_POLL_SECONDS, fallback_to_soft=False,
-                    on_acquired=descriptors.append,
+                    mode=mode_like(path.parent), on_acquired=descriptors.append,
                 )  # fmt: skip
                 stack.enter_context(lock)
             except OSError as error:
@@ -96,6 +96,11 @@ def hold(path: Path, *, wait: bool = False, keep: bool = True) -> Iterator[tuple
                 path.unlink(missing_ok=True)
         if keep:
             path.write_text("", encoding="utf-8")
+
+
+def mode_like(folder: Path) -> int:
+    """Return the mode of a file that everyone who may write to `folder` may read and write."""
+    return 0o600 | folder.stat().st_mode & 0o066
 
 
 def holder(path: Path) -> tuple[Holder | None, bool]:

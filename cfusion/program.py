@@ -43,6 +43,7 @@ MODULES = {
     "types": Modules(True, "cohorts, bags and folds as values"),
     "__init__": Modules(False, "names the public functions"),
     "__main__": Modules(False, "starts the command line"),
+    "addresses": Modules(False, "keeps the secrets of addresses out of what is written"),
     "apply": Modules(False, "applies finished models to other slides"),
     "cli": Modules(False, "commands"),
     "console": Modules(False, "progress on the terminal"),

@@ -13,15 +13,16 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
 import torch.distributed.launcher.api as launcher
+from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError, RendezvousTimeoutError
 from torch.distributed.run import parse_args, run
 
 from launch.cluster.cluster_plan import FINAL, REQUEUE
@@ -61,12 +62,46 @@ def main(arguments: Sequence[str]) -> int:
         return _report_exit(f"stopped by {error.sigval.name}", REQUEUE)
     except RendezvousTimeoutError:
         return _report_exit("too few nodes came", REQUEUE)
-    except RendezvousError as error:
-        return _report_exit(f"another node has ended the run, or the first is lost ({error})", 1)
+    except RendezvousClosedError:
+        return _report_exit("another node has ended the run", 1)
+    except (RendezvousError, DistError, OSError) as error:
+        at = parsed.rdzv_endpoint or f"{parsed.master_addr}:{parsed.master_port}"
+        return _report_exit(f"the nodes cannot meet at {at}, or the first is lost: {_chain(error)}", 1)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        return _report_exit(f"processes left with {', '.join(f'{c} (rank {r})' for r, c in codes.items())}", _of(codes))
+        code = _of(codes)
+        _report_exit(f"processes left with {', '.join(f'{c} (rank {r})' for r, c in codes.items())}", code)
+        if code != REQUEUE:
+            logger.warning("%s", first_cause(error.failures))
+        return code
     return 0
+
+
+def first_cause(failures: Mapping[int, ProcessFailure]) -> str:
+    """Return the first cause that a process recorded (`cfusion.training.connection`), or how the first one ended."""
+    recorded = {
+        rank: failure.error_file_data["message"]
+        for rank, failure in failures.items()
+        if isinstance(failure.error_file_data.get("message"), dict)
+    }
+    if recorded:
+        rank = min(recorded, key=lambda rank: float(recorded[rank]["extraInfo"].get("at", 0.0)))
+        return f"first cause, rank {rank}: {recorded[rank]['message']}"
+    rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
+    if failure.exitcode < 0:
+        killed = ", possibly out of memory" * (failure.exitcode == -signal.SIGKILL)
+        return f"first cause: rank {rank} was killed by {signal.Signals(-failure.exitcode).name}{killed}"
+    return f"first cause: rank {rank} left with {failure.exitcode}; its lines are above"
+
+
+def _chain(error: BaseException) -> str:
+    """Return the message of an error and of what caused it."""
+    lines = []
+    link: BaseException | None = error
+    while link is not None:
+        lines.append(str(link).strip().partition("\n")[0].rstrip("."))
+        link = link.__cause__
+    return ": ".join(dict.fromkeys(filter(None, lines)))
 
 
 def is_host() -> bool | None:

@@ -50,7 +50,7 @@ def test_every_shipped_sweep_has_distinct_runs_of_encoders_that_exist(path):
     assert len({run.name for run in runs}) == len(runs) > 1
     assert {run.config.data.encoder for run in runs} <= set(CARDS)
     for run in runs:
-        assert run.config.data.shards == f"data/shards/{run.config.cohort.name}/{run.config.data.encoder}"
+        assert str(run.config.data.shards) == f"data/shards/{run.config.cohort.name}/{run.config.data.encoder}"
 
 
 def test_the_grid_of_the_study():

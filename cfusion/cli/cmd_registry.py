@@ -96,8 +96,9 @@ def send_(
 
       cfusion track send runs/study
     """
+    from cfusion.addresses import without_secrets
     from cfusion.run_folder import read_config
-    from cfusion.tracking.address import checked_uri, public_name, tracking_uri
+    from cfusion.tracking.address import checked_uri, tracking_uri
     from cfusion.tracking.delivery import send, unsent
 
     refused = 0
@@ -106,7 +107,7 @@ def send_(
         waiting = unsent(folder, address)
         state = send(folder, address)
         refused += len(state.refused)
-        typer.echo(f"{folder}: {waiting} records sent to {public_name(address)}")
+        typer.echo(f"{folder}: {waiting} records sent to {without_secrets(address)}")
         for reason in state.refused:
             typer.echo(f"refused {reason}")
     if refused:

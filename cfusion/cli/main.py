@@ -10,10 +10,12 @@ import logging
 import os
 import sys
 import time
+from typing import NoReturn
 
 import typer
 
 import cfusion
+from cfusion.addresses import SecretsLeftOut, without_secrets
 from cfusion.cli import (
     cmd_baseline,
     cmd_checkpoint,
@@ -33,7 +35,7 @@ from cfusion.cli import (
     cmd_train,
     cmd_view,
 )  # fmt: skip
-from cfusion.errors import CfusionError, RequeueError
+from cfusion.errors import CfusionError, ExchangeError, RequeueError
 
 HELP = """Survival prediction from whole-slide images, from slides to numbers a reviewer can trust.
 
@@ -107,7 +109,9 @@ def _common(
 ) -> None:
     rank_zero = os.environ.get("RANK", "0") == "0"
     level = logging.DEBUG if verbose else logging.WARNING if quiet or not rank_zero else logging.INFO
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    to_terminal = logging.StreamHandler(sys.stderr)
+    to_terminal.setFormatter(SecretsLeftOut("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[to_terminal], force=True)
     for name in ("cfusion", "preprocess", "launch"):
         logging.getLogger(name).setLevel(level)
 
@@ -117,10 +121,7 @@ def run() -> None:
     try:
         app()
     except CfusionError as error:
-        if os.environ.get("RANK", "0") != "0":
-            _let_rank_0_speak(error)
-        sys.stderr.write(f"error: {error}\n       explained by: cfusion help {error.topic}\n")
-        sys.exit(error.exit_code)
+        _end(error)
     except OSError as error:
         if error.errno not in DISK:
             raise
@@ -132,23 +133,40 @@ def run() -> None:
         if left.code == 130:
             sys.stderr.write("interrupted; run the same command again to resume\n")
         raise
-    except RuntimeError as error:
+    except Exception as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
-        from cfusion.training.world import another_process_has_ended
+        from cfusion.training.connection import exchange_error, record_cause
 
-        if not another_process_has_ended(error):
+        found = exchange_error(error)
+        if found is None:
+            record_cause(f"{type(error).__name__}: {error}")
             raise
-        time.sleep(SECONDS_FOR_THE_CAUSE)  # then the launcher sees its exit code first
-        rank = os.environ.get("RANK")
-        sys.stderr.write(
-            f"rank {rank}: another process of this run has ended and reported the cause; this one exits too\n"
-        )
-        sys.exit(1)
+        logging.getLogger("cfusion").debug("the error of the library:", exc_info=error)
+        _end(found)
+
+
+def _end(error: CfusionError) -> NoReturn:
+    """Report an error on one line, and exit with its code; the first cause of several processes is the last line."""
+    text = without_secrets(str(error))
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from cfusion.training.connection import record_cause
+
+        if isinstance(error, ExchangeError) and error.consequence:
+            time.sleep(SECONDS_FOR_THE_CAUSE)  # the launcher then sees the end of the other process first
+            sys.stderr.write(f"{text} This one exits too.\n")
+            sys.exit(error.exit_code)
+        record_cause(f"error: {text}")
+        if os.environ.get("RANK", "0") != "0":
+            _let_rank_0_speak(error)
+    sys.stderr.write(f"error: {text}\n       explained by: cfusion help {error.topic}\n")
+    sys.exit(error.exit_code)
 
 
 def _let_rank_0_speak(error: CfusionError) -> None:
     """Give rank 0 time to report an error that all processes have; the launcher then ends the other processes."""
     if isinstance(error, RequeueError):
         sys.exit(error.exit_code)
+    if isinstance(error, ExchangeError):
+        return  # of this process; rank 0 has another
     time.sleep(SECONDS_FOR_RANK_0)

@@ -16,11 +16,12 @@ from urllib.parse import urlsplit, urlunsplit
 
 from isal.isal_zlib import crc32
 
+from cfusion.addresses import without_secrets
 from cfusion.data.shard_files import OpenFile
 from cfusion.data.shard_index import INDEX_NAME, Shard, ShardIndex, TarMember, parse_index
 from cfusion.errors import MissingExtraError, ShardsError
 from cfusion.files import atomic_path
-from cfusion.locks import hold
+from cfusion.locks import hold, mode_like
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ _WORTH_A_REQUEST = 1 << 16
 _ATTEMPTS = 6
 _FIRST_PAUSE_SECONDS = 0.1
 _SILENCE_SECONDS = 60.0
+_MAY_PASS = (408, 425, 429)
+"""Of the statuses that blame the client, those that another attempt may not meet: too late, too early, too many."""
 _OWN = re.compile(r"[0-9a-f]{16}-\d+-\d+|\.[0-9a-f]{16}-\d+-\d+\.\w+\.tmp")
 
 
@@ -59,14 +62,18 @@ class RangeSource:
         import fsspec
 
         parts = urlsplit(url)
-        # Credentials in a URL must not reach a log or an error.
-        self.where = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="")).rstrip("/")
+        self.where = without_secrets(url).rstrip("/")
+        self._query = ""
         options: dict[str, Any] = {}
         if parts.scheme in ("http", "https"):
             import aiohttp
 
             limits = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE_SECONDS, sock_read=_SILENCE_SECONDS)
-            options = {"client_kwargs": {"timeout": limits}}
+            # With trust_env it reads http_proxy, no_proxy and ~/.netrc.
+            options = {"client_kwargs": {"timeout": limits, "trust_env": True}}
+            if parts.query:  # a signature, which every file needs, byte for byte
+                options["encoded"] = True
+                self._query, url = f"?{parts.query}", urlunsplit(parts._replace(query=""))
         try:
             self._fs, self._root = fsspec.core.url_to_fs(url.rstrip("/"), **options)
         except ImportError as error:
@@ -74,14 +81,17 @@ class RangeSource:
             raise MissingExtraError(package, "remote", f"Reading {parts.scheme}:// shards") from error
         except ValueError as error:
             raise ShardsError(
-                f"{self.where}: {error}.", "Give a folder, or an https://, s3:// or gs:// URL."
+                f"{self.where}: {without_secrets(str(error))}.", "Give a folder, or an https://, s3:// or gs:// URL."
             ) from error
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}{self._query}"
 
     def read_all(self, name: str) -> bytes:
         """Read a complete small file."""
         for pause in _pauses():
             try:
-                return bytes(self._fs.cat_file(f"{self._root}/{name}"))
+                return bytes(self._fs.cat_file(self._path(name)))
             except FileNotFoundError:
                 raise ShardsError(f"{self.where}/{name}: not found.", "Check the URL in data.shards.") from None
             except Exception as error:  # noqa: BLE001 - every file system of fsspec has its own errors
@@ -111,7 +121,7 @@ class RangeSource:
         raise AssertionError
 
     def _ranges(self, name: str, starts: list[int], ends: list[int]) -> Sequence[object]:
-        path = f"{self._root}/{name}"
+        path = self._path(name)
         try:
             return self._fs.cat_ranges([path] * len(starts), starts, ends, on_error="return", batch_size=_AT_ONCE)
         except Exception as error:  # noqa: BLE001 - as above
@@ -128,7 +138,21 @@ class RangeSource:
         return f"received {len(data)} of {size} bytes" if isinstance(data, bytes) else data
 
     def _wait(self, name: str, problem: object, pause: float | None) -> None:
-        what = f"{type(problem).__name__}: {problem}" if isinstance(problem, Exception) else problem
+        """Wait before the next attempt.
+
+        Raises:
+            ShardsError: It was the last one, or another would be refused too.
+        """
+        what = problem
+        if isinstance(problem, Exception):
+            what = without_secrets(f"{type(problem).__name__}: {problem}")
+            if _is_refused(problem):
+                raise ShardsError(
+                    f"{self.where}/{name}: access is refused ({what}).",
+                    "Give credentials: for https in ~/.netrc (machine HOST login USER password PASSWORD), for an "
+                    "object store in the environment or fsspec's configuration. A signed URL may have expired.",
+                    topic="access",
+                )
         if pause is None:
             raise ShardsError(
                 f"{self.where}/{name}: failed {_ATTEMPTS} times; last error: {what}.",
@@ -136,6 +160,15 @@ class RangeSource:
             )
         logger.info("%s/%s: %s; retrying in %.1f s", self.where, name, what, pause)
         time.sleep(pause)
+
+
+def _is_refused(problem: Exception) -> bool:
+    """Whether a server, or a client that has no credentials, will answer every attempt in the same way."""
+    # aiohttp's errors have a status, gcsfs's a code; s3fs raises PermissionError, botocore NoCredentialsError.
+    status = getattr(problem, "status", getattr(problem, "code", None))
+    if isinstance(status, int):
+        return 400 <= status < 500 and status not in _MAY_PASS
+    return isinstance(problem, PermissionError) or "Credentials" in type(problem).__name__
 
 
 def _pauses() -> Iterator[float | None]:
@@ -163,7 +196,7 @@ class DiskCache:
             with contextlib.suppress(PermissionError):
                 os.utime(path)
             return OpenFile(path)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, PermissionError):  # another user's may be closed to this one
             return None
 
     def holds(self, name: str) -> bool:
@@ -189,11 +222,13 @@ class DiskCache:
             ) from error
 
     def _put(self, name: str, data: bytes) -> OpenFile:
-        with hold(self.folder / ".lock", wait=True):
+        with contextlib.suppress(PermissionError), hold(self.folder / ".lock", wait=True):
             if self._make_room(len(data)):
                 with atomic_path(self.folder / name) as temporary:
                     temporary.write_bytes(data)
+                    temporary.chmod(mode_like(self.folder))
                     return OpenFile(temporary)
+        # The cache has no room, or another user's files are in the way.
         with tempfile.NamedTemporaryFile(dir=self.folder) as stream:
             stream.write(data)
             stream.flush()
@@ -217,8 +252,9 @@ class DiskCache:
         for path in sorted(own, key=lambda path: (not path.name.startswith("."), status[path].st_mtime_ns)):
             if used + size <= self._limit and not path.name.startswith("."):
                 break
-            path.unlink(missing_ok=True)
-            used -= status[path].st_size
+            with contextlib.suppress(PermissionError):  # another user's, in a folder where only the owner deletes
+                path.unlink(missing_ok=True)
+                used -= status[path].st_size
         return True
 
 

@@ -334,4 +334,4 @@ def _first_beyond(index: ShardIndex, shard: Shard, size: int) -> str:
 
 def open_shards(data: DataConfig) -> ShardDataset:
     """Open the shards of a `data` section, local or remote."""
-    return ShardDataset.open(data.shards, cache_directory=data.cache_directory, cache_bytes=data.cache_bytes)
+    return ShardDataset.open(data.shards.reveal(), cache_directory=data.cache_directory, cache_bytes=data.cache_bytes)

@@ -114,7 +114,8 @@ def _mlflow() -> str:
 
 
 def _mlflow_server() -> str:
-    from cfusion.tracking.address import checked_uri, connect, public_name, unavailable
+    from cfusion.addresses import without_secrets
+    from cfusion.tracking.address import checked_uri, connect, unavailable
 
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
@@ -122,7 +123,7 @@ def _mlflow_server() -> str:
     started = time.monotonic()
     with unavailable(checked_uri(uri)):
         connect(uri).search_experiments(max_results=1)
-    return f"{public_name(uri)} answered in {time.monotonic() - started:.2f} s"
+    return f"{without_secrets(uri)} answered in {time.monotonic() - started:.2f} s"
 
 
 def _memory() -> str:

@@ -11,8 +11,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
+from cfusion.addresses import without_secrets
 from cfusion.config import TrackingConfig
 from cfusion.errors import CfusionError, ConfigError
 
@@ -28,6 +29,8 @@ _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # MLflow would print the address of a run with its password.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # MLflow's default limits (7 retries of 120 s) would let a hanging server block a run for a quarter of an hour.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -49,8 +52,8 @@ def tracking_uri(tracking: TrackingConfig, output: Path) -> str:
     Raises:
         ConfigError: MLflow has no tracking store for this kind of address.
     """
-    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{(output.parent / 'mlflow.db').resolve()}"
-    return checked_uri(uri)
+    given = tracking.uri.reveal() if tracking.uri else os.environ.get("MLFLOW_TRACKING_URI")
+    return checked_uri(given or f"{SQLITE}{(output.parent / 'mlflow.db').resolve()}")
 
 
 def given_uri(uri: str | None) -> str:
@@ -67,7 +70,8 @@ def given_uri(uri: str | None) -> str:
         )
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
         raise ConfigError(
-            f"{uri}: database file not found.", "The database of a sweep is mlflow.db in the folder of its runs."
+            f"{without_secrets(uri)}: database file not found.",
+            "The database of a sweep is mlflow.db in the folder of its runs.",
         )
     return checked_uri(uri)
 
@@ -81,18 +85,10 @@ def checked_uri(uri: str) -> str:
     scheme = urlsplit(uri).scheme.partition("+")[0]
     if scheme not in ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks"):
         raise ConfigError(
-            f"tracking.uri={uri!r}: expected http(s)://HOST, sqlite:///FILE or another SQL database.",
+            f"tracking.uri={without_secrets(uri)!r}: expected http(s)://HOST, sqlite:///FILE or another SQL database.",
             "MLflow no longer supports plain folders as a store.",
         )
     return uri
-
-
-def public_name(uri: str) -> str:
-    """Return the address without user and password."""
-    parts = urlsplit(uri)
-    if parts.username is None and parts.password is None:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def connect(uri: str) -> MlflowClient:
@@ -141,9 +137,9 @@ def unavailable(uri: str) -> Iterator[None]:
         if isinstance(error, MlflowException) and error.error_code in REFUSALS:
             raise
         # MLflow's message quotes the address, including user and password.
-        text = " ".join(str(error).replace(uri, public_name(uri)).split())
+        text = " ".join(without_secrets(str(error).replace(uri, without_secrets(uri))).split())
         why = "is locked by another process" if "database is locked" in text else f"does not answer ({text[:200]})"
-        raise TrackingUnavailableError(f"{public_name(uri)}: {why}.") from error
+        raise TrackingUnavailableError(f"{without_secrets(uri)}: {why}.") from error
 
 
 def _make_database(uri: str) -> None:
@@ -184,7 +180,7 @@ def experiment_id(client: MlflowClient, name: str) -> str:
                 raise
     if found.lifecycle_stage != "active":
         raise TrackingUnavailableError(
-            f"{public_name(uri)}: its experiment {name!r} is deleted.",
+            f"{without_secrets(uri)}: its experiment {name!r} is deleted.",
             f"Restore it (mlflow experiments restore --experiment-id {found.experiment_id}), or set "
             "tracking.experiment to another name.",
         )

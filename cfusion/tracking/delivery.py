@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cfusion.addresses import without_secrets
 from cfusion.errors import ConfigError, DataError
 from cfusion.files import read_json, write_json
 from cfusion.locks import HeldError, hold
-from cfusion.tracking.address import REFUSALS, connect, experiment_id, met_another_writer, public_name, unavailable
+from cfusion.tracking.address import REFUSALS, connect, experiment_id, met_another_writer, unavailable
 from cfusion.tracking.journal import JOURNAL_NAME, PARENT, Record, read_records
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def delivery_of(folder: Path, uri: str) -> Delivery:
     """Read how much of the journal in a run's folder the server at `uri` has received."""
     path = folder / STATE_NAME
     known = read_json(path) if path.exists() else {}
-    return Delivery(**known.get(public_name(uri), {}))
+    return Delivery(**known.get(without_secrets(uri), {}))
 
 
 def unsent(folder: Path, uri: str) -> int:
@@ -84,7 +85,7 @@ def send(folder: Path, uri: str) -> Delivery:
         state = delivery_of(folder, uri)
         with unavailable(uri):
             if state.runs and not _exists(client, state.runs[PARENT]):
-                logger.warning("%s: the run no longer exists there; sending all records again", public_name(uri))
+                logger.warning("%s: the run no longer exists there; sending all records again", without_secrets(uri))
                 state = Delivery()
         sender = _Sender(client, folder, state)
         for records, end in _units(folder / JOURNAL_NAME, state.position):
@@ -118,7 +119,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _save(folder: Path, uri: str, state: Delivery) -> None:
     path = folder / STATE_NAME
     known = read_json(path) if path.exists() else {}
-    write_json(path, {**known, public_name(uri): state.__dict__})
+    write_json(path, {**known, without_secrets(uri): state.__dict__})
 
 
 def _exists(client: MlflowClient, run_id: str) -> bool:

@@ -58,11 +58,11 @@ def run_inputs(
         "encoder": index.encoder, "dim": index.dim, "magnifications": index.magnifications, "dtype": index.dtype,
         "slides": len(index.samples), "bytes": sum(shard.size for shard in index.shards), **index.provenance,
     }  # fmt: skip
-    table, directory = data_name(config.cohort.table), config.splits.directory
+    table, shards, directory = data_name(config.cohort.table), str(config.data.shards), config.splits.directory
     folds = data_name(directory) if directory else "drawn"
     return [
         _input(f"{cohort.name} outcomes", provenance["table_sha256"], table, "outcomes", patients),
-        _input(f"{cohort.name} {index.encoder}", provenance["shards_digest"], config.data.shards, "bags", embeddings),
+        _input(f"{cohort.name} {index.encoder}", provenance["shards_digest"], shards, "bags", embeddings),
         _input(
             f"{cohort.name} folds", provenance["splits_digest"], folds, "folds",
             config.splits.model_dump(mode="json"),

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cfusion.addresses import SecretsLeftOut
 from cfusion.errors import CfusionError, ConfigError
 from cfusion.tracking.delivery import send
 from cfusion.tracking.journal import JOURNAL_NAME
@@ -139,6 +140,7 @@ class _ToParent(logging.Handler):
 
     def __init__(self, answer: Callable[[dict[str, Any]], None]) -> None:
         super().__init__()
+        self.setFormatter(SecretsLeftOut())
         self._answer = answer
 
     def emit(self, record: logging.LogRecord) -> None:

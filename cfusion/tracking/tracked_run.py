@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from cfusion.addresses import without_secrets
 from cfusion.config import TrackingConfig
 from cfusion.errors import RequeueError
 from cfusion.tracking.address import tracking_uri
@@ -131,7 +132,7 @@ class TrackedRun:
             self.close()
         else:
             stopped = isinstance(error, RequeueError | KeyboardInterrupt | SystemExit)
-            self.close("KILLED" if stopped else "FAILED", f"{type(error).__name__}: {error}"[:500])
+            self.close("KILLED" if stopped else "FAILED", without_secrets(f"{type(error).__name__}: {error}")[:500])
 
     def _start(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         if self._courier is not None:

@@ -27,12 +27,20 @@ from cfusion.errors import ConfigError
 
 ItemT = TypeVar("ItemT")
 
-TIMEOUT = datetime.timedelta(minutes=10)
-"""A process that waits longer than this for the others fails."""
-
 _DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.float32, "fp16": torch.float32}
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+class Waiting(InitProcessGroupKwargs):
+    """How long a process waits for the others.
+
+    Accelerate leaves out what equals its own default of 10 minutes, and gloo then waits for 30.
+    """
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """Return what differs from Accelerate's defaults, and the timeout."""
+        return {**super().to_kwargs(), "timeout": self.timeout}
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ class Runtime:
             # The stepper assembles the steps; an environment variable could make Accelerate divide each loss again.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=TIMEOUT),
+                Waiting(timeout=datetime.timedelta(minutes=parallel.timeout_minutes)),
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )

@@ -9,13 +9,13 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import re
 
 import torch
 
 from cfusion.config import ParallelConfig
 from cfusion.errors import ConfigError
 from cfusion.program import program_digest
+from cfusion.training.connection import check_network, check_port, connecting
 from cfusion.training.runtime import Runtime
 from cfusion.training.zero import ZeroRuntime
 
@@ -78,7 +78,9 @@ def join_world(parallel: ParallelConfig) -> Runtime:
 
     Raises:
         ConfigError: The number of processes does not divide the global batch or exceeds the node's GPUs, the precision
-            is unavailable here, or a library sees another number of processes than the launcher started.
+            is unavailable here, the interface, host name or port cannot be used, or a library sees another number of
+            processes than the launcher started.
+        ExchangeError: The processes cannot connect.
     """
     expected = launched()
     check_divides(parallel.global_batch, expected)
@@ -92,7 +94,11 @@ def join_world(parallel: ParallelConfig) -> Runtime:
     else:
         _check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
     kind = Runtime if parallel.engine == "ddp" else ZeroRuntime
-    runtime = kind(kind.accelerate(parallel, on_cpu=on_cpu), parallel)
+    if expected > 1:
+        check_network()
+        check_port()
+    with connecting(expected):
+        runtime = kind(kind.accelerate(parallel, on_cpu=on_cpu), parallel)
     for who, seen in runtime.worlds().items():
         if seen != expected:
             raise ConfigError(
@@ -131,13 +137,6 @@ def check_precision(precision: str, *, on_cpu: bool) -> None:
         raise ConfigError("parallel.precision=bf16: this GPU has no bf16 arithmetic.", "Use f32 or fp16.")
     if on_cpu and (instructions := torch.backends.cpu.get_cpu_capability()) in ("DEFAULT", "AVX2"):
         logger.warning("parallel.precision=bf16 is many times slower than f32 here: %s has no bf16.", instructions)
-
-
-def another_process_has_ended(error: Exception) -> bool:
-    """Whether an error only says that another process of this run has ended or does not answer."""
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    return isinstance(error, RuntimeError) and re.search(r"gloo/transport/|NCCL error", str(error)) is not None
 
 
 def _check_gpus(processes: int, gpus: int) -> None:

@@ -13,8 +13,8 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
+from cfusion.addresses import Address, refuse_written
 from cfusion.config import load_config
 from cfusion.errors import CfusionError, ConfigError, PartialResultError, RequeueError
 from cfusion.extensions import plain_name
@@ -155,7 +155,7 @@ def make_plan(
 
     Raises:
         ConfigError: The configuration is refused, the processes cannot share its global batch, the name is not
-            valid on a cluster, or the tracking URI holds a password.
+            valid on a cluster, or an address that a script would hold has a password.
     """
     from cfusion.training.world import check_divides
 
@@ -163,12 +163,11 @@ def make_plan(
     resolved = load_config(config, chosen)
     per_node = resources.processes_per_node
     check_divides(resolved.parallel.global_batch, resources.nodes * per_node)
-    uri = resolved.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri and urlsplit(uri).password:
-        raise ConfigError(
-            "The MLflow tracking URI holds a password, which would be written into a script.",
-            "Give it without, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the nodes.",
-        )
+    for key, _, value in (override.partition("=") for override in chosen):
+        refuse_written(key, Address.of(value), "a script")
+    # The nodes read the configuration's address themselves.
+    uri = None if resolved.tracking.uri else os.environ.get("MLFLOW_TRACKING_URI")
+    refuse_written("MLFLOW_TRACKING_URI", Address.of(uri) if uri else None, "a script")
     return LaunchPlan(
         name=_checked_name(name or f"cfusion-{resolved.cohort.name}-{plain_name(resolved.model.name)}"),
         resources=resources,

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from cfusion.addresses import refuse_written
 from cfusion.cohort.splits import fold_count
 from cfusion.console import Progress, progress
 from cfusion.errors import PartialResultError, RequeueError
@@ -67,6 +68,10 @@ def run_all(runs: Sequence[PlannedRun], execution: Execution, folder: Path) -> N
     """
     from cfusion.interruption import graceful_stop
 
+    if execution.executor == "slurm" or execution.processes > 1:
+        for run in runs:
+            refuse_written("data.shards", run.config.data.shards, "a file for another process")
+            refuse_written("tracking.uri", run.config.tracking.uri, "a file for another process")
     missing = [run for run in runs if not is_done(run.config.output)]
     if len(missing) < len(runs):
         logger.info("%d of %d runs are done already", len(runs) - len(missing), len(runs))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cfusion.addresses import without_secrets
 from cfusion.files import read_json, write_json
 from cfusion.locks import HeldError, Holder, hold, holder
 
@@ -50,7 +51,12 @@ def write_failure(folder: Path, cause: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / FAILED,
-        {"cause": " ".join(cause.split()), "log": LOG, "attempts": len(attempts(folder)), "at": time.time()},
+        {
+            "cause": " ".join(without_secrets(cause).split()),
+            "log": LOG,
+            "attempts": len(attempts(folder)),
+            "at": time.time(),
+        },
     )
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from cfusion.addresses import Address
 from cfusion.config import Config, Section, validate
 from cfusion.errors import ConfigError, DataError, nearest
 from cfusion.extensions import file_of, names_file, package_code, plain_name
@@ -254,7 +255,7 @@ def places(config: Config) -> dict[str, str]:
     return {key: _place_name(path) for key, path in _paths(config).items()}
 
 
-def _paths(config: Config) -> dict[str, Path | str]:
+def _paths(config: Config) -> dict[str, Path | Address]:
     model = config.model.name
     found = {
         "cohort.table": config.cohort.table,
@@ -268,8 +269,8 @@ def _paths(config: Config) -> dict[str, Path | str]:
     return {key: path for key, path in found.items() if path}
 
 
-def _place_name(path: Path | str) -> str:
-    return data_name(path) if isinstance(path, Path) else path
+def _place_name(path: Path | Address) -> str:
+    return data_name(path) if isinstance(path, Path) else str(path)
 
 
 def _contents(config: Config, digests: Mapping[str, str]) -> dict[str, Any]:
@@ -317,7 +318,7 @@ class DataDigests:
         Shards are identified by their index, which has a checksum of every tar; a model of an installed package by the
         version of the package and its module.
         """
-        found = {_place_name(path): self._digest(str(path)) for path in _paths(config).values()}
+        found = {_place_name(path): self._digest(path) for path in _paths(config).values()}
         absent = next((sentence for _, sentence in found.values() if sentence), "")
         digests = {place: digest for place, (digest, _) in found.items()}
         model = config.model.name
@@ -332,9 +333,10 @@ class DataDigests:
             self._packages[model] = "" if code is None else digest_json(code.identity)
         return self._packages[model]
 
-    def _digest(self, place: str) -> tuple[str, str]:
+    def _digest(self, path: Path | Address) -> tuple[str, str]:
+        place = str(path)
         if place not in self._known:
-            digest, absent = _digest_place(place)
+            digest, absent = _digest_place(path.reveal() if isinstance(path, Address) else place)
             self._known[place] = (self.remembered.get(place, digest) if absent else digest, absent)
         return self._known[place]
 

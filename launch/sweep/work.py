@@ -16,6 +16,7 @@ from typing import Literal
 
 import yaml
 
+from cfusion.addresses import SecretsLeftOut
 from cfusion.errors import CfusionError, DataError, RequeueError
 from cfusion.files import write_text
 from cfusion.locks import HeldError
@@ -227,7 +228,7 @@ def _logged_to(folders: Sequence[Path]) -> Iterator[logging.Logger]:
     handlers = [logging.FileHandler(folder / LOG) for folder in folders]
     log.setLevel(logging.INFO)
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        handler.setFormatter(SecretsLeftOut("%(asctime)s %(message)s"))
         log.addHandler(handler)
     try:
         yield log

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import http.server
-import re
-import threading
+import os
+import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
 from made_up_slides import MemoryStore, make_slide
+from range_server import serving
 
 from cfusion.config import DataConfig
 from cfusion.data import remote
@@ -21,53 +22,6 @@ from preprocess.packing import pack_store
 NAMES = ["x20", "x10", "x5", "coords_x20"]
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves a folder by ranges; the server's `faults` are taken by its requests, one each, first come first served."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, body):
-        with self.server.lock:
-            fault = self.server.faults.pop(0) if self.server.faults else ""
-            self.server.requests.append((self.path, self.headers.get("Range"), fault))
-        path = self.server.folder / self.path.lstrip("/")
-        if fault == "busy" or not path.is_file():
-            self.send_response(503 if fault == "busy" else 404)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        data = path.read_bytes()
-        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if found and not self.server.ignores_ranges:
-            data = data[int(found[1]) : int(found[2]) + 1]
-            self.send_response(206)
-        else:
-            self.send_response(200)
-        if fault == "flip":
-            data = data[:200] + bytes([data[200] ^ 1]) + data[201:]
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if fault == "cut":
-            self.wfile.write(data[: len(data) // 2])
-            self.close_connection = True
-        elif fault == "silent":
-            self.wfile.write(data[: len(data) // 2])
-            self.wfile.flush()
-            self.server.released.wait(20)
-            self.close_connection = True
-        elif body:
-            self.wfile.write(data)
-
-
 @pytest.fixture
 def slides():
     return {s.slide_id: s for s in [make_slide(f"s{i}.A", cells=4, seed=i) for i in range(9)]}
@@ -77,18 +31,8 @@ def slides():
 def server(slides, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "_FIRST_PAUSE_SECONDS", 0.01)
     pack_store(MemoryStore(slides.values()), tmp_path / "served", target_bytes=20_000)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.folder, server.faults, server.requests, server.lock = tmp_path / "served", [], [], threading.Lock()
-    server.ignores_ranges, server.released = False, threading.Event()
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield server
-    server.released.set()
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(tmp_path / "served") as server:
+        yield server
 
 
 def assert_same(dataset, slides):
@@ -208,6 +152,62 @@ def test_credentials_in_a_url_reach_no_message(server):
     with pytest.raises(DataError) as caught:
         ShardDataset.open(f"{url}/nowhere")
     assert "secret" not in str(caught.value)
+
+
+def test_a_user_and_password_come_from_the_url_or_from_netrc(server, slides, tmp_path, monkeypatch):
+    server.user = ("joe", "s3cr@t")
+    assert_same(ShardDataset.open(server.url.replace("//", "//joe:s3cr%40t@"), cache_directory=tmp_path / "a"), slides)
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login joe password s3cr@t\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert_same(ShardDataset.open(server.url, cache_directory=tmp_path / "b"), slides)
+
+
+def test_a_signature_goes_behind_the_name_of_each_file_as_it_is(server, slides, tmp_path):
+    server.query = "sv=1&sig=a%2Fb%2Bc%3D"
+    dataset = ShardDataset.open(f"{server.url}/?{server.query}", cache_directory=tmp_path / "cache")
+    assert_same(dataset, slides)
+    assert dataset.directory == server.url
+
+
+@pytest.mark.parametrize("url", ["http://joe:secret@{}", "http://{}/?sig=secret", "http://{}"])
+def test_refused_access_is_reported_at_once_and_without_the_secret(server, tmp_path, url):
+    server.user, server.query = ("joe", "another"), "sig=another"
+    with pytest.raises(DataError, match=r"index\.json: access is refused \(ClientResponseError: 401.*netrc") as caught:
+        ShardDataset.open(url.format(server.url.removeprefix("http://")))
+    assert "secret" not in str(caught.value)
+    assert caught.value.topic == "access"
+    assert len(server.requests) == 1
+
+
+def test_a_proxy_of_the_environment_is_asked(server, slides, tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", server.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert_same(ShardDataset.open("http://shards.invalid", cache_directory=tmp_path / "cache"), slides)
+
+
+def test_a_cache_can_be_shared_by_a_group(server, slides, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(0o2770)
+    assert_same(ShardDataset.open(server.url, cache_directory=cache), slides)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in cache.iterdir()} == {0o660}
+
+
+def test_what_another_user_has_closed_is_fetched_and_not_kept(server, slides, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    assert_same(ShardDataset.open(server.url, cache_directory=cache), slides)
+    theirs = {path.name for path in cache.iterdir()}
+    real = os.open
+
+    def as_another(path, flags, *more, **options):
+        if Path(path).parent == cache and Path(path).name in theirs:
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, flags, *more, **options)
+
+    monkeypatch.setattr(os, "open", as_another)
+    assert_same(ShardDataset.open(server.url, cache_directory=cache), slides)
+    assert {path.name for path in cache.iterdir()} == theirs
 
 
 def test_an_index_with_a_path_writes_nothing(server, tmp_path):

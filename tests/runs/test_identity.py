@@ -169,6 +169,13 @@ def test_moved_data_and_other_threads_are_the_same_run(files, tmp_path, restored
     assert predictions[0] == predictions[1]
 
 
+def test_the_folder_of_a_model_of_ones_own_does_not_decide():
+    here, there = (Config(model={"name": f"{folder}/mine.py:Mine"}).deciding() for folder in ("/scratch/a", "b/c"))
+    assert here == there
+    assert here["model"]["name"] == "mine.py:Mine"
+    assert here != Config(model={"name": "mine.py:Other"}).deciding()
+
+
 def test_another_content_of_a_table_is_another_run(files, tmp_path):
     table = pd.read_csv(files.table)
     tables = CohortFiles(tmp_path / "cases.csv", files.shards)

@@ -21,13 +21,14 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from rival import KINDS, earlier_writer
 from typer.testing import CliRunner
 
+from cfusion.addresses import without_secrets
 from cfusion.cli.main import app
 from cfusion.config import TrackingConfig
 from cfusion.errors import ConfigError, DataError, RequeueError
 from cfusion.runs.crossval import cross_validate
 from cfusion.tracking import TrackedRun, delivery, sender
 from cfusion.tracking import tracked_run as run
-from cfusion.tracking.address import TrackingUnavailableError, connect, public_name, tracking_uri
+from cfusion.tracking.address import TrackingUnavailableError, connect, tracking_uri
 from cfusion.tracking.delivery import delivery_of, send, unsent
 from cfusion.tracking.journal import Journal
 from cfusion.tracking.sender import Follower, Pace
@@ -458,7 +459,7 @@ def test_addresses(tmp_path, monkeypatch):
 
 
 def test_a_password_in_the_address_is_not_stored(tmp_path):
-    assert public_name("https://ann:secret@host:5000/x") == "https://host:5000/x"
+    assert without_secrets("https://ann:secret@host:5000/x") == "https://host:5000/x"
     journal_of(tmp_path, "secret").close()
     with pytest.raises(TrackingUnavailableError) as caught:
         send(tmp_path, "http://ann:secret@127.0.0.1:9")

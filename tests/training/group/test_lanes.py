@@ -105,7 +105,7 @@ def bags_of(config: Config) -> list:
 
     cohort = cfusion.read_cohort(config.cohort)
     slides = cohort.slides_of(list(cohort.cases.index))
-    return make_bags(ShardDataset.open(config.data.shards), slides, "case", config.data.magnifications)
+    return make_bags(ShardDataset.open(config.data.shards.reveal()), slides, "case", config.data.magnifications)
 
 
 @pytest.mark.parametrize("stop_at", [pytest.param(2, marks=pytest.mark.slow), 5])

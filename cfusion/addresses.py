@@ -1,0 +1,113 @@
+"""Addresses of data and servers, whose secrets are never printed.
+
+`str` of an address leaves out user, password and query, and so does everything that a run writes. Only the code that
+connects uses `Address.reveal`. `without_secrets` does the same for the URLs in any text, such as an error of a library.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, PlainSerializer, SecretStr
+
+from cfusion.errors import ConfigError
+
+_URL = re.compile(
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<user>[^\s/?#'\"<>]*@)?(?P<rest>[^\s?#'\"<>]*)"
+    r"(?P<query>\?[^\s#'\"<>]*)?"
+)
+_CONTAINERS = ("abfs://", "abfss://", "wasb://", "wasbs://")
+"""Schemes where the name before `@` is a container of the store, not a user."""
+
+
+def without_secrets(text: str) -> str:
+    """Return a text in which every URL has lost its user, its password and its query."""
+    return _URL.sub(_public, text)
+
+
+def _public(url: re.Match[str]) -> str:
+    user = url["user"] or ""
+    kept = user if url["scheme"].lower() in _CONTAINERS and ":" not in user else ""
+    return f"{url['scheme']}{kept}{url['rest']}"
+
+
+@dataclass(frozen=True)
+class Address:
+    """A folder, or the URL of a folder, server or database; `str` has no secret.
+
+    Attributes:
+        secret: The address as it was given.
+    """
+
+    secret: SecretStr
+
+    @classmethod
+    def of(cls, text: object) -> Address:
+        """Make an address of a text.
+
+        Raises:
+            ValueError: It is not a text, or the password of a URL has a character that ends it.
+        """
+        if isinstance(text, Address):
+            return text
+        if not isinstance(text, str):
+            raise ValueError("expected a folder or a URL")
+        found = _URL.fullmatch(text.partition("#")[0])
+        if found is not None and found["user"] and "@" in found["rest"]:
+            raise ValueError("write @ and / of a password as %40 and %2F")
+        return cls(SecretStr(text))
+
+    def reveal(self) -> str:
+        """Return the address as it was given, to connect to it."""
+        return self.secret.get_secret_value()
+
+    @property
+    def has_secret(self) -> bool:
+        """Whether its text shows less than was given."""
+        return str(self) != self.reveal()
+
+    def __str__(self) -> str:
+        return without_secrets(self.reveal())
+
+    def __repr__(self) -> str:
+        return repr(str(self))
+
+
+AddressSetting = Annotated[Address, BeforeValidator(Address.of), PlainSerializer(str)]
+"""A setting that is an address; it is written without its secret."""
+
+
+def refuse_written(key: str, address: Address | None, where: str) -> None:
+    """Refuse an address whose secret would be written to a file.
+
+    Raises:
+        ConfigError: It has a user, a password or a query.
+    """
+    if address is not None and address.has_secret:
+        raise ConfigError(
+            f"{key}={address}: the address holds a password, or a user or query, that would be written into {where}.",
+            "Give it without. Put the credentials of https into ~/.netrc on the nodes, those of object stores into "
+            "fsspec's configuration or the environment, and those of MLflow into MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD.",
+            topic="access",
+        )
+
+
+class SecretsLeftOut(logging.Formatter):
+    """Formats log records; URLs lose their secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as text, its traceback included."""
+        return without_secrets(super().format(record))
+
+
+def hide_in(values: Any) -> Any:
+    """Return plain values, nested in lists and dictionaries, with no secret in their texts."""
+    if isinstance(values, dict):
+        return {key: hide_in(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [hide_in(value) for value in values]
+    return without_secrets(values) if isinstance(values, str) else values
