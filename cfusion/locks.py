@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, SoftFileLock, Timeout
 
 from cfusion.errors import CfusionError
@@ -44,11 +45,13 @@ class Holder:
         host: Its machine.
         pid: Its number there.
         since: When it took the lock, seconds since 1970.
+        launch: Name of the launch that started it, if a launcher did (see `launch_name`).
     """
 
     host: str
     pid: int
     since: float
+    launch: str = ""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -88,14 +91,29 @@ def hold(path: Path, *, wait: bool = False, keep: bool = True) -> Iterator[tuple
         except Timeout:
             raise HeldError(str(named(path) or "another process"), "Wait for it, or end it.") from None
         # Not replaced: another file of this name would be another lock.
-        path.write_text(json.dumps(asdict(Holder(socket.gethostname(), os.getpid(), time.time()))), encoding="utf-8")
+        who = Holder(socket.gethostname(), os.getpid(), time.time(), launch_name())
+        path.write_text(json.dumps(asdict(who)), encoding="utf-8")
         try:
             yield tuple(descriptors)
         finally:
-            if not keep:  # filelock takes no lock on a deleted file, so nobody holds a lock that others do not see
+            if keep:
+                path.write_text("", encoding="utf-8")
+            else:  # filelock takes no lock on a deleted file, so nobody holds a lock that others do not see
                 path.unlink(missing_ok=True)
-        if keep:
-            path.write_text("", encoding="utf-8")
+
+
+def launch_name() -> str:
+    """Return the name of the launch that started this process: torchrun's run id; empty without one of its own."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return "" if name == "none" else name
+
+
+def held_above(path: Path) -> bool:
+    """Return whether this process or one that it descends from holds a lock, as when a sweep starts a training."""
+    who = named(path)
+    if who is None or who.host != socket.gethostname():
+        return False
+    return who.pid in {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
 
 
 def mode_like(folder: Path) -> int:

@@ -6,8 +6,10 @@ folders. A run's folder has the files below and a folder for each fold, which ap
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +19,13 @@ import yaml
 from cfusion.config import Config, validate
 from cfusion.errors import DataError
 from cfusion.files import check_format, read_json, write_json, write_text
+from cfusion.locks import HeldError, Holder, held_above, hold, holder, launch_name, named
 from cfusion.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     import pandas as pd
+
+logger = logging.getLogger(__name__)
 
 RUN_FORMAT = 1
 """Format of the folder, as `run.json` carries it. A folder without a number was written by 0.1.0 and is read as 1."""
@@ -61,6 +66,8 @@ HISTORY = "history.csv"
 """In a fold's folder: metrics by epoch."""
 MODEL = "model"
 """In a fold's folder: the model's folder."""
+LOCK = "run.lock"
+"""Lock of the process that trains the run; it names that process."""
 CARD = "model.json"
 """In a model's folder: the model card."""
 WEIGHTS = "model.safetensors"
@@ -68,6 +75,40 @@ WEIGHTS = "model.safetensors"
 
 _FOLD_NAME = re.compile(r"(repeat_\d+_)?fold_\d+")
 _ANY_FOLD = "*fold_*"
+
+
+@contextlib.contextmanager
+def claim(folder: Path, *, nested: bool = False) -> Iterator[tuple[int, ...]]:
+    """Lock a run within the block; yields descriptors, and a child process that inherits them holds the lock too.
+
+    A process of the same launch takes over, since torchrun starts it only after the node of the holder is lost.
+
+    Args:
+        folder: The run's folder.
+        nested: Accept the lock of this process or of one that it descends from, as where a sweep starts a training.
+
+    Raises:
+        HeldError: Another process holds it.
+    """
+    path = folder / LOCK
+    with contextlib.ExitStack() as stack:
+        descriptors: tuple[int, ...] = ()
+        if not (nested and held_above(path)):
+            try:
+                descriptors = stack.enter_context(hold(path))
+            except HeldError as error:
+                who = named(path)
+                if who is None or not who.launch or who.launch != launch_name():
+                    raise HeldError(
+                        f"{folder}: {error.message} trains it.", "Wait for it, or end that process.", topic="held"
+                    ) from None
+                logger.warning("%s: takes over from %s of this launch, whose node is lost", folder, who)
+        yield descriptors
+
+
+def trainer(folder: Path) -> tuple[Holder | None, bool]:
+    """Return who trains a run, or was killed while training it, and whether that process still holds it."""
+    return holder(folder / LOCK)
 
 
 def is_run(folder: Path) -> bool:

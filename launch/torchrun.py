@@ -25,6 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError, RendezvousTimeoutError
 from torch.distributed.run import parse_args, run
 
+from cfusion.interruption import stop_with_parent
 from launch.cluster.cluster_plan import FINAL, REQUEUE
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     # Until torchrun installs its handlers, a signal that asks for a stop must not look like a crash.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _leave)
+    stop_with_parent()
     try:
         run(parsed)
     except SignalException as error:

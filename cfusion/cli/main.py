@@ -36,6 +36,7 @@ from cfusion.cli import (
     cmd_view,
 )  # fmt: skip
 from cfusion.errors import CfusionError, ExchangeError, RequeueError
+from cfusion.interruption import stop_with_parent
 
 HELP = """Survival prediction from whole-slide images, from slides to numbers a reviewer can trust.
 
@@ -118,6 +119,8 @@ def _common(
 
 def run() -> None:
     """Run the command line; errors a user can act on become one line and an exit code."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stop_with_parent(os.getppid())
     try:
         app()
     except CfusionError as error:

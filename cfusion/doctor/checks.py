@@ -181,6 +181,15 @@ def _slurm() -> str:
     return done.stdout.strip()
 
 
+def _network() -> str:
+    from cfusion.training.connection import check_network, check_port
+
+    found = check_network()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # in a world, the processes have opened it
+        check_port()
+    return found
+
+
 def _launcher() -> str:
     from cfusion.training.world import launched
 
@@ -200,6 +209,7 @@ CHECKS: tuple[tuple[str, bool, Callable[[], str]], ...] = (
     ("disk", True, _disk),
     ("clock", False, _clock),
     ("slurm", False, _slurm),
+    ("network", True, _network),
     ("launcher", True, _launcher),
 )
 """Name, whether every run needs it, and the check."""

@@ -6,9 +6,10 @@ folds and ends with the numbers of an undisturbed run. A fold that fails fails t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from typing import Any
 
@@ -19,7 +20,7 @@ from cfusion.data.thread_pools import pool_of_teams, threads_each
 from cfusion.errors import CfusionError, ConfigError, PartialResultError
 from cfusion.files import digest_json
 from cfusion.interruption import graceful_stop
-from cfusion.run_folder import CHECKPOINTS, GROUP
+from cfusion.run_folder import CHECKPOINTS, GROUP, claim
 from cfusion.runs.arrangement import Arrangement
 from cfusion.runs.run import Run
 from cfusion.survival.score import Scores
@@ -47,18 +48,34 @@ def cross_validate(config: Config, *, same_code: str | None = None) -> Scores:
 
     Raises:
         ConfigError: The folder holds another run, or ranks disagree on the configuration.
+        HeldError: Another process trains this run.
         RequeueError: The process was asked to stop and has saved its state.
     """
     if config.train.folds == "together":
         return cross_validate_together([config], same_code=same_code)[0]
     runtime = join_world(config.parallel)
-    run = Run.open(runtime, config, same_code)
-    with run.tracked(runtime) as parent:
-        with graceful_stop(), progress(f"{run.cohort.name} {config.model.name}", len(run.splits)) as bar:
-            _train_folds(runtime, run, parent, bar)
-        scores = run.score(runtime, parent)
-    run.mark_done(runtime, parent)
+    with _claimed(runtime, [config]):
+        run = Run.open(runtime, config, same_code)
+        with run.tracked(runtime) as parent:
+            with graceful_stop(), progress(f"{run.cohort.name} {config.model.name}", len(run.splits)) as bar:
+                _train_folds(runtime, run, parent, bar)
+            scores = run.score(runtime, parent)
+        run.mark_done(runtime, parent)
     return scores
+
+
+@contextlib.contextmanager
+def _claimed(runtime: Runtime, configs: Sequence[Config]) -> Iterator[None]:
+    """Hold the locks of the runs' folders on rank 0, which writes to them.
+
+    Raises:
+        HeldError: Another process trains one of the runs.
+    """
+    with contextlib.ExitStack() as stack:
+        if runtime.is_main:
+            for config in configs:
+                stack.enter_context(claim(config.output, nested=True))
+        yield
 
 
 def shares_a_read(config: Config) -> str:
@@ -83,6 +100,11 @@ def cross_validate_together(configs: Sequence[Config], *, same_code: str | None 
     """
     _check_shared(configs)
     runtime = join_world(configs[0].parallel)
+    with _claimed(runtime, configs):
+        return _cross_validate_together(runtime, configs, same_code)
+
+
+def _cross_validate_together(runtime: Runtime, configs: Sequence[Config], same_code: str | None) -> list[Scores]:
     runs = [Run.open(runtime, config, same_code) for config in configs]
     tracked = [run.tracked(runtime) for run in runs]
     failed: dict[int, CfusionError] = {}

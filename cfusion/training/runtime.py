@@ -32,15 +32,13 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
-class Waiting(InitProcessGroupKwargs):
-    """How long a process waits for the others.
+def waiting(parallel: ParallelConfig, **options: Any) -> InitProcessGroupKwargs:
+    """Return for Accelerate how long a process waits for the others.
 
-    Accelerate leaves out what equals its own default of 10 minutes, and gloo then waits for 30.
+    Accelerate leaves out what equals its own default of 10 minutes, and gloo then waits for 30; hence the microsecond.
     """
-
-    def to_kwargs(self) -> dict[str, Any]:
-        """Return what differs from Accelerate's defaults, and the timeout."""
-        return {**super().to_kwargs(), "timeout": self.timeout}
+    timeout = datetime.timedelta(minutes=parallel.timeout_minutes, microseconds=1)
+    return InitProcessGroupKwargs(timeout=timeout, **options)
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class Runtime:
             # The stepper assembles the steps; an environment variable could make Accelerate divide each loss again.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             kwargs_handlers=[
-                Waiting(timeout=datetime.timedelta(minutes=parallel.timeout_minutes)),
+                waiting(parallel),
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import datetime
 import functools
 import importlib
 import io
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from cfusion.config import ParallelConfig
 from cfusion.errors import ConfigError, MissingExtraError
-from cfusion.training.runtime import Part, Runtime, Waiting, another_engine, moments_of
+from cfusion.training.runtime import Part, Runtime, another_engine, moments_of, waiting
 
 _NEVER = 1 << 62
 
@@ -70,7 +69,7 @@ class ZeroRuntime(Runtime):
                     cpu=False,
                     mixed_precision="no",
                     deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config(parallel, on_cpu=on_cpu)),
-                    kwargs_handlers=[_waiting(parallel, on_cpu=on_cpu)],
+                    kwargs_handlers=[waiting(parallel, backend="gloo" if on_cpu else "nccl")],
                 )
         except NotImplementedError as error:
             raise another_engine(parallel, "another stage already") from error
@@ -167,11 +166,6 @@ class ZeroRuntime(Runtime):
         module = copy.deepcopy(self._blank).to_empty(device="cpu")
         module.load_state_dict(self.assembled(parts, {name: part.values for name, part in parts.items()}))
         return module
-
-
-def _waiting(parallel: ParallelConfig, *, on_cpu: bool) -> Waiting:
-    minutes = datetime.timedelta(minutes=parallel.timeout_minutes)
-    return Waiting(backend="gloo" if on_cpu else "nccl", timeout=minutes)
 
 
 def deepspeed_config(parallel: ParallelConfig, *, on_cpu: bool) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import uuid
 
-from cfusion.interruption import handling
+from cfusion.interruption import handling, naming_parent
 from launch.cluster.cluster_plan import FINAL, REQUEUE, LaunchPlan
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,9 @@ def start_agents(plan: LaunchPlan) -> list[subprocess.Popen[bytes]]:
     arguments = plan.agent(endpoint=f"127.0.0.1:{free_port()}", run_id=uuid.uuid4().hex, local_address="127.0.0.1")
     return [
         subprocess.Popen(
-            arguments, env={**os.environ, **plan.environment(), "NODE_RANK": str(node)}, start_new_session=True
+            arguments,
+            env={**os.environ, **plan.environment(), **naming_parent(), "NODE_RANK": str(node)},
+            start_new_session=True,
         )
         for node in range(plan.resources.nodes)
     ]

@@ -1,38 +1,15 @@
-"""Files of a sweep in a run's folder: who trains it, how its attempts went and what they cost, why it failed."""
+"""Files of a sweep in a run's folder: how its attempts went and what they cost, why it failed."""
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cfusion.addresses import without_secrets
 from cfusion.files import read_json, write_json
-from cfusion.locks import HeldError, Holder, hold, holder
 
-LOCK, ATTEMPTS_FILE, FAILED, LOG = "run.lock", "attempts.json", "failed.json", "run.log"
-
-
-@contextlib.contextmanager
-def claim(folder: Path) -> Iterator[tuple[int, ...]]:
-    """Lock a run within the block; yields descriptors, and a child process that inherits them holds the lock too.
-
-    Raises:
-        HeldError: Another process holds it.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            descriptors = stack.enter_context(hold(folder / LOCK))
-        except HeldError as error:
-            raise HeldError(f"{folder.name}: {error.message} trains it.", "Wait for it, or end that process.") from None
-        yield descriptors
-
-
-def trainer(folder: Path) -> tuple[Holder | None, bool]:
-    """Return who trains a run, or was killed while training it, and whether that process still holds it."""
-    return holder(folder / LOCK)
+ATTEMPTS_FILE, FAILED, LOG = "attempts.json", "failed.json", "run.log"
 
 
 def attempts(folder: Path) -> list[dict[str, Any]]:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from cfusion.cohort.splits import fold_count
 from cfusion.program import code_digest
-from cfusion.run_folder import DONE, is_done, is_fold_name, read_marker
-from launch.sweep.markers import FAILED, LOCK, LOG, attempts, read_failure, trainer
+from cfusion.run_folder import DONE, LOCK, is_done, is_fold_name, read_marker, trainer
+from launch.sweep.markers import FAILED, LOG, attempts, read_failure
 from launch.sweep.plan import PlannedRun, SweepConfig
 
 State = Literal["done", "running", "failed", "open"]

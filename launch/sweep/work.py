@@ -20,9 +20,9 @@ from cfusion.addresses import SecretsLeftOut
 from cfusion.errors import CfusionError, DataError, RequeueError
 from cfusion.files import write_text
 from cfusion.locks import HeldError
-from cfusion.run_folder import is_done
+from cfusion.run_folder import claim, is_done
 from launch.sweep.cost import Meter
-from launch.sweep.markers import LOG, add_attempt, claim, clear_failure, write_failure
+from launch.sweep.markers import LOG, add_attempt, clear_failure, write_failure
 from launch.sweep.plan import DataDigests, PlannedRun
 from launch.tasks.task import cause_of
 
@@ -182,7 +182,7 @@ def _train(job: Job, runs: list[PlannedRun], locks: list[tuple[int, ...]]) -> No
 
 def _torchrun(run: PlannedRun, processes: int, lock: tuple[int, ...]) -> None:
     """Train a run in several processes; they hold its lock too, so it stays held if this process is killed."""
-    from cfusion.interruption import graceful_stop, stop_requested
+    from cfusion.interruption import graceful_stop, naming_parent, stop_requested
 
     folder = run.config.output
     planned = folder / "planned.yaml"
@@ -194,7 +194,7 @@ def _torchrun(run: PlannedRun, processes: int, lock: tuple[int, ...]) -> None:
         start = log.tell()
         child = subprocess.Popen(
             [*command, "-m", "cfusion", "train", str(planned), *same_code], stdout=log, stderr=subprocess.STDOUT,
-            pass_fds=lock, env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            pass_fds=lock, env={**os.environ, **naming_parent(), "OMP_NUM_THREADS": str(threads)},
         )  # fmt: skip
         asked = False
         try:

@@ -5,6 +5,7 @@ A worker that is killed ends only its own run; another worker replaces it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import multiprocessing
@@ -17,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from cfusion.errors import ConfigError
+from cfusion.interruption import stop_requested, stop_with_parent
 from cfusion.machine_limits import free_memory_bytes, usable_cores
 from launch.sweep.work import Job, Outcome
 
@@ -88,8 +90,6 @@ def run_local(jobs: Sequence[Job], slots: Sequence[Slot], tick: Callable[[Sequen
         How each run went, when it ends. After a request to stop (see `cfusion.interruption`) running runs save their
         state and end as `stopped`; the rest is not started.
     """
-    from cfusion.interruption import stop_requested
-
     _warn_of_memory(jobs, len(slots))
     waiting = deque(jobs)
     workers = [_Worker(slot) for slot in slots[: len(jobs)]]
@@ -136,11 +136,12 @@ class _Worker:
         if self._process is None or not self._process.is_alive():
             context = multiprocessing.get_context("spawn")
             self._pipe, other = context.Pipe()
-            self._process = context.Process(target=_serve, args=(other, self._slot))
+            self._process = context.Process(target=_serve, args=(other, self._slot, os.getpid()))
             self._process.start()
             other.close()
         self.job = Job(job.runs, job.processes, self._slot.share)
-        self.ready.send(self.job)
+        with contextlib.suppress(BrokenPipeError):  # it has just been killed; `finish` reports that
+            self.ready.send(self.job)
 
     def finish(self, stopping: bool) -> list[Outcome]:
         """Return the outcomes of the job that has ended."""
@@ -171,8 +172,9 @@ class _Worker:
         self._process.join()
 
 
-def _serve(pipe: Connection, slot: Slot) -> None:
-    """Serve jobs until the parent closes the pipe. Only the parent handles Ctrl-C."""
+def _serve(pipe: Connection, slot: Slot, parent: int) -> None:
+    """Serve jobs until the parent closes the pipe or is gone. Only the parent handles Ctrl-C."""
+    stop_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["OMP_NUM_THREADS"] = str(slot.threads)
     if slot.gpus is not None:
@@ -188,7 +190,11 @@ def _serve(pipe: Connection, slot: Slot) -> None:
             job = pipe.recv()
         except EOFError:
             return
-        pipe.send(job())
+        outcomes = job()
+        try:
+            pipe.send(outcomes)
+        except BrokenPipeError:  # the sweep was killed; the run's folder says how far it came
+            return
 
 
 def _warn_of_memory(jobs: Sequence[Job], slots: int) -> None:

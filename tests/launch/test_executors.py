@@ -27,9 +27,10 @@ from cfusion.cli.cmd_sweep import sweep as sweep_app
 from cfusion.config import validate
 from cfusion.errors import ConfigError, DataError, MissingExtraError, PartialResultError, RequeueError
 from cfusion.interruption import graceful_stop, handling, stop_requested
+from cfusion.run_folder import claim, trainer
 from launch.sweep import execute as sweeps
 from launch.sweep.execute import Execution, run_all
-from launch.sweep.markers import attempts, claim, trainer
+from launch.sweep.markers import attempts
 from launch.sweep.plan import PlannedRun, SweepConfig, plan
 from launch.sweep.status import look
 from launch.sweep.work import Job

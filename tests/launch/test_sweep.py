@@ -19,10 +19,11 @@ from cfusion import program
 from cfusion.cli.main import app
 from cfusion.cli.sweep_views import duration, legend, picture, status_table, words
 from cfusion.errors import ConfigError, DataError, PartialResultError
+from cfusion.run_folder import claim
 from launch.sweep import plan as plan_module
 from launch.sweep import status as status_module
 from launch.sweep.execute import Execution, jobs_of, run_all
-from launch.sweep.markers import FAILED, add_attempt, attempts, claim, write_failure
+from launch.sweep.markers import FAILED, add_attempt, attempts, write_failure
 from launch.sweep.plan import DataDigests, PlannedRun, SweepConfig, load_sweep, plan
 from launch.sweep.results import members_of
 from launch.sweep.status import counts, grid, look, seconds_left
