@@ -7,8 +7,32 @@ code. Any other exception that reaches the command line is a bug.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from typing import Any
+
+DISK = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space, then run the same command again; it resumes."),
+    **dict.fromkeys(
+        (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,
+         errno.ENAMETOOLONG, errno.ELOOP, errno.EXDEV, errno.ENOTEMPTY),
+        "Give another path, or change its permissions.",
+    ),
+    **dict.fromkeys(
+        (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.ESHUTDOWN, errno.EREMOTEIO,
+         errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ECONNRESET),
+        "The disk or its file server failed: check it (dmesg, the administrator), then run the same command again; it "
+        "resumes.",
+    ),
+    **dict.fromkeys(
+        (errno.EMFILE, errno.ENFILE),
+        "Raise the number of files that a process may open (ulimit -n), or read with fewer workers.",
+    ),
+}  # fmt: skip
+"""Remedies for file system errors, by error number."""
+
+TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EAGAIN})
+"""Errors of a network file system that opening the file again may mend."""
 
 
 class CfusionError(Exception):

@@ -121,6 +121,17 @@ def mode_like(folder: Path) -> int:
     return 0o600 | folder.stat().st_mode & 0o066
 
 
+def missing_flock(path: Path) -> str | None:
+    """Return why the file system of `path` has no flock; None if it has."""
+    try:
+        with FileLock(path, timeout=_INSTANT, fallback_to_soft=False):
+            return None
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise
+        return error.strerror
+
+
 def holder(path: Path) -> tuple[Holder | None, bool]:
     """Who holds a lock, or was killed while it did, and whether it is held now."""
     who = named(path)

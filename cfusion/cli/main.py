@@ -5,7 +5,6 @@ Modules here import nothing heavy at the top, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sys
@@ -35,7 +34,7 @@ from cfusion.cli import (
     cmd_train,
     cmd_view,
 )  # fmt: skip
-from cfusion.errors import CfusionError, ExchangeError, RequeueError
+from cfusion.errors import DISK, CfusionError, ExchangeError, RequeueError
 from cfusion.interruption import stop_with_parent
 
 HELP = """Survival prediction from whole-slide images, from slides to numbers a reviewer can trust.
@@ -66,15 +65,6 @@ SECONDS_FOR_RANK_0 = 5.0
 
 SECONDS_FOR_THE_CAUSE = 0.5
 """How long a process waits before it exits because another process has ended."""
-
-DISK = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space, then run the same command again; it resumes."),
-    **dict.fromkeys(
-        (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS),
-        "Give another path, or change its permissions.",
-    ),
-}
-"""Remedies for file system errors, by error number."""
 
 app = typer.Typer(
     help=HELP,

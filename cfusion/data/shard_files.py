@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
+import logging
 import mmap
 import os
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,9 +19,13 @@ from isal.isal_zlib import crc32
 from jaxtyping import UInt8
 
 from cfusion.data.shard_index import Shard, TarMember
-from cfusion.errors import ShardsError
+from cfusion.errors import DISK, TRANSIENT, ShardsError
+
+logger = logging.getLogger(__name__)
 
 REPAIR = "Copy or pack the shards again; `cfusion preprocess verify` lists the intact slides."
+_PAUSES = (0.1, 1.0, 5.0)
+"""Seconds before the attempts at a file that a network file system does not read for the moment."""
 _GAP = 8192
 _STEP = 4 << 20
 _MADV_POPULATE_READ = 22  # Linux 5.14; the mmap module has no name for it.
@@ -28,7 +35,34 @@ class OpenFile:
     """A descriptor that closes when its last reader releases it."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def readv(self, buffers: list[memoryview], offset: int) -> int:
+        """Read into buffers; after an error that a network file system may recover from, open the file again.
+
+        Raises:
+            ShardsError: It still fails after all attempts.
+        """
+        for pause in (*_PAUSES, None):
+            try:
+                return os.preadv(self.descriptor, buffers, offset)
+            except OSError as error:
+                if error.errno not in TRANSIENT or pause is None:
+                    raise unreadable(self.path, error) from error
+                logger.warning("%s: %s; opening it again in %.1f s", self.path, error.strerror, pause)
+                time.sleep(pause)
+            self._reopen()
+        raise AssertionError
+
+    def _reopen(self) -> None:
+        """Open the file again under the same descriptor, which other threads may be using."""
+        try:
+            other = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return  # the next read fails as this one did
+        os.dup2(other, self.descriptor, inheritable=False)
+        os.close(other)
 
     @functools.cached_property
     def map(self) -> mmap.mmap:
@@ -130,10 +164,7 @@ class LocalFiles:
         if file is not None:
             return file, 0
         path = self.directory / shard.name
-        try:
-            file = OpenFile(path)
-        except OSError as error:
-            raise ShardsError(f"{path}: cannot be opened ({error.strerror}).", REPAIR) from error
+        file = _opened(path)
         with self._lock:
             while len(self._open) >= 256:
                 del self._open[next(iter(self._open))]
@@ -150,6 +181,24 @@ class LocalFiles:
     def stream(self, shard: Shard) -> io.IOBase:
         """Return the shard."""
         return (self.directory / shard.name).open("rb")
+
+
+def _opened(path: Path) -> OpenFile:
+    for pause in (*_PAUSES, None):
+        try:
+            return OpenFile(path)
+        except OSError as error:
+            if error.errno not in TRANSIENT or pause is None:
+                raise unreadable(path, error) from error
+            logger.warning("%s: %s; trying again in %.1f s", path, error.strerror, pause)
+            time.sleep(pause)
+    raise AssertionError
+
+
+def unreadable(path: Path, error: OSError) -> ShardsError:
+    """Return the error for a shard that the system does not read; what is missing can be packed again."""
+    remedy = REPAIR if error.errno == errno.ENOENT else DISK.get(error.errno or 0, REPAIR)
+    return ShardsError(f"{path}: cannot be read ({error.strerror}).", remedy)
 
 
 def array_bytes(array: np.ndarray) -> memoryview:
@@ -177,7 +226,7 @@ def read_pieces(file: OpenFile, pieces: list[tuple[int, Any]]) -> bool:
 def _preadv(file: OpenFile, buffers: list[memoryview], offset: int) -> bool:
     buffers = [buffer for buffer in buffers if buffer.nbytes]
     while buffers:
-        count = os.preadv(file.descriptor, buffers, offset)
+        count = file.readv(buffers, offset)
         if not count:
             return False
         offset += count

@@ -7,6 +7,7 @@ magnifications, and `meta.json`. The index gives each member's byte offset, so r
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import math
@@ -20,7 +21,7 @@ from urllib.parse import quote
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cfusion.errors import ShardsError
+from cfusion.errors import DISK, ShardsError
 from cfusion.files import digest_json, write_text
 from cfusion.types import SLIDE
 
@@ -276,7 +277,8 @@ def read_index_file(directory: str | os.PathLike[str]) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ShardsError(f"{path}: cannot be read ({error.strerror}).", _REPACK) from error
+        remedy = _REPACK if error.errno == errno.ENOENT else DISK.get(error.errno or 0, _REPACK)
+        raise ShardsError(f"{path}: cannot be read ({error.strerror}).", remedy) from error
 
 
 def read_index(directory: str | os.PathLike[str]) -> ShardIndex:

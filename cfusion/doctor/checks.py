@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
+from cfusion.locks import missing_flock
 from cfusion.machine_limits import free_memory_bytes, usable_cores
 
 GIB = 1 << 30
@@ -160,6 +161,17 @@ def _clock() -> str:
     return f"within {max(apart, 0.1):.1f} s of the clock of the disk here"
 
 
+def _locks() -> str:
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        cause = missing_flock(Path(folder) / "lock")
+    if cause is not None:
+        raise RuntimeError(
+            f"no flock on the file system here ({cause}); a file ending in .held stands for a lock, and one of another "
+            "host stays after a crash. Mount it with flock (Lustre: -o flock)"
+        )
+    return "flock works on the file system here"
+
+
 def _deepspeed() -> str:
     # A separate process, because the import takes over logging and chooses a device for good.
     code = (
@@ -208,6 +220,7 @@ CHECKS: tuple[tuple[str, bool, Callable[[], str]], ...] = (
     ("memory", True, _memory),
     ("disk", True, _disk),
     ("clock", False, _clock),
+    ("locks", False, _locks),
     ("slurm", False, _slurm),
     ("network", True, _network),
     ("launcher", True, _launcher),
