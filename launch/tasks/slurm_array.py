@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import math
@@ -17,6 +18,7 @@ from typing import Any, Generic, Literal, TypeVar
 from cfusion.errors import ConfigError, MissingExtraError, RequeueError
 from cfusion.files import read_json, write_json
 from cfusion.interruption import graceful_stop, stop_requested
+from launch.tasks.slurm_states import GONE, JobState, SlurmStates
 from launch.tasks.task import TICK_SECONDS, Task, TaskResources, TaskResult, Tick, with_threads
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,8 @@ _MOST_TASKS = 1000
 
 _MOST_REQUEUES = 1000
 _QUEUE = "queue.json"
+_RESULT_SECONDS = 15.0
+"""How long the result of an ended job is waited for."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ def run_slurm(
         MissingExtraError: submitit is not installed.
         RequeueError: A signal asked this process to stop (see `cfusion.interruption`).
     """
+    watch = _Watch()
     waiting = queued(tasks, folder) if cluster == "slurm" else {}
     followed = {known for part in waiting.values() for task in part for known in task.names}
     left = [task for task in tasks if not followed.intersection(task.names)]
@@ -103,12 +108,50 @@ def run_slurm(
     while waiting:
         if stop_requested():
             raise _left_to_slurm(waiting)
-        ended = [element for element in waiting if element.done()]
-        for element in ended:
-            yield from _result(element, waiting.pop(element))
+        ended = watch.ended(waiting) if cluster == "slurm" else {e: None for e in waiting if e.done()}
+        for element, state in ended.items():
+            yield from _result(element, waiting.pop(element), state)
         if not ended:
             time.sleep(TICK_SECONDS)
         tick([task for part in waiting.values() for task in part])
+
+
+class _Watch:
+    """Says which elements of arrays have ended."""
+
+    def __init__(self) -> None:
+        self._states = SlurmStates()
+        self._since: dict[str, float] = {}
+
+    def ended(self, elements: Iterable[Any]) -> dict[Any, JobState | None]:
+        """Return the elements that have a result, and with SLURM's state those that have ended without one.
+
+        A network file system may show a result late, so an element that ran counts as ended only after a while.
+        """
+        elements = list(elements)
+        ended: dict[Any, JobState | None] = {element: None for element in elements if _has_result(element)}
+        left = [element for element in elements if element not in ended]
+        states = self._states.look([element.job_id for element in left]) if left else {}
+        for element in left:
+            state = states.get(element.job_id)
+            if state is None or not state.ended:
+                self._since.pop(element.job_id, None)
+                continue
+            since = self._since.setdefault(element.job_id, time.monotonic())
+            if time.monotonic() - since >= (_RESULT_SECONDS if _log_of(element) else 0.0):
+                ended[element] = state
+        return ended
+
+
+def _log_of(element: Any) -> Path | None:
+    return next((path for path in (element.paths.stderr, element.paths.stdout) if path.exists()), None)
+
+
+def _has_result(element: Any) -> bool:
+    folder = element.paths.folder
+    with contextlib.suppress(OSError):  # a change of the folder makes NFS look at the server
+        folder.chmod(folder.stat().st_mode)
+    return bool(element.paths.result_pickle.exists())
 
 
 def _left_to_slurm(elements: Iterable[Any]) -> RequeueError:
@@ -155,13 +198,17 @@ def queued(tasks: Sequence[Task[R]], folder: Path) -> dict[Any, tuple[Task[R], .
     import submitit
 
     waiting: dict[Any, tuple[Task[R], ...]] = {}
-    for job_id, names in list(recorded.items()):
+    for job_id, names in recorded.items():
         part = tuple(task for task in tasks if not set(names).isdisjoint(task.names))
         element: Any = submitit.SlurmJob(folder=folder, job_id=job_id)
-        if part and element.done(force_check=True):
-            del recorded[job_id]
-        elif part:
+        if part:
             waiting[element] = part
+    # Nothing has been waited for yet, so an answer without the job is enough.
+    states = SlurmStates(looks_until_gone=1).look([e.job_id for e in waiting], now=True) if waiting else {}
+    for element in list(waiting):
+        state = states.get(element.job_id)
+        if _has_result(element) or (state is not None and state.ended):
+            del recorded[element.job_id], waiting[element]
     if waiting:
         logger.info("%d array tasks of an earlier call are queued or running; waiting for them", len(waiting))
     write_json(folder / _QUEUE, recorded)
@@ -186,12 +233,21 @@ def _slurm_parameters(resources: TaskResources, elements: int) -> dict[str, Any]
     return parameters
 
 
-def _result(element: Any, tasks: tuple[Task[R], ...]) -> list[R]:
+def _result(element: Any, tasks: tuple[Task[R], ...], state: JobState | None) -> list[R]:
+    """Return the results of an element; `state`: SLURM's, if the element ended without a result."""
     import submitit
 
-    try:
-        return element.result()
-    except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:
-        logger.warning("array task %s: %s", element.job_id, str(error).splitlines()[0])
-        cause = f"its array task {element.job_id} was lost, see {element.paths.stderr}"
-        return [result for task in tasks for result in task.lost(cause)]
+    if state is None or _has_result(element):
+        try:
+            return element.result()
+        except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:
+            logger.warning("array task %s: %s", element.job_id, str(error).splitlines()[0])
+    log = _log_of(element)
+    where = f", see {log}" if log else "; it wrote no log"
+    task = f"its SLURM task {element.job_id}"
+    if state is not None and state.name in ("CANCELLED", GONE):
+        word = "is no longer known to SLURM" if state.name == GONE else "was CANCELLED"
+        cause = f"{task} {word}{where}; the same command queues it again"
+        return [result for each in tasks for result in each.refused(cause)]
+    how = f"ended as {state.name}" if state is not None else "was lost"
+    return [result for each in tasks for result in each.lost(f"{task} {how}{where}")]

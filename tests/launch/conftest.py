@@ -22,6 +22,7 @@ def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     commands = {
         "sbatch": f'cp "$1" {tmp_path}/asked.sh; echo >> {tmp_path}/calls; echo Submitted batch job 77',
         "srun": "true",
+        "squeue": "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1",
         "sacct": f'touch {tmp_path}/looked; echo "JobID|State|NodeList"\n'
         f'for i in 0 1 2; do echo "77_$i|$(cat {tmp_path}/state)|n1"; done',
     }
