@@ -43,10 +43,12 @@ def answers(fake_slurm, monkeypatch):
     [
         ("77_0|RUNNING|None\n77_1|PENDING|Resources", NO_ACCOUNTING,
          {"77_0": JobState("RUNNING"), "77_1": JobState("PENDING", "Resources")}),
-        ("77_0|PENDING|None", "77_0|COMPLETED\n77_1|CANCELLED by 1000", {"77_0": JobState("PENDING"), "77_1": JobState("CANCELLED")}),
+        ("77_0|PENDING|None", "77_0|COMPLETED\n77_1|CANCELLED by 1000",
+         {"77_0": JobState("PENDING"), "77_1": JobState("CANCELLED")}),
         (UNKNOWN, "JobID|State|NodeList\n77_[0-1%2]|PENDING|\n77_0.batch|FAILED|n1",
          {"77_0": JobState("PENDING"), "77_1": JobState("PENDING")}),
-        ("77_0|OUT_OF_MEMORY|OutOfMemory\n77_1|NODE_FAIL|NodeDown", DOWN, {"77_0": JobState("OUT_OF_MEMORY"), "77_1": JobState("NODE_FAIL")}),
+        ("77_0|OUT_OF_MEMORY|OutOfMemory\n77_1|NODE_FAIL|NodeDown", DOWN,
+         {"77_0": JobState("OUT_OF_MEMORY"), "77_1": JobState("NODE_FAIL")}),
         (DOWN, NO_ACCOUNTING, {}),
         ("", NO_ACCOUNTING, {"77_0": JobState(GONE), "77_1": JobState(GONE)}),
         (UNKNOWN, "", {"77_0": JobState(GONE), "77_1": JobState(GONE)}),
@@ -80,7 +82,8 @@ def test_a_job_counts_as_gone_only_after_several_answers(answers):
 
 @pytest.mark.parametrize(
     "reason",
-    ["PartitionConfig", "PartitionTimeLimit", "QOSMaxCpuPerUserLimit", "QOSGrpGRES", "AssocGrpCPUMinutesLimit", "BadConstraints",
+    ["PartitionConfig", "PartitionTimeLimit", "QOSMaxCpuPerUserLimit", "QOSGrpGRES", "AssocGrpCPUMinutesLimit",
+     "BadConstraints",
      "ReqNodeNotAvail, UnavailableNodes:n1", "JobHeldUser", "DependencyNeverSatisfied"],
 )  # fmt: skip
 def test_a_reason_that_may_never_pass_is_a_warning_once(answers, caplog, reason):
