@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -50,34 +48,6 @@ def graceful_stop() -> Iterator[None]:
         _Stop.blocks -= 1
         if _Stop.blocks == 0 and _Stop.read:
             _Stop.requested = _Stop.read = False
-
-
-PARENT = "CFUSION_PARENT"
-"""Variable with the number of the process whose end asks this one to stop; see `naming_parent`."""
-_SIGNAL_AT_PARENTS_END = 1  # PR_SET_PDEATHSIG of prctl
-
-
-def naming_parent() -> dict[str, str]:
-    """Return the variable that makes a child process (see `stop_with_parent`) stop when this process ends."""
-    return {PARENT: str(os.getpid())}
-
-
-def stop_with_parent(parent: int | None = None) -> None:
-    """Have the system send SIGTERM to this process when its parent ends, even by kill -9.
-
-    Args:
-        parent: Number of the parent; None: of `naming_parent`, and without that variable this does nothing.
-    """
-    named = os.environ.pop(PARENT, None)
-    if parent is None:
-        if named is None:
-            return
-        parent = int(named)
-    libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "prctl"):
-        libc.prctl(_SIGNAL_AT_PARENTS_END, signal.SIGTERM)
-    if os.getppid() != parent:  # it has ended already
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager

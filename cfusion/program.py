@@ -45,6 +45,7 @@ MODULES = {
     "__main__": Modules(False, "starts the command line"),
     "addresses": Modules(False, "keeps the secrets of addresses out of what is written"),
     "apply": Modules(False, "applies finished models to other slides"),
+    "child_processes": Modules(False, "starts and ends processes of the program"),
     "cli": Modules(False, "commands"),
     "console": Modules(False, "progress on the terminal"),
     "demo": Modules(False, "the phantom cohorts of the demo"),

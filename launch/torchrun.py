@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError, RendezvousTimeoutError
 from torch.distributed.run import parse_args, run
 
-from cfusion.interruption import stop_with_parent
+from cfusion.child_processes import python_path, stop_with_parent
 from launch.cluster.cluster_plan import FINAL, REQUEUE
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         0 when they are done; 75 when they were asked to stop, or when too few nodes came; 2 or 3 as the processes left;
         1 otherwise, also when the first node is lost, whose loss ends the run.
     """
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": python_path()}
     parsed = parse_args(list(arguments))
     if (host := is_host()) is not None:
         parsed.rdzv_conf = ",".join(filter(None, [parsed.rdzv_conf, f"is_host={str(host).lower()}"]))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cfusion.cli.options import Account, Constraint, Exclusive, Partition, Qos, Sbatch, Setup
+
 if TYPE_CHECKING:
     from launch.cluster.cluster_plan import LaunchPlan
+
+logger = logging.getLogger(__name__)
 
 launch = typer.Typer(
     help="Start `cfusion train` on several nodes; it survives a lost node and resumes after its time limit.",
@@ -49,10 +54,14 @@ def slurm(
     engine: Engine = None,
     name: Name = None,
     python: Python = None,
-    partition: Annotated[str | None, typer.Option(help="Partition of the cluster.")] = None,
-    account: Annotated[str | None, typer.Option(help="Account that is charged.")] = None,
-    sbatch: Annotated[list[str] | None, typer.Option(help="Additional option of sbatch, as KEY=VALUE.")] = None,
-    setup: Annotated[list[str] | None, typer.Option(help="Shell line to run first, such as: module load cuda.")] = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
+    constraint: Constraint = None,
+    exclusive: Exclusive = False,
+    mem: Annotated[float | None, typer.Option(help="Memory per node in GB.", min=0.1)] = None,
+    sbatch: Sbatch = None,
+    setup: Setup = None,
     image: Annotated[
         str | None, typer.Option(help="Container image, which needs pyxis; this folder is mounted in it.")
     ] = None,
@@ -65,15 +74,31 @@ def slurm(
     cfusion launch slurm study.yaml --nodes 2 --gpus 8 --hours 12 --dry-run
     """
     from launch.cluster.slurm_job import SlurmOptions, slurm_script, submit_slurm
+    from launch.tasks.slurm_options import parse_sbatch
 
     python = python or ("python" if image else sys.executable)
     plan = _plan(config, overrides, nodes, gpus, processes, cpus, hours, engine, name, python)
-    options = SlurmOptions(partition, account, _pairs(sbatch), tuple(setup or ()), image, tuple(mount or ()))
+    extra = parse_sbatch(sbatch or []) | ({} if mem is None else {"mem": f"{mem:g}G"})
+    options = SlurmOptions(
+        partition, account, extra, tuple(setup or ()), image, tuple(mount or ()),
+        qos=qos, constraint=constraint, exclusive=exclusive,
+    ).over_profile()  # fmt: skip
     script = slurm_script(plan, options)
     if dry_run:
         _show(script, out)
-    else:
-        typer.echo(submit_slurm(script, out or Path(f"{plan.name}.sbatch")))
+    _check_data(config, overrides)
+    if not dry_run:
+        plan.output.mkdir(parents=True, exist_ok=True)  # SLURM writes its log there
+        typer.echo(submit_slurm(script, out or plan.output / f"{plan.name}.sbatch"))
+
+
+def _check_data(config: Path, overrides: list[str] | None) -> None:
+    """Audit the data before anything queues; the findings go to the log."""
+    from cfusion.config import load_config
+    from cfusion.runs.run import Run
+
+    for line in Run.prepare(load_config(config, overrides or [])).describe().splitlines():
+        logger.info("%s", line)
 
 
 @launch.command()
@@ -149,15 +174,6 @@ def _plan(
 
     resources = LaunchResources(nodes, gpus, processes, cpus, hours)
     return make_plan(config, overrides or [], resources, python=python, name=name, engine=engine)
-
-
-def _pairs(options: list[str] | None) -> dict[str, str]:
-    from cfusion.errors import ConfigError
-
-    for option in options or []:
-        if "=" not in option:
-            raise ConfigError(f"--sbatch {option!r}: expected KEY=VALUE, such as mem=64G.")
-    return {key: value for key, _, value in (option.partition("=") for option in options or [])}
 
 
 def _show(text: str, out: Path | None) -> None:

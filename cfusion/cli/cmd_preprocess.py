@@ -14,17 +14,24 @@ from cfusion.cli import cmd_store as store_changes
 from cfusion.cli.completion import encoders
 from cfusion.cli.options import (
     TASK_OPTIONS,
+    Account,
     Chunk,
+    Constraint,
     Cpus,
+    Exclusive,
     Executor,
     Gpus,
     Hours,
     MaxParallel,
     Mem,
     Partition,
+    Qos,
     RayAddress,
     Retries,
-    given,
+    Sbatch,
+    Setup,
+    cores_of,
+    queue_options,
     refuse_unheard,
 )
 from cfusion.errors import ConfigError, DataError, PartialResultError
@@ -100,9 +107,15 @@ def run(
     executor: Executor = "local",
     tasks: Annotated[int, typer.Option(help="slurm, ray: shares of the slides, one task each.", min=1)] = 1,
     retries: Retries = 2,
-    partition: Partition = "",
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
+    constraint: Constraint = None,
+    exclusive: Exclusive = False,
+    sbatch: Sbatch = None,
+    setup: Setup = None,
     hours: Hours = 24.0,
-    cpus: Cpus = 4,
+    cpus: Cpus = None,
     gpus: Gpus = 0,
     mem: Mem = None,
     max_parallel: MaxParallel = None,
@@ -120,11 +133,10 @@ def run(
     from preprocess.settings import PreprocessConfig
 
     refuse_unheard(context, executor, TAKES)
-    if executor != "local":
-        if threads is None:
-            threads = cpus
-        elif not given(context, "cpus"):
-            cpus = threads
+    slurm = queue_options(executor, partition, account, qos, constraint, exclusive, sbatch, setup)
+    cores = cores_of(threads if cpus is None else cpus, executor, slurm)
+    if executor != "local" and threads is None:
+        threads = cores
     values = {
         "slides": slides, "store": store, "encoders": tuple(encoder or ["stain-texture"]), "masks": masks,
         "magnifications": _numbers(magnifications), "resolution": resolution, "default_mpp": default_mpp,
@@ -135,7 +147,7 @@ def run(
     }  # fmt: skip
     config = validate(PreprocessConfig, values, "cfusion preprocess")
     if executor != "local":
-        resources = TaskResources(cpus, gpus, mem, hours, partition, max_parallel, chunk)
+        resources = TaskResources(cores, gpus, mem, hours, slurm, max_parallel, chunk)
         plan = FanOut(executor, tasks, retries, resources, ray_address)  # type: ignore[arg-type]
         _report(fan_out(config, plan, overwrite=overwrite))
     else:

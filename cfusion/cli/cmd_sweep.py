@@ -11,20 +11,30 @@ import typer
 
 from cfusion.cli.options import (
     TASK_OPTIONS,
+    Account,
     Chunk,
+    Constraint,
     Cpus,
+    Exclusive,
     Executor,
     Gpus,
     Hours,
     MaxParallel,
     Mem,
     Partition,
+    Qos,
     RayAddress,
     Retries,
+    Sbatch,
+    Setup,
+    cores_of,
+    queue_options,
     refuse_unheard,
 )
+from cfusion.errors import ConfigError
 
 if TYPE_CHECKING:
+    from launch.sweep.execute import Execution
     from launch.sweep.plan import PlannedRun, SweepConfig
     from launch.sweep.status import RunStatus
 
@@ -148,9 +158,15 @@ def run(
     retries: Retries = 1,
     limit: Annotated[int | None, typer.Option(help="Run at most N of the unfinished runs.", min=1)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would run, audit its data, and stop.")] = False,
-    partition: Partition = "",
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
+    constraint: Constraint = None,
+    exclusive: Exclusive = False,
+    sbatch: Sbatch = None,
+    setup: Setup = None,
     hours: Hours = 24.0,
-    cpus: Cpus = 4,
+    cpus: Cpus = None,
     gpus: Gpus = 0,
     mem: Mem = None,
     max_parallel: MaxParallel = None,
@@ -171,24 +187,32 @@ def run(
     settings, runs = _planned(file, overrides, only)
     if limit is not None:
         runs = [run for run in runs if not is_done(run.config.output)][:limit]
-    if dry_run:
-        return _rehearse(runs)
-    resources = TaskResources(cpus, gpus, mem, hours, partition, max_parallel, chunk)
+    slurm = queue_options(executor, partition, account, qos, constraint, exclusive, sbatch, setup)
+    cores = cores_of(cpus, executor, slurm)
+    resources = TaskResources(cores, gpus, mem, hours, slurm, max_parallel, chunk)
     how = Execution(executor, slots, slots_per_gpu, retries, processes, settings.group, resources, ray_address)
+    if dry_run:
+        return _rehearse(runs, how, settings.output)
     run_all(runs, how, settings.output)
     typer.echo(f"{len(runs)} runs are done; table: cfusion sweep report {file}")
 
 
-def _rehearse(runs: list[PlannedRun]) -> None:
-    """List what would run, and audit each cohort with each encoder once."""
-    from launch.sweep.execute import audits
+def _rehearse(runs: list[PlannedRun], how: Execution, folder: Path) -> None:
+    """List what would run, show SLURM's script, and audit each cohort with each encoder once."""
+    from launch.sweep.execute import audits, script_of
     from launch.sweep.status import look
 
     left = [run for run, status in zip(runs, look(runs), strict=True) if status.state != "done"]
     for run in left:
         typer.echo(f"would train\t{run.name}")
+    able = [run for run in left if not run.absent]
+    if able and how.executor == "slurm":
+        script, elements = script_of(able, how, folder)
+        typer.echo(f"would queue\tan array of {elements}\n{script}")
     for line in audits(left):
         typer.echo(f"audit\t{line}")
+    if left and not able:
+        raise ConfigError(f"None of the {len(left)} runs could run. {left[0].absent}")
 
 
 @sweep.command()

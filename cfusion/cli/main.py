@@ -15,6 +15,7 @@ import typer
 
 import cfusion
 from cfusion.addresses import SecretsLeftOut, without_secrets
+from cfusion.child_processes import stop_with_parent
 from cfusion.cli import (
     cmd_baseline,
     cmd_checkpoint,
@@ -35,7 +36,6 @@ from cfusion.cli import (
     cmd_view,
 )  # fmt: skip
 from cfusion.errors import DISK, CfusionError, ExchangeError, RequeueError
-from cfusion.interruption import stop_with_parent
 
 HELP = """Survival prediction from whole-slide images, from slides to numbers a reviewer can trust.
 

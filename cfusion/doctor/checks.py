@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
+from cfusion.child_processes import python_command
 from cfusion.locks import missing_flock
 from cfusion.machine_limits import free_memory_bytes, usable_cores
 
@@ -178,7 +178,7 @@ def _deepspeed() -> str:
         "import transformers, deepspeed; from deepspeed.accelerator import get_accelerator as found;"
         "print('', deepspeed.__version__, found().device_name(), found().communication_backend_name())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run([*python_command(), "-c", code], capture_output=True, text=True, timeout=180, check=False)
     if done.returncode:
         raise RuntimeError(f"cannot be imported: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
     version, device, backend = done.stdout.split()[-3:]

@@ -6,15 +6,13 @@ import atexit
 import contextlib
 import json
 import logging
-import os
 import subprocess
-import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-import cfusion
+from cfusion.child_processes import child_environment, python_command
 from cfusion.errors import ConfigError
 from cfusion.tracking.sender import Pace
 
@@ -29,10 +27,9 @@ class SenderProcess:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            # -P: a file of the working folder must not take the place of a package.
-            [sys.executable, "-P", "-c", "from cfusion.tracking.sender import main; main()"],
+            [*python_command(), "-c", "from cfusion.tracking.sender import main; main()"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
-            env=os.environ | {"PYTHONPATH": _with_program(os.environ.get("PYTHONPATH"))},
+            env=child_environment(ends_with_this=False),
             start_new_session=True,
         )  # fmt: skip
         assert self._process.stdin is not None
@@ -129,8 +126,3 @@ def end_sender() -> None:
     if _the_process is not None:
         _the_process.end()
         _the_process = None
-
-
-def _with_program(path: str | None) -> str:
-    """Return a PYTHONPATH where the process finds this program, installed or not."""
-    return os.pathsep.join([str(Path(cfusion.__file__).parents[1]), *([path] if path else [])])

@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cfusion.addresses import Address, refuse_written
+from cfusion.child_processes import python_path
 from cfusion.config import load_config
 from cfusion.errors import CfusionError, ConfigError, PartialResultError, RequeueError
 from cfusion.extensions import plain_name
@@ -106,6 +108,8 @@ class LaunchPlan:
         values = {"OMP_NUM_THREADS": str(self.resources.cpus)}
         if not self.resources.gpus:
             values["CUDA_VISIBLE_DEVICES"] = ""  # otherwise the run would take a visible GPU
+        if self.python == sys.executable:  # not a container's
+            values["PYTHONPATH"] = python_path()
         return values | ({"MLFLOW_TRACKING_URI": self.tracking_uri} if self.tracking_uri else {})
 
     def agent(self, *, endpoint: str, run_id: str, local_address: str | None = None) -> list[str]:
@@ -131,7 +135,7 @@ class LaunchPlan:
         if local_address is not None:
             options["--local-addr"] = local_address
         pairs = [item for option in options.items() for item in option]
-        return [self.python, "-m", "launch.torchrun", *pairs, *self.command]
+        return [self.python, "-P", "-m", "launch.torchrun", *pairs, *self.command]
 
 
 def make_plan(
@@ -196,17 +200,6 @@ def _checked_name(name: str) -> str:
     if not slug or len(slug) > 50 or not slug[0].isalpha():
         raise ConfigError(f"--name {name!r}: expected a name of at most 50 characters that starts with a letter.")
     return slug
-
-
-def one_line(option: str, value: str) -> str:
-    """The value, refused where it would break out of its line of a script.
-
-    Raises:
-        ConfigError: It holds a line break.
-    """
-    if re.search(r"[\r\n\0]", value):
-        raise ConfigError(f"{option}: {value!r} holds a line break.")
-    return value
 
 
 def shell(arguments: Sequence[str]) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import socket
 import subprocess
 import uuid
 
-from cfusion.interruption import handling, naming_parent
+from cfusion.child_processes import child_environment
+from cfusion.interruption import handling
 from launch.cluster.cluster_plan import FINAL, REQUEUE, LaunchPlan
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def start_agents(plan: LaunchPlan) -> list[subprocess.Popen[bytes]]:
     return [
         subprocess.Popen(
             arguments,
-            env={**os.environ, **plan.environment(), **naming_parent(), "NODE_RANK": str(node)},
+            env={**child_environment(), **plan.environment(), "NODE_RANK": str(node)},
             start_new_session=True,
         )
         for node in range(plan.resources.nodes)

@@ -6,14 +6,14 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from cfusion.errors import CfusionError, ConfigError
 from cfusion.files import write_text
 from cfusion.run_folder import DONE
-from launch.cluster.cluster_plan import FINAL, MAX_RESTARTS, REQUEUE, WARNING_SECONDS, LaunchPlan, one_line, shell
+from launch.cluster.cluster_plan import FINAL, MAX_RESTARTS, REQUEUE, WARNING_SECONDS, LaunchPlan, shell
+from launch.tasks.slurm_options import SlurmQueueOptions, one_line
 
 MOST_REQUEUES = {REQUEUE: 100, 137: MAX_RESTARTS}
 """Exit codes after which a job queues itself again: it was asked to, or a node's agent was killed. With each, after how
@@ -21,22 +21,14 @@ many restarts, whatever their cause, it no longer does."""
 
 
 @dataclass(frozen=True)
-class SlurmOptions:
-    """What differs from cluster to cluster.
+class SlurmOptions(SlurmQueueOptions):
+    """What differs from cluster to cluster for a run on several nodes.
 
     Attributes:
-        partition: Partition, where the default one is not meant.
-        account: Account that is charged.
-        extra: Further options of sbatch, such as `{"mem": "0", "constraint": "a100"}`.
-        setup: Lines of shell before the run, such as `module load cuda`.
         image: Container image, where the cluster has pyxis; the working folder is mounted in its place.
         mounts: Further folders that the container sees, `/data` or `/data:/where`.
     """
 
-    partition: str | None = None
-    account: str | None = None
-    extra: Mapping[str, str] = field(default_factory=dict)
-    setup: tuple[str, ...] = ()
     image: str | None = None
     mounts: tuple[str, ...] = ()
 
@@ -73,7 +65,7 @@ def slurm_script(plan: LaunchPlan, options: SlurmOptions) -> str:
             f"# {_summary_line(plan)} Written by cfusion launch slurm.",
             *(f"#SBATCH --{key}{f'={value}' if value else ''}" for key, value in _directives(plan, options).items()),
             "",
-            *(one_line("--setup", line) for line in options.setup),
+            *options.setup_lines(),
             "set -euo pipefail",
             *(f"export {key}={shlex.quote(value)}" for key, value in plan.environment().items()),
             "unset NODE_RANK  # SLURM_NODEID numbers the nodes",
@@ -151,19 +143,10 @@ def _directives(plan: LaunchPlan, options: SlurmOptions) -> dict[str, str]:
         "signal": f"USR1@{WARNING_SECONDS}",
         "requeue": "",
         "open-mode": "append",
-        "output": "%x-%j.out",
+        "output": f"{one_line('output', str(plan.output))}/slurm-%j.out",
     }
     if resources.gpus:
         own["gpus-per-node"] = str(resources.gpus)
     if plan.least_nodes < resources.nodes:
         own["no-kill"] = ""
-    chosen = {"partition": options.partition, "account": options.account}
-    for key, value in {**chosen, **options.extra}.items():
-        if value is None:
-            continue
-        if not re.fullmatch(r"[a-z][a-z-]*", key):
-            raise ConfigError(f"--sbatch {key}={value}: {key!r} is not an option of sbatch.", "Such as: mem=64G.")
-        if key in own:
-            raise ConfigError(f"--sbatch {key}={value}: {key} follows from the plan.")
-        own[key] = one_line(f"--sbatch {key}", value)
-    return own
+    return own | options.directives(own)

@@ -11,7 +11,7 @@ from pathlib import Path
 from cfusion.addresses import refuse_written
 from cfusion.cohort.splits import fold_count
 from cfusion.console import Progress, progress
-from cfusion.errors import PartialResultError, RequeueError
+from cfusion.errors import CfusionError, PartialResultError, RequeueError
 from cfusion.files import digest_json
 from cfusion.run_folder import fold_folders, is_done
 from launch.sweep.markers import LOG
@@ -20,11 +20,12 @@ from launch.sweep.work import Job, Outcome
 from launch.sweep.workers import run_local, slots_here
 from launch.tasks.attempts import attempt_all
 from launch.tasks.ray_tasks import run_ray
-from launch.tasks.slurm_array import run_slurm
+from launch.tasks.slurm_array import array_script, run_slurm
 from launch.tasks.task import TaskResources, Tick
 
 logger = logging.getLogger(__name__)
 
+_SLURM_NAME = "cfusion-sweep"
 _SHOWN = 5
 """Causes that the final error lists; `cfusion sweep status` shows all."""
 
@@ -78,6 +79,10 @@ def run_all(runs: Sequence[PlannedRun], execution: Execution, folder: Path) -> N
     remember_data(folder, runs)
     outcomes = {run.name: Outcome(run.name, "failed", run.absent) for run in missing if run.absent}
     todo = [run for run in missing if not run.absent]
+    if execution.executor == "slurm":  # hours in a queue are too late to learn of a wrong table
+        refused = dict(_refused(todo))
+        outcomes |= {name: Outcome(name, "failed", cause) for name, cause in refused.items()}
+        todo = [run for run in todo if run.name not in refused]
     with (
         progress(f"{len(todo)} runs, folds", sum(fold_count(run.config.splits) for run in todo)) as bar,
         graceful_stop(),
@@ -157,16 +162,41 @@ def audits(runs: Sequence[PlannedRun]) -> Iterator[str]:
     """Audit the data of the runs: each cohort with each encoder is read once. Yields lines."""
     from cfusion.runs.run import Run
 
-    seen = set()
+    for run, *_ in _by_data(runs):
+        yield from ([run.absent] if run.absent else Run.prepare(run.config).describe().splitlines())
+
+
+def _by_data(runs: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
+    """Group the runs by their patients and bags."""
+    groups: dict[str, list[PlannedRun]] = {}
     for run in runs:
         config = run.config
         deciding = config.deciding()
         contents = [run.data[place] for key, place in places(config).items() if key != "model.name"]
         key = digest_json([deciding["cohort"], deciding["splits"], contents, config.data.encoder,
                            config.evaluation.protocol, run.absent])  # fmt: skip
-        if key not in seen:
-            seen.add(key)
-            yield from ([run.absent] if run.absent else Run.prepare(config).describe().splitlines())
+        groups.setdefault(key, []).append(run)
+    return list(groups.values())
+
+
+def _refused(runs: Sequence[PlannedRun]) -> Iterator[tuple[str, str]]:
+    """Check the data of the runs; yields the names of those that would be refused, with the cause."""
+    from cfusion.runs.run import Run
+
+    for group in _by_data(runs):
+        try:
+            Run.prepare(group[0].config)
+        except CfusionError as error:
+            yield from ((run.name, str(error)) for run in group)
+
+
+def script_of(runs: Sequence[PlannedRun], execution: Execution, folder: Path) -> tuple[str, int]:
+    """Return the script that would be handed to sbatch for the runs, and the number of elements of its array.
+
+    Raises:
+        MissingExtraError, ConfigError: As `launch.tasks.slurm_array.array_script`.
+    """
+    return array_script(jobs_of(runs, execution), execution.resources, folder / "jobs", _SLURM_NAME)
 
 
 def folds_done(run: PlannedRun) -> int:
@@ -178,7 +208,7 @@ def _dispatch(jobs: Sequence[Job], execution: Execution, folder: Path, tick: Tic
     if not jobs:
         return iter(())
     if execution.executor == "slurm":
-        return run_slurm(jobs, execution.resources, folder / "jobs", "cfusion-sweep", tick)
+        return run_slurm(jobs, execution.resources, folder / "jobs", _SLURM_NAME, tick)
     if execution.executor == "ray":
         return run_ray(jobs, execution.resources, execution.address, tick)
     return run_local(jobs, slots_here(execution.slots, execution.slots_per_gpu, execution.processes), tick)

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import Literal
 import yaml
 
 from cfusion.addresses import SecretsLeftOut
+from cfusion.child_processes import child_environment, python_command
 from cfusion.errors import CfusionError, DataError, RequeueError
 from cfusion.files import write_text
 from cfusion.locks import HeldError
@@ -182,19 +182,19 @@ def _train(job: Job, runs: list[PlannedRun], locks: list[tuple[int, ...]]) -> No
 
 def _torchrun(run: PlannedRun, processes: int, lock: tuple[int, ...]) -> None:
     """Train a run in several processes; they hold its lock too, so it stays held if this process is killed."""
-    from cfusion.interruption import graceful_stop, naming_parent, stop_requested
+    from cfusion.interruption import graceful_stop, stop_requested
 
     folder = run.config.output
     planned = folder / "planned.yaml"
     write_text(planned, yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
-    command = [sys.executable, "-m", "launch.torchrun", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*python_command(), "-m", "launch.torchrun", "--standalone", "--nproc-per-node", str(processes)]
     same_code = [] if run.same_code is None else ["--same-code", run.same_code]
     threads = max(1, int(os.environ.get("OMP_NUM_THREADS", processes)) // processes)
     with (folder / LOG).open("ab") as log, graceful_stop():
         start = log.tell()
         child = subprocess.Popen(
             [*command, "-m", "cfusion", "train", str(planned), *same_code], stdout=log, stderr=subprocess.STDOUT,
-            pass_fds=lock, env={**os.environ, **naming_parent(), "OMP_NUM_THREADS": str(threads)},
+            pass_fds=lock, env={**child_environment(), "OMP_NUM_THREADS": str(threads)},
         )  # fmt: skip
         asked = False
         try:

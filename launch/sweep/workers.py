@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from cfusion.child_processes import stop_with_parent
 from cfusion.errors import ConfigError
-from cfusion.interruption import stop_requested, stop_with_parent
+from cfusion.interruption import stop_requested
 from cfusion.machine_limits import free_memory_bytes, usable_cores
 from launch.sweep.work import Job, Outcome
 

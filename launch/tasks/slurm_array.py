@@ -7,6 +7,8 @@ import importlib.util
 import logging
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import time
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+from cfusion.child_processes import python_command, python_path
 from cfusion.errors import ConfigError, MissingExtraError, RequeueError
 from cfusion.files import read_json, write_json
 from cfusion.interruption import graceful_stop, stop_requested
@@ -29,6 +32,11 @@ _MOST_TASKS = 1000
 """Elements of one array; SLURM's MaxArraySize is 1001 unless a site sets another."""
 
 _MOST_REQUEUES = 1000
+_OWN_OPTIONS = frozenset(
+    {"array", "cpus-per-task", "gpus-per-node", "job-name", "mem", "nodes", "open-mode", "output", "error", "signal",
+     "time", "wckey", "requeue"}
+)  # fmt: skip
+"""Options of sbatch that follow from the tasks and their resources."""
 _QUEUE = "queue.json"
 _RESULT_SECONDS = 15.0
 """How long the result of an ended job is waited for."""
@@ -170,24 +178,71 @@ def submit(
     cluster: Literal["slurm", "local"] = "slurm",
 ) -> dict[Any, tuple[Task[R], ...]]:
     """Queue the tasks as one array; returns submitit's jobs, one per element, with the tasks of each."""
-    if importlib.util.find_spec("submitit") is None:
-        raise MissingExtraError("submitit", "slurm", "--executor slurm")
+    _check_slurm(cluster)
     import submitit
 
-    if cluster == "slurm" and shutil.which("sbatch") is None:
-        raise ConfigError("--executor slurm: sbatch was not found.", "Run this command on a node that submits jobs.")
-    chunk = max(resources.chunk, math.ceil(len(tasks) / _MOST_TASKS))
-    parts = [tuple(tasks[start : start + chunk]) for start in range(0, len(tasks), chunk)]
-    executor = submitit.AutoExecutor(folder=folder, cluster=cluster, slurm_max_num_timeout=_MOST_REQUEUES)
-    executor.update_parameters(name=name, **_slurm_parameters(resources, len(parts)))
-    with executor.batch():
-        elements = [executor.submit(ArrayElement(part, resources.cpus)) for part in parts]
+    parts = _parts(tasks, resources)
+    executor = _executor(resources, folder, name, len(parts), cluster)
+    try:
+        elements = _queue(executor, parts, resources)
+    except submitit.core.utils.FailedJobError as error:
+        raise ConfigError(
+            f"sbatch refused the job: {_reason(str(error))}.", "Change --cpus, --gpus, --mem, --hours or --partition."
+        ) from error
     array = elements[0].job_id.split("_")[0]
     logger.info("%d array tasks are queued as job %s; their logs are in %s", len(elements), array, folder)
     waiting = dict(zip(elements, parts, strict=True))
     names = {element.job_id: [known for task in part for known in task.names] for element, part in waiting.items()}
     write_json(folder / _QUEUE, {**_read_queue(folder), **names})
     return waiting
+
+
+def array_script(tasks: Sequence[Task[R]], resources: TaskResources, folder: Path, name: str) -> tuple[str, int]:
+    """Return the script that `submit` would hand to sbatch, and the number of elements of its array.
+
+    Raises:
+        MissingExtraError: submitit is not installed.
+        ConfigError: There is no SLURM here, or an option is refused.
+    """
+    _check_slurm("slurm")
+    elements = len(_parts(tasks, resources))
+    executor = _executor(resources, folder, name, elements, "slurm")._executor
+    if elements > 1:  # submitit queues a single element without an array
+        executor.parameters["map_count"] = elements
+    return executor._make_submission_file_text(executor._submitit_command_str, "ID"), elements
+
+
+def _check_slurm(cluster: str) -> None:
+    if importlib.util.find_spec("submitit") is None:
+        raise MissingExtraError("submitit", "slurm", "--executor slurm")
+    if cluster == "slurm" and shutil.which("sbatch") is None:
+        raise ConfigError("--executor slurm: sbatch was not found.", "Run this command on a node that submits jobs.")
+
+
+def _parts(tasks: Sequence[Task[R]], resources: TaskResources) -> list[tuple[Task[R], ...]]:
+    chunk = max(resources.chunk, math.ceil(len(tasks) / _MOST_TASKS))
+    return [tuple(tasks[start : start + chunk]) for start in range(0, len(tasks), chunk)]
+
+
+def _executor(resources: TaskResources, folder: Path, name: str, elements: int, cluster: str) -> Any:
+    import submitit
+
+    executor = submitit.AutoExecutor(
+        folder=folder, cluster=cluster, slurm_max_num_timeout=_MOST_REQUEUES, slurm_python=shlex.join(python_command())
+    )
+    executor.update_parameters(name=name, **_slurm_parameters(resources, elements))
+    return executor
+
+
+def _queue(executor: Any, parts: Sequence[tuple[Task[R], ...]], resources: TaskResources) -> list[Any]:
+    with executor.batch():
+        return [executor.submit(ArrayElement(part, resources.cpus)) for part in parts]
+
+
+def _reason(text: str) -> str:
+    """Return what sbatch said, of submitit's text around it."""
+    found = re.search(r"sbatch: error: (?!Batch job submission failed)(.+)|submission failed: (.+)", text)
+    return (found[1] or found[2] if found else text.strip().splitlines()[-1]).strip().rstrip(".")
 
 
 def queued(tasks: Sequence[Task[R]], folder: Path) -> dict[Any, tuple[Task[R], ...]]:
@@ -222,14 +277,15 @@ def _read_queue(folder: Path) -> dict[str, list[str]]:
 def _slurm_parameters(resources: TaskResources, elements: int) -> dict[str, Any]:
     parameters: dict[str, Any] = {
         "timeout_min": math.ceil(resources.hours * 60), "cpus_per_task": resources.cpus,
+        "slurm_setup": [f"export PYTHONPATH={shlex.quote(python_path())}", *resources.slurm.setup_lines()],
         "slurm_array_parallelism": resources.max_parallel or elements,
     }  # fmt: skip
     if resources.gpus:
         parameters["gpus_per_node"] = resources.gpus
     if resources.mem_gb is not None:
         parameters["mem_gb"] = resources.mem_gb
-    if resources.partition:
-        parameters["slurm_partition"] = resources.partition
+    directives = resources.slurm.directives({key: "" for key in _OWN_OPTIONS if key != "mem" or resources.mem_gb})
+    parameters["slurm_additional_parameters"] = {key: value or True for key, value in directives.items()}
     return parameters
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
+
+from launch.tasks.slurm_options import SlurmQueueOptions
 
 TICK_SECONDS = 1.0
 
@@ -68,7 +70,7 @@ class TaskResources:
         gpus: GPUs.
         mem_gb: Memory in GB; None: the cluster's default.
         hours: Time limit in SLURM; shortly before it a task saves its state and is queued again.
-        partition: SLURM partition; empty: the cluster's default.
+        slurm: What the site's SLURM asks for besides.
         max_parallel: Maximum number of tasks at the same time; None: as many as the cluster allows.
         chunk: Tasks that one element of a SLURM array does one after the other, so that short tasks do not each wait
             for a node.
@@ -78,7 +80,7 @@ class TaskResources:
     gpus: int = 0
     mem_gb: float | None = None
     hours: float = 24.0
-    partition: str = ""
+    slurm: SlurmQueueOptions = field(default_factory=SlurmQueueOptions)
     max_parallel: int | None = None
     chunk: int = 1
 

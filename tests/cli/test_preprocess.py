@@ -16,6 +16,7 @@ from cfusion.cli.options import TASK_OPTIONS
 from cfusion.errors import ConfigError, DataError, PartialResultError
 from launch import extract as executors
 from launch.extract import FanOut
+from launch.tasks.slurm_options import SlurmQueueOptions
 from launch.tasks.task import TaskResources
 
 
@@ -48,7 +49,9 @@ def test_what_a_cluster_is_asked_for(tmp_path: Path, monkeypatch):
     call(slide, "--executor", "ray", "--threads", 7)
     call(slide, "--executor", "ray", "--threads", 7, "--cpus", 2, "--max-parallel", 5, "--ray-address", "n1:6379")
     call(slide, "--executor", "slurm", "--mem", 8, "--chunk", 2, "--cpus", 3, "--retries", 0)
-    slurm = FanOut("slurm", tasks=3, resources=TaskResources(gpus=1, hours=1.5, partition="gpu"))
+    slurm = FanOut(
+        "slurm", tasks=3, resources=TaskResources(gpus=1, hours=1.5, slurm=SlurmQueueOptions(partition="gpu"))
+    )
     assert asked == [
         (4, slurm),
         (7, FanOut("ray", resources=TaskResources(cpus=7))),

@@ -214,7 +214,7 @@ def test_a_job_that_is_warned_saves_queues_itself_again_and_ends_as_if_undisturb
         for process in srun.children(recursive=True):  # SLURM signals every process of the step
             process.send_signal(signal.SIGUSR1)
         log, _ = submitted.communicate(timeout=PATIENCE)
-    assert re.findall(r"left with (\d+)", log.decode()) == ["75", "0"], (tmp_path / f"{job.name}-4711.out").read_text()
+    assert re.findall(r"left with (\d+)", log.decode()) == ["75", "0"], (job.output / "slurm-4711.out").read_text()
     assert (job.output / "done.json").exists()
     assert run_here(planned(files, tmp_path / "calm", nodes=2, pause=0)) == 0
     assert numbers(job.output) == numbers(tmp_path / "calm")
@@ -227,7 +227,7 @@ def test_a_job_whose_input_is_bad_is_not_queued_again(files, tmp_path, slurm):
     job.output.mkdir(parents=True)
     (job.output / "done.json").write_text("{}")  # of another run
     log = submit_slurm(slurm_script(job, SlurmOptions()), tmp_path / "job.sbatch")
-    assert re.findall(r"left with (\d+)", log) == ["2"], (tmp_path / f"{job.name}-4711.out").read_text()
+    assert re.findall(r"left with (\d+)", log) == ["2"], (job.output / "slurm-4711.out").read_text()
 
 
 def test_sbatch_that_is_missing_or_refuses_is_reported(config, slurm, monkeypatch):
@@ -294,7 +294,7 @@ def test_the_nodes_codes_make_one(codes, code):
     [
         (["slurm", "--gpus", "8", "--partition", "gpu"], "#SBATCH --partition=gpu"),
         (["k8s", "--image", "cfusion:1", "--claim", "data"], "kind: Job"),
-        (["slurm", "--image", "a.sqsh"], "\n    python -m launch.torchrun"),
+        (["slurm", "--image", "a.sqsh"], "\n    python -P -m launch.torchrun"),
         (["local", "--processes", "2"], "--nproc-per-node 2"),
     ],
 )

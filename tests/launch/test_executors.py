@@ -35,6 +35,7 @@ from launch.sweep.plan import PlannedRun, SweepConfig, plan
 from launch.sweep.status import look
 from launch.sweep.work import Job
 from launch.tasks import slurm_array
+from launch.tasks.slurm_options import SlurmQueueOptions
 from launch.tasks.task import TaskResources
 
 ONE_CORE = TaskResources(cpus=1)
@@ -191,6 +192,7 @@ def test_a_signal_while_ray_starts_asks_for_a_stop(files, tmp_path, monkeypatch)
 AFTER_RAY = """
 import signal
 from cfusion.interruption import graceful_stop, stop_requested
+from launch.tasks.slurm_options import SlurmQueueOptions
 from launch.tasks.task import TaskResources
 from launch.tasks.ray_tasks import run_ray
 with graceful_stop():
@@ -235,7 +237,9 @@ def test_a_run_whose_ray_worker_always_dies_is_tried_as_often_as_asked(files, tm
 
 
 def test_what_slurm_is_asked_for(files, fake_slurm):
-    resources = TaskResources(cpus=6, gpus=1, mem_gb=32, hours=1.5, partition="gpu", max_parallel=5, chunk=2)
+    resources = TaskResources(
+        cpus=6, gpus=1, mem_gb=32, hours=1.5, slurm=SlurmQueueOptions(partition="gpu"), max_parallel=5, chunk=2
+    )
     jobs = [Job((run,)) for run in planned(files, fake_slurm, axes={"seed": [1, 2, 3, 4, 5]})]
     tasks = slurm_array.submit(jobs, resources, fake_slurm / "jobs", "cfusion-sweep")
     assert [len(part) for part in tasks.values()] == [2, 2, 1]

@@ -12,8 +12,9 @@ import yaml
 from factories import CohortFiles, make_cohort
 
 from cfusion import run_folder
+from cfusion.child_processes import PARENT, stop_with_parent
 from cfusion.errors import RequeueError
-from cfusion.interruption import PARENT, graceful_stop, stop_requested, stop_with_parent
+from cfusion.interruption import graceful_stop, stop_requested
 from cfusion.locks import HeldError
 from cfusion.run_folder import LOCK, claim, trainer
 from cfusion.runs import crossval
