@@ -5,11 +5,64 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar
 
 logger = logging.getLogger("cfusion")
+
+SILENT_SECONDS = 60.0
+"""A process that waits says so after this time, and again each time it has passed."""
+
+
+def is_rank_zero() -> bool:
+    """Return whether this process reports: the only one, or rank 0 of a world; RANK alone is of another job."""
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+class _Waiting:
+    """What this process waits for at the moment, the innermost last, and a thread that reports it."""
+
+    things: ClassVar[list[tuple[str, float]]] = []
+    lock = threading.Lock()
+    started = False
+
+
+@contextmanager
+def waiting_for(what: str) -> Iterator[None]:
+    """Within the block the process may wait; each minute of it is reported as `waiting for WHAT`."""
+    thing = (what, time.monotonic())
+    with _Waiting.lock:
+        _Waiting.things.append(thing)
+        if not _Waiting.started:
+            _Waiting.started = True
+            threading.Thread(target=_report_waits, name="waiting", daemon=True).start()
+    try:
+        yield
+    finally:
+        with _Waiting.lock:
+            _Waiting.things.remove(thing)
+
+
+def _report_waits() -> None:
+    while True:
+        time.sleep(SILENT_SECONDS / 4)
+        with _Waiting.lock:
+            things = list(_Waiting.things)
+        report_waits(things, time.monotonic())
+
+
+_last_report = [0.0]
+
+
+def report_waits(things: Sequence[tuple[str, float]], now: float) -> None:
+    """Log what has been waited for longest, if that is a minute or more and was not logged within the last one."""
+    what, since = min(things, key=lambda thing: thing[1], default=("", now))
+    if now - max(since, _last_report[0]) >= SILENT_SECONDS:
+        _last_report[0] = now
+        logger.warning("waiting for %s, %.0f s so far", what, now - since)
 
 
 class Progress:
@@ -61,7 +114,7 @@ def progress(description: str, total: int) -> Iterator[Progress]:
     Only rank 0 of a distributed run shows progress.
     """
     start = time.monotonic()
-    rank_zero = os.environ.get("RANK", "0") == "0"
+    rank_zero = is_rank_zero()
     if rank_zero and sys.stderr.isatty() and sys.stdout.isatty():
         bar = _Bar(description, total)
         try:

@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, SoftFileLock, Timeout
 
+from cfusion.console import waiting_for
 from cfusion.errors import CfusionError
 
 logger = logging.getLogger(__name__)
@@ -81,13 +82,15 @@ def hold(path: Path, *, wait: bool = False, keep: bool = True) -> Iterator[tuple
                     path, timeout=-1 if wait else _INSTANT, poll_interval=_POLL_SECONDS, fallback_to_soft=False,
                     mode=mode_like(path.parent), on_acquired=descriptors.append,
                 )  # fmt: skip
-                stack.enter_context(lock)
+                with waiting_for(f"the lock {path}, held by {named(path) or 'another process'}"):
+                    stack.enter_context(lock)
             except OSError as error:
                 if error.errno not in _NO_FLOCK:
                     raise
                 _warn_once(error.strerror)
                 lock = SoftFileLock(_marker(path), timeout=-1 if wait else _INSTANT, poll_interval=_POLL_SECONDS)
-                stack.enter_context(lock)
+                with waiting_for(f"the lock {path}"):
+                    stack.enter_context(lock)
         except Timeout:
             raise HeldError(str(named(path) or "another process"), "Wait for it, or end it.") from None
         # Not replaced: another file of this name would be another lock.

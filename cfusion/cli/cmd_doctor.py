@@ -20,6 +20,7 @@ def doctor() -> None:
 
     torchrun --nproc-per-node 2 -m cfusion doctor
     """
+    from cfusion.console import is_rank_zero
     from cfusion.errors import CfusionError
 
     if "WORLD_SIZE" in os.environ:
@@ -31,7 +32,7 @@ def doctor() -> None:
 
         checks = check_node()
     failed = [check.name for check in checks if check.required and not check.passed]
-    if os.environ.get("RANK", "0") == "0":
+    if is_rank_zero():
         width = max(len(check.name) for check in checks)
         for check in checks:
             mark = "ok" if check.passed else "FAIL" if check.required else "missing"

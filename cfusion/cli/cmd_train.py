@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -50,6 +49,7 @@ def train(
     if print_config:
         typer.echo(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), nl=False)
         return
+    from cfusion.console import is_rank_zero
     from cfusion.runs.crossval import cross_validate
     from cfusion.runs.run import Run
 
@@ -58,7 +58,7 @@ def train(
         return
     gc.freeze()  # what the imports left is never garbage; a full collection at the end of each fold passes over it
     scores = cross_validate(resolved, same_code=same_code)
-    if os.environ.get("RANK", "0") != "0":
+    if not is_rank_zero():
         return
     from cfusion.report.runs import report_runs
     from cfusion.run_folder import REPORT

@@ -35,6 +35,7 @@ from cfusion.cli import (
     cmd_train,
     cmd_view,
 )  # fmt: skip
+from cfusion.console import is_rank_zero
 from cfusion.errors import DISK, CfusionError, ExchangeError, RequeueError
 
 HELP = """Survival prediction from whole-slide images, from slides to numbers a reviewer can trust.
@@ -98,7 +99,7 @@ def _common(
         False, "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
-    rank_zero = os.environ.get("RANK", "0") == "0"
+    rank_zero = is_rank_zero()
     level = logging.DEBUG if verbose else logging.WARNING if quiet or not rank_zero else logging.INFO
     to_terminal = logging.StreamHandler(sys.stderr)
     to_terminal.setFormatter(SecretsLeftOut("%(message)s"))
@@ -150,7 +151,7 @@ def _end(error: CfusionError) -> NoReturn:
             sys.stderr.write(f"{text} This one exits too.\n")
             sys.exit(error.exit_code)
         record_cause(f"error: {text}")
-        if os.environ.get("RANK", "0") != "0":
+        if not is_rank_zero():
             _let_rank_0_speak(error)
     sys.stderr.write(f"error: {text}\n       explained by: cfusion help {error.topic}\n")
     sys.exit(error.exit_code)

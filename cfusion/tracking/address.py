@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from cfusion.addresses import without_secrets
 from cfusion.config import TrackingConfig
@@ -20,10 +20,18 @@ from cfusion.errors import CfusionError, ConfigError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+logger = logging.getLogger(__name__)
+
 SQLITE = "sqlite:///"
 
 _CONNECTING = threading.Lock()
 """Alembic, which MLflow uses to create and check a database, keeps its state in globals: one thread at a time."""
+
+TIMEOUT_VARIABLE = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+"""Seconds that a request to a server may take."""
+
+_STORING_SECONDS = "120"
+"""Value of that variable while files are sent."""
 
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -32,9 +40,12 @@ _QUIET = {
     # MLflow would print the address of a run with its password.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # MLflow's default limits (7 retries of 120 s) would let a hanging server block a run for a quarter of an hour.
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    TIMEOUT_VARIABLE: "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
 }
+
+_STORES = ("botocore", "boto3", "google.", "azure.")
+"""Beginnings of the modules whose errors are those of a store of files."""
 
 REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"})
 """MLflow's error codes for requests that a server will never accept; requests with other codes are retried."""
@@ -88,7 +99,25 @@ def checked_uri(uri: str) -> str:
             f"tracking.uri={without_secrets(uri)!r}: expected http(s)://HOST, sqlite:///FILE or another SQL database.",
             "MLflow no longer supports plain folders as a store.",
         )
+    if scheme == "sqlite" and set(uri) & set("?%"):
+        raise ConfigError(
+            f"{uri}: MLflow cannot use a database whose path has a ? or %.",
+            "Rename the folder, or set tracking.uri to a database elsewhere.",
+        )
     return uri
+
+
+@contextlib.contextmanager
+def patient() -> Iterator[None]:
+    """Within the block, give the server time to store files, unless the user has set how long a request may take."""
+    if os.environ.get(TIMEOUT_VARIABLE) != _QUIET[TIMEOUT_VARIABLE]:
+        yield
+        return
+    os.environ[TIMEOUT_VARIABLE] = _STORING_SECONDS
+    try:
+        yield
+    finally:
+        os.environ[TIMEOUT_VARIABLE] = _QUIET[TIMEOUT_VARIABLE]
 
 
 def connect(uri: str) -> MlflowClient:
@@ -105,6 +134,7 @@ def connect(uri: str) -> MlflowClient:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     with unavailable(uri), _CONNECTING:
         _make_database(uri)
+        _follow_move(uri)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -133,13 +163,43 @@ def unavailable(uri: str) -> Iterator[None]:
 
     try:
         yield
-    except (MlflowException, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
+    except CfusionError:
+        raise
+    except Exception as error:
+        known = (MlflowException, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError, ImportError)
+        # A store's own errors, such as that there are no credentials, come from the store's library.
+        if not isinstance(error, known) and not type(error).__module__.startswith(_STORES):
+            raise
         if isinstance(error, MlflowException) and error.error_code in REFUSALS:
             raise
         # MLflow's message quotes the address, including user and password.
         text = " ".join(without_secrets(str(error).replace(uri, without_secrets(uri))).split())
-        why = "is locked by another process" if "database is locked" in text else f"does not answer ({text[:200]})"
-        raise TrackingUnavailableError(f"{without_secrets(uri)}: {why}.") from error
+        raise TrackingUnavailableError(f"{without_secrets(uri)}: {_why(error, text[:200])}.", _remedy(text)) from error
+
+
+def _why(error: Exception, text: str) -> str:
+    if "database is locked" in text:
+        return "is locked by another process"
+    if isinstance(error, ImportError) or type(error).__module__.startswith(_STORES):
+        return f"its store of files cannot be used from here ({text})"
+    if isinstance(error, FileNotFoundError) or "No such artifact" in text:
+        return f"files of the run are not where it says ({text})"
+    return f"does not answer ({text})"
+
+
+def _remedy(text: str) -> str:
+    if "timed out" in text.lower():
+        return f"If the server is only slow, set {TIMEOUT_VARIABLE} to more seconds."
+    package = next((name for name in ("boto3", "google", "azure") if f"'{name}" in text or f"named {name}" in text), "")
+    if package:
+        name = {"google": "google-cloud-storage", "azure": "azure-storage-blob"}.get(package, package)
+        return f"Install it with: pip install {name}"
+    if "redential" in text:
+        return (
+            "Give credentials of the store in the environment, such as AWS_ACCESS_KEY_ID, or start the server with "
+            "--serve-artifacts, which stores files itself."
+        )
+    return ""
 
 
 def _make_database(uri: str) -> None:
@@ -152,10 +212,51 @@ def _make_database(uri: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".mlflow-") as folder:
         made = Path(folder) / "mlflow.db"
-        SqlAlchemyStore(f"{SQLITE}{made}", str(path.parent / "mlartifacts")).engine.dispose()
+        SqlAlchemyStore(f"{SQLITE}{made}", str(_artifacts_of(path))).engine.dispose()
         # A link, unlike a rename, never replaces a database that another process has created and uses.
         with contextlib.suppress(FileExistsError):
             os.link(made, path)
+
+
+def _artifacts_of(database: Path) -> Path:
+    """Return the folder of the files that belong to a sqlite database."""
+    return database.resolve().parent / "mlartifacts"
+
+
+_PLACES = (
+    ("experiments", "artifact_location"), ("runs", "artifact_uri"), ("model_versions", "source"),
+    ("model_versions", "storage_location"), ("logged_models", "artifact_location"),
+)  # fmt: skip
+"""Columns of MLflow's database that hold the complete path of files."""
+
+
+def _follow_move(uri: str) -> None:
+    """After a sqlite database was moved with the folder of its files, replace the old paths of the files in it.
+
+    MLflow stores complete paths, would not find the files, and would put new ones into the old folder.
+    """
+    database = Path(uri.removeprefix(SQLITE))
+    here = _artifacts_of(database)
+    if not uri.startswith(SQLITE) or not here.is_dir():
+        return
+    with contextlib.closing(sqlite3.connect(database, timeout=10)) as connection, connection:
+        locations = {text for (text,) in connection.execute("select artifact_location from experiments") if text}
+        for old in sorted(locations - {here.as_uri(), str(here)}):
+            folder = Path(unquote(urlsplit(old).path))
+            if folder.name != here.name or folder.exists() or not old.startswith(("file:", "/")):
+                continue
+            new = here.as_uri() if old.startswith("file:") else str(here)
+            logger.info("%s: its files were moved with it from %s", database, folder)
+            for table, column in _PLACES:
+                if not connection.execute(
+                    "select 1 from pragma_table_info(?) where name = ?", (table, column)
+                ).fetchone():
+                    continue
+                connection.execute(
+                    f"update {table} set {column} = ? || substr({column}, ?) where {column} = ? "  # noqa: S608 - names above
+                    f"or substr({column}, 1, ?) = ?",
+                    (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
+                )
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:
@@ -171,7 +272,7 @@ def experiment_id(client: MlflowClient, name: str) -> str:
     uri = client.tracking_uri
     found = client.get_experiment_by_name(name)
     if found is None:
-        artifacts = Path(uri.removeprefix(SQLITE)).resolve().parent / "mlartifacts" if uri.startswith(SQLITE) else None
+        artifacts = _artifacts_of(Path(uri.removeprefix(SQLITE))) if uri.startswith(SQLITE) else None
         try:
             return client.create_experiment(name, artifact_location=artifacts.as_uri() if artifacts else None)
         except MlflowException:

@@ -17,7 +17,7 @@ from cfusion.addresses import without_secrets
 from cfusion.errors import ConfigError, DataError
 from cfusion.files import read_json, write_json
 from cfusion.locks import HeldError, hold
-from cfusion.tracking.address import REFUSALS, connect, experiment_id, met_another_writer, unavailable
+from cfusion.tracking.address import REFUSALS, connect, experiment_id, met_another_writer, patient, unavailable
 from cfusion.tracking.journal import JOURNAL_NAME, PARENT, Record, read_records
 
 if TYPE_CHECKING:
@@ -243,12 +243,13 @@ class _Sender:
 
     def _artifacts(self, run_id: str, record: Record) -> None:
         path = self.folder / record["path"]
-        if path.is_dir():
-            self.client.log_artifacts(run_id, str(path), record["under"])
-        elif path.is_file():
-            self.client.log_artifact(run_id, str(path), record["under"])
-        else:
+        if not path.exists():
             raise DataError(f"{path}: the file no longer exists.")
+        with patient():
+            if path.is_dir():
+                self.client.log_artifacts(run_id, str(path), record["under"])
+            else:
+                self.client.log_artifact(run_id, str(path), record["under"])
 
     def _status(self, run_id: str, record: Record) -> None:
         if record["status"] == "RUNNING":
@@ -261,5 +262,6 @@ class _Sender:
     def _register(self, run_id: str, record: Record) -> None:
         from cfusion.tracking.model_registry import register_ensemble
 
-        version = register_ensemble(self.client, run_id, self.folder, record["name"], record["about"])
+        with patient():
+            version = register_ensemble(self.client, run_id, self.folder, record["name"], record["about"])
         self.state.versions[record["name"]] = version

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from cfusion.child_processes import child_environment, python_command
+from cfusion.console import waiting_for
 from cfusion.errors import ConfigError
 from cfusion.tracking.sender import Pace
 
@@ -58,7 +59,7 @@ class SenderProcess:
             What the server cannot do, such as register a model under a name that another model has; None if it can.
         """
         name = self._request("finish", folder, uri, pace)
-        with self._answered:
+        with waiting_for("the tracking server to take the last records"), self._answered:
             self._answered.wait_for(lambda: self._ended or name in self._finished)
             refused = self._finished.pop(name, None)
         if refused is None:

@@ -23,10 +23,12 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 from cfusion.config import ParallelConfig
+from cfusion.console import waiting_for
 from cfusion.errors import ConfigError
 
 ItemT = TypeVar("ItemT")
 
+_OTHERS = "the other processes of this run"
 _DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.float32, "fp16": torch.float32}
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -151,7 +153,8 @@ class Runtime:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`."""
-        self.accelerator.backward(loss)
+        with waiting_for(_OTHERS) if self.world_size > 1 else contextlib.nullcontext():
+            self.accelerator.backward(loss)
 
     def advance(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, lr: float, clip_norm: float | None
@@ -214,24 +217,30 @@ class Runtime:
         if self.world_size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(tensor)
-        return tensor.tolist()
+        with waiting_for(_OTHERS):
+            torch.distributed.all_reduce(tensor)
+            return tensor.tolist()
 
     def gather(self, items: list[ItemT]) -> list[ItemT]:
         """Gather the items of all processes, in the order of their ranks."""
-        return gather_object(items) if self.world_size > 1 else items
+        if self.world_size == 1:
+            return items
+        with waiting_for(_OTHERS):
+            return gather_object(items)
 
     def from_main(self, value: ItemT) -> ItemT:
         """Return the value of rank 0."""
         if self.world_size == 1:
             return value
         box = [value]
-        broadcast_object_list(box, from_process=0)
+        with waiting_for(_OTHERS):
+            broadcast_object_list(box, from_process=0)
         return box[0]
 
     def barrier(self) -> None:
         """Wait until every process arrives."""
-        self.accelerator.wait_for_everyone()
+        with waiting_for(_OTHERS):
+            self.accelerator.wait_for_everyone()
 
     def agree(self, what: str, value: str) -> None:
         """Refuse to continue if processes differ in `value`.

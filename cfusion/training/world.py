@@ -13,15 +13,18 @@ import os
 import torch
 
 from cfusion.config import ParallelConfig
+from cfusion.console import waiting_for
 from cfusion.errors import ConfigError
 from cfusion.program import program_digest
 from cfusion.training.connection import check_network, check_port, connecting
+from cfusion.training.foreign_variables import settle_variables
 from cfusion.training.runtime import Runtime
 from cfusion.training.zero import ZeroRuntime
 
 logger = logging.getLogger(__name__)
 
-_SINGLES = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+_SINGLES = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec",
+            "MV2_COMM_WORLD_SIZE": "mpirun_rsh"}  # fmt: skip
 """Variables with a launcher's number of tasks, for tasks that cannot find each other."""
 
 
@@ -62,6 +65,14 @@ def _torchrun_size() -> int:
             "Start with torchrun, which sets all of them, or unset WORLD_SIZE.",
             topic="world",
         )
+    for name in ("RANK", "LOCAL_RANK"):
+        rank = os.environ.get(name, "0")
+        if not rank.isdecimal() or int(rank) >= int(size):
+            raise ConfigError(
+                f"{name}={rank} with WORLD_SIZE={size}: expected a number below it.",
+                "They are of different jobs: unset both, or start with torchrun, which sets them.",
+                topic="world",
+            )
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and again != "0":
         raise ConfigError(
@@ -83,6 +94,7 @@ def join_world(parallel: ParallelConfig) -> Runtime:
         ExchangeError: The processes cannot connect.
     """
     expected = launched()
+    settle_variables(zero=parallel.engine != "ddp")
     check_divides(parallel.global_batch, expected)
     on_cpu = not torch.cuda.is_available()
     check_precision(parallel.precision, on_cpu=on_cpu)
@@ -97,7 +109,12 @@ def join_world(parallel: ParallelConfig) -> Runtime:
     if expected > 1:
         check_network()
         check_port()
-    with connecting(expected):
+    if expected > 1:
+        logger.info(
+            "%d processes; one that waits for the others for %g min fails (parallel.timeout_minutes)",
+            expected, parallel.timeout_minutes,
+        )  # fmt: skip
+    with connecting(expected), waiting_for("the other processes to connect"):
         runtime = kind(kind.accelerate(parallel, on_cpu=on_cpu), parallel)
     for who, seen in runtime.worlds().items():
         if seen != expected:
