@@ -1,37 +1,71 @@
-"""Cores and memory that this process may use: affinity, limits of a container (cgroup v1 and v2), and SLURM's count."""
+"""Cores and memory that this process may use: affinity, limits of a container (cgroup v1 and v2), of a job and a shell.
+
+A scheduler without cgroups only says in variables what a job may use; `ulimit -v` limits the address space.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+
+_JOB_CORES = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "NSLOTS", "NCPUS", "LSB_DJOB_NUMPROC")
+"""Variables with the cores of a task or job: SLURM, Grid Engine, PBS, LSF; the first that is set counts."""
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def usable_cores() -> int:
-    """Cores that this process may use, at least 1: the least of affinity, cgroup quota and `SLURM_CPUS_PER_TASK`."""
+    """Cores that this process may use, at least 1: the least of affinity, cgroup quota and the job's count."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limits: list[float] = [affinity, *_quotas()]
-    asked = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    if asked.isdigit():
-        limits.append(int(asked))
+    if (asked := _job_cores()) is not None:
+        limits.append(asked)
     return max(1, math.ceil(min(limits)))
 
 
 def memory_bytes() -> int:
-    """Memory that this process may use: the machine's, or less where a cgroup limits it."""
-    return min([psutil.virtual_memory().total, *(limit for limit, _ in _memory_limits())])
+    """Memory that this process may use: the machine's, or less where a cgroup, the job or the shell limits it."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in (*_memory_limits(), *_own_limits()))])
 
 
 def free_memory_bytes() -> int:
-    """Memory that is free for this process: the machine's, or what a cgroup's limit leaves, page cache counted free."""
-    left = (max(0, limit - used) for limit, used in _memory_limits())
+    """Memory that is free for this process: the machine's, or what a limit leaves, page cache counted free."""
+    left = (max(0, limit - used) for limit, used in (*_memory_limits(), *_own_limits()))
     return min([psutil.virtual_memory().available, *left])
+
+
+def _job_cores() -> int | None:
+    """Return the cores of this job, or of this task of it, as its scheduler says; None outside a job."""
+    found = (os.environ.get(name, "") for name in _JOB_CORES)
+    return next((int(text) for text in found if text.isdigit() and int(text) > 0), None)
+
+
+def _own_limits() -> Iterator[tuple[int, int]]:
+    """Limit and use in bytes of what the scheduler and the shell allow."""
+    process = psutil.Process()
+    if (asked := _job_bytes()) is not None:
+        with contextlib.suppress(psutil.Error):
+            family = [process, *process.children(recursive=True)]
+            yield asked, sum(member.memory_info().rss for member in family)
+    space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if space != resource.RLIM_INFINITY:
+        yield space, process.memory_info().vms
+
+
+def _job_bytes() -> int | None:
+    """Return the memory of this SLURM job on this node, which SLURM counts in MiB; None without a limit."""
+    names = ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE")
+    node, core, cores = (os.environ.get(name, "") for name in names)
+    if node.isdigit():
+        return int(node) << 20 or None
+    return (int(core) * int(cores) << 20 or None) if core.isdigit() and cores.isdigit() else None
 
 
 def _quotas() -> Iterator[float]:

@@ -18,7 +18,8 @@ def cgroups(tmp_path, monkeypatch):
     monkeypatch.setattr(machine_limits, "_CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(machine_limits, "_OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(16)))
-    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    for name in (*machine_limits._JOB_CORES, "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU"):
+        monkeypatch.delenv(name, raising=False)
 
     def write(own: str, files: dict[str, str]) -> None:
         (tmp_path / "own").write_text(own)
@@ -69,3 +70,49 @@ def test_slurm_gives_fewer_cores_than_the_node_has(cgroups, monkeypatch):
     assert usable_cores() == 4
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "64")
     assert usable_cores() == 16
+
+
+@pytest.mark.parametrize(
+    ("variables", "cores"),
+    [
+        ({"SLURM_CPUS_PER_TASK": "2", "SLURM_CPUS_ON_NODE": "8"}, 2),
+        ({"SLURM_CPUS_ON_NODE": "8"}, 8),
+        ({"NSLOTS": "3"}, 3),
+        ({"NCPUS": "4"}, 4),
+        ({"LSB_DJOB_NUMPROC": "5"}, 5),
+        ({"SLURM_CPUS_ON_NODE": "64"}, 16),
+        ({"NSLOTS": "undefined"}, 16),
+    ],
+)
+def test_the_cores_of_a_job_of_any_scheduler(cgroups, monkeypatch, variables, cores):
+    cgroups("0::/\n", {})
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert usable_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("variables", "megabytes"),
+    [
+        ({"SLURM_MEM_PER_NODE": "2000"}, 2000),
+        ({"SLURM_MEM_PER_CPU": "500", "SLURM_CPUS_ON_NODE": "3"}, 1500),
+        ({"SLURM_MEM_PER_NODE": "0"}, None),
+        ({}, None),
+    ],
+)
+def test_the_memory_of_a_job(cgroups, monkeypatch, variables, megabytes):
+    cgroups("0::/\n", {})
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    total = psutil.virtual_memory().total
+    assert memory_bytes() == (total if megabytes is None else min(total, megabytes * MB))
+    if megabytes is not None:
+        assert 0 <= free_memory_bytes() <= megabytes * MB - psutil.Process().memory_info().rss // 2
+
+
+def test_the_address_space_that_a_shell_allows(cgroups, monkeypatch):
+    cgroups("0::/\n", {})
+    space = psutil.Process().memory_info().vms + 100 * MB
+    monkeypatch.setattr(machine_limits.resource, "getrlimit", lambda _which: (space, space))
+    assert memory_bytes() == min(space, psutil.virtual_memory().total)
+    assert free_memory_bytes() <= 110 * MB

@@ -15,6 +15,7 @@ import torch
 from cfusion.config import ParallelConfig
 from cfusion.console import waiting_for
 from cfusion.errors import ConfigError
+from cfusion.machine_limits import usable_cores
 from cfusion.program import program_digest
 from cfusion.training.connection import check_network, check_port, connecting
 from cfusion.training.foreign_variables import settle_variables
@@ -98,6 +99,8 @@ def join_world(parallel: ParallelConfig) -> Runtime:
     check_divides(parallel.global_batch, expected)
     on_cpu = not torch.cuda.is_available()
     check_precision(parallel.precision, on_cpu=on_cpu)
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
+        torch.set_num_threads(usable_cores())  # torch counts the machine's cores, whatever a container or job may use
     if on_cpu:
         # Otherwise several threads sum the gradient of an indexed tensor in an arbitrary order.
         # `use_deterministic_algorithms` does the same and also imports torch's compiler, which takes seconds.

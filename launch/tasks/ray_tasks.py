@@ -121,8 +121,10 @@ def _connect(address: str) -> None:
     try:
         with handlers_kept():
             ray.init(address=address, log_to_driver=False, **options)
-    except OSError as error:
+    except ConnectionError as error:
         raise _no_cluster(address) from error
+    except OSError as error:
+        raise _not_started(address, error) from error
     except SystemExit as error:
         # Ray's own response to SIGTERM while it starts.
         raise RequeueError("Asked to stop before any task had started.", "Run the same command again.") from error
@@ -131,6 +133,13 @@ def _connect(address: str) -> None:
 def _no_cluster(address: str) -> DataError:
     remedy = "Start one with ray start --head, or give its address with --ray-address."
     return DataError(f"--executor ray: there is no Ray cluster at {address}.", remedy)
+
+
+def _not_started(address: str, error: OSError) -> DataError:
+    """Return the error for what kept Ray from starting, such as a path that is too long for its sockets."""
+    text = str(error).strip().partition("\n")[0].rstrip(".")
+    remedy = "Set RAY_TMPDIR to a short path, such as /tmp/ray." if "AF_UNIX" in text else "See the cause."
+    return DataError(f"--executor ray: Ray cannot start or join {address}: {text}.", remedy)
 
 
 def _expect_answer(address: str) -> None:

@@ -384,6 +384,19 @@ def test_the_job_for_kuberay_asks_for_what_its_workers_have():
     assert command[command.index("--gpus") + 1] == worker["limits"]["nvidia.com/gpu"]
 
 
+def test_a_folder_too_long_for_rays_sockets_is_named(files, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+
+    def init(**_):
+        raise OSError("validate_socket_filename failed: AF_UNIX path length cannot exceed 107 bytes: /scratch/…")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(
+        DataError, match=r"Ray cannot start or join local: .*AF_UNIX.*\. Set RAY_TMPDIR to a short path"
+    ):
+        run_all(planned(files, tmp_path), Execution("ray", address="local"), tmp_path)
+
+
 @pytest.mark.parametrize(("executor", "package"), [("slurm", "submitit"), ("ray", "ray")])
 def test_an_executor_that_is_not_installed_is_named(files, tmp_path, monkeypatch, executor, package):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
