@@ -173,6 +173,9 @@ class DataConfig(Section):
     """Maximum memory for bags read ahead, in bytes; one bag is always read ahead, whatever its size."""
     token_budget: int | None = Field(None, ge=1)
     """Maximum padded tiles (bags × tiles of the longest bag) of one forward pass; replaces train.micro_batch."""
+    stage: Annotated[str | None, Aside("where shards are copied before they are read")] = None
+    """Local folder to which each node copies the shards that it reads, such as `$TMPDIR`; none: shards are read where
+    they are."""
     cache_directory: Annotated[Path | None, Aside("where remote shards are kept")] = None
     """Local cache folder for remote shards; none: `cfusion/shards` in the user's cache folder."""
     cache_bytes: Annotated[int, Aside("how much of remote shards is kept")] = Field(64 << 30, ge=0)

@@ -15,6 +15,7 @@ from cfusion.config import DataConfig
 from cfusion.console import progress
 from cfusion.data.shard_files import REPAIR, LocalFiles, OpenFile, ShardFiles, array_bytes, read_pieces
 from cfusion.data.shard_index import Sample, Shard, ShardIndex, TarMember, check_header, read_index, tar_key
+from cfusion.data.staging import StagedFiles, stage_folder
 from cfusion.errors import CfusionError, DataError, ShardsError
 
 
@@ -44,6 +45,7 @@ class ShardDataset:
         *,
         cache_directory: str | os.PathLike[str] | None = None,
         cache_bytes: int = 64 << 30,
+        stage: Path | None = None,
     ) -> ShardDataset:
         """Open a folder or URL (`https://`, `s3://`, `gs://`, …) of shards.
 
@@ -51,6 +53,7 @@ class ShardDataset:
             directory: Folder or URL of the tars and `index.json`.
             cache_directory: Cache folder for members of remote shards; None: `cfusion` in the user's cache folder.
             cache_bytes: Maximum size of the cache.
+            stage: Folder of a local disk to which shards are copied before they are read; None: they are not.
 
         Raises:
             ShardsError: The index is missing or invalid, or a shard is missing or has another length than indexed.
@@ -58,8 +61,8 @@ class ShardDataset:
         if "://" in str(directory):
             from cfusion.data.remote import open_remote
 
-            files, index = open_remote(str(directory), cache_directory, cache_bytes)
-            return cls(files, index)
+            remote, index = open_remote(str(directory), cache_directory, cache_bytes)
+            return cls(remote if stage is None else StagedFiles(remote, index, stage), index)
         index = read_index(directory)
         for shard in index.shards:
             path = Path(directory) / shard.name
@@ -71,7 +74,8 @@ class ShardDataset:
                     f"another index{_first_beyond(index, shard, path.stat().st_size)}.",
                     REPAIR,
                 )
-        return cls(LocalFiles(directory), index)
+        files = LocalFiles(directory)
+        return cls(files if stage is None else StagedFiles(files, index, stage), index)
 
     def __contains__(self, slide_id: str) -> bool:
         return slide_id in self._samples
@@ -334,4 +338,7 @@ def _first_beyond(index: ShardIndex, shard: Shard, size: int) -> str:
 
 def open_shards(data: DataConfig) -> ShardDataset:
     """Open the shards of a `data` section, local or remote."""
-    return ShardDataset.open(data.shards.reveal(), cache_directory=data.cache_directory, cache_bytes=data.cache_bytes)
+    return ShardDataset.open(
+        data.shards.reveal(), cache_directory=data.cache_directory, cache_bytes=data.cache_bytes,
+        stage=None if data.stage is None else stage_folder(data.stage),
+    )  # fmt: skip

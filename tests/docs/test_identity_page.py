@@ -28,7 +28,7 @@ def test_the_page_lists_what_is_set_aside_and_every_module():
 def test_the_settings_that_are_set_aside():
     assert set(Config.asides()) == {
         "cohort.table", "cohort.follow_up", "cohort.slides", "cohort.covariates", "cohort.covariates_table",
-        "splits.directory", "splits.test_cases", "data.shards",
-        "data.cache", "data.read_threads", "data.buffer_bytes", "data.cache_directory", "data.cache_bytes",
-        "train.keep_checkpoints", "train.folds", "evaluation.strict", "tracking", "output",
+        "splits.directory", "splits.test_cases", "data.shards", "data.cache", "data.read_threads", "data.buffer_bytes",
+        "data.stage", "data.cache_directory", "data.cache_bytes", "train.keep_checkpoints", "train.folds",
+        "parallel.timeout_minutes", "evaluation.strict", "tracking", "output",
     }  # fmt: skip
