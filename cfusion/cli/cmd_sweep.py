@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,6 +47,8 @@ Overrides = Annotated[
 ]
 Only = Annotated[list[str] | None, typer.Option("--only", help="axis=value: only these runs; may be repeated.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+WATCH_SECONDS = 5.0
 
 TAKES = {"local": {"slots", "slots_per_gpu"}, **TASK_OPTIONS}
 """Options of `cfusion sweep run` that not every executor takes."""
@@ -116,29 +119,78 @@ def plan(file: SweepFile, overrides: Overrides = None, only: Only = None, as_jso
 
 
 @sweep.command()
-def status(file: SweepFile, overrides: Overrides = None, only: Only = None, as_json: AsJson = False) -> None:
-    """Show how far a sweep is: what is done, who trains what, what failed and why, how long the rest will take.
+def status(
+    file: SweepFile,
+    overrides: Overrides = None,
+    only: Only = None,
+    as_json: AsJson = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it again every 5 s until no run is open or running.")
+    ] = False,
+) -> None:
+    """Show how far a sweep is: what is done, who trains what, what failed and why, the cost, how long it will take.
 
     cfusion sweep status configs/sweeps/backbones.yaml
     """
-    from launch.sweep.status import counts, grid, look, seconds_left
+    from launch.sweep.status import look, seconds_left, spent
 
     settings, runs = _planned(file, overrides, only)
     statuses = look(runs)
-    left = seconds_left(statuses)
     if as_json:
-        return _echo_json(settings, statuses, _stale(settings, runs, only), seconds_left=left)
+        more = {"seconds_left": seconds_left(statuses), "cost": spent(statuses)}
+        return _echo_json(settings, statuses, _stale(settings, runs, only), **more)
+    while True:
+        _show(settings, statuses, clear=watch)
+        if not watch or all(status.state in ("done", "failed") for status in statuses):
+            return None
+        time.sleep(WATCH_SECONDS)
+        statuses = look(runs)
+
+
+def _show(settings: SweepConfig, statuses: list[RunStatus], *, clear: bool) -> None:
+    """Print how far a sweep is: a picture on a terminal, lines in a pipe."""
     if not sys.stdout.isatty():
         return _echo_lines(statuses)
     from rich.console import Console
 
-    from cfusion.cli.sweep_views import duration, legend, picture, words
+    from cfusion.cli.sweep_views import cost, duration, legend, picture, words
+    from launch.sweep.status import counts, grid, seconds_left, spent
 
-    console = Console(highlight=False)
+    console, left = Console(highlight=False), seconds_left(statuses)
+    if clear:
+        console.clear()
     console.print(picture(*grid(statuses, list(settings.axes)), console.width))
     console.print(legend(counts(statuses)), f"   about {duration(left)} left" if left else "")
+    console.print(cost(spent(statuses)))
     for line in words(statuses):
         console.print(line)
+
+
+@sweep.command()
+def clean(
+    file: SweepFile,
+    overrides: Overrides = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, only show it.")] = False,
+) -> None:
+    """Show the disk that a sweep uses, and remove stale runs and checkpoints of finished runs.
+
+    cfusion sweep clean configs/sweeps/backbones.yaml
+    """
+    from launch.sweep.clean import disk_use, remove
+
+    settings, runs = _planned(file, overrides, None)
+    use = disk_use(settings, runs)
+    typer.echo(
+        f"runs {use.runs / 1e9:.3f} GB, of these checkpoints {use.checkpoints / 1e9:.3f} GB; tracking "
+        f"{use.tracking / 1e9:.3f} GB"
+    )
+    for item in use.removable:
+        typer.echo(f"{'removing' if yes else 'would remove'}\t{item.size / 1e6:.1f} MB\t{item.path}\t{item.kind}")
+    freed = sum(item.size for item in use.removable)
+    if yes:
+        remove(use.removable)
+    elif use.removable:
+        typer.echo(f"{freed / 1e9:.3f} GB can be removed with --yes")
 
 
 @sweep.command()

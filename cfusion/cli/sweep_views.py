@@ -84,6 +84,14 @@ def words(statuses: Sequence[RunStatus]) -> Iterator[Text]:
             yield Text(f"        log: {runs[0].log}", "dim")
 
 
+def cost(spent: Mapping[str, float]) -> str:
+    """Return what a sweep has cost, in a line."""
+    parts = [f"{spent['wall_s'] / 3600:.2f} h", f"{spent['cpu_s'] / 3600:.2f} h of CPU"]
+    parts += [f"{spent['gpu_s'] / 3600:.2f} h of GPUs"] if spent["gpu_s"] else []
+    parts += [f"{spent['energy_j'] / 3.6e6:.2f} kWh"] if spent["energy_j"] else []
+    return f"spent: {', '.join(parts)} in {spent['attempts']:.0f} attempts"
+
+
 def duration(seconds: float) -> str:
     """Format a time span for people."""
     if seconds < 90:

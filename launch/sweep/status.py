@@ -117,6 +117,21 @@ def counts(statuses: Sequence[RunStatus]) -> dict[str, int]:
     return {state: found[state] for state in STATES}
 
 
+def spent(statuses: Sequence[RunStatus]) -> dict[str, float]:
+    """Return what all attempts at the runs have cost: `attempts`, `wall_s`, `cpu_s`, `gpu_s`, `energy_j`.
+
+    An attempt that was killed has no cost; the wall time of runs that are trained together is divided among them.
+    """
+    total = dict.fromkeys(("attempts", "wall_s", "cpu_s", "gpu_s", "energy_j"), 0.0)
+    for status in statuses:
+        for attempt in attempts(status.folder):
+            total["attempts"] += 1
+            total["wall_s"] += attempt.get("wall_s", 0.0) / attempt.get("together", 1)
+            for key in ("cpu_s", "gpu_s", "energy_j"):
+                total[key] += attempt.get(key) or 0.0
+    return total
+
+
 def seconds_left(statuses: Sequence[RunStatus]) -> float | None:
     """Estimate the time for the remaining folds at the pace of finished runs; None before one is finished."""
     finished = itertools.islice((status for status in statuses if status.state == "done"), _SAMPLE)
