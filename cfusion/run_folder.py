@@ -85,7 +85,8 @@ def claim(folder: Path, *, nested: bool = False) -> Iterator[tuple[int, ...]]:
 
     Args:
         folder: The run's folder.
-        nested: Accept the lock of this process or of one that it descends from, as where a sweep starts a training.
+        nested: Accept the lock of this process or of one that it descends from, as where a sweep starts a training;
+            a lock that is taken here leaves no file behind, by which a sweep knows its runs.
 
     Raises:
         HeldError: Another process holds it.
@@ -95,7 +96,7 @@ def claim(folder: Path, *, nested: bool = False) -> Iterator[tuple[int, ...]]:
         descriptors: tuple[int, ...] = ()
         if not (nested and held_above(path)):
             try:
-                descriptors = stack.enter_context(hold(path))
+                descriptors = stack.enter_context(hold(path, keep=not nested))
             except HeldError as error:
                 who = named(path)
                 if who is None or not who.launch or who.launch != launch_name():

@@ -35,7 +35,7 @@ class StagedFiles:
     Args:
         source: Where the shards are.
         index: Their index.
-        stage: Folder for all sets of shards; each gets a folder of its own in it.
+        stage: Folder for all sets of shards; each gets its own folder in it.
     """
 
     remote = False

@@ -50,7 +50,7 @@ class SlurmQueueOptions:
     exclusive: bool = field(default=False, kw_only=True)
 
     def directives(self, own: Mapping[str, str]) -> dict[str, str]:
-        """Return the options of sbatch beside those of the plan, `own`; an empty value is a bare flag.
+        """Return the options of sbatch in addition to those of the plan, `own`; an empty value is a bare flag.
 
         Raises:
             ConfigError: An option breaks out of its line, is no option, or belongs to the plan.

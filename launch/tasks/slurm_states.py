@@ -28,7 +28,7 @@ GONE = "GONE"
 
 _NEVER = re.compile(
     r"Partition(Config|NodeLimit|TimeLimit|Down|Inactive)|BadConstraints|DependencyNeverSatisfied|JobHeld|Invalid|"
-    r"QOS(Not|Max|.*Limit)|Assoc(Max|Grp|.*Limit)|Licenses|ReqNodeNotAvail|Reservation|launch failed|MaxCpu|MaxMem"
+    r"QOS(Not|Max|Grp|.*Limit)|Assoc(Max|Grp|.*Limit)|Licenses|ReqNodeNotAvail|Reservation|launch failed|MaxCpu|MaxMem"
 )
 """Reasons with which a job may wait without end, unless the job, a limit or the cluster changes."""
 

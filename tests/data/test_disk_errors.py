@@ -28,7 +28,7 @@ def _no_pauses(monkeypatch):
 
 
 def failing(monkeypatch, name, code, times):
-    """`os.NAME` fails so many times on shards."""
+    """`os.NAME` fails on shards, `times` times."""
     real, left = getattr(os, name), [times]
 
     def call(what, *more, **options):
@@ -72,7 +72,7 @@ def test_what_stays_unreadable_is_named_with_what_to_do(shards, monkeypatch, nam
     assert 99 - left[0] == tries
 
 
-def test_a_file_that_was_replaced_is_read_anew_under_the_same_descriptor(shards, tmp_path, monkeypatch):
+def test_a_file_that_was_replaced_is_read_again_under_the_same_descriptor(shards, tmp_path, monkeypatch):
     path = tmp_path / "a"
     path.write_bytes(b"old")
     file = shard_files.OpenFile(path)

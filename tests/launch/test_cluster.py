@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from cfusion.cli.main import app
-from cfusion.errors import CfusionError, ConfigError
+from cfusion.errors import CfusionError, CohortError, ConfigError
 from launch.cluster.cluster_plan import MONITOR_SECONDS, RENDEZVOUS, LaunchPlan, LaunchResources, least_nodes, make_plan
 from launch.cluster.kubernetes_job import K8sOptions, k8s_manifest
 from launch.cluster.local_agents import run_code, run_here
@@ -298,12 +298,45 @@ def test_the_nodes_codes_make_one(codes, code):
         (["local", "--processes", "2"], "--nproc-per-node 2"),
     ],
 )
-def test_a_dry_run_shows_and_writes_what_would_be_started(config, tmp_path, arguments, expected):
+def test_a_dry_run_shows_and_writes_what_would_be_started(files, tmp_path, arguments, expected):
+    config = tmp_path / "run.yaml"
+    values = files.config(Path("runs/blca"), parallel={"global_batch": 32}).model_dump(mode="json")
+    config.write_text(yaml.safe_dump(values))
     out = tmp_path / "out" / "job"
     result = CliRunner().invoke(
         app, ["launch", *arguments, str(config), "train.epochs=2", "--nodes", "2", "--dry-run", "--out", str(out)]
     )
     assert result.exit_code == 0, result.output
     assert expected in result.output
-    assert out.read_text() == result.output
+    assert out.read_text() == result.stdout
     assert "train.epochs=2" in result.output
+
+
+def test_a_job_whose_data_would_be_refused_is_shown_and_not_submitted(config, slurm, tmp_path):
+    for more in (["--dry-run"], []):
+        result = CliRunner().invoke(app, ["launch", "slurm", str(config), *more])
+        assert isinstance(result.exception, CohortError)
+        assert ("#SBATCH --output=runs/blca/slurm-%j.out" in result.output) == bool(more)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_options_of_a_site_hold_for_every_job(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    profile = tmp_path / "cfusion" / "cluster.yaml"
+    profile.parent.mkdir()
+    profile.write_text("account: lab\npartition: cpu\nsetup: [module load a]\nsbatch: {mail-type: END, no-kill: }\n")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(files.config(tmp_path / "run").model_dump(mode="json")))
+    given = ["--partition", "gpu", "--qos", "long", "--constraint", "a100", "--exclusive", "--mem", "64", "--setup",
+             "module load b", "--sbatch", "mail-type=FAIL", "--sbatch", "--contiguous"]  # fmt: skip
+    arguments = ["launch", "slurm", str(tmp_path / "run.yaml"), "--gpus", "0", *given, "--dry-run"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    asked = directives(result.stdout)
+    assert asked.items() >= {
+        "account": "lab", "partition": "gpu", "qos": "long", "constraint": "a100", "exclusive": "", "mem": "64G",
+        "mail-type": "FAIL", "no-kill": "", "contiguous": "",
+    }.items()  # fmt: skip
+    assert result.stdout.index("module load a") < result.stdout.index("module load b")
+    profile.write_text("acount: lab\n")
+    result = CliRunner().invoke(app, arguments)
+    assert "cluster.yaml: unknown key acount. Did you mean account?" in str(result.exception)

@@ -113,7 +113,7 @@ def test_what_no_node_has_is_refused_and_the_default_fits(slurm, tmp_path):
     assert cores_of(None, "slurm", SlurmQueueOptions()) == min(4, os.cpu_count())
 
 
-def test_a_drained_node_is_told_by_the_reason_and_waited_for(slurm, tmp_path, caplog):
+def test_a_drained_node_is_reported_with_the_reason_and_waited_for(slurm, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     said(slurm, "scontrol", "update", f"NodeName={NODE}", "State=DRAIN", "Reason=test")
     try:

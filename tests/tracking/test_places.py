@@ -74,7 +74,7 @@ def test_a_moved_folder_gives_its_files_and_takes_new_ones(moved, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "project"], "no old folder is made again"
 
 
-def test_a_copy_beside_the_first_keeps_the_files_of_the_first(template, tmp_path):
+def test_a_copy_next_to_the_first_keeps_the_files_of_the_first(template, tmp_path):
     shutil.copytree(template, tmp_path / "copy")
     before = (tmp_path / "copy" / "mlflow.db").read_bytes()
     client = connect(f"sqlite:///{tmp_path / 'copy' / 'mlflow.db'}")
@@ -132,6 +132,6 @@ def test_files_may_take_longer_than_other_requests(monkeypatch):
         assert os.environ[TIMEOUT_VARIABLE] == "3", "the user's"
 
 
-def test_a_client_without_a_database_is_left_alone(tmp_path):
+def test_a_client_without_a_database_is_not_touched(tmp_path):
     assert isinstance(connect("http://127.0.0.1:9"), MlflowClient)
     assert not list(tmp_path.iterdir())

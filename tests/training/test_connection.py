@@ -93,7 +93,7 @@ def test_a_closed_connection_is_the_end_of_another_process(error):
 
 
 @pytest.mark.parametrize(("error", "text"), OTHER)
-def test_any_other_failure_is_told_as_it_is(error, text):
+def test_any_other_failure_is_reported_as_it_is(error, text):
     found = exchange_error(error)
     assert not found.consequence
     assert text in found.message
