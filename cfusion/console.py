@@ -18,7 +18,7 @@ SILENT_SECONDS = 60.0
 
 
 def is_rank_zero() -> bool:
-    """Return whether this process reports: the only one, or rank 0 of a world; RANK without WORLD_SIZE is of another job."""
+    """Return whether this process reports: rank 0, or the only one, whose RANK, if it is set, is of another job."""
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 

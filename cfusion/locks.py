@@ -106,7 +106,7 @@ def hold(path: Path, *, wait: bool = False, keep: bool = True) -> Iterator[tuple
 
 
 def launch_name() -> str:
-    """Return the name of the launch that started this process: torchrun's run id if it was given or drawn; else empty."""
+    """Return the name of the launch that started this process: torchrun's run id, empty if it has none."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return "" if name == "none" else name
 

@@ -140,7 +140,7 @@ class ShardSource:
     def embeddings(self) -> Embeddings:
         """What the index says."""
         index = self.dataset.index
-        return Embeddings(self._data.shards, index.encoder, index.dim, index.magnifications, index.provenance)
+        return Embeddings(str(self._data.shards), index.encoder, index.dim, index.magnifications, index.provenance)
 
     @property
     def slide_ids(self) -> tuple[str, ...]:
