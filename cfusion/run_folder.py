@@ -165,8 +165,8 @@ def codes(marker: dict[str, Any]) -> list[str]:
     return [code for code in (marker["provenance"].get("code"), marker.get("same_code"), *continued) if code]
 
 
-def add_continuation(folder: Path, by: dict[str, str]) -> None:
-    """Record in `run.json` the code that continues a run which other code began."""
+def add_continuation(folder: Path, by: dict[str, Any]) -> None:
+    """Record in `run.json` the code, and versions of packages, that continue a run which others began."""
     marker = read_marker(folder)
     write_json(folder / RUN, {**marker, "continued_by": [*marker.get("continued_by", []), by]})
 

@@ -22,6 +22,7 @@ from cfusion.config import Config, Section
 from cfusion.program import MODULES, TEXTS
 from cfusion.runs.run import RECORDED_ASIDE
 from launch.sweep.plan import SweepConfig
+from launch.tasks.slurm_options import ClusterProfile
 from preprocess import descriptor
 from preprocess.encoders import StainTexture
 from preprocess.encoders.cards import CARDS
@@ -131,6 +132,7 @@ def configuration_reference() -> str:
             lines += _section(name, f"{field.annotation.__doc__}", field.annotation)  # type: ignore[union-attr]
     lines += _section("Preprocessing", "What the options of `cfusion preprocess` set.", PreprocessConfig)
     lines += _section("Sweep", "The file of `cfusion sweep`.", SweepConfig)
+    lines += _section("Cluster", "`~/.config/cfusion/cluster.yaml`: options of a site's SLURM.", ClusterProfile)
     return "\n".join(lines)
 
 

@@ -189,6 +189,7 @@ class Run:
                 "Give another output=..., or delete the folder.",
                 topic="checkpoint",
             )
+        self._remark_packages(marker)
         if code in run_folder.codes(marker):
             return
         if same_code is None or same_code not in run_folder.codes(marker):
@@ -200,6 +201,19 @@ class Run:
             )
         logger.warning("%s: code %s continues a run that code %s began", folder, code, begun_by)
         run_folder.add_continuation(folder, {"code": code, "program": self.provenance["program"]})
+
+    def _remark_packages(self, marker: Mapping[str, Any]) -> None:
+        """Say that other versions of Python or torch continue the run, and record it once."""
+        recorded = [marker["provenance"], *marker.get("continued_by", [])]
+        there = next(entry["packages"] for entry in reversed(recorded) if "packages" in entry)
+        here = self.provenance["packages"]
+        if there == here:
+            return
+        changed = ", ".join(differences(there, here))
+        logger.warning("%s: other versions continue this run; its numbers may differ: %s", self.folder, changed)
+        run_folder.add_continuation(
+            self.folder, {"code": self.provenance["code"], "program": self.provenance["program"], "packages": here}
+        )
 
     def check_code(self, runtime: Runtime) -> None:
         """Refuse to continue where the file of the model has changed since the run was opened.

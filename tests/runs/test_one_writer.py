@@ -1,11 +1,13 @@
 """A run's folder has one writer; processes do not outlive the launcher that started them."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 
+import pandas as pd
 import psutil
 import pytest
 import yaml
@@ -19,7 +21,9 @@ from cfusion.locks import HeldError
 from cfusion.run_folder import LOCK, claim, trainer
 from cfusion.runs import crossval
 from cfusion.runs.crossval import cross_validate
+from cfusion.runs.run import Run
 from cfusion.tracking.journal import read_records
+from cfusion.training.world import join_world
 
 HOLD = """
 import sys
@@ -103,11 +107,27 @@ def test_the_end_of_the_parent_asks_for_a_stop(monkeypatch):
         assert not stop_requested()
 
 
+def test_another_torch_that_continues_a_run_is_remarked_once(files, tmp_path, caplog):
+    config = files.config(tmp_path / "run")
+    runtime = join_world(config.parallel)
+    Run.open(runtime, config)
+    marker = run_folder.read_marker(config.output)
+    marker["provenance"]["packages"]["torch"] = "1.0"
+    (config.output / run_folder.RUN).write_text(json.dumps(marker))
+    for times in (1, 1):
+        Run.open(runtime, config)
+        assert caplog.text.count("other versions continue this run") == times
+    assert "torch (1.0 there, " in caplog.text
+    assert len(run_folder.read_marker(config.output)["continued_by"]) == 1
+
+
 @pytest.mark.slow
-def test_processes_end_with_their_killed_agent_and_the_next_start_goes_on(files, tmp_path):
+def test_processes_end_with_their_killed_agent_and_one_process_goes_on(files, tmp_path):
     study = tmp_path / "study.yaml"
-    config = files.config(tmp_path / "run", train={"epochs": 30, "patience": None}, splits={"folds": 2},
-                          tracking={"enabled": True})  # fmt: skip
+    config = files.config(
+        tmp_path / "run", train={"epochs": 30, "patience": None, "micro_batch": 1}, splits={"folds": 2},
+        tracking={"enabled": True},
+    )  # fmt: skip
     study.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     command = [sys.executable, "-m", "launch.torchrun", "--standalone", "--nproc-per-node", "2", "--monitor-interval",
                ".1", "-m", "cfusion", "train", str(study)]  # fmt: skip
@@ -120,8 +140,18 @@ def test_processes_end_with_their_killed_agent_and_the_next_start_goes_on(files,
     assert len(workers) == 2
     _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive
-    assert subprocess.call(command, stdout=log, stderr=log, env=environment) == 0
+    steps = {path.name for path in config.output.glob("checkpoints/*/step_*")}
+    assert steps
+    alone = [sys.executable, "-m", "cfusion", "-v", "train", str(study)]
+    calm = [*alone, f"output={tmp_path / 'calm'}", "tracking.enabled=false"]
+    for start in (alone, calm):
+        assert subprocess.call(start, stdout=log, stderr=log, env=environment) == 0
     log.close()
+    resumed, undisturbed = (
+        pd.read_csv(folder / run_folder.PREDICTIONS).set_index("patient").sort_index()
+        for folder in (config.output, tmp_path / "calm")
+    )
+    pd.testing.assert_frame_equal(resumed, undisturbed, rtol=1e-4, atol=1e-6)
     assert run_folder.is_done(config.output)
     started = [
         record["run"] for record, _ in read_records(config.output / "tracking.jsonl") if record["kind"] == "start"
