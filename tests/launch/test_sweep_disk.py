@@ -121,4 +121,5 @@ def test_the_verdict_names_what_is_ready_and_what_is_missing():
         "not for GPU training: gpu: no GPU is visible (a driver and a build of torch for CUDA)",
         "not for jobs on SLURM: slurm: sbatch not on the PATH (run it on a node that submits jobs)",
     ]
-    assert list(describe_verdict(verdict([Check("torch", False, "broken")])))[0] == "ready for jobs on SLURM"
+    first, *_ = describe_verdict(verdict([Check("torch", False, "broken")]))
+    assert first == "ready for jobs on SLURM"
