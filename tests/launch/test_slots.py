@@ -1,6 +1,7 @@
 """Who gets which cores and GPUs, and what is tried again how."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -11,9 +12,9 @@ from cfusion.errors import ConfigError, PartialResultError, RequeueError
 from launch.sweep import execute as sweep
 from launch.sweep import workers as local
 from launch.sweep.execute import Execution, run_all
-from launch.sweep.plan import PlannedRun
-from launch.sweep.work import Outcome
-from launch.sweep.workers import slots_here
+from launch.sweep.plan import PlannedRun, SweepConfig, plan
+from launch.sweep.work import Job, Outcome
+from launch.sweep.workers import Slot, slots_here
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +121,20 @@ def test_what_is_stopped_wants_to_be_started_again(tmp_path, monkeypatch):
     with pytest.raises(RequeueError, match="1 of 2 runs are left"):
         run_all(runs, Execution(retries=3), tmp_path)
     assert len(fake.calls) == 1
+
+
+def test_a_worker_that_dies_before_it_has_its_job_is_reported_and_raises_nothing(files, tmp_path):
+    def send(_job):
+        raise BrokenPipeError
+
+    def recv():
+        raise EOFError
+
+    worker = local._Worker(Slot(1))
+    worker._pipe = SimpleNamespace(send=send, recv=recv)
+    worker._process = SimpleNamespace(is_alive=lambda: True, join=lambda: None, exitcode=-9)
+    (run,) = plan(SweepConfig(name="s", output=tmp_path, base={"cohort": {"table": str(files.table)}}))
+    worker.start(Job((run,)))
+    (outcome,) = worker.finish(stopping=False)
+    assert (outcome.state, outcome.again) == ("failed", "yes")
+    assert outcome.cause == "its worker process was killed by signal 9, possibly out of memory"
