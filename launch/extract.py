@@ -19,13 +19,15 @@ from cfusion.files import digest_json
 from cfusion.interruption import graceful_stop, stop_requested
 from launch.tasks.attempts import attempt_all
 from launch.tasks.ray_tasks import run_ray
-from launch.tasks.slurm_array import run_slurm
+from launch.tasks.slurm_array import array_script, run_slurm
 from launch.tasks.task import TaskResources, cause_of
-from preprocess.extraction import preprocess_slides
+from preprocess.extraction import check_inputs, preprocess_slides
 from preprocess.outcome import SlideOutcome, Summary, write_summary
 from preprocess.settings import PreprocessConfig
 
 logger = logging.getLogger(__name__)
+
+_SLURM_NAME = "cfusion-preprocess"
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def fan_out(config: PreprocessConfig, plan: FanOut, *, overwrite: bool = False) 
     if plan.tasks < 1 or plan.retries < 0:
         raise ConfigError(f"tasks={plan.tasks}, retries={plan.retries}: expected at least 1 and at least 0.")
     config = _with_absolute_paths(config)
-    shares = [SlideShare(config, number, plan.tasks, overwrite) for number in range(plan.tasks)]
+    check_inputs(config)  # hours in a queue are too late to learn of a wrong folder
+    shares = _shares(config, plan, overwrite)
     with graceful_stop(), progress("Shares", len(shares)) as bar:
 
         def attempt(todo: Sequence[SlideShare]) -> Iterator[ShareResult]:
@@ -150,9 +153,28 @@ def fan_out(config: PreprocessConfig, plan: FanOut, *, overwrite: bool = False) 
     return merge_summaries(config.store, [result.summary for result in ended if result.summary is not None])
 
 
+def rehearse(config: PreprocessConfig, plan: FanOut, *, overwrite: bool = False) -> Iterator[str]:
+    """Yield, as lines, what `fan_out` would start, and check its input.
+
+    Raises:
+        CfusionError: As `fan_out`, before anything is started.
+    """
+    config = _with_absolute_paths(config)
+    slides, _ = check_inputs(config)
+    yield f"would extract\t{len(slides)} slides in {plan.tasks} shares"
+    if plan.executor == "slurm":
+        shares = _shares(config, plan, overwrite)
+        script, elements = array_script(shares, plan.resources, config.store / "jobs", _SLURM_NAME)
+        yield f"would queue\tan array of {elements}\n{script}"
+
+
+def _shares(config: PreprocessConfig, plan: FanOut, overwrite: bool) -> list[SlideShare]:
+    return [SlideShare(config, number, plan.tasks, overwrite) for number in range(plan.tasks)]
+
+
 def _dispatch(shares: Sequence[SlideShare], plan: FanOut, store: Path) -> Iterator[ShareResult]:
     if plan.executor == "slurm":
-        return run_slurm(shares, plan.resources, store / "jobs", "cfusion-preprocess", _no_tick)
+        return run_slurm(shares, plan.resources, store / "jobs", _SLURM_NAME, _no_tick)
     store.mkdir(parents=True, exist_ok=True)
     return run_ray(shares, plan.resources, plan.address, _no_tick, store)
 

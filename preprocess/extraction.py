@@ -68,11 +68,7 @@ def preprocess_slides(
         RequeueError: `stop` returned true; finished slides are kept.
     """
     start = time.monotonic()
-    check_halving(config.magnifications)
-    paths = find_slides(config.slides)
-    slide_ids = [slide_id_of(path) for path in paths]
-    check_masks(config.masks, slide_ids)
-    table = _table_for(config, slide_ids)
+    paths, table = check_inputs(config)
     slots = load_slots(config) if slots is None else slots
     run = _Run(config, slots, table, strict, overwrite, stop)
     mine = paths[share[0] :: share[1]]
@@ -84,6 +80,23 @@ def preprocess_slides(
     seconds = time.monotonic() - start
     idle = max(0.0, 1 - run.pipeline.encode_seconds / (len(slots) * seconds))
     return Summary(outcomes, seconds, run.pipeline.pixels, idle, write_summary(config.store / name, outcomes))
+
+
+def check_inputs(config: PreprocessConfig) -> tuple[list[Path], dict[str, float]]:
+    """Find the slides, and check what the settings name, without reading a slide.
+
+    Returns:
+        The slides, and µm/px by slide of the table of resolutions.
+
+    Raises:
+        DataError: No slide was found, or masks belong to other slides.
+        ConfigError: The magnifications or the table of resolutions cannot be used.
+    """
+    check_halving(config.magnifications)
+    paths = find_slides(config.slides)
+    slide_ids = [slide_id_of(path) for path in paths]
+    check_masks(config.masks, slide_ids)
+    return paths, _table_for(config, slide_ids)
 
 
 def _table_for(config: PreprocessConfig, slide_ids: Sequence[str]) -> dict[str, float]:

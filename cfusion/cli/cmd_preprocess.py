@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 SHOWN = 10
 """Skipped files that an import prints; its table has all."""
 
-TAKES = {"local": {"strict"}, **{executor: names | {"tasks", "retries"} for executor, names in TASK_OPTIONS.items()}}
+_OF_TASKS = {"tasks", "retries", "dry_run"}
+TAKES = {"local": {"strict"}, **{executor: names | _OF_TASKS for executor, names in TASK_OPTIONS.items()}}
 """Options of `cfusion preprocess run` that not every executor takes."""
 
 
@@ -104,6 +105,9 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Redo slides made with other settings or from another file.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="slurm, ray: check the input, show what would start, and stop.")
+    ] = False,
     executor: Executor = "local",
     tasks: Annotated[int, typer.Option(help="slurm, ray: shares of the slides, one task each.", min=1)] = 1,
     retries: Retries = 2,
@@ -127,7 +131,7 @@ def run(
     cfusion preprocess slides/ --store features --encoder uni --encoder conch
     """
     from cfusion.config import validate
-    from launch.extract import FanOut, fan_out
+    from launch.extract import FanOut, fan_out, rehearse
     from launch.tasks.task import TaskResources
     from preprocess.extraction import preprocess_slides
     from preprocess.settings import PreprocessConfig
@@ -149,6 +153,9 @@ def run(
     if executor != "local":
         resources = TaskResources(cores, gpus, mem, hours, slurm, max_parallel, chunk)
         plan = FanOut(executor, tasks, retries, resources, ray_address)  # type: ignore[arg-type]
+        if dry_run:
+            typer.echo("\n".join(rehearse(config, plan, overwrite=overwrite)))
+            return
         _report(fan_out(config, plan, overwrite=overwrite))
     else:
         _report(preprocess_slides(config, strict=strict or slides.is_file(), overwrite=overwrite))

@@ -16,14 +16,15 @@ import pytest
 from slide_factory import tissue_picture, write_slide
 
 from cfusion.data.store import FeatureStore
-from cfusion.errors import ConfigError, DataError, MissingExtraError, RequeueError
+from cfusion.errors import ConfigError, DataError, MissingExtraError, RequeueError, SlideError
 from cfusion.interruption import graceful_stop, stop_requested
 from launch import extract
-from launch.extract import FanOut, ShareResult, SlideShare, fan_out
+from launch.extract import FanOut, ShareResult, SlideShare, fan_out, rehearse
 from launch.tasks import slurm_array
 from launch.tasks.task import TaskResources
 from preprocess.extraction import preprocess_slides
 from preprocess.settings import PreprocessConfig
+from preprocess.slides import find_slides
 
 ONE_CORE = TaskResources(cpus=1)
 
@@ -205,6 +206,20 @@ def test_errors_of_the_user_come_back_as_they_are(config: PreprocessConfig):
         fan_out(config.model_copy(update={"encoders": ("none",)}), FanOut("slurm", tasks=2))
     with pytest.raises(ConfigError, match="tasks=0, retries=2: expected at least 1"):
         fan_out(config, FanOut("slurm", tasks=0))
+
+
+def test_a_dry_run_shows_the_script_and_checks_the_input(config: PreprocessConfig, fake_slurm: Path):
+    plan = FanOut("slurm", tasks=3)
+    first, script = rehearse(config, plan)
+    assert first == f"would extract\t{len(find_slides(config.slides))} slides in 3 shares"
+    assert script.startswith("would queue\tan array of 3\n#!/bin/bash")
+    assert "#SBATCH --array=0-2%3" in script
+    wrong = config.model_copy(update={"slides": config.store / "nowhere"})
+    with pytest.raises(SlideError):
+        list(rehearse(wrong, plan))
+    with pytest.raises(SlideError):
+        fan_out(wrong, plan)
+    assert not (fake_slurm / "calls").exists()
 
 
 def test_a_missing_sbatch_is_reported(config: PreprocessConfig, monkeypatch):
