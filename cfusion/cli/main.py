@@ -150,7 +150,7 @@ def _end(error: CfusionError) -> NoReturn:
             time.sleep(SECONDS_FOR_THE_CAUSE)  # the launcher then sees the end of the other process first
             sys.stderr.write(f"{text} This one exits too.\n")
             sys.exit(error.exit_code)
-        record_cause(f"error: {text}")
+        record_cause(text)
         if not is_rank_zero():
             _let_rank_0_speak(error)
     sys.stderr.write(f"error: {text}\n       explained by: cfusion help {error.topic}\n")

@@ -16,7 +16,7 @@ from cfusion.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _OF_A_WORLD = (
-    "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE",
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE",
     "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
 """Of a launcher; without WORLD_SIZE they are of another job, and each would name a process of a world."""

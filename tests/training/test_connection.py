@@ -120,11 +120,11 @@ def failure(folder: Path, rank: int, exit_code: int, monkeypatch, cause: str = "
 
 def test_the_agent_ends_with_the_first_cause(tmp_path, monkeypatch):
     failures = {
-        1: failure(tmp_path, 1, 1, monkeypatch, "error: a slide is damaged"),
-        2: failure(tmp_path, 2, 1, monkeypatch, "error: another"),
+        1: failure(tmp_path, 1, 1, monkeypatch, "a slide is damaged"),
+        2: failure(tmp_path, 2, 1, monkeypatch, "another"),
         0: failure(tmp_path, 0, 1, monkeypatch),
     }
-    assert first_cause(failures) == "first cause, rank 1: error: a slide is damaged"
+    assert first_cause(failures) == "first cause, rank 1: a slide is damaged"
     assert json.loads((tmp_path / "1.json").read_text())["message"]["extraInfo"]["timestamp"].isdecimal()
     killed = {0: failure(tmp_path, 0, -9, monkeypatch)}
     assert first_cause(killed) == "first cause: rank 0 was killed by SIGKILL, possibly out of memory"
