@@ -71,6 +71,7 @@ class SlurmStates:
         self._started = time.monotonic()
         self._looked = self._reported = float("-inf")
         self._line = ""
+        self._answered = True
 
     def look(self, jobs: Sequence[str], *, now: bool = False) -> dict[str, JobState]:
         """Return the known states of jobs, such as `4711_0`; `now`: ask SLURM even if the last answer is recent."""
@@ -83,6 +84,7 @@ class SlurmStates:
 
     def _ask(self, jobs: Sequence[str]) -> None:
         answered, found = _squeue(jobs)
+        self._answered = answered
         missing = [job for job in jobs if job not in found]
         if missing:
             found |= {job: state for job, state in _sacct(missing).items() if job in missing}
@@ -102,7 +104,7 @@ class SlurmStates:
     def _report(self, jobs: Sequence[str]) -> None:
         """Log how many jobs are in which state: when that changes, and every minute."""
         known = [self._states.get(job) for job in jobs]
-        counts = Counter(_words(state) for state in known)
+        counts = Counter(self._words(state) for state in known)
         line = ", ".join(f"{number} {words}" for words, number in counts.most_common())
         if line == self._line and time.monotonic() - self._reported < _REPORT_SECONDS:
             return
@@ -112,11 +114,12 @@ class SlurmStates:
         logger.log(level, "SLURM: %s%s", line, note)
         self._line, self._reported = line, time.monotonic()
 
-
-def _words(state: JobState | None) -> str:
-    if state is None:
-        return "of unknown state (SLURM does not answer)"
-    return f"{state.name} ({state.reason})" if state.reason else state.name
+    def _words(self, state: JobState | None) -> str:
+        if state is None:
+            return "not listed" if self._answered else "of unknown state (SLURM does not answer)"
+        if state.name == GONE:
+            return "no longer known to SLURM"
+        return f"{state.name} ({state.reason})" if state.reason else state.name
 
 
 def _squeue(jobs: Sequence[str]) -> tuple[bool, dict[str, JobState]]:
