@@ -12,7 +12,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
@@ -29,6 +31,9 @@ from cfusion.child_processes import python_path, stop_with_parent
 from launch.cluster.cluster_plan import FINAL, REQUEUE
 
 logger = logging.getLogger(__name__)
+
+NAME_SECONDS = 30.0
+"""How long the name of the first node may take to resolve."""
 
 
 class _Agent(LocalElasticAgent):
@@ -58,6 +63,8 @@ def main(arguments: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _leave)
     stop_with_parent()
+    if cause := unresolved(parsed.rdzv_endpoint or ("" if parsed.standalone else parsed.master_addr)):
+        return _report_exit(cause, 1)
     try:
         run(parsed)
     except SignalException as error:
@@ -77,6 +84,26 @@ def main(arguments: Sequence[str]) -> int:
             logger.warning("%s", first_cause(error.failures))
         return code
     return 0
+
+
+def unresolved(endpoint: str, seconds: float = NAME_SECONDS) -> str:
+    """Wait for the name of the first node to resolve, as a new pod's does after a while; return why it does not.
+
+    torch retries for two minutes, with a stack trace each time.
+    """
+    host = endpoint.rpartition(":")[0] or endpoint
+    end = time.monotonic() + seconds
+    while host:
+        try:
+            socket.getaddrinfo(host.strip("[]"), None)
+        except OSError as error:
+            if time.monotonic() >= end:
+                here = socket.gethostname()
+                return f"the host name of the first node, {host}, does not resolve on {here} ({error.strerror})"
+            time.sleep(min(1.0, seconds))
+        else:
+            break
+    return ""
 
 
 def first_cause(failures: Mapping[int, ProcessFailure]) -> str:

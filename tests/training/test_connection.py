@@ -14,7 +14,7 @@ from cfusion.doctor.checks import check_node
 from cfusion.errors import ConfigError, ExchangeError
 from cfusion.training.connection import check_network, check_port, connecting, exchange_error, record_cause
 from cfusion.training.world import join_world
-from launch.torchrun import first_cause
+from launch.torchrun import first_cause, unresolved
 
 LOOPBACK = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -130,6 +130,14 @@ def test_the_agent_ends_with_the_first_cause(tmp_path, monkeypatch):
     assert first_cause(killed) == "first cause: rank 0 was killed by SIGKILL, possibly out of memory"
     silent = {3: failure(tmp_path, 3, 7, monkeypatch)}
     assert first_cause(silent) == "first cause: rank 3 left with 7; its lines are above"
+
+
+def test_a_first_node_whose_name_does_not_resolve_is_named():
+    assert unresolved("no-such-host.invalid:29400", 0.0).startswith(
+        "the host name of the first node, no-such-host.invalid, does not resolve on "
+    )
+    for endpoint in ("127.0.0.1:29400", "127.0.0.1", "[::1]:29400", "localhost:0", ""):
+        assert unresolved(endpoint, 0.0) == ""
 
 
 def hangs(folder: Path) -> None:
