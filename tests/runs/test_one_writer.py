@@ -142,9 +142,9 @@ def test_processes_end_with_their_killed_agent_and_one_process_goes_on(files, tm
     assert not alive
     steps = {path.name for path in config.output.glob("checkpoints/*/step_*")}
     assert steps
-    alone = [sys.executable, "-m", "cfusion", "-v", "train", str(study)]
-    calm = [*alone, f"output={tmp_path / 'calm'}", "tracking.enabled=false"]
-    for start in (alone, calm):
+    one_process = [sys.executable, "-m", "cfusion", "-v", "train", str(study)]
+    calm = [*one_process, f"output={tmp_path / 'calm'}", "tracking.enabled=false"]
+    for start in (one_process, calm):
         assert subprocess.call(start, stdout=log, stderr=log, env=environment) == 0
     log.close()
     resumed, undisturbed = (
