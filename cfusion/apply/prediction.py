@@ -16,6 +16,7 @@ from cfusion.apply.loading import load_ensemble
 from cfusion.apply.sources import group_slides
 from cfusion.cohort.identifiers import has_barcode
 from cfusion.config import ParallelConfig
+from cfusion.training.fitted import ModelCard
 from cfusion.training.world import join_world, launched
 
 logger = logging.getLogger(__name__)
@@ -30,12 +31,14 @@ class Prediction:
         slides_as_patients: Number of rows that are slides, each counted as a patient.
         failed: Slides that could not be read.
         is_main: Whether this process reports the result.
+        cards: Cards of the fold models.
     """
 
     table: pd.DataFrame
     slides_as_patients: int
     failed: tuple[str, ...]
     is_main: bool
+    cards: tuple[ModelCard, ...]
 
 
 def predict_inputs(
@@ -77,4 +80,4 @@ def predict_inputs(
             )  # fmt: skip
         table = ensemble.predict(inputs.source, slides, runtime)
         runtime.barrier()
-    return Prediction(table, unnamed, inputs.failed, runtime.is_main)
+    return Prediction(table, unnamed, inputs.failed, runtime.is_main, tuple(model.card for model in ensemble.models))

@@ -36,20 +36,33 @@ def predict(
     offline: Annotated[bool, typer.Option("--offline", help="Never download weights.")] = False,
     default_mpp: Annotated[float | None, typer.Option(help="µm/px of slides whose files do not state it.")] = None,
     threads: Annotated[int, typer.Option(help="Reading threads, for slides.", min=1)] = 2,
+    table: Annotated[
+        list[Path] | None, typer.Option(help="Clinical table with outcomes, for --report; once per cohort.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Folder of a report that scores the predictions.")] = None,
     trust_code: TrustCode = None,
 ) -> None:
     """Predict risk and survival of patients, in one process or under torchrun.
 
-    Slides are preprocessed with the encoder of the model; embeddings of another encoder are refused. One row
-    per patient: mean risk over the fold models and its standard deviation, the risk group by their cut-off, and
-    survival at each month where a time bin ends. Without --cases, a slide without a TCGA barcode counts as a patient.
+    Slides are preprocessed with the encoder of the model; embeddings of another encoder are refused. One row per
+    patient: mean risk over the fold models and its standard deviation, the risk group by their cut-off, and
+    survival at each month where a time bin ends. Without --cases, a slide without a TCGA barcode counts as a
+    patient. With --table and --report, the predictions are scored on cohorts that the model has not seen.
 
     \b
       cfusion predict slides/ --model models:/blca@champion --out risks.csv
       cfusion predict shards/ --model runs/blca --out risks.csv
+      cfusion predict shards/ --model runs/blca --table external.csv --report external
     """  # noqa: D301 - the escape is typer's mark for lines that stay as they are
-    if out is None and not as_json:
-        raise ConfigError("cfusion predict: no output was requested.", "Give --out FILE.csv or --json.")
+    if out is None and not as_json and report is None:
+        raise ConfigError(
+            "cfusion predict: no output was requested.", "Give --out FILE.csv, --json or --report FOLDER."
+        )
+    if bool(table) != (report is not None):
+        raise ConfigError(
+            "cfusion predict: --table and --report need each other.",
+            "Give the outcomes with --table and the folder of the report with --report, or neither.",
+        )
     from cfusion.apply.prediction import predict_inputs
 
     settings = {"weights": weights, "offline": offline, "default_mpp": default_mpp, "threads": threads}
@@ -57,7 +70,12 @@ def predict(
         sources, model, uri=uri, trust_code=trust_code, cases=cases, store=store, settings=settings
     )  # fmt: skip
     if done.is_main:
-        _deliver(done.table, done.slides_as_patients, out, as_json)
+        if out is not None or as_json:
+            _deliver(done.table, done.slides_as_patients, out, as_json)
+        if report is not None:
+            from cfusion.runs.external import report_external
+
+            typer.echo(f"report: {report_external(done, model, table or [], report)}", err=as_json)
         if done.failed:
             lost = ", ".join(done.failed[:5])
             raise PartialResultError(f"{len(done.failed)} slides could not be read: {lost}.", "See above.")

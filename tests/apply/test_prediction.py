@@ -21,6 +21,7 @@ from cfusion.data.shards import ShardDataset
 from cfusion.data.store import write_slide
 from cfusion.errors import CfusionError, CohortError, ConfigError, DataError, PartialResultError, StoreError
 from cfusion.run_folder import fold_models
+from cfusion.survival.metrics import concordance
 from cfusion.survival.patients import score_patients
 from cfusion.training.folds import fit
 from cfusion.training.world import join_world
@@ -326,3 +327,52 @@ def test_a_store_with_slides_of_two_widths_is_refused(tmp_path):
         write_slide(tmp_path, SlideFeatures(slide, features, {}, {}, {"encoder": "e"}))
     with pytest.raises(StoreError, match="slides a, b differ in width"):
         _ = StoreSource(tmp_path, "e").embeddings
+
+
+@pytest.fixture
+def outside(files: CohortFiles, tmp_path: Path) -> Path:
+    """The cohort's patients and outcomes under another name, with one patient of whom nothing is predicted."""
+    table = pd.read_csv(files.table)
+    stranger = table.iloc[[0]].assign(patient="stranger", slide="stranger")
+    pd.concat([table, stranger]).to_csv(tmp_path / "hospital.csv", index=False)
+    return tmp_path / "hospital.csv"
+
+
+def test_external_validation_is_one_command(cfusion, files, cases, ensemble_folder, outside, tmp_path):
+    given = ("predict", files.shards, "--model", ensemble_folder, "--cases", cases)
+    output = cfusion(*given, "--table", outside, "--report", tmp_path / "report", "--out", tmp_path / "risks.csv")
+    assert f"report: {tmp_path / 'report' / 'index.html'}" in output
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert f"crossfusion was trained on made_up (2 fold models, embeddings of {ENCODER}, epochs" in page
+    assert "and tested on hospital." in page
+    assert "hospital: 1 of 31 patients of the table have no prediction or no usable outcome." in page
+    row = pd.read_csv(tmp_path / "report" / "summary.csv").iloc[0]
+    assert (row["cohort"], row["n"], row["folds"]) == ("hospital", 30, 1)
+    risks = pd.read_csv(tmp_path / "risks.csv").set_index("case_id")["risk"]
+    table = pd.read_csv(files.table).drop_duplicates("patient").set_index("patient").loc[risks.index]
+    expected = concordance(table["time"], table["event"].astype(bool), risks).cindex
+    assert row["cindex_within"] == pytest.approx(expected)
+
+
+def test_what_is_no_external_validation_is_refused(cfusion, files, cases, ensemble_folder, outside, tmp_path):
+    given = ("predict", files.shards, "--model", ensemble_folder, "--cases", cases)
+    with pytest.raises(ConfigError, match="--table and --report need each other"):
+        cfusion(*given, "--table", outside, "--out", tmp_path / "risks.csv")
+    with pytest.raises(ConfigError, match="need each other"):
+        cfusion(*given, "--report", tmp_path / "report")
+    other = tmp_path / "other.csv"
+    other.write_text("patient,slide,time,event\nnobody,s,3,1\nnone,t,4,0\n")
+    with pytest.raises(DataError, match="none of its 2 patients is among the 30 predicted ones"):
+        cfusion(*given, "--table", other, "--report", tmp_path / "report")
+    again = tmp_path / "again.csv"
+    again.write_bytes(outside.read_bytes())
+    with pytest.raises(DataError, match="is a patient of hospital and of again"):
+        cfusion(*given, "--table", outside, "--table", again, "--report", tmp_path / "report")
+    run = untrained(tmp_path / "run")
+    cohort = pd.read_csv(files.table).drop_duplicates("patient").rename(columns={"patient": "case_id"})
+    cohort = cohort.rename(columns={"time": "time_months"})[["case_id", "time_months", "event"]]
+    cohort.iloc[:3].to_csv(run / "outcomes.csv", index=False)
+    with pytest.raises(DataError, match="3 patients are in the run that trained the model"):
+        cfusion(
+            "predict", files.shards, "--model", run, "--cases", cases, "--table", outside, "--report", tmp_path / "r"
+        )

@@ -1,0 +1,151 @@
+"""External validation: the predictions of a finished model on patients of other cohorts, scored and reported."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from cfusion.apply.ensemble import mean_cutoff
+from cfusion.apply.prediction import Prediction
+from cfusion.cohort.audit import Audit, audit
+from cfusion.cohort.read import read_cohort, read_outcomes
+from cfusion.config import CohortConfig, validate
+from cfusion.errors import DataError
+from cfusion.files import digest_file
+from cfusion.report import ReportContext, write_report
+from cfusion.run_folder import OUTCOMES, find_run
+from cfusion.survival.predictions import fold_predictions
+from cfusion.survival.score import Scores, score
+from cfusion.training.fitted import ModelCard
+from cfusion.types import Cohort
+
+logger = logging.getLogger(__name__)
+
+_USUAL_HIGH_RISK = (0.2, 0.8)
+"""Share of patients above the training's median risk outside which the new patients or embeddings must differ."""
+
+
+@dataclass(frozen=True)
+class _Tested:
+    """One cohort: what the audit left, its scores, and what a reader must know."""
+
+    found: Audit
+    scores: Scores
+    notes: tuple[str, ...]
+
+
+def report_external(done: Prediction, model: str, tables: Sequence[Path], out: Path) -> Path:
+    """Score predictions on cohorts with known outcomes, and write one report.
+
+    Args:
+        done: Predictions of a model on new patients.
+        model: The model, as it was named.
+        tables: Clinical tables, a cohort each, named after its file; see `cfusion.cohort.read`.
+        out: Folder of the report.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        DataError: A patient of a table trained the model, two tables have a patient in common, or no predicted patient
+            is in a table; or as for `read_cohort` and `score`.
+    """
+    seen = _training_patients(model)
+    tested = [_tested(done, table, seen) for table in tables]
+    _check_disjoint([part.found.cohort for part in tested])
+    card = done.cards[0]
+    context = ReportContext(
+        title=f"{card.model['name']} of {card.cohort} on {', '.join(part.found.cohort.name for part in tested)}",
+        audits={part.found.cohort.name: part.found.to_json() for part in tested},
+        provenance={"external validation": _provenance(card, model, len(done.cards), tables)},
+        notes=[note for part in tested for note in part.notes],
+    )
+    return write_report([part.scores for part in tested], out, context=context)
+
+
+def _training_patients(model: str) -> frozenset[str]:
+    """Return the patients of the model's run; none if the model comes from a registry, which does not keep them."""
+    if model.startswith("models:"):
+        return frozenset()
+    outcomes = find_run(Path(model)) / OUTCOMES
+    return frozenset(read_outcomes(outcomes, "training").cases.index) if outcomes.is_file() else frozenset()
+
+
+def _tested(done: Prediction, table: Path, seen: frozenset[str]) -> _Tested:
+    card = done.cards[0]
+    config = validate(CohortConfig, {"name": table.stem, "table": str(table), "endpoint": card.endpoint}, "--table")
+    cohort = read_cohort(config)
+    predicted = done.table[done.table["case_id"].isin(cohort.cases.index)]
+    if predicted.empty:
+        raise DataError(
+            f"{table}: none of its {len(cohort.cases)} patients is among the {len(done.table)} predicted ones, such as "
+            f"{done.table['case_id'].iloc[0]}.",
+            "Give --cases TABLE, which names the patient of each slide.",
+        )
+    known = sorted(set(predicted["case_id"]) & seen)
+    if known:
+        raise DataError(
+            f"{table}: {len(known)} patients are in the run that trained the model, such as {known[0]}.",
+            "Remove them: an external cohort has patients that the model has not seen.",
+        )
+    found = audit(cohort.subset(list(predicted["case_id"])), [])
+    usable = predicted[predicted["case_id"].isin(found.cohort.cases.index)]
+    frame = _frame(usable, found.cohort, done.cards)
+    return _Tested(found, score(frame, covariates=found.cohort.covariates), _notes(frame, cohort, done.cards))
+
+
+def _frame(usable: pd.DataFrame, cohort: Cohort, cards: Sequence[ModelCard]) -> pd.DataFrame:
+    """Return checked predictions: one fold, which no training patient is in."""
+    curves = usable.drop(columns=["slides", "risk_sd", "group"])
+    cutoff = mean_cutoff(cards)
+    shared: dict[str, Any] = {
+        "model": cards[0].model["name"], "protocol": "strict", "seed": 0, "repeat": 0, "fold": 0,
+        "risk_cutoff": float("nan") if cutoff is None else cutoff,
+    }  # fmt: skip
+    return fold_predictions(curves, cohort, shared)
+
+
+def _notes(frame: pd.DataFrame, cohort: Cohort, cards: Sequence[ModelCard]) -> tuple[str, ...]:
+    card = cards[0]
+    notes = [
+        f"External validation: {card.model['name']} was trained on {card.cohort} ({len(cards)} fold models, embeddings "
+        f"of {card.encoder}, epochs chosen under {card.protocol}) and tested on {cohort.name}."
+    ]
+    without = len(cohort.cases) - len(frame)
+    if without:
+        notes.append(
+            f"{cohort.name}: {without} of {len(cohort.cases)} patients of the table have no prediction or no usable "
+            "outcome."
+        )
+    cutoff = mean_cutoff(cards)
+    if cutoff is not None:
+        high = float((frame["risk"] >= cutoff).mean())
+        if not _USUAL_HIGH_RISK[0] <= high <= _USUAL_HIGH_RISK[1]:
+            notes.append(
+                f"{cohort.name}: {high:.0%} of the patients are above the median risk of the training patients. The "
+                "patients or their embeddings (stain, scanner, preparation) differ from those of the training; read "
+                "survival probabilities and risk groups with care."
+            )
+    return tuple(notes)
+
+
+def _check_disjoint(cohorts: Sequence[Cohort]) -> None:
+    places: dict[str, str] = {}
+    for cohort in cohorts:
+        for case in cohort.cases.index:
+            other = places.setdefault(str(case), cohort.name)
+            if other != cohort.name:
+                raise DataError(f"{case}: is a patient of {other} and of {cohort.name}.", "Keep it in one table.")
+
+
+def _provenance(card: ModelCard, model: str, models: int, tables: Sequence[Path]) -> dict[str, Any]:
+    return {
+        "model": model, "fold_models": models, "trained_on": card.cohort, "endpoint": card.endpoint,
+        "encoder": card.encoder, "protocol_of_training": card.protocol,
+        "tables": {table.name: digest_file(table) for table in tables},
+    }  # fmt: skip
