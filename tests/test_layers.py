@@ -40,7 +40,7 @@ LAYERS = (
     ("cfusion.explanation", "cfusion.tracking", "cfusion.report.comparison"),
     ("cfusion.apply.loading", "cfusion.runs"),
     ("cfusion.apply.explain", "cfusion.apply.prediction"),
-    ("cfusion.view",),
+    ("cfusion.view", "cfusion.runs.external"),
     ("launch.tasks",),
     ("launch.cluster", "launch.sweep", "launch.extract"),
     ("launch.torchrun", "cfusion.doctor", "cfusion.demo"),

@@ -249,6 +249,12 @@ def _out_of_fold(values: pd.DataFrame, patients: FoldedPatients, months: np.ndar
     return risk, survival
 
 
+def _at(survival: np.ndarray, months: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Return survival [case, time] at other times, linear in between and 1 at time 0."""
+    steps, start = np.concatenate([[0.0], months]), np.ones((len(survival), 1))
+    return np.array([np.interp(times, steps, curve) for curve in np.hstack([start, survival])])
+
+
 def _brier(
     patients: FoldedPatients, clinical: np.ndarray, both: np.ndarray, months: np.ndarray
 ) -> tuple[float, Estimate]:
@@ -257,10 +263,10 @@ def _brier(
     for number in np.unique(patients.fold):
         rows = patients.fold == number
         training = Training(time[~rows], event[~rows])
-        times = brier_times(training, time[rows], months)
+        times = brier_times(training, time[rows], float(months[-1]))
         if len(times) < 2:
             continue
-        predicted = [survival[np.ix_(rows, np.isin(months, times))] for survival in (clinical, both)]
+        predicted = [_at(survival[rows], months, times) for survival in (clinical, both)]
         scores = [integrated_brier(training, time[rows], event[rows], survival, times) for survival in predicted]
         values.append(scores[0])
         changes.append(scores[1] - scores[0])
