@@ -288,6 +288,9 @@ class EvaluationConfig(Section):
     """Number of patient-bootstrap replicates for every confidence interval."""
     permute_outcomes: int | None = None
     """Seed that permutes the outcomes among patients, to get the null distribution of a score; none: real outcomes."""
+    permute_within: Literal["cohort", "folds"] = "cohort"
+    """Among whom outcomes are permuted: all patients, before folds are drawn; or only the patients of each scored fold,
+    which keeps the events of published folds."""
     strict: Annotated[bool, Aside("stops a run or does not; it changes no number")] = False
     """Stop if the audit of the data drops anything or finds anything suspicious, instead of reporting it and
     continuing."""

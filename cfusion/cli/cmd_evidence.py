@@ -117,12 +117,13 @@ def null(
         bool, typer.Option("--power", help="Also print which difference of C the cohort can show.")
     ] = False,
 ) -> None:
-    """Simulate what a model without signal scores on a cohort and its folds, under each protocol.
+    """Simulate what noise scores on a cohort and its folds, under each protocol.
 
-    The simulation takes seconds and trains nothing. Under published it chooses among the epochs that the configuration
-    allows (train.epochs, train.min_epoch, train.patience). --permutations also trains the configuration on permuted
-    outcomes; the folders of those runs are next to the run's output folder. --power states which difference between
-    two models the cohort can show, and how many events a difference of .03 takes.
+    The simulation draws risks, takes seconds and trains nothing: a null of noise scores. Under published it chooses
+    among the epochs that the configuration allows (train.epochs, train.min_epoch, train.patience). --permutations also
+    trains the configuration on permuted outcomes; the folders of those runs are next to the run's output folder.
+    --power states which difference between two models the cohort can show, and how many events a difference of .03
+    takes.
 
       cfusion null study.yaml --permutations 1
     """
@@ -146,7 +147,7 @@ def _echo_simulation(settings: Config, unit: str, repetitions: int) -> None:
         raise ConfigError(f"--unit {unit!r}: expected case or slide.")
     cohort = read_cohort(settings.cohort)
     folds = scored_outcomes(cohort, make_splits(cohort, settings.splits, settings.evaluation.protocol), unit)
-    typer.echo("cohort\tprotocol\tepochs\tmean C\tsd\t97.5% limit")
+    typer.echo("cohort\tprotocol\tepochs\tmean C of noise scores\tsd\t97.5% limit\tits Monte-Carlo error")
     choice = EpochChoice.of(settings.train)
     kinds = [("strict, fixed-epoch", "–", False, 0.0), ("published", f"independent; {choice}", True, 0.0),
              ("published", f"correlated; {choice}", True, 0.9)]  # fmt: skip
@@ -154,7 +155,7 @@ def _echo_simulation(settings: Config, unit: str, repetitions: int) -> None:
         result = simulate_null(
             folds, chosen_on_scored_fold=chosen, autocorrelation=memory, repetitions=repetitions, choice=choice
         )
-        numbers = f"{result.mean:.3f}\t{result.sd:.3f}\t{result.high:.3f}"
+        numbers = f"{result.mean:.3f}\t{result.sd:.3f}\t{result.high:.3f}\t{result.high_error:.3f}"
         typer.echo(f"{cohort.name}\t{protocol}\t{epochs}\t{numbers}")
 
 

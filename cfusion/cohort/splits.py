@@ -43,11 +43,19 @@ def make_splits(cohort: Cohort, config: SplitsConfig, protocol: Protocol = "stri
         ConfigError: The folder has no split files, or `within` or `fold` is not the number of a fold.
         DataError: A file is not a split file, or the cohort has too few events or sites for the folds.
     """
+    return inner_folds(cohort, outer_folds(cohort, config), config, protocol)
+
+
+def outer_folds(cohort: Cohort, config: SplitsConfig) -> list[Split]:
+    """Read or draw who is scored in which fold, before any protocol; see `make_splits`."""
     outer = _outer(cohort, config)
     if config.within is not None:
         outer = _within(cohort, outer, config)
-    if config.fold is not None:
-        outer = _select_fold(outer, config.fold)
+    return outer if config.fold is None else _select_fold(outer, config.fold)
+
+
+def inner_folds(cohort: Cohort, outer: Sequence[Split], config: SplitsConfig, protocol: Protocol) -> list[Split]:
+    """Draw who chooses the model in each of the outer folds, as the protocol says; see `make_splits`."""
     return [_under_protocol(cohort, split, config, protocol) for split in outer]
 
 

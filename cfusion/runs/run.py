@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
 import cfusion
 from cfusion import run_folder
 from cfusion.cohort.audit import Audit, audit
+from cfusion.cohort.permutation import permuted_folds
 from cfusion.cohort.read import read_cohort, write_covariates, write_outcomes
 from cfusion.cohort.splits import make_splits, splits_digest, write_splits
 from cfusion.config import Config
@@ -80,9 +80,14 @@ class Run:
         config = with_held_magnifications(config, dataset)
         code = check_own_model(config, dataset.index.dim)
         names = [magnification_name(m) for m in config.data.magnifications]
+        folds: Callable[[], list[Split]] | list[Split]
+        if config.evaluation.permute_outcomes is None:
+            folds = functools.partial(make_splits, cohort, config.splits, config.evaluation.protocol)
+        else:
+            cohort, folds = permuted_folds(cohort, config.splits, config.evaluation)
         found = audit(
             cohort,
-            lambda: make_splits(cohort, config.splits, config.evaluation.protocol),
+            folds,
             available={slide: {n for n, count in dataset.tiles(slide).items() if count} for slide in dataset.slide_ids},
             magnifications=names,
             n_bins=config.evaluation.n_bins,
@@ -91,8 +96,6 @@ class Run:
         )
         if config.evaluation.strict:
             found.raise_if_strict()
-        if config.evaluation.permute_outcomes is not None:
-            found = dataclasses.replace(found, cohort=permuted(found.cohort, config.evaluation.permute_outcomes))
         return cls(config, found, dataset, _provenance(config, code, dataset, found), code)
 
     @classmethod
@@ -316,14 +319,6 @@ class Run:
             name = self.config.tracking.register_as
             run_folder.write_done(self.folder, self.identity, parent.registered(name) if name else None)
         runtime.barrier()
-
-
-def permuted(cohort: Cohort, seed: int) -> Cohort:
-    """Return the cohort with its outcomes (time and event together) permuted among patients: nothing can be learnt."""
-    order = np.random.default_rng(seed).permutation(len(cohort.cases))
-    outcomes = cohort.cases[["time_months", "event"]].to_numpy()[order]
-    cases = cohort.cases.assign(time_months=outcomes[:, 0].astype(float), event=outcomes[:, 1].astype(bool))
-    return dataclasses.replace(cohort, cases=cases)
 
 
 def _provenance(config: Config, code: OwnCode | None, dataset: ShardDataset, found: Audit) -> dict[str, Any]:

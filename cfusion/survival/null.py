@@ -1,15 +1,20 @@
 """Scores of a model without signal under a given protocol: the baseline for every C-index.
 
+It is a null of noise *scores*: the risks are drawn, no model is trained. `evaluation.permute_outcomes` is the null of
+the complete training.
+
 Choosing the epoch on the reported fold turns noise into a C-index above 0.5. The bias depends on the fold's size, on
 its events and on how fast the scores change between epochs. The simulation here measures it without training.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import norm
 
 from cfusion.config import TrainConfig
 from cfusion.errors import ConfigError, DataError, UndefinedMetricError
@@ -20,6 +25,7 @@ Outcomes = tuple[np.ndarray, np.ndarray]
 """Times in months [row] and events [row] of one fold's scored rows."""
 
 _COMPARISONS_PER_CHUNK = 1 << 24
+_LEVEL = 0.975
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Null:
         sd: Its standard deviation over repetitions.
         low: 2.5% quantile.
         high: 97.5% quantile: models without signal stay below it 39 times out of 40.
+        high_error: Standard error of that limit, because the number of repetitions is finite.
         repetitions: Number of repetitions.
     """
 
@@ -64,6 +71,7 @@ class Null:
     sd: float
     low: float
     high: float
+    high_error: float
     repetitions: int
 
 
@@ -117,8 +125,11 @@ def simulate_null(
         else:
             means += scores[:, 0]
     means /= len(folds)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Null(float(means.mean()), float(means.std()), float(low), float(high), repetitions)
+    low, high = np.quantile(means, [1 - _LEVEL, _LEVEL])
+    sd = float(means.std())
+    # Standard error of the 97.5% quantile of a normal sample: sqrt(p (1 - p) / n) over the density at the quantile.
+    error = sd * math.sqrt(_LEVEL * (1 - _LEVEL) / repetitions) / float(norm.pdf(norm.ppf(_LEVEL)))
+    return Null(float(means.mean()), sd, float(low), float(high), error, repetitions)
 
 
 def scored_outcomes(cohort: Cohort, splits: Sequence[Split], unit: str = "case") -> list[Outcomes]:

@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from cfusion.apply.ensemble import FoldEnsemble
+from cfusion.cohort.permutation import permuted
 from cfusion.config import Config
 from cfusion.data.shards import ShardDataset
 from cfusion.errors import ConfigError, DataError
@@ -20,7 +21,7 @@ from cfusion.report.runs import report_runs
 from cfusion.run_folder import is_done
 from cfusion.runs import crossval
 from cfusion.runs.crossval import cross_validate
-from cfusion.runs.run import Run, permuted
+from cfusion.runs.run import Run
 from cfusion.training.folds import fit
 from cfusion.types import SlideFeatures
 from preprocess.packing import pack_store

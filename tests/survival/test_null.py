@@ -55,6 +55,17 @@ def test_without_choice_the_null_is_one_half() -> None:
     assert null == simulate_null([fold(seed=k) for k in range(5)], chosen_on_scored_fold=False, repetitions=2000)
 
 
+def test_the_limit_has_its_monte_carlo_error() -> None:
+    """The spread of the limit over independent simulations is what each of them states."""
+    folds = [fold(seed=k) for k in range(3)]
+    found = [simulate_null(folds, chosen_on_scored_fold=False, repetitions=400, seed=seed) for seed in range(60)]
+    spread = np.std([null.high for null in found])
+    stated = np.mean([null.high_error for null in found])
+    assert 0.7 < spread / stated < 1.4
+    more = simulate_null(folds, chosen_on_scored_fold=False, repetitions=1600)
+    assert more.high_error == pytest.approx(stated / 2, rel=0.1)
+
+
 def test_choosing_on_fewer_rows_from_more_epochs_is_more_optimistic() -> None:
     small = simulate_null([fold(40)], chosen_on_scored_fold=True)
     large = simulate_null([fold(160)], chosen_on_scored_fold=True)

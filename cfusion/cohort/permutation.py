@@ -1,0 +1,65 @@
+"""Permute outcomes among patients, so that nothing can be learnt: the null of a complete training.
+
+Outcomes are permuted before folds are drawn and audited. Drawn folds are then stratified by the permuted outcomes, so
+each side has its share of events, whatever the permutation. Published folds are fixed; there, permuting within each
+scored fold keeps its events.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from cfusion.cohort.splits import inner_folds, outer_folds
+from cfusion.config import EvaluationConfig, SplitsConfig
+from cfusion.errors import ConfigError
+from cfusion.types import Cohort, Split
+
+
+def permuted(cohort: Cohort, seed: int, within: Sequence[Split] = ()) -> Cohort:
+    """Return the cohort with its outcomes (time and event together) permuted among patients.
+
+    Patients without a time or without an event keep what they have, for the audit to drop.
+
+    Args:
+        cohort: The cohort.
+        seed: Seed of the permutation.
+        within: Folds of one repeat; outcomes are then permuted only among the patients that a fold scores, and among
+            those that none does; empty: among all patients.
+    """
+    known = (cohort.cases["time_months"].notna() & cohort.cases["event"].notna()).to_numpy()
+    scored = {case: split.fold for split in within for case in split.test}
+    group = np.array([scored.get(case, -1) for case in cohort.cases.index])
+    generator = np.random.default_rng(seed)
+    order = np.arange(len(cohort.cases))
+    for value in np.unique(group):
+        rows = np.flatnonzero(known & (group == value))
+        order[rows] = generator.permutation(rows)
+    cases = cohort.cases.copy()
+    for column in ("time_months", "event"):
+        cases[column] = cohort.cases[column].array.take(order)
+    return dataclasses.replace(cohort, cases=cases)
+
+
+def permuted_folds(cohort: Cohort, splits: SplitsConfig, evaluation: EvaluationConfig) -> tuple[Cohort, list[Split]]:
+    """Return the cohort with permuted outcomes and its folds, as `evaluation` says.
+
+    Raises:
+        ConfigError: Outcomes are to be permuted within the folds of several repeats.
+        ConfigError, DataError: See `make_splits`.
+    """
+    seed = evaluation.permute_outcomes
+    assert seed is not None
+    if evaluation.permute_within == "cohort":
+        shuffled = permuted(cohort, seed)
+        return shuffled, inner_folds(shuffled, outer_folds(shuffled, splits), splits, evaluation.protocol)
+    outer = outer_folds(cohort, splits)
+    if len({split.repeat for split in outer}) > 1:
+        raise ConfigError(
+            "evaluation.permute_within=folds: repeats have other folds, so outcomes cannot stay within all of them.",
+            "Set splits.repeats=1, or evaluation.permute_within=cohort.",
+        )
+    shuffled = permuted(cohort, seed, outer)
+    return shuffled, inner_folds(shuffled, outer, splits, evaluation.protocol)
