@@ -95,7 +95,13 @@ def to_pixels(
         assert level.coords is not None
         assert level.um_px is not None
         assert level.side_px is not None
-        coords = np.rint(level.coords / px[name]).astype(np.int64)
+        places = np.rint(level.coords / px[name])
+        if not (np.abs(places) < 2**31).all():
+            raise LayoutError(
+                f"slide {slide_id}, {name}: with {px[name]:g} µm per px a tile lies at {places.max():g} px.",
+                "Check the size of the tiles in the file's attributes.",
+            )
+        coords = places.astype(np.int64)
         scaled[name] = replace(level, coords=coords, side_px=level.side_px * (level.um_px / px[name]))
     return scaled, space
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import openslide
 
-from cfusion.errors import DataError, ResolutionError, SlideError
+from cfusion.errors import DataError, MissingExtraError, ResolutionError, SlideError
+from preprocess.dicom_slides import DicomSlide
 from preprocess.resolution import Resolution, resolve
 from preprocess.slide_files import slide_id_of
-from preprocess.slide_headers import impossible_tile, tiff_is_cut_short
+from preprocess.slide_headers import impossible_tile, is_dicom, tiff_is_cut_short
 
 
 class Slide:
@@ -87,7 +88,7 @@ class Slide:
             except openslide.OpenSlideError as error:
                 raise SlideError(f"{self.path}: the region at {x_px}, {y_px} cannot be read ({error}).") from error
 
-    def _replace(self, spoilt: openslide.OpenSlide) -> None:
+    def _replace(self, spoilt: openslide.AbstractSlide) -> None:
         with self._lock:
             if self._handle is spoilt:
                 self._handle = _open(self.path)
@@ -220,8 +221,8 @@ def _check_file(path: Path) -> None:
         raise SlideError(f"{path}: the slide is damaged or truncated (the file is empty).", "Download the file again.")
 
 
-def _open(path: Path) -> openslide.OpenSlide:
-    """Open a file with OpenSlide, and tell its refusals apart."""
+def _open(path: Path) -> openslide.AbstractSlide:
+    """Open a file with OpenSlide, or, if that does not read a DICOM file, with wsidicom; tell refusals apart."""
     _check_file(path)
     again = "Download the file again."
     # OpenSlide ends the process if it cannot get the memory for a tile.
@@ -237,6 +238,8 @@ def _open(path: Path) -> openslide.OpenSlide:
             ) from error
         raise SlideError(f"{path}: OpenSlide does not know this format.", "Convert it to a pyramidal TIFF.") from error
     except openslide.OpenSlideError as error:
+        if is_dicom(path):
+            return _open_dicom(path, error)
         if "nsupported" in str(error):
             raise SlideError(
                 f"{path}: OpenSlide does not read this kind of the format ({error}); the file is not damaged.",
@@ -245,6 +248,22 @@ def _open(path: Path) -> openslide.OpenSlide:
         raise SlideError(f"{path}: the slide is damaged or truncated ({error}).", again) from error
     except Exception as error:  # names that the library does not take, for example
         raise SlideError(f"{path}: cannot be opened ({error}).", "Check the file and its name.") from error
+
+
+def _open_dicom(path: Path, refusal: openslide.OpenSlideError) -> openslide.AbstractSlide:
+    """Open a DICOM slide that OpenSlide refuses.
+
+    Raises:
+        SlideError: It is damaged, or wsidicom, which might read it, is not installed.
+    """
+    try:
+        return DicomSlide(path)
+    except MissingExtraError as error:
+        raise SlideError(f"{path}: OpenSlide does not read this DICOM file ({refusal}).", error.remedy) from error
+    except openslide.OpenSlideError as error:
+        raise SlideError(
+            f"{path}: the slide is damaged or truncated ({refusal}; {error}).", "Download the file again."
+        ) from error
 
 
 def _check_tiles(path: Path, properties: Mapping[str, str]) -> None:

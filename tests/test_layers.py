@@ -24,7 +24,7 @@ LAYERS = (
         "preprocess.inspection", "preprocess.gdc", "preprocess.phantom",
     ),
     ("preprocess.resolution", "preprocess.slide_headers", "preprocess.layouts"),
-    ("preprocess.slide_files", "preprocess.slide_embeddings"),
+    ("preprocess.slide_files", "preprocess.slide_embeddings", "preprocess.dicom_slides"),
     ("preprocess.slides", "preprocess.resample", "preprocess.encoders", "preprocess.packing", "preprocess.derive"),
     ("preprocess.overview", "preprocess.import_levels", "preprocess.ink"),
     (
@@ -59,7 +59,8 @@ PREPROCESS_MAY_IMPORT = (
     "cfusion.__version__",
 )  # fmt: skip
 DOORS = {
-    "openslide": ("preprocess.slides", "preprocess.deepzoom"),
+    "openslide": ("preprocess.slides", "preprocess.deepzoom", "preprocess.dicom_slides"),
+    "wsidicom": ("preprocess.dicom_slides",),
     "starlette": ("cfusion.view",),
     "uvicorn": ("cfusion.view",),
     "webdataset": ("cfusion.data",),

@@ -526,3 +526,12 @@ def test_linked_folders_are_searched_and_dangling_links_are_refused(tmp_path: Pa
     assert report.imported == ("a",)
     assert "not a readable HDF5 file" in report.refused["gone"]
     assert report.skipped == {str(tmp_path / "in/other.npy"): "no features of the layout trident"}
+
+
+def test_tiles_of_an_impossible_size_place_nothing(tmp_path: Path):
+    write_stamp(tmp_path / "in", slides=("a", "b"))
+    with h5py.File(tmp_path / "in" / "b.h5", "r+") as file:
+        file.attrs["tile_size_px"] = 1e30
+    report = import_features(tmp_path / "in", tmp_path / "store")
+    assert report.imported == ("a",)
+    assert "µm per px a tile lies at" in report.refused["b"]

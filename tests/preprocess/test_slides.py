@@ -1,6 +1,8 @@
 """Slides as hospitals have them: resolution, pyramids, what is not scanned, what cannot be read."""
 
+import shutil
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -443,3 +445,49 @@ def test_the_dicom_files_of_a_folder_are_one_slide(tmp_path: Path):
     found = find_slides(tmp_path)
     assert [str(p.relative_to(tmp_path)) for p in found] == ["c.svs", "case-1/0.dcm", "case-2/a.DCM"]
     assert [slide_id_of(p) for p in found] == ["c", "case-1", "case-2"]
+
+
+@pytest.fixture
+def rle_slide(tmp_path: Path, shared: Path) -> tuple[Path, Path]:
+    """A DICOM slide that OpenSlide reads, and the same with tiles in RLE and a level more, which it does not read."""
+    wsidicom = pytest.importorskip("wsidicom", reason="wsidicom is not installed")
+    from wsidicom.codec.settings import RleSettings
+
+    original = tmp_path / "original" / "1.dcm"
+    original.parent.mkdir()
+    shutil.copy(shared / "cases/slides/r03_two_dicom/A_2336245.dcm", original)
+    (tmp_path / "rle").mkdir()
+    with wsidicom.WsiDicom.open(original) as slide:
+        slide.save(tmp_path / "rle", transcoding=RleSettings(), add_missing_levels=True, include_labels=False)
+    with pytest.raises(openslide.OpenSlideError):
+        openslide.OpenSlide(min((tmp_path / "rle").iterdir()))
+    return original, tmp_path / "rle"
+
+
+def test_a_dicom_slide_that_openslide_refuses_is_read_by_wsidicom(rle_slide):
+    original, folder = rle_slide
+    (path,) = find_slides(folder)
+    assert slide_id_of(path) == "rle"
+    slide, right = open_slide(path, default_mpp=0.5), open_slide(original, default_mpp=0.5)
+    assert slide.size_px == right.size_px
+    assert len(slide.level_sizes_px) > 1
+    assert slide.resolution.mpp == pytest.approx(right.resolution.mpp)
+    width, height = slide.size_px
+    for place in ((0, 0, 100, 80), (width - 50, height - 40, 100, 80), (-20, -10, 64, 64), (width + 5, 0, 10, 10)):
+        np.testing.assert_array_equal(slide.read_rgba(*place), right.read_rgba(*place))
+    found, expected = (read_overview(s).rgb.astype(int) for s in (slide, right))
+    assert np.abs(found - expected).mean() < 3
+
+
+def test_without_wsidicom_the_extra_is_named(rle_slide, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wsidicom", None)
+    with pytest.raises(DataError, match=r"OpenSlide does not read this DICOM.*Install it with: .*cfusion\[dicom\]"):
+        open_slide(min(rle_slide[1].iterdir()))
+
+
+def test_a_damaged_dicom_slide_is_not_called_unknown(rle_slide):
+    path = min(rle_slide[1].iterdir())
+    for file in rle_slide[1].iterdir():
+        file.write_bytes(file.read_bytes()[:400])
+    with pytest.raises(DataError, match=r"damaged or truncated|does not know"):
+        open_slide(path)
