@@ -104,7 +104,7 @@ def _slides_of(places: Sequence[Path], patients: Sequence[str], table: Path | No
         for patient, slides in cohort.slides_of(patients).items():
             by_patient[patient].update(slides)
     else:
-        from cfusion.cohort.read import patient_of
+        from cfusion.cohort.identifiers import patient_of
         from preprocess.withdrawal import slides_in
 
         for slide_id in slides_in(places):
