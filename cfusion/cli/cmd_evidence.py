@@ -75,9 +75,13 @@ def _clinical_words(row: Mapping[str, Any]) -> str:
     """Return what the risk adds to the covariates; empty where they are unknown."""
     if not isinstance(row.get("clinical_covariates"), str):
         return ""
+    ratio = row["hr_sd_adjusted"]
+    adjusted = (
+        "no hazard ratio" if ratio != ratio else f"adjusted HR per SD {ratio:.2f}, p {row['hr_sd_adjusted_p']:.2g}"
+    )
     return (
         f"\tclinical {row['clinical_c']:.3f}, added {row['added_c']:+.3f} [{row['added_c_low']:+.3f}, "
-        f"{row['added_c_high']:+.3f}]\tadjusted HR per SD {row['hr_sd_adjusted']:.2f}, p {row['hr_sd_adjusted_p']:.2g}"
+        f"{row['added_c_high']:+.3f}]\t{adjusted}"
     )
 
 

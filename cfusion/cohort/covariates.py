@@ -95,6 +95,8 @@ def read_covariates(tables: Sequence[Path], case_ids: Iterable[str]) -> pd.DataF
     if not parts:
         return None
     found = pd.concat(parts)
+    order = list(KNOWN)
+    found = found[sorted(found.columns, key=lambda name: order.index(name.split("=")[0]))]
     twice = found.index[found.index.duplicated()]
     if len(twice):
         raise CohortError(f"{twice[0]}: is a patient of two tables of covariates.", "Give each patient in one table.")

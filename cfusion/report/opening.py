@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cfusion.report.figures import p_text
 from cfusion.survival.calibration import survival_at
 from cfusion.survival.curves import step_values
 from cfusion.survival.groups import kaplan_meier
@@ -18,6 +19,7 @@ from cfusion.survival.score import Key, Scores
 _MOST = 8
 """Number of models up to which each has a sentence; with more, the best of each cohort and protocol has one."""
 
+_LEVEL = 0.05
 _HORIZON_MONTHS = 36.0
 _MONTHS_PER_YEAR = 12.0
 
@@ -76,15 +78,18 @@ def _addition(row: Mapping[str, Any]) -> str:
     names = row.get("clinical_covariates")
     if not isinstance(names, str) or math.isnan(row["added_c"]):
         return ""
-    words = covariate_words(names)
+    known = f"{covariate_words(names)}, which reach {short(float(row['clinical_c']))} by themselves"
     value, low, high = (float(row[name]) for name in ("added_c", "added_c_low", "added_c_high"))
     digits = 2 if abs(value) >= 0.01 else 3
-    interval = "" if math.isnan(low) else f" ({short(low, digits)} to {short(high, digits)})"
-    adds = "it adds" if low > 0 else "it is not shown to add to"
-    without = short(float(row["clinical_c"]))
+    gain = short(value, digits) + ("" if math.isnan(low) else f" ({short(low, digits)} to {short(high, digits)})")
     if low > 0:
-        return f"{adds} {short(value, digits)}{interval} to {words}, which reach {without} by themselves"
-    return f"{adds} {words}, which reach {without} by themselves (difference {short(value, digits)}{interval})"
+        return f"it adds {gain} to {known}"
+    if row["added_lr_p"] < _LEVEL and row["hr_sd_adjusted"] > 1:
+        ratio = (
+            f"adjusted hazard ratio {row['hr_sd_adjusted']:.2f} per SD, likelihood ratio {p_text(row['added_lr_p'])}"
+        )
+        return f"it adds to {known} ({ratio}), but its gain in C is uncertain: {gain}"
+    return f"it is not shown to add to {known} (difference {gain})"
 
 
 def covariate_words(names: str) -> str:

@@ -58,7 +58,7 @@ def _described(part: Scores, key: Key) -> DescribedResult:
     if resampled:
         draws = Resamples.draw(first["survival_months"], first["event"], replicates=_REPLICATES, seed=_SEED)
     found = describe(first, _high_risk(first), part.covariates, draws)
-    return DescribedResult(key, found, _fold_rows(found.by_fold))
+    return DescribedResult(key, found, _fold_rows(found.by_fold, found.shares))
 
 
 def _high_risk(first: pd.DataFrame) -> np.ndarray:
@@ -69,14 +69,12 @@ def _high_risk(first: pd.DataFrame) -> np.ndarray:
     return is_high_risk(risk, np.median(risk))
 
 
-def _fold_rows(table: pd.DataFrame) -> list[tuple[str, list[str]]]:
+def _fold_rows(table: pd.DataFrame, shares: frozenset[str]) -> list[tuple[str, list[str]]]:
     """Return the table of folds, a row per quantity."""
     rows = []
     for name in table.columns[1:]:
-        values = table[name]
-        counts = name in ("patients", "events")
-        share = not counts and bool(values.dropna().between(0, 1).all())
-        cells = [_cell(value, counts, share) for value in values]
+        counts, share = name in ("patients", "events"), name in shares
+        cells = [_cell(value, counts, share) for value in table[name]]
         words = name if counts else f"{str(name).replace('=', ': ')} ({'share' if share else 'median'})"
         rows.append((words, cells))
     return rows

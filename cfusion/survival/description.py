@@ -71,7 +71,8 @@ class Description:
         follow_up: Median follow-up in months by the reverse Kaplan–Meier estimate (Schemper and Smith, 1996); NaN where
             fewer than half are censored.
         censored: Share of patients without the event.
-        by_fold: A row per fold: patients, events, and medians of the covariates (shares of those of 0 and 1).
+        by_fold: A row per fold: patients, events, and medians of the covariates (means of those of 0 and 1).
+        shares: Covariates of 0 and 1.
         subgroups: C by sex, age, other covariates and site.
         mean_survival: Restricted mean survival time of the risk groups; None if a group is empty.
         proportional_p: P-value of the test that the hazard ratio of the risk is constant over time; NaN if undefined.
@@ -80,6 +81,7 @@ class Description:
     follow_up: float
     censored: float
     by_fold: pd.DataFrame
+    shares: frozenset[str]
     subgroups: tuple[Subgroup, ...]
     mean_survival: MeanSurvival | None
     proportional_p: float
@@ -98,7 +100,7 @@ def describe(
     """
     time, event, risk, fold = (first[c].to_numpy() for c in ("survival_months", "event", "risk", "fold"))
     known = pd.DataFrame(index=first["case_id"]) if covariates is None else covariates
-    values = known.reindex(first["case_id"]).reset_index(drop=True)
+    values = known.reindex(first["case_id"]).reset_index(drop=True).dropna(axis=1, how="all")
     columns = {"fold": fold, "patients": 1, "events": event.astype(int)}
     table = pd.DataFrame(columns)
     rule: dict[str, str] = {"patients": "sum", "events": "sum"}
@@ -113,6 +115,7 @@ def describe(
         follow_up=_median(time, ~event),
         censored=float(1 - event.mean()),
         by_fold=table.groupby("fold").agg(rule).reset_index(),
+        shares=frozenset(name for name, how in rule.items() if how == "mean"),
         subgroups=_subgroups(first, values, draws),
         mean_survival=_mean_survival(time, event, high_risk),
         proportional_p=proportional,

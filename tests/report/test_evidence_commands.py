@@ -63,7 +63,7 @@ def test_score_says_what_a_risk_adds_to_the_clinic(material: Path, tmp_path: Pat
     assert "clinical 0.786, added +0.003 [" in output
     assert "adjusted HR per SD 1.29, p 0.031" in output
     page = (tmp_path / "index.html").read_text()
-    assert "it is not shown to add to age, stage and grade, which reach .79 by themselves (difference .003 (" in page
+    assert "it adds to age, stage and grade, which reach .79 by themselves (adjusted hazard ratio 1.29 per SD" in page
     assert "Decision curve at " in page
     assert "Cox: age, stage and grade" in page
 
