@@ -115,7 +115,9 @@ def plan(file: SweepFile, overrides: Overrides = None, only: Only = None, as_jso
     if stale:
         console.print(f"{len(stale):,} stale: folders of runs whose configuration, data or code has changed since")
     for code, number in codes_of(settings, stale).items():
-        console.print(f"{number:,} of them done by code {code}; if its numbers are the same, `code: {code}` in {file}")
+        console.print(
+            f"{number:,} of them done by code {code}; if its numbers are the same, `code: '{code}'` in {file}"
+        )
 
 
 @sweep.command()

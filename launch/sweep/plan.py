@@ -16,7 +16,7 @@ from cfusion.config import Config, Section, validate
 from cfusion.errors import ConfigError, DataError, nearest
 from cfusion.extensions import file_of, names_file, package_code, plain_name
 from cfusion.files import digest_file, digest_json, read_json, write_json
-from cfusion.program import code_digest
+from cfusion.program import DIGITS, code_digest
 from cfusion.study.packaged import data_name
 from cfusion.yaml_files import apply_override, read_yaml, set_key
 
@@ -53,7 +53,12 @@ def _named(axis: str, values: list[Any]) -> dict[str, Settings]:
 
 
 def _as_text(digest: Any) -> Any:
-    """Restore a digest without letters, which YAML reads as a number."""
+    """Restore a digest without letters, which YAML reads as a number; refuse one that lost digits by it.
+
+    A leading zero makes an octal number of it, an `e` between digits a number with an exponent.
+    """
+    if isinstance(digest, int | float) and not (type(digest) is int and len(str(digest)) == DIGITS):
+        raise ValueError(f"code: YAML reads {digest!r} here; write the digest in quotes: code: '0123456789'")
     return str(digest) if type(digest) is int else digest
 
 

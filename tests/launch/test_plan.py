@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from factories import CohortFiles
 
 from cfusion.config import validate
@@ -74,6 +75,10 @@ def test_the_error_for_a_wrong_sweep_names_its_key(files, tmp_path, more, messag
 
 def test_a_digest_of_code_without_letters_is_text(files, tmp_path):
     assert sweep(files, tmp_path, code=9999523186).code == "9999523186"
+    octal = yaml.safe_load("code: 0123456701")["code"]
+    with pytest.raises(ConfigError, match="write the digest in quotes"):
+        sweep(files, tmp_path, code=octal)
+    assert sweep(files, tmp_path, code="0123456701").code == "0123456701"
 
 
 def test_a_missing_sweep_file_is_reported(tmp_path):
