@@ -41,10 +41,12 @@ def score(
     Columns: model, cohort, fold, case_id, risk (higher is worse), survival_months, event (1 = happened) or censorship
     (1 = censored); optional protocol, seed, repeat, slide_id, risk_cutoff, survival_1..K and edge_1..K (months).
 
-    With --covariates, the report also says what the risk adds to them.
+    With --covariates, the report also says what the risk adds to them; package:tcga/covariates/tcga_blca.csv and its
+    neighbours ship with the package.
 
+    \b
       cfusion score --predictions predictions.csv --out scored
-      cfusion score --predictions p.csv --out scored --covariates package:tcga/covariates/tcga_blca.csv
+      cfusion score --predictions p.csv --out scored --covariates clinic.csv
     """
     import pandas as pd
 
