@@ -267,6 +267,9 @@ class ParallelConfig(Section):
     precision: Literal["f32", "bf16", "fp16", "f64"] = "f32"
     """Precision of the forward pass; f64 is for tests of numerical equality. With `train.published_errors`, f32 is fp16
     without loss scaling on a GPU."""
+    deterministic: Literal["auto", True, False] = "auto"
+    """Whether the same run on the same device gives the same bits. `auto`: on a CPU, where it costs nothing; on a GPU
+    `true` excludes faster operations. The number of processes and the kind of GPU change bits in any case."""
     global_batch: int = Field(32, ge=1)
     """Bags per optimizer step over all processes; the number of accumulation steps follows from it."""
     timeout_minutes: Annotated[float, Aside("how long a process waits for the others")] = Field(10.0, gt=0, le=24 * 60)

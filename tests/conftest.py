@@ -20,6 +20,12 @@ SHAPES_CHECKED = ("models", "data", "survival")
 install_import_hook([f"cfusion.{package}" for package in SHAPES_CHECKED], "typechecker.check")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs unless their tests are asked for: several processes of one test cannot share one."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Check types and shapes in the tests of these packages; training with the checks takes three times as long."""

@@ -213,8 +213,9 @@ class FoldEnsemble:
         arrays = {name: _checked_features(features[name], name) for name in names}
         batch = bag_of_arrays(arrays, placed)
         with torch.inference_mode():
-            outputs = [m.module(batch) for m in self.models]
-        survival = self._mean_curve([output.survival[0].double().numpy() for output in outputs])
+            # Models of `fit` stay on the device that trained them.
+            outputs = [m.module(batch.to(next(m.module.parameters()).device)) for m in self.models]
+        survival = self._mean_curve([output.survival[0].double().cpu().numpy() for output in outputs])
         risks = np.array([output.risk.item() for output in outputs])
         if not np.isfinite(risks).all():
             raise DataError("The risk of this bag is not finite.", "Its features may be too large for the model.")

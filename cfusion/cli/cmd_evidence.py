@@ -47,7 +47,7 @@ def score(
     \b
       cfusion score --predictions predictions.csv --out scored
       cfusion score --predictions p.csv --out scored --covariates clinic.csv
-    """
+    """  # noqa: D301
     import pandas as pd
 
     from cfusion.cohort.covariates import read_covariates

@@ -45,8 +45,16 @@ def free_ram_bytes() -> int:
 
 
 def free_device_bytes(device: torch.device) -> int:
-    """Return the free memory of a GPU; 0 for a CPU."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
+    """Return how much memory of a GPU this process may still take; 0 for a CPU.
+
+    A process may be limited to a share of a GPU, as the runs of a sweep that share one are; what torch has reserved for
+    it counts against the share.
+    """
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    share = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    return max(0, min(int(free), share - torch.cuda.memory_reserved(device)))
 
 
 def _gb(count: int) -> str:

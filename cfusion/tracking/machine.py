@@ -48,15 +48,21 @@ def _gpus() -> dict[str, float]:
     torch = sys.modules.get("torch")  # the process that sends records imports this module and needs no torch
     if torch is None or not torch.cuda.is_initialized():
         return metrics
-    for i in range(torch.cuda.device_count()):
+    i = torch.cuda.current_device()  # asking another GPU for its memory would occupy hundreds of MB on it
+    try:
         free, total = torch.cuda.mem_get_info(i)
         metrics[f"system/gpu_{i}_memory_usage_megabytes"] = round((total - free) / 1e6, 1)
         metrics[f"system/gpu_{i}_memory_usage_percentage"] = round(100 * (1 - free / total), 1)
-        try:
-            metrics[f"system/gpu_{i}_utilization_percentage"] = float(torch.cuda.utilization(i))
-        except (ModuleNotFoundError, RuntimeError):  # needs nvidia-ml-py and a driver that reports the utilization
-            continue
+        metrics[f"system/gpu_{i}_utilization_percentage"] = float(torch.cuda.utilization(i))
+    except _refusals():
+        pass  # The samples are an extra: no driver that refuses one may end a run.
     return metrics
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """Errors of torch, of a driver, and of NVML, whose package torch imports to ask for the utilization."""
+    nvml = getattr(sys.modules.get("pynvml"), "NVMLError", None)
+    return (ModuleNotFoundError, RuntimeError, OSError, *([nvml] if nvml else []))
 
 
 def write_environment(folder: Path) -> Path:

@@ -49,7 +49,8 @@ def predict_logits(
 ) -> Tensor:
     """Return logits [bag, bin] in f64 of every bag, each computed once, the same on every rank.
 
-    Dropout is off, unless the model is evaluated as in the published program (`published`).
+    Dropout is off, unless the model is evaluated as in the published program (`published`). The forward pass computes
+    in `parallel.precision`, as in training.
     """
     mine = evaluation_slices(bags.costs, runtime.world_size)[runtime.rank]
     slices = [mine[start : start + micro_batch].tolist() for start in range(0, len(mine), micro_batch)]
@@ -66,7 +67,7 @@ def predict_logits(
         stream = bags.loader.stream(slices, epoch=0, training=False)
         for number, (indices, batch) in enumerate(zip(slices, stream, strict=True)):
             keys = [bags.bags[i].key for i in indices]
-            with contextlib.nullcontext() if published is None else published.forward(runtime, keys):
+            with runtime.autocast() if published is None else published.forward(runtime, keys):
                 output: SurvivalOutput = model(batch)
             if number < own:
                 rows += zip(indices, output.logits.double().tolist(), strict=True)

@@ -122,7 +122,13 @@ class Runtime:
         return self.rank == 0
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """Move the model to the device and wrap it so that gradients are averaged over processes."""
+        """Move the model to the device and wrap it so that gradients are averaged over processes.
+
+        In fp16 each fold begins with a new loss scale: one that another fold has left behind would not be there after
+        a resume.
+        """
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler = torch.amp.GradScaler(self.device.type)
         model.to(device=self.device, dtype=self.dtype)
         # The warning concerns only small depthwise kernels, whose copies cost nothing.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
@@ -141,7 +147,7 @@ class Runtime:
             yield
 
     def autocast(self, *, published: bool = False) -> contextlib.AbstractContextManager[Any]:
-        """Return the autocast context of a forward pass in training.
+        """Return the autocast context of a forward pass, in training and in evaluation.
 
         `published`: where the precision is f32, compute in fp16 on a GPU, as the published program does; no loss is
         scaled then. A CPU stays at f32.

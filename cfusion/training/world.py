@@ -17,6 +17,7 @@ from cfusion.console import waiting_for
 from cfusion.errors import ConfigError
 from cfusion.machine_limits import usable_cores
 from cfusion.program import program_digest
+from cfusion.training.arithmetic import set_arithmetic
 from cfusion.training.connection import check_network, check_port, connecting
 from cfusion.training.foreign_variables import settle_variables
 from cfusion.training.runtime import Runtime
@@ -101,13 +102,9 @@ def join_world(parallel: ParallelConfig) -> Runtime:
     check_precision(parallel.precision, on_cpu=on_cpu)
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
         torch.set_num_threads(usable_cores())  # torch counts the machine's cores, whatever a container or job may use
-    if on_cpu:
-        # Otherwise several threads sum the gradient of an indexed tensor in an arbitrary order.
-        # `use_deterministic_algorithms` does the same and also imports torch's compiler, which takes seconds.
-        torch.set_deterministic_debug_mode("error")
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    else:
+    if not on_cpu:
         _check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
+    set_arithmetic(on_cpu=on_cpu, deterministic=parallel.deterministic)
     kind = Runtime if parallel.engine == "ddp" else ZeroRuntime
     if expected > 1:
         check_network()

@@ -354,7 +354,8 @@ def test_batches_for_another_device_are_finished_there(dataset, bags, config):
                 assert (tensor.shape, tensor.dtype) == (stayed[name].shape, stayed[name].dtype)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: python -m pytest -m gpu")
 @pytest.mark.parametrize(
     "config", [{}, {"max_tiles": 40}, {"feature_dropout": 0.25}, {"cache": "gpu", "max_tiles": 40}]
 )

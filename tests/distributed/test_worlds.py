@@ -199,7 +199,8 @@ def nccl_step(engine: str) -> None:
     assert runtime.sum([2.0]) == [2.0]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: python -m pytest -m gpu")
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
 def test_bf16_on_nccl(tmp_path, engine):
     run_world(1, nccl_step, tmp_path, engine)

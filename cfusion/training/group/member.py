@@ -153,7 +153,7 @@ class GroupMember:
 
     def _show(self, bag: int, batch: BagBatch) -> None:
         """Store the parameter copy's logits of a bag."""
-        with torch.no_grad():
+        with torch.no_grad(), self._runtime.autocast():
             output: SurvivalOutput = self._evaluated(batch)
         self._logits[bag] = output.logits[0].double().tolist()
 
