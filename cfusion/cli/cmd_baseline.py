@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -46,7 +46,7 @@ def baseline(
     files = [word for word in configs if word not in overrides]
     if not files:
         raise ConfigError("cfusion baseline: no configuration was given.", "Example: cfusion baseline tcga_blca.")
-    results, audits = [], {}
+    results, audits = [], dict[str, dict[str, Any]]()
     for word in files:
         scores, found = _scored(load_config(_file(word), overrides))
         results.append(scores)
@@ -64,7 +64,7 @@ def _file(word: str) -> Path:
     return shipped_config(word) if word in shipped_configs() and not Path(word).exists() else Path(word)
 
 
-def _scored(settings: Config) -> tuple[Scores, dict[str, dict]]:
+def _scored(settings: Config) -> tuple[Scores, dict[str, dict[str, Any]]]:
     from cfusion.cohort.audit import audit
     from cfusion.cohort.read import read_cohort
     from cfusion.cohort.splits import make_splits

@@ -68,7 +68,7 @@ def score(
         typer.echo(
             f"{row['cohort']}\t{row['model']}\tC within folds {row['cindex_within']:.3f}{interval}\tmean "
             f"{row['cindex_mean']:.3f} ± {row['cindex_std']:.3f}\tpooled {row['cindex_pooled']:.3f}"
-            f"{_clinical_words(row)}"
+            f"{_clinical_words({str(name): value for name, value in row.items()})}"
         )
     typer.echo(f"report: {page}")
 

@@ -96,7 +96,7 @@ def read_covariates(tables: Sequence[Path], case_ids: Iterable[str]) -> pd.DataF
         return None
     found = pd.concat(parts)
     order = list(KNOWN)
-    found = found[sorted(found.columns, key=lambda name: order.index(name.split("=")[0]))]
+    found = found[sorted(found.columns, key=lambda name: order.index(str(name).split("=")[0]))]
     twice = found.index[found.index.duplicated()]
     if len(twice):
         raise CohortError(f"{twice[0]}: is a patient of two tables of covariates.", "Give each patient in one table.")

@@ -32,7 +32,7 @@ def _settings_stay_as_they_were() -> Iterator[None]:
     ("on_cpu", "deterministic", "mode"),
     [(True, "auto", 2), (True, False, 0), (False, "auto", 0), (False, True, 2), (False, False, 0)],
 )
-def test_a_cpu_is_deterministic_unless_told_otherwise_and_a_gpu_when_asked(on_cpu, deterministic, mode):
+def test_a_cpu_is_deterministic_unless_asked_otherwise_and_a_gpu_when_asked(on_cpu, deterministic, mode):
     set_arithmetic(on_cpu=on_cpu, deterministic=deterministic)
     assert torch.get_deterministic_debug_mode() == mode
     assert torch.backends.cudnn.deterministic == (mode == 2 and not on_cpu)
