@@ -28,7 +28,8 @@ def python_command() -> list[str]:
 
 def python_path() -> str:
     """Return the PYTHONPATH with which a process finds this program, installed or not."""
-    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    there = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, there)]))
 
 
 def child_environment(*, ends_with_this: bool = True) -> dict[str, str]:

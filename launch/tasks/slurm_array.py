@@ -21,7 +21,8 @@ from cfusion.child_processes import python_command, python_path
 from cfusion.errors import ConfigError, MissingExtraError, RequeueError
 from cfusion.files import read_json, write_json
 from cfusion.interruption import graceful_stop, stop_requested
-from launch.tasks.slurm_states import GONE, JobState, SlurmStates
+from launch.tasks.slurm_options import most_cores
+from launch.tasks.slurm_states import GONE, JobState, SlurmStates, is_being_ended
 from launch.tasks.task import TICK_SECONDS, Task, TaskResources, TaskResult, Tick, with_threads
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,10 @@ class ArrayElement(Generic[R]):
                 if stopped:
                     break
         if stopped:
+            if is_being_ended():
+                logger.warning("SLURM ends this job; it is not queued again from here")
+                logging.shutdown()
+                os._exit(RequeueError.exit_code)  # without a result, which would count as the end of the tasks
             # submitit's own handler for this signal queues the element again.
             os.kill(os.getpid(), signal.SIGUSR2)
         return results
@@ -181,6 +186,8 @@ def submit(
     _check_slurm(cluster)
     import submitit
 
+    if cluster == "slurm":
+        _check_fit(resources)
     parts = _parts(tasks, resources)
     executor = _executor(resources, folder, name, len(parts), cluster)
     try:
@@ -205,6 +212,7 @@ def array_script(tasks: Sequence[Task[R]], resources: TaskResources, folder: Pat
         ConfigError: There is no SLURM here, or an option is refused.
     """
     _check_slurm("slurm")
+    _check_fit(resources)
     elements = len(_parts(tasks, resources))
     executor = _executor(resources, folder, name, elements, "slurm")._executor
     if elements > 1:  # submitit queues a single element without an array
@@ -217,6 +225,21 @@ def _check_slurm(cluster: str) -> None:
         raise MissingExtraError("submitit", "slurm", "--executor slurm")
     if cluster == "slurm" and shutil.which("sbatch") is None:
         raise ConfigError("--executor slurm: sbatch was not found.", "Run this command on a node that submits jobs.")
+
+
+def _check_fit(resources: TaskResources) -> None:
+    """Refuse more cores than any node has: many sites queue such a job, and it waits without end.
+
+    Raises:
+        ConfigError: No node of the partition has them.
+    """
+    most = most_cores(resources.slurm.partition)
+    if most is not None and resources.cpus > most:
+        where = f"partition {resources.slurm.partition}" if resources.slurm.partition else "the default partition"
+        raise ConfigError(
+            f"--cpus {resources.cpus}: the largest node of {where} has {most} cores.",
+            f"Ask for at most --cpus {most}, or give another --partition.",
+        )
 
 
 def _parts(tasks: Sequence[Task[R]], resources: TaskResources) -> list[tuple[Task[R], ...]]:

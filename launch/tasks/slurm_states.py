@@ -122,6 +122,18 @@ class SlurmStates:
         return f"{state.name} ({state.reason})" if state.reason else state.name
 
 
+def is_being_ended() -> bool:
+    """Return whether SLURM ends the job of this process, as after scancel or a preemption; False outside a job.
+
+    SLURM then queues the job again itself, or not at all.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return False
+    _, found = _squeue([job])
+    return any(state.ended or state.name == "COMPLETING" for state in found.values())
+
+
 def _squeue(jobs: Sequence[str]) -> tuple[bool, dict[str, JobState]]:
     """Return whether squeue answered, and the states of the jobs that it knows."""
     arrays = ",".join(sorted({job.partition("_")[0] for job in jobs}))

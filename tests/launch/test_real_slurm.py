@@ -107,8 +107,11 @@ def test_a_task_that_is_warned_saves_and_is_queued_again(slurm, tmp_path):
 
 
 def test_what_no_node_has_is_refused_and_the_default_fits(slurm, tmp_path):
-    with pytest.raises(ConfigError, match=r"sbatch refused the job: .*(CPU count|node configuration).*Change --cpus"):
+    with pytest.raises(ConfigError, match=r"--cpus 4096: the largest node of the default partition has \d+ cores"):
         slurm_array.submit([Marked("a", tmp_path)], TaskResources(cpus=4096, hours=0.2), tmp_path / "jobs", "test")
+    nowhere = TaskResources(cpus=1, hours=0.2, slurm=SlurmQueueOptions(partition="nowhere"))
+    with pytest.raises(ConfigError, match=r"sbatch refused the job: .*[Ii]nvalid partition.*Change --cpus"):
+        slurm_array.submit([Marked("a", tmp_path)], nowhere, tmp_path / "jobs", "test")
     assert most_cores(None) == most_cores("main") == os.cpu_count()
     assert cores_of(None, "slurm", SlurmQueueOptions()) == min(4, os.cpu_count())
 

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from cfusion.cli.options import cores_of
+from cfusion.errors import ConfigError
 from launch.tasks import slurm_array, slurm_states
-from launch.tasks.slurm_states import GONE, JobState, SlurmStates
+from launch.tasks.slurm_options import SlurmQueueOptions
+from launch.tasks.slurm_states import GONE, JobState, SlurmStates, is_being_ended
 from launch.tasks.task import TaskResources
 
 DOWN = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
@@ -168,6 +171,28 @@ def test_a_job_that_slurm_no_longer_knows_is_reported(answers, fake_slurm):
     assert set(found) == {"a", "b"}
     assert all("is no longer known to SLURM; it wrote no log" in how for how in found.values())
     assert (fake_slurm / "calls").read_text() == "\n"
+
+
+def test_more_cores_than_a_node_has_are_refused_and_the_default_fits(answers, fake_slurm):
+    sinfo = fake_slurm / "bin" / "sinfo"
+    sinfo.write_text("#!/bin/sh\necho 'main* 2'; echo 'main* 3+'; echo 'gpu 64'\n")
+    sinfo.chmod(0o755)
+    with pytest.raises(ConfigError, match=r"--cpus 4: the largest node of the default partition has 3 cores"):
+        slurm_array.submit([Sleeper("a")], TaskResources(cpus=4), fake_slurm / "jobs", "test")
+    assert not (fake_slurm / "calls").exists()
+    assert cores_of(None, "slurm", SlurmQueueOptions()) == 3
+    assert cores_of(None, "ray", SlurmQueueOptions()) == 4
+    assert cores_of(7, "slurm", SlurmQueueOptions()) == 7
+
+
+@pytest.mark.parametrize(
+    ("squeue", "ended"), [("77_0|COMPLETING|None", True), ("77_0|RUNNING|None", False), (DOWN, False)]
+)
+def test_a_job_that_slurm_ends_does_not_queue_itself_again(answers, monkeypatch, squeue, ended):
+    assert not is_being_ended()
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    answers(squeue)
+    assert is_being_ended() is ended
 
 
 def test_tasks_of_an_earlier_call_that_slurm_no_longer_knows_are_queued_again(answers, fake_slurm):
