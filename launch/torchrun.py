@@ -53,8 +53,10 @@ def main(arguments: Sequence[str]) -> int:
         0 when they are done; 75 when they were asked to stop, or when too few nodes came; 2 or 3 as the processes left;
         1 otherwise, also when the first node is lost, whose loss ends the run.
     """
-    os.environ |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": python_path()}
+    os.environ |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": python_path()}
     parsed = parse_args(list(arguments))
+    if parsed.module:  # a script may import from its folder
+        os.environ["PYTHONSAFEPATH"] = "1"
     if (host := is_host()) is not None:
         parsed.rdzv_conf = ",".join(filter(None, [parsed.rdzv_conf, f"is_host={str(host).lower()}"]))
     # torchrun has no argument that names the class of its agent.

@@ -87,8 +87,9 @@ def slurm(
     if dry_run:
         _show(script, out)
     _check_data(config, overrides)
+    if not dry_run or out:
+        plan.output.mkdir(parents=True, exist_ok=True)  # SLURM writes its log there, and makes no folder
     if not dry_run:
-        plan.output.mkdir(parents=True, exist_ok=True)  # SLURM writes its log there
         typer.echo(submit_slurm(script, out or plan.output / f"{plan.name}.sbatch"))
 
 

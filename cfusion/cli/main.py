@@ -15,7 +15,6 @@ import typer
 
 import cfusion
 from cfusion.addresses import SecretsLeftOut, without_secrets
-from cfusion.child_processes import stop_with_parent
 from cfusion.cli import (
     cmd_baseline,
     cmd_checkpoint,
@@ -110,8 +109,6 @@ def _common(
 
 def run() -> None:
     """Run the command line; errors a user can act on become one line and an exit code."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        stop_with_parent(os.getppid())
     try:
         app()
     except CfusionError as error:

@@ -12,6 +12,7 @@ import os
 
 import torch
 
+from cfusion.child_processes import stop_with_parent
 from cfusion.config import ParallelConfig
 from cfusion.console import waiting_for
 from cfusion.errors import ConfigError
@@ -95,6 +96,8 @@ def join_world(parallel: ParallelConfig) -> Runtime:
             processes than the launcher started.
         ExchangeError: The processes cannot connect.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stop_with_parent(os.getppid())
     expected = launched()
     settle_variables(zero=parallel.engine != "ddp")
     check_divides(parallel.global_batch, expected)

@@ -207,6 +207,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
 def test_a_job_that_is_warned_saves_queues_itself_again_and_ends_as_if_undisturbed(files, tmp_path, slurm):
     job = planned(files, tmp_path / "job", nodes=2)
     (tmp_path / "job.sbatch").write_text(slurm_script(job, SlurmOptions()))
+    job.output.mkdir()
     submitted = subprocess.Popen([str(slurm / "sbatch"), "job.sbatch"], stdout=subprocess.PIPE)
     with running([submitted]):
         wait_for(lambda: read_step(job.output) >= 8, "the first steps", submitted)

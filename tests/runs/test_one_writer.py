@@ -11,6 +11,7 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
+from elastic_run import WORKER
 from factories import CohortFiles, make_cohort
 
 from cfusion import run_folder
@@ -123,14 +124,14 @@ def test_another_torch_that_continues_a_run_is_remarked_once(files, tmp_path, ca
 
 @pytest.mark.slow
 def test_processes_end_with_their_killed_agent_and_one_process_goes_on(files, tmp_path):
-    study = tmp_path / "study.yaml"
     config = files.config(
-        tmp_path / "run", train={"epochs": 30, "patience": None, "micro_batch": 1}, splits={"folds": 2},
+        tmp_path / "run", train={"epochs": 8, "patience": None, "micro_batch": 1}, splits={"folds": 2},
         tracking={"enabled": True},
     )  # fmt: skip
+    study = tmp_path / "study.yaml"
     study.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     command = [sys.executable, "-m", "launch.torchrun", "--standalone", "--nproc-per-node", "2", "--monitor-interval",
-               ".1", "-m", "cfusion", "train", str(study)]  # fmt: skip
+               ".1", str(WORKER), str(study), ".1", "0"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = (tmp_path / "log").open("wb")
     with subprocess.Popen(command, stdout=log, stderr=log, env=environment) as agent:
