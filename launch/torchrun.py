@@ -9,6 +9,7 @@ processes find the addresses of dead ones in it; here the processes make a separ
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import signal
@@ -53,12 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         0 when they are done; 75 when they were asked to stop, or when too few nodes came; 2 or 3 as the processes left;
         1 otherwise, also when the first node is lost, whose loss ends the run.
     """
-    os.environ |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": python_path()}
-    parsed = parse_args(list(arguments))
-    if parsed.module:  # a script may import from its folder
-        os.environ["PYTHONSAFEPATH"] = "1"
-    if (host := is_host()) is not None:
-        parsed.rdzv_conf = ",".join(filter(None, [parsed.rdzv_conf, f"is_host={str(host).lower()}"]))
+    parsed = _parsed(arguments)
     # torchrun has no argument that names the class of its agent.
     launcher.LocalElasticAgent = _Agent  # type: ignore[attr-defined]
     # Until torchrun installs its handlers, a signal that asks for a stop must not look like a crash.
@@ -133,6 +129,17 @@ def _chain(error: BaseException) -> str:
         lines.append(str(link).strip().partition("\n")[0].rstrip("."))
         link = link.__cause__
     return ": ".join(dict.fromkeys(filter(None, lines)))
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read torchrun's arguments, and set what its processes need."""
+    os.environ |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": python_path()}
+    parsed = parse_args(list(arguments))
+    if parsed.module:  # a script may import from its folder
+        os.environ["PYTHONSAFEPATH"] = "1"
+    if (host := is_host()) is not None:
+        parsed.rdzv_conf = ",".join(filter(None, [parsed.rdzv_conf, f"is_host={str(host).lower()}"]))
+    return parsed
 
 
 def is_host() -> bool | None:
