@@ -24,7 +24,7 @@ from launch.tasks import slurm_array
 from launch.tasks.task import TaskResources
 from preprocess.extraction import preprocess_slides
 from preprocess.settings import PreprocessConfig
-from preprocess.slides import find_slides
+from preprocess.slide_files import find_slides
 
 ONE_CORE = TaskResources(cpus=1)
 
