@@ -27,9 +27,10 @@ from benchmarks.table import Row, options, present
 from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.config import load_config
 from cfusion.data.store import FeatureStore
-from cfusion.demo import ENCODER, MODELS, SETTINGS
+from cfusion.demo import MODELS, SETTINGS
 from cfusion.explanation import explain
 from cfusion.explanation.faithfulness import deletion_areas, deletion_curves
+from preprocess.encoders import StainTexture
 from preprocess.extraction import preprocess_slides
 from preprocess.packing import pack_store
 from preprocess.phantom.draw import PHANTOMS, draw_cohort
@@ -40,9 +41,9 @@ UNIT = ["model", "signal", "magnification", "method"]
 
 def extract(slides: Path, store: Path) -> FeatureStore:
     """Features of the slides in a folder."""
-    config = PreprocessConfig(slides=slides, store=store, encoders=(ENCODER,), sheets=False)
+    config = PreprocessConfig(slides=slides, store=store, encoders=(StainTexture.name,), sheets=False)
     preprocess_slides(config, strict=True)
-    return FeatureStore.open(store, ENCODER)
+    return FeatureStore.open(store, StainTexture.name)
 
 
 def train(folder: Path, models: list[str], patients: int, folds: int) -> dict[str, FoldEnsemble]:
