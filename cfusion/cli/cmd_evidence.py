@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cfusion.cli.completion import settings
+from cfusion.cli.completion import SettingsCommand, settings
 
 if TYPE_CHECKING:
     from cfusion.config import Config
@@ -21,8 +21,10 @@ Overrides = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
-    for command in (score, report, null, audit):
-        app.command()(command)
+    app.command()(score)
+    app.command()(report)
+    app.command(cls=SettingsCommand)(null)
+    app.command(cls=SettingsCommand)(audit)
 
 
 def score(

@@ -32,11 +32,12 @@ def _complete(incomplete: str) -> list[tuple[str, str]]:
 
 
 def explain(
+    ctx: typer.Context,
     topic: Annotated[
-        str | None, typer.Argument(help="Topic, as an error message names it.", autocompletion=_complete)
+        str | None, typer.Argument(help="Topic, as an error message names it, or a command.", autocompletion=_complete)
     ] = None,
 ) -> None:
-    """Explain an error: its causes, and what to do. Without a topic, list them.
+    """Explain an error: its causes, and what to do; or a command. Without a topic, list them.
 
     Example: cfusion help resolution
     """
@@ -45,6 +46,9 @@ def explain(
         for name, (title, _) in known.items():
             typer.echo(f"{name:<17}{title}")
         return
+    commands = getattr(ctx.find_root().command, "commands", {})
+    if topic in commands and topic not in known:
+        commands[topic].main(["--help"], prog_name=f"cfusion {topic}")
     if topic not in known:
         raise ConfigError(f"{topic!r}: unknown topic.", nearest(topic, known))
     title, text = known[topic]

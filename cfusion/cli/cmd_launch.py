@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cfusion.cli.completion import SettingsCommand
 from cfusion.cli.options import Account, Constraint, Exclusive, Partition, Qos, Sbatch, Setup
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(launch, name="launch")
 
 
-@launch.command()
+@launch.command(cls=SettingsCommand)
 def slurm(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -102,7 +103,7 @@ def _check_data(config: Path, overrides: list[str] | None) -> None:
         logger.info("%s", line)
 
 
-@launch.command()
+@launch.command(cls=SettingsCommand)
 def k8s(
     config: ConfigFile,
     claim: Annotated[str, typer.Option(help="PersistentVolumeClaim with the data and the runs.")],
@@ -138,7 +139,7 @@ def k8s(
         typer.echo(submit_k8s(manifest))
 
 
-@launch.command()
+@launch.command(cls=SettingsCommand)
 def local(
     config: ConfigFile,
     overrides: Overrides = None,

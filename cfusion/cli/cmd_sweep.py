@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cfusion.cli.completion import SettingsCommand
 from cfusion.cli.options import (
     TASK_OPTIONS,
     Account,
@@ -91,7 +92,7 @@ def _echo_lines(statuses: list[RunStatus]) -> None:
     typer.echo("\n".join(lines))
 
 
-@sweep.command()
+@sweep.command(cls=SettingsCommand)
 def plan(file: SweepFile, overrides: Overrides = None, only: Only = None, as_json: AsJson = False) -> None:
     """List the runs of a sweep and the state of each; a table on a terminal, tab-separated lines in a pipe.
 
@@ -120,7 +121,7 @@ def plan(file: SweepFile, overrides: Overrides = None, only: Only = None, as_jso
         )
 
 
-@sweep.command()
+@sweep.command(cls=SettingsCommand)
 def status(
     file: SweepFile,
     overrides: Overrides = None,
@@ -168,7 +169,7 @@ def _show(settings: SweepConfig, statuses: list[RunStatus], *, clear: bool) -> N
         console.print(line)
 
 
-@sweep.command()
+@sweep.command(cls=SettingsCommand)
 def clean(
     file: SweepFile,
     overrides: Overrides = None,
@@ -195,7 +196,7 @@ def clean(
         typer.echo(f"{freed / 1e9:.3f} GB can be removed with --yes")
 
 
-@sweep.command()
+@sweep.command(cls=SettingsCommand)
 def run(
     context: typer.Context,
     file: SweepFile,
@@ -269,7 +270,7 @@ def _rehearse(runs: list[PlannedRun], how: Execution, folder: Path) -> None:
         raise ConfigError(f"None of the {len(left)} runs could run. {left[0].absent}")
 
 
-@sweep.command()
+@sweep.command(cls=SettingsCommand)
 def report(
     file: SweepFile,
     overrides: Overrides = None,

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from cfusion.cli.completion import settings
+from cfusion.cli.completion import SettingsCommand, settings
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    app.command()(train)
+    app.command(cls=SettingsCommand)(train)
 
 
 def train(

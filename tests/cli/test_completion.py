@@ -37,11 +37,37 @@ def completed(line: str) -> list[str]:
         ("cfusion preprocess run slides --encoder vircho", "virchow2"),
         ("cfusion train study.yaml train.ep", "train.epochs="),
         ("cfusion audit study.yaml evaluation.pro", "evaluation.protocol="),
+        ("cfusion audit study.yaml evaluation.protocol=p", "evaluation.protocol=published"),
+        ("cfusion train study.yaml train.published_errors=", "train.published_errors=false"),
+        ("cfusion audit study.yaml evaluation.protocol = p", "published"),
+        ("cfusion audit study.yaml evaluation.protocol =", "fixed-epoch"),
         ("cfusion help reso", "resolution"),
     ],
 )
 def test_commands_options_and_values_complete(line, offered):
     assert offered in completed(line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (("train", "study.yaml", "--epochs", "10"), "--epochs is a setting: write train.epochs=10"),
+        (("train", "study.yaml", "--epochs=10"), "--epochs is a setting: write train.epochs=10"),
+        (("audit", "study.yaml", "--embed-dim", "64"), "--embed-dim is a setting: write model.embed_dim=64"),
+        (("sweep", "run", "sweep.yaml", "--lr", "1e-4"), "--lr is a setting: write train.lr=1e-4"),
+        (("train", "study.yaml", "--eposch"), "No such option: --eposch"),
+    ],
+)
+def test_a_setting_written_as_an_option_is_answered_with_its_spelling(arguments, answer):
+    found = CliRunner().invoke(app, list(arguments))
+    assert found.exit_code == 2
+    assert answer in " ".join(found.output.split())
+
+
+def test_help_shows_a_command_as_its_option_does():
+    shown = CliRunner().invoke(app, ["help", "train"]).output
+    assert "section.key=value" in shown
+    assert "--dry-run" in shown
 
 
 def test_without_arguments_five_commands_are_taught_by_example():
