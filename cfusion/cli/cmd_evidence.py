@@ -198,10 +198,12 @@ def audit(
     config: Annotated[Path, typer.Argument(help="YAML configuration.")],
     overrides: Overrides = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if anything is dropped or suspicious.")] = False,
+    sites: Annotated[bool, typer.Option("--sites", help="Try to read the site from the shards' embeddings.")] = False,
 ) -> None:
     """Check a cohort and its splits: what a run would drop, what is suspicious, and why.
 
-    It needs no shards. `cfusion train --dry-run` also checks that each slide has features.
+    It needs no shards. `cfusion train --dry-run` also checks that each slide has features. --sites reads the shards and
+    says how well the embeddings give away the submitting site.
 
       cfusion audit configs/tcga_blca.yaml
     """
@@ -227,6 +229,11 @@ def audit(
     cases = result.cohort.cases
     for line in power_of(len(cases), int(cases["event"].sum())).lines():
         typer.echo(f"power: {line}")
+    if sites:
+        from cfusion.runs.site_embeddings import sites_in_embeddings
+
+        found = sites_in_embeddings(settings, result.cohort)
+        typer.echo(f"embeddings: {found or 'fewer than two sites have enough patients with slides in the shards'}")
     typer.echo(f"features: not checked; `cfusion train {config} --dry-run` checks them in {settings.data.shards}")
     if strict or settings.evaluation.strict:
         result.raise_if_strict()

@@ -10,9 +10,11 @@ import pandas as pd
 
 from cfusion.cohort.findings import has_comparable_pair
 from cfusion.errors import UndefinedMetricError
+from cfusion.survival.added import standardised
 from cfusion.survival.bootstrap import Resamples, cross_validated_interval
 from cfusion.survival.groups import kaplan_meier
 from cfusion.survival.regression import proportional_hazards_p
+from cfusion.survival.site_reading import SiteReading, read_sites
 
 _NAN = float("nan")
 _SMALLEST_GROUP = 10
@@ -75,6 +77,7 @@ class Description:
         shares: Covariates of 0 and 1.
         subgroups: C by sex, age, other covariates and site.
         mean_survival: Restricted mean survival time of the risk groups; None if a group is empty.
+        site: How well the site can be read from the risk, standardised within folds; None without two large sites.
         proportional_p: P-value of the test that the hazard ratio of the risk is constant over time; NaN if undefined.
     """
 
@@ -84,6 +87,7 @@ class Description:
     shares: frozenset[str]
     subgroups: tuple[Subgroup, ...]
     mean_survival: MeanSurvival | None
+    site: SiteReading | None
     proportional_p: float
 
 
@@ -118,6 +122,7 @@ def describe(
         shares=frozenset(name for name, how in rule.items() if how == "mean"),
         subgroups=_subgroups(first, values, draws),
         mean_survival=_mean_survival(time, event, high_risk),
+        site=_site(first),
         proportional_p=proportional,
     )
 
@@ -139,6 +144,13 @@ def _subgroups(first: pd.DataFrame, values: pd.DataFrame, draws: Resamples | Non
         members |= {f"site {name}": (site == name).fillna(False).to_numpy(bool) for name in common}
     found = (_subgroup(name, first, rows, draws) for name, rows in members.items())
     return tuple(group for group in found if group is not None)
+
+
+def _site(first: pd.DataFrame) -> SiteReading | None:
+    if "site" not in first.columns:
+        return None
+    z = standardised(first["risk"].to_numpy(float), first["fold"].to_numpy())
+    return read_sites(z[:, None], first["site"].astype("string").fillna("").to_numpy(str))
 
 
 def _split(name: str, values: np.ndarray) -> Mapping[str, np.ndarray]:
