@@ -18,6 +18,10 @@ _DISAGREE = 0.02
 """Difference between pooled C and C within folds from which a note says so."""
 
 
+_TURNED = 0.003
+"""Minimum difference between two models, pooled and within folds, of which a note says that both rank them differently."""
+
+
 def score_notes(frame: pd.DataFrame, folds: pd.DataFrame, summary: pd.DataFrame, resampled: bool) -> tuple[str, ...]:
     """Return the remarks on a set of scores.
 
@@ -76,15 +80,13 @@ def _disagreements(summary: pd.DataFrame) -> list[str]:
         several = rows.to_dict("records") if (rows["folds"] > 1).all() else []
         notes += [
             f"{cohort}, {row['model']} ({protocol}): pooled C {row['cindex_pooled']:.3f} and C within folds "
-            f"{row['cindex_within']:.3f} disagree, because the risks of its folds differ in scale; only C within folds "
+            f"{row['cindex_within']:.3f} disagree; the risks of its folds may differ in scale, so only C within folds "
             "is a claim."
             for row in several if _apart(row)
         ]  # fmt: skip
         for one, other in itertools.combinations(several, 2):
-            turned = all(one[name] != other[name] for name in ("cindex_pooled", "cindex_within")) and (
-                (one["cindex_pooled"] > other["cindex_pooled"]) != (one["cindex_within"] > other["cindex_within"])
-            )
-            if turned and (_apart(one) or _apart(other)):
+            pooled, within = (one[name] - other[name] for name in ("cindex_pooled", "cindex_within"))
+            if pooled * within < 0 and min(abs(pooled), abs(within)) > _TURNED and (_apart(one) or _apart(other)):
                 better, worse = sorted((one, other), key=lambda row: -row["cindex_within"])
                 notes.append(
                     f"{cohort} ({protocol}): {better['model']} is better than {worse['model']} within folds, and worse "

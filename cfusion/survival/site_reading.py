@@ -36,7 +36,7 @@ class SiteReading:
 
     def __str__(self) -> str:
         """Return it in words."""
-        verdict = "can be read" if self.p < 0.05 else "cannot be told"
+        verdict = "can be read" if self.p < 0.05 else "is not shown to be readable"
         return (
             f"the site {verdict} from them: balanced accuracy {self.accuracy:.2f} over {self.sites} sites with "
             f"{self.patients} patients; permuted {self.null:.2f}, 95% below {self.null_high:.2f}, p = {self.p:.3f}"
