@@ -19,7 +19,7 @@ _DISAGREE = 0.02
 
 
 _TURNED = 0.003
-"""Minimum difference between two models, pooled and within folds, of which a note says that both rank them differently."""
+"""Minimum difference between two models from which a note says that both rank them differently."""
 
 
 def score_notes(frame: pd.DataFrame, folds: pd.DataFrame, summary: pd.DataFrame, resampled: bool) -> tuple[str, ...]:
