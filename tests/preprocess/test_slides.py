@@ -491,3 +491,19 @@ def test_a_damaged_dicom_slide_is_not_called_unknown(rle_slide):
         file.write_bytes(file.read_bytes()[:400])
     with pytest.raises(DataError, match=r"damaged or truncated|does not know"):
         open_slide(path)
+
+
+def test_an_ome_tiff_with_its_pyramid_in_subifds_is_read(tmp_path: Path):
+    path, picture = tmp_path / "a.ome.tif", tissue_picture(900, 700)
+    options = {"tile": (256, 256), "photometric": "rgb", "compression": "jpeg", "compressionargs": {"level": 90}}
+    sizes = {"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.25, "PhysicalSizeXUnit": "µm", "PhysicalSizeYUnit": "µm"}
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(picture, subifds=2, metadata={"axes": "YXS", **sizes}, **options)
+        for down in (2, 4):
+            tiff.write(np.ascontiguousarray(picture[::down, ::down]), subfiletype=1, **options)
+    slide = open_slide(path)
+    assert slide.size_px == (900, 700)
+    assert slide.resolution == Resolution(0.25, "ome")
+    found = slide.read_rgba(300, 200, 256, 256)[..., :3].astype(int)
+    assert np.abs(found - picture[200:456, 300:556]).mean() < 3
+    assert read_overview(slide).scanned.all()
