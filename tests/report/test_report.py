@@ -14,7 +14,7 @@ import yaml
 from made_up_outcomes import cohort, predicted
 
 from cfusion.cohort.audit import audit
-from cfusion.cohort.read import write_outcomes
+from cfusion.cohort.read import read_outcomes, write_covariates, write_outcomes
 from cfusion.cohort.splits import make_splits, write_splits
 from cfusion.config import Config, Protocol, SplitsConfig, validate
 from cfusion.errors import ConfigError, DataError
@@ -256,6 +256,23 @@ def test_finished_runs_become_one_report(tmp_path: Path) -> None:
     assert abs(row["permuted"] - 0.5) < 0.1 < row["cindex_pooled"] - 0.5 + 0.1
     assert pd.read_csv(tmp_path / "report" / "summary.csv")["seeds"].tolist() == [2]
     assert "Learning curves" in page.read_text(encoding="utf-8")
+
+
+def test_a_run_with_covariates_says_what_its_risk_adds(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    data = cohort(120)
+    known = pd.DataFrame({"age": data.cases["truth"].rank(), "sex=male": 1.0}, index=data.cases.index)
+    known.loc[known.index[::3], "sex=male"] = np.nan
+    known.loc[known.index[1::3], "sex=male"] = 0.0
+    write_covariates(dataclasses.replace(data, covariates=known), run / "covariates.csv")
+    assert read_outcomes(run / "outcomes.csv", "made_up", run / "covariates.csv").covariates.equals(known)
+    page = report_runs([run], tmp_path / "report", title="Run").read_text(encoding="utf-8")
+    assert "which reach ." in page
+    assert "Cox: age and sex" in page
+    assert "Beyond the clinic" in page
+    (row,) = json.loads((tmp_path / "report" / "summary.json").read_text())
+    assert row["clinical_c"] > 0.6
+    assert "adjusted hazard ratio per standard deviation" in (tmp_path / "report" / "model_card.md").read_text()
 
 
 def test_the_null_of_a_run_has_its_epochs(tmp_path: Path) -> None:

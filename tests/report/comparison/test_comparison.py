@@ -1,5 +1,6 @@
 """Comparison of a sweep: unfinished cells have no value, and printed values equal the scores."""
 
+import dataclasses
 import itertools
 import re
 from pathlib import Path
@@ -292,3 +293,22 @@ def test_without_a_bootstrap_nothing_is_tested(members, tmp_path):
 def test_nothing_done_is_an_error(tmp_path):
     with pytest.raises(DataError, match="none of the sweep's runs is done"):
         compare_runs([member(tmp_path, "a", "uni", "weak", 1, state="open")])
+
+
+def test_a_cell_says_what_it_adds_to_the_clinic(comparison, tmp_path):
+    added = {
+        "clinical_c": 0.71, "clinical_c_low": 0.66, "clinical_c_high": 0.76, "added_c": 0.02, "added_c_low": -0.01,
+        "added_c_high": 0.05,
+    }  # fmt: skip
+    cells = tuple(
+        dataclasses.replace(c, summary=pd.concat([c.summary, pd.Series(added)])) if c.summary is not None else c
+        for c in comparison.cells
+    )
+    found = next(c for c in cells if c.complete)
+    assert (found.clinical, found.added) == ("0.710 (0.660 to 0.760)", "+0.020 (-0.010 to +0.050)")
+    page = write_comparison(dataclasses.replace(comparison, cells=cells), tmp_path, title="Sweep").read_text()
+    assert "clinical 0.710 (0.660 to 0.760)" in page
+    assert "adds +0.020 (-0.010 to +0.050)" in page
+    table = (tmp_path / "table.md").read_text()
+    assert "Adds to the clinic (95%)" in table
+    assert "which reach 0.710 (0.660 to 0.760) by themselves" in table
