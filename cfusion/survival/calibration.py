@@ -6,6 +6,7 @@ events at a horizon, the intercept over the follow-up, and the integrated calibr
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -188,14 +189,25 @@ def integrated_calibration_index(time: np.ndarray, event: np.ndarray, survival: 
     else:
         spline = _restricted_cubic(value)
         scale = spline.std(axis=0)
+        observed = _cox_survival(time, event, spline / scale, months)
+    return float(np.abs(observed - survival).mean())
+
+
+def _cox_survival(time: np.ndarray, event: np.ndarray, values: np.ndarray, months: float) -> np.ndarray:
+    """Return the survival at a time, [case], that a Cox regression on values [case, column] fits to the same cases."""
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        # A fit that diverges warns at each step; its result is refused below.
+        warnings.simplefilter("ignore")
         try:
-            model = CoxPHSurvivalAnalysis(ties="efron").fit(spline / scale, Surv.from_arrays(event, time))
+            model = CoxPHSurvivalAnalysis(ties="efron").fit(values, Surv.from_arrays(event, time))
+            steps = model.cum_baseline_hazard_
+            baseline = float(step_values(steps.x, steps.y, months, before=0.0))
+            survival = np.exp(-baseline * np.exp(model.predict(values)))
         except (ValueError, ArithmeticError) as error:
             raise UndefinedMetricError("ICI: the Cox regression on the predictions has no finite solution.") from error
-        steps = model.cum_baseline_hazard_
-        baseline = float(step_values(steps.x, steps.y, months, before=0.0))
-        observed = np.exp(-baseline * np.exp(model.predict(spline / scale)))
-    return float(np.abs(observed - survival).mean())
+    if not np.isfinite(survival).all():
+        raise UndefinedMetricError("ICI: the Cox regression on the predictions has no finite solution.")
+    return np.asarray(survival)
 
 
 def _restricted_cubic(value: np.ndarray) -> np.ndarray:

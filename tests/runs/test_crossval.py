@@ -147,7 +147,7 @@ def test_a_report_shows_the_null_of_permuted_outcomes(files, finished, tmp_path)
     cross_validate(null)
     report_runs([finished.output, null.output], tmp_path / "report", title="Test", oracle={"made_up": 0.8})
     rows = json.loads((tmp_path / "report" / "summary.json").read_text())
-    permuted_c = pd.read_csv(null.output / "summary.csv")["cindex_pooled"].iloc[0]
+    permuted_c = pd.read_csv(null.output / "summary.csv")["cindex_within"].iloc[0]
     assert [row["model"] for row in rows] == ["amil"]
     assert rows[0]["permuted"] == pytest.approx(permuted_c)
     assert rows[0]["oracle"] == 0.8

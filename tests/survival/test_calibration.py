@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from cfusion.errors import UndefinedMetricError
-from cfusion.survival.calibration import calibration_points, calibration_slope, d_calibration, survival_at
+from cfusion.survival.calibration import (
+    calibration_intercept,
+    calibration_points,
+    calibration_slope,
+    d_calibration,
+    integrated_calibration_index,
+    observed_over_expected,
+    survival_at,
+)
 
 
 def drawn(size: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -68,3 +76,32 @@ def test_tied_predictions_form_one_group() -> None:
     constant = np.full(300, 0.5)
     ((point,),) = calibration_points(time, event, {24.0: constant}, constant).values()
     assert point.size == 300
+
+
+def test_the_mean_is_right_for_the_truth_and_wrong_for_three_times_the_deaths() -> None:
+    time, event, rate = drawn(2000, 3)
+    for factor in (1, 3):
+        survival = np.exp(-factor * rate * 12)
+        ratio, low, high = observed_over_expected(time, event, survival, 12)
+        intercept = calibration_intercept(event, factor * rate * time)
+        assert (low < 1 < high) == (factor == 1)
+        assert (intercept[1] < 0 < intercept[2]) == (factor == 1)
+        assert (integrated_calibration_index(time, event, survival, 12) < 0.03) == (factor == 1)
+        assert low < ratio < high
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_mean_of_few_or_separated_patients_is_undefined_or_finite() -> None:
+    time = np.arange(1.0, 13)
+    for event in (np.zeros(12, bool), time > 11):
+        with pytest.raises(UndefinedMetricError):
+            integrated_calibration_index(time, event, np.linspace(0.1, 0.9, 12), 6)
+        with pytest.raises(UndefinedMetricError):
+            observed_over_expected(time, event, np.linspace(0.1, 0.9, 12), 6)
+    with pytest.raises(UndefinedMetricError):
+        calibration_intercept(np.zeros(12, bool), np.ones(12))
+    for survival in (np.full(12, 0.5), np.where(time < 6, 0.01, 0.99), np.repeat([0.2, 0.8], 6)):
+        try:
+            assert 0 <= integrated_calibration_index(time, time < 6, survival, 6) <= 1
+        except UndefinedMetricError:
+            continue
