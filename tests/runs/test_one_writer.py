@@ -149,7 +149,7 @@ def test_processes_end_with_their_killed_agent_and_one_process_goes_on(files, tm
         assert subprocess.call(start, stdout=log, stderr=log, env=environment) == 0
     log.close()
     resumed, undisturbed = (
-        pd.read_csv(folder / run_folder.PREDICTIONS).set_index("patient").sort_index()
+        pd.read_csv(folder / run_folder.PREDICTIONS).set_index("case_id").sort_index()
         for folder in (config.output, tmp_path / "calm")
     )
     pd.testing.assert_frame_equal(resumed, undisturbed, rtol=1e-4, atol=1e-6)
