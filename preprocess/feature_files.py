@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cfusion.errors import LayoutError, MissingExtraError
+from cfusion.errors import LayoutError
 
 INTEGER_TOLERANCE_PX = 0.01
 """Largest distance of a coordinate in px from an integer."""
@@ -143,10 +142,7 @@ def opened(path: Path) -> Iterator[Any]:
 
     Raises:
         LayoutError: The file is unreadable, or what is read from it within the block is damaged.
-        MissingExtraError: h5py is not installed.
     """
-    if importlib.util.find_spec("h5py") is None:
-        raise MissingExtraError("h5py", "import", f"Reading {path.name}")
     import h5py
 
     try:

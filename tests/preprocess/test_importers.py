@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import h5py
 import numpy as np
 import openslide
 import pytest
@@ -12,8 +13,6 @@ from hypothesis import strategies as st
 from cfusion.data.store import FeatureStore
 from cfusion.errors import ConfigError, DataError
 from preprocess.importers import ImportOptions, import_features
-
-h5py = pytest.importorskip("h5py")
 
 DIM = 6
 SIDES = {"x20": 512, "x10": 1024, "x5": 2048}
@@ -529,6 +528,7 @@ def test_linked_folders_are_searched_and_dangling_links_are_refused(tmp_path: Pa
 
 
 def test_tiles_of_an_impossible_size_place_nothing(tmp_path: Path):
+    (tmp_path / "in").mkdir()
     write_stamp(tmp_path / "in", slides=("a", "b"))
     with h5py.File(tmp_path / "in" / "b.h5", "r+") as file:
         file.attrs["tile_size_px"] = 1e30

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,8 +17,6 @@ from cfusion.survival.metrics import concordance
 from cfusion.training.folds import fit
 from preprocess.importers import import_features
 from preprocess.packing import pack_store
-
-h5py = pytest.importorskip("h5py")
 
 
 def features(count: int) -> np.ndarray:
