@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,7 +84,9 @@ def _scored(settings: Config) -> tuple[Scores, dict[str, dict[str, Any]]]:
         clinical_predictions(found.cohort, found.splits, evaluation.n_bins), splits=found.splits,
         bootstrap=evaluation.bootstrap, horizons=evaluation.horizons_months,
     )  # fmt: skip
-    return scores, {found.cohort.name: found.to_json()}
+    # The report describes the patients by their covariates; what the clinical model adds to itself is not computed.
+    described = dataclasses.replace(scores, covariates=found.cohort.covariates)
+    return described, {found.cohort.name: found.to_json()}
 
 
 def _echo(scores: Scores) -> None:

@@ -20,6 +20,7 @@ _NAN = float("nan")
 _SMALLEST_GROUP = 10
 """Minimum number of events of a subgroup whose C is shown."""
 _MOST_SITES = 8
+_AT_RISK = 0.1
 _NORMAL = 1.959964
 
 
@@ -49,7 +50,7 @@ class MeanSurvival:
     """Restricted mean survival time of two risk groups (Royston and Parmar, 2013), up to a common horizon.
 
     Attributes:
-        months: The horizon: the earlier of the two groups' last follow-up times.
+        months: The horizon: the last time at which a tenth of each group is at risk.
         low_risk: Mean months survived up to it by the low-risk group.
         high_risk: The same of the high-risk group.
         difference: Low less high.
@@ -181,7 +182,7 @@ def _subgroup(name: str, first: pd.DataFrame, rows: np.ndarray, draws: Resamples
 def _mean_survival(time: np.ndarray, event: np.ndarray, high_risk: np.ndarray) -> MeanSurvival | None:
     if not high_risk.any() or high_risk.all():
         return None
-    months = float(min(time[high_risk].max(), time[~high_risk].max()))
+    months = float(min(np.quantile(time[rows], 1 - _AT_RISK) for rows in (high_risk, ~high_risk)))
     (low, low_variance), (high, high_variance) = (
         restricted_mean(time[rows], event[rows], months) for rows in (~high_risk, high_risk)
     )

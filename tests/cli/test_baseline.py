@@ -40,6 +40,7 @@ def test_it_writes_a_report(tmp_path: Path) -> None:
     page = (tmp_path / "index.html").read_text()
     assert "tcga_ucec: clinical ranks patients better than chance" in page
     assert "24 patients who died of another cause" in page
+    assert "age (median)" in page
     predictions = pd.read_csv(tmp_path / "predictions.csv")
     assert set(predictions["model"]) == {"clinical"}
     assert {"survival_4", "edge_4", "risk_cutoff"} <= set(predictions)
