@@ -35,8 +35,8 @@ STRONG = 140
 EVEN = 3.0
 """Largest median deviation of grey values, of 255, within 3 × 3 px of even ink; tissue has 4 to 20."""
 
-WIDTH_SPREAD = 0.3
-"""Largest relative spread of a stroke's width; tissue has 0.4 to 1."""
+WIDTH_SPREAD = 0.25
+"""Largest relative spread of the width of a stroke; pens have up to 0.2, most tissue 0.4 to 1."""
 
 MAX_HOLES = 1.0
 """Largest number of holes per 1000 px of ink; tissue has 1 to 10."""
