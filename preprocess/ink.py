@@ -35,8 +35,8 @@ STRONG = 140
 EVEN = 3.0
 """Largest median deviation of grey values, of 255, within 3 × 3 px of even ink; tissue has 4 to 20."""
 
-WIDTH_SPREAD = 0.25
-"""Largest relative spread of the width of a stroke; pens have up to 0.2, most tissue 0.4 to 1."""
+WIDTH_SPREAD, EVEN_WIDTH_SPREAD = 0.25, 0.3
+"""Largest relative spread of the width of a stroke, and of an even one; pens have up to 0.2, most tissue 0.4 to 1."""
 
 MAX_HOLES = 1.0
 """Largest number of holes per 1000 px of ink; tissue has 1 to 10."""
@@ -96,7 +96,7 @@ def _drawn(region: np.ndarray, deviation: np.ndarray, min_px: float, min_length:
         core = inside & (widths >= min(CORE_PX, 0.75 * widths[inside].max()))
         even = np.median(deviation[piece.slice][core]) <= EVEN
         of_ridge = widths[inside & ridge[piece.slice]]
-        stroke = of_ridge.std() <= WIDTH_SPREAD * of_ridge.mean()
+        stroke = of_ridge.std() <= (EVEN_WIDTH_SPREAD if even else WIDTH_SPREAD) * of_ridge.mean()
         solid = 1 - piece.euler_number <= MAX_HOLES * piece.area / 1000 + 1
         long = piece.area >= min_length * (2 * np.median(of_ridge)) ** 2
         kept[piece.label] = solid and long and (stroke or even if not min_length else stroke and even)
