@@ -1,37 +1,18 @@
 """Addresses of data and servers, whose secrets are never printed.
 
 `str` of an address leaves out user, password and query, and so does everything that a run writes. Only the code that
-connects uses `Address.reveal`. `without_secrets` does the same for the URLs in any text, such as an error of a library.
+connects uses `Address.reveal`. `cfusion.secret_text` does the same for the URLs in any text.
 """
 
 from __future__ import annotations
 
-import logging
-import re
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BeforeValidator, PlainSerializer, SecretStr
 
 from cfusion.errors import ConfigError
-
-_URL = re.compile(
-    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<user>[^\s/?#'\"<>]*@)?(?P<rest>[^\s?#'\"<>]*)"
-    r"(?P<query>\?[^\s#'\"<>]*)?"
-)
-_CONTAINERS = ("abfs://", "abfss://", "wasb://", "wasbs://")
-"""Schemes where the name before `@` is a container of the store, not a user."""
-
-
-def without_secrets(text: str) -> str:
-    """Return a text in which every URL has lost its user, its password and its query."""
-    return _URL.sub(_public, text)
-
-
-def _public(url: re.Match[str]) -> str:
-    user = url["user"] or ""
-    kept = user if url["scheme"].lower() in _CONTAINERS and ":" not in user else ""
-    return f"{url['scheme']}{kept}{url['rest']}"
+from cfusion.secret_text import URL, without_secrets
 
 
 @dataclass(frozen=True)
@@ -55,7 +36,7 @@ class Address:
             return text
         if not isinstance(text, str):
             raise ValueError("expected a folder or a URL")
-        found = _URL.fullmatch(text.partition("#")[0])
+        found = URL.fullmatch(text.partition("#")[0])
         if found is not None and found["user"] and "@" in found["rest"]:
             raise ValueError("write @ and / of a password as %40 and %2F")
         return cls(SecretStr(text))
@@ -94,20 +75,3 @@ def refuse_written(key: str, address: Address | None, where: str) -> None:
             "MLFLOW_TRACKING_PASSWORD.",
             topic="access",
         )
-
-
-class SecretsLeftOut(logging.Formatter):
-    """Formats log records; URLs lose their secrets."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record as text, its traceback included."""
-        return without_secrets(super().format(record))
-
-
-def hide_in(values: Any) -> Any:
-    """Return plain values, nested in lists and dictionaries, with no secret in their texts."""
-    if isinstance(values, dict):
-        return {key: hide_in(value) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [hide_in(value) for value in values]
-    return without_secrets(values) if isinstance(values, str) else values

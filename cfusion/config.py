@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cfusion.addresses import Address, AddressSetting, hide_in, without_secrets
+from cfusion.addresses import Address, AddressSetting
 from cfusion.errors import ConfigError, nearest
 from cfusion.extensions import names_file
 from cfusion.recipe import recipe_notes, with_recipe
+from cfusion.secret_text import hide_in, without_secrets
 from cfusion.study.packaged import DataPath
 from cfusion.yaml_files import apply_override, read_yaml
 

@@ -44,6 +44,7 @@ MODULES = {
     "__init__": Modules(False, "names the public functions"),
     "__main__": Modules(False, "starts the command line"),
     "addresses": Modules(False, "keeps the secrets of addresses out of what is written"),
+    "secret_text": Modules(False, "keeps the secrets of URLs out of texts"),
     "apply": Modules(False, "applies finished models to other slides"),
     "child_processes": Modules(False, "starts and ends processes of the program"),
     "cli": Modules(False, "commands"),

@@ -9,10 +9,11 @@ from factories import make_cohort
 from range_server import serving
 from typer.testing import CliRunner
 
-from cfusion.addresses import Address, SecretsLeftOut, hide_in, without_secrets
+from cfusion.addresses import Address
 from cfusion.cli.main import app
 from cfusion.config import Config, load_config
 from cfusion.errors import ConfigError
+from cfusion.secret_text import SecretsLeftOut, hide_in, without_secrets
 from cfusion.tracking.sender_process import end_sender
 from launch.sweep.execute import Execution, run_all
 from launch.sweep.markers import read_failure, write_failure

@@ -11,7 +11,8 @@ MODULES = sorted(p for top in ("cfusion", "preprocess", "launch") for p in (ROOT
 
 LAYERS = (
     ("cfusion.errors", "cfusion.interruption", "cfusion.machine_limits"),
-    ("cfusion.files", "cfusion.console", "cfusion.addresses", "cfusion.child_processes"),
+    ("cfusion.files", "cfusion.console", "cfusion.secret_text", "cfusion.child_processes"),
+    ("cfusion.addresses",),
     ("cfusion.locks", "cfusion.yaml_files", "cfusion.program", "cfusion.extensions", "cfusion.study"),
     ("cfusion.types", "cfusion.recipe"),
     ("cfusion.config",),

@@ -96,8 +96,8 @@ def send_(
 
       cfusion track send runs/study
     """
-    from cfusion.addresses import without_secrets
     from cfusion.run_folder import read_config
+    from cfusion.secret_text import without_secrets
     from cfusion.tracking.address import checked_uri, tracking_uri
     from cfusion.tracking.delivery import send, unsent
 

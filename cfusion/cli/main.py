@@ -14,7 +14,6 @@ from typing import NoReturn
 import typer
 
 import cfusion
-from cfusion.addresses import SecretsLeftOut, without_secrets
 from cfusion.cli import (
     cmd_baseline,
     cmd_checkpoint,
@@ -36,6 +35,7 @@ from cfusion.cli import (
 )  # fmt: skip
 from cfusion.console import is_rank_zero
 from cfusion.errors import DISK, CfusionError, ExchangeError, RequeueError
+from cfusion.secret_text import SecretsLeftOut, without_secrets
 
 HELP = """Survival prediction from whole-slide images, from slides to numbers a reviewer can trust.
 

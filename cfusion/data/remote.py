@@ -16,12 +16,12 @@ from urllib.parse import urlsplit, urlunsplit
 
 from isal.isal_zlib import crc32
 
-from cfusion.addresses import without_secrets
 from cfusion.data.shard_files import OpenFile
 from cfusion.data.shard_index import INDEX_NAME, Shard, ShardIndex, TarMember, parse_index
 from cfusion.errors import MissingExtraError, ShardsError
 from cfusion.files import atomic_path
 from cfusion.locks import hold, mode_like
+from cfusion.secret_text import without_secrets
 
 logger = logging.getLogger(__name__)
 

@@ -115,7 +115,7 @@ def _mlflow() -> str:
 
 
 def _mlflow_server() -> str:
-    from cfusion.addresses import without_secrets
+    from cfusion.secret_text import without_secrets
     from cfusion.tracking.address import checked_uri, connect, unavailable
 
     uri = os.environ.get("MLFLOW_TRACKING_URI")

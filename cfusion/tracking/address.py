@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from cfusion.addresses import without_secrets
 from cfusion.config import TrackingConfig
 from cfusion.errors import CfusionError, ConfigError
+from cfusion.secret_text import without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfusion.addresses import without_secrets
 from cfusion.errors import ConfigError, DataError
 from cfusion.files import read_json, write_json
 from cfusion.locks import HeldError, hold
+from cfusion.secret_text import without_secrets
 from cfusion.tracking.address import REFUSALS, connect, experiment_id, met_another_writer, patient, unavailable
 from cfusion.tracking.journal import JOURNAL_NAME, PARENT, Record, read_records
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfusion.addresses import SecretsLeftOut
 from cfusion.errors import CfusionError, ConfigError
+from cfusion.secret_text import SecretsLeftOut
 from cfusion.tracking.delivery import send
 from cfusion.tracking.journal import JOURNAL_NAME
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cfusion.addresses import without_secrets
 from cfusion.config import TrackingConfig
 from cfusion.errors import RequeueError
+from cfusion.secret_text import without_secrets
 from cfusion.tracking.address import tracking_uri
 from cfusion.tracking.delivery import delivery_of, unsent
 from cfusion.tracking.journal import JOURNAL_NAME, PARENT, Journal

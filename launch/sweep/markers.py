@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cfusion.addresses import without_secrets
 from cfusion.files import read_json, write_json
+from cfusion.secret_text import without_secrets
 
 ATTEMPTS_FILE, FAILED, LOG = "attempts.json", "failed.json", "run.log"
 

@@ -15,12 +15,12 @@ from typing import Literal
 
 import yaml
 
-from cfusion.addresses import SecretsLeftOut
 from cfusion.child_processes import child_environment, python_command
 from cfusion.errors import CfusionError, DataError, RequeueError
 from cfusion.files import write_text
 from cfusion.locks import HeldError
 from cfusion.run_folder import claim, is_done
+from cfusion.secret_text import SecretsLeftOut
 from launch.sweep.cost import Meter
 from launch.sweep.markers import LOG, add_attempt, clear_failure, write_failure
 from launch.sweep.plan import DataDigests, PlannedRun

@@ -227,7 +227,7 @@ def test_the_registered_model_carries_the_file_and_serves_it_where_it_is_trusted
     from cfusion.tracking.model_registry import fetch_ensemble
 
     digest = digest_of(trained.output.parent)
-    client = MlflowClient(trained.tracking.uri)
+    client = MlflowClient(str(trained.tracking.uri))
     assert client.get_model_version("own", "1").tags["cfusion.code_sha256"] == digest
     with pytest.raises(UntrustedCodeError, match="models:/own/1: ") as refused:
         fetch_ensemble(client, "own", "1", tmp_path / "refused")

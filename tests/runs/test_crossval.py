@@ -55,7 +55,7 @@ def test_every_patient_is_predicted_once_by_a_model_that_never_saw_it(files, fin
 
 
 def test_mlflow_has_a_parent_a_child_a_fold_and_the_registered_model(finished):
-    client = MlflowClient(finished.tracking.uri)
+    client = MlflowClient(str(finished.tracking.uri))
     experiment = client.get_experiment_by_name("test")
     runs = client.search_runs([experiment.experiment_id])
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
@@ -119,7 +119,7 @@ def test_a_failed_fold_fails_the_run(files, tmp_path, monkeypatch):
     assert not is_done(config.output)
     assert not (config.output / "summary.csv").exists()
     assert (config.output / "fold_0" / "fold.json").exists()
-    client = MlflowClient(config.tracking.uri)
+    client = MlflowClient(str(config.tracking.uri))
     runs = client.search_runs([client.get_experiment_by_name("test").experiment_id])
     assert sorted(run.info.status for run in runs) == ["FAILED", "FAILED", "FINISHED"]
 

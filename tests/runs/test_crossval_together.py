@@ -52,7 +52,7 @@ def test_runs_together_write_the_files_and_numbers_of_separate_runs(files, tmp_p
         np.testing.assert_allclose(
             pd.read_csv(one.output / "summary.csv")["cindex_pooled"], scored.summary["cindex_pooled"], atol=1e-9
         )
-    client = MlflowClient(together[0].tracking.uri)
+    client = MlflowClient(str(together[0].tracking.uri))
     runs = client.search_runs([client.get_experiment_by_name("t").experiment_id])
     assert len(runs) == 6
     assert {found.info.status for found in runs} == {"FINISHED"}

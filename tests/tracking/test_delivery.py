@@ -21,11 +21,11 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from rival import KINDS, earlier_writer
 from typer.testing import CliRunner
 
-from cfusion.addresses import without_secrets
 from cfusion.cli.main import app
 from cfusion.config import TrackingConfig
 from cfusion.errors import ConfigError, DataError, RequeueError
 from cfusion.runs.crossval import cross_validate
+from cfusion.secret_text import without_secrets
 from cfusion.tracking import TrackedRun, delivery, sender
 from cfusion.tracking import tracked_run as run
 from cfusion.tracking.address import TrackingUnavailableError, connect, tracking_uri
