@@ -109,7 +109,7 @@ def join_world(parallel: ParallelConfig) -> Runtime:
         _check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
     set_arithmetic(on_cpu=on_cpu, deterministic=parallel.deterministic)
     kind = Runtime if parallel.engine == "ddp" else ZeroRuntime
-    if expected > 1:
+    if expected > 1 and not torch.distributed.is_initialized():  # else the port is held by this process's own store
         check_network()
         check_port()
     if expected > 1:
