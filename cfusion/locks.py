@@ -65,7 +65,8 @@ def hold(path: Path, *, wait: bool = False, keep: bool = True) -> Iterator[tuple
     Args:
         path: Lock file; it names the holder while there is one.
         wait: Wait for another holder without end instead of refusing.
-        keep: Leave the empty lock file behind; otherwise it is deleted while the lock is still held.
+        keep: Leave the empty lock file behind; otherwise it is deleted while the lock is still held, and its folder
+            afterwards if the lock has made it and nothing else is in it.
 
     Yields:
         Descriptors; a child process that is given them holds the lock too. None where the file system has no flock.
@@ -73,9 +74,12 @@ def hold(path: Path, *, wait: bool = False, keep: bool = True) -> Iterator[tuple
     Raises:
         HeldError: Another process holds it; the message is that process.
     """
+    made = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptors: list[int] = []
     with contextlib.ExitStack() as stack:
+        if made and not keep:
+            stack.callback(_remove_empty, path.parent)
         try:
             try:
                 lock: FileLock | SoftFileLock = FileLock(
@@ -103,6 +107,11 @@ def hold(path: Path, *, wait: bool = False, keep: bool = True) -> Iterator[tuple
                 path.write_text("", encoding="utf-8")
             else:  # filelock takes no lock on a deleted file, so nobody holds a lock that others do not see
                 path.unlink(missing_ok=True)
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def launch_name() -> str:

@@ -154,7 +154,7 @@ def test_every_tile_is_drawn_about_equally_often(dataset, bags):
     counts = torch.zeros(total)
     unsampled = stream(dataset, bags, [[0]])[0].positions["x20"][0]
     places = {tuple(place): row for row, place in enumerate(unsampled.tolist())}
-    epochs = 100
+    epochs = 400
     for epoch in range(epochs):
         (batch,) = stream(dataset, bags, [[0]], max_tiles=most, epoch=epoch)
         for place in batch.positions["x20"][0].tolist():
