@@ -72,23 +72,37 @@ def placed_level(path: Path, values: np.ndarray, coords: np.ndarray, side: float
     return Level(values, rounded.astype(np.int64), side, **known)
 
 
+def loaded_pt(path: Path, remedy: str) -> Any:
+    """Load what a `.pt` file contains, tensors and plain containers only.
+
+    Args:
+        path: The file.
+        remedy: What to do with a file of pickled objects.
+
+    Raises:
+        LayoutError: The file is unreadable, or contains other objects.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise LayoutError(
+            f"{path}: contains a pickled object, not a plain tensor, so it is not opened.", remedy
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a damaged archive ends in errors of many kinds
+        raise LayoutError(f"{path}: cannot be read ({said(error)}).") from None
+
+
 def read_tensor(path: Path) -> np.ndarray:
     """Read a tensor [N, d] from a `.pt` file; only tensors are unpickled.
 
     Raises:
         LayoutError: The file is unreadable, or contains something else.
     """
-    try:
-        tensor = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise LayoutError(
-            f"{path}: contains a pickled object, not a plain tensor, so it is not opened.",
-            "Import the .h5 files next to it, or save it again with torch.save(torch.as_tensor(features), path).",
-        ) from error
-    except MemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a damaged archive ends in errors of many kinds
-        raise LayoutError(f"{path}: cannot be read ({said(error)}).") from None
+    tensor = loaded_pt(
+        path, "Import the .h5 files next to it, or save it again with torch.save(torch.as_tensor(features), path)."
+    )
     plain = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and tensor.is_floating_point()
     if plain and tensor.ndim == 3 and tensor.shape[0] == 1:
         tensor = tensor[0]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from cfusion.errors import LayoutError
 from cfusion.types import SLIDE
-from preprocess.feature_files import Level, dataset, opened, read_array, said
+from preprocess.feature_files import Level, dataset, loaded_pt, opened, read_array
 from preprocess.layouts import FeatureFile, Found, SourceFolder, slide_name
 
 FOLDER = "slide_features_"
@@ -71,17 +69,7 @@ def _one_vector(path: Path) -> Level:
 
 
 def _tensor(path: Path) -> np.ndarray:
-    try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise LayoutError(
-            f"{path}: contains a pickled object, not a plain tensor, so it is not opened.",
-            "Save it again with torch.save(torch.as_tensor(vector), path).",
-        ) from error
-    except MemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a damaged archive ends in errors of many kinds
-        raise LayoutError(f"{path}: cannot be read ({said(error)}).") from None
+    loaded = loaded_pt(path, "Save it again with torch.save(torch.as_tensor(vector), path).")
     if isinstance(loaded, Mapping):
         keys = [key for key in OUTPUTS if key in loaded]
         if len(keys) != 1:
