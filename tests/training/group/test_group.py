@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, dict[str, object]]] = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
-    return make_cohort(tmp_path_factory.mktemp("cohort"), patients=24, two_slides=3)
+    return make_cohort(tmp_path_factory.mktemp("cohort"), patients=30, two_slides=3)
 
 
 def configuration(files: CohortFiles, output: Path, **sections: Any) -> Config:
