@@ -98,7 +98,7 @@ def test_a_complete_run_gives_the_same_c_with_and_without_torchrun(config, tmp_p
         [float(line.split(",")[first[0].split(",").index("risk")]) for line in lines[1:]] for lines in (first, second)
     ]
     assert risks[1] == pytest.approx(risks[0], abs=1e-9)
-    assert launched.stdout.count("pooled C") == 1, "only rank 0 prints"
+    assert launched.stdout.count("C within folds") == 1, "only rank 0 prints"
 
 
 def test_a_run_on_permuted_outcomes_ends_well_and_says_what_it_is(config, tmp_path):
