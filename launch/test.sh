@@ -17,4 +17,5 @@ done
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest -n auto -m "$marker" "${options[@]}"
+# A file's tests share what they set up, so they run on one worker.
+exec .venv/bin/python -m pytest -n auto --dist loadfile -m "$marker" "${options[@]}"

@@ -15,6 +15,7 @@ import io
 import logging
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -64,7 +65,7 @@ class ZeroRuntime(Runtime):
         _import_deepspeed()
         _single_process_group()
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # where DeepSpeed prints what it compiles
+            with contextlib.redirect_stdout(io.StringIO()):  # where DeepSpeed prints the kernels it found
                 accelerator = Accelerator(
                     cpu=False,
                     mixed_precision="no",
@@ -73,6 +74,8 @@ class ZeroRuntime(Runtime):
                 )
         except NotImplementedError as error:
             raise another_engine(parallel, "another stage already") from error
+        finally:  # Accelerate sets it for itself; the next run of this process may have another engine
+            os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
         if accelerator.distributed_type != DistributedType.DEEPSPEED:
             raise another_engine(parallel, accelerator.distributed_type.value)
         return accelerator
@@ -104,10 +107,6 @@ class ZeroRuntime(Runtime):
         """Run one forward and backward pass of a step."""
         self._engine.set_gradient_accumulation_boundary(last)
         yield
-
-    def autocast(self, *, published: bool = False) -> contextlib.AbstractContextManager[Any]:
-        """Return an empty context: the engine computes in the precision of its configuration."""
-        return contextlib.nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, and distribute it if the engine's stage requires that."""
@@ -212,6 +211,10 @@ def _import_deepspeed() -> None:
     # It prints its search for compilers and kernels to standard output, and calls functions that torch has renamed.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # On CPUs it would compile an extension for reductions in shared memory at the first start. A start that is killed
+    # meanwhile leaves a lock in the user's cache for which every later start, on every node, waits without end. Gloo
+    # does these reductions.
+    sys.modules["deepspeed"].ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _single_process_group() -> None:

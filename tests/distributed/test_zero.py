@@ -77,6 +77,8 @@ def stop_after(steps: int) -> None:
 
 def train_stop_and_resume(configs: dict[str, Config], folder: Path) -> None:
     """In a worker: each configuration undisturbed, and stopped and resumed; a copy of where it stopped stays."""
+    compiled = folder / "compiled"
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(compiled)
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         for name, config in configs.items():
@@ -97,6 +99,7 @@ def train_stop_and_resume(configs: dict[str, Config], folder: Path) -> None:
         refuse_not_finite(configs[name])
         refuse_a_gradient_that_is_not_finite(configs[name])
     refuse_a_full_disk(configs["zero2"], folder / "full")
+    assert not compiled.exists(), "a compilation that is killed leaves a lock for which the next start waits"
 
 
 def refuse_not_finite(config: Config) -> None:
