@@ -41,8 +41,8 @@ from cfusion.data.shards import ShardDataset
 from cfusion.survival.losses import LOSSES
 from cfusion.training.folds import ReadyFold, ready_fold
 from cfusion.training.loop import FoldJob, train_fold
+from cfusion.training.optimizers import make_optimizer
 from cfusion.training.runtime import Runtime
-from cfusion.training.schedule import make_optimizer
 from cfusion.training.step import Share, Stepper
 from cfusion.training.world import join_world
 from cfusion.types import Targets

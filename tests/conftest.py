@@ -24,6 +24,20 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs unless their tests are asked for: several processes of one test cannot share one."""
     if "gpu" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        config.pluginmanager.register(FailuresAtOnce(config))
+
+
+class FailuresAtOnce:
+    """Names a failed test when it fails: a run that is ended from outside prints no summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and (terminal := self.config.pluginmanager.get_plugin("terminalreporter")):
+            terminal.write_line(f"\n{report.nodeid}: failed in {report.when}")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -36,13 +50,6 @@ def pytest_collection_finish() -> None:
     """Leave what was imported out of garbage collections: each trained fold runs a full one."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Name a failed test at once: a run that is ended from outside prints no summary."""
-    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
-        print(f"\n{report.outcome} in {report.when}: {report.nodeid}", flush=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

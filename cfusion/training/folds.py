@@ -30,8 +30,8 @@ from cfusion.training.fitted import FittedModel, ModelCard, build
 from cfusion.training.fold_job import FoldJob, never_stop
 from cfusion.training.inference import patient_survival, predict_logits, prediction_frame
 from cfusion.training.loop import train_fold
+from cfusion.training.optimizers import make_optimizer
 from cfusion.training.runtime import Runtime
-from cfusion.training.schedule import make_optimizer
 from cfusion.training.step import Stepper
 from cfusion.training.world import join_world
 from cfusion.types import Cohort, Split, magnification_value, titled_table

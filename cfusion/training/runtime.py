@@ -132,7 +132,9 @@ class Runtime:
         model.to(device=self.device, dtype=self.dtype)
         # The warning concerns only small depthwise kernels, whose copies cost nothing.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        wrapped, optimizer = self.accelerator.prepare(model, optimizer)
+        # The model is where it should be. To place it, Accelerate would import torch's distributed tensors, for 1 s.
+        place = None if self.accelerator.distributed_type == DistributedType.DEEPSPEED else [False, False]
+        wrapped, optimizer = self.accelerator.prepare(model, optimizer, device_placement=place)
         return wrapped, optimizer
 
     def release(self) -> None:
@@ -171,7 +173,8 @@ class Runtime:
         is then halved, and the returned norm is 0 until the scale cannot be reduced further.
         """
         limit = float("inf") if clip_norm is None else clip_norm
-        norm = float(self.accelerator.clip_grad_norm_(model.parameters(), limit))
+        self.accelerator.unscale_gradients()
+        norm = float(nn.utils.clip_grad_norm_(model.parameters(), limit))
         scaler = self.accelerator.scaler
         if math.isfinite(norm) or scaler is not None:
             for group in optimizer.param_groups:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from cfusion.config import Config, TrainConfig
 from cfusion.errors import ConfigError
 
@@ -44,9 +42,3 @@ def steps_in_epoch(config: Config, bags: int) -> int:
             "Lower parallel.global_batch, or set train.published_errors=false.",
         )
     return bags // batch
-
-
-def make_optimizer(model: torch.nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """Create the optimizer of `train`; its learning rate is set from `learning_rate` before every step."""
-    kind = torch.optim.AdamW if train.optimizer == "adamw" else torch.optim.Adam
-    return kind(model.parameters(), lr=train.lr, weight_decay=train.weight_decay)

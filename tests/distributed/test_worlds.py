@@ -177,10 +177,12 @@ def test_in_fp16_a_scale_too_large_skips_a_step_and_one_too_small_stops(scale, n
     moved = []
     runtime = Runtime.__new__(Runtime)
     runtime.accelerator = SimpleNamespace(
-        clip_grad_norm_=lambda parameters, limit: float("inf"), scaler=SimpleNamespace(get_scale=lambda: scale)
+        unscale_gradients=lambda: None, scaler=SimpleNamespace(get_scale=lambda: scale)
     )
     optimizer = SimpleNamespace(param_groups=[{}], step=lambda: moved.append(1), zero_grad=lambda: None)
-    assert runtime.advance(torch.nn.Linear(1, 1), optimizer, lr=0.1, clip_norm=1.0) == norm
+    layer = torch.nn.Linear(1, 1, bias=False)
+    layer.weight.grad = torch.full((1, 1), float("inf"))
+    assert runtime.advance(layer, optimizer, lr=0.1, clip_norm=1.0) == norm
     assert moved == [1], "the scaler skips the step and lowers the scale"
 
 

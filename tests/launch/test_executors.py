@@ -115,7 +115,7 @@ def test_submitit_ends_with_the_same_bytes_and_a_killed_task_goes_on(files, expe
     find = functools.partial(processes, "submitit.core._submit")
     with (
         Disturbance(tmp_path, signal.SIGKILL, find) as killed,
-        pytest.raises(PartialResultError, match=r"2 of 2 runs failed. .* its array task \d+ was lost"),
+        pytest.raises(PartialResultError, match=r"2 of 2 runs failed. .* its SLURM task \d+ was lost"),
     ):
         in_submitit(runs, tmp_path, monkeypatch, retries=0, resources=both_in_one_task)
     assert killed.hit

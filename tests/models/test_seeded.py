@@ -23,7 +23,7 @@ from cfusion.models import build_model, load_published_weights, published_state_
 from cfusion.survival.bins import TimeBins
 from cfusion.survival.losses import LOSSES
 from cfusion.survival.metrics import concordance
-from cfusion.training.schedule import make_optimizer
+from cfusion.training.optimizers import make_optimizer
 from cfusion.training.step import Stepper
 from cfusion.training.world import join_world
 from cfusion.types import BagBatch, SurvivalOutput, Targets

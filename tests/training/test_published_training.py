@@ -28,8 +28,8 @@ from cfusion.training.checkpoint_files import open_checkpoint
 from cfusion.training.choice import is_best, out_of_patience
 from cfusion.training.folds import FoldRun, fit, open_run_shards, ready_fold
 from cfusion.training.inference import PublishedEvaluation, predict_logits
+from cfusion.training.optimizers import make_optimizer
 from cfusion.training.runtime import Runtime
-from cfusion.training.schedule import make_optimizer
 from cfusion.training.step import Stepper
 from cfusion.training.world import join_world
 

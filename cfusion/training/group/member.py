@@ -26,8 +26,9 @@ from cfusion.training.choice import chosen_parameters, finish_epoch, has_ended, 
 from cfusion.training.fold_job import targets_of
 from cfusion.training.folds import FoldRun, ReadyFold, fold_run
 from cfusion.training.group.order import Window, windows
+from cfusion.training.optimizers import make_optimizer
 from cfusion.training.runtime import Runtime
-from cfusion.training.schedule import learning_rate, make_optimizer, steps_in_epoch
+from cfusion.training.schedule import learning_rate, steps_in_epoch
 from cfusion.training.snapshot import Snapshot
 from cfusion.training.step import Share, Stepper, dropout_seed
 from cfusion.types import BagBatch, SurvivalOutput, Targets
