@@ -122,7 +122,7 @@ def _cohort(folder: Path) -> None:
     files = make_cohort(folder / "study", patients=60)
     values = files.config(Path("runs/study")).model_dump(mode="json", exclude_defaults=True)
     values |= {"cohort": {"name": "study", "table": "study/clinical.csv"}, "data": {"shards": "study/shards"}}
-    values["train"] |= {"epochs": 2}
+    values["train"] |= {"epochs": 6, "lr": 1e-2}
     values["tracking"] = {"experiment": "study"}
     (folder / "study.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
