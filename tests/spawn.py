@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from launch.sweep.workers import PRELOADED
+
 
 def free_port() -> int:
     """A loopback port that nobody uses now."""
@@ -29,7 +31,7 @@ def run_world(
     """
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cfusion.runs.crossval", "cfusion.training.group.group"])
+    context.set_forkserver_preload(list(PRELOADED))
     port = free_port()
     workers = [
         context.Process(target=_worker, args=(rank, world_size, port, function, folder, arguments))

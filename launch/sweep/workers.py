@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 _TICK_SECONDS = 0.5
 _GRACE_SECONDS = 60.0
 
+PRELOADED = ("cfusion.runs.crossval", "cfusion.training.group.group")
+"""Modules that the workers' server imports."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -135,9 +138,11 @@ class _Worker:
 
     def start(self, job: Job) -> None:
         if self._process is None or not self._process.is_alive():
-            context = multiprocessing.get_context("spawn")
+            # Forked from a server that has imported the program and started no thread: one import for all slots.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(list(PRELOADED))
             self._pipe, other = context.Pipe()
-            self._process = context.Process(target=_serve, args=(other, self._slot, os.getpid()))
+            self._process = context.Process(target=_serve, args=(other, self._slot, dict(os.environ)))
             self._process.start()
             other.close()
         self.job = Job(job.runs, job.processes, self._slot.share)
@@ -173,15 +178,21 @@ class _Worker:
         self._process.join()
 
 
-def _serve(pipe: Connection, slot: Slot, parent: int) -> None:
-    """Serve jobs until the parent closes the pipe or is gone. Only the parent handles Ctrl-C."""
-    stop_with_parent(parent)
+def _serve(pipe: Connection, slot: Slot, environment: dict[str, str]) -> None:
+    """Serve jobs until the sweep closes the pipe or is gone. Only the sweep handles Ctrl-C."""
+    stop_with_parent(os.getppid())  # the server, which ends with the sweep
+    sweep = multiprocessing.parent_process()
+    if sweep is None or not sweep.is_alive():
+        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["OMP_NUM_THREADS"] = str(slot.threads)
+    os.environ.clear()  # the server has that of the sweep's first worker
+    os.environ.update(environment | {"OMP_NUM_THREADS": str(slot.threads)})
     if slot.gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpus
+    import threadpoolctl
     import torch
 
+    threadpoolctl.threadpool_limits(slot.threads)  # BLAS has read the variable before it was set
     torch.set_num_threads(slot.threads)
     if slot.share < 1:
         for device in range(torch.cuda.device_count()):

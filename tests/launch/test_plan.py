@@ -132,8 +132,8 @@ def test_a_worker_that_is_killed_is_replaced_and_the_numbers_are_the_same(files,
 
 
 def children(pid: int) -> list[int]:
-    """Return the pids of the pool's worker processes, without the resource tracker of multiprocessing."""
+    """Return the pids of the worker processes: children of the server that this process's children are forked from."""
     import psutil
 
-    found = psutil.Process(pid).children(recursive=True)
-    return [child.pid for child in found if "spawn_main" in " ".join(child.cmdline())]
+    servers = [child for child in psutil.Process(pid).children() if "forkserver" in " ".join(child.cmdline())]
+    return [child.pid for server in servers for child in server.children() if child.status() != psutil.STATUS_ZOMBIE]
