@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import BeforeValidator, PlainSerializer, SecretStr
+from pydantic import BeforeValidator, PlainSerializer, SecretStr, WithJsonSchema
 
 from cfusion.errors import ConfigError
 from cfusion.secret_text import URL, without_secrets
@@ -57,7 +57,9 @@ class Address:
         return repr(str(self))
 
 
-AddressSetting = Annotated[Address, BeforeValidator(Address.of), PlainSerializer(str)]
+AddressSetting = Annotated[
+    Address, BeforeValidator(Address.of), PlainSerializer(str), WithJsonSchema({"type": "string"})
+]
 """A setting that is an address; it is written without its secret."""
 
 

@@ -23,6 +23,9 @@ from cfusion.secret_text import hide_in, without_secrets
 from cfusion.study.packaged import DataPath
 from cfusion.yaml_files import apply_override, read_yaml
 
+SCHEMA = Path(__file__).with_name("config.schema.json")
+"""JSON Schema of `Config`, for editors; `cfusion configs schema` prints what it must be."""
+
 Protocol = Literal["strict", "fixed-epoch", "published"]
 """Patients used to choose the model: an inner validation split, none, or (optimistically) the scored fold."""
 
@@ -408,6 +411,17 @@ def _with_endpoint(values: Any) -> Any:
         raise ValueError(f"evaluation.endpoint={endpoint} and cohort.endpoint={cohort['endpoint']} differ; give one")
     rest = {key: value for key, value in evaluation.items() if key != "endpoint"}
     return {**values, "cohort": {**cohort, "endpoint": endpoint}, "evaluation": rest}
+
+
+def config_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a configuration file."""
+    schema = Config.model_json_schema()
+    endpoint = schema["$defs"]["CohortConfig"]["properties"]["endpoint"]
+    names = [case(name) for name in endpoint["enum"] for case in (str.lower, str.upper)]
+    schema["$defs"]["EvaluationConfig"]["properties"]["endpoint"] = {
+        "enum": names, "type": "string", "title": "Endpoint", "description": "Another name of `cohort.endpoint`.",
+    }  # fmt: skip
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "cfusion configuration", **schema}
 
 
 def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> Config:

@@ -59,6 +59,7 @@ MODULES = {
     "locks": Modules(False, "keeps two processes from writing one folder"),
     "machine_limits": Modules(False, "counts the cores and memory that a process may use"),
     "program": Modules(False, "this digest"),
+    "proposal": Modules(False, "proposes a configuration, whose values decide"),
     "recipe": Modules(False, "fills in the settings of a recipe, which decide as values of the configuration"),
     "report": Modules(False, "shows numbers"),
     "run_folder": Modules(False, "names of the files of a run's folder"),

@@ -131,7 +131,7 @@ def import_features(
     """
     options = options or ImportOptions()
     folder = SourceFolder(source, options.only, options.magnification)
-    name, found = _find_layout(folder, layout)
+    name, found = find_layout(folder, layout)
     held, stored_as = _choose_encoder(source, {f.encoder for f in found.files}, encoder)
     chosen = [f for f in found.files if f.encoder in held]
     _check_tilings(source, chosen)
@@ -150,7 +150,17 @@ def import_features(
     return run.report()
 
 
-def _find_layout(folder: SourceFolder, layout: str) -> tuple[str, Found]:
+def find_layout(folder: SourceFolder, layout: str) -> tuple[str, Found]:
+    """Return the layout of a folder and its files.
+
+    Args:
+        folder: The folder.
+        layout: A key of `LAYOUTS`, or auto.
+
+    Raises:
+        ConfigError: The layout is unknown.
+        LayoutError: The folder does not have it, or fits none or several.
+    """
     if not folder.path.is_dir():
         raise LayoutError(f"{folder.path}: no such folder.")
     if layout != "auto" and layout not in LAYOUTS:

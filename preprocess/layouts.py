@@ -29,6 +29,8 @@ from preprocess.feature_files import (
 from preprocess.names import files_below, plain_name
 
 MAGNIFICATION_FOLDER = re.compile(r"x(5|10|20|40|2\.5|1\.25)")
+NAMED_MAGNIFICATION = re.compile(r"x(\d+(?:\.\d+)?)|(\d+(?:\.\d+)?)x")
+"""`20x` or `x20`, as a word of a folder's name."""
 TRIDENT_FOLDER = re.compile(r"(\d+(?:\.\d+)?)x_(\d+px_(\d+)px)_overlap")
 FEATURE_SUFFIXES = (".h5", ".hdf5", ".npy", ".npz", ".pkl", ".pt", ".pth")
 """Suffixes of files that look like features."""
@@ -180,6 +182,8 @@ def find_trident(source: SourceFolder) -> Found:
         if folder.name in ("patches", "h5_files") or folder.name.startswith("slide_features_"):
             continue
         named = folder.name.removeprefix("features_") if folder.name.startswith("features_") else None
+        if named and NAMED_MAGNIFICATION.fullmatch(named):
+            named = None  # a folder such as features_20x, of a flat tree
         match = TRIDENT_FOLDER.fullmatch(folder.parent.name) if named else None
         if match is not None:
             overlaps.add(int(match[3]))

@@ -44,7 +44,7 @@ LAYERS = (
     ("cfusion.view", "cfusion.runs.external"),
     ("launch.tasks",),
     ("launch.cluster", "launch.sweep", "launch.extract"),
-    ("launch.torchrun", "cfusion.doctor", "cfusion.demo"),
+    ("launch.torchrun", "cfusion.doctor", "cfusion.demo", "cfusion.proposal"),
     ("cfusion.cli",),
     ("cfusion.__main__",),
 )  # fmt: skip

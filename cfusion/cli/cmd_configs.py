@@ -54,3 +54,22 @@ def copy(
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, source.read_text(encoding="utf-8"))
     typer.echo(target)
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Option(help="File to write; default: print it.")] = None,
+) -> None:
+    """Print the JSON Schema of a configuration; editors complete and check keys with it.
+
+    cfusion configs schema --out cfusion.schema.json
+    """
+    import json
+
+    from cfusion.config import config_schema
+
+    text = json.dumps(config_schema(), indent=1, ensure_ascii=False) + "\n"
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        write_text(out, text)

@@ -24,6 +24,7 @@ from cfusion.cli import (
     cmd_explain,
     cmd_gdc,
     cmd_help,
+    cmd_init,
     cmd_launch,
     cmd_predict,
     cmd_preprocess,
@@ -48,9 +49,9 @@ The five commands most people need, each with an example:
   cfusion explain a.svs --model runs/study --out ex  explain a risk
 
 \b
-Then: `view` shows slides and heatmaps, `predict` scores new patients, `score`
-anyone's predictions, `sweep` compares models. COMMAND --help has an example;
-`cfusion help TOPIC` explains an error.
+Then: `init` writes study.yaml for features you have, `view` shows slides and
+heatmaps, `predict` scores new patients, `score` anyone's predictions, `sweep`
+compares models. COMMAND --help has an example; `cfusion help TOPIC` explains an error.
 
 \b
 Exit codes:
@@ -77,7 +78,7 @@ app.add_typer(cmd_preprocess.app, name="preprocess")
 app.add_typer(cmd_gdc.app, name="gdc")
 app.add_typer(cmd_configs.app, name="configs")
 COMMANDS = (
-    cmd_demo, cmd_doctor, cmd_baseline, cmd_train, cmd_checkpoint, cmd_predict, cmd_launch, cmd_sweep,
+    cmd_demo, cmd_doctor, cmd_init, cmd_baseline, cmd_train, cmd_checkpoint, cmd_predict, cmd_launch, cmd_sweep,
     cmd_evidence, cmd_registry, cmd_reproduce, cmd_explain, cmd_view, cmd_help,
 )  # fmt: skip
 for module in COMMANDS:

@@ -166,8 +166,10 @@ class Run:
         ]
         lines += [f"note: {note}" for note in self.config.notes]
         lines += [f"audit: {finding}" for finding in self.audit.findings]
+        repeated = self.config.splits.repeats > 1
         lines += [
-            f"fold {split.fold}: {len(split.train)} train, {len(split.validation)} choose, {len(split.test)} are scored"
+            f"{f'repeat {split.repeat}, ' * repeated}fold {split.fold}: {len(split.train)} train, "
+            f"{len(split.validation)} choose, {len(split.test)} are scored"
             for split in self.splits
         ]
         return "\n".join([*lines, self.arrangement().describe()])

@@ -3,7 +3,8 @@
 A comment before a block or at the head of a page says what the reader does not see:
 `<!-- not run: REASON -->`, `<!-- leaves with CODE -->`, and `<!-- set-up: NAME -->`: `cohort`, a small one in ./study
 with study.yaml; `trident`, the folder of another program; `two-encoders`, shards of two; `run`, drawn slides and a run;
-`doors`, drawn slides, the folder of another program for them, and predictions.
+`doors`, drawn slides, the folder of another program for them, and predictions. `<!-- with: KEY=VALUE … -->` adds
+settings to each `cfusion train` of the block, which make a test short and a result worse.
 """
 
 import dataclasses
@@ -60,6 +61,8 @@ def blocks(page: Path) -> list[Block]:
         kind, _, rest = note.partition(": ")
         code = re.sub(rf"^{match['indent']}", "", match["code"], flags=re.MULTILINE)
         leaves = re.fullmatch(r"leaves with (\d+)", note)
+        if kind == "with":
+            code = re.sub(r"^(cfusion train [^#\n]*?)( *#.*)?$", rf"\1 {rest}", code, flags=re.MULTILINE)
         reason = rest.strip() if kind == "not run" else ""
         line = text[: match.start("code")].count("\n") + 1
         found.append(Block(line, code, int(leaves[1]) if leaves else 0, reason))
