@@ -25,12 +25,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def run(installed: Path, folder: Path, *arguments: str) -> str:
-    """Run a Python of the installed package in `folder`, without the clone on its path; its output."""
+def run(installed: Path, folder: Path, *arguments: str, code: int = 0) -> str:
+    """Run a Python of the installed package in `folder`, without the clone on its path; its output if it ends so."""
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     command = [sys.executable, "-P", *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
 
 
@@ -49,8 +49,8 @@ def test_commands_work_outside_the_clone(installed: Path, tmp_path: Path):
     where = run(installed, tmp_path, "-c", "import cfusion, launch, preprocess; print(cfusion.__file__)")
     assert Path(where.strip()).is_relative_to(installed)
 
-    def cfusion(*arguments: str) -> str:
-        return run(installed, tmp_path, "-m", "cfusion", *arguments)
+    def cfusion(*arguments: str, code: int = 0) -> str:
+        return run(installed, tmp_path, "-m", "cfusion", *arguments, code=code)
 
     assert "cfusion demo" in cfusion("--help")
     assert "tcga_blca" in cfusion("configs", "list")
@@ -60,7 +60,7 @@ def test_commands_work_outside_the_clone(installed: Path, tmp_path: Path):
     assert len(cfusion("sweep", "plan", "grid.yaml").splitlines()) == 1440
     assert "457 slides" in cfusion("gdc", "download", "package:tcga/manifests/tcga_blca.tsv", "--dry-run")
     assert "resolution" in cfusion("help", "resolution").lower()
-    assert "#SBATCH" in cfusion("launch", "slurm", "tcga_blca.yaml", "--dry-run")
+    assert "#SBATCH" in cfusion("launch", "slurm", "tcga_blca.yaml", "--dry-run", code=2), "2: the shards are not there"
 
 
 @pytest.mark.slow

@@ -106,6 +106,35 @@ def test_a_task_that_is_warned_saves_and_is_queued_again(slurm, tmp_path):
     assert len((tmp_path / "a.starts").read_text().splitlines()) == 2
 
 
+def test_at_its_time_limit_a_task_saves_and_goes_on_and_one_that_does_not_is_reported(slurm, tmp_path):
+    run = Run([Marked("a", tmp_path, waits=True), Marked("b", tmp_path, deaf=True)], tmp_path, hours=1 / 60)
+    wait_for((tmp_path / "b.starts").exists)
+    job = run.job()
+    wait_for(lambda: "PENDING" in said(slurm, "squeue", "--noheader", "--format=%T", f"--jobs={job}_0"))
+    said(slurm, "scontrol", "update", f"JobId={job}_0", "StartTime=now")
+    found = run.result()
+    assert found["a"] == "done"
+    assert re.search(rf"its SLURM task {job}_1 ended as TIMEOUT", found["b"]), found
+
+
+@pytest.mark.skipif(bool(why_not(accounting=True)), reason=why_not(accounting=True) or "accounting")
+def test_what_the_controller_has_forgotten_the_accounting_knows(tmp_path, monkeypatch):
+    with slurm_of_one_node(accounting=True) as configuration:
+        monkeypatch.setenv("SLURM_CONF", str(configuration))
+        jobs = []
+        for command in ("exit 0", "exit 3", "sleep 600"):
+            answer = said(configuration, "sbatch", "--parsable", f"--output={tmp_path}/%j", f"--wrap={command}")
+            jobs.append(answer.strip())
+        wait_for(lambda: "RUNNING" in said(configuration, "squeue", "--noheader", "--format=%T", f"--jobs={jobs[2]}"))
+        said(configuration, "scancel", jobs[2])
+        listed = ("squeue", "--noheader", "--states=all", "--format=%i", f"--jobs={','.join(jobs)}")
+        wait_for(lambda: not set(said(configuration, *listed).split()) & set(jobs))
+        states = slurm_states.SlurmStates(looks_until_gone=1)
+        wait_for(lambda: len(states.look(jobs, now=True)) == 3)
+        assert [states.look(jobs)[job].name for job in jobs] == ["COMPLETED", "FAILED", "CANCELLED"]
+        assert states.look(["999999"], now=True)["999999"].name == slurm_states.GONE
+
+
 def test_what_no_node_has_is_refused_and_the_default_fits(slurm, tmp_path):
     with pytest.raises(ConfigError, match=r"--cpus 4096: the largest node of the default partition has \d+ cores"):
         slurm_array.submit([Marked("a", tmp_path)], TaskResources(cpus=4096, hours=0.2), tmp_path / "jobs", "test")
