@@ -72,6 +72,8 @@ CARD = "model.json"
 """In a model's folder: the model card."""
 WEIGHTS = "model.safetensors"
 """In a model's folder: the weights."""
+SEEN = "training.npz"
+"""In a model's folder: digests of the patients it has seen, and the region of their embeddings."""
 
 _FOLD_NAME = re.compile(r"(repeat_\d+_)?fold_\d+")
 _ANY_FOLD = "*fold_*"

@@ -22,6 +22,7 @@ from cfusion.survival.predictions import curve_table
 from cfusion.training.fitted import FittedModel, ModelCard, read_card
 from cfusion.training.inference import predict_logits, prediction_frame
 from cfusion.training.runtime import Runtime
+from cfusion.training.seen import EmbeddingRegion, bag_vector
 from cfusion.training.world import join_world, launched
 from cfusion.types import BagBatch, SurvivalOutput, magnification_name
 
@@ -134,8 +135,9 @@ class FoldEnsemble:
 
         Returns:
             One row per patient: `case_id, slides, risk` and `risk_sd` (mean and standard deviation over folds), `group`
-            (high where the risk is at least `risk_cutoff`, otherwise low; empty if a fold has none), `survival_1…K,
-            edge_1…K` (mean over folds at each month where some model's time bin ends).
+            (high where the risk is at least `risk_cutoff`, otherwise low; empty if a fold has none), `distance` (of
+            the mean embedding from those of the training, above 1 is outside, mean over folds; only if the models have
+            recorded them), `survival_1…K, edge_1…K` (mean over folds at each month where some model's time bin ends).
 
         Raises:
             StoreError: The source's embeddings are not those the models read.
@@ -148,17 +150,35 @@ class FoldEnsemble:
         mine = evaluation_slices(bags.costs, runtime.world_size)[runtime.rank].tolist()
         for model in self.models:
             model.module.to(device=runtime.device, dtype=runtime.dtype)
-        rows: list[tuple[str, list[np.ndarray]]] = []
+        rows: list[tuple[str, tuple[list[np.ndarray], float]]] = []
         with progress("Bags", len(mine)) as bar, torch.inference_mode():
             for index, batch in zip(mine, bags.stream(mine), strict=True):
-                rows.append((bags.case_ids[index], [self._survival(model, batch) for model in self.models]))
+                found = [self._survival(model, batch) for model in self.models], self._distance(batch)
+                rows.append((bags.case_ids[index], found))
                 bar.advance()
         gathered = dict(runtime.gather(rows))
-        survival = []
+        survival, distances = [], []
         for case, slides in cases.items():
-            of_bags = [gathered[key] for key in (slides if by_slide else [case])]
+            of_bags, far = zip(*(gathered[key] for key in (slides if by_slide else [case])), strict=True)
             survival.append([np.mean(curves, axis=0) for curves in zip(*of_bags, strict=True)])
-        return self._table(cases, survival)
+            distances.append(float(np.mean(far)))
+        table = self._table(cases, survival)
+        if not np.isnan(distances).all():
+            table.insert(5, "distance", distances)
+        return table
+
+    @property
+    def regions(self) -> tuple[EmbeddingRegion, ...]:
+        """Regions of the models' training embeddings, of those that have recorded one."""
+        seen = [model.seen.region for model in self.models if model.seen is not None]
+        return tuple(region for region in seen if region is not None)
+
+    def _distance(self, batch: BagBatch) -> float:
+        """Return the mean over the models of a bag's distance from their training; NaN if none has recorded it."""
+        if not self.regions:
+            return float("nan")
+        vector = bag_vector(batch.features, self.models[0].card.magnifications)[None]
+        return float(np.mean([region.distance(vector)[0] for region in self.regions]))
 
     @staticmethod
     def _survival(model: FittedModel, batch: BagBatch) -> np.ndarray:

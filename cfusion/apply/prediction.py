@@ -17,6 +17,7 @@ from cfusion.apply.sources import group_slides
 from cfusion.cohort.identifiers import has_barcode
 from cfusion.config import ParallelConfig
 from cfusion.training.fitted import ModelCard
+from cfusion.training.seen import outside_words
 from cfusion.training.world import join_world, launched
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,9 @@ class Prediction:
         failed: Slides that could not be read.
         is_main: Whether this process reports the result.
         cards: Cards of the fold models.
+        seen: Digests of the patients that the models have seen (`digest_case`); empty for models that do not record
+            them.
+        training_bags: Number of bags that give the limit of `distance` in the table; 0 if there is no such column.
     """
 
     table: pd.DataFrame
@@ -39,6 +43,12 @@ class Prediction:
     failed: tuple[str, ...]
     is_main: bool
     cards: tuple[ModelCard, ...]
+    seen: frozenset[str] = frozenset()
+    training_bags: int = 0
+
+    def outside(self, rows: pd.DataFrame) -> str | None:
+        """Say how many of some rows of the table are outside of the training; None if about as many as usual."""
+        return outside_words(rows["distance"].to_numpy(), self.training_bags) if self.training_bags else None
 
 
 def predict_inputs(
@@ -80,4 +90,10 @@ def predict_inputs(
             )  # fmt: skip
         table = ensemble.predict(inputs.source, slides, runtime)
         runtime.barrier()
-    return Prediction(table, unnamed, inputs.failed, runtime.is_main, tuple(model.card for model in ensemble.models))
+    cards = tuple(fold.card for fold in ensemble.models)
+    seen = frozenset[str]().union(*(fold.seen.digests for fold in ensemble.models if fold.seen is not None))
+    training_bags = min((region.bags for region in ensemble.regions), default=0)
+    done = Prediction(table, unnamed, inputs.failed, runtime.is_main, cards, seen, training_bags)
+    if (outside := done.outside(table)) and runtime.is_main:
+        logger.warning("Read these predictions with care: %s", outside)
+    return done

@@ -19,15 +19,21 @@ from cfusion.errors import DataError
 from cfusion.files import digest_file
 from cfusion.report import ReportContext, write_report
 from cfusion.run_folder import OUTCOMES, find_run
+from cfusion.survival.added import COX_FOLDS
 from cfusion.survival.predictions import fold_predictions
 from cfusion.survival.score import Scores, score
 from cfusion.training.fitted import ModelCard
+from cfusion.training.seen import digest_case
 from cfusion.types import Cohort
 
 logger = logging.getLogger(__name__)
 
 _USUAL_HIGH_RISK = (0.2, 0.8)
 """Share of patients above the training's median risk outside which the new patients or embeddings must differ."""
+
+_UNCHECKED = (
+    "The models do not record the patients of their training, so it was not checked that none of them is scored here."
+)
 
 
 @dataclass(frozen=True)
@@ -55,25 +61,25 @@ def report_external(done: Prediction, model: str, tables: Sequence[Path], out: P
         DataError: A patient of a table trained the model, two tables have a patient in common, or no predicted patient
             is in a table; or as for `read_cohort` and `score`.
     """
-    seen = _training_patients(model)
+    seen = done.seen | _patients_of_run(model)
     tested = [_tested(done, table, seen) for table in tables]
     _check_disjoint([part.found.cohort for part in tested])
     card = done.cards[0]
     context = ReportContext(
         title=f"{card.model['name']} of {card.cohort} on {', '.join(part.found.cohort.name for part in tested)}",
         audits={part.found.cohort.name: part.found.to_json() for part in tested},
-        provenance={"external validation": _provenance(card, model, len(done.cards), tables)},
-        notes=[note for part in tested for note in part.notes],
+        provenance={"external validation": _provenance(done, model, tables)},
+        notes=[*([] if seen else [_UNCHECKED]), *(note for part in tested for note in part.notes)],
     )
     return write_report([part.scores for part in tested], out, context=context)
 
 
-def _training_patients(model: str) -> frozenset[str]:
-    """Return the patients of the model's run; none if the model comes from a registry, which does not keep them."""
-    if model.startswith("models:"):
+def _patients_of_run(model: str) -> frozenset[str]:
+    """Return digests of the patients of the model's run; none if only the model is there."""
+    outcomes = None if model.startswith("models:") else find_run(Path(model)) / OUTCOMES
+    if outcomes is None or not outcomes.is_file():
         return frozenset()
-    outcomes = find_run(Path(model)) / OUTCOMES
-    return frozenset(read_outcomes(outcomes, "training").cases.index) if outcomes.is_file() else frozenset()
+    return frozenset(digest_case(str(case)) for case in read_outcomes(outcomes, "training").cases.index)
 
 
 def _tested(done: Prediction, table: Path, seen: frozenset[str]) -> _Tested:
@@ -87,7 +93,7 @@ def _tested(done: Prediction, table: Path, seen: frozenset[str]) -> _Tested:
             f"{done.table['case_id'].iloc[0]}.",
             "Give --cases TABLE, which names the patient of each slide.",
         )
-    known = sorted(set(predicted["case_id"]) & seen)
+    known = sorted(case for case in predicted["case_id"] if digest_case(case) in seen)
     if known:
         raise DataError(
             f"{table}: {len(known)} patients are in the run that trained the model, such as {known[0]}.",
@@ -96,12 +102,21 @@ def _tested(done: Prediction, table: Path, seen: frozenset[str]) -> _Tested:
     found = audit(cohort.subset(list(predicted["case_id"])), [])
     usable = predicted[predicted["case_id"].isin(found.cohort.cases.index)]
     frame = _frame(usable, found.cohort, done.cards)
-    return _Tested(found, score(frame, covariates=found.cohort.covariates), _notes(frame, cohort, done.cards))
+    scores = score(frame, covariates=found.cohort.covariates)
+    notes = _notes(frame, cohort, done.cards)
+    if outside := done.outside(usable):
+        notes.append(f"{cohort.name}: {outside}")
+    if scores.added:
+        notes.append(
+            f"{cohort.name}: the Cox models of the covariates are fitted on the patients of this cohort, in "
+            f"{COX_FOLDS} drawn folds; the network has seen none of them."
+        )
+    return _Tested(found, scores, tuple(notes))
 
 
 def _frame(usable: pd.DataFrame, cohort: Cohort, cards: Sequence[ModelCard]) -> pd.DataFrame:
     """Return checked predictions: one fold, which no training patient is in."""
-    curves = usable.drop(columns=["slides", "risk_sd", "group"])
+    curves = usable.drop(columns=["slides", "risk_sd", "group", "distance"], errors="ignore")
     cutoff = mean_cutoff(cards)
     shared: dict[str, Any] = {
         "model": cards[0].model["name"], "protocol": "strict", "seed": 0, "repeat": 0, "fold": 0,
@@ -110,7 +125,7 @@ def _frame(usable: pd.DataFrame, cohort: Cohort, cards: Sequence[ModelCard]) -> 
     return fold_predictions(curves, cohort, shared)
 
 
-def _notes(frame: pd.DataFrame, cohort: Cohort, cards: Sequence[ModelCard]) -> tuple[str, ...]:
+def _notes(frame: pd.DataFrame, cohort: Cohort, cards: Sequence[ModelCard]) -> list[str]:
     card = cards[0]
     notes = [
         f"External validation: {card.model['name']} was trained on {card.cohort} ({len(cards)} fold models, embeddings "
@@ -131,7 +146,7 @@ def _notes(frame: pd.DataFrame, cohort: Cohort, cards: Sequence[ModelCard]) -> t
                 "patients or their embeddings (stain, scanner, preparation) differ from those of the training; read "
                 "survival probabilities and risk groups with care."
             )
-    return tuple(notes)
+    return notes
 
 
 def _check_disjoint(cohorts: Sequence[Cohort]) -> None:
@@ -143,9 +158,12 @@ def _check_disjoint(cohorts: Sequence[Cohort]) -> None:
                 raise DataError(f"{case}: is a patient of {other} and of {cohort.name}.", "Keep it in one table.")
 
 
-def _provenance(card: ModelCard, model: str, models: int, tables: Sequence[Path]) -> dict[str, Any]:
+def _provenance(done: Prediction, model: str, tables: Sequence[Path]) -> dict[str, Any]:
+    card, distance = done.cards[0], done.table.get("distance")
+    outside = "unknown" if distance is None else f"{int((distance > 1).sum())} of {len(distance)} patients"
     return {
-        "model": model, "fold_models": models, "trained_on": card.cohort, "endpoint": card.endpoint,
+        "model": model, "fold_models": len(done.cards), "trained_on": card.cohort, "endpoint": card.endpoint,
+        "outside_of_training": outside,
         "encoder": card.encoder, "protocol_of_training": card.protocol,
         "tables": {table.name: digest_file(table) for table in tables},
     }  # fmt: skip

@@ -6,10 +6,10 @@ import numpy as np
 
 from cfusion.cohort.identifiers import site_of
 from cfusion.config import Config
-from cfusion.data.shards import ShardDataset
+from cfusion.data.slide_means import slide_means
 from cfusion.survival.site_reading import SiteReading, read_sites
 from cfusion.training.folds import open_run_shards
-from cfusion.types import Cohort, magnification_name
+from cfusion.types import Cohort
 
 
 def sites_in_embeddings(config: Config, cohort: Cohort) -> SiteReading | None:
@@ -23,21 +23,16 @@ def sites_in_embeddings(config: Config, cohort: Cohort) -> SiteReading | None:
         None if fewer than two sites have enough patients with slides in the shards.
     """
     dataset = open_run_shards(config)
-    name = magnification_name(max(config.data.magnifications))
     held = set(dataset.slide_ids)
     slides = {
         case: [slide for slide in mine if slide in held]
         for case, mine in cohort.slides_of(list(cohort.cases.index)).items()
     }
     cases = [case for case, mine in slides.items() if mine]
-    values = np.array([_mean(dataset, slides[case], name) for case in cases])
+    finest = (max(config.data.magnifications),)
+    means = slide_means(dataset, sorted({slide for case in cases for slide in slides[case]}), config.data, finest)
+    values = np.array([np.mean([means[slide][0] for slide in slides[case]], axis=0) for case in cases])
     return read_sites(values, np.array([_site(cohort, case) for case in cases]))
-
-
-def _mean(dataset: ShardDataset, slides: list[str], name: str) -> np.ndarray:
-    return np.mean(
-        [np.asarray(dataset.read(slide, [name])[name], dtype=float).mean(axis=0) for slide in slides], axis=0
-    )
 
 
 def _site(cohort: Cohort, case: str) -> str:

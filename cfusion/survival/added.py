@@ -27,6 +27,9 @@ _NAN = float("nan")
 _CONSTANT = 1e-6
 """Standard deviation, relative to the risks' size, below which 32-bit risks are all the same."""
 
+COX_FOLDS = 5
+"""Folds of the Cox models where the patients have none, as in an external cohort."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -119,6 +122,7 @@ class ClinicalModel:
     Attributes:
         values: [case, column], the covariates, NaN where missing.
         patients: Outcomes, folds and draws, in the same order.
+        network: [case], number of the network whose risk a patient has: the fold, or 0 in an external cohort.
         risk: [case], log hazard, out of fold.
         survival: [case, time], out of fold.
         months: [time].
@@ -127,6 +131,7 @@ class ClinicalModel:
 
     values: pd.DataFrame
     patients: FoldedPatients
+    network: np.ndarray
     risk: np.ndarray
     survival: np.ndarray
     months: np.ndarray
@@ -138,6 +143,8 @@ class ClinicalModel:
     ) -> ClinicalModel | None:
         """Fit the clinical model on the folds of a run.
 
+        Patients of one fold have one network, as in an external cohort: the Cox models get folds drawn among them.
+
         Args:
             first: Checked predictions of one cohort, model, protocol, seed and repeat.
             covariates: [case, column], indexed by `case_id`, NaN where missing.
@@ -145,29 +152,32 @@ class ClinicalModel:
             horizons: Months, one of which the decision curve takes.
 
         Returns:
-            None if there is only one fold, since its patients leave nobody to fit the Cox models on, if no covariate
-            is known for these patients, or if no Cox model can be fitted.
+            None if no covariate is known for these patients, if drawn folds would have fewer than two events each, or
+            if no Cox model can be fitted.
         """
         values = covariates.reindex(first["case_id"])
         values = values.loc[:, values.nunique() > 1]
-        time, event, fold = (first[name].to_numpy() for name in ("survival_months", "event", "fold"))
-        if len(np.unique(fold)) < 2 or values.columns.empty:
+        time, event, network = (first[name].to_numpy() for name in ("survival_months", "event", "fold"))
+        one_network = len(np.unique(network)) < 2
+        if values.columns.empty or (one_network and event.sum() < 2 * COX_FOLDS):
             return None
+        fold = _drawn_folds(time, event) if one_network else network
         patients = FoldedPatients(time, event, fold, draws)
         months = np.unique([*np.linspace(np.quantile(time[event], 0.05), np.quantile(time[event], 0.9), 12), *horizons])
         try:
             risk, survival = _out_of_fold(values, patients, months)
-            log_likelihood = cox_log_likelihood(values, time, event, fold)
+            log_likelihood = cox_log_likelihood(values, time, event, network)
         except UndefinedMetricError:
             return None
-        return cls(values, patients, risk, survival, months, log_likelihood)
+        return cls(values, patients, network, risk, survival, months, log_likelihood)
 
     def with_risk(self, risk: np.ndarray, horizons: Sequence[float]) -> AddedValue | None:
         """Compute what a risk [case] adds; None if no Cox model can be fitted with it."""
-        time, event, fold = self.patients.time, self.patients.event, self.patients.fold
-        z = standardised(risk, fold)
+        time, event, network = self.patients.time, self.patients.event, self.network
+        z = standardised(risk, network)
         try:
             both, survival = _out_of_fold(self.values.assign(image_risk=z), self.patients, self.months)
+            clinical_mean = self.patients.mean(self.risk)
         except UndefinedMetricError:
             return None
         of_clinical, of_both, of_risk = (self.patients.cindex(values) for values in (self.risk, both, risk))
@@ -176,12 +186,19 @@ class ClinicalModel:
         difference, p = _difference(of_both, of_clinical)
         return AddedValue(
             covariates=tuple(str(name) for name in self.values.columns),
-            clinical=_estimate(of_clinical), clinical_mean=self.patients.mean(self.risk), both=_estimate(of_both),
+            clinical=_estimate(of_clinical), clinical_mean=clinical_mean, both=_estimate(of_both),
             difference=difference, p=p, against=_difference(of_risk, of_clinical)[0],
-            ratio=_ratio(z, self.values, time, event, fold, self.log_likelihood),
-            unadjusted=_ratio(z, self.values[[]], time, event, fold), brier=brier, brier_difference=brier_difference,
+            ratio=_ratio(z, self.values, time, event, network, self.log_likelihood),
+            unadjusted=_ratio(z, self.values[[]], time, event, network), brier=brier, brier_difference=brier_difference,
             curve=decision_curve(time, event, probabilities, self.months, horizons),
         )  # fmt: skip
+
+
+def _drawn_folds(time: np.ndarray, event: np.ndarray) -> np.ndarray:
+    """Return folds [case] with equal shares of events and similar times."""
+    fold = np.empty(len(time), dtype=int)
+    fold[np.lexsort((time, event))] = np.arange(len(time)) % COX_FOLDS
+    return fold
 
 
 def _ratio(

@@ -18,8 +18,9 @@ from cfusion.errors import ConfigError, DataError
 from cfusion.extensions import OwnCode, check_trusted, file_code, names_file, package_code
 from cfusion.files import atomic_path, check_format, read_json, write_json
 from cfusion.models import MODELS, build_model
-from cfusion.run_folder import CARD, WEIGHTS
+from cfusion.run_folder import CARD, SEEN, WEIGHTS
 from cfusion.survival.bins import TimeBins
+from cfusion.training.seen import Seen
 from cfusion.types import magnification_name, magnification_words
 
 logger = logging.getLogger(__name__)
@@ -87,11 +88,14 @@ class FittedModel:
         module: The network.
         card: Its description.
         source: The user's file with its class, if there is one.
+        seen: The patients of its training; None for models from before this was recorded, and for those of unfinished
+            trainings.
     """
 
     module: nn.Module
     card: ModelCard
     source: bytes | None = None
+    seen: Seen | None = None
 
     def __repr__(self) -> str:
         card = self.card
@@ -104,7 +108,7 @@ class FittedModel:
         return TimeBins(self.card.edges_months)
 
     def save(self, folder: Path) -> None:
-        """Write `model.safetensors`, `model.json` and, for a model of a user's file, `model.py`, atomically.
+        """Write `model.safetensors`, `model.json`, `training.npz` and, for a user's file, `model.py`, atomically.
 
         Raises:
             DataError: They cannot be written, for example on a full disk; nothing is left of them.
@@ -120,6 +124,8 @@ class FittedModel:
             write_json(temporary / CARD, {k: card[k] for k in card if card[k] or k not in ("code", "notes")})
             if self.source is not None:
                 (temporary / SOURCE).write_bytes(self.source)
+            if self.seen is not None:
+                self.seen.save(temporary / SEEN)
 
     @classmethod
     def load(cls, folder: Path, *, trust_code: str | None = None) -> FittedModel:
@@ -143,7 +149,8 @@ class FittedModel:
             module.load_state_dict(load_file(folder / WEIGHTS))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise DataError(f"{folder}: the weights do not load ({' '.join(str(error).split())[:200]}).") from error
-        return cls(module.eval(), card, None if code is None else code.source)
+        seen = Seen.load(folder / SEEN) if (folder / SEEN).is_file() else None
+        return cls(module.eval(), card, None if code is None else code.source, seen)
 
 
 def read_card(folder: Path) -> ModelCard:

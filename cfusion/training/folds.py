@@ -32,6 +32,7 @@ from cfusion.training.inference import patient_survival, predict_logits, predict
 from cfusion.training.loop import train_fold
 from cfusion.training.optimizers import make_optimizer
 from cfusion.training.runtime import Runtime
+from cfusion.training.seen import Seen
 from cfusion.training.step import Stepper
 from cfusion.training.world import join_world
 from cfusion.types import Cohort, Split, magnification_value, titled_table
@@ -229,13 +230,16 @@ def _train(runtime: Runtime, fold: ReadyFold) -> FoldRun:
     )
     module = runtime.bare(network, snapshot.parts)
     runtime.release()
-    return fold_run(fold, module, state, training, scored)
+    return fold_run(runtime, fold, module, state, training, scored)
 
 
-def fold_run(fold: ReadyFold, module: nn.Module, state: TrainState, training: Tensor, scored: Tensor) -> FoldRun:
-    """Assemble the result of a fold.
+def fold_run(
+    runtime: Runtime, fold: ReadyFold, module: nn.Module, state: TrainState, training: Tensor, scored: Tensor
+) -> FoldRun:
+    """Assemble the result of a fold. Every rank must call this.
 
     Args:
+        runtime: The processes.
         fold: The fold.
         module: Its model with the chosen parameters.
         state: State at the end of training.
@@ -245,13 +249,14 @@ def fold_run(fold: ReadyFold, module: nn.Module, state: TrainState, training: Te
     risks = -patient_survival(training, fold.job.train).sum(axis=1)
     card = replace(fold.card, risk_cutoff=float(risks.median()))
     frame = prediction_frame(scored, fold.test, fold.job.bins)
-    config, split = fold.job.config, fold.split
+    config, split, bags = fold.job.config, fold.split, fold.job.train
+    seen = Seen.of(runtime, bags.loader.dataset, bags.bags, {*split.train, *split.validation}, config.data)
     shared = {
         "model": config.model.name, "protocol": split.protocol, "seed": config.seed,
         "repeat": split.repeat, "fold": split.fold, "risk_cutoff": card.risk_cutoff,
     }  # fmt: skip
     return FoldRun(
-        model=FittedModel(module.eval(), card, fold.source),
+        model=FittedModel(module.eval(), card, fold.source, seen),
         predictions=fold_predictions(frame, fold.cohort, shared),
         history=pd.DataFrame(state.history).sort_index(axis=1).assign(fold=fold.split.fold),
         best_epoch=state.best_epoch,

@@ -18,12 +18,14 @@ from cfusion.apply.ensemble import FoldEnsemble, predict
 from cfusion.apply.sources import Embeddings, ShardSource, StoreSource, group_slides
 from cfusion.config import DataConfig, ParallelConfig
 from cfusion.data.shards import ShardDataset
+from cfusion.data.slide_means import slide_means
 from cfusion.data.store import write_slide
 from cfusion.errors import CfusionError, CohortError, ConfigError, DataError, PartialResultError, StoreError
 from cfusion.run_folder import fold_models
 from cfusion.survival.metrics import concordance
 from cfusion.survival.patients import score_patients
 from cfusion.training.folds import fit
+from cfusion.training.seen import EmbeddingRegion, Seen, digest_case
 from cfusion.training.world import join_world
 from cfusion.types import SlideFeatures
 from preprocess.descriptor import DIM
@@ -116,6 +118,8 @@ def test_one_fold_predicts_its_test_patients_as_its_training_did(files, tmp_path
     np.testing.assert_allclose(table["risk"], expected["risk"], rtol=1e-6)
     assert (table["group"] == "high").tolist() == (expected["risk"] >= expected["risk_cutoff"]).tolist()
     assert (table["risk_sd"] == 0).all()
+    assert run.model.seen is not None
+    assert run.model.seen.digests == {digest_case(case) for case in (*split.train, *split.validation)}
 
 
 def test_a_patient_at_the_cutoff_is_in_the_high_risk_group_of_prediction_and_report(files, cases, ensemble_folder):
@@ -376,3 +380,43 @@ def test_what_is_no_external_validation_is_refused(cfusion, files, cases, ensemb
         cfusion(
             "predict", files.shards, "--model", run, "--cases", cases, "--table", outside, "--report", tmp_path / "r"
         )
+
+
+def with_seen(folder: Path, seen: Seen) -> Path:
+    """Save the untrained models as if they had seen these patients."""
+    for path in fold_models(untrained(folder)):
+        seen.save(path / "training.npz")
+    return folder
+
+
+def test_patients_whose_embeddings_are_outside_of_the_trainings_are_named(
+    cfusion, files, cases, outside, tmp_path, caplog
+):
+    dataset = ShardDataset.open(files.shards)
+    means = slide_means(dataset, dataset.slide_ids, DataConfig(shards=str(files.shards)), (20.0, 10.0, 5.0))
+    values = np.array([mean.ravel() for mean in means.values()])
+    region = EmbeddingRegion.fit(values)
+    assert region is not None
+    table = pd.read_csv(files.table)
+    table.assign(age=40 + table.groupby("patient", sort=False).ngroup() * 7 % 30).to_csv(outside, index=False)
+    given = ("predict", files.shards, "--cases", cases, "--out", tmp_path / "risks.csv", "--model")
+    cfusion(*given, with_seen(tmp_path / "same", Seen(frozenset(), region)))
+    assert pd.read_csv(tmp_path / "risks.csv")["distance"].median() < 1
+    assert "Read these predictions with care" not in caplog.text
+    shifted = dataclasses.replace(region, mean=region.mean - 8 * region.scale)
+    model = with_seen(tmp_path / "stained", Seen(frozenset(), shifted))
+    cfusion(*given, model, "--table", outside, "--report", tmp_path / "report")
+    assert "Read these predictions with care: the mean embeddings of 30 of 30 patients" in caplog.text
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "hospital: the mean embeddings of 30 of 30 patients (100%) are outside of those of the training" in page
+    assert "are fitted on the patients of this cohort, in 5 drawn folds" in page
+    row = pd.read_csv(tmp_path / "report" / "summary.csv").iloc[0]
+    assert row["clinical_covariates"] == "age"
+    assert np.isfinite([row["clinical_c"], row["both_c"], row["added_c"], row["hr_sd_adjusted"]]).all()
+
+
+def test_patients_that_a_models_folder_has_recorded_are_no_external_cohort(cfusion, files, cases, outside, tmp_path):
+    model = with_seen(tmp_path / "model", Seen(frozenset({digest_case("pt-0003")}), None))
+    given = ("predict", files.shards, "--model", model, "--cases", cases, "--table", outside, "--report")
+    with pytest.raises(DataError, match="1 patients are in the run that trained the model, such as PT-0003"):
+        cfusion(*given, tmp_path / "report")

@@ -194,7 +194,7 @@ class GroupMember:
             self._logits = {bag: logits for part in everyone for bag, logits in part.items()}
         if self.chosen:
             training, scored = self._collected("train"), self._collected("test")
-            return fold_run(self.fold, self._evaluated, self.verdict, training, scored)
+            return fold_run(self._runtime, self.fold, self._evaluated, self.verdict, training, scored)
         if self._validating is not None:
             self._validate(self._validating)
         if trained and not self.chosen:
