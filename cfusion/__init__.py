@@ -28,6 +28,8 @@ _API = {
     "FoldRun": "cfusion.training.folds",
     "FittedModel": "cfusion.training.fitted",
     "ModelCard": "cfusion.training.fitted",
+    "Seen": "cfusion.training.seen",
+    "EmbeddingRegion": "cfusion.training.seen",
     "SlideFeatures": "cfusion.types",
     "Explanation": "cfusion.explanation",
     "TileScores": "cfusion.explanation",

@@ -47,14 +47,16 @@ def baseline(
     files = [word for word in configs if word not in overrides]
     if not files:
         raise ConfigError("cfusion baseline: no configuration was given.", "Example: cfusion baseline tcga_blca.")
-    results, audits = [], dict[str, dict[str, Any]]()
+    results, audits, endpoints = [], dict[str, dict[str, Any]](), dict[str, str]()
     for word in files:
-        scores, found = _scored(load_config(_file(word), overrides))
+        settings = load_config(_file(word), overrides)
+        scores, found = _scored(settings)
         results.append(scores)
         audits |= found
+        endpoints |= dict.fromkeys(found, settings.cohort.endpoint)
         _echo(scores)
     if out is not None:
-        context = ReportContext(title="What age, sex, stage and grade predict", audits=audits)
+        context = ReportContext(title="What age, sex, stage and grade predict", audits=audits, endpoints=endpoints)
         typer.echo(f"report: {write_report(results, out, context=context)}")
         write_table(out / PREDICTIONS, _all_predictions(results))
 

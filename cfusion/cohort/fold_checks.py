@@ -21,6 +21,10 @@ _LARGE = 1.5
 """A fold is doubted if it scores this many times the patients of the mean fold."""
 
 
+class FoldSideError(DataError):
+    """A side of a fold has too few events to train, choose or score a model."""
+
+
 def checked_folds(
     cohort: Cohort, clean: Cohort, splits: Sequence[Split], n_bins: int, findings: list[Finding]
 ) -> list[Split]:
@@ -102,11 +106,11 @@ def _check_fold(cohort: Cohort, split: Split, n_bins: int) -> None:
         cases = cohort.cases.loc[list(getattr(split, side))]
         time, event = cases["time_months"].to_numpy(float), cases["event"].to_numpy(bool)
         if not event.any():
-            raise DataError(
+            raise FoldSideError(
                 f"{where}: the {side} side has {len(cases)} patients and no event.", "Draw other folds.", topic="splits"
             )
         if not has_comparable_pair(time, event):
-            raise DataError(
+            raise FoldSideError(
                 f"{where}: the {side} side has {len(cases)} patients, {int(event.sum())} with the event, and no "
                 "comparable pair.",
                 "Draw other folds.",
@@ -115,7 +119,7 @@ def _check_fold(cohort: Cohort, split: Split, n_bins: int) -> None:
     train = cohort.cases.loc[list(split.train)]
     distinct = train.loc[train["event"], "time_months"].nunique()
     if distinct < n_bins:
-        raise DataError(
+        raise FoldSideError(
             f"{where}: {distinct} distinct event times in training cannot fill {n_bins} time bins.",
             f"Set evaluation.n_bins={max(distinct, 2)} or fewer, or draw fewer folds.",
             topic="splits",
@@ -123,7 +127,7 @@ def _check_fold(cohort: Cohort, split: Split, n_bins: int) -> None:
     try:
         TimeBins.fit(train["time_months"], train["event"], n_bins)
     except DataError as error:  # tied times: the quantiles of the events coincide
-        raise DataError(f"{where}: {error.message}", error.remedy, topic="splits") from error
+        raise FoldSideError(f"{where}: {error.message}", error.remedy, topic="splits") from error
 
 
 def _uneven_sides(cohort: Cohort, split: Split) -> list[Finding]:

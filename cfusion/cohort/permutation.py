@@ -7,11 +7,13 @@ scored fold keeps its events.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from cfusion.cohort.fold_checks import FoldSideError
 from cfusion.cohort.splits import inner_folds, outer_folds
 from cfusion.config import EvaluationConfig, SplitsConfig
 from cfusion.errors import ConfigError
@@ -63,3 +65,22 @@ def permuted_folds(cohort: Cohort, splits: SplitsConfig, evaluation: EvaluationC
         )
     shuffled = permuted(cohort, seed, outer)
     return shuffled, inner_folds(shuffled, outer, splits, evaluation.protocol)
+
+
+@contextlib.contextmanager
+def naming_the_permutation(evaluation: EvaluationConfig) -> Iterator[None]:
+    """Say of a fold without enough events, within the block, that the permutation of the outcomes made it.
+
+    Raises:
+        FoldSideError: With the remedy, if outcomes are permuted over the cohort; otherwise as it was.
+    """
+    try:
+        yield
+    except FoldSideError as error:
+        if evaluation.permute_outcomes is None or evaluation.permute_within == "folds":
+            raise
+        raise FoldSideError(
+            f"outcomes permuted with evaluation.permute_outcomes={evaluation.permute_outcomes}: {error.message}",
+            "Set evaluation.permute_within=folds, which keeps the events of every scored fold.",
+            topic=error.topic,
+        ) from error

@@ -23,12 +23,25 @@ PROTOCOL_TEXTS = {
 }
 
 
+ENDPOINT_WORDS = {
+    "OS": "overall survival",
+    "DSS": "disease-specific survival",
+    "PFI": "progression-free interval",
+}
+
+
+def endpoint_words(endpoint: str | None) -> str:
+    """Return an end point in words; predictions without a cohort do not state theirs."""
+    return "end point not stated" if endpoint is None else f"{ENDPOINT_WORDS[endpoint]} ({endpoint})"
+
+
 @dataclass(frozen=True)
 class ReportContext:
     """Where the numbers come from, and additional values to show.
 
     Attributes:
         title: Heading of the page.
+        endpoints: For each cohort whose end point is known, its name: OS, DSS or PFI.
         audits: For each cohort, `cfusion.cohort.audit.Audit.to_json()`.
         provenance: For each run, digests, versions, seeds and configuration.
         curves: Learning curves: `cohort, model, protocol, fold, epoch` and a column per metric.
@@ -39,6 +52,7 @@ class ReportContext:
     """
 
     title: str = "Survival from whole-slide images"
+    endpoints: Mapping[str, str] = field(default_factory=dict)
     audits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     provenance: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     curves: pd.DataFrame | None = None

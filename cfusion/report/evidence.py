@@ -77,15 +77,17 @@ def _simulate(folds: list[Outcomes], choice: EpochChoice | None) -> CohortNull:
 def evidence_table(scores: Sequence[Scores], context: ReportContext) -> pd.DataFrame:
     """Add nulls, permuted and oracle C, and the optimism gap to the summaries.
 
-    Rows are grouped by cohort. Added columns: `null_mean, null_low, null_high` (95% range of noise scores over
-    cross-validations), `null_high_error` (Monte-Carlo error of the limit), `null_correlated_mean`, `permuted`,
-    `oracle`, and `optimism_gap`: the C under `published` minus that under `strict`, for models that have both.
+    Rows are grouped by cohort. Added columns: `endpoint` (empty if unknown), `null_mean, null_low, null_high` (95%
+    range of noise scores over cross-validations), `null_high_error` (Monte-Carlo error of the limit),
+    `null_correlated_mean`, `permuted`, `oracle`, and `optimism_gap`: the C under `published` minus that under
+    `strict`, for models that have both.
     """
     table = pd.concat([part.summary for part in scores], ignore_index=True)
     first_seen = {name: order for order, name in enumerate(dict.fromkeys(table["cohort"]))}
     table = table.sort_values("cohort", key=lambda names: names.map(first_seen), kind="stable", ignore_index=True)
     simulated = nulls(scores, context)
     keys = [(str(c), str(m), str(p)) for c, m, p in table[UNIT].itertuples(index=False)]
+    table["endpoint"] = [context.endpoints.get(key[0], "") for key in keys]
     table["null_mean"] = [simulated[key].independent.mean for key in keys]
     table["null_low"] = [min(simulated[key].independent.low, simulated[key].correlated.low) for key in keys]
     table["null_high"] = [simulated[key].independent.high for key in keys]

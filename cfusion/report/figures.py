@@ -100,6 +100,26 @@ def auc_over_time(scores: PatientScores, where: str) -> str:
     )
 
 
+def brier_over_time(scores: PatientScores, where: str) -> str:
+    """Draw the Brier score of the model and of Kaplan–Meier over time, mean over the folds."""
+    rows = list(zip(scores.auc_months, scores.brier, scores.brier_null, strict=True))
+    known = [row for row in rows if not math.isnan(row[1])]
+    if len(known) < 2:
+        return ""
+    highest = max(0.25, *(value for _, *values in known for value in values))
+    plot = Plot((0, known[-1][0]), (0, highest + 0.02), height=240)
+    plot.axes("months", "Brier score", y_format="{:.2f}".format)
+    for series, name in enumerate(("model", "Kaplan–Meier")):
+        plot.line([(row[0], row[1 + series]) for row in known], f"line series{series}")
+        plot.text(plot.width - 8, 16 + 15 * series, name, f"note series{series}", "end")
+    months, model, null = known[-1]
+    return plot.finish(
+        f"Brier score over time, {where}",
+        f"At {months:.0f} months the Brier score is {model:.3f}, and {null:.3f} for the Kaplan–Meier curve of the "
+        "training patients; lower is better.",
+    )
+
+
 def fold_points(folds: pd.DataFrame, null: tuple[float, float] | None, where: str) -> str:
     """Draw Harrell's C of every fold with its interval, over the range of models without signal."""
     rows = folds.reset_index(drop=True)

@@ -12,7 +12,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from cfusion.report import figures
-from cfusion.report.context import PROTOCOL_TEXTS, ReportContext
+from cfusion.report.context import PROTOCOL_TEXTS, ReportContext, endpoint_words
 from cfusion.report.evidence import SCORED_FOLD_CHOOSES
 from cfusion.report.opening import covariate_words, opening_lines
 from cfusion.report.page_environment import page_environment
@@ -79,6 +79,7 @@ def render_card(summary: pd.DataFrame, context: ReportContext) -> str:
     rows = [dict(zip(summary.columns, values, strict=True)) for values in summary.itertuples(index=False)]
     return report_environment().get_template("model_card.md.j2").render(
         title=context.title, rows=rows, notes=context.notes, audits=context.audits,
+        endpoints={str(row["cohort"]): endpoint_words(context.endpoints.get(str(row["cohort"]))) for row in rows},
         protocols={str(row["protocol"]): PROTOCOL_TEXTS[str(row["protocol"])] for row in rows},
         provenance=_flat_provenance(context),
     )  # fmt: skip
@@ -122,6 +123,7 @@ def _cohort(name: str, rows: list[dict], folds: pd.DataFrame, context: ReportCon
     first = first[(first["seed"] == first["seed"].iloc[0]) & (first["repeat"] == first["repeat"].iloc[0])]
     return {
         "name": name, "n": mine[0]["n"], "events": mine[0]["events"],
+        "endpoint": endpoint_words(context.endpoints.get(name)),
         "forest": Markup(forest),  # noqa: S704 - figures escape their words
         "flow": Markup(figures.flow(audit["flow"], counts, name)) if audit and audit["flow"] else "",  # noqa: S704
         "audited": audit is not None, "counts": counts,
@@ -148,6 +150,7 @@ def _details(
                 by_key[key], (row["null_low"], row["null_high"]), where
             ),
             "AUC over time, mean of the folds": figures.auc_over_time(patients[key], where),
+            "Brier score over time, mean of the folds": figures.brier_over_time(patients[key], where),
             "Calibration in fifths of the patients": figures.calibration(patients[key], where),
             "Decision curve: the covariates, and the covariates with the risk": figures.decision(decisions[key], where)
             if key in decisions

@@ -50,6 +50,7 @@ def report_runs(folders: Sequence[Path], out: Path, *, title: str, oracle: dict[
         null.setdefault(run.key, []).append(float(score_runs([run], bootstrap=0).summary["cindex_within"].iloc[0]))
     context = ReportContext(
         title=title,
+        endpoints={run.config.cohort.name: run.config.cohort.endpoint for run in real},
         audits={run.config.cohort.name: run.audit for run in real},
         provenance={str(run.folder.name): run.provenance for run in real},
         curves=pd.concat([run.curves() for run in real], ignore_index=True),

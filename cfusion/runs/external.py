@@ -67,6 +67,7 @@ def report_external(done: Prediction, model: str, tables: Sequence[Path], out: P
     card = done.cards[0]
     context = ReportContext(
         title=f"{card.model['name']} of {card.cohort} on {', '.join(part.found.cohort.name for part in tested)}",
+        endpoints={part.found.cohort.name: part.found.cohort.endpoint for part in tested},
         audits={part.found.cohort.name: part.found.to_json() for part in tested},
         provenance={"external validation": _provenance(done, model, tables)},
         notes=[*([] if seen else [_UNCHECKED]), *(note for part in tested for note in part.notes)],

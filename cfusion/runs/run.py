@@ -16,7 +16,7 @@ import torch
 import cfusion
 from cfusion import run_folder
 from cfusion.cohort.audit import Audit, audit
-from cfusion.cohort.permutation import permuted_folds
+from cfusion.cohort.permutation import naming_the_permutation, permuted_folds
 from cfusion.cohort.read import read_cohort, write_covariates, write_outcomes
 from cfusion.cohort.splits import make_splits, splits_digest, write_splits
 from cfusion.config import Config
@@ -85,15 +85,18 @@ class Run:
             folds = functools.partial(make_splits, cohort, config.splits, config.evaluation.protocol)
         else:
             cohort, folds = permuted_folds(cohort, config.splits, config.evaluation)
-        found = audit(
-            cohort,
-            folds,
-            available={slide: {n for n, count in dataset.tiles(slide).items() if count} for slide in dataset.slide_ids},
-            magnifications=names,
-            n_bins=config.evaluation.n_bins,
-            keep_zero_times=config.cohort.keep_zero_times,
-            keep_tissue=config.cohort.keep_tissue,
-        )
+        with naming_the_permutation(config.evaluation):
+            found = audit(
+                cohort,
+                folds,
+                available={
+                    slide: {n for n, count in dataset.tiles(slide).items() if count} for slide in dataset.slide_ids
+                },
+                magnifications=names,
+                n_bins=config.evaluation.n_bins,
+                keep_zero_times=config.cohort.keep_zero_times,
+                keep_tissue=config.cohort.keep_tissue,
+            )
         if config.evaluation.strict:
             found.raise_if_strict()
         return cls(config, found, dataset, _provenance(config, code, dataset, found), code)

@@ -14,9 +14,10 @@ from cfusion.survival.calibration import survival_at
 from cfusion.survival.metrics import (
     Training,
     auc_at,
+    brier_curve,
     brier_times,
     concordance,
-    integrated_brier,
+    time_mean,
     uno_cindex,
 )
 from cfusion.survival.predictions import FOLD, survival_columns
@@ -38,7 +39,7 @@ class References:
     cohort: Cohort | None = None
     splits: dict[tuple[int, int], Split] = field(default_factory=dict)
     _trainings: dict[tuple[str, tuple[str, ...]], Training] = field(default_factory=dict, repr=False)
-    _nulls: dict[tuple, float] = field(default_factory=dict, repr=False)
+    _nulls: dict[tuple, np.ndarray] = field(default_factory=dict, repr=False)
 
     def training(self, run: pd.DataFrame, fold: int) -> tuple[Training, str]:
         """Return the training outcomes of a fold of a run (one model, seed and repeat), and a note if approximate.
@@ -85,11 +86,11 @@ class References:
             self._trainings[key] = Training(rows["time_months"].to_numpy(float), rows["event"].to_numpy(bool))
         return self._trainings[key]
 
-    def null_brier(self, training: Training, time: np.ndarray, event: np.ndarray, times: np.ndarray) -> float:
-        """Compute the integrated Brier score of the training patients' Kaplan–Meier curve."""
+    def null_brier(self, training: Training, time: np.ndarray, event: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """Compute the Brier score of the training patients' Kaplan–Meier curve, [time]."""
         key = (id(training), time.tobytes(), times.tobytes())
         if key not in self._nulls:
-            self._nulls[key] = integrated_brier(training, time, event, training.survival_at(times), times)
+            self._nulls[key] = brier_curve(training, time, event, training.survival_at(times), times)
         return self._nulls[key]
 
 
@@ -100,11 +101,13 @@ class FoldScores:
     Attributes:
         row: The scores with their intervals.
         auc_curve: [time].
+        brier_curves: [2, time], of the model and of Kaplan–Meier; NaN outside of the times of the Brier score.
         spreads: By score, [replicate]; empty without a bootstrap.
     """
 
     row: dict[str, object]
     auc_curve: np.ndarray
+    brier_curves: np.ndarray
     spreads: Mapping[str, np.ndarray]
 
 
@@ -124,7 +127,7 @@ def score_fold(
         references: Training outcomes.
         counts: [replicate, patient of the fold], bootstrap draws, or None for no interval.
         horizons: Months of the AUC columns.
-        grid: [time], months of the AUC curve.
+        grid: [time], months of the curves of AUC and Brier score.
 
     Raises:
         UndefinedMetricError: The fold has no comparable pair; the message names model, cohort and fold.
@@ -152,7 +155,7 @@ def score_fold(
         spreads = {"harrell": Resamples(time, event, counts).cindex(risk)}
         spreads |= {"uno": uno_replicates(training, time, event, risk, counts)}
         spreads |= {f"auc_{h:g}": by_horizon[:, i] for i, h in enumerate(horizons)}
-    brier = _brier(rows, training, references, counts, where)
+    brier = _brier(rows, training, references, counts, grid, where)
     spreads |= brier.spread
     limits = {name: interval_or_nan(spreads.get(name)) for name in (*values, "ibs")}
     row = {
@@ -167,7 +170,7 @@ def score_fold(
     }  # fmt: skip
     for name in (f"auc_{h:g}" for h in horizons):
         row |= {name: values[name], f"{name}_low": limits[name][0], f"{name}_high": limits[name][1]}
-    return FoldScores({**row, "note": "; ".join(notes)}, auc[len(horizons) :], spreads)
+    return FoldScores({**row, "note": "; ".join(notes)}, auc[len(horizons) :], brier.curves, spreads)
 
 
 def interval_or_nan(replicates: np.ndarray | None) -> tuple[float, float]:
@@ -183,15 +186,21 @@ class _Brier:
     value: float
     null: float
     months: float
+    curves: np.ndarray
     spread: dict[str, np.ndarray]
 
 
 def _brier(
-    rows: pd.DataFrame, training: Training, references: References, counts: np.ndarray | None, where: str
+    rows: pd.DataFrame,
+    training: Training,
+    references: References,
+    counts: np.ndarray | None,
+    grid: np.ndarray,
+    where: str,
 ) -> _Brier:
     columns = survival_columns(rows)
     if columns is None:
-        return _Brier(_NAN, _NAN, _NAN, {})
+        return _Brier(_NAN, _NAN, _NAN, np.full((2, len(grid)), _NAN), {})
     survival, edges = columns
     if (edges != edges[0]).any() or (np.diff(edges[0]) <= 0).any():
         raise DataError(f"{where}: edge_1, edge_2, … must increase and be the same for all patients of a fold.")
@@ -201,9 +210,11 @@ def _brier(
     times = brier_times(training, time, float(edges[0, -1]))
     predicted = np.array([survival_at(survival, edges, np.full(len(time), month)) for month in times]).T
     spread = {} if counts is None else {"ibs": brier_replicates(training, time, event, predicted, counts, times)}
-    return _Brier(
-        integrated_brier(training, time, event, predicted, times),
-        references.null_brier(training, time, event, times),
-        float(times[-1]) if len(times) else _NAN,
-        spread,
-    )
+    curves = [
+        brier_curve(training, time, event, predicted, times), references.null_brier(training, time, event, times),
+    ]  # fmt: skip
+    on_grid = np.full((2, len(grid)), _NAN)
+    if len(times):
+        on_grid = np.array([np.interp(grid, times, curve, left=_NAN, right=_NAN) for curve in curves])
+    model, null = (time_mean(curve, times) for curve in curves)
+    return _Brier(model, null, float(times[-1]) if len(times) else _NAN, on_grid, spread)

@@ -221,10 +221,10 @@ def brier_times(training: Training, time: np.ndarray, last: float) -> np.ndarray
     return np.linspace(within[0], horizon, _BRIER_TIMES) if horizon > within[0] else np.zeros(0)
 
 
-def integrated_brier(
+def brier_curve(
     training: Training, time: np.ndarray, event: np.ndarray, survival: np.ndarray, times: np.ndarray
-) -> float:
-    """Compute the integrated Brier score (Graf et al., Stat. Med. 18, 1999) by the trapezoidal rule.
+) -> np.ndarray:
+    """Compute the Brier score at given times (Graf et al., Stat. Med. 18, 1999), [time].
 
     Args:
         training: Gives the censoring model and the truncation time.
@@ -234,12 +234,25 @@ def integrated_brier(
         times: [time], months, from `brier_times`.
 
     Returns:
-        0 (best) … 1; NaN with fewer than two times.
+        0 (best) … 1 at each time.
     """
-    if len(times) < 2:
-        return float("nan")
+    if not len(times):
+        return np.zeros(0)
     test = training.truncated(time, event)
     predicted = np.broadcast_to(survival, (len(time), len(times)))
     # A patient alive at t is weighted by G(t); with the censorings at t moved, that is the value just after t.
-    scores = brier_score(training.outcomes, test, predicted, np.nextafter(times, np.inf))[1]
-    return float(np.trapezoid(scores, times) / (times[-1] - times[0]))
+    return np.asarray(brier_score(training.outcomes, test, predicted, np.nextafter(times, np.inf))[1])
+
+
+def time_mean(curve: np.ndarray, times: np.ndarray) -> float:
+    """Return the mean over time of a curve [time] by the trapezoidal rule; NaN with fewer than two times."""
+    return float("nan") if len(times) < 2 else float(np.trapezoid(curve, times) / (times[-1] - times[0]))
+
+
+def integrated_brier(
+    training: Training, time: np.ndarray, event: np.ndarray, survival: np.ndarray, times: np.ndarray
+) -> float:
+    """Return the mean over time of the Brier score; see `brier_curve`. NaN with fewer than two times."""
+    if len(times) < 2:
+        return float("nan")
+    return time_mean(brier_curve(training, time, event, survival, times), times)

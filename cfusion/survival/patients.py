@@ -99,6 +99,8 @@ class PatientScores:
         calibration: None without survival columns.
         auc_months: Times of the AUC curve.
         auc: Mean over folds of the time-dependent AUC; NaN where no fold has one.
+        brier: Mean over folds of the Brier score at the same times; NaN where no fold has one.
+        brier_null: The same of the training patients' Kaplan–Meier curve.
     """
 
     low: Curve | None
@@ -113,6 +115,8 @@ class PatientScores:
     calibration: Calibration | None
     auc_months: tuple[float, ...]
     auc: tuple[float, ...]
+    brier: tuple[float, ...]
+    brier_null: tuple[float, ...]
 
     def columns(self) -> dict[str, object]:
         """Return the scalar scores as columns of the summary."""
@@ -129,15 +133,20 @@ class PatientScores:
 
 
 def score_patients(
-    rows: pd.DataFrame, horizons: Sequence[float], grid: np.ndarray, auc_curves: np.ndarray
+    rows: pd.DataFrame,
+    horizons: Sequence[float],
+    grid: np.ndarray,
+    auc_curves: np.ndarray,
+    brier_curves: np.ndarray | None = None,
 ) -> PatientScores:
     """Compute the scores from the predictions of one cohort, model and protocol.
 
     Args:
         rows: Checked predictions.
         horizons: Months of the calibration.
-        grid: [time], months of the AUC curves.
+        grid: [time], months of the curves.
         auc_curves: [fold, time].
+        brier_curves: [fold, 2, time], of the model and of Kaplan–Meier; None: there are none.
     """
     first = rows[(rows["seed"] == rows["seed"].iloc[0]) & (rows["repeat"] == rows["repeat"].iloc[0])]
     time, event, risk = (first[c].to_numpy() for c in ("survival_months", "event", "risk"))
@@ -149,7 +158,7 @@ def score_patients(
         rule = "median risk of the training patients of each fold"
     both = high.any() and not high.all()
     months = tuple(float(m) for m in np.linspace(0, _round_up(time.max()), 6))
-    known = np.isfinite(auc_curves).any(axis=0) if len(grid) else np.zeros(0, dtype=bool)
+    brier = np.full((1, 2, len(grid)), _NAN) if brier_curves is None else brier_curves
     return PatientScores(
         low=kaplan_meier(time[~high], event[~high]) if both else None,
         high=kaplan_meier(time[high], event[high]) if both else None,
@@ -162,8 +171,16 @@ def score_patients(
         median_split_p=_or_nan(log_rank, time, event, median_high),
         calibration=_calibration(first, time, event, fold, horizons),
         auc_months=tuple(float(m) for m in grid),
-        auc=tuple(float(np.nanmean(auc_curves[:, i])) if known[i] else _NAN for i in range(len(grid))),
+        auc=_mean_curve(auc_curves),
+        brier=_mean_curve(brier[:, 0]),
+        brier_null=_mean_curve(brier[:, 1]),
     )
+
+
+def _mean_curve(curves: np.ndarray) -> tuple[float, ...]:
+    """Return the mean over folds of curves [fold, time] at each time; NaN where no fold has a value."""
+    finite = [values[np.isfinite(values)] for values in curves.T]
+    return tuple(float(values.mean()) if len(values) else _NAN for values in finite)
 
 
 def _calibration(

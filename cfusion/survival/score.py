@@ -31,7 +31,7 @@ _SEED = 7
 """Seed of the bootstrap draws: the same for every model, so that intervals are reproducible and models comparable."""
 
 _GRID = 12
-"""Times of the AUC curve."""
+"""Times of the curves of AUC and Brier score."""
 
 _PARALLEL_FROM = 60
 """Number of models × cohorts from which processes are started; below it, starting them costs more than it saves."""
@@ -246,7 +246,8 @@ def _score_group(unordered: pd.DataFrame, settings: _Settings) -> _Result:
         if number == 0:
             added = settings.added(run, resamples)
     table = pd.DataFrame([fold.row for fold in folds])
-    curves = score_patients(rows, settings.horizons, grid, np.array([fold.auc_curve for fold in folds]))
+    auc, brier = (np.array([getattr(fold, name) for fold in folds]) for name in ("auc_curve", "brier_curves"))
+    curves = score_patients(rows, settings.horizons, grid, auc, brier)
     summary = _summary(rows, table, pooled, within, spreads) | _mean_scores(folds) | curves.columns()
     return _Result([fold.row for fold in folds], summary | (added.columns() if added else {}), curves, added)
 

@@ -44,6 +44,7 @@ def members_of(runs: Sequence[PlannedRun], statuses: Sequence[RunStatus]) -> lis
             state=status.state,
             word=status.word,
             cost=_cost(run.config.output),
+            endpoint=run.config.cohort.endpoint,
         )
         for run, status in zip(runs, statuses, strict=True)
     ]

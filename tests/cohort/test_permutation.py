@@ -2,16 +2,17 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from cfusion.cohort.audit import audit
-from cfusion.cohort.permutation import permuted, permuted_folds
+from cfusion.cohort.permutation import naming_the_permutation, permuted, permuted_folds
 from cfusion.cohort.splits import make_splits, write_splits
 from cfusion.config import EvaluationConfig, SplitsConfig
-from cfusion.errors import ConfigError
+from cfusion.errors import ConfigError, DataError
 from cfusion.types import Cohort
 
 
@@ -63,6 +64,22 @@ def test_published_folds_keep_their_events_within_folds(tmp_path: Path) -> None:
         assert not shuffled.cases["time_months"].equals(cohort.cases["time_months"])
     with pytest.raises(ConfigError, match="repeats have other folds"):
         permuted_folds(cohort, SplitsConfig(repeats=2), settings)
+
+
+def test_the_error_of_a_permutation_that_cannot_be_trained_names_its_remedy() -> None:
+    cohort = rare()
+    folds = make_splits(cohort, SplitsConfig(validation_fraction=0.25))
+
+    def refused(permute: int | None, within: Literal["cohort", "folds"]) -> DataError:
+        settings = EvaluationConfig(permute_outcomes=permute, permute_within=within)
+        none_happened = dataclasses.replace(cohort, cases=cohort.cases.assign(event=cohort.cases.index == "P001"))
+        with pytest.raises(DataError, match="no event") as error, naming_the_permutation(settings):
+            audit(none_happened, folds, n_bins=2)
+        return error.value
+
+    assert refused(3, "cohort").message.startswith("outcomes permuted with evaluation.permute_outcomes=3: ")
+    assert "evaluation.permute_within=folds" in refused(3, "cohort").remedy
+    assert refused(None, "cohort").remedy == refused(3, "folds").remedy == "Draw other folds."
 
 
 def test_incomplete_outcomes_stay_where_they_are_and_covariates_do_not_move() -> None:

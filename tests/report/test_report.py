@@ -109,8 +109,8 @@ def test_figures_are_well_formed_and_described(folder: Path) -> None:
         titles.add(str(title.text).split(",")[0])
         assert "nan" not in figure.lower()
     assert titles == {
-        "C-index of all models", "Cohort flow", "Kaplan–Meier", "C-index by fold", "Time-dependent AUC", "Calibration",
-        "Learning curves",
+        "C-index of all models", "Cohort flow", "Kaplan–Meier", "C-index by fold", "Time-dependent AUC",
+        "Brier score over time", "Calibration", "Learning curves",
     }  # fmt: skip
 
 
@@ -122,6 +122,31 @@ def test_sections_a_reviewer_looks_for(folder: Path) -> None:
         "no slides", "config.train.lr", "OPTIMISTIC", "at risk", "log-rank", "Made up.", "Not a medical device",
     ):  # fmt: skip
         assert part in words, part
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "words"), [("DSS", "disease-specific survival (DSS)"), (None, "end point not stated")]
+)
+def test_the_end_point_is_named(endpoint: str | None, words: str, tmp_path: Path) -> None:
+    context = ReportContext(endpoints={} if endpoint is None else {"made_up": endpoint})
+    write_report([scored()], tmp_path, context=context)
+    assert f"events; {words}" in (tmp_path / "index.html").read_text()
+    assert f"Event in made_up: {words}" in (tmp_path / "model_card.md").read_text()
+    assert pd.read_csv(tmp_path / "summary.csv", keep_default_na=False)["endpoint"].tolist() == [endpoint or ""]
+
+
+def test_the_brier_score_over_time_integrates_to_the_mean() -> None:
+    part = scored(noise=1.0)
+    found = next(iter(part.patients.values()))
+    months, brier, null = (np.array(v) for v in (found.auc_months, found.brier, found.brier_null))
+    known = np.isfinite(brier)
+    assert known.sum() > 5
+    assert (np.isfinite(null) == known).all()
+    mean = np.trapezoid(brier[known], months[known]) / np.ptp(months[known])
+    row = part.summary.iloc[0]
+    assert mean == pytest.approx(row["ibs"], abs=0.03)
+    drawn = figures.brier_over_time(found, "here")
+    assert f"{brier[known][-1]:.3f}, and {null[known][-1]:.3f} for the Kaplan–Meier curve" in drawn
 
 
 def test_tables_read_back(folder: Path) -> None:

@@ -74,6 +74,7 @@ class ComparedRun:
         state: done, running, failed or open.
         word: Reason of the failure.
         cost: Cost of the run.
+        endpoint: Its end point: OS, DSS or PFI; None: unknown.
     """
 
     name: str
@@ -87,6 +88,7 @@ class ComparedRun:
     state: str
     word: str = ""
     cost: Cost = field(default_factory=Cost)
+    endpoint: str | None = None
 
 
 @dataclass(frozen=True)

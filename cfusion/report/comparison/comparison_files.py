@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from markupsafe import Markup
@@ -13,7 +14,7 @@ from cfusion.report.comparison.cells import RANKED, ComparedRun, Comparison, Cos
 from cfusion.report.comparison.comparison_tables import ResultGrid, cells_table, runs_table, tests_table
 from cfusion.report.comparison.critical_difference import cd_diagram
 from cfusion.report.comparison.paper import latex, markdown
-from cfusion.report.context import PROTOCOL_TEXTS
+from cfusion.report.context import PROTOCOL_TEXTS, endpoint_words
 from cfusion.report.report_files import write_table
 from cfusion.report.run_page import report_environment
 from cfusion.report.standalone import standalone
@@ -76,12 +77,24 @@ def render_comparison(comparison: Comparison, out: Path, title: str) -> str:
         failed=[m for m in members if m.state == "failed"],
         counts={state: sum(m.state == state for m in members) for state in ("done", "running", "failed", "open")},
         total=Cost.total(costs),
+        endpoints=_endpoints(members),
         protocols={p: PROTOCOL_TEXTS[p] for p in comparison.protocols},
         nulls=any(cell.permuted for cell in comparison.cells),
         clinical=any(cell.clinical != "–" for cell in comparison.cells),
         links=lambda member: _links(member, out),
         style=Markup(environment.get_template("style.css").render()),  # noqa: S704 - our own style sheet
     )
+
+
+def _endpoints(members: Sequence[ComparedRun]) -> str:
+    """Return the end point of each cohort in words, once if all have the same."""
+    by_cohort: dict[str, list[str]] = {}
+    for member in members:
+        by_cohort.setdefault(member.cohort, []).append(endpoint_words(member.endpoint))
+    words = {cohort: " and ".join(dict.fromkeys(found)) for cohort, found in by_cohort.items()}
+    if len(set(words.values())) == 1:
+        return next(iter(words.values()))
+    return ", ".join(f"{cohort}: {endpoint}" for cohort, endpoint in words.items())
 
 
 def _links(member: ComparedRun, out: Path) -> dict[str, str]:
