@@ -21,7 +21,7 @@ from cfusion.extensions import names_file
 from cfusion.recipe import recipe_notes, with_recipe
 from cfusion.secret_text import hide_in, without_secrets
 from cfusion.study.packaged import DataPath
-from cfusion.yaml_files import apply_override, read_yaml
+from cfusion.yaml_files import apply_override, read_yaml, set_key
 
 SCHEMA = Path(__file__).with_name("config.schema.json")
 """JSON Schema of `Config`, for editors; `cfusion configs schema` prints what it must be."""
@@ -316,6 +316,55 @@ class TrackingConfig(Section):
     """Name under which to register the fold ensemble in the model registry; none: do not register it."""
 
 
+_SEARCHED = ("data.max_tiles", "data.feature_dropout", "parallel.global_batch")
+_NOT_SEARCHED = ("model.name", "train.folds", "train.recipe", "train.published_errors", "train.keep_checkpoints")
+
+
+class SearchRange(Section):
+    """A range of numbers that a search draws from; whole numbers if both limits are."""
+
+    low: float
+    """Lowest value."""
+    high: float
+    """Highest value."""
+    log: bool = False
+    """Whether to draw the logarithm evenly."""
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> SearchRange:
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError(f"a range needs low < high, and 0 < low with log; got {self.low:g} to {self.high:g}")
+        return self
+
+
+class SearchConfig(Section):
+    """Which settings a search chooses in each fold, by the fold's inner validation patients."""
+
+    space: dict[str, list[Any] | SearchRange] = Field(min_length=1)
+    """`section.key` → list of values, or a range. Settings of `train` and `model` (not `model.name`, `train.folds`),
+    `data.max_tiles`, `data.feature_dropout` and `parallel.global_batch` can be searched."""
+    trials: int = Field(20, ge=2)
+    """Number of trials in each fold."""
+    sampler: Literal["tpe", "random"] = "tpe"
+    """How values are drawn: tree-structured Parzen estimator, or at random."""
+    prune: bool = True
+    """Whether to end a trial whose validation score is below the median of earlier trials at the same epoch."""
+    seed: int = 7
+    """Seed of the sampler."""
+
+    @model_validator(mode="after")
+    def _only_what_a_fold_can_choose(self) -> SearchConfig:
+        for key, values in self.space.items():
+            section = key.partition(".")[0]
+            if key in _NOT_SEARCHED or not (section in ("train", "model") or key in _SEARCHED):
+                raise ValueError(f"space: {key} cannot be searched; put it on an axis of a sweep")
+            if isinstance(values, list) and len(values) < 2:
+                raise ValueError(
+                    f"space: {key} has {len(values)} values; give two or more, or set it outside of search"
+                )
+        return self
+
+
 class Config(Section):
     """A complete run: cohort, splits, data, model, training, evaluation, tracking."""
 
@@ -335,6 +384,8 @@ class Config(Section):
     """Protocol and scores."""
     tracking: Annotated[TrackingConfig, Aside("where the numbers are sent")] = TrackingConfig()
     """MLflow."""
+    search: SearchConfig | None = None
+    """Settings that each fold chooses by trials on its training side; none: every setting is fixed."""
     seed: int = 7
     """Seed of initialisation and dropout."""
     output: Annotated[Path, Aside("where the numbers are written")] = Path("runs/run")
@@ -344,6 +395,8 @@ class Config(Section):
     def without_asides(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return settings without those that do not decide, and the name of a model's file without its folder."""
         kept = super().without_asides(values)
+        if kept.get("search", True) is None:  # the same identity as before there were searches
+            del kept["search"]
         model = kept.get("model")
         if isinstance(model, dict) and names_file(str(model.get("name"))):
             kept["model"] = {**model, "name": Path(model["name"]).name}
@@ -376,6 +429,37 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _search_looks_only_at_the_training_side(self) -> Config:
+        if self.search is None:
+            return self
+        if self.evaluation.protocol != "strict":
+            raise ValueError(
+                f"search needs evaluation.protocol=strict, whose inner validation patients choose; "
+                f"{self.evaluation.protocol} has none that are not scored"
+            )
+        if self.train.folds == "together":
+            raise ValueError("search needs train.folds=separate: the folds of a trial have different settings")
+        for settings in corners(self.search):
+            self.with_chosen(settings)
+        return self
+
+    def with_chosen(self, settings: Mapping[str, Any]) -> Config:
+        """Return the configuration of one trial: without the search, with the values of a trial.
+
+        Raises:
+            ValueError: A key is unknown, or a value is refused.
+        """
+        values = self.model_dump(exclude={"search"}, exclude_unset=True)
+        for key, value in settings.items():
+            set_key(values, key, value)
+        try:
+            return type(self).model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            shown = ", ".join(f"{key}={value}" for key, value in settings.items())
+            raise ValueError(f"search: {shown}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+    @model_validator(mode="after")
     def _published_errors_are_possible(self) -> Config:
         folds = self.train.folds if self.train.folds == "together" else "separate"
         needs = {
@@ -396,6 +480,21 @@ class Config(Section):
         if self.model.name == "crossfusion" and self.model.source not in self.data.magnifications:
             raise ValueError(f"model.source={self.model.source:g} is not among data.magnifications")
         return self
+
+
+def corners(search: SearchConfig) -> Iterator[dict[str, Any]]:
+    """Yield settings in which each value of a list and each limit of a range occurs, to be checked before training."""
+    listed = {
+        key: values if isinstance(values, list) else [whole(values.low, values), whole(values.high, values)]
+        for key, values in search.space.items()
+    }
+    for number in range(max(map(len, listed.values()))):
+        yield {key: values[min(number, len(values) - 1)] for key, values in listed.items()}
+
+
+def whole(value: float, values: SearchRange) -> float | int:
+    """Return a value of a range, as a whole number if both limits are."""
+    return int(value) if float(values.low).is_integer() and float(values.high).is_integer() else value
 
 
 def _with_endpoint(values: Any) -> Any:

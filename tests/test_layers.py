@@ -73,6 +73,7 @@ DOORS = {
     "timm": ("preprocess.encoders",),
     "huggingface_hub": ("preprocess.encoders",),
     "typer": ("cfusion.cli",),
+    "optuna": ("cfusion.runs.search",),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from cfusion.report.search_section import FoldChoice
 from cfusion.survival.null import EpochChoice
 from cfusion.survival.score import Key
 
@@ -48,6 +49,7 @@ class ReportContext:
         oracle: Harrell's C of the true risk, if it is known (synthetic cohorts).
         permuted: Harrell's C after training on permuted outcomes.
         choices: Which epochs the runs could choose, for the null; without an entry, those of the published training.
+        searches: What the folds of runs with a search chose.
         notes: Sentences for the reader.
     """
 
@@ -59,6 +61,7 @@ class ReportContext:
     oracle: Mapping[Key, float] = field(default_factory=dict)
     permuted: Mapping[Key, float] = field(default_factory=dict)
     choices: Mapping[Key, EpochChoice] = field(default_factory=dict)
+    searches: Mapping[Key, Sequence[FoldChoice]] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
     def choice(self, key: Key) -> EpochChoice:

@@ -64,6 +64,7 @@ def render_run_page(
         cohorts=[_cohort(name, rows, folds, context) for name in dict.fromkeys(str(row["cohort"]) for row in rows)],
         protocols={str(row["protocol"]): PROTOCOL_TEXTS[str(row["protocol"])] for row in rows},
         choices=_choices(rows, context),
+        searches={", ".join(key): found for key, found in context.searches.items()},
         details=details,
         open_details=len(details) <= _OPEN_DETAILS,
         comparisons=comparisons.to_dict("records"),

@@ -13,6 +13,7 @@ from cfusion.config import Config
 from cfusion.errors import DataError
 from cfusion.report.context import ReportContext
 from cfusion.report.report_files import write_report
+from cfusion.report.search_section import choices_of
 from cfusion.run_folder import COVARIATES, OUTCOMES, PREDICTIONS, SPLITS, FinishedRun, read_run
 from cfusion.survival.null import EpochChoice
 from cfusion.survival.predictions import read_predictions
@@ -56,6 +57,7 @@ def report_runs(folders: Sequence[Path], out: Path, *, title: str, oracle: dict[
         curves=pd.concat([run.curves() for run in real], ignore_index=True),
         oracle={key: oracle[key[0]] for key in grouped if oracle and key[0] in oracle},
         choices={key: EpochChoice.of(members[0].config.train) for key, members in grouped.items()},
+        searches={key: found for key, members in grouped.items() if (found := choices_of(members))},
         permuted={key: sum(values) / len(values) for key, values in null.items()},
         notes=[f"{', '.join(key)}: {note}" for key, members in grouped.items() for note in members[0].config.notes],
     )

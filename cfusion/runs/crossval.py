@@ -23,6 +23,7 @@ from cfusion.interruption import graceful_stop
 from cfusion.run_folder import CHECKPOINTS, GROUP, claim
 from cfusion.runs.arrangement import Arrangement
 from cfusion.runs.run import Run
+from cfusion.runs.search import FoldSearch
 from cfusion.survival.score import Scores
 from cfusion.tracking import TrackedRun
 from cfusion.training.fold_job import never_stop
@@ -259,11 +260,14 @@ def _fold(
     with parent.child(folder.name, {"fold": split.fold, "repeat": split.repeat}) as child:
         if not run.has_fold(runtime, split):
             run.check_code(runtime)
-            result = fit(
-                run.config, run.cohort, split, runtime=runtime, folder=checkpoints, code=run.code, stop=stop,
-                on_epoch=lambda epoch, metrics: child.log(metrics, epoch),
-            )  # fmt: skip
-            run.write_fold(runtime, result)
+            if run.config.search is not None:
+                FoldSearch(runtime, run, split, stop)()
+            else:
+                result = fit(
+                    run.config, run.cohort, split, runtime=runtime, folder=checkpoints, code=run.code, stop=stop,
+                    on_epoch=lambda epoch, metrics: child.log(metrics, epoch),
+                )  # fmt: skip
+                run.write_fold(runtime, result)
         if runtime.is_main:
             shutil.rmtree(checkpoints, ignore_errors=True)
         child.artifacts(folder)

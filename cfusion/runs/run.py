@@ -252,16 +252,28 @@ class Run:
         """Return whether a fold is finished, the same on every rank."""
         return bool(runtime.from_main(run_folder.is_complete(self.fold_folder(split))))
 
-    def write_fold(self, runtime: Runtime, result: FoldRun) -> None:
-        """Write the result of a fold on rank 0, completely or not at all; every rank waits for it."""
+    def write_fold(
+        self, runtime: Runtime, result: FoldRun, folder: Path | None = None, chosen: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the result of a fold on rank 0, completely or not at all; every rank waits for it.
+
+        Args:
+            runtime: The processes.
+            result: The result.
+            folder: Where to; None: the fold's folder. An earlier result there is replaced.
+            chosen: Settings that the fold has chosen.
+        """
         if runtime.is_main:
-            with atomic_path(self.fold_folder(result.split)) as temporary:
+            with atomic_path(folder or self.fold_folder(result.split)) as temporary:
                 result.model.save(temporary / run_folder.MODEL)
                 result.predictions.to_csv(temporary / run_folder.PREDICTIONS, index=False)
                 result.history.to_csv(temporary / run_folder.HISTORY, index=False)
                 curves = figures.learning_curves(result.history, f"fold {result.split.fold}")
                 write_figures(temporary, {"learning_curves": curves})
-                write_json(temporary / run_folder.FOLD, {"best_epoch": result.best_epoch, "fold": result.split.fold})
+                write_json(temporary / run_folder.FOLD, {
+                    "best_epoch": result.best_epoch, "fold": result.split.fold,
+                    **({} if chosen is None else {"chosen": dict(chosen)}),
+                })  # fmt: skip
         runtime.barrier()
 
     def tracked(self, runtime: Runtime) -> TrackedRun:

@@ -75,6 +75,9 @@ class SweepConfig(Section):
     axes: Annotated[dict[str, dict[str, Settings]], BeforeValidator(_named_values)] = Field(default_factory=dict)
     """Axis → value's name → `section.key: value` of that value. Or a list of values of one setting, which the axis
     names: a key such as `seed: [1, 2, 3]`, or cohort, encoder, model, protocol, fold."""
+    search: dict[str, Any] | None = None
+    """Settings that each fold of every run chooses by trials on its training side, as `search` in the file of a single
+    run: `space`, `trials`, `sampler`, `prune`, `seed`."""
     exclude: tuple[dict[str, str], ...] = ()
     """Combinations to leave out, as axis: value; a run is left out if it has all values of one entry."""
     code: Annotated[str | None, BeforeValidator(_as_text)] = None
@@ -96,6 +99,19 @@ class SweepConfig(Section):
             raise ValueError(
                 "output is the folder of the sweep, with a folder for each run; set it at the top of the file"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _search_stands_once(self) -> SweepConfig:
+        if self.search is None:
+            return self
+        if "search" in self.base:
+            raise ValueError("search stands at the top of the file and in base; keep one")
+        space = self.search.get("space")
+        for axis, values in self.axes.items():
+            twice = {key for settings in values.values() for key in settings} & set(space if space else ())
+            if twice:
+                raise ValueError(f"search.space and axes.{axis} both set {min(twice)}; keep one")
         return self
 
     @model_validator(mode="after")
@@ -241,6 +257,8 @@ def _planned(sweep: SweepConfig, values: Mapping[str, str], data: DataDigests) -
     title = "-".join(values.values()) or sweep.name
     source = f"sweep {sweep.name}, run {title}"
     settings = _filled(sweep.base, values, source)
+    if sweep.search is not None:
+        settings["search"] = _filled(sweep.search, values, source)
     tracking = settings.setdefault("tracking", {})
     if isinstance(tracking, dict):
         tracking.setdefault("experiment", sweep.name)

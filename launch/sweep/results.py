@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cfusion.report.comparison.cells import ComparedRun, Cost, compare_runs
 from cfusion.report.comparison.comparison_files import write_comparison
+from cfusion.report.search_section import fold_choices
 from launch.sweep.markers import attempts
 from launch.sweep.plan import PlannedRun, SweepConfig
 from launch.sweep.status import RunStatus, look
@@ -45,6 +46,7 @@ def members_of(runs: Sequence[PlannedRun], statuses: Sequence[RunStatus]) -> lis
             word=status.word,
             cost=_cost(run.config.output),
             endpoint=run.config.cohort.endpoint,
+            search=fold_choices(run.config.output, run.config.seed) if status.state == "done" else (),
         )
         for run, status in zip(runs, statuses, strict=True)
     ]

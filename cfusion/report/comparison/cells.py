@@ -13,6 +13,7 @@ from joblib import Parallel, delayed
 from cfusion.errors import DataError
 from cfusion.machine_limits import usable_cores
 from cfusion.report.runs import outcomes_and_splits
+from cfusion.report.search_section import FoldChoice
 from cfusion.run_folder import PREDICTIONS
 from cfusion.survival.paired import COLUMNS, compare, holm
 from cfusion.survival.predictions import read_predictions
@@ -75,6 +76,7 @@ class ComparedRun:
         word: Reason of the failure.
         cost: Cost of the run.
         endpoint: Its end point: OS, DSS or PFI; None: unknown.
+        search: What its folds chose, if it searched.
     """
 
     name: str
@@ -89,6 +91,7 @@ class ComparedRun:
     word: str = ""
     cost: Cost = field(default_factory=Cost)
     endpoint: str | None = None
+    search: tuple[FoldChoice, ...] = ()
 
 
 @dataclass(frozen=True)

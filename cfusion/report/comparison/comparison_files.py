@@ -78,6 +78,7 @@ def render_comparison(comparison: Comparison, out: Path, title: str) -> str:
         counts={state: sum(m.state == state for m in members) for state in ("done", "running", "failed", "open")},
         total=Cost.total(costs),
         endpoints=_endpoints(members),
+        searches={member.name: member.search for member in members if member.search},
         protocols={p: PROTOCOL_TEXTS[p] for p in comparison.protocols},
         nulls=any(cell.permuted for cell in comparison.cells),
         clinical=any(cell.clinical != "–" for cell in comparison.cells),
