@@ -111,7 +111,7 @@ def brier_over_time(scores: PatientScores, where: str) -> str:
     plot.axes("months", "Brier score", y_format="{:.2f}".format)
     for series, name in enumerate(("model", "Kaplan–Meier")):
         plot.line([(row[0], row[1 + series]) for row in known], f"line series{series}")
-        plot.text(plot.width - 8, 16 + 15 * series, name, f"note series{series}", "end")
+        plot.text(plot.width - 8, plot.height - 72 + 15 * series, name, f"note series{series}", "end")
     months, model, null = known[-1]
     return plot.finish(
         f"Brier score over time, {where}",

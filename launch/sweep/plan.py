@@ -105,7 +105,7 @@ class SweepConfig(Section):
     def _search_stands_once(self) -> SweepConfig:
         if self.search is None:
             return self
-        if "search" in self.base:
+        if self.base.get("search") is not None:
             raise ValueError("search stands at the top of the file and in base; keep one")
         space = self.search.get("space")
         for axis, values in self.axes.items():

@@ -137,3 +137,17 @@ def children(pid: int) -> list[int]:
 
     servers = [child for child in psutil.Process(pid).children() if "forkserver" in " ".join(child.cmdline())]
     return [child.pid for server in servers for child in server.children() if child.status() != psutil.STATUS_ZOMBIE]
+    found = psutil.Process(pid).children(recursive=True)
+    return [child.pid for child in found if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_a_search_is_part_of_every_run_and_stands_in_one_place(files, tmp_path):
+    search = {"space": {"train.lr": {"low": 0.001, "high": 0.01, "log": True}}, "trials": 2}
+    plain, searching = plan(sweep(files, tmp_path)), plan(sweep(files, tmp_path, search=search))
+    assert [run.config.search.trials for run in searching] == [2, 2]
+    assert not {run.name for run in plain} & {run.name for run in searching}
+    with pytest.raises(ConfigError, match=r"search\.space and axes\.seed both set seed"):
+        sweep(files, tmp_path, search={"space": {"seed": [1, 2]}})
+    base = files.config(tmp_path, search=search).model_dump(mode="json", exclude={"output"})
+    with pytest.raises(ConfigError, match="search stands at the top of the file and in base"):
+        sweep(files, tmp_path, base=base, search=search)

@@ -29,7 +29,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> CohortFiles:
 
 def searching(files: CohortFiles, output: Path, epochs: int = 1, **search: object) -> Config:
     settings = {"space": SPACE, "trials": 2, **search}
-    return files.config(output, splits={"folds": 2}, train={"epochs": epochs}, search=settings, evaluation={"bootstrap": 0})
+    return files.config(
+        output, splits={"folds": 2}, train={"epochs": epochs}, search=settings, evaluation={"bootstrap": 0}
+    )
 
 
 def searched(run: Run) -> FoldSearch:
