@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import chi2, rankdata, studentized_range
+from scipy.stats import friedmanchisquare, rankdata, studentized_range
 
 from cfusion.errors import DataError
 
@@ -70,11 +70,9 @@ def rank_methods(values: pd.DataFrame, level: float = 0.05) -> Ranking:
 
 def _friedman(ranks: np.ndarray) -> float:
     blocks, methods = ranks.shape
-    spread = float(((ranks - (methods + 1) / 2) ** 2).sum())
-    if methods < 3 or blocks < 2 or spread == 0:
+    if methods < 3 or blocks < 2 or not np.ptp(ranks):
         return _NAN
-    between = blocks**2 * float(((ranks.mean(axis=0) - (methods + 1) / 2) ** 2).sum())
-    return float(chi2.sf((methods - 1) * between / spread, methods - 1))
+    return float(friedmanchisquare(*ranks.T).pvalue)
 
 
 def _cliques(names: tuple[str, ...], means: np.ndarray, critical: float) -> tuple[tuple[str, ...], ...]:
