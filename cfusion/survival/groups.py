@@ -128,8 +128,8 @@ def hazard_ratio(
     With tied times Breslow's approximation draws the coefficient towards 0 (Hertz-Picciotto and Rockhill, Biometrics
     53, 1997).
 
-    scikit-survival's Cox model has neither strata nor standard errors. lifelines gives the same numbers in 200 times the
-    time, and a sweep's report fits thousands.
+    scikit-survival's Cox model has neither strata nor standard errors. lifelines gives the same numbers in 200
+    times the time, and a sweep's report fits thousands.
 
     Args:
         time: [case], months.
