@@ -137,8 +137,6 @@ def children(pid: int) -> list[int]:
 
     servers = [child for child in psutil.Process(pid).children() if "forkserver" in " ".join(child.cmdline())]
     return [child.pid for server in servers for child in server.children() if child.status() != psutil.STATUS_ZOMBIE]
-    found = psutil.Process(pid).children(recursive=True)
-    return [child.pid for child in found if "spawn_main" in " ".join(child.cmdline())]
 
 
 def test_a_search_is_part_of_every_run_and_stands_in_one_place(files, tmp_path):
