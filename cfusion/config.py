@@ -485,14 +485,14 @@ class Config(Section):
 def corners(search: SearchConfig) -> Iterator[dict[str, Any]]:
     """Yield settings in which each value of a list and each limit of a range occurs, to be checked before training."""
     listed = {
-        key: values if isinstance(values, list) else [whole(values.low, values), whole(values.high, values)]
+        key: values if isinstance(values, list) else [as_integer(values.low, values), as_integer(values.high, values)]
         for key, values in search.space.items()
     }
     for number in range(max(map(len, listed.values()))):
         yield {key: values[min(number, len(values) - 1)] for key, values in listed.items()}
 
 
-def whole(value: float, values: SearchRange) -> float | int:
+def as_integer(value: float, values: SearchRange) -> float | int:
     """Return a value of a range, as a whole number if both limits are."""
     return int(value) if float(values.low).is_integer() and float(values.high).is_integer() else value
 

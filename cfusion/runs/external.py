@@ -76,7 +76,7 @@ def report_external(done: Prediction, model: str, tables: Sequence[Path], out: P
 
 
 def _patients_of_run(model: str) -> frozenset[str]:
-    """Return digests of the patients of the model's run; none if only the model is there."""
+    """Return digests of the patients of the model's run; none if there is only the model."""
     outcomes = None if model.startswith("models:") else find_run(Path(model)) / OUTCOMES
     if outcomes is None or not outcomes.is_file():
         return frozenset()

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cfusion.config import Config, SearchConfig, whole
+from cfusion.config import Config, SearchConfig, as_integer
 from cfusion.errors import CfusionError, DataError, MissingExtraError, RequeueError
 from cfusion.files import atomic_path, digest_json, read_json, write_json
 from cfusion.interruption import stop_requested
@@ -214,7 +214,7 @@ class _Study:
 def _distribution(optuna: Any, values: Any) -> Any:
     if isinstance(values, list):
         return optuna.distributions.CategoricalDistribution([_coded(value) for value in values])
-    low, high = whole(values.low, values), whole(values.high, values)
+    low, high = as_integer(values.low, values), as_integer(values.high, values)
     if isinstance(low, int):
         return optuna.distributions.IntDistribution(low, high, log=values.log)
     return optuna.distributions.FloatDistribution(low, high, log=values.log)
