@@ -1,15 +1,24 @@
 """The main job, small: killed in the middle and started again, it ends with the numbers of an undisturbed run."""
 
+import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from mlflow import MlflowClient
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from cfusion.cli import cmd_demo
+from cfusion.cli.main import app
+from cfusion.demo import DemoCost, DemoResult
 
 COMMAND = [sys.executable, "-m", "cfusion", "demo", "--cases", "40", "--slots", "2", "--out"]
 
@@ -55,3 +64,24 @@ def test_killed_while_drawing_extracting_and_training_it_ends_with_the_same_numb
     client = MlflowClient(f"sqlite:///{disturbed / 'mlflow.db'}")
     assert {model.name for model in client.search_registered_models()} == {f"{r['cohort']}-{r['model']}" for r in first}
     assert all("candidate" in model.aliases for model in client.search_registered_models())
+
+
+def test_the_default_demo_fits_on_a_small_disk_and_names_its_cost(tmp_path):
+    cases = inspect.signature(cmd_demo.demo).parameters["cases"].default
+    assert DemoCost.of(cases, 2).gigabytes <= 0.4
+    words = DemoCost.of(cases, 2).describe(tmp_path / "not" / "there")
+    assert re.match(r"about \d+ minutes if the cores do nothing else, 0\.\d GB of disk \(\d+\.\d GB free\)", words)
+    assert DemoCost.of(cases, 1).minutes == 2 * DemoCost.of(cases, 2).minutes
+
+
+def test_the_demo_ends_with_the_next_commands(tmp_path, monkeypatch):
+    columns = ["cohort", "model", "protocol", "cindex_within", "within_low", "within_high", "oracle", "permuted"]
+    result = DemoResult(Path("report.html"), pd.DataFrame([dict.fromkeys(columns, 0.5)]), Path("s"), Path("r"))
+    monkeypatch.setattr("cfusion.demo.run_demo", lambda *args, **kwargs: result)
+    lines = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)]).output.splitlines()
+    assert "GB free" in lines[0]
+    commands = [line.split("#")[0].split() for line in lines[lines.index("next:") + 1 :]]
+    assert [words[0] for words in commands] == ["source", "cfusion", "cfusion"]
+    assert commands[1] == ["cfusion", "view", "s", "--run", "r"]
+    known = {option for parameter in get_command(app).commands["init"].params for option in parameter.opts}
+    assert {word for word in commands[2] if word.startswith("--")} <= known

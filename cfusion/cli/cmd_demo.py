@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for all output of the demo.")] = Path("runs/demo"),
-    cases: Annotated[int, typer.Option(help="Patients per cohort.", min=40)] = 240,
+    cases: Annotated[int, typer.Option(help="Patients per cohort.", min=40)] = 72,
     slots: Annotated[
         int | None, typer.Option(help="Trainings at the same time; default: one per core, at most 4.")
     ] = None,
@@ -35,13 +36,26 @@ def demo(
 
       cfusion demo --out runs/demo
     """
-    from cfusion.demo import run_demo
+    from cfusion.demo import DemoCost, run_demo
     from cfusion.machine_limits import usable_cores
 
-    result = run_demo(out, cases=cases, slots=slots or min(4, usable_cores()), encoder=encoder)
+    slots = slots or min(4, usable_cores())
+    typer.echo(f"two cohorts of {cases} drawn patients in {out}: {DemoCost.of(cases, slots).describe(out)}")
+    result = run_demo(out, cases=cases, slots=slots, encoder=encoder)
     columns = ["cohort", "model", "protocol", "cindex_within", "within_low", "within_high", "oracle", "permuted"]
     typer.echo(result.summary[columns].to_string(index=False, float_format="{:.3f}".format))
     typer.echo(f"report: {result.page}")
+    typer.echo(
+        "next:\n"
+        f"  source {_shown(Path(sys.prefix) / 'bin' / 'activate')}\n"
+        f"  cfusion view {result.slides} --run {result.run}    # slides and survival curves\n"
+        "  cfusion init --table clinical.csv --features FOLDER    # features you have; slides: cfusion preprocess -h"
+    )
+
+
+def _shown(path: Path) -> str:
+    """Return a path relative to the current folder if it lies below."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def phantom(
