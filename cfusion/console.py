@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
@@ -15,6 +17,9 @@ logger = logging.getLogger("cfusion")
 
 SILENT_SECONDS = 60.0
 """A process that waits says so after this time, and again each time it has passed."""
+
+
+_WITH_DIGITS = re.compile(r"\S*\d\S*")
 
 
 def is_rank_zero() -> bool:
@@ -62,7 +67,7 @@ def report_waits(things: Sequence[tuple[str, float]], now: float) -> None:
     what, since = min(things, key=lambda thing: thing[1], default=("", now))
     if now - max(since, _last_report[0]) >= SILENT_SECONDS:
         _last_report[0] = now
-        logger.warning("waiting for %s, %.0f s so far", what, now - since)
+        logger.warning("waiting for %s, %.0f s so far", what, now - since, extra={"each_time": True})
 
 
 class Progress:
@@ -126,3 +131,40 @@ def progress(description: str, total: int) -> Iterator[Progress]:
         yield counter
         if rank_zero:
             logger.info("%s: %d of %d in %.1f s", description, counter.done, total, time.monotonic() - start)
+
+
+class RepeatsCounted(logging.Filter):
+    """Lets the first of alike warnings through and counts the rest.
+
+    Warnings are alike if they differ only in their first argument, which names the subject, and in words with digits,
+    such as names of slides, paths and numbers. Those of a sweep, and those marked `each_time`, are news each time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._first: dict[str, str] = {}
+        self._counts: Counter[str] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the record is shown."""
+        if record.levelno != logging.WARNING or getattr(record, "each_time", False) or record.name.startswith("launch"):
+            return True
+        text = record.getMessage()
+        subject = str(record.args[0]) if isinstance(record.args, tuple) and record.args else ""
+        kind = alike(text, subject if record.msg != "%s" else "")
+        self._first.setdefault(kind, text)
+        self._counts[kind] += 1
+        return self._counts[kind] == 1
+
+    def lines(self) -> list[str]:
+        """Return a line with a count for each warning that was repeated."""
+        return [
+            f"{count - 1} more like: {self._first[kind]} (all with --verbose)"
+            for kind, count in self._counts.items()
+            if count > 1
+        ]
+
+
+def alike(text: str, subject: str = "") -> str:
+    """Return what texts have in common that differ only in their subject and in words with digits."""
+    return _WITH_DIGITS.sub("#", text.replace(subject, "#", 1) if subject else text)

@@ -34,6 +34,7 @@ from cfusion.cli.options import (
     queue_options,
     refuse_unheard,
 )
+from cfusion.console import alike
 from cfusion.errors import ConfigError, DataError, PartialResultError
 
 if TYPE_CHECKING:
@@ -303,18 +304,25 @@ def _report(summary: Summary) -> None:
         f"{summary.pixels * 3 / 1e9 / max(1e-9, summary.seconds):.2f} GB/s, "
         f"encoders idle {summary.encoder_idle:.0%}); {summary.table}"
     )
-    partly = [o for o in summary.of("done") if o.why]
-    for outcome in partly:
-        typer.echo(f"partly  {outcome.slide_id}: {outcome.why}")
-    for outcome in summary.of("done"):
-        if outcome.warnings:
-            typer.echo(f"warning {outcome.slide_id}: {outcome.warnings}")
+    _grouped("partly ", [(o.slide_id, o.why) for o in summary.of("done") if o.why])
+    _grouped("warning", [(o.slide_id, o.warnings) for o in summary.of("done") if o.warnings])
     failed, stale = len(summary.of("failed")), len(summary.of("stale"))
     if failed or stale:
         problems = [f"{failed} failed"] * bool(failed) + [f"{stale} are stale"] * bool(stale)
         raise PartialResultError(
             f"of {len(summary.outcomes)} slides {' and '.join(problems)}.", f"See {summary.table}."
         )
+
+
+def _grouped(kind: str, remarks: list[tuple[str, str]]) -> None:
+    """Print remarks on slides, alike ones as one line with a count; the table of the store has all."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for slide_id, text in remarks:
+        groups.setdefault(alike(text, slide_id), []).append((slide_id, text))
+    for of_kind in groups.values():
+        slide_id, text = of_kind[0]
+        others = f" and {len(of_kind) - 1} more slides" if len(of_kind) > 1 else ""
+        typer.echo(f"{kind} {slide_id}{others}: {text}")
 
 
 def _table(summary: Summary) -> None:

@@ -34,7 +34,7 @@ from cfusion.cli import (
     cmd_train,
     cmd_view,
 )  # fmt: skip
-from cfusion.console import is_rank_zero
+from cfusion.console import RepeatsCounted, is_rank_zero
 from cfusion.errors import DISK, CfusionError, ExchangeError, RequeueError
 from cfusion.secret_text import SecretsLeftOut, without_secrets
 
@@ -103,6 +103,8 @@ def _common(
     level = logging.DEBUG if verbose else logging.WARNING if quiet or not rank_zero else logging.INFO
     to_terminal = logging.StreamHandler(sys.stderr)
     to_terminal.setFormatter(SecretsLeftOut("%(message)s"))
+    if not verbose:
+        to_terminal.addFilter(RepeatsCounted())
     logging.basicConfig(level=logging.WARNING, handlers=[to_terminal], force=True)
     for name in ("cfusion", "preprocess", "launch"):
         logging.getLogger(name).setLevel(level)
@@ -136,6 +138,17 @@ def run() -> None:
             raise
         logging.getLogger("cfusion").debug("the error of the library:", exc_info=error)
         _end(found)
+    finally:
+        _count_repeats()
+
+
+def _count_repeats() -> None:
+    """Print how often the warnings were repeated that the terminal showed once."""
+    filters = [each for handler in logging.getLogger().handlers for each in handler.filters]
+    for counted in filters:
+        if isinstance(counted, RepeatsCounted):
+            for line in counted.lines():
+                sys.stderr.write(f"{without_secrets(line)}\n")
 
 
 def _end(error: CfusionError) -> NoReturn:

@@ -1,6 +1,8 @@
 """The command as a user meets it: a process, its text, its exit code."""
 
 import errno
+import io
+import logging
 import os
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import yaml
 from factories import CohortFiles, make_cohort
 
 from cfusion.cli import main
+from cfusion.console import RepeatsCounted, alike
 
 
 def cfusion(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -184,3 +187,36 @@ def test_ctrl_c_leaves_with_its_code_and_says_how_to_go_on(monkeypatch, capsys):
         main.run()
     assert left.value.code == 130
     assert "interrupted; run the same command again to resume" in capsys.readouterr().err
+
+
+def test_alike_warnings_are_one_line_with_a_count_and_a_wait_is_reported_each_time():
+    counted, out = RepeatsCounted(), io.StringIO()
+    handler = logging.StreamHandler(out)
+    handler.addFilter(counted)
+    for slide in ("TCGA-2F-A9KO-01Z", "P001", "plain"):
+        for args in (("slide %s: states %g µm/px", slide, 0.25 + len(slide)), ("slide %s refused: no tiles", slide)):
+            handler.handle(logging.LogRecord("preprocess", logging.WARNING, "", 0, *args[:1], args[1:], None))
+    for seconds in (60, 120):
+        wait = logging.LogRecord("cfusion", logging.WARNING, "", 0, "waiting, %d s", (seconds,), None)
+        wait.each_time = True
+        handler.handle(wait)
+    handler.handle(logging.LogRecord("preprocess", logging.INFO, "", 0, "slide %s", ("P002",), None))
+    assert out.getvalue().splitlines() == [
+        "slide TCGA-2F-A9KO-01Z: states 16.25 µm/px", "slide TCGA-2F-A9KO-01Z refused: no tiles", "waiting, 60 s",
+        "waiting, 120 s", "slide P002",
+    ]  # fmt: skip
+    lines = counted.lines()
+    assert [line.split(":")[0] for line in lines] == ["2 more like", "2 more like"]
+    assert alike("a/b1.svs: 3 of 9", "") == alike("c2.svs: 4 of 7", "") == "# # of #"
+
+
+def test_repeated_warnings_are_counted_at_the_end_of_a_command(tmp_path):
+    code = (
+        "import logging; import cfusion.cli.main as m\n"
+        "def work():\n"
+        "    m._common(False, False, False)\n"
+        "    for i in range(5): logging.getLogger('preprocess').warning('slide %s: odd', f's{i}')\n"
+        "m.app = work; m.run()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stderr.splitlines() == ["slide s0: odd", "4 more like: slide s0: odd (all with --verbose)"]
