@@ -129,7 +129,7 @@ def kill_until_done(config: Path, log: Path, seconds: float, draw: random.Random
 
 
 def run_case(folder: Path, case: str, kills: int, draw: random.Random) -> Series:
-    """Kill runs of one of `CASES` `kills` times; a run that ends is compared and begun anew."""
+    """Kill runs of one of `CASES` `kills` times; a run that ends is compared, and the next one begins."""
     folds, tracked = CASES[case]
     undisturbed = folder / "undisturbed"
     process = start(write_config(folder, undisturbed, folds, tracked=tracked), folder / "undisturbed.log")

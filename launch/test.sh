@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# From a fresh clone to a checked one: lint, types and tests. Options go to pytest; --slow adds the slow tests,
-# --coverage reports the share of lines that the tests run.
+# From a fresh clone to a checked one: lint, types and tests. Options go to pytest; --slow adds the slow tests, --long
+# these and the long ones, --coverage reports the share of lines that the tests run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh
 setup_environment dev
-marker="not slow"
+marker="not slow and not long"
 options=()
 for option in "$@"; do
     case "$option" in
-        --slow) marker="" ;;
+        --slow) marker="not long" ;;
+        --long) marker="" ;;
         --coverage) options+=(--cov --cov-report=term) ;;
         *) options+=("$option") ;;
     esac

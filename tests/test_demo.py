@@ -42,7 +42,7 @@ def kill_when(out: Path, pattern: str) -> None:
         process.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(2400)
 def test_killed_while_drawing_extracting_and_training_it_ends_with_the_same_numbers(tmp_path):
     demo(tmp_path / "undisturbed")

@@ -5,7 +5,7 @@ import pytest
 from benchmarks.faithfulness import measure
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(2400)
 def test_planted_regions_are_ranked_and_their_removal_lowers_the_risk(tmp_path):
     table = measure(tmp_path, ["crossfusion"], patients=240, folds=5, slides=2, cells=4)

@@ -135,7 +135,7 @@ def recipe(record: dict[str, Any], errors: bool) -> Config:
     "record",
     [
         # A minute of pseudo-inverses in float64.
-        pytest.param(r, id=r["model"], marks=[pytest.mark.slow] if r["model"] == "transmil" else [])
+        pytest.param(r, id=r["model"], marks=[pytest.mark.long] if r["model"] == "transmil" else [])
         for r in RECORDS
     ],
 )

@@ -227,7 +227,7 @@ def read_at_20x(path: Path) -> np.ndarray:
         return halved(image) if float(slide.properties["openslide.mpp-x"]) < 0.4 else image
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("spec", PHANTOMS, ids=lambda spec: spec.name)
 def test_survival_can_be_learnt_from_the_slides_and_permuted_survival_cannot(spec: PhantomSpec, tmp_path: Path) -> None:
     from sklearn.model_selection import KFold
