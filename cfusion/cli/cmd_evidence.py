@@ -105,6 +105,9 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Output folders of finished runs.")],
     out: Annotated[Path, typer.Option(help="Folder of the report.")],
     title: Annotated[str, typer.Option(help="Heading.")] = "Survival from whole-slide images",
+    pseudonyms: Annotated[
+        bool, typer.Option("--pseudonyms", help="Replace the names of patients and slides by numbers.")
+    ] = False,
 ) -> None:
     """Write one report on finished runs; seeds are scored together, permuted runs become the null of the others.
 
@@ -112,7 +115,7 @@ def report(
     """
     from cfusion.report.runs import report_runs
 
-    typer.echo(f"report: {report_runs(runs, out, title=title)}")
+    typer.echo(f"report: {report_runs(runs, out, title=title, pseudonyms=pseudonyms)}")
 
 
 def null(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -12,6 +13,7 @@ from cfusion.cohort.splits import read_splits
 from cfusion.config import Config
 from cfusion.errors import DataError
 from cfusion.report.context import ReportContext
+from cfusion.report.pseudonyms import Pseudonyms
 from cfusion.report.report_files import write_report
 from cfusion.report.search_section import choices_of
 from cfusion.run_folder import COVARIATES, OUTCOMES, PREDICTIONS, SPLITS, FinishedRun, read_run
@@ -22,7 +24,9 @@ from cfusion.types import Cohort, Split
 from cfusion.yaml_files import differing_values
 
 
-def report_runs(folders: Sequence[Path], out: Path, *, title: str, oracle: dict[str, float] | None = None) -> Path:
+def report_runs(
+    folders: Sequence[Path], out: Path, *, title: str, oracle: dict[str, float] | None = None, pseudonyms: bool = False
+) -> Path:
     """Score finished runs and write one report; runs on permuted outcomes are shown as the permuted null.
 
     Args:
@@ -30,6 +34,7 @@ def report_runs(folders: Sequence[Path], out: Path, *, title: str, oracle: dict[
         out: Folder of the report.
         title: Heading.
         oracle: Per cohort, the C-index of the true risk, for synthetic cohorts.
+        pseudonyms: Replace the names of patients and slides.
 
     Returns:
         Path of the page.
@@ -49,10 +54,11 @@ def report_runs(folders: Sequence[Path], out: Path, *, title: str, oracle: dict[
     null: dict[Key, list[float]] = {}
     for run in permuted:
         null.setdefault(run.key, []).append(float(score_runs([run], bootstrap=0).summary["cindex_within"].iloc[0]))
+    hidden = Pseudonyms(name for run in runs for name in _names_in(run)) if pseudonyms else None
     context = ReportContext(
         title=title,
         endpoints={run.config.cohort.name: run.config.cohort.endpoint for run in real},
-        audits={run.config.cohort.name: run.audit for run in real},
+        audits={run.config.cohort.name: run.audit if hidden is None else _without_names(run, hidden) for run in real},
         provenance={str(run.folder.name): run.provenance for run in real},
         curves=pd.concat([run.curves() for run in real], ignore_index=True),
         oracle={key: oracle[key[0]] for key in grouped if oracle and key[0] in oracle},
@@ -62,7 +68,25 @@ def report_runs(folders: Sequence[Path], out: Path, *, title: str, oracle: dict[
         notes=[f"{', '.join(key)}: {note}" for key, members in grouped.items() for note in members[0].config.notes],
     )
     scores = [score_runs(runs, runs[0].config.evaluation.bootstrap) for runs in grouped.values()]
-    return write_report(scores, out, context=context)
+    page = write_report(scores, out, context=context)
+    if hidden is not None:
+        hidden.hide_in_folder(out)
+    return page
+
+
+def _names_in(run: FinishedRun) -> set[str]:
+    """Return the names of patients and slides in a run: of its outcomes, its predictions and its audit."""
+    predictions = read_predictions(run.folder / PREDICTIONS)
+    names = {str(name) for column in ("case_id", "slide_id") if column in predictions for name in predictions[column]}
+    names |= set(map(str, read_outcomes(run.folder / OUTCOMES, run.config.cohort.name).cases.index))
+    subjects = {str(finding["subject"]) for finding in run.audit["findings"]}
+    subjects = {subject for subject in subjects if not subject.startswith("fold ")} - {run.config.cohort.name}
+    return {name for name in names | subjects if name not in ("", "nan")}
+
+
+def _without_names(run: FinishedRun, hidden: Pseudonyms) -> dict[str, Any]:
+    kept = (run.config.cohort.name,)
+    return {**run.audit, "findings": [hidden.of_finding(finding, kept) for finding in run.audit["findings"]]}
 
 
 def score_runs(runs: Sequence[FinishedRun], bootstrap: int) -> Scores:

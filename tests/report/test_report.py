@@ -20,6 +20,7 @@ from cfusion.config import Config, Protocol, SplitsConfig, validate
 from cfusion.errors import ConfigError, DataError
 from cfusion.files import write_json, write_text
 from cfusion.report import ReportContext, figures, write_report
+from cfusion.report.pseudonyms import Pseudonyms
 from cfusion.report.runs import report_runs
 from cfusion.survival.null import EpochChoice
 from cfusion.survival.predictions import read_predictions
@@ -350,3 +351,39 @@ def test_runs_that_cannot_be_reported(tmp_path: Path) -> None:
     null = finished_run(tmp_path / "null", permuted=0)
     with pytest.raises(DataError, match="none of the runs has real outcomes"):
         report_runs([null], tmp_path / "report", title="Runs")
+
+
+def test_a_report_with_pseudonyms_names_nobody(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    names = [str(name) for name in cohort(120).cases.index]
+    slide, stranger = "TCGA-2F-A9KO-01Z-00-DX1.195576CF", "TCGA-XX-0001"
+    found = [
+        {"kind": "no_slides", "subject": names[0], "action": "dropped", "message": "has no usable slide"},
+        {"kind": "missing_features", "subject": slide, "action": "dropped", "message": "has no features"},
+        {"kind": "no_outcome", "subject": "S-77-x", "action": "dropped",
+         "message": f"belongs to no patient of the table (to ward-9; the nearest name is {names[1]})"},
+        {"kind": "spelling", "subject": "made_up", "action": "doubted",
+         "message": f"has 1 names in two spellings, such as {names[2]} and {stranger}; they are taken as the same"},
+    ]  # fmt: skip
+    audited = json.loads((run / "audit.json").read_text())
+    write_json(run / "audit.json", {**audited, "findings": audited["findings"] + found})
+    plain, hidden = tmp_path / "plain", tmp_path / "hidden"
+    report_runs([run], plain, title="Run")
+    assert slide in (plain / "findings.csv").read_text()
+    report_runs([run], hidden, title="Run", pseudonyms=True)
+    secret = re.compile("|".join(map(re.escape, [*names, slide, stranger, "S-77-x", "ward-9", "TCGA-"])))
+    for path in sorted(hidden.iterdir()):
+        assert not secret.search(path.read_text(encoding="utf-8")), path
+    subjects = pd.read_csv(hidden / "findings.csv")["subject"].tolist()
+    assert len(set(subjects[-4:])) == 4
+    assert subjects[-1] == "made_up"
+    assert (hidden / "summary.json").read_text() == (plain / "summary.json").read_text()
+
+
+def test_a_patient_whose_name_is_a_number_does_not_change_numbers() -> None:
+    hidden = Pseudonyms(["12", "13.0", "A-100", "A-1001"])
+    assert hidden.hide("C .12 of 12 patients; A-1001, A-100") == "C .12 of 12 patients; " + ", ".join(
+        hidden.hide(name) for name in ("A-1001", "A-100")
+    )
+    finding = hidden.of_finding({"subject": "12", "message": "has no usable slide"}, ("cohort",))
+    assert finding["subject"].startswith("anonymous-")
