@@ -95,6 +95,8 @@ def slurm_of_one_node(*, accounting: bool = False) -> Iterator[Path]:
     try:
         yield _start(folder, started, accounting=accounting)
     finally:
+        for step in _left_of(folder / "slurm.conf"):  # a step would wait for its daemon without end
+            step.kill()
         for process in reversed(started):
             process.send_signal(signal.SIGTERM)
         for process in started:
@@ -169,6 +171,17 @@ def answers(port: int) -> bool:
     """Whether something listens on a port of loopback."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _left_of(configuration: Path) -> list[psutil.Process]:
+    """Return the processes of jobs of this cluster that still run."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            mine = process.environ().get("SLURM_CONF") == str(configuration)
+            if mine and process.name() not in (*DAEMONS, *ACCOUNTING):
+                found.append(process)
+    return found
 
 
 def _until(found, folder: Path) -> None:
