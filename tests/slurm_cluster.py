@@ -95,8 +95,6 @@ def slurm_of_one_node(*, accounting: bool = False) -> Iterator[Path]:
     try:
         yield _start(folder, started, accounting=accounting)
     finally:
-        for step in _left_of(folder / "slurm.conf"):  # a step would wait for its daemon without end
-            step.kill()
         for process in reversed(started):
             process.send_signal(signal.SIGTERM)
         for process in started:
@@ -105,6 +103,8 @@ def slurm_of_one_node(*, accounting: bool = False) -> Iterator[Path]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for step in _left_of(folder / "slurm.conf"):  # it would wait for its daemon without end
+            step.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 
