@@ -177,9 +177,10 @@ def _left_of(configuration: Path) -> list[psutil.Process]:
     """Return the processes of jobs of this cluster that still run."""
     found = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            mine = process.environ().get("SLURM_CONF") == str(configuration)
-            if mine and process.name() not in (*DAEMONS, *ACCOUNTING):
+        with contextlib.suppress(psutil.Error, OSError):
+            # psutil does not see it, as steps write their title over its beginning.
+            environment = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+            if f"SLURM_CONF={configuration}".encode() in environment:
                 found.append(process)
     return found
 
