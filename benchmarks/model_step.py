@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.arithmetic import operations
 from benchmarks.published_model import PublishedCrossFusion
 from benchmarks.table import Row, options, present
 from cfusion.models import build_model
@@ -83,9 +83,9 @@ def peak_memory(device: str) -> float:
 
 def flops(tiles: int) -> float:
     """Floating-point operations of a step of our model, matrix products and convolutions, counted without data."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        step(build("default"), bag(tiles), "meta")
-    return float(counter.get_total_flops())
+    with torch.device("meta"):
+        model, values = build("default"), bag(tiles)
+        return operations(lambda: step(model, values, "meta"))
 
 
 def matrix_peak(device: str) -> float:

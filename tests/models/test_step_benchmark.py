@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import model_step
+from benchmarks.arithmetic import CORRECTED, operations
 from benchmarks.table import Row, present
 
 
@@ -32,6 +33,19 @@ def test_operations_are_those_of_the_matrix_products():
     with torch.device("meta"):
         parameters = sum(p.numel() for p in model_step.build("default").parameters() if p.dim() == 2)
     assert small > 6 * parameters * 1024 / 16
+
+
+def test_a_depthwise_convolution_counts_what_its_definition_multiplies():
+    convolution = torch.nn.Conv2d(16, 16, 7, padding=3, groups=16, bias=False, device="meta")
+    values = torch.empty(1, 16, 10, 10, device="meta", requires_grad=True)
+    assert operations(lambda: convolution(values).sum().backward()) == 3 * 2 * 16 * 49 * 100
+
+
+def test_attention_counts_two_products_forward_and_four_backward():
+    shape = (1, 4, 100, 8)
+    once = 2 * 4 * 100 * 100 * 8
+    backward = CORRECTED[torch.ops.aten._scaled_dot_product_flash_attention_backward]
+    assert backward(shape, shape, shape, shape, None, out_shape=None) == 4 * once
 
 
 def test_rows_are_shown_and_saved_with_ratios_above_one_where_ours_is_better(tmp_path, capsys):
