@@ -60,7 +60,8 @@ def register(app: typer.Typer) -> None:
     app.add_typer(sweep, name="sweep")
 
 
-def _planned(file: Path, overrides: list[str] | None, only: list[str] | None) -> tuple[SweepConfig, list[PlannedRun]]:
+def planned(file: Path, overrides: list[str] | None, only: list[str] | None) -> tuple[SweepConfig, list[PlannedRun]]:
+    """Return the settings of a sweep file and its runs."""
     from launch.sweep.plan import load_sweep
     from launch.sweep.plan import plan as plan_runs
 
@@ -68,14 +69,16 @@ def _planned(file: Path, overrides: list[str] | None, only: list[str] | None) ->
     return settings, plan_runs(settings, only or [])
 
 
-def _stale(settings: SweepConfig, runs: list[PlannedRun], only: list[str] | None) -> list[str]:
+def stale_of(settings: SweepConfig, runs: list[PlannedRun], only: list[str] | None) -> list[str]:
+    """Return the stale folders of a sweep, of all its runs also where `runs` are only some of them."""
     from launch.sweep.plan import plan as plan_runs
     from launch.sweep.status import stale
 
     return stale(settings, plan_runs(settings) if only else runs)
 
 
-def _echo_json(settings: SweepConfig, statuses: list[RunStatus], stale: list[str], **more: Any) -> None:
+def as_json(settings: SweepConfig, statuses: list[RunStatus], stale: list[str], **more: Any) -> dict[str, Any]:
+    """Return plan or status as plain values."""
     from launch.sweep.status import codes_of, counts
 
     runs = [status.to_json() for status in statuses]
@@ -83,7 +86,7 @@ def _echo_json(settings: SweepConfig, statuses: list[RunStatus], stale: list[str
         "name": settings.name, "output": str(settings.output), "counts": counts(statuses), "stale": stale,
         "stale_codes": codes_of(settings, stale), **more,
     }  # fmt: skip
-    typer.echo(json.dumps({**header, "runs": runs}, indent=1))
+    return {**header, "runs": runs}
 
 
 def _echo_lines(statuses: list[RunStatus]) -> None:
@@ -93,17 +96,17 @@ def _echo_lines(statuses: list[RunStatus]) -> None:
 
 
 @sweep.command(cls=SettingsCommand)
-def plan(file: SweepFile, overrides: Overrides = None, only: Only = None, as_json: AsJson = False) -> None:
+def plan(file: SweepFile, overrides: Overrides = None, only: Only = None, in_json: AsJson = False) -> None:
     """List the runs of a sweep and the state of each; a table on a terminal, tab-separated lines in a pipe.
 
     cfusion sweep plan configs/sweeps/backbones.yaml
     """
     from launch.sweep.status import codes_of, counts, look
 
-    settings, runs = _planned(file, overrides, only)
-    statuses, stale = look(runs), _stale(settings, runs, only)
-    if as_json:
-        return _echo_json(settings, statuses, stale)
+    settings, runs = planned(file, overrides, only)
+    statuses, stale = look(runs), stale_of(settings, runs, only)
+    if in_json:
+        return typer.echo(json.dumps(as_json(settings, statuses, stale), indent=1))
     if not sys.stdout.isatty():
         return _echo_lines(statuses)
     from rich.console import Console
@@ -126,7 +129,7 @@ def status(
     file: SweepFile,
     overrides: Overrides = None,
     only: Only = None,
-    as_json: AsJson = False,
+    in_json: AsJson = False,
     watch: Annotated[
         bool, typer.Option("--watch", help="Show it again every 5 s until no run is open or running.")
     ] = False,
@@ -137,11 +140,11 @@ def status(
     """
     from launch.sweep.status import look, seconds_left, spent
 
-    settings, runs = _planned(file, overrides, only)
+    settings, runs = planned(file, overrides, only)
     statuses = look(runs)
-    if as_json:
+    if in_json:
         more = {"seconds_left": seconds_left(statuses), "cost": spent(statuses)}
-        return _echo_json(settings, statuses, _stale(settings, runs, only), **more)
+        return typer.echo(json.dumps(as_json(settings, statuses, stale_of(settings, runs, only), **more), indent=1))
     while True:
         _show(settings, statuses, clear=watch)
         if not watch or all(status.state in ("done", "failed") for status in statuses):
@@ -181,7 +184,7 @@ def clean(
     """
     from launch.sweep.clean import disk_use, remove
 
-    settings, runs = _planned(file, overrides, None)
+    settings, runs = planned(file, overrides, None)
     use = disk_use(settings, runs)
     typer.echo(
         f"runs {use.runs / 1e9:.3f} GB, of these checkpoints {use.checkpoints / 1e9:.3f} GB; tracking "
@@ -239,7 +242,7 @@ def run(
     from launch.tasks.task import TaskResources
 
     refuse_unheard(context, executor, TAKES)
-    settings, runs = _planned(file, overrides, only)
+    settings, runs = planned(file, overrides, only)
     if limit is not None:
         runs = [run for run in runs if not is_done(run.config.output)][:limit]
     slurm = queue_options(executor, partition, account, qos, constraint, exclusive, sbatch, setup)
@@ -283,5 +286,5 @@ def report(
     """
     from launch.sweep.results import report_sweep
 
-    settings, runs = _planned(file, overrides, only)
+    settings, runs = planned(file, overrides, only)
     typer.echo(f"report: {report_sweep(settings, runs, out or settings.output / 'report')}")

@@ -26,6 +26,7 @@ from cfusion.cli import (
     cmd_help,
     cmd_init,
     cmd_launch,
+    cmd_mcp,
     cmd_predict,
     cmd_preprocess,
     cmd_registry,
@@ -51,7 +52,8 @@ The five commands most people need, each with an example:
 \b
 Then: `init` writes study.yaml for features you have, `view` shows slides and
 heatmaps, `predict` scores new patients, `score` anyone's predictions, `sweep`
-compares models. COMMAND --help has an example; `cfusion help TOPIC` explains an error.
+compares models. COMMAND --help has an example, and `cfusion help TOPIC`
+explains an error.
 
 \b
 Exit codes:
@@ -79,7 +81,7 @@ app.add_typer(cmd_gdc.app, name="gdc")
 app.add_typer(cmd_configs.app, name="configs")
 COMMANDS = (
     cmd_demo, cmd_doctor, cmd_init, cmd_baseline, cmd_train, cmd_checkpoint, cmd_predict, cmd_launch, cmd_sweep,
-    cmd_evidence, cmd_registry, cmd_reproduce, cmd_explain, cmd_view, cmd_help,
+    cmd_evidence, cmd_registry, cmd_reproduce, cmd_explain, cmd_view, cmd_mcp, cmd_help,
 )  # fmt: skip
 for module in COMMANDS:
     module.register(app)
