@@ -278,7 +278,8 @@ def test_a_cohort_smaller_than_a_window_would_never_step_and_is_refused(few, tmp
 def test_adam_with_l2_of_4e_6(files, tmp_path):
     config = published(files, tmp_path)
     optimizer = make_optimizer(torch.nn.Linear(2, 1), config.train)
-    assert type(optimizer) is torch.optim.Adam
+    assert isinstance(optimizer, torch.optim.Adam)
+    assert not isinstance(optimizer, torch.optim.AdamW)
     (group,) = optimizer.param_groups
     assert (group["weight_decay"], group["lr"], group["betas"]) == (4e-6, 1e-4, (0.9, 0.999))
     assert not group.get("decoupled_weight_decay", False)
