@@ -133,9 +133,10 @@ from cfusion.runs import crossval
 from cfusion.training import loop
 torch.set_num_threads(2)
 original = loop.stop_requested
-pressed = threading.Lock()
+pressed, folds = threading.Lock(), set()
 def interrupts():
-    if pressed.acquire(blocking=False):
+    folds.add(threading.get_ident())
+    if len(folds) == 2 and pressed.acquire(blocking=False):
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
     return original()
 loop.stop_requested = interrupts

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 from cfusion.config import ParallelConfig
 from cfusion.data import cache
@@ -54,8 +55,9 @@ def test_f32_on_a_gpu_is_single_precision_and_attention_stays_away_from_cudnn():
 def test_each_fold_in_fp16_begins_with_a_new_loss_scale():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     accelerator = SimpleNamespace(
-        scaler=scaler, process_index=0, num_processes=1, device=torch.device("cpu"), prepare=lambda *both: both
-    )
+        scaler=scaler, process_index=0, num_processes=1, device=torch.device("cpu"),
+        distributed_type=DistributedType.NO, prepare=lambda *both, device_placement: both,
+    )  # fmt: skip
     runtime = Runtime(accelerator, ParallelConfig())
     runtime.loss_scale = {**scaler.state_dict(), "scale": 128.0}
     assert runtime.loss_scale["scale"] == 128
