@@ -22,7 +22,7 @@ def test_both_sides_are_measured_on_the_same_patients(tmp_path, monkeypatch):
     left = ours(files, "amil", size, tmp_path, cold=True, device="cpu")
     right = theirs(files, lambda: PublishedAMIL(1024, 4), size, cold=True, device="cpu")
 
-    assert left.read == 2 * one_pass * 5, "two epochs, a pass that validates, one that predicts, one for the region; f16"
+    assert left.read == 2 * one_pass * 5, "two epochs, one that validates, one that predicts, one of the region; f16"
     assert right.read > 8 * one_pass * 4, "two epochs of five folds, drawn with replacement; f32"
     assert len(left.epochs) == 4
     assert len(right.epochs) == 2
