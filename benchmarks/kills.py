@@ -25,6 +25,7 @@ import yaml
 
 from benchmarks.crossval_files import Size, make_files
 from benchmarks.table import Row, options, present
+from cfusion.child_processes import forked_context
 from cfusion.files import digest_file
 
 CASES = {
@@ -34,7 +35,6 @@ CASES = {
 }
 """Value of `train.folds`, and whether the run is tracked in a database."""
 _KEPT = ("predictions.csv", "model.safetensors", "history.csv")
-_PRELOADED = ("cfusion.cli.main", "cfusion.runs.crossval", "cfusion.training.group.group", "cfusion.report.runs")
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,7 @@ def write_config(folder: Path, output: Path, folds: str, *, tracked: bool) -> Pa
 
 def start(config: Path, log: Path) -> multiprocessing.process.BaseProcess:
     """Start `cfusion train`, forked from a server that has imported the program; its output goes to `log`."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOADED))
-    server = context.Process(target=os.getpid)  # the first start waits until the program is imported
-    server.start()
-    server.join()
-    process = context.Process(target=_train, args=(str(config), str(log)))
+    process = forked_context().Process(target=_train, args=(str(config), str(log)))
     process.start()
     return process
 
@@ -131,6 +126,9 @@ def kill_until_done(config: Path, log: Path, seconds: float, draw: random.Random
 def run_case(folder: Path, case: str, kills: int, draw: random.Random) -> Series:
     """Kill runs of one of `CASES` `kills` times; a run that ends is compared, and the next one begins."""
     folds, tracked = CASES[case]
+    first = forked_context().Process(target=os.getpid)
+    first.start()
+    first.join()  # the program is imported, which is not part of the time below
     undisturbed = folder / "undisturbed"
     process = start(write_config(folder, undisturbed, folds, tracked=tracked), folder / "undisturbed.log")
     began = time.monotonic()

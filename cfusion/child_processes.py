@@ -7,9 +7,11 @@ run in place of the package. Every process is therefore started with `-P` and fi
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +19,9 @@ ROOT = Path(__file__).parents[1]
 
 PARENT = "CFUSION_PARENT"
 """Variable with the number of the process whose end asks this one to stop; see `child_environment`."""
+
+_IMPORTED = ("cfusion.runs.crossval", "cfusion.training.group.group")
+"""Modules that the server of `forked_context` imports."""
 
 _SIGNAL_AT_PARENTS_END = 1  # PR_SET_PDEATHSIG of prctl
 
@@ -40,6 +45,16 @@ def child_environment(*, ends_with_this: bool = True) -> dict[str, str]:
     """
     own = {"PYTHONPATH": python_path(), "PYTHONSAFEPATH": "1"}
     return {**os.environ, **own, **({PARENT: str(os.getpid())} if ends_with_this else {})}
+
+
+def forked_context() -> ForkServerContext:
+    """Return a context whose processes are forked from a server that has imported the program and started no thread.
+
+    Importing takes longer than a small training. The processes have the environment of the server's start.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_IMPORTED))
+    return context
 
 
 def forget_working_folder() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,11 @@ SLIDE = "slide"
 def magnification_name(magnification: float) -> str:
     """Return the key of a magnification: 20 → `x20`, 2.5 → `x2.5`, 0 → `slide`."""
     return f"x{magnification:g}" if magnification else SLIDE
+
+
+def magnification_names(magnifications: Iterable[float]) -> tuple[str, ...]:
+    """Return the keys of magnifications, finest first."""
+    return tuple(magnification_name(m) for m in sorted(magnifications, reverse=True))
 
 
 def magnification_value(name: str) -> float:

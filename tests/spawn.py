@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import socket
 import traceback
@@ -11,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.sweep.workers import PRELOADED
+from cfusion.child_processes import forked_context
 
 
 def free_port() -> int:
@@ -30,8 +29,7 @@ def run_world(
     the program and started no thread: importing it takes longer than most of the functions called here.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
+    context = forked_context()
     port = free_port()
     workers = [
         context.Process(target=_worker, args=(rank, world_size, port, function, folder, arguments))

@@ -22,7 +22,7 @@ from cfusion.data.store import FeatureStore
 from cfusion.errors import CohortError, StoreError
 from cfusion.training.fitted import ModelCard
 from cfusion.training.runtime import Runtime
-from cfusion.types import BagBatch, SlideFeatures, magnification_name
+from cfusion.types import BagBatch, SlideFeatures, magnification_name, magnification_names
 
 SAME_FOR_ALL = ("version", "weights", "transform", "pool", "resolution", "resample")
 """What two sets of embeddings of one encoder must have in common for a model of the one to read the other."""
@@ -235,7 +235,7 @@ class StoreSource:
 
     def open(self, cases: Cases, magnifications: Sequence[float], runtime: Runtime) -> Bags:
         """A bag a patient, read when its turn comes."""
-        names = tuple(magnification_name(m) for m in sorted(magnifications, reverse=True))
+        names = magnification_names(magnifications)
         return _StoreBags(self._store, {case: tuple(slides) for case, slides in cases.items()}, names, runtime)
 
 

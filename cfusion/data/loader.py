@@ -23,7 +23,7 @@ from cfusion.data.partition import bag_cost
 from cfusion.data.sampling import Rows, kept_channels, sample_tiles
 from cfusion.data.shards import ShardDataset
 from cfusion.data.thread_pools import single_core_pool
-from cfusion.types import BagBatch, magnification_name
+from cfusion.types import BagBatch, magnification_names
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -55,7 +55,7 @@ class BagLoader:
     ) -> None:
         self.dataset = dataset
         self.bags = tuple(bags)
-        self.names = tuple(magnification_name(m) for m in sorted(magnifications, reverse=True))
+        self.names = magnification_names(magnifications)
         self._config = data_config
         self._seed = seed
         self._device = torch.device(device)

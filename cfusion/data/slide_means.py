@@ -10,7 +10,7 @@ import torch
 from cfusion.config import DataConfig
 from cfusion.data.loader import BagSet
 from cfusion.data.shards import ShardDataset
-from cfusion.types import magnification_name
+from cfusion.types import magnification_names
 
 
 def slide_means(
@@ -28,7 +28,7 @@ def slide_means(
         dataset, {slide: (slide,) for slide in slides}, plain,
         magnifications=magnifications, device=torch.device("cpu"), dtype=torch.float32,
     )  # fmt: skip
-    names = [magnification_name(m) for m in sorted(magnifications, reverse=True)]
+    names = magnification_names(magnifications)
     stream = bags.loader.stream([[i] for i in range(len(bags))], epoch=0, training=False)
     return {
         bag.key: np.array([batch.features[name][0].mean(dim=0).numpy() for name in names])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cfusion.errors import ConfigError, DataError
 from cfusion.models.token_grid import TokenGrid
-from cfusion.types import BagBatch, SurvivalOutput, magnification_name
+from cfusion.types import BagBatch, SurvivalOutput, magnification_names
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class BagModel(nn.Module):
 
     def __init__(self, reads: Sequence[float], offered: Sequence[float], backbone_dim: int) -> None:
         super().__init__()
-        self.magnification_names = tuple(magnification_name(m) for m in sorted(reads, reverse=True))
+        self.magnification_names = magnification_names(reads)
         self.backbone_dim = backbone_dim
-        self._offered = tuple(magnification_name(m) for m in sorted(offered, reverse=True))
+        self._offered = magnification_names(offered)
 
     def forward(self, bags: BagBatch | Tensor, *finer: Tensor) -> SurvivalOutput:
         """Compute hazards, survival and risk of each bag.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,12 +204,8 @@ class _Study:
 
         The median rule of Vizier (Golovin et al., KDD 2017), as Optuna's MedianPruner has it.
         """
-        earlier = sorted(max(trial.epochs[: len(epochs)]) for trial in self._trials if len(trial.epochs) >= len(epochs))
-        if len(earlier) < _WARM_UP_TRIALS:
-            return False
-        half = len(earlier) // 2
-        median = earlier[half] if len(earlier) % 2 else (earlier[half - 1] + earlier[half]) / 2
-        return max(epochs) < median
+        earlier = [max(trial.epochs[: len(epochs)]) for trial in self._trials if len(trial.epochs) >= len(epochs)]
+        return len(earlier) >= _WARM_UP_TRIALS and max(epochs) < statistics.median(earlier)
 
 
 def _distribution(optuna: Any, values: Any) -> Any:

@@ -24,7 +24,7 @@ from cfusion.data.shards import ShardDataset
 from cfusion.data.slide_means import slide_means
 from cfusion.errors import DataError
 from cfusion.training.runtime import Runtime
-from cfusion.types import magnification_name
+from cfusion.types import magnification_names
 
 FEWEST = 20
 """Fewest bags that a region is fitted on."""
@@ -133,7 +133,7 @@ class Seen:
             patients: Everyone who trained the model or chose its epoch.
             data: How the bags are read.
         """
-        names = [magnification_name(m) for m in sorted(data.magnifications, reverse=True)]
+        names = magnification_names(data.magnifications)
         if dataset.index.digest not in _MEANS:
             _MEANS.clear()
         kept = _MEANS.setdefault(dataset.index.digest, {})
@@ -181,7 +181,7 @@ def digest_case(case: str) -> str:
 
 def bag_vector(features: Mapping[str, Any], magnifications: Sequence[float]) -> np.ndarray:
     """Return the mean embedding [column] of one bag of features [1, tile, dim] per magnification name."""
-    names = [magnification_name(m) for m in sorted(magnifications, reverse=True)]
+    names = magnification_names(magnifications)
     return np.concatenate([features[name][0].float().mean(dim=0).cpu().numpy() for name in names])
 
 

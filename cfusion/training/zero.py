@@ -15,7 +15,6 @@ import io
 import logging
 import os
 import socket
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -214,7 +213,9 @@ def _import_deepspeed() -> None:
     # On CPUs it would compile an extension for reductions in shared memory at the first start. A start that is killed
     # meanwhile leaves a lock in the user's cache for which every later start, on every node, waits without end. Gloo
     # does these reductions.
-    sys.modules["deepspeed"].ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _single_process_group() -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from cfusion.child_processes import stop_with_parent
+from cfusion.child_processes import forked_context, stop_with_parent
 from cfusion.errors import ConfigError
 from cfusion.interruption import stop_requested
 from cfusion.machine_limits import free_memory_bytes, usable_cores
@@ -27,9 +27,6 @@ logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.5
 _GRACE_SECONDS = 60.0
-
-PRELOADED = ("cfusion.runs.crossval", "cfusion.training.group.group")
-"""Modules that the workers' server imports."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +135,7 @@ class _Worker:
 
     def start(self, job: Job) -> None:
         if self._process is None or not self._process.is_alive():
-            # Forked from a server that has imported the program and started no thread: one import for all slots.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(list(PRELOADED))
+            context = forked_context()  # one import for all slots
             self._pipe, other = context.Pipe()
             self._process = context.Process(target=_serve, args=(other, self._slot, dict(os.environ)))
             self._process.start()
