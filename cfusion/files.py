@@ -62,6 +62,15 @@ def is_orphan(temporary: Path) -> bool:
     return False
 
 
+def remove_orphans(folder: Path) -> None:
+    """Delete the temporaries of `atomic_path` that ended processes of this machine have left in a folder and below."""
+    for path in [path for path in folder.rglob(".*") if is_orphan(path)]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def put_in_place(temporary: Path, target: Path) -> None:
     """Rename a finished file or folder to `target`; an existing folder is moved aside first and deleted afterwards."""
     if target.is_dir():

@@ -18,7 +18,7 @@ from cfusion.console import Progress, progress
 from cfusion.data.loader import BagSet
 from cfusion.data.thread_pools import pool_of_teams, threads_each
 from cfusion.errors import CfusionError, ConfigError, PartialResultError
-from cfusion.files import digest_json
+from cfusion.files import digest_json, remove_orphans
 from cfusion.interruption import graceful_stop
 from cfusion.run_folder import CHECKPOINTS, GROUP, claim
 from cfusion.runs.arrangement import Arrangement
@@ -67,7 +67,7 @@ def cross_validate(config: Config, *, same_code: str | None = None) -> Scores:
 
 @contextlib.contextmanager
 def _claimed(runtime: Runtime, configs: Sequence[Config]) -> Iterator[None]:
-    """Hold the locks of the runs' folders on rank 0, which writes to them.
+    """Hold the locks of the runs' folders on rank 0, which writes to them; what a killed process left there is removed.
 
     Raises:
         HeldError: Another process trains one of the runs.
@@ -76,6 +76,7 @@ def _claimed(runtime: Runtime, configs: Sequence[Config]) -> Iterator[None]:
         if runtime.is_main:
             for config in configs:
                 stack.enter_context(claim(config.output, nested=True))
+                remove_orphans(config.output)
         yield
 
 

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.kills import CASES, run_case, write_study
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_twenty_kills_change_no_byte_and_leave_no_traceback(tmp_path):
     write_study(tmp_path)
     series = run_case(tmp_path, "folds side by side", 20, random.Random(1))

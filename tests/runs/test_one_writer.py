@@ -17,6 +17,7 @@ from factories import CohortFiles, make_cohort
 from cfusion import run_folder
 from cfusion.child_processes import PARENT, stop_with_parent
 from cfusion.errors import RequeueError
+from cfusion.files import atomic_path, remove_orphans
 from cfusion.interruption import graceful_stop, stop_requested
 from cfusion.locks import HeldError
 from cfusion.run_folder import LOCK, claim, trainer
@@ -166,3 +167,21 @@ def wait_for(found, seconds: float = 120) -> None:
     while not found():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_what_a_killed_process_left_half_written_goes_and_what_a_living_one_writes_stays(tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from cfusion.files import atomic_path, remove_orphans\n"
+        "folder = Path(sys.argv[1])\n"
+        "with atomic_path(folder / 'fold_2') as fold, atomic_path(folder / 'fold_1' / 'history.csv') as file:\n"
+        "    fold.mkdir(); (fold / 'predictions.csv').touch(); file.touch()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.rglob(".*.tmp"))) == 2
+    with atomic_path(tmp_path / "of this process") as own:
+        own.touch()
+        remove_orphans(tmp_path)
+        assert list(tmp_path.rglob(".*.tmp")) == [own]
