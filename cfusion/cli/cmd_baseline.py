@@ -68,18 +68,14 @@ def _file(word: str) -> Path:
 
 
 def _scored(settings: Config) -> tuple[Scores, dict[str, dict[str, Any]]]:
-    from cfusion.cohort.audit import audit
+    from cfusion.cohort.audited import audited
     from cfusion.cohort.read import read_cohort
-    from cfusion.cohort.splits import make_splits
     from cfusion.survival.clinical import clinical_predictions
     from cfusion.survival.score import score
 
-    evaluation = settings.evaluation
-    cohort = read_cohort(settings.cohort)
-    found = audit(
-        cohort, make_splits(cohort, settings.splits, "fixed-epoch"), n_bins=evaluation.n_bins,
-        keep_zero_times=settings.cohort.keep_zero_times,
-    )  # fmt: skip
+    # A regression chooses no epoch, so all patients that a fold does not score train it.
+    evaluation = settings.evaluation.model_copy(update={"protocol": "fixed-epoch"})
+    found = audited(settings.model_copy(update={"evaluation": evaluation}), read_cohort(settings.cohort))
     if evaluation.strict:
         found.raise_if_strict()
     scores = score(

@@ -11,7 +11,6 @@ import typer
 from cfusion.cli.completion import SettingsCommand, settings
 
 if TYPE_CHECKING:
-    from cfusion.cohort.audit import Audit
     from cfusion.config import Config
 
 Overrides = Annotated[
@@ -211,11 +210,13 @@ def audit(
 
       cfusion audit configs/tcga_blca.yaml
     """
+    from cfusion.cohort.audited import audited
+    from cfusion.cohort.read import read_cohort
     from cfusion.config import load_config
     from cfusion.survival.power import power_of
 
     settings = load_config(config, overrides or [])
-    result = examined(settings)
+    result = audited(settings, read_cohort(settings.cohort))
     for finding in sorted(result.findings, key=lambda finding: finding.action, reverse=True):
         typer.echo(finding)
     for step, patients, slides in result.flow:
@@ -231,19 +232,3 @@ def audit(
     typer.echo(f"features: not checked; `cfusion train {config} --dry-run` checks them in {settings.data.shards}")
     if strict or settings.evaluation.strict:
         result.raise_if_strict()
-
-
-def examined(settings: Config) -> Audit:
-    """Audit the cohort and splits of a configuration; needs no shards."""
-    from cfusion.cohort.audit import audit as examine
-    from cfusion.cohort.read import read_cohort
-    from cfusion.cohort.splits import make_splits
-
-    cohort = read_cohort(settings.cohort)
-    return examine(
-        cohort,
-        lambda: make_splits(cohort, settings.splits, settings.evaluation.protocol),
-        n_bins=settings.evaluation.n_bins,
-        keep_zero_times=settings.cohort.keep_zero_times,
-        keep_tissue=settings.cohort.keep_tissue,
-    )

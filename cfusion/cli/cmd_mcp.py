@@ -88,10 +88,12 @@ def audit(config: str, overrides: list[str] | None = None) -> dict[str, Any]:
 
     `overrides` are settings such as `splits.folds=10`.
     """
-    from cfusion.cli.cmd_evidence import examined
+    from cfusion.cohort.audited import audited
+    from cfusion.cohort.read import read_cohort
     from cfusion.config import load_config
 
-    found = examined(load_config(Path(config), overrides or [])).to_json()
+    settings = load_config(Path(config), overrides or [])
+    found = audited(settings, read_cohort(settings.cohort)).to_json()
     return {**found, "findings": _shortened(found["findings"])}
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ import torch
 
 import cfusion
 from cfusion import run_folder
-from cfusion.cohort.audit import Audit, audit
-from cfusion.cohort.permutation import naming_the_permutation, permuted_folds
+from cfusion.cohort.audit import Audit
+from cfusion.cohort.audited import audited
 from cfusion.cohort.read import read_cohort, write_covariates, write_outcomes
-from cfusion.cohort.splits import make_splits, splits_digest, write_splits
+from cfusion.cohort.splits import splits_digest, write_splits
 from cfusion.config import Config
 from cfusion.data.shards import ShardDataset
 from cfusion.errors import ConfigError
@@ -79,24 +78,8 @@ class Run:
         dataset = open_run_shards(config)
         config = with_held_magnifications(config, dataset)
         code = check_own_model(config, dataset.index.dim)
-        names = [magnification_name(m) for m in config.data.magnifications]
-        folds: Callable[[], list[Split]] | list[Split]
-        if config.evaluation.permute_outcomes is None:
-            folds = functools.partial(make_splits, cohort, config.splits, config.evaluation.protocol)
-        else:
-            cohort, folds = permuted_folds(cohort, config.splits, config.evaluation)
-        with naming_the_permutation(config.evaluation):
-            found = audit(
-                cohort,
-                folds,
-                available={
-                    slide: {n for n, count in dataset.tiles(slide).items() if count} for slide in dataset.slide_ids
-                },
-                magnifications=names,
-                n_bins=config.evaluation.n_bins,
-                keep_zero_times=config.cohort.keep_zero_times,
-                keep_tissue=config.cohort.keep_tissue,
-            )
+        available = {slide: {n for n, count in dataset.tiles(slide).items() if count} for slide in dataset.slide_ids}
+        found = audited(config, cohort, available, [magnification_name(m) for m in config.data.magnifications])
         if config.evaluation.strict:
             found.raise_if_strict()
         return cls(config, found, dataset, _provenance(config, code, dataset, found), code)

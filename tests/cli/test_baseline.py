@@ -35,6 +35,23 @@ def test_six_cohorts_reach_their_known_figures(material: Path) -> None:
         assert float(scores.split()[1]) == pytest.approx(figures.loc[name, "mean_c"], abs=0.002)
 
 
+def test_outcomes_are_permuted_as_in_a_run() -> None:
+    scores = run("tcga_ucec", "evaluation.bootstrap=20", "evaluation.permute_outcomes=1").split("\t")[2]
+    assert float(scores.split()[1]) < 0.65  # .786 as observed
+
+
+def test_the_slides_that_a_run_keeps_are_kept(tmp_path: Path) -> None:
+    table = pd.DataFrame({"patient": [f"TCGA-A1-{1000 + i}" for i in range(60)]})
+    table["slide"] = table["patient"] + "-01A-01-TS1"
+    table["time"], table["event"], table["age"] = range(1, 61), [1, 0] * 30, [40 + 7 * i % 50 for i in range(60)]
+    table.to_csv(tmp_path / "clinical.csv", index=False)
+    study = tmp_path / "study.yaml"
+    study.write_text(f"cohort: {{name: study, table: {tmp_path}/clinical.csv, covariates: {{age: number}}}}\n")
+    with pytest.raises(DataError, match=r"keep_tissue=\[frozen\]"):
+        run(study, "evaluation.bootstrap=20")
+    assert "60 patients" in run(study, "evaluation.bootstrap=20", "cohort.keep_tissue=[frozen]")
+
+
 def test_it_writes_a_report(tmp_path: Path) -> None:
     run("tcga_ucec", "evaluation.bootstrap=20", "evaluation.endpoint=dss", "--out", tmp_path)
     page = (tmp_path / "index.html").read_text()
