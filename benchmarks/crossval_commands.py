@@ -135,7 +135,8 @@ def make_study(folder: Path, study: Study) -> None:
     manifest = {"id": range(study.patients), "filename": table["slide_id"], "md5": "x", "size": 1, "state": "ok"}
     pd.DataFrame(manifest).to_csv(folder / "manifest.tsv", sep="\t", index=False)
     (folder / "splits").mkdir()
-    order = table.sort_values("censorship", kind="stable")["case_id"].tolist()
+    # The authors' program ends where a training side lacks a time bin with or without the event.
+    order = table.sort_values(["censorship", "survival_months"], kind="stable")["case_id"].tolist()
     for fold in range(FOLDS):
         held_out = order[fold::FOLDS]
         train = [case for case in order if case not in held_out]
@@ -244,7 +245,7 @@ def cost_of(command: Sequence[str], folder: Path) -> Cost:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
         while process.poll() is None:
             largest = max(largest, _memory(process.pid))
-            time.sleep(0.25)
+            time.sleep(0.5)
         wall, after = time.perf_counter() - started, os.times()
         if process.returncode:
             log.seek(0)
@@ -254,12 +255,17 @@ def cost_of(command: Sequence[str], folder: Path) -> Cost:
 
 
 def _memory(pid: int) -> int:
-    """Proportional memory of a process and its descendants in bytes."""
+    """Proportional memory of a process and its descendants in bytes.
+
+    From the kernel's own sums, because adding up each mapping here takes a tenth of a core from what is measured.
+    """
     try:
         process = psutil.Process(pid)
-        return sum(part.memory_full_info().pss for part in (process, *process.children(recursive=True)))
-    except psutil.Error:
+        parts = [process, *process.children(recursive=True)]
+        rollups = [Path(f"/proc/{part.pid}/smaps_rollup").read_text(encoding="ascii") for part in parts]
+    except (psutil.Error, OSError):
         return 0
+    return sum(1024 * int(line.split()[1]) for text in rollups for line in text.splitlines() if line[:4] == "Pss:")
 
 
 def medians(costs: Sequence[Cost]) -> Cost:

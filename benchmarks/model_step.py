@@ -2,6 +2,7 @@
 
     python -m benchmarks.model_step [--quick] [--json FILE]
     python -m benchmarks.model_step --slide 100000
+    python -m benchmarks.model_step --tiles 32 128 --channels 192 --width 128 --repeats 30    # small bags
 
 Both sides run forward and backward on the same bag, each in separate processes that take turns, so that a busy
 machine slows both; medians are shown. `theirs` has the published dropouts; `ours` has them (`published`) or
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,23 +29,34 @@ from benchmarks.published_model import PublishedCrossFusion
 from benchmarks.table import Row, options, present
 from cfusion.models import build_model
 
-DIM, BACKBONE_DIM, HEADS, BINS = 512, 1024, 4, 4
+HEADS, BINS = 4, 4
 SIDES = ("theirs", "default", "published")
 
 
-def build(side: str) -> nn.Module:
+@dataclass(frozen=True)
+class Widths:
+    """Channels of the embeddings and of the model."""
+
+    channels: int = 1024
+    model: int = 512
+
+
+WIDTHS = Widths()
+
+
+def build(side: str, widths: Widths = WIDTHS) -> nn.Module:
     """The transcription, or our model with the default or the published dropouts."""
     if side == "theirs":
-        return PublishedCrossFusion(BACKBONE_DIM, BINS, DIM, HEADS, 1)
+        return PublishedCrossFusion(widths.channels, BINS, widths.model, HEADS, 1)
     return build_model(
-        "crossfusion", backbone_dim=BACKBONE_DIM, n_bins=BINS, embed_dim=DIM, num_heads=HEADS,
+        "crossfusion", backbone_dim=widths.channels, n_bins=BINS, embed_dim=widths.model, num_heads=HEADS,
         published=side == "published",
     )  # fmt: skip
 
 
-def bag(tiles: int) -> list[Tensor]:
+def bag(tiles: int, channels: int = WIDTHS.channels) -> list[Tensor]:
     """One bag [1, N_m, d] at 5x, 10x and 20x, with `tiles` tiles at 20x."""
-    return [torch.randn(1, -(-tiles // share), BACKBONE_DIM) for share in (16, 4, 1)]
+    return [torch.randn(1, -(-tiles // share), channels) for share in (16, 4, 1)]
 
 
 def step(model: nn.Module, bags: list[Tensor], device: str) -> None:
@@ -56,12 +69,14 @@ def step(model: nn.Module, bags: list[Tensor], device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(side: str, tiles: int, device: str, repeats: int, optimizer: bool) -> dict[str, float]:
+def measure(
+    side: str, tiles: int, device: str, repeats: int, optimizer: bool, widths: Widths = WIDTHS
+) -> dict[str, float]:
     """Seconds of the fastest step and peak memory in GB of this process, or on CUDA of the device."""
     torch.manual_seed(0)
-    model = build(side).to(device).train()
+    model = build(side, widths).to(device).train()
     adam = torch.optim.AdamW(model.parameters()) if optimizer else None
-    bags = [b.to(device) for b in bag(tiles)]
+    bags = [b.to(device) for b in bag(tiles, widths.channels)]
     step(model, bags if device == "cuda" else [b[:, :16] for b in bags], device)
     seconds = []
     for _ in range(repeats):
@@ -81,10 +96,10 @@ def peak_memory(device: str) -> float:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")) / 1e9
 
 
-def flops(tiles: int) -> float:
+def flops(tiles: int, widths: Widths = WIDTHS) -> float:
     """Floating-point operations of a step of our model, matrix products and convolutions, counted without data."""
     with torch.device("meta"):
-        model, values = build("default"), bag(tiles)
+        model, values = build("default", widths), bag(tiles, widths.channels)
         return operations(lambda: step(model, values, "meta"))
 
 
@@ -107,6 +122,7 @@ def child(side: str, tiles: int, arguments: argparse.Namespace, optimizer: bool 
     command = [
         sys.executable, "-m", "benchmarks.model_step", "--child", side, "--tiles", str(tiles), "--device",
         arguments.device, "--threads", str(arguments.threads), "--repeats", str(arguments.repeats),
+        "--channels", str(arguments.channels), "--width", str(arguments.width),
     ]  # fmt: skip
     command += ["--optimizer"] if optimizer else []
     run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
@@ -122,7 +138,8 @@ def compare(tiles: int, arguments: argparse.Namespace) -> list[Row]:
         for side in ("default", "published")
         for what, key, unit in (("time", "seconds", "s"), ("peak memory", "peak", "GB"))
     ]
-    rate, peak = flops(tiles) / middle["default"]["seconds"], matrix_peak(arguments.device)
+    operations_of_step = flops(tiles, Widths(arguments.channels, arguments.width))
+    rate, peak = operations_of_step / middle["default"]["seconds"], matrix_peak(arguments.device)
     return [*rows, Row(f"{tiles} tiles: arithmetic, theirs = matrix product", rate / 1e9, peak / 1e9, "GFLOP/s")]
 
 
@@ -130,6 +147,8 @@ def main() -> None:
     """Run what the command line asks for."""
     parser = options(__doc__)
     parser.add_argument("--tiles", type=int, nargs="+", default=[1024, 4096, 16384], help="tiles at 20x")
+    parser.add_argument("--channels", type=int, default=WIDTHS.channels, help="width of the embeddings")
+    parser.add_argument("--width", type=int, default=WIDTHS.model, help="width of the model")
     parser.add_argument("--slide", type=int, help="also: one step with AdamW on a slide of this many tiles, only ours")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side and size")
     parser.add_argument("--repeats", type=int, default=1, help="steps timed in each process")
@@ -143,7 +162,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.child:
         tiles = arguments.tiles[0]
-        one = measure(arguments.child, tiles, arguments.device, arguments.repeats, arguments.optimizer)
+        widths = Widths(arguments.channels, arguments.width)
+        one = measure(arguments.child, tiles, arguments.device, arguments.repeats, arguments.optimizer, widths)
         print(json.dumps(one))
         return
     if arguments.quick:
@@ -155,7 +175,8 @@ def main() -> None:
             Row(f"{arguments.slide} tiles with AdamW: time", slide["seconds"], None, "s", "lower"),
             Row(f"{arguments.slide} tiles with AdamW: peak memory", slide["peak"], None, "GB", "lower"),
         ]
-    present("One step of CrossFusion, D = 512, embeddings of 1024", rows, arguments.json)
+    title = f"One step of CrossFusion, D = {arguments.width}, embeddings of {arguments.channels}"
+    present(title, rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from cfusion.data.loader import BagSet
 from cfusion.data.partition import evaluation_slices
 from cfusion.errors import DataError
 from cfusion.run_folder import CARD, fold_models
-from cfusion.survival.curves import is_high_risk, step_values
+from cfusion.survival.curves import YEARS, is_high_risk, step_values, survival_after_years
 from cfusion.survival.predictions import curve_table
 from cfusion.training.fitted import FittedModel, ModelCard, read_card
 from cfusion.training.inference import predict_logits, prediction_frame
@@ -135,9 +135,11 @@ class FoldEnsemble:
 
         Returns:
             One row per patient: `case_id, slides, risk` and `risk_sd` (mean and standard deviation over folds), `group`
-            (high where the risk is at least `risk_cutoff`, otherwise low; empty if a fold has none), `distance` (of
-            the mean embedding from those of the training, above 1 is outside, mean over folds; only if the models have
-            recorded them), `survival_1…K, edge_1…K` (mean over folds at each month where some model's time bin ends).
+            (high where the risk is at least `risk_cutoff`, otherwise low; empty if a fold has none), `risk_percentile`
+            (percentage of the training patients with a lower risk) and `distance` (of the mean embedding from those of
+            the training, above 1 is outside), both means over folds and only if the models have recorded them,
+            `survival_1y, survival_3y, survival_5y` (NaN beyond the last time bin), `survival_1…K, edge_1…K` (mean over
+            folds at each month where some model's time bin ends).
 
         Raises:
             StoreError: The source's embeddings are not those the models read.
@@ -164,8 +166,20 @@ class FoldEnsemble:
             distances.append(float(np.mean(far)))
         table = self._table(cases, survival)
         if not np.isnan(distances).all():
-            table.insert(5, "distance", distances)
+            table.insert(list(table.columns).index("survival_1y"), "distance", distances)
         return table
+
+    def percentile(self, risks: np.ndarray) -> np.ndarray:
+        """Return the percentage of training patients with a lower risk, mean over the models; NaN if one does not know.
+
+        Args:
+            risks: [case, model].
+        """
+        found = np.full(risks.shape, np.nan)
+        for column, model in enumerate(self.models):
+            if model.seen is not None:
+                found[:, column] = model.seen.percentile(risks[:, column])
+        return np.asarray(found.mean(axis=1))
 
     @property
     def regions(self) -> tuple[EmbeddingRegion, ...]:
@@ -193,6 +207,12 @@ class FoldEnsemble:
         frame.insert(1, "slides", [len(slides) for slides in cases.values()])
         frame.insert(3, "risk_sd", risks.std(axis=1))
         frame.insert(4, "group", group)
+        years = pd.DataFrame([survival_after_years(self.months, curve) for curve in curves], columns=list(YEARS))
+        for year in reversed(YEARS):
+            frame.insert(5, f"survival_{year}y", years[year])
+        percentiles = self.percentile(risks)
+        if not np.isnan(percentiles).any():
+            frame.insert(5, "risk_percentile", percentiles)
         return frame
 
     @property

@@ -98,12 +98,14 @@ def _deliver(table: pd.DataFrame, slides: int, out: Path | None, as_json: bool) 
 
 def _records(table: pd.DataFrame) -> list[dict[str, object]]:
     """The predictions as JSON values, each with its curve as months and survival."""
-    from cfusion.survival.predictions import survival_columns
+    import pandas as pd
+
+    from cfusion.survival.predictions import curve_columns, survival_columns
 
     columns = survival_columns(table)
     assert columns is not None
-    names = ["case_id", "slides", "risk", "risk_sd", "group"]
+    stated = table.drop(columns=curve_columns(table)).astype(object)
     return [
         {**{str(k): v for k, v in row.items()}, "curve": {"months": months.tolist(), "survival": survival.tolist()}}
-        for row, survival, months in zip(table[names].to_dict("records"), *columns, strict=True)
+        for row, survival, months in zip(stated.where(pd.notna(stated), None).to_dict("records"), *columns, strict=True)
     ]

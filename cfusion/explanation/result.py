@@ -6,6 +6,7 @@
 - `slide_id`, `encoder`, `slide_size_px` ([width, height] of level 0), `mpp` (µm per level-0 px), `slide_digest`
   (OpenSlide's quickhash): null if missing from the feature store;
 - `model` (name of the model), `models` (number of folds), `cohort`, `endpoint`;
+- `risk_percentile`, the percentage of the training patients with a lower risk (mean over folds), or null;
 - `risk`, `risk_sd` (over folds; null for one model), `risks` (one per fold), `risk_cutoff` (mean over folds of the
   median risk of the training patients, or null);
 - `months`, `survival`, `survival_sd`: the curve, mean and spread over folds;
@@ -36,6 +37,7 @@ from jaxtyping import Float32, Int32
 import cfusion
 from cfusion.errors import DataError
 from cfusion.files import atomic_path
+from cfusion.survival.curves import risk_words, survival_after_years
 from cfusion.types import magnification_value, titled_table
 
 EXPLANATION_FORMAT = "cfusion-explanation-1"
@@ -130,11 +132,20 @@ class Explanation:
         return float(np.std(self.risks)) if len(self.risks) > 1 else float("nan")
 
     @property
+    def meaning(self) -> str:
+        """What the risk means: its place among the training patients and survival after years; see `risk_words`."""
+        percentile = self.attrs.get("risk_percentile")
+        years = survival_after_years(self.curve["months"].to_numpy(), self.curve["survival"].to_numpy())
+        return risk_words(float("nan") if percentile is None else percentile, years)
+
+    @property
     def risk_text(self) -> str:
-        """The risk as text, with its spread over folds: `risk -1.881 ± 0.120 over 5 models`."""
+        """The risk as text: `risk -1.881 ± 0.120 over 5 models, above 82% of the training patients; …`."""
         if len(self.risks) == 1:
-            return f"risk {self.risk:.3f}, one model"
-        return f"risk {self.risk:.3f} ± {self.risk_sd:.3f} over {len(self.risks)} models"
+            number = f"risk {self.risk:.3f}, one model"
+        else:
+            number = f"risk {self.risk:.3f} ± {self.risk_sd:.3f} over {len(self.risks)} models"
+        return ", ".join(filter(None, [number, self.meaning]))
 
     def scores(self, magnification: str, method: str) -> Float32[np.ndarray, " tile"]:
         """Return the mean scores of one method for the tiles of one magnification."""

@@ -90,7 +90,10 @@ def explain(
     levels = {name: _level(slide, name, [[scores[m] for _, scores in folds] for m in methods]) for name in names}
     outputs = [output for output, _ in folds]
     risks = tuple(output.risk.item() for output in outputs)
-    return Explanation(slide.slide_id, methods, levels, _curve(models, outputs), risks, _attrs(models, slide))
+    attrs = _attrs(models, slide)
+    percentile = float(FoldEnsemble(tuple(models)).percentile(np.array([risks]))[0])
+    attrs["risk_percentile"] = None if np.isnan(percentile) else percentile
+    return Explanation(slide.slide_id, methods, levels, _curve(models, outputs), risks, attrs)
 
 
 def _explain_fold(

@@ -48,6 +48,7 @@ def render_slide_page(
         endpoint=attrs["endpoint"],
         risk=explanation.risk,
         risk_sd=explanation.risk_sd,
+        meaning=explanation.meaning,
         cutoff=cutoff,
         group=None if cutoff is None else "high" if is_high_risk(explanation.risk, cutoff) else "low",
         curve=Markup(draw_curve(explanation)),  # noqa: S704 - figures escape their words

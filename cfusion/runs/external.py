@@ -20,7 +20,7 @@ from cfusion.files import digest_file
 from cfusion.report import ReportContext, write_report
 from cfusion.run_folder import OUTCOMES, find_run
 from cfusion.survival.added import COX_FOLDS
-from cfusion.survival.predictions import fold_predictions
+from cfusion.survival.predictions import curve_columns, fold_predictions
 from cfusion.survival.score import Scores, score
 from cfusion.training.fitted import ModelCard
 from cfusion.training.seen import digest_case
@@ -117,13 +117,13 @@ def _tested(done: Prediction, table: Path, seen: frozenset[str]) -> _Tested:
 
 def _frame(usable: pd.DataFrame, cohort: Cohort, cards: Sequence[ModelCard]) -> pd.DataFrame:
     """Return checked predictions: one fold, which no training patient is in."""
-    curves = usable.drop(columns=["slides", "risk_sd", "group", "distance"], errors="ignore")
+    kept = ["case_id", "risk", *curve_columns(usable)]
     cutoff = mean_cutoff(cards)
     shared: dict[str, Any] = {
         "model": cards[0].model["name"], "protocol": "strict", "seed": 0, "repeat": 0, "fold": 0,
         "risk_cutoff": float("nan") if cutoff is None else cutoff,
     }  # fmt: skip
-    return fold_predictions(curves, cohort, shared)
+    return fold_predictions(usable[kept], cohort, shared)
 
 
 def _notes(frame: pd.DataFrame, cohort: Cohort, cards: Sequence[ModelCard]) -> list[str]:

@@ -47,7 +47,7 @@ def read_predictions(path: Path) -> pd.DataFrame:
             table["event"] = _events(table, path)
         elif "event" in table.columns:
             table["event"] = coded_events(table["event"], path)
-        for name in ("risk", "survival_months", "fold", "seed", "repeat", "risk_cutoff", *_curve_names(table)):
+        for name in ("risk", "survival_months", "fold", "seed", "repeat", "risk_cutoff", *curve_columns(table)):
             if name in table.columns:
                 table[name] = numbers(table[name], path)
     except CohortError as error:
@@ -112,7 +112,7 @@ def _check_values(frame: pd.DataFrame, source: str) -> None:
     times = frame["survival_months"].astype(float)
     refuse(times < 0, "survival_months are negative", "Correct the rows, or leave the patients out.")
     refuse(times > LONGEST_FOLLOW_UP_MONTHS, "survival_months are over 50 years", "Are the times in days? Give months.")
-    for name in _curve_names(frame):
+    for name in curve_columns(frame):
         missing = _missing(frame[name])
         other = name.replace("survival", "edge") if name.startswith("survival") else name.replace("edge", "survival")
         lacking = _missing(frame[other]) if other in frame.columns else pd.Series(True, index=frame.index)
@@ -163,7 +163,8 @@ def _check_outcomes(frame: pd.DataFrame, source: str) -> None:
         raise PredictionsError(f"{source}: case {case} of {cohort} has two different outcomes.", "Correct its rows.")
 
 
-def _curve_names(frame: pd.DataFrame) -> list[str]:
+def curve_columns(frame: pd.DataFrame) -> list[str]:
+    """Return the names of the columns `survival_1…K` and `edge_1…K`."""
     return [str(name) for name in frame.columns if _CURVE.fullmatch(str(name))]
 
 
@@ -195,7 +196,7 @@ def fold_predictions(curves: pd.DataFrame, cohort: Cohort, shared: Mapping[str, 
     outcomes = {"survival_months": cases["time_months"].to_numpy(), "event": cases["event"].to_numpy()}
     frame = curves.assign(cohort=cohort.name, **shared, **outcomes)
     first = ["model", "cohort", *FOLD[2:], "case_id", "risk", "survival_months", "event", "risk_cutoff"]
-    return checked_predictions(frame[[*first, *_curve_names(frame)]])
+    return checked_predictions(frame[[*first, *curve_columns(frame)]])
 
 
 def survival_columns(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray] | None:
@@ -204,7 +205,7 @@ def survival_columns(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray] | Non
     Args:
         frame: Checked predictions of one model.
     """
-    there = [c for c in _curve_names(frame) if c.startswith("survival_") and frame[c].notna().all()]
+    there = [c for c in curve_columns(frame) if c.startswith("survival_") and frame[c].notna().all()]
     names = sorted(there, key=lambda c: int(c[9:]))
     if not names:
         return None

@@ -250,7 +250,8 @@ def fold_run(
     card = replace(fold.card, risk_cutoff=float(risks.median()))
     frame = prediction_frame(scored, fold.test, fold.job.bins)
     config, split, bags = fold.job.config, fold.split, fold.job.train
-    seen = Seen.of(runtime, bags.loader.dataset, bags.bags, {*split.train, *split.validation}, config.data)
+    patients = {*split.train, *split.validation}
+    seen = Seen.of(runtime, bags.loader.dataset, bags.bags, patients, config.data, risks.tolist())
     shared = {
         "model": config.model.name, "protocol": split.protocol, "seed": config.seed,
         "repeat": split.repeat, "fold": split.fold, "risk_cutoff": card.risk_cutoff,

@@ -110,10 +110,12 @@ class Seen:
     Attributes:
         digests: Digests of the patients that trained it or chose its epoch.
         region: Region of the training bags' mean embeddings; None if they were too few.
+        risks: [case], risks of the training patients, in increasing order; None for models from before they were kept.
     """
 
     digests: frozenset[str]
     region: EmbeddingRegion | None
+    risks: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -123,6 +125,7 @@ class Seen:
         bags: Sequence[BagEntry],
         patients: Iterable[str],
         data: DataConfig,
+        risks: Sequence[float],
     ) -> Seen:
         """Read the mean embeddings of training bags; each slide is read once in a process. Every rank must call this.
 
@@ -132,6 +135,7 @@ class Seen:
             bags: The training bags.
             patients: Everyone who trained the model or chose its epoch.
             data: How the bags are read.
+            risks: [case], risks of the training patients.
         """
         names = magnification_names(data.magnifications)
         if dataset.index.digest not in _MEANS:
@@ -146,11 +150,20 @@ class Seen:
             means = np.array([kept[slide, data.magnifications] for slide in bag.slide_ids], dtype=float)
             tiles = np.array([[dataset.tiles(slide)[name] for name in names] for slide in bag.slide_ids], dtype=float)
             rows.append(((means * tiles[..., None]).sum(axis=0) / tiles.sum(axis=0)[:, None]).ravel())
-        return cls(frozenset(map(digest_case, patients)), EmbeddingRegion.fit(np.array(rows)))
+        return cls(frozenset(map(digest_case, patients)), EmbeddingRegion.fit(np.array(rows)), np.sort(risks))
+
+    def percentile(self, risks: np.ndarray) -> np.ndarray:
+        """Return the percentage of the training patients with a lower risk; equal ones count half; NaN if unknown."""
+        if self.risks is None:
+            return np.full(np.shape(risks), np.nan)
+        below, up_to = (np.searchsorted(self.risks, risks, side=side) for side in ("left", "right"))
+        return np.asarray(100 * (below + up_to) / (2 * len(self.risks)))
 
     def save(self, path: Path) -> None:
         """Write `training.npz`."""
         arrays = {"patients": np.array(sorted(self.digests), dtype="U16")}
+        if self.risks is not None:
+            arrays["risks"] = self.risks.astype(np.float64)
         if self.region is not None:
             arrays |= {name: np.asarray(value, dtype=np.float32) for name, value in vars(self.region).items()}
         np.savez(path, allow_pickle=False, **arrays)
@@ -166,10 +179,11 @@ class Seen:
             with np.load(path, allow_pickle=False) as stored:
                 arrays: dict[str, Any] = {name: stored[name] for name in stored.files}
             digests = frozenset(map(str, arrays.pop("patients")))
+            risks = arrays.pop("risks", None)
             if not arrays:
-                return cls(digests, None)
+                return cls(digests, None, risks)
             bags = int(arrays.pop("bags"))
-            return cls(digests, EmbeddingRegion(**{n: v.astype(float) for n, v in arrays.items()}, bags=bags))
+            return cls(digests, EmbeddingRegion(**{n: v.astype(float) for n, v in arrays.items()}, bags=bags), risks)
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}).") from error
 

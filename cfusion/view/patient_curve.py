@@ -89,7 +89,8 @@ def patient_panel(curves: CohortCurves | None, slide_id: str, explanation: Expla
     if explanation is not None:
         lines.append(("ensemble", list(zip(explanation.curve["months"], explanation.curve["survival"], strict=True))))
         models = f"fold ensemble of {len(explanation.risks)}" if len(explanation.risks) > 1 else "one model"
-        words.append(f"{models}: risk {explanation.risk:.3f}".replace("-", "\N{MINUS SIGN}"))
+        number = f"risk {explanation.risk:.3f}".replace("-", "\N{MINUS SIGN}")
+        words.append(f"{models}: {', '.join(filter(None, [number, explanation.meaning]))}")
     figure = _figure(curves, case, lines, "; ".join(words))
     return {"case": case, "words": "; ".join(words), "figure": figure}
 

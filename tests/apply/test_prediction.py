@@ -78,6 +78,7 @@ def test_shards_and_the_store_they_were_packed_from_give_the_same(
     assert one["slides"].tolist() == [2] * 3 + [1] * 27
     assert one["group"].tolist() == other["group"].tolist()
     numbers = one.columns.drop("group")
+    assert one["survival_1y"].between(0, 1).all()
     np.testing.assert_allclose(one[numbers], other[numbers], rtol=1e-6)
 
 
@@ -119,6 +120,9 @@ def test_one_fold_predicts_its_test_patients_as_its_training_did(files, tmp_path
     assert (table["group"] == "high").tolist() == (expected["risk"] >= expected["risk_cutoff"]).tolist()
     assert (table["risk_sd"] == 0).all()
     assert run.model.seen is not None
+    known = predict(run.model, config.data, cohort.slides_of(split.train)).set_index("case_id")["risk"]
+    place = [(known < risk).mean() * 100 + (known == risk).mean() * 50 for risk in table["risk"]]
+    np.testing.assert_allclose(table["risk_percentile"], place, atol=200 / len(known))
     assert run.model.seen.digests == {digest_case(case) for case in (*split.train, *split.validation)}
 
 
@@ -142,7 +146,9 @@ def test_a_patient_at_the_cutoff_is_in_the_high_risk_group_of_prediction_and_rep
 def test_json_has_the_curve_of_each_patient(cfusion, files, ensemble_folder):
     rows = json.loads(cfusion("predict", files.shards, "--model", ensemble_folder, "--json"))
     assert len(rows) == 33, "without a table of cases a slide stands for itself"
-    assert set(rows[0]) == {"case_id", "slides", "risk", "risk_sd", "group", "curve"}
+    after_years = {"survival_1y", "survival_3y", "survival_5y"}
+    assert set(rows[0]) == {"case_id", "slides", "risk", "risk_sd", "group", "curve", *after_years}
+    assert rows[0]["survival_5y"] == rows[0]["curve"]["survival"][rows[0]["curve"]["months"].index(31.0)]
     assert rows[0]["curve"]["months"] == sorted({edge for edges in EDGES for edge in edges[1:]})
     assert len(rows[0]["curve"]["survival"]) == len(rows[0]["curve"]["months"])
 

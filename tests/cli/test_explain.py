@@ -103,6 +103,7 @@ def test_a_store_gives_the_same_scores_as_the_slide(explained, run, slides, tmp_
     assert (tmp_path / "planted/gallery/x5.png").is_file()
 
 
+@pytest.mark.slow
 def test_slides_of_a_store_are_chosen(made_up):
     store, model = made_up / "store", made_up / "run"
     assert call(store, "--model", model, "--out", made_up / "one", "--slide", "c").exit_code == 0
@@ -116,6 +117,7 @@ def test_slides_of_a_store_are_chosen(made_up):
     assert not (made_up / "all/a/gallery").exists()
 
 
+@pytest.mark.slow
 def test_a_registered_model_explains_as_the_folder_it_came_from(made_up):
     from cfusion.tracking.address import connect
     from cfusion.tracking.model_registry import register_ensemble
@@ -133,6 +135,7 @@ def test_a_registered_model_explains_as_the_folder_it_came_from(made_up):
     assert "has no version champion of a model made_up" in str(error)
 
 
+@pytest.mark.slow
 def test_a_slide_that_cannot_be_explained_does_not_stop_the_others(made_up):
     poor = dataclasses.replace(slide_features("poor", 2, 8, np.random.default_rng(1)), coords={}, parents={})
     write_slide(made_up / "store", poor)

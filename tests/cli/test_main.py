@@ -104,6 +104,7 @@ def test_a_complete_run_gives_the_same_c_with_and_without_torchrun(config, tmp_p
     assert launched.stdout.count("C within folds") == 1, "only rank 0 prints"
 
 
+@pytest.mark.slow
 def test_a_run_on_permuted_outcomes_ends_well_and_says_what_it_is(config, tmp_path):
     done = cfusion("train", config, "evaluation.permute_outcomes=1")
     assert done.returncode == 0, done.stderr
@@ -121,6 +122,7 @@ def test_doctor_says_what_is_here():
     assert "FAIL" not in done.stdout
 
 
+@pytest.mark.slow
 def test_the_error_for_a_slide_without_resolution_names_the_option_that_supplies_it(shared, tmp_path):
     slide = shared / "slides" / "tcga-cr-7395-01a-01-ts1.svs"
     done = cfusion("preprocess", slide, "--store", tmp_path / "features")

@@ -149,6 +149,7 @@ def test_tiles_are_resampled_each_epoch_and_not_sampled_in_evaluation(dataset, b
     )
 
 
+@pytest.mark.slow
 def test_every_tile_is_drawn_about_equally_often(dataset, bags):
     total, most = bags[0].tiles["x20"], 24
     counts = torch.zeros(total)

@@ -49,6 +49,7 @@ def assert_reported_once(done: subprocess.CompletedProcess[str], message: str) -
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_folder_of_another_run_that_only_rank_0_reads(files, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text('{"identity": "another", "provenance": {}}')

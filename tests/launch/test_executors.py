@@ -438,6 +438,7 @@ def test_asked_to_stop_the_runs_at_work_save_and_the_rest_is_not_begun(files, ex
     assert predictions(runs) == expected
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_trains_is_left_to_it(files, tmp_path):
     runs = planned(files, tmp_path)
     with claim(runs[0].config.output):

@@ -47,12 +47,13 @@ if runtime.is_main:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "engine", "ranks"),
     [
         ("cpu", "ddp", [0, 1]),
-        pytest.param("one_gpu", "ddp", [0], marks=pytest.mark.slow),
-        pytest.param("cpu", "zero2", [0, 1], marks=pytest.mark.slow),
+        ("one_gpu", "ddp", [0]),
+        ("cpu", "zero2", [0, 1]),
     ],
 )
 def test_a_file_starts_the_processes_it_names_in_one_world(tmp_path, file, engine, ranks):

@@ -86,6 +86,7 @@ def test_a_missing_sweep_file_is_reported(tmp_path):
         load_sweep(tmp_path / "none.yaml")
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(files, tmp_path):
     runs = plan(sweep(files, tmp_path))
     run_all(runs, slots=2)
@@ -103,6 +104,7 @@ def test_a_failed_run_is_reported_with_its_cause_and_the_rest_is_done(files, tmp
     assert "expected data.encoder=uni" in (runs[1].config.output / "run.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_replaced_and_the_numbers_are_the_same(files, tmp_path):
     undisturbed = plan(sweep(files, tmp_path / "a"))
     run_all(undisturbed, slots=1)

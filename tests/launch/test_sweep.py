@@ -299,6 +299,7 @@ def test_a_run_whose_data_or_program_changed_after_it_was_named_is_not_begun(fil
     assert again[0].name != runs[0].name
 
 
+@pytest.mark.slow
 def test_tracking_files_next_to_the_runs_are_not_stale_runs(files, tmp_path):
     path = written(files, tmp_path, axes={"seed": [1]})
     cfusion("run", str(path), "tracking.enabled=true")
@@ -321,6 +322,7 @@ def test_a_place_that_is_not_reached_keeps_its_own_runs_from_starting(files, tmp
     assert far in away.absent
 
 
+@pytest.mark.slow
 def test_runs_keep_their_names_where_their_shards_have_gone(files, tmp_path):
     import shutil
 
@@ -337,6 +339,7 @@ def test_runs_keep_their_names_where_their_shards_have_gone(files, tmp_path):
     assert cfusion("report", str(path)).startswith("report: ")
 
 
+@pytest.mark.slow
 def test_runs_that_share_a_read_are_one_job_and_end_with_the_same_bytes(files, tmp_path):
     together = plan(load_sweep(written(files, tmp_path), ["train.folds=together"]))
     separate = plan(load_sweep(written(files, tmp_path)))
@@ -357,6 +360,7 @@ def assert_same_risks(some: Sequence[PlannedRun], others: Sequence[PlannedRun]) 
         pd.testing.assert_frame_equal(*frames, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_folds_as_an_axis_are_one_result(files, tmp_path):
     axes = {"fold": [0, 1, 2], "model": ["amil", "mean_mil"]}
     runs = plan(load_sweep(written(files, tmp_path, axes=axes)))

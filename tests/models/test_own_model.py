@@ -183,6 +183,7 @@ def test_a_file_that_is_edited_while_its_run_trains_stops_the_next_fold(files, t
     cross_validate(config)
 
 
+@pytest.mark.slow
 def test_a_stopped_training_resumes_only_with_the_same_file(files, tmp_path, monkeypatch):
     config = configured(files, MAX_MIL, tmp_path, train={"epochs": 3})
     steps = iter([False, False, False, False, True])

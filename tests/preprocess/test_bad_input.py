@@ -356,9 +356,10 @@ def wait_for(condition, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kill",
-    [pytest.param(signal.SIGINT, id="Ctrl-C", marks=pytest.mark.slow), pytest.param(signal.SIGKILL, id="kill -9")],
+    [pytest.param(signal.SIGINT, id="Ctrl-C"), pytest.param(signal.SIGKILL, id="kill -9")],
 )
 def test_an_interrupted_run_leaves_complete_slides_and_the_same_call_does_the_rest(slides: Path, tmp_path: Path, kill):
     store = tmp_path / "store"

@@ -178,6 +178,7 @@ def test_missing_packaged_weights_name_the_package(monkeypatch: pytest.MonkeyPat
         find_weights("efficientnet-lite0", CARDS["efficientnet-lite0"], None, offline=True)
 
 
+@pytest.mark.slow
 def test_a_trained_encoder_gives_timms_embeddings_on_real_slides(timm, tmp_path: Path, shared: Path):
     """The reference takes timm's network and transform, and the tensors in the order of the checkpoint."""
     stored = torch.load(weights_of_lite0(), map_location="cpu", weights_only=True)

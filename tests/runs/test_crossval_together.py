@@ -102,6 +102,7 @@ def test_a_stopped_run_exits_with_75_and_resumes(files, tmp_path, monkeypatch):
     assert (config.output / "fold_0" / "predictions.csv").stat().st_mtime_ns == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("resumed", "later"), [((1, 0), ()), ((1,), (0,))], ids=["other order", "one left out"])
 def test_the_state_of_runs_together_is_found_in_any_order(files, tmp_path, monkeypatch, resumed, later):
     """Stopped in the second pass; the first run's folder holds the state, and only the second's starts the resume."""

@@ -17,6 +17,7 @@ evidence.register(app)
 reproduce.register(app)
 
 
+@pytest.mark.slow
 def test_a_run_is_reproduced_bit_for_bit_and_a_changed_table_is_reported(tmp_path):
     files = make_cohort(tmp_path / "cohort", two_slides=0)
     config = files.config(tmp_path / "run", train={"epochs": 2})

@@ -63,6 +63,7 @@ def test_other_outcomes_of_the_scored_patients_choose_the_same(files: CohortFile
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_a_stopped_search_ends_as_an_undisturbed_one_and_is_reported(
     files: CohortFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def test_folds_at_once_write_the_files_of_folds_one_after_another(files, separat
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.slow
 def test_a_fold_trains_on_as_many_cores_after_a_resume(files, tmp_path, two_threads, monkeypatch):
     """Three folds on two cores: two at once on one core each, the third on both, whichever are missing."""
     config = settings(files, tmp_path / "run", "auto", epochs=1).model_copy(update={"splits": SplitsConfig(folds=3)})

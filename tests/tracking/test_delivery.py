@@ -250,6 +250,7 @@ def test_nothing_is_sent_of_a_run_that_the_server_refused(database, tmp_path, mo
     assert [line.partition(":")[0] for line in refused] == ["run, start", "fold_0, start", "fold_0, metrics"]
 
 
+@pytest.mark.slow
 def test_a_locked_database_is_reported_and_nothing_is_lost(database, tmp_path, caplog):
     uri = empty(database, tmp_path / "mlflow.db")
     holder = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
@@ -273,6 +274,7 @@ def test_a_locked_database_is_reported_and_nothing_is_lost(database, tmp_path, c
     assert {r.info.status for r in runs.values()} == {"FINISHED"}
 
 
+@pytest.mark.slow
 def test_a_training_never_waits_for_a_server(tmp_path, monkeypatch, new_sender, caplog):
     """While a request hangs, every call except the end of the parent returns."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")
@@ -380,7 +382,8 @@ crossval.cross_validate(config)
 """
 
 
-@pytest.mark.parametrize("where", ["in an epoch", pytest.param("behind a fold", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["in an epoch", "behind a fold"])
 def test_a_run_killed_by_sigkill_goes_on_in_the_same_mlflow_runs(files, database, tmp_path, where):
     tracking = {"enabled": True, "uri": database, "experiment": where}
     config = files.config(tmp_path / "run", tracking=tracking, evaluation={"bootstrap": 0}, splits={"folds": 2})

@@ -64,8 +64,11 @@ def test_a_saved_region_gives_the_same_distances(tmp_path):
     assert again.region is not None
     others = embeddings(30, 2)
     np.testing.assert_allclose(again.region.distance(others), region.distance(others), rtol=1e-4)
-    Seen(seen.digests, None).save(tmp_path / "few.npz")
-    assert Seen.load(tmp_path / "few.npz").region is None
+    assert np.isnan(again.percentile(np.zeros(2))).all()
+    Seen(seen.digests, None, np.array([-2.0, -1.0, -1.0, 0.0])).save(tmp_path / "few.npz")
+    few = Seen.load(tmp_path / "few.npz")
+    assert few.region is None
+    assert few.percentile(np.array([-3.0, -1.0, -0.5, 0.0, 1.0])).tolist() == [0, 50, 75, 87.5, 100]
     (tmp_path / "few.npz").write_bytes(b"no archive")
     with pytest.raises(DataError, match="cannot be read"):
         Seen.load(tmp_path / "few.npz")

@@ -43,6 +43,7 @@ VARIANTS: dict[str, dict[str, dict[str, object]]] = {
     "held in memory, a bag a slide": {"data": {"cache": "ram", "unit": "slide"}},
     "chosen by loss, late": {"train": {"monitor": "loss", "min_epoch": 2}},
 }
+LONGEST = ("attention dropout, packed by tokens", "cox")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,9 @@ def configuration(files: CohortFiles, output: Path, **sections: Any) -> Config:
     return files.config(output, **values)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] if name in LONGEST else []) for name in VARIANTS]
+)
 def test_together_equals_separate(files, tmp_path, variant):
     config = configuration(files, tmp_path, **VARIANTS[variant])
     separate, together = train_separately([config]), train_together([config], tmp_path)
@@ -72,6 +75,7 @@ def test_together_equals_separate(files, tmp_path, variant):
         assert len({len(run.history) for run in together}) > 1, "each fold has its own patience"
 
 
+@pytest.mark.slow
 def test_seeds_models_and_protocols_share_a_read(files, tmp_path):
     base = {"splits": {"folds": 2}}
     configs = [
@@ -130,7 +134,9 @@ def test_the_seconds_of_an_epoch_are_those_of_the_pass_that_trained_it(files, tm
     assert reported == {0: {30.0}, 1: {20.0}, 2: {10.0}}
 
 
-@pytest.mark.parametrize("stop_at", [3, 40, 101])
+@pytest.mark.parametrize(
+    "stop_at", [pytest.param(3, marks=pytest.mark.slow), 40, pytest.param(101, marks=pytest.mark.slow)]
+)
 def test_resuming_after_a_stop_is_exact(files, tmp_path, monkeypatch, stop_at):
     model = {**SMALL, "options": {"attention_dropout": 0.2}, "embed_dim": 8}
     packed = {"token_budget": 60}
@@ -173,6 +179,7 @@ train_together([load_config(sys.argv[1])], Path(sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 def test_resuming_after_a_kill_is_exact(files, tmp_path):
     config = configuration(files, tmp_path, model=SMALL, train={"epochs": 2, "ema": 0.8}, splits={"folds": 2})
     undisturbed = train_together([config], tmp_path / "undisturbed")
