@@ -22,7 +22,7 @@ from cfusion.survival.predictions import curve_table
 from cfusion.training.fitted import FittedModel, ModelCard, read_card
 from cfusion.training.inference import predict_logits, prediction_frame
 from cfusion.training.runtime import Runtime
-from cfusion.training.seen import EmbeddingRegion, bag_vector
+from cfusion.training.seen import EmbeddingRegion, bag_vector, digest_case
 from cfusion.training.world import join_world, launched
 from cfusion.types import BagBatch, SurvivalOutput, magnification_name
 
@@ -180,6 +180,26 @@ class FoldEnsemble:
             if model.seen is not None:
                 found[:, column] = model.seen.percentile(risks[:, column])
         return np.asarray(found.mean(axis=1))
+
+    def not_seen_by(self, case: str) -> tuple[FoldEnsemble, str | None]:
+        """Return the models that have not seen a patient in their training, and what a reader must know about it.
+
+        If each has seen the patient, all are returned; models that do not record their patients count as unseen.
+        """
+        digest = digest_case(case)
+        unseen = tuple(m for m in self.models if m.seen is None or digest not in m.seen.digests)
+        if len(unseen) == len(self.models):
+            return self, None
+        if unseen:
+            folds = ", ".join(str(model.card.fold) for model in unseen)
+            return FoldEnsemble(unseen), (
+                f"This patient was in the training of the other folds; only models that have not seen the patient are "
+                f"used (fold {folds})."
+            )
+        return self, (
+            "Every model has seen this patient in its training: the risk is no prediction, and the scores also show "
+            "what was learnt by heart."
+        )
 
     @property
     def regions(self) -> tuple[EmbeddingRegion, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import pandas as pd
 
 from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.apply.inputs import Inputs
+from cfusion.apply.sources import group_slides
 from cfusion.data.tile_places import LEVEL_0, check_on_slide, coords_space, on_slide
 from cfusion.errors import CfusionError, ConfigError, DataError, PartialResultError
 from cfusion.explanation import Explanation, explain
@@ -44,6 +46,7 @@ def explain_inputs(
     ensemble: FoldEnsemble,
     out: Path,
     *,
+    cases: Path | None = None,
     magnifications: Sequence[str] | None = None,
     occlusion: Occlusion = "cells",
     most_removals: int = 256,
@@ -57,6 +60,8 @@ def explain_inputs(
         inputs: The slides.
         ensemble: The models.
         out: Folder to write.
+        cases: Table `slide_id, case_id`; None: TCGA barcodes, otherwise a slide's name is its patient's. Patients of
+            the training are explained by the models that have not seen them.
         magnifications: Names of the magnifications to report; None: all that the models read.
         occlusion: See `cfusion.explain`.
         most_removals: See `cfusion.explain`.
@@ -69,15 +74,18 @@ def explain_inputs(
         PartialResultError: Some slides could not be explained; the rest are done.
     """
     failed: dict[str, CfusionError] = {}
+    case_of = {slide: case for case, slides in group_slides(inputs.slide_ids, cases).items() for slide in slides}
     for slide_id in inputs.slide_ids:
         try:
+            models, note = ensemble.not_seen_by(case_of.get(slide_id, slide_id))
             check_target(out / slide_id)
             slide = _placed(inputs.source.read(slide_id), inputs.files.get(slide_id), default_mpp)
             found = explain(
-                ensemble, slide, occlusion=occlusion, most_removals=most_removals, magnifications=magnifications,
+                models, slide, occlusion=occlusion, most_removals=most_removals, magnifications=magnifications,
                 device=device,
             )  # fmt: skip
-            curves = deletion_curves(ensemble, slide, found, device=device) if faithfulness else None
+            found = dataclasses.replace(found, attrs={**found.attrs, "note": note})
+            curves = deletion_curves(models, slide, found, device=device) if faithfulness else None
             page = _write(found, inputs.files.get(slide_id), default_mpp, out, curves)
         except DataError as error:
             if len(inputs.slide_ids) == 1 and not inputs.failed:

@@ -22,6 +22,9 @@ def explain(
     model: Annotated[str, typer.Option(help="models:/NAME@champion, a run's folder, or one fold's.")],
     out: Annotated[Path, typer.Option(help="Folder to write; each slide gets its own folder in it.")],
     uri: Annotated[str | None, typer.Option(help="MLflow server; default: MLFLOW_TRACKING_URI.")] = None,
+    cases: Annotated[
+        Path | None, typer.Option(help="Table slide_id, case_id; default: TCGA barcodes, or slides as patients.")
+    ] = None,
     slide: Annotated[list[str] | None, typer.Option(help="For a store: only this slide; default: all.")] = None,
     slides: Annotated[Path | None, typer.Option(help="For a store: folder of its slides, for the pictures.")] = None,
     magnification: Annotated[list[float] | None, typer.Option(help="Report only this one; default: all.")] = None,
@@ -43,7 +46,8 @@ def explain(
     """Score every tile of a slide: attention, input×gradient, occlusion; mean and spread over folds.
 
     Each slide gets a folder with index.html, explanation.zarr, overlays, a gallery of the tiles that raise and lower
-    the risk most, and GeoJSON that QuPath opens. Slides are preprocessed with the encoder of the model.
+    the risk most, and GeoJSON that QuPath opens. Slides are preprocessed with the encoder of the model. A patient of
+    the training is explained by the fold models that have not seen the patient; where there is none, the page says so.
 
     \b
       cfusion explain a.svs --model models:/blca@champion --out explained
@@ -63,6 +67,7 @@ def explain(
         inputs.choose(slide, slides),
         ensemble,
         out,
+        cases=cases,
         magnifications=[magnification_name(m) for m in magnification or ()] or None,
         occlusion=occlusion,
         most_removals=most_removals,
@@ -72,5 +77,7 @@ def explain(
     )
     for done in results:
         typer.echo(f"{done.explanation.slide_id}: {done.explanation.risk_text}; {done.page}")
+        if note := done.explanation.attrs.get("note"):
+            typer.echo(f"{done.explanation.slide_id}: {note}")
         if done.areas is not None:
             typer.echo(done.areas.to_string(index=False, float_format="{:.3g}".format))

@@ -6,6 +6,7 @@
 - `slide_id`, `encoder`, `slide_size_px` ([width, height] of level 0), `mpp` (µm per level-0 px), `slide_digest`
   (OpenSlide's quickhash): null if missing from the feature store;
 - `model` (name of the model), `models` (number of folds), `cohort`, `endpoint`;
+- `note`, what a reader must know of patients of the training, or null;
 - `risk_percentile`, the percentage of the training patients with a lower risk (mean over folds), or null;
 - `risk`, `risk_sd` (over folds; null for one model), `risks` (one per fold), `risk_cutoff` (mean over folds of the
   median risk of the training patients, or null);

@@ -48,6 +48,7 @@ def render_slide_page(
         endpoint=attrs["endpoint"],
         risk=explanation.risk,
         risk_sd=explanation.risk_sd,
+        note=attrs.get("note"),
         meaning=explanation.meaning,
         cutoff=cutoff,
         group=None if cutoff is None else "high" if is_high_risk(explanation.risk, cutoff) else "low",

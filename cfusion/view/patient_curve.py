@@ -91,6 +91,7 @@ def patient_panel(curves: CohortCurves | None, slide_id: str, explanation: Expla
         models = f"fold ensemble of {len(explanation.risks)}" if len(explanation.risks) > 1 else "one model"
         number = f"risk {explanation.risk:.3f}".replace("-", "\N{MINUS SIGN}")
         words.append(f"{models}: {', '.join(filter(None, [number, explanation.meaning]))}")
+        words += [explanation.attrs["note"]] if explanation.attrs.get("note") else []
     figure = _figure(curves, case, lines, "; ".join(words))
     return {"case": case, "words": "; ".join(words), "figure": figure}
 

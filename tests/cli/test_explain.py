@@ -14,12 +14,14 @@ from slide_factory import write_slide as write_tiff
 from typer.testing import CliRunner
 
 from benchmarks.phantom_regions import draw_planted
+from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.cli.main import app
 from cfusion.config import ModelConfig
 from cfusion.data.store import FeatureStore, write_slide
 from cfusion.errors import CfusionError, ConfigError, DataError, PartialResultError
 from cfusion.explanation.result import read_explanation
 from cfusion.training.fitted import FittedModel, ModelCard, build
+from cfusion.training.seen import Seen, digest_case
 from preprocess.descriptor import DIM
 
 MAGNIFICATIONS = (20.0, 10.0, 5.0)
@@ -218,3 +220,27 @@ def test_a_folder_without_a_model_is_refused(made_up):
     (made_up / "empty").mkdir()
     error = refusal(made_up / "store", "--model", made_up / "empty", "--out", made_up / "out")
     assert "holds no model.json" in str(error)
+
+
+def test_a_patient_of_the_training_is_explained_by_the_models_that_have_not_seen_them(run, slides, tmp_path):
+    """Otherwise risk and heatmap are those of slides the models know, and differ from the out-of-fold prediction."""
+    models = FoldEnsemble.load(run).models
+    table = tmp_path / "cases.csv"
+    table.write_text("slide_id,case_id\nplanted.svs,patient-1\n")
+    seen, other = Seen(frozenset({digest_case("patient-1")}), None), Seen(frozenset(), None)
+    for name, records in (("one", (seen, other)), ("both", (seen, seen))):
+        for fold, record in enumerate(records):
+            dataclasses.replace(models[fold], seen=record).save(tmp_path / name / f"fold_{fold}")
+    arguments = [slides / "planted.svs", "--cases", table, "--occlusion", "none"]
+    assert (
+        "only models that have not seen"
+        in call(*arguments, "--model", tmp_path / "one", "--out", tmp_path / "a").output
+    )
+    found = read_explanation(tmp_path / "a" / "planted")
+    alone = call(*arguments, "--model", run / "fold_1", "--out", tmp_path / "alone")
+    assert alone.exit_code == 0, alone.output
+    assert found.risks == read_explanation(tmp_path / "alone" / "planted").risks
+    assert "(fold 1)" in (tmp_path / "a" / "planted" / "index.html").read_text()
+    call(*arguments, "--model", tmp_path / "both", "--out", tmp_path / "b")
+    assert len(read_explanation(tmp_path / "b" / "planted").risks) == 2
+    assert "Every model has seen this patient" in (tmp_path / "b" / "planted" / "index.html").read_text()
