@@ -54,6 +54,7 @@ def test_help_imports_nothing_heavy():
         assert f"  {command} " in done.stdout
 
 
+@pytest.mark.slow
 def test_what_would_run_is_printed_and_nothing_is_written(config, tmp_path):
     done = cfusion("train", config, "train.epochs=17", "--print-config")
     assert done.returncode == 0, done.stderr
@@ -115,6 +116,7 @@ def test_a_run_on_permuted_outcomes_ends_well_and_says_what_it_is(config, tmp_pa
     assert not (tmp_path / "run" / "report").exists()
 
 
+@pytest.mark.slow
 def test_doctor_says_what_is_here():
     done = cfusion("doctor")
     assert done.returncode == 0, done.stdout + done.stderr

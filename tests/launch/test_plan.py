@@ -95,6 +95,7 @@ def test_what_is_done_is_not_done_again(files, tmp_path):
     assert stamps == {run.name: (run.config.output / "done.json").stat().st_mtime_ns for run in runs}
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_reported_with_its_cause_and_the_rest_is_done(files, tmp_path):
     axes = {"encoder": {"right": {}, "wrong": {"data.encoder": "uni"}}}
     runs = plan(sweep(files, tmp_path, axes=axes))

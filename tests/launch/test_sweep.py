@@ -409,6 +409,7 @@ def test_a_report_needs_a_finished_run(files, tmp_path):
         cfusion("report", str(written(files, tmp_path)))
 
 
+@pytest.mark.slow
 def test_ten_thousand_runs_are_planned_and_looked_at(files, tmp_path):
     keys = ("seed", "data.order_seed", "splits.seed", "train.epochs")
     axes = {key: {str(v): {key: v} for v in range(1, 11)} for key in keys}

@@ -57,6 +57,7 @@ def undisturbed(files, tmp_path_factory) -> list[FoldRun]:
     return with_threads(2, configuration(files, folder), folder)
 
 
+@pytest.mark.slow
 def test_side_by_side_equals_separate_for_any_number_of_threads(files, tmp_path, separate, undisturbed):
     three = with_threads(3, configuration(files, tmp_path), tmp_path)
     assert all(map(same_bits, undisturbed, three))
