@@ -107,7 +107,7 @@ def test_the_memory_of_a_job(cgroups, monkeypatch, variables, megabytes):
     total = psutil.virtual_memory().total
     assert memory_bytes() == (total if megabytes is None else min(total, megabytes * MB))
     if megabytes is not None:
-        assert 0 <= free_memory_bytes() <= megabytes * MB - psutil.Process().memory_info().rss // 2
+        assert 0 <= free_memory_bytes() <= max(0, megabytes * MB - psutil.Process().memory_info().rss // 2)
 
 
 def test_the_address_space_that_a_shell_allows(cgroups, monkeypatch):

@@ -222,6 +222,7 @@ def test_a_folder_without_a_model_is_refused(made_up):
     assert "holds no model.json" in str(error)
 
 
+@pytest.mark.slow
 def test_a_patient_of_the_training_is_explained_by_the_models_that_have_not_seen_them(run, slides, tmp_path):
     """Otherwise risk and heatmap are those of slides the models know, and differ from the out-of-fold prediction."""
     models = FoldEnsemble.load(run).models
@@ -237,9 +238,9 @@ def test_a_patient_of_the_training_is_explained_by_the_models_that_have_not_seen
         in call(*arguments, "--model", tmp_path / "one", "--out", tmp_path / "a").output
     )
     found = read_explanation(tmp_path / "a" / "planted")
-    alone = call(*arguments, "--model", run / "fold_1", "--out", tmp_path / "alone")
-    assert alone.exit_code == 0, alone.output
-    assert found.risks == read_explanation(tmp_path / "alone" / "planted").risks
+    single = call(*arguments, "--model", run / "fold_1", "--out", tmp_path / "single")
+    assert single.exit_code == 0, single.output
+    assert found.risks == read_explanation(tmp_path / "single" / "planted").risks
     assert "(fold 1)" in (tmp_path / "a" / "planted" / "index.html").read_text()
     call(*arguments, "--model", tmp_path / "both", "--out", tmp_path / "b")
     assert len(read_explanation(tmp_path / "b" / "planted").risks) == 2

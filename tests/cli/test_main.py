@@ -69,7 +69,7 @@ def test_what_would_run_is_printed_and_nothing_is_written(config, tmp_path):
     ("override", "message"),
     [
         ("train.epoch=3", "unknown key train.epoch. Did you mean train.epochs?"),
-        ("data.shards=nowhere", "nowhere"),
+        pytest.param("data.shards=nowhere", "nowhere", marks=pytest.mark.slow),
         ("cohort.table=nothing.csv", "nothing.csv"),
     ],
 )
@@ -146,6 +146,7 @@ def test_a_real_slide_is_extracted_and_packed_into_shards(shared, tmp_path):
     assert done.returncode == 0, done.stderr + done.stdout
 
 
+@pytest.mark.slow
 def test_an_output_that_cannot_be_a_folder_is_refused(config, tmp_path):
     (tmp_path / "taken").touch()
     sweep = tmp_path / "sweep.yaml"

@@ -34,7 +34,7 @@ class MadeUpPictures:
 
 @pytest.fixture(scope="module")
 def slide():
-    return planted_slide()[0]
+    return planted_slide(8)[0]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -105,7 +106,8 @@ def test_watch_shows_the_sweep_until_nothing_is_left(sweep, monkeypatch):
         waits.append(seconds)
         (open_run / "done.json").write_text("{}")
 
-    monkeypatch.setattr(cmd_sweep.time, "sleep", sleep)
+    # Not `time.sleep` itself, which threads that other tests have left call, too.
+    monkeypatch.setattr(cmd_sweep, "time", SimpleNamespace(sleep=sleep))
     states = [line.split("\t")[0] for line in command("status", sweep, "--watch").splitlines()]
     assert states == ["done", "open", "done", "done"]
     assert waits == [cmd_sweep.WATCH_SECONDS]

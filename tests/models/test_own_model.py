@@ -150,6 +150,7 @@ def test_a_card_cannot_point_to_code_that_it_does_not_record(trained, tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_an_edited_file_is_another_run(files, tmp_path):
     config = configured(files, MAX_MIL, tmp_path)
     cross_validate(config)

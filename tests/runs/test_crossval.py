@@ -142,6 +142,7 @@ def test_permuted_outcomes_are_the_same_outcomes_of_other_patients(files, tmp_pa
     assert pairs[0] == pairs[1]
 
 
+@pytest.mark.slow
 def test_a_report_shows_the_null_of_permuted_outcomes(files, finished, tmp_path):
     null = files.config(tmp_path / "null", evaluation={"permute_outcomes": 1, "bootstrap": 0})
     cross_validate(null)
@@ -154,6 +155,7 @@ def test_a_report_shows_the_null_of_permuted_outcomes(files, finished, tmp_path)
     assert rows[0]["cindex_low"] < rows[0]["cindex_pooled"] < rows[0]["cindex_high"]
 
 
+@pytest.mark.slow
 def test_a_run_of_one_fold_is_scored_and_reported_with_its_training_patients_outcomes(files, finished, tmp_path):
     config = files.config(tmp_path / "run", splits={"fold": 1})
     scores = cross_validate(config)
@@ -177,6 +179,7 @@ def test_a_slide_missing_from_the_shards_is_reported_and_stops_under_strict(file
         Run.prepare(CohortFiles(table, files.shards).config(tmp_path / "run", evaluation={"strict": True}))
 
 
+@pytest.mark.slow
 def test_a_starting_run_says_what_the_audit_dropped(files, tmp_path, caplog):
     table = pd.read_csv(files.table)
     late = table.index[table["patient"] == "PT-0007"]
@@ -217,6 +220,7 @@ def test_the_outcomes_of_the_test_patients_change_nothing_in_training(files, tmp
     pd.testing.assert_frame_equal(first.predictions[predicted], second.predictions[predicted])
 
 
+@pytest.mark.slow
 def test_a_changed_recipe_is_named_in_the_log_run_json_report_and_model_cards(files, tmp_path, caplog):
     values = {"recipe": "published", "epochs": 2}
     config = files.config(tmp_path / "run", evaluation={"protocol": "published", "bootstrap": 10})

@@ -89,6 +89,7 @@ def test_a_fold_trains_on_as_many_cores_after_a_resume(files, tmp_path, two_thre
     assert numbers(config.output) == before
 
 
+@pytest.mark.slow
 def test_a_run_stopped_at_two_folds_resumes_at_both(files, separate, tmp_path, two_threads, monkeypatch):
     config = settings(files, tmp_path / "run", "side-by-side")
     steps = []

@@ -223,6 +223,7 @@ def test_the_end_of_a_run_retries_an_unreachable_server(database, tmp_path, monk
     assert "records of this run are unsent and kept" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_deleted_experiment_keeps_its_runs_until_it_is_restored(database, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(run, "PACE", Pace(last_pause=0.01))
     tracking = TrackingConfig(uri=database, experiment="deleted")
@@ -294,6 +295,7 @@ def test_a_training_never_waits_for_a_server(tmp_path, monkeypatch, new_sender, 
     assert "does not answer" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_lost_sender_loses_no_record(database, tmp_path, new_sender, caplog):
     tracking = TrackingConfig(uri=database, experiment="lost sender")
     with TrackedRun.begin(tracking, tmp_path, "parent", {}) as parent:
@@ -318,6 +320,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_what_a_killed_program_has_recorded_is_sent_and_no_process_stays(database, tmp_path):
     killed = subprocess.run(
         [sys.executable, "-c", _DIES, str(tmp_path), database], cwd=ROOT, capture_output=True, text=True, timeout=300,

@@ -477,7 +477,7 @@ def test_a_host_that_cannot_be_bound_is_refused(host: str):
         listen(host, 0).close()
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_stops_when_asked_to(files: Files, number: signal.Signals, tmp_path: Path):
     command = [sys.executable, "-m", "cfusion", "view", str(files.slides)]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}

@@ -109,7 +109,8 @@ def bags_of(config: Config) -> list:
     return make_bags(ShardDataset.open(config.data.shards.reveal()), slides, "case", config.data.magnifications)
 
 
-@pytest.mark.parametrize("stop_at", [pytest.param(2, marks=pytest.mark.slow), 5])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_at", [2, 5])
 def test_resuming_side_by_side_after_a_stop_is_exact(files, tmp_path, monkeypatch, undisturbed, stop_at):
     config = configuration(files, tmp_path)
     calls = iter(range(1, 10**6))
