@@ -7,7 +7,7 @@ through them in chunks and compute in the backward pass again what they need, so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cfusion.errors import ConfigError, DataError
+from cfusion.models.baselines import FinestBagModel
 from cfusion.neighbours import nearest_tiles
-from cfusion.types import BagBatch
+from cfusion.types import BagBatch, SurvivalOutput
 
 EDGE_ELEMENTS = 1 << 23
 """Maximum elements of a temporary [edge, dim] tensor."""
@@ -76,8 +77,8 @@ def spatial_neighbours(batch: BagBatch, name: str, k: int) -> Int[Tensor, "bag t
     """
     bags, tiles, _ = batch.features[name].shape
     given = None if batch.neighbours is None else batch.neighbours.get(name)
-    if given is not None and given.shape == (bags, tiles, k):
-        return given
+    if given is not None and given.shape[:2] == (bags, tiles) and given.shape[2] >= k:
+        return given[:, :, :k]
     positions = require_positions(batch, name)
     device = positions.device
     found = torch.full((bags, tiles, k), -1)
@@ -137,8 +138,7 @@ def nearest_embeddings(embeddings: Float[Tensor, "tile dim"], k: int) -> Int[Ten
         embeddings: One row per tile.
         k: Number of neighbours; fewer are returned of k rows or fewer.
     """
-    if embeddings.dtype in (torch.float16, torch.bfloat16):
-        embeddings = embeddings.float()
+    embeddings = _at_least_f32(embeddings)
     count = len(embeddings)
     k = min(k, count - 1)
     # Distances are differences of squares: around the mean these are small, and so are their rounding errors.
@@ -164,8 +164,8 @@ def _real_rows(batch: BagBatch, name: str) -> Iterator[Tensor]:
 
 
 def sum_of_messages(values: Float[Tensor, "row dim"], edges: Edges) -> Float[Tensor, "row dim"]:
-    """Sum over the edges into each row the values of their sources; zero for a row without any."""
-    return _Sum.apply(values, edges)
+    """Sum over the edges into each row the values of their sources, in f32 or better; zero for a row without any."""
+    return _Sum.apply(_at_least_f32(values), edges)
 
 
 def softmax_of_messages(
@@ -181,7 +181,11 @@ def softmax_of_messages(
         scale: The softmax's inverse temperature.
         edges: Who sends to whom.
     """
-    return _Softmax.apply(values, scale, edges)
+    return _Softmax.apply(_at_least_f32(values), scale, edges)
+
+
+def _at_least_f32(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 class _Sum(torch.autograd.Function):
@@ -234,18 +238,56 @@ class _Softmax(torch.autograd.Function):
         return of_values, of_scale, None
 
 
-def check_graph_options(edges: object, neighbours: object) -> None:
-    """Check the options of a graph model.
+class GraphModel(FinestBagModel):
+    """A model whose tiles of the finest magnification send messages along the edges of a graph.
+
+    Args:
+        backbone_dim: Width of the embeddings.
+        magnifications: Magnifications that the data offer.
+        edges: `spatial`: to the nearest tiles in the tissue; `latent`: to those with the nearest embeddings.
+        neighbours: Number of neighbours of a tile, all in its slide.
+        as_published: Whether tiles send to their neighbours instead of receiving from them, and latent edges of a
+            bag's later slides join tiles of its first, as in Patch-GCN's program.
 
     Raises:
-        ConfigError: The kind of edges is unknown, or the number of neighbours is not a number from 1.
+        ConfigError: The kind of edges is unknown, or `neighbours` is not a number from 1.
     """
-    if edges not in ("spatial", "latent"):
-        raise ConfigError(f"model.options.edges={edges!r}: expected spatial or latent.")
-    if not isinstance(neighbours, int) or isinstance(neighbours, bool) or neighbours < 1:
-        raise ConfigError(f"model.options.neighbours={neighbours!r}: expected a number of tiles from 1.")
+
+    def __init__(
+        self, backbone_dim: int, magnifications: Sequence[float], edges: str, neighbours: int, as_published: bool
+    ) -> None:
+        super().__init__(backbone_dim, magnifications)
+        if edges not in ("spatial", "latent"):
+            raise ConfigError(f"model.options.edges={edges!r}: expected spatial or latent.")
+        if not isinstance(neighbours, int) or isinstance(neighbours, bool) or neighbours < 1:
+            raise ConfigError(f"model.options.neighbours={neighbours!r}: expected a number of tiles from 1.")
+        self.edges, self.neighbours, self.as_published = edges, neighbours, as_published
+
+    def survival(self, features: dict[str, Tensor], batch: BagBatch) -> SurvivalOutput:
+        """See `BagModel.forward`."""
+        (name,) = self.magnification_names
+        mask = None if batch.masks is None else batch.masks[name]
+        return self.survival_of_graph(features[name], mask, self._edges_of(batch, name))
+
+    def survival_of_graph(
+        self, tiles: Float[Tensor, "bag tile dim"], mask: Bool[Tensor, "bag tile"] | None, edges: Edges
+    ) -> SurvivalOutput:
+        """Compute the output; edges are between the rows of [bag × tile], and none is in the padding."""
+        raise NotImplementedError
+
+    def _edges_of(self, batch: BagBatch, name: str) -> Edges:
+        if self.edges == "spatial":
+            return Edges.of(spatial_neighbours(batch, name, self.neighbours), self.as_published)
+        edges = Edges.of(latent_neighbours(batch, name, self.neighbours), self.as_published)
+        if self.as_published and batch.slides is not None:
+            return _in_first_slide(edges, batch.slides[name])
+        return edges
 
 
-def masked_rows(mask: Bool[Tensor, "bag tile"] | None, tiles: Float[Tensor, "bag tile dim"]) -> Tensor:
-    """Set the rows of the padding to zero, so that nothing in it, such as an infinite number, reaches a sum."""
-    return tiles if mask is None else tiles * mask[..., None]
+def _in_first_slide(edges: Edges, slides: Int[Tensor, "bag tile"]) -> Edges:
+    """Count the rows of edges from the bag's first tile that were meant from the first tile of a slide."""
+    bags, tiles = slides.shape
+    bag, row = (torch.arange(n, device=slides.device) for n in (bags, tiles))
+    key = (slides + bag[:, None] * (slides.max() + 1)).flatten()
+    first = torch.full_like(key, tiles).scatter_reduce_(0, key, row.repeat(bags), "amin")[key]
+    return Edges(edges.source - first[edges.source], edges.target - first[edges.target])
