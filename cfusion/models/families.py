@@ -15,12 +15,12 @@ def side_ratio(coarse: str, fine: str) -> int:
     """Return how many tiles of a magnification lie along the side of a tile of a coarser one.
 
     Raises:
-        ConfigError: The ratio is not a whole number.
+        ConfigError: The ratio is not an integer.
     """
     ratio = magnification_value(fine) / max(magnification_value(coarse), 1e-9)
     if abs(ratio - round(ratio)) > 1e-6 or ratio > 1e6:
         raise ConfigError(
-            f"{fine} and {coarse}: expected magnifications of which one is a whole multiple of the other.",
+            f"{fine} and {coarse}: expected magnifications of which one is an integer multiple of the other.",
             "Change data.magnifications.",
         )
     return round(ratio)

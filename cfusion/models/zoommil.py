@@ -215,7 +215,7 @@ class _Mixtures:
         return _Mixtures(split(self.sums), split(self.share), split(self.rows))
 
     def tiles(self, constant_share: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the descendants as places of their own magnification: means, mask and rows.
+        """Return the descendants as places of their magnification: means, mask and rows.
 
         Args:
             constant_share: Whether the sum of the weights counts as a constant going backward.
