@@ -128,11 +128,12 @@ def tile_attention(model: BagModel, bag: BagBatch) -> dict[str, Float[Tensor, " 
             add(block, views[block].fold(weights[0])[:, : views[block].summaries].mean(dim=(0, 1)))
 
     visit_attention(model, bag, read, [block for block, view in views.items() if view.summaries])
-    crosses = [block for block, view in views.items() if not view.summaries and view.grid is None]
+    crosses = [block for block, view in views.items() if view.across]
     if shares and crosses:
         (readers,) = shares.values()
         visit_attention(model, bag, lambda block, rows, w: add(block, readers[rows] @ w[0].mean(dim=0)), crosses)
-    return {name: share / share.sum() for name, share in shares.items()}
+    tiny = torch.finfo(torch.float32).tiny
+    return {name: share / share.sum().clamp_min(tiny) for name, share in shares.items()}
 
 
 def input_times_gradient(model: nn.Module, batch: BagBatch) -> dict[str, Float[Tensor, "bag tile"]]:
@@ -169,7 +170,13 @@ def split_bags(batch: BagBatch) -> list[BagBatch]:
         return {k: (t[bag] if masks is None else t[bag][masks[k][bag]])[None] for k, t in tensors.items()}
 
     return [
-        BagBatch(of(batch.features, bag) or {}, None, of(batch.positions, bag), batch.case_ids[bag : bag + 1])
+        BagBatch(
+            of(batch.features, bag) or {},
+            None,
+            of(batch.positions, bag),
+            batch.case_ids[bag : bag + 1],
+            of(batch.slides, bag),
+        )
         for bag in range(len(batch))
     ]
 

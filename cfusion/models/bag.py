@@ -30,6 +30,11 @@ class TileView:
     grid: TokenGrid | None = None
     tiles: int = 0
 
+    @property
+    def across(self) -> bool:
+        """Whether the queries are tiles of another magnification than the keys."""
+        return not self.summaries and self.grid is None
+
     def fold(self, weights: Float[Tensor, "head query key"]) -> Float[Tensor, "head query tile"]:
         """Sum weights by tile: class tokens are left out, places with the same tile are added up."""
         if self.grid is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -12,7 +12,12 @@ from cfusion.errors import ConfigError, nearest
 from cfusion.extensions import OwnCode, file_code, names_file, package_code, package_names
 from cfusion.models.baselines import AMIL, DSMIL, MeanMIL
 from cfusion.models.crossfusion import CrossFusion
+from cfusion.models.deepgraphconv import DeepGraphConv
+from cfusion.models.hipt import HIPT
+from cfusion.models.patchgcn import PatchGCN
 from cfusion.models.transmil import TransMIL
+from cfusion.models.zoommil import ZoomMIL
+from cfusion.types import magnification_name
 
 Builder = Callable[..., nn.Module]
 
@@ -46,12 +51,13 @@ def build_model(
         embed_dim: Width of the tokens.
         num_heads: Attention heads of CrossFusion; must divide `embed_dim`.
         num_layers: Blocks on each side of every position encoding of CrossFusion.
-        magnifications: Those the data offer. CrossFusion reads all, the others the finest.
+        magnifications: Those the data offer. CrossFusion and ZoomMIL read all, the others the finest.
         source: Magnification whose tokens set CrossFusion's grid; the others are its context.
         published: Train as the published program does: attention dropout .2, DSMIL's instance stream untrained.
         code: The model's code where it is not the program's; None: found by its name.
         options: Of one model. CrossFusion and its variants: `grid` (`file` or `spatial`: tiles on a square in the order
-            of their file, or where they lie in the tissue), `dropout`, `attention_dropout`. TransMIL: `dropout`.
+            of their file, or where they lie in the tissue), `dropout`, `attention_dropout`. TransMIL: `dropout`. The
+            rest: see their classes.
 
     Returns:
         A module that takes a `BagBatch`, or [bag, tile, dim] tensors from coarse to fine, and returns `SurvivalOutput`.
@@ -146,9 +152,34 @@ MODELS: dict[str, Builder] = {
     "dsmil": DSMIL,
     "transmil": TransMIL,
     "mean_mil": MeanMIL,
+    "patchgcn": PatchGCN,
+    "deepgraphconv": DeepGraphConv,
+    "hipt": HIPT,
+    "zoommil": ZoomMIL,
 }
 """Builders of the program's own models by name. A builder is called by keywords with those of `build_model`'s shape
 arguments that it names; its other parameters are the model's options."""
 
-READ_ONE = frozenset({"crossfusion_single", "amil", "dsmil", "transmil", "mean_mil"})
+READ_ONE = frozenset({
+    "crossfusion_single", "amil", "dsmil", "transmil", "mean_mil", "patchgcn", "deepgraphconv", "hipt",
+})  # fmt: skip
 """Models that read only the finest magnification."""
+
+SPATIAL_GRAPHS: dict[str, tuple[str, int]] = {"patchgcn": ("spatial", 8), "deepgraphconv": ("latent", 8)}
+"""Models that can read a graph of nearest tiles, with their defaults of the options `edges` and `neighbours`."""
+
+
+def spatial_graph(name: str, magnifications: Sequence[float], options: Mapping[str, Any]) -> dict[str, int]:
+    """Return the number of neighbours per magnification name that a model reads, so that loaders can find them.
+
+    Args:
+        name: As for `build_model`.
+        magnifications: Magnifications that the data offer.
+        options: The model's options.
+    """
+    edges, neighbours = SPATIAL_GRAPHS.get(name, ("latent", 0))
+    k = options.get("neighbours", neighbours)
+    # A number that is none is refused when the model is built.
+    if options.get("edges", edges) != "spatial" or not isinstance(k, int):
+        return {}
+    return {magnification_name(max(magnifications)): k}
