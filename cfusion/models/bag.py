@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,6 +129,24 @@ class BagModel(nn.Module):
                 f"No tile at {name} in bag {who}; every bag needs at least one at each magnification.",
                 "Leave these cases out (the audit names them) or preprocess their slides again.",
             )
+
+
+class Prepared:
+    """A model that takes buffers from the training bags, once, before the first step of a fold."""
+
+    def prepare(self, bags: Iterable[BagBatch], count: int, *, edges_months: Sequence[float], seed: int) -> None:
+        """Set the buffers.
+
+        Args:
+            bags: The training bags, one by one, with all tiles.
+            count: Number of training bags.
+            edges_months: Edges of the time bins.
+            seed: Seed of this fold.
+
+        Raises:
+            DataError: The bags do not suffice.
+        """
+        raise NotImplementedError
 
 
 def check_share(option: str, share: object) -> None:

@@ -10,8 +10,10 @@ from torch import nn
 
 from cfusion.errors import ConfigError, nearest
 from cfusion.extensions import OwnCode, file_code, names_file, package_code, package_names
+from cfusion.models.abmil import ABMIL
 from cfusion.models.baselines import AMIL, DSMIL, MeanMIL
 from cfusion.models.crossfusion import CrossFusion
+from cfusion.models.panther import PANTHER
 from cfusion.models.transmil import TransMIL
 
 Builder = Callable[..., nn.Module]
@@ -146,9 +148,11 @@ MODELS: dict[str, Builder] = {
     "dsmil": DSMIL,
     "transmil": TransMIL,
     "mean_mil": MeanMIL,
+    "abmil": ABMIL,
+    "panther": PANTHER,
 }
 """Builders of the program's own models by name. A builder is called by keywords with those of `build_model`'s shape
 arguments that it names; its other parameters are the model's options."""
 
-READ_ONE = frozenset({"crossfusion_single", "amil", "dsmil", "transmil", "mean_mil"})
+READ_ONE = frozenset({"crossfusion_single", "amil", "dsmil", "transmil", "mean_mil", "abmil", "panther"})
 """Models that read only the finest magnification."""

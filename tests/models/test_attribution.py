@@ -18,7 +18,7 @@ from cfusion.models.attention import Attention, AttentionPooling, CrossAttention
 from cfusion.models.attribution import split_bags
 from cfusion.models.chunked_attention import CHUNK_ELEMENTS
 
-WITH_ATTENTION = [name for name in MODELS if name != "mean_mil"]
+WITH_ATTENTION = [name for name in MODELS if name not in ("mean_mil", "panther")]
 
 
 def output_of(module: Attention, inputs: tuple, weights: torch.Tensor) -> torch.Tensor:
