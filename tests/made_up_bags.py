@@ -11,14 +11,21 @@ WIDTH = 12
 
 
 def bag(seed: int, tiles: int) -> BagBatch:
-    """One bag with about `tiles` tiles at 10x, on scattered cells."""
+    """One bag with about `tiles` tiles at 10x, on scattered cells; each tile lies in one of the next coarser."""
     generator = torch.Generator().manual_seed(seed)
     features, positions = {}, {}
     for name, factor in MAGNIFICATIONS.items():
-        count = max(1, tiles * factor // 2)
-        features[name] = torch.randn(1, count, WIDTH, generator=generator)
-        cells = torch.randperm(4 * count, generator=generator)[:count]
-        positions[name] = torch.stack([cells % (2 * count), cells // (2 * count)], dim=1)[None]
+        features[name] = torch.randn(1, max(1, tiles * factor // 2), WIDTH, generator=generator)
+    for name in reversed(MAGNIFICATIONS):
+        count = features[name].shape[1]
+        if not positions:
+            cells = torch.randperm(4 * count, generator=generator)[:count]
+            places = torch.stack([cells % (2 * count), cells // (2 * count)], dim=1)
+        else:
+            child = torch.randperm(count, generator=generator)
+            quarter = child // len(places)
+            places = 2 * places[child % len(places)] + torch.stack([quarter % 2, quarter // 2], dim=1)
+        positions[name] = places[None]
     return BagBatch(features, None, positions, (f"case-{seed}",))
 
 

@@ -13,6 +13,8 @@ from cfusion.extensions import OwnCode, file_code, names_file, package_code, pac
 from cfusion.models.abmil import ABMIL
 from cfusion.models.baselines import AMIL, DSMIL, MeanMIL
 from cfusion.models.crossfusion import CrossFusion
+from cfusion.models.csmil import CSMIL
+from cfusion.models.mustmil import MuSTMIL
 from cfusion.models.panther import PANTHER
 from cfusion.models.transmil import TransMIL
 
@@ -150,6 +152,8 @@ MODELS: dict[str, Builder] = {
     "mean_mil": MeanMIL,
     "abmil": ABMIL,
     "panther": PANTHER,
+    "mustmil": MuSTMIL,
+    "csmil": CSMIL,
 }
 """Builders of the program's own models by name. A builder is called by keywords with those of `build_model`'s shape
 arguments that it names; its other parameters are the model's options."""

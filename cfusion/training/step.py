@@ -215,8 +215,7 @@ class Stepper:
 
 def _heads(output: SurvivalOutput) -> Tensor:
     """Return all logits that enter the loss, [bag, head, bin]."""
-    heads = [output.logits] if output.instance_logits is None else [output.logits, output.instance_logits]
-    return torch.stack(heads, dim=1)
+    return torch.stack(output.heads, dim=1)
 
 
 @dataclass(frozen=True)

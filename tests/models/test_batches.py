@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_up_bags import WIDTH, bag, build, pad
+from made_up_bags import MAGNIFICATIONS, WIDTH, bag, build, pad
 
 from cfusion.errors import DataError
 from cfusion.models import MODELS
@@ -78,7 +78,9 @@ def test_gradients_of_a_padded_batch_are_those_of_its_bags(name: str):
 @pytest.mark.parametrize("name", MODELS)
 def test_bags_of_very_few_tiles(name: str, tiles: int):
     model = build(name)
-    output = model(*(torch.randn(1, tiles, WIDTH) for _ in range(3)))
+    places = torch.stack([torch.arange(tiles), torch.zeros(tiles, dtype=torch.long)], dim=1)[None]
+    features = {key: torch.randn(1, tiles, WIDTH) for key in MAGNIFICATIONS}
+    output = model(BagBatch(features, None, dict.fromkeys(MAGNIFICATIONS, places)))
     assert output.logits.shape == (1, 4)
     assert torch.isfinite(output.risk).all()
 

@@ -3,6 +3,7 @@
 `material/golden/rivals_b.json` holds the figures; `material/README.md` has the recipe of the draws.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from factories import make_cohort
+from made_up_bags import WIDTH, pad
+from made_up_bags import bag as bag_of_tiles
+from made_up_bags import build as made_up
 from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
+from cfusion.config import DataConfig
+from cfusion.data.bags import make_bags
+from cfusion.data.loader import BagLoader
+from cfusion.data.shards import open_shards
 from cfusion.errors import ConfigError, DataError
 from cfusion.models import build_model
+from cfusion.models.pairing import rows_above
 from cfusion.models.panther import PANTHER
 from cfusion.survival.losses import LOSSES, cox
 from cfusion.types import BagBatch, SurvivalOutput, Targets
@@ -234,3 +245,137 @@ def test_only_the_means_of_the_mixture():
     model = build_model("panther", backbone_dim=5, prototypes=3, features="means")
     assert model.head.in_features == 15
     assert model(torch.randn(2, 4, 5)).logits.shape == (2, 4)
+
+
+def mustmil_names(scales: int) -> dict[str, str]:
+    names = {"joint_scores.content.": "attention_general.0.", "joint_scores.score.": "attention_general.2."}
+    names["joint_head."] = "classifier."
+    for i in range(scales):
+        names |= {f"embed.{i}.": f"embeddings.{i}.", f"heads.{i}.": f"embeddings_fc.{i}.0."}
+        names |= {f"scores.{i}.content.": f"attentions.{i}.0.", f"scores.{i}.score.": f"attentions.{i}.2."}
+    return names
+
+
+@pytest.mark.parametrize("name", ["mustmil_multilabel", "mustmil_binary", "mustmil_three_scales"])
+def test_mustmil_and_the_losses_of_its_scales(name: str):
+    case = CASES[name]
+    settings = case["settings"]
+    scales, dim = settings["magnifications"], settings["fc_input_features"]
+    magnifications = (20, 10, 5)[:scales]
+    model = build_model(
+        "mustmil", backbone_dim=dim, n_bins=settings["n_classes"], embed_dim=128, magnifications=magnifications,
+        source=10,
+    )  # fmt: skip
+    names = mustmil_names(scales)
+    load(model, drawn(case["parameters"], case["seed"]), names)
+    losses = []
+    for number, bag in enumerate(case["bags"]):
+        stream = stream_of(case, number)
+        drawn_tiles = [torch.from_numpy(stream.standard_normal((n, dim)))[None] for n in bag["patches_per_scale"]]
+        output = model(BagBatch({f"x{m}": tiles for m, tiles in zip(magnifications, drawn_tiles, strict=True)}))
+        close(output.logits, bag["logits"])
+        probabilities = [logits.sigmoid() for logits in output.branch_logits]
+        close(torch.cat(probabilities), bag["probabilities_by_scale"])
+        target = torch.tensor([bag["target"]]).double()
+        losses.append(sum(bce(logits, target) for logits in output.heads))
+        assert losses[-1].item() == pytest.approx(bag["loss"], rel=BOUND)
+    losses[0].backward()
+    check_gradients(model, case["gradient_norms_of_bag_0"], names)
+
+
+def test_the_loss_of_mustmil_is_the_mean_over_its_branches():
+    output = made_up("mustmil")(bag_of_tiles(3, 5))
+    targets = Targets(torch.tensor([1]), torch.tensor([True]), torch.tensor([4.0]))
+    terms = [LOSSES["nll"](SurvivalOutput.from_logits(logits), targets) for logits in output.heads]
+    assert len(terms) == 4
+    torch.testing.assert_close(LOSSES["nll"](output, targets), sum(terms) / 4)
+
+
+CSMIL_NAMES = {
+    "embed.": "embedding_net.", "scale.": "res_attention.", "scores.content.": "attention.0.",
+    "scores.score.": "attention.2.", "head.": "fc6.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["csmil_three_clusters", "csmil_toy_softmax_over_scales"])
+def test_csmil_with_and_without_a_softmax_over_scales(name: str):
+    case = CASES[name]
+    dim = case["parameters"]["embedding_net.0.weight"][1]
+    model = build_model(
+        "csmil", backbone_dim=dim, n_bins=1, clusters=0, as_published=name == "csmil_three_clusters"
+    )  # fmt: skip
+    load(model, drawn(case["parameters"], case["seed"]), CSMIL_NAMES)
+    probabilities = []
+    for number, bag in enumerate(case["bags"]):
+        tiles = csmil_tiles(case, number, dim)
+        pooled: list[torch.Tensor] = []
+        hook = model.pool.register_forward_hook(lambda module, given, found, pooled=pooled: pooled.append(found))
+        output = model(BagBatch({f"x{m}": tiles[:, :, scale] for scale, m in enumerate((20, 10, 5))}))
+        hook.remove()
+        close(output.logits, bag["logit"])
+        close(pooled[0], bag["slide_feature"])
+        probabilities.append(output.hazards)
+        close(output.hazards, bag["probability"])
+    label = torch.tensor([[float(case["bags"][0]["label"] % 2)]]).double()
+    torch.nn.functional.binary_cross_entropy(probabilities[0], label).backward()
+    check_gradients(model, case["gradient_norms_of_bag_0"], CSMIL_NAMES)
+
+
+def csmil_tiles(case: dict[str, Any], number: int, dim: int) -> torch.Tensor:
+    """[1, tile, scale, dim]; tiles of empty clusters, which have no weight there, are left out."""
+    stream, counts = stream_of(case, number), case["bags"][number]["patches_per_cluster"]
+    if case["case"] == "csmil_toy_softmax_over_scales":
+        return torch.from_numpy(stream.standard_normal((1, counts[0], 3, 1, 1, dim)))[:, :, :, 0, 0]
+    parts = [stream.standard_normal((count, dim, 3, 1)) for count in counts if count]
+    return torch.from_numpy(np.concatenate(parts))[..., 0].transpose(1, 2)[None]
+
+
+def test_each_cluster_of_csmil_has_its_share_whatever_its_size():
+    model = made_up("csmil", clusters=2, dtype=torch.float64)
+    near, far = torch.zeros(1, 1, WIDTH).double(), torch.full((1, 1, WIDTH), 9.0).double()
+    few, many = (torch.cat([near.expand(1, n, -1), far], dim=1) for n in (1, 30))
+    risks = [model(BagBatch(dict.fromkeys(("x20", "x10", "x5"), tiles))).risk.item() for tiles in (few, many)]
+    assert risks[0] == pytest.approx(risks[1])
+    unbalanced = made_up("csmil", clusters=0, dtype=torch.float64)
+    others = [unbalanced(BagBatch(dict.fromkeys(("x20", "x10", "x5"), tiles))).risk.item() for tiles in (few, many)]
+    assert others[0] != pytest.approx(others[1], abs=1e-6)
+
+
+def test_tiles_are_paired_with_the_tiles_that_contain_them():
+    batch = pad([bag_of_tiles(1, 3), bag_of_tiles(2, 9)], 2)
+    for finer, coarser, ratio in (("x20", "x10", 2), ("x20", "x5", 4), ("x10", "x5", 2)):
+        rows = rows_above(batch, finer, coarser)
+        for bag in range(2):
+            real = batch.masks[finer][bag]
+            assert batch.masks[coarser][bag, rows[bag][real]].all()
+            above = batch.positions[coarser][bag, rows[bag][real]]
+            assert torch.equal(above, batch.positions[finer][bag][real] // ratio)
+
+
+def test_pairs_follow_the_parents_of_the_shards(tmp_path: Path):
+    files = make_cohort(tmp_path, patients=3, two_slides=2)
+    data = DataConfig(shards=str(files.shards))
+    dataset = open_shards(data)
+    bags = make_bags(dataset, {"PT-0000": ("PT-0000-1", "PT-0000-2")}, "case", (20.0, 10.0, 5.0))
+    loader = BagLoader(dataset, bags, data, magnifications=(20, 10, 5), seed=0)
+    (batch,) = loader.stream([[0]], epoch=0, training=False)
+    start, expected = 0, []
+    for slide in bags[0].slide_ids:
+        expected.append(dataset.read(slide, ["parent_x20"])["parent_x20"] + start)
+        start += dataset.tiles(slide)["x10"]
+    assert rows_above(batch, "x20", "x10")[0].tolist() == np.concatenate(expected).tolist()
+
+
+@pytest.mark.parametrize("name", ["mustmil", "csmil"])
+def test_tiles_without_a_pair_are_refused(name: str):
+    model = made_up(name)
+    one = bag_of_tiles(1, 5)
+    with pytest.raises(DataError, match=r"Bag case-1 has no coordinates, 10 tiles at x20 and 5 at x10"):
+        model(dataclasses.replace(one, positions=None))
+    moved = {**one.positions, "x5": one.positions["x5"] + 1000}
+    with pytest.raises(DataError, match=r"Bag case-1: 10 of 10 tiles at x20 lie in no tile at x5"):
+        model(dataclasses.replace(one, positions=moved))
+    with pytest.raises(ConfigError, match=r"magnifications=\[20, 15\]: .* 20 is not a multiple of 15"):
+        build_model(name, backbone_dim=4, magnifications=(20, 15), source=20)
+    with pytest.raises(DataError, match=r"The model reads x10, but the bags carry x20"):
+        model(BagBatch({"x20": torch.randn(1, 3, WIDTH)}))

@@ -1,0 +1,70 @@
+"""MuSTMIL: multi-scale task multiple instance learning.
+
+Source: Marini et al., "Multi-Scale Task Multiple Instance Learning for the Classification of Digital Pathology Images
+with Global Annotations", COMPAY 2021 (github.com/ilmaro8/MuSTMIL, commit fd9d726b). The published program classifies
+findings; the survival head, whose classes are time bins, is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cfusion.models.attention import AttentionPooling
+from cfusion.models.attention_scores import AttentionScores
+from cfusion.models.bag import BagModel, TileView, check_magnifications
+from cfusion.models.linear import Linear
+from cfusion.models.pairing import check_nested, paired, rows_above
+from cfusion.types import BagBatch, SurvivalOutput
+
+
+class MuSTMIL(BagModel):
+    """Attention pooling at each magnification and over the tiles of all magnifications joined.
+
+    Each tile of the finest magnification is paired with the tiles that contain it at the others. Every magnification
+    has an output, and so have all together, which predicts; the loss is the mean over all of them (their sum in the
+    published program). The attention has one row for each time bin.
+
+    Args:
+        backbone_dim: Width of the embeddings.
+        n_bins: Time bins of the hazard.
+        embed_dim: Width of the embedded tiles; the attention has half of it. Published: 128 with ResNet-34, 256 with
+            ResNet-50.
+        magnifications: Those the data offer; all are read.
+    """
+
+    def __init__(self, *, backbone_dim: int, n_bins: int, embed_dim: int, magnifications: Sequence[float]) -> None:
+        check_magnifications(magnifications)
+        check_nested(magnifications)
+        super().__init__(magnifications, magnifications, backbone_dim)
+        scales, self.n_bins = len(magnifications), n_bins
+        self.embed = nn.ModuleList(Linear(backbone_dim, embed_dim) for _ in range(scales))
+        self.scores = nn.ModuleList(_scores(embed_dim, embed_dim // 2, n_bins) for _ in range(scales))
+        self.pools = nn.ModuleList(AttentionPooling() for _ in range(scales))
+        self.heads = nn.ModuleList(nn.Linear(n_bins * embed_dim, n_bins) for _ in range(scales))
+        self.joint_scores = _scores(scales * embed_dim, embed_dim // 2, n_bins)
+        self.joint_pool = AttentionPooling()
+        self.joint_head = nn.Linear(n_bins * scales * embed_dim, n_bins)
+
+    def tile_view(self, block: str, bag: BagBatch) -> TileView:
+        """See `BagModel`."""
+        return TileView(self.magnification_names[0], self.n_bins)
+
+    def survival(self, features: dict[str, Tensor], batch: BagBatch) -> SurvivalOutput:
+        """See `BagModel.forward`."""
+        finest = self.magnification_names[0]
+        mask = None if batch.masks is None else batch.masks[finest]
+        tiles = [embed(features[name]) for embed, name in zip(self.embed, self.magnification_names, strict=True)]
+        for scale, name in enumerate(self.magnification_names[1:], 1):
+            tiles[scale] = paired(tiles[scale], rows_above(batch, finest, name))
+        parts = zip(tiles, self.scores, self.pools, self.heads, strict=True)
+        branches = tuple(head(pool(scores(own), own, mask).flatten(1)) for own, scores, pool, head in parts)
+        joined = torch.cat(tiles, dim=2)
+        pooled = self.joint_pool(self.joint_scores(joined), joined, mask)
+        return SurvivalOutput.from_logits(self.joint_head(pooled.flatten(1)), branches=branches)
+
+
+def _scores(dim: int, width: int, rows: int) -> AttentionScores:
+    return AttentionScores(dim, width, rows=rows, gated=False)
