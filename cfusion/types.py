@@ -162,12 +162,18 @@ class BagBatch:
         positions: [bag, tile, 2], column and row on the grid of the magnification; None if the source has no
             coordinates. Slides of one case are placed side by side, so their positions do not collide.
         case_ids: The patient of each bag.
+        slides: [bag, tile], number of the slide within its bag, 0 in the padding; None if every bag is one slide, or
+            if the source does not say.
+        neighbours: [bag, tile, k], rows of each tile's nearest others in its slide, nearest first, −1 where there is
+            none; computed by the loader where it was asked to. None: models of graphs find them from the positions.
     """
 
     features: dict[str, Float[Tensor, "bag tile dim"]]
     masks: dict[str, Bool[Tensor, "bag tile"]] | None = None
     positions: dict[str, Int[Tensor, "bag tile 2"]] | None = None
     case_ids: tuple[str, ...] = ()
+    slides: dict[str, Int[Tensor, "bag tile"]] | None = None
+    neighbours: dict[str, Int[Tensor, "bag tile k"]] | None = None
 
     def __len__(self) -> int:
         return next(iter(self.features.values())).shape[0]
@@ -185,7 +191,9 @@ class BagBatch:
             return {k: t.to(device=device, dtype=as_type, non_blocking=True) for k, t in tensors.items()}
 
         return dataclasses.replace(
-            self, features=move(self.features, dtype), masks=move(self.masks), positions=move(self.positions)
+            self,
+            features=move(self.features, dtype),
+            **{name: move(getattr(self, name)) for name in ("masks", "positions", "slides", "neighbours")},
         )
 
 

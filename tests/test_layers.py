@@ -14,7 +14,7 @@ LAYERS = (
     ("cfusion.files", "cfusion.console", "cfusion.secret_text", "cfusion.child_processes"),
     ("cfusion.addresses",),
     ("cfusion.locks", "cfusion.yaml_files", "cfusion.program", "cfusion.extensions", "cfusion.study"),
-    ("cfusion.types", "cfusion.recipe"),
+    ("cfusion.types", "cfusion.recipe", "cfusion.neighbours"),
     ("cfusion.config",),
     ("cfusion.run_folder", "cfusion.survival.bins"),
     ("cfusion.cohort", "cfusion.data", "cfusion.models"),

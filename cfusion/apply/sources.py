@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from cfusion.cohort.identifiers import patient_of, slide_stem
 from cfusion.cohort.parsing import read_table
 from cfusion.config import DataConfig
+from cfusion.data.batches import slide_numbers
 from cfusion.data.encoder_names import encoder_name
 from cfusion.data.loader import BagSet
 from cfusion.data.partition import bag_cost
@@ -276,12 +278,19 @@ def bag_of_slides(slides: Sequence[SlideFeatures], names: Sequence[str], case_id
         The bag; without positions where a slide has no coordinates or no tile sides at one of the magnifications.
     """
     features = {name: np.concatenate([slide.features[name] for slide in slides]) for name in names}
+    bag = bag_of_arrays(features, _positions(slides, names), case_id)
+    if len(slides) == 1:
+        return bag
+    numbers = {name: slide_numbers([len(slide.features[name]) for slide in slides]) for name in names}
+    return dataclasses.replace(bag, slides={name: torch.from_numpy(table)[None] for name, table in numbers.items()})
+
+
+def _positions(slides: Sequence[SlideFeatures], names: Sequence[str]) -> dict[str, np.ndarray] | None:
     sides = [slide.attrs.get("tile_px_level0", {}) for slide in slides]
     if any(not len(s.coords.get(n, ())) or n not in side for s, side in zip(slides, sides, strict=True) for n in names):
-        return bag_of_arrays(features, None, case_id)
+        return None
     corners = [{name: slide.coords[name] for name in names} for slide in slides]
-    sides = [{name: float(side[name]) for name in names} for side in sides]
-    return bag_of_arrays(features, bag_positions(corners, sides), case_id)
+    return bag_positions(corners, [{name: float(side[name]) for name in names} for side in sides])
 
 
 def bag_of_arrays(

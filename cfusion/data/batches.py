@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int8
+from jaxtyping import Bool, Float, Float32, Int, Int8
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -17,6 +18,7 @@ from cfusion.data.buffers import Buffers
 from cfusion.data.positions import bag_positions
 from cfusion.data.sampling import Rows
 from cfusion.data.shards import ShardDataset
+from cfusion.neighbours import nearest_tiles
 from cfusion.types import BagBatch
 
 TORCH_DTYPES = {"f16": torch.float16, "f32": torch.float32, "int8": torch.int8}
@@ -34,6 +36,7 @@ class RawBatch:
         scales: Per magnification name and bag, f32 [dim] for each of its slides; empty except for int8 shards.
         positions: As in `BagBatch`.
         case_ids: The patient of each bag.
+        neighbours: As in `BagBatch`.
         held: Whether its tensors are kept for later epochs; a batch made from them then needs separate memory.
     """
 
@@ -42,6 +45,7 @@ class RawBatch:
     scales: dict[str, list[list[Tensor]]]
     positions: dict[str, Tensor] | None
     case_ids: tuple[str, ...]
+    neighbours: dict[str, Tensor] | None = None
     held: bool = False
 
     def lengths(self, name: str) -> list[int]:
@@ -51,7 +55,8 @@ class RawBatch:
     def tensors(self) -> list[Tensor]:
         """List all tensors."""
         scales = [scale for bags in self.scales.values() for bag in bags for scale in bag]
-        return [*self.features.values(), *(self.positions or {}).values(), *scales]
+        tables = [*(self.positions or {}).values(), *(self.neighbours or {}).values()]
+        return [*self.features.values(), *tables, *scales]
 
     def to(self, device: torch.device) -> RawBatch:
         """Move the batch to a device; from pinned memory the copy is asynchronous."""
@@ -63,7 +68,8 @@ class RawBatch:
             self,
             features={name: move(tensor) for name, tensor in self.features.items()},
             scales={name: [[move(s) for s in bag] for bag in bags] for name, bags in self.scales.items()},
-            positions=None if self.positions is None else {n: move(t) for n, t in self.positions.items()},
+            positions=self.positions and {n: move(t) for n, t in self.positions.items()},
+            neighbours=self.neighbours and {n: move(t) for n, t in self.neighbours.items()},
         )
 
 
@@ -73,6 +79,7 @@ def read_batch(
     names: Sequence[str],
     rows: Sequence[Rows | None],
     buffers: Buffers,
+    graphs: Mapping[str, int] = MappingProxyType({}),
 ) -> RawBatch:
     """Read bags directly into the tensors of a batch; on the CPU, a bag of one complete slide is mapped instead.
 
@@ -82,6 +89,7 @@ def read_batch(
         names: Magnifications, by name.
         rows: Per bag the rows to read; None: all.
         buffers: Source of memory.
+        graphs: Per magnification name, how many neighbours to find of each tile that is read.
     """
     chosen = [_by_slide(dataset, bag, names, wanted) for bag, wanted in zip(bags, rows, strict=True)]
     parts = {name: [[counts[name] for counts, _ in bag] for bag in chosen] for name in names}
@@ -93,7 +101,12 @@ def read_batch(
     scales = {}
     if dataset.index.dtype == "int8":
         scales = {name: [[_scale(dataset, slide, name) for slide in bag.slide_ids] for bag in bags] for name in names}
-    return RawBatch(features, parts, scales, _positions(dataset, bags, names, rows), tuple(b.case_id for b in bags))
+    grids = _positions(dataset, bags, names, rows)
+    positions = neighbours = None
+    if grids is not None:
+        positions = {name: _stack([grid[name] for grid in grids]) for name in names}
+        neighbours = {n: _neighbours([grid[n] for grid in grids], parts[n], k) for n, k in graphs.items()} or None
+    return RawBatch(features, parts, scales, positions, tuple(b.case_id for b in bags), neighbours)
 
 
 def _mapped(dataset: ShardDataset, slide_id: str, names: Sequence[str]) -> dict[str, Tensor] | None:
@@ -142,8 +155,8 @@ def _scale(dataset: ShardDataset, slide_id: str, name: str) -> Tensor:
 
 def _positions(
     dataset: ShardDataset, bags: Sequence[BagEntry], names: Sequence[str], rows: Sequence[Rows | None]
-) -> dict[str, Tensor] | None:
-    """Compute positions on the grid of the complete bag, so that they do not depend on which tiles are drawn."""
+) -> list[dict[str, Tensor]] | None:
+    """Compute each bag's positions on the grid of the complete bag, so that they do not depend on the drawn tiles."""
     if not all(dataset.has_positions(slide, names) for bag in bags for slide in bag.slide_ids):
         return None
     grids = []
@@ -153,12 +166,23 @@ def _positions(
             read = dataset.read(slide, [f"coords_{name}" for name in names])
             coords.append({name: read[f"coords_{name}"] for name in names})
         complete = bag_positions(coords, [dataset.sample(slide).tile_px_level0 for slide in bag.slide_ids])
-        grids.append(complete if wanted is None else {name: grid[wanted[name]] for name, grid in complete.items()})
-    return {name: _stack([torch.from_numpy(grid[name]) for grid in grids]) for name in names}
+        read_rows = complete if wanted is None else {name: grid[wanted[name]] for name, grid in complete.items()}
+        grids.append({name: torch.from_numpy(grid) for name, grid in read_rows.items()})
+    return grids
 
 
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0][None] if len(tensors) == 1 else pad_sequence(list(tensors), batch_first=True)
+def _neighbours(grids: Sequence[Tensor], parts: Sequence[Sequence[int]], k: int) -> Tensor:
+    found = [nearest_tiles(grid.numpy(), k, slide_numbers(part)) for grid, part in zip(grids, parts, strict=True)]
+    return _stack([torch.from_numpy(table) for table in found], fill=-1)
+
+
+def slide_numbers(tiles: Sequence[int]) -> Int[np.ndarray, " tile"]:
+    """Return the number of the slide of each tile of a bag, given the tiles of each slide."""
+    return np.repeat(np.arange(len(tiles)), tiles)
+
+
+def _stack(tensors: Sequence[Tensor], fill: int = 0) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else pad_sequence(list(tensors), True, fill)
 
 
 def finish(
@@ -186,10 +210,18 @@ def finish(
     masks = None
     if any(len(set(counts)) > 1 for counts in lengths.values()):
         masks = {name: _mask(counts, raw.features[name].device) for name, counts in lengths.items()}
-    positions = raw.positions
-    if raw.held and positions is not None:
-        positions = {name: table.clone() for name, table in positions.items()}
-    return BagBatch(features, masks, positions, raw.case_ids)
+    positions, neighbours = (
+        tables and {name: table.clone() if raw.held else table for name, table in tables.items()}
+        for tables in (raw.positions, raw.neighbours)
+    )
+    return BagBatch(features, masks, positions, raw.case_ids, _slides(raw), neighbours)
+
+
+def _slides(raw: RawBatch) -> dict[str, Tensor] | None:
+    if all(len(tiles) == 1 for bags in raw.parts.values() for tiles in bags):
+        return None
+    numbers = {name: [torch.from_numpy(slide_numbers(tiles)) for tiles in bags] for name, bags in raw.parts.items()}
+    return {name: _stack(bags).to(raw.features[name].device) for name, bags in numbers.items()}
 
 
 def join(bags: Sequence[BagBatch]) -> BagBatch:
@@ -203,8 +235,25 @@ def join(bags: Sequence[BagBatch]) -> BagBatch:
         masks = {name: _mask(counts, bags[0].features[name].device) for name, counts in lengths.items()}
     if all(bag.positions is not None for bag in bags):
         positions = {name: _stack([bag.positions[name][0] for bag in bags if bag.positions]) for name in names}
+    slides = None
+    if any(bag.slides is not None for bag in bags):
+        slides = {name: _stack([_slides_of_one(bag, name) for bag in bags]) for name in names}
     features = {name: _stack([bag.features[name][0] for bag in bags]) for name in names}
-    return BagBatch(features, masks, positions, tuple(case for bag in bags for case in bag.case_ids))
+    cases = tuple(case for bag in bags for case in bag.case_ids)
+    return BagBatch(features, masks, positions, cases, slides, _joined_neighbours(bags))
+
+
+def _slides_of_one(bag: BagBatch, name: str) -> Tensor:
+    tiles = bag.features[name][0]
+    return torch.zeros(len(tiles), dtype=torch.long, device=tiles.device) if bag.slides is None else bag.slides[name][0]
+
+
+def _joined_neighbours(bags: Sequence[BagBatch] | Sequence[RawBatch]) -> dict[str, Tensor] | None:
+    tables = [bag.neighbours for bag in bags]
+    first = tables[0]
+    if first is None or any(table is None for table in tables):
+        return None
+    return {name: _stack([table[name][0] for table in tables if table], fill=-1) for name in first}
 
 
 def _mask(counts: Sequence[int], device: torch.device) -> Tensor:
@@ -254,6 +303,7 @@ def select(held: Sequence[RawBatch], rows: Sequence[Rows | None]) -> RawBatch:
         {name: [bag.scales[name][0] for bag in bags] for name in bags[0].scales},
         positions,
         tuple(case for bag in bags for case in bag.case_ids),
+        _joined_neighbours(bags),
     )
 
 
@@ -265,4 +315,5 @@ def _take(raw: RawBatch, rows: Rows) -> RawBatch:
         parts[name] = [np.diff(np.searchsorted(wanted, edges)).tolist()]
     positions = raw.positions and {name: table[:, index[name]] for name, table in raw.positions.items()}
     features = {name: tensor[:, index[name]] for name, tensor in raw.features.items()}
-    return dataclasses.replace(raw, features=features, parts=parts, positions=positions, held=False)
+    # The neighbours of the drawn tiles among each other are not those of the complete bag.
+    return dataclasses.replace(raw, features=features, parts=parts, positions=positions, neighbours=None, held=False)

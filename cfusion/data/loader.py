@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
@@ -40,6 +41,7 @@ class BagLoader:
         seed: Seed of tile sampling and feature dropout.
         device: Device that receives the batches.
         dtype: Floating type of delivered features; None: as stored (f16 for int8 shards).
+        graphs: Per magnification name, how many neighbours of each tile to find while reading.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class BagLoader:
         seed: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = torch.float32,
+        graphs: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.dataset = dataset
         self.bags = tuple(bags)
@@ -60,6 +63,7 @@ class BagLoader:
         self._seed = seed
         self._device = torch.device(device)
         self._dtype = dtype
+        self._graphs = dict(graphs)
         self._buffers = Buffers(data_config.buffer_bytes, pinned=self._device.type == "cuda")
         self._threads = single_core_pool(data_config.read_threads, "bags")
         self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
@@ -168,7 +172,7 @@ class BagLoader:
 
     def _read(self, batch: Sequence[int], rows: Callable[[int], Rows | None]) -> RawBatch:
         bags = [self.bags[i] for i in batch]
-        return read_batch(self.dataset, bags, self.names, [rows(i) for i in batch], self._buffers)
+        return read_batch(self.dataset, bags, self.names, [rows(i) for i in batch], self._buffers, self._graphs)
 
     def _move(self, raw: RawBatch) -> RawBatch:
         """Move the batch to the device; on a GPU the copy overlaps with the model's work."""
@@ -209,8 +213,9 @@ class BagSet:
         magnifications: Sequence[float],
         device: torch.device,
         dtype: torch.dtype,
+        graphs: Mapping[str, int] = MappingProxyType({}),
     ) -> BagSet:
-        """Open the bags of the given patients, read from `dataset` and delivered to `device` in `dtype`."""
+        """Open the bags of the given patients, read from `dataset` and delivered to `device`; see `BagLoader`."""
         bags = make_bags(dataset, slides_of_case, data.unit, magnifications)
         loader = BagLoader(
             dataset,
@@ -220,6 +225,7 @@ class BagSet:
             seed=data.order_seed,
             device=device,
             dtype=dtype,
+            graphs=graphs,
         )
         return cls(bags, loader, data.max_tiles)
 

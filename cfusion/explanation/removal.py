@@ -111,13 +111,19 @@ def _chunks(bag: BagBatch, keeps: Sequence[Callable[[], Keep]]) -> Iterator[tupl
 def _select(bag: BagBatch, keep: Keep) -> BagBatch:
     device = next(iter(bag.features.values())).device
     rows = {name: torch.from_numpy(np.flatnonzero(flags)).to(device) for name, flags in keep.items()}
-    positions = bag.positions and {name: bag.positions[name][:, index] for name, index in rows.items()}
-    return BagBatch({n: bag.features[n][:, index] for n, index in rows.items()}, None, positions, bag.case_ids)
+    features, positions, slides = (
+        tables and {name: tables[name][:, index] for name, index in rows.items()}
+        for tables in (bag.features, bag.positions, bag.slides)
+    )
+    return BagBatch(features or {}, None, positions, bag.case_ids, slides)
 
 
 def _masked(bag: BagBatch, keeps: Sequence[Keep]) -> BagBatch:
     count = len(keeps)
     device = next(iter(bag.features.values())).device
     masks = {name: torch.from_numpy(np.stack([keep[name] for keep in keeps])).to(device) for name in bag.features}
-    positions = bag.positions and {n: p.expand(count, -1, -1) for n, p in bag.positions.items()}
-    return BagBatch({n: f.expand(count, -1, -1) for n, f in bag.features.items()}, masks, positions, bag.case_ids)
+    features, positions, slides = (
+        tables and {name: table.expand(count, *table.shape[1:]) for name, table in tables.items()}
+        for tables in (bag.features, bag.positions, bag.slides)
+    )
+    return BagBatch(features or {}, masks, positions, bag.case_ids, slides)

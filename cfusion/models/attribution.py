@@ -169,7 +169,13 @@ def split_bags(batch: BagBatch) -> list[BagBatch]:
         return {k: (t[bag] if masks is None else t[bag][masks[k][bag]])[None] for k, t in tensors.items()}
 
     return [
-        BagBatch(of(batch.features, bag) or {}, None, of(batch.positions, bag), batch.case_ids[bag : bag + 1])
+        BagBatch(
+            of(batch.features, bag) or {},
+            None,
+            of(batch.positions, bag),
+            batch.case_ids[bag : bag + 1],
+            of(batch.slides, bag),
+        )
         for bag in range(len(batch))
     ]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cfusion.errors import ConfigError, DataError
@@ -22,16 +22,20 @@ class TileView:
         magnification: Magnification of the tiles.
         summaries: Number of leading queries that are not tiles: class tokens, or rows of a pooling.
         grid: Keys are the tokens of this grid of one bag, after any class tokens; None: keys are tiles.
-        tiles: Number of tiles on the grid.
+        tiles: Number of tiles on the grid, or that `rows` refers to.
+        rows: The tile of each key, where several keys are one tile; None: keys are different tiles.
     """
 
     magnification: str
     summaries: int = 0
     grid: TokenGrid | None = None
     tiles: int = 0
+    rows: Int[Tensor, " key"] | None = None
 
     def fold(self, weights: Float[Tensor, "head query key"]) -> Float[Tensor, "head query tile"]:
-        """Sum weights by tile: class tokens are left out, places with the same tile are added up."""
+        """Sum weights by tile: class tokens are left out, places or keys with the same tile are added up."""
+        if self.rows is not None:
+            return weights.new_zeros(*weights.shape[:2], self.tiles).index_add_(2, self.rows, weights)
         if self.grid is None:
             return weights
         tokens = weights[..., weights.shape[2] - self.grid.size :]

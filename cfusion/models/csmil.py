@@ -21,7 +21,7 @@ from cfusion.models.bag import BagModel, TileView, check_magnifications, check_s
 from cfusion.models.clusters import kmeans
 from cfusion.models.dropout import Dropout
 from cfusion.models.linear import Linear
-from cfusion.models.pairing import check_nested, paired, rows_above
+from cfusion.models.pairing import check_nested, paired, paired_view, rows_above
 from cfusion.types import BagBatch, SurvivalOutput
 
 SEED = 0
@@ -70,27 +70,29 @@ class CSMIL(BagModel):
         self.embed = nn.Sequential(Linear(backbone_dim, width), nn.ReLU())
         self.scale = nn.Sequential(Linear(width, width // 2), nn.ReLU(), nn.Linear(width // 2, 1))
         self.scores = AttentionScores(width, width // 2, gated=False)
-        self.pool = AttentionPooling()
+        # One for each magnification, all with the same scores, so that each shows how its own tiles were read.
+        self.pools = nn.ModuleList(AttentionPooling() for _ in magnifications)
         self.head = nn.Sequential(
             Linear(width, width // 2), nn.ReLU(), Dropout(dropout), nn.Linear(width // 2, n_bins)
         )  # fmt: skip
 
     def tile_view(self, block: str, bag: BagBatch) -> TileView:
         """See `BagModel`."""
-        return TileView(self.magnification_names[0], 1)
+        return paired_view(block, bag, self.magnification_names, 1)
 
     def survival(self, features: dict[str, Tensor], batch: BagBatch) -> SurvivalOutput:
         """See `BagModel.forward`."""
         finest = self.magnification_names[0]
         mask = None if batch.masks is None else batch.masks[finest]
-        tiles = self._across_scales(features, batch)
-        scores = self.scores(tiles)
+        tiles = self._weighted(features, batch)
+        scores = self.scores(torch.stack(tiles).sum(dim=0))
         if self.clusters:
             scores = scores - _log_cluster_sizes(features[finest], mask, self.clusters)[:, None]
-        return SurvivalOutput.from_logits(self.head(self.pool(scores, tiles, mask).squeeze(1)))
+        pooled = torch.stack([pool(scores, own, mask) for pool, own in zip(self.pools, tiles, strict=True)])
+        return SurvivalOutput.from_logits(self.head(pooled.sum(dim=0).squeeze(1)))
 
-    def _across_scales(self, features: dict[str, Tensor], batch: BagBatch) -> Float[Tensor, "bag tile dim"]:
-        """Embed the tiles and sum each with those that contain it."""
+    def _weighted(self, features: dict[str, Tensor], batch: BagBatch) -> list[Float[Tensor, "bag tile dim"]]:
+        """Embed the tiles of each magnification, pair them and multiply them by their weights."""
         embedded = [self.embed(features[name]) for name in self.magnification_names]
         weights = [self.scale(own) for own in embedded]
         for number, name in enumerate(self.magnification_names[1:], 1):
@@ -99,7 +101,7 @@ class CSMIL(BagModel):
         shares = torch.stack(weights, dim=3)
         if not self.as_published:
             shares = F.softmax(shares, dim=3)
-        return torch.stack([own * share for own, share in zip(embedded, shares.unbind(3), strict=True)]).sum(dim=0)
+        return [own * share for own, share in zip(embedded, shares.unbind(3), strict=True)]
 
 
 def _log_cluster_sizes(

@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cfusion.models.attention import AttentionPooling
 from cfusion.models.attention_scores import AttentionScores
 from cfusion.models.bag import BagModel, TileView, check_magnifications
 from cfusion.models.linear import Linear
-from cfusion.models.pairing import check_nested, paired, rows_above
+from cfusion.models.pairing import check_nested, paired, paired_view, rows_above
 from cfusion.types import BagBatch, SurvivalOutput
 
 
@@ -42,15 +44,15 @@ class MuSTMIL(BagModel):
         scales, self.n_bins = len(magnifications), n_bins
         self.embed = nn.ModuleList(Linear(backbone_dim, embed_dim) for _ in range(scales))
         self.scores = nn.ModuleList(_scores(embed_dim, embed_dim // 2, n_bins) for _ in range(scales))
-        self.pools = nn.ModuleList(AttentionPooling() for _ in range(scales))
         self.heads = nn.ModuleList(nn.Linear(n_bins * embed_dim, n_bins) for _ in range(scales))
         self.joint_scores = _scores(scales * embed_dim, embed_dim // 2, n_bins)
-        self.joint_pool = AttentionPooling()
+        # One for each magnification, all with the joint scores, so that each shows how its own tiles were read.
+        self.pools = nn.ModuleList(AttentionPooling() for _ in range(scales))
         self.joint_head = nn.Linear(n_bins * scales * embed_dim, n_bins)
 
     def tile_view(self, block: str, bag: BagBatch) -> TileView:
         """See `BagModel`."""
-        return TileView(self.magnification_names[0], self.n_bins)
+        return paired_view(block, bag, self.magnification_names, self.n_bins)
 
     def survival(self, features: dict[str, Tensor], batch: BagBatch) -> SurvivalOutput:
         """See `BagModel.forward`."""
@@ -59,11 +61,19 @@ class MuSTMIL(BagModel):
         tiles = [embed(features[name]) for embed, name in zip(self.embed, self.magnification_names, strict=True)]
         for scale, name in enumerate(self.magnification_names[1:], 1):
             tiles[scale] = paired(tiles[scale], rows_above(batch, finest, name))
-        parts = zip(tiles, self.scores, self.pools, self.heads, strict=True)
-        branches = tuple(head(pool(scores(own), own, mask).flatten(1)) for own, scores, pool, head in parts)
-        joined = torch.cat(tiles, dim=2)
-        pooled = self.joint_pool(self.joint_scores(joined), joined, mask)
+        branches = tuple(
+            head((_weights(scores(own), mask) @ own).flatten(1))
+            for own, scores, head in zip(tiles, self.scores, self.heads, strict=True)
+        )
+        joint = self.joint_scores(torch.cat(tiles, dim=2))
+        pooled = torch.cat([pool(joint, own, mask) for pool, own in zip(self.pools, tiles, strict=True)], dim=2)
         return SurvivalOutput.from_logits(self.joint_head(pooled.flatten(1)), branches=branches)
+
+
+def _weights(
+    scores: Float[Tensor, "bag row tile"], mask: Bool[Tensor, "bag tile"] | None
+) -> Float[Tensor, "bag row tile"]:  # fmt: skip
+    return F.softmax(scores if mask is None else scores.masked_fill(~mask[:, None], -torch.inf), dim=2)
 
 
 def _scores(dim: int, width: int, rows: int) -> AttentionScores:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cfusion.errors import ConfigError, DataError
+from cfusion.models.bag import TileView
 from cfusion.types import BagBatch, magnification_value
 
 
@@ -83,3 +84,15 @@ def _rows_in_order(batch: BagBatch, finer: str, coarser: str) -> Int[Tensor, "ba
 def paired(tiles: Float[Tensor, "bag coarse dim"], rows: Int[Tensor, "bag tile"]) -> Float[Tensor, "bag tile dim"]:
     """Repeat the coarser tiles so that they stand beside the finer ones."""
     return tiles.gather(1, rows[..., None].expand(-1, -1, tiles.shape[2]))
+
+
+def paired_view(block: str, bag: BagBatch, names: Sequence[str], summaries: int) -> TileView:
+    """Describe how to read a pooling over the finest tiles that is the NUMBER-th of a list, `pools.NUMBER`.
+
+    Its keys stand for tiles of the magnification of that number in `names`, finest first.
+    """
+    number = int(block.rpartition(".")[2])
+    if not number:
+        return TileView(names[0], summaries)
+    (rows,) = rows_above(bag, names[0], names[number])
+    return TileView(names[number], summaries, tiles=bag.features[names[number]].shape[1], rows=rows)

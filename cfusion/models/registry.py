@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -14,9 +14,13 @@ from cfusion.models.abmil import ABMIL
 from cfusion.models.baselines import AMIL, DSMIL, MeanMIL
 from cfusion.models.crossfusion import CrossFusion
 from cfusion.models.csmil import CSMIL
+from cfusion.models.deepgraphconv import DeepGraphConv
 from cfusion.models.mustmil import MuSTMIL
 from cfusion.models.panther import PANTHER
+from cfusion.models.patchgcn import PatchGCN
+from cfusion.models.scmil import SCMIL
 from cfusion.models.transmil import TransMIL
+from cfusion.types import magnification_name
 
 Builder = Callable[..., nn.Module]
 
@@ -154,9 +158,29 @@ MODELS: dict[str, Builder] = {
     "panther": PANTHER,
     "mustmil": MuSTMIL,
     "csmil": CSMIL,
+    "scmil": SCMIL,
+    "patchgcn": PatchGCN,
+    "deepgraphconv": DeepGraphConv,
 }
 """Builders of the program's own models by name. A builder is called by keywords with those of `build_model`'s shape
 arguments that it names; its other parameters are the model's options."""
 
-READ_ONE = frozenset({"crossfusion_single", "amil", "dsmil", "transmil", "mean_mil", "abmil", "panther"})
+READ_ONE = frozenset(MODELS) - {"crossfusion", "crossfusion_concat", "mustmil", "csmil"}
 """Models that read only the finest magnification."""
+
+SPATIAL_GRAPHS: dict[str, tuple[str, int]] = {"patchgcn": ("spatial", 8), "deepgraphconv": ("latent", 8)}
+"""Models that can read a graph of nearest tiles, with their defaults of the options `edges` and `neighbours`."""
+
+
+def spatial_graph(name: str, magnifications: Sequence[float], options: Mapping[str, Any]) -> dict[str, int]:
+    """Return the number of neighbours per magnification name that a model reads, so that loaders can find them.
+
+    Args:
+        name: As for `build_model`.
+        magnifications: Magnifications that the data offer.
+        options: The model's options.
+    """
+    edges, neighbours = SPATIAL_GRAPHS.get(name, ("latent", 0))
+    if options.get("edges", edges) != "spatial":
+        return {}
+    return {magnification_name(max(magnifications)): options.get("neighbours", neighbours)}

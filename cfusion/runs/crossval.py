@@ -20,6 +20,7 @@ from cfusion.data.thread_pools import pool_of_teams, threads_each
 from cfusion.errors import CfusionError, ConfigError, PartialResultError
 from cfusion.files import digest_json, remove_orphans
 from cfusion.interruption import graceful_stop
+from cfusion.models.registry import spatial_graph
 from cfusion.run_folder import CHECKPOINTS, GROUP, claim
 from cfusion.runs.arrangement import Arrangement
 from cfusion.runs.run import Run
@@ -138,9 +139,14 @@ def _train_together(
     """Train the missing folds and write each; return the runs that failed."""
     slides = {case: s for run in runs for case, s in run.cohort.slides_of(list(run.cohort.cases.index)).items()}
     data, dataset = runs[0].config.data, runs[0].dataset
+    graphs: dict[str, int] = {}
+    for model in (run.config.model for run in runs):
+        for name, k in spatial_graph(model.name, data.magnifications, model.options).items():
+            graphs[name] = max(k, graphs.get(name, 0))
     everyone = BagSet.open(
-        dataset, slides, data, magnifications=data.magnifications, device=runtime.device, dtype=runtime.dtype
-    )
+        dataset, slides, data,
+        magnifications=data.magnifications, device=runtime.device, dtype=runtime.dtype, graphs=graphs,
+    )  # fmt: skip
     run_of: dict[GroupMember, int] = {}
     children: dict[GroupMember, TrackedRun] = {}
     failed: dict[int, CfusionError] = {}

@@ -21,7 +21,7 @@ from cfusion.data.shards import ShardDataset, open_shards
 from cfusion.errors import ConfigError, DataError
 from cfusion.extensions import OwnCode
 from cfusion.files import digest_json
-from cfusion.models.registry import READ_ONE, model_code
+from cfusion.models.registry import READ_ONE, model_code, spatial_graph
 from cfusion.survival.bins import TimeBins
 from cfusion.survival.losses import LOSSES
 from cfusion.survival.predictions import fold_predictions
@@ -307,6 +307,7 @@ def _bag_set(
         magnifications=config.data.magnifications,
         device=runtime.device,
         dtype=runtime.dtype,
+        graphs=spatial_graph(config.model.name, config.data.magnifications, config.model.options),
     )
 
 

@@ -78,9 +78,9 @@ def test_gradients_of_a_padded_batch_are_those_of_its_bags(name: str):
 @pytest.mark.parametrize("name", MODELS)
 def test_bags_of_very_few_tiles(name: str, tiles: int):
     model = build(name)
-    places = torch.stack([torch.arange(tiles), torch.zeros(tiles, dtype=torch.long)], dim=1)[None]
     features = {key: torch.randn(1, tiles, WIDTH) for key in MAGNIFICATIONS}
-    output = model(BagBatch(features, None, dict.fromkeys(MAGNIFICATIONS, places)))
+    row = torch.stack([torch.arange(tiles), torch.zeros(tiles, dtype=torch.long)], dim=1)[None]
+    output = model(BagBatch(features, None, dict.fromkeys(features, row)))
     assert output.logits.shape == (1, 4)
     assert torch.isfinite(output.risk).all()
 

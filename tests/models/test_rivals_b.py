@@ -27,6 +27,8 @@ from cfusion.errors import ConfigError, DataError
 from cfusion.models import build_model
 from cfusion.models.pairing import rows_above
 from cfusion.models.panther import PANTHER
+from cfusion.models.scmil import SCMIL, ClusterAttention
+from cfusion.models.time_mixture import TimeMixture
 from cfusion.survival.losses import LOSSES, cox
 from cfusion.types import BagBatch, SurvivalOutput, Targets
 
@@ -309,7 +311,7 @@ def test_csmil_with_and_without_a_softmax_over_scales(name: str):
     for number, bag in enumerate(case["bags"]):
         tiles = csmil_tiles(case, number, dim)
         pooled: list[torch.Tensor] = []
-        hook = model.pool.register_forward_hook(lambda module, given, found, pooled=pooled: pooled.append(found))
+        hook = model.head.register_forward_hook(lambda module, given, found, pooled=pooled: pooled.append(given[0]))
         output = model(BagBatch({f"x{m}": tiles[:, :, scale] for scale, m in enumerate((20, 10, 5))}))
         hook.remove()
         close(output.logits, bag["logit"])
@@ -379,3 +381,139 @@ def test_tiles_without_a_pair_are_refused(name: str):
         build_model(name, backbone_dim=4, magnifications=(20, 15), source=20)
     with pytest.raises(DataError, match=r"The model reads x10, but the bags carry x20"):
         model(BagBatch({"x20": torch.randn(1, 3, WIDTH)}))
+
+
+SCMIL_NAMES = {
+    "gate.": "backbone.softfilter.layers.",
+    "scores.content.": "backbone.amil.attention_a.0.", "scores.gate.": "backbone.amil.attention_b.0.",
+    "scores.score.": "backbone.amil.attention_c.",
+    **{f"layers.{i}.query_key_value.": f"backbone.attens.{i}.to_qkv." for i in range(2)},
+    **{f"layers.{i}.out.": f"backbone.attens.{i}.to_out." for i in range(2)},
+    "head.hidden.": "mlp.layers.", "head.weight.": "mlp.fc.", "head.mean": "params.mu",
+    "head.deviation": "params.sigma", "head.mean_map": "layer_mu.0", "head.deviation_map": "layer_sigma.0",
+}  # fmt: skip
+
+
+def scmil(case: Mapping[str, Any]) -> SCMIL:
+    backbone, head = case["backbone_arguments"], case["head_arguments"]
+    model = build_model(
+        "scmil", backbone_dim=backbone["input_size"], cluster_size=backbone["cluster_size"], layers=backbone["deep"],
+        feature_weight=backbone["feature_weight"], components=head["K"], head_width=head["hidden_size"],
+        as_published=True,
+    )  # fmt: skip
+    weights = drawn(case["parameters"], case["seed"])
+    for name, added in (case["added_to_the_drawn_weights"] or {}).items():
+        weights[name] += torch.tensor(added)
+    return load(model, weights, SCMIL_NAMES)
+
+
+def published_density(mixture: TimeMixture, time: torch.Tensor) -> torch.Tensor:
+    """The density at the time as the program computes it, with its three additions of 1e-6."""
+    place = torch.log(time.exp() - 1 + 1e-6)
+    log_normal = torch.distributions.Normal(mixture.means, mixture.deviations).log_prob(place)
+    top = log_normal.max()
+    mixed = torch.log((mixture.weights[0] * (log_normal - top).exp()).sum() + 1e-6) + top
+    return (mixed + torch.log(time.exp() / (time.exp() - 1 + 1e-6))).exp()
+
+
+@pytest.mark.parametrize("name", ["scmil_given_clusters", "scmil_kmeans_two_layers", "scmil_months"])
+def test_distributions_of_scmil(name: str, monkeypatch: pytest.MonkeyPatch):
+    case = CASES[name]
+    model, own_clusters = scmil(case), case["kmeans"] == "sklearn"
+    dim = case["backbone_arguments"]["input_size"]
+    losses, kmeans_labels = [], ClusterAttention.labels
+    for number, bag in enumerate(case["bags"]):
+        calls = iter(bag["kmeans_calls"])
+
+        def labels(layer: ClusterAttention, tiles: torch.Tensor, places: torch.Tensor, calls=calls) -> torch.Tensor:
+            if len(tiles) < 2:
+                return torch.zeros(len(tiles), dtype=torch.long)
+            expected = torch.tensor(next(calls)["labels"])
+            if own_clusters:
+                assert torch.equal(kmeans_labels(layer, tiles, places), expected)
+            return expected
+
+        with monkeypatch.context() as patched:
+            patched.setattr(ClusterAttention, "labels", labels)
+            tiles = tiles_of(case, number, bag["n"], dim)
+            batch = BagBatch({"x20": tiles}, None, {"x20": torch.tensor(bag["coords"])[None]})
+            mixture = model.mixture(batch.features, batch)
+        assert not list(calls)
+        close(mixture.weights, bag["w"])
+        close(mixture.means, bag["mu"])
+        close(mixture.deviations, bag["sigma"])
+        close(mixture.log_survival(torch.tensor(case["times"], dtype=torch.float64)).exp(), bag["survival_at_times"])
+        time = torch.tensor([bag["time"]], dtype=torch.float64)
+        survival, density = mixture.log_survival(time).exp().squeeze(), published_density(mixture, time)
+        close(survival, bag["survival"])
+        close(density, bag["pdf"])
+        hazard = torch.log((density + 1e-6) / (survival + 1e-6)) * (bag["censorship"] == 0)
+        losses.append(-hazard - torch.log(survival + 1e-6))
+        assert losses[-1].item() == pytest.approx(bag["loss"], rel=BOUND)
+    losses[0].sum().backward()
+    check_gradients(model, case["gradient_norms_of_bag_0"], SCMIL_NAMES)
+
+
+def test_hazards_of_scmil_are_those_of_its_distribution_between_the_edges():
+    model = made_up("scmil", dtype=torch.float64)
+    model.prepare(iter(()), 0, edges_months=(0.0, 2.0, 7.5, 30.0, 150.0), seed=0)
+    batch = bag_of_tiles(1, 9)
+    features = {"x20": batch.features["x20"].double()}
+    survival = model.mixture(features, batch).log_survival(torch.tensor([2.0, 7.5, 30.0, 150.0]).double()).exp()
+    torch.testing.assert_close(model(batch).survival, survival)
+
+
+def test_late_times_are_finite_in_f32():
+    mixture = TimeMixture(torch.ones(1, 1), torch.tensor([120.0]), torch.tensor([9.0]))
+    months = torch.tensor([1e-4, 80.0, 100.0, 120.0, 140.0, 4000.0])
+    expected = torch.special.ndtr((120 - torch.log(torch.expm1(months.double()[1:5]))) / 9)
+    torch.testing.assert_close(mixture.log_survival(months)[0, 1:5].exp().double(), expected, rtol=1e-5, atol=1e-7)
+    assert torch.isfinite(mixture.logits(torch.cat([torch.zeros(1), months]))).all()
+
+
+def test_windows_hold_each_tile_once_and_less_than_two_clusters():
+    layer = ClusterAttention(8, 4, 0.8, 0.0, restore_order=True)
+    labels = torch.randint(0, 3, (50,), generator=torch.Generator().manual_seed(2)) * 2
+    order, windows, real = layer.windows(labels)
+    assert order[windows[real]].sort().values.tolist() == list(range(50))
+    assert real.sum(dim=1).max() < 8
+    assert all(len(labels[order[window[own]]].unique()) == 1 for window, own in zip(windows, real, strict=True))
+
+
+def test_layers_of_scmil_return_the_tiles_in_their_order():
+    layer = ClusterAttention(8, 4, 0.8, 0.0, restore_order=True).eval()
+    tiles, places = torch.randn(30, 8), torch.arange(60).reshape(30, 2)
+    order, windows, real = layer.windows(layer.labels(tiles, places))
+    alone = [window[own] for window, own in zip(windows, real, strict=True)]
+    for members in alone:
+        rows = order[members]
+        query, key, value = layer.query_key_value(tiles[rows]).unflatten(1, (3, 8, 1)).permute(1, 2, 0, 3)
+        weights = (query @ key.mT).softmax(dim=2)
+        expected = layer.out((weights @ value).squeeze(2).T) + tiles[rows]
+        torch.testing.assert_close(layer(tiles, places)[rows], expected)
+
+
+def test_a_bag_of_which_the_filter_keeps_nothing():
+    model = made_up("scmil").train()
+    torch.nn.init.constant_(model.gate[2].bias, -100.0)
+    model(bag_of_tiles(1, 5)).logits.sum().backward()
+    assert not model.layers[0].query_key_value.weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"embed_dim": 20}, r"model.embed_dim is 20: scmil has 8 heads"),
+        ({"as_published": True}, r"The width of the embeddings is 12: scmil has 8 heads"),
+        ({"layers": 0}, r"model.options.layers=0: expected an integer of at least 1"),
+        ({"feature_weight": 2}, r"model.options.feature_weight=2: expected a number from 0 to 1"),
+    ],
+)
+def test_options_of_scmil_are_checked(options: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        build_model("scmil", **{"backbone_dim": WIDTH, "embed_dim": 16, **options})
+
+
+def test_scmil_needs_coordinates():
+    with pytest.raises(DataError, match="The model needs the position of every x20 tile, and these bags have none"):
+        made_up("scmil")(dataclasses.replace(bag_of_tiles(1, 5), positions=None))
