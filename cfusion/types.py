@@ -230,6 +230,7 @@ class SurvivalOutput:
             to its bag branch (DSMIL); the loss is then the mean of both.
         branch_logits: [bag, bin] of each further branch that is trained with the bag's (MuSTMIL); the loss is then the
             mean of all.
+        penalty: [bag], added to the loss of each bag (ProtoSurv); None: nothing is.
     """
 
     logits: Float[Tensor, "bag bin"]
@@ -238,6 +239,7 @@ class SurvivalOutput:
     risk: Float[Tensor, " bag"]
     instance_logits: Float[Tensor, "bag bin"] | None = None
     branch_logits: tuple[Float[Tensor, "bag bin"], ...] = ()
+    penalty: Float[Tensor, " bag"] | None = None
 
     @property
     def heads(self) -> list[Float[Tensor, "bag bin"]]:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from cfusion.errors import DataError
+from cfusion.types import BagBatch
+
+TRAINING_TILES = 1 << 16
+"""Maximum number of training tiles that shared centres are fitted on."""
 
 
 def kmeans(
@@ -36,6 +44,42 @@ def kmeans(
         found = KMeans(clusters, n_init=1, max_iter=iterations, tol=1e-4, random_state=seed).fit(values)
     centres = torch.from_numpy(found.cluster_centers_).to(tiles.device, tiles.dtype)
     return torch.from_numpy(found.labels_).to(tiles.device, torch.long), centres
+
+
+def shared_centres(
+    bags: Iterable[BagBatch], count: int, name: str, clusters: int, *, option: str, seed: int
+) -> Float[Tensor, "cluster dim"]:
+    """Cluster an equal number of tiles of each training bag; return the centres, on the CPU.
+
+    Args:
+        bags: The training bags, one by one.
+        count: Number of training bags.
+        name: Magnification.
+        clusters: Number of centres.
+        option: The model's option that set this number, for errors.
+        seed: Seed of the choice of tiles and of the start.
+
+    Raises:
+        DataError: The bags have fewer different tiles than clusters.
+    """
+    share, random = -(-TRAINING_TILES // count), np.random.RandomState(seed)
+    parts = []
+    for bag in bags:
+        tiles = bag.features[name].flatten(0, 1)
+        chosen = np.sort(random.permutation(len(tiles))[:share])
+        parts.append(tiles[torch.from_numpy(chosen).to(tiles.device)].float().cpu())
+    tiles = torch.cat(parts)
+    different = len(tiles)
+    if different >= clusters:
+        labels, centres = kmeans(tiles, clusters, seed=seed, iterations=50)
+        different = len(labels.unique())
+    if different < clusters:
+        raise DataError(
+            f"model.options.{option}={clusters}, but the {count} training bags have only {different} different tiles "
+            f"at {name}.",
+            f"Set model.options.{option} lower, or train on more slides.",
+        )
+    return centres
 
 
 @functools.cache

@@ -11,20 +11,16 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cfusion.errors import ConfigError, DataError
+from cfusion.errors import ConfigError
 from cfusion.models.bag import Prepared
 from cfusion.models.baselines import FinestBagModel
-from cfusion.models.clusters import kmeans
+from cfusion.models.clusters import shared_centres
 from cfusion.types import BagBatch, SurvivalOutput
-
-PROTOTYPE_TILES = 1 << 16
-"""Maximum number of training tiles that the prototypes are fitted on."""
 
 FEATURES = ("all", "means")
 
@@ -110,24 +106,8 @@ class PANTHER(FinestBagModel, Prepared):
             DataError: The training bags have fewer different tiles than there are prototypes.
         """
         (name,) = self.magnification_names
-        share, random = -(-PROTOTYPE_TILES // count), np.random.RandomState(seed)
-        parts = []
-        for bag in bags:
-            tiles = bag.features[name].flatten(0, 1)
-            chosen = np.sort(random.permutation(len(tiles))[:share])
-            parts.append(tiles[torch.from_numpy(chosen).to(tiles.device)].float().cpu())
-        tiles, wanted = torch.cat(parts), len(self.prototype_means)
-        different = len(tiles)
-        if different >= wanted:
-            labels, centres = kmeans(tiles, wanted, seed=seed, iterations=50)
-            different = len(labels.unique())
-        if different < wanted:
-            raise DataError(
-                f"model.options.prototypes={wanted}, but the {count} training bags have only {different} different "
-                f"tiles at {name}.",
-                "Set model.options.prototypes lower, or train on more slides.",
-            )
-        self.prototype_means.copy_(centres)
+        wanted = len(self.prototype_means)
+        self.prototype_means.copy_(shared_centres(bags, count, name, wanted, option="prototypes", seed=seed))
 
     def mixture(self, tiles: Float[Tensor, "bag tile dim"], mask: Bool[Tensor, "bag tile"] | None) -> Mixture:
         """Fit the mixture of each bag."""

@@ -18,6 +18,7 @@ from cfusion.models.deepgraphconv import DeepGraphConv
 from cfusion.models.mustmil import MuSTMIL
 from cfusion.models.panther import PANTHER
 from cfusion.models.patchgcn import PatchGCN
+from cfusion.models.protosurv import ProtoSurv
 from cfusion.models.scmil import SCMIL
 from cfusion.models.transmil import TransMIL
 from cfusion.types import magnification_name
@@ -159,6 +160,7 @@ MODELS: dict[str, Builder] = {
     "mustmil": MuSTMIL,
     "csmil": CSMIL,
     "scmil": SCMIL,
+    "protosurv": ProtoSurv,
     "patchgcn": PatchGCN,
     "deepgraphconv": DeepGraphConv,
 }

@@ -24,7 +24,7 @@ from cfusion.data.bags import make_bags
 from cfusion.data.loader import BagLoader
 from cfusion.data.shards import open_shards
 from cfusion.errors import ConfigError, DataError
-from cfusion.models import build_model
+from cfusion.models import build_model, visit_attention
 from cfusion.models.pairing import rows_above
 from cfusion.models.panther import PANTHER
 from cfusion.models.scmil import SCMIL, ClusterAttention
@@ -517,3 +517,143 @@ def test_options_of_scmil_are_checked(options: dict[str, Any], message: str):
 def test_scmil_needs_coordinates():
     with pytest.raises(DataError, match="The model needs the position of every x20 tile, and these bags have none"):
         made_up("scmil")(dataclasses.replace(bag_of_tiles(1, 5), positions=None))
+
+
+def prototype_layer(ours: str, published: str) -> dict[str, str]:
+    parts = {
+        "query": "to_q", "key": "to_k", "value": "to_v", "out.0": "out_proj", "network": "mlp",
+        "attention_norm": "att_norm", "network_norm": "post_norm",
+    }  # fmt: skip
+    return {f"{ours}.{part}.": f"{published}.{name}." for part, name in parts.items()}
+
+
+PROTOSURV_NAMES = {
+    "start.": "ProtoGNN.proto_attention.proto_mlp.", "log_spread": "ProtoGNN.proto_attention.proto_logsigma",
+    "offsets": "ProtoGNN.proto_attention.rand_mul", "before.": "pre_fc.", "after.": "post_fc.",
+    "head.": "risk_prediction_layer.", "as_tiles.": "mlp_comp.",
+}  # fmt: skip
+for i in range(8):
+    PROTOSURV_NAMES |= prototype_layer(f"reading.{i}", f"ProtoGNN.proto_attention.layers.{i}")
+for i in range(2):
+    PROTOSURV_NAMES |= prototype_layer(f"fusion.{i}", f"proto_fusion_to_p.layers.{i}")
+    convolution = f"total_layers.{i}.conv."
+    PROTOSURV_NAMES |= {
+        f"convolutions.{i}.inverse_temperature": f"{convolution}aggr_module.t",
+        f"convolutions.{i}.expand.": f"{convolution}mlp.0.", f"convolutions.{i}.norm.": f"{convolution}mlp.1.",
+        f"convolutions.{i}.contract.": f"{convolution}mlp.4.", f"norms.{i}.": f"total_layers.{i + 1}.norm.",
+    }  # fmt: skip
+
+
+def protosurv_bag(case: Mapping[str, Any], number: int) -> BagBatch:
+    bag = case["bags"][number]
+    tiles = torch.from_numpy(stream_of(case, number).standard_normal((bag["n"], case["arguments"]["input_dim"])))
+    neighbours = torch.tensor(bag["edges"][1]).reshape(1, bag["n"], -1)
+    return BagBatch(
+        {"x20": tiles[None]}, None, {"x20": torch.tensor(bag["coords"])[None]}, ("",), None, {"x20": neighbours}
+    )
+
+
+def test_risks_and_losses_of_protosurv(monkeypatch: pytest.MonkeyPatch):
+    case = CASES["protosurv"]
+    shape = case["arguments"]
+    model = build_model(
+        "protosurv", backbone_dim=shape["input_dim"], n_bins=1, embed_dim=shape["proto_fc_hidden_dim"],
+        types=shape["nr_types"], prototypes=shape["num_proto"], layers=shape["num_layers"], width=shape["dim_proto"],
+        iterations=shape["proto_iters"], fusion_layers=shape["fusion_layer_to_p"], graph_width=shape["hidden_dim"],
+        as_published=True,
+    )  # fmt: skip
+    weights = drawn(case["parameters"], case["seed"])
+    for stands, others in case["names_that_share_a_tensor"].items():
+        weights |= dict.fromkeys(others, weights[stands])
+    load(model, weights, PROTOSURV_NAMES)
+    types = [torch.tensor(bag["patch_types"])[None] for bag in case["bags"]]
+    outputs = []
+    for number, bag in enumerate(case["bags"]):
+        monkeypatch.setattr(model, "types_of", lambda tiles, number=number: types[number])
+        one = protosurv_bag(case, number)
+        outputs.append(model(one))
+        close(outputs[-1].logits, bag["log_risk"])
+        expected = 0.01 * bag["compatibility"] + 0.1 * bag["orthogonality"]
+        assert outputs[-1].penalty.item() == pytest.approx(expected, rel=BOUND)
+    record = case["batch_of_four"]
+    log_risks, penalty = torch.cat([o.logits[:, 0] for o in outputs]), torch.stack([o.penalty for o in outputs]).mean()
+    months = torch.tensor([bag["months"] for bag in case["bags"]], dtype=torch.float64)
+    event = torch.tensor([bag["censorship"] == 0 for bag in case["bags"]])
+    loss = published_cox(log_risks, months, event)
+    assert loss.item() == pytest.approx(record["cox"], rel=BOUND)
+    assert (loss + penalty).item() == pytest.approx(record["total"], rel=BOUND)
+    (loss + penalty).backward()
+    check_gradients(model, record["gradient_norms"], PROTOSURV_NAMES)
+
+
+def published_cox(log_risks: torch.Tensor, months: torch.Tensor, event: torch.Tensor) -> torch.Tensor:
+    """Cox's loss as ProtoSurv computes it, with 1e-5 in the logarithm."""
+    order = months.argsort(descending=True)
+    top = log_risks.max()
+    at_risk = ((log_risks[order] - top).exp().cumsum(0) + 1e-5).log() + top
+    return ((at_risk - log_risks[order]) * event[order]).sum() / event.sum()
+
+
+def test_published_number_of_parameters_of_protosurv():
+    with torch.device("meta"):
+        model = build_model("protosurv", backbone_dim=1024, n_bins=1)
+    assert sum(p.numel() for p in model.parameters()) == 52_987_779 - 919_808
+
+
+def test_prototypes_read_the_tiles_of_their_type():
+    model = made_up("protosurv", types=2, prototypes=3)
+    model.type_centres.copy_(torch.stack([torch.full((WIDTH,), -5.0), torch.full((WIDTH,), 5.0)]))
+    one = bag_of_tiles(1, 5)
+    tiles = one.features["x20"]
+    tiles[0, :4] -= 5
+    tiles[0, 4:] += 5
+    assert model.types_of(tiles)[0].tolist() == [0] * 4 + [1] * 6
+    seen = {}
+    visit_attention(model, one, lambda block, rows, weights: seen.setdefault(block, weights[0]))
+    assert not seen["reading.0"][:, :, 4:].any()
+    assert not seen["reading.3"][:, :, :4].any()
+    assert seen["fusion.0"].shape == (3, 6, 10)
+    assert (seen["fusion.0"] > 0).all()
+
+
+def test_types_that_a_slide_lacks_read_all_its_tiles():
+    model = made_up("protosurv", types=4)
+    model.type_centres.copy_(1000.0 * torch.eye(WIDTH)[:4])
+    one = bag_of_tiles(1, 5)
+    one.features["x20"][..., 1] += 100
+    assert set(model.types_of(one.features["x20"])[0].tolist()) == {1}
+    output = model(one)
+    assert torch.isfinite(output.logits).all()
+    assert torch.isfinite(output.penalty).all()
+
+
+def test_types_are_centres_of_the_training_tiles():
+    model = build_model("protosurv", backbone_dim=5, embed_dim=8, types=3)
+    model.prepare(iter(made_up_bags((9, 20))), 2, edges_months=(0, 1), seed=1)
+    (bag,) = made_up_bags((9,))
+    expected = torch.cdist(bag.features["x20"], model.type_centres).argmin(dim=2)
+    assert torch.equal(model.types_of(bag.features["x20"]), expected)
+    with pytest.raises(DataError, match=r"model.options.types=3, but the 1 training bags have only 2 different tiles"):
+        model.prepare(iter(made_up_bags((2,))), 1, edges_months=(0, 1), seed=1)
+
+
+@pytest.mark.parametrize("loss", ["nll", "cox"])
+def test_penalties_enter_the_loss(loss: str):
+    bags = pad([bag_of_tiles(1, 5), bag_of_tiles(2, 3)])
+    targets = Targets(torch.tensor([1, 2]), torch.tensor([True, True]), torch.tensor([3.0, 4.0]))
+    output = made_up("protosurv")(bags)
+    plain = dataclasses.replace(output, penalty=None)
+    torch.testing.assert_close(LOSSES[loss](output, targets), LOSSES[loss](plain, targets) + output.penalty)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"types": 0}, "model.options.types is too small"),
+        ({"layers": 1}, "model.options.layers is too small"),
+        ({"width": 10}, "model.options.width=10: protosurv has 3 heads"),
+    ],
+)
+def test_options_of_protosurv_are_checked(options: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        build_model("protosurv", backbone_dim=5, **options)
