@@ -82,7 +82,7 @@ def _rows_in_order(batch: BagBatch, finer: str, coarser: str) -> Int[Tensor, "ba
 
 
 def paired(tiles: Float[Tensor, "bag coarse dim"], rows: Int[Tensor, "bag tile"]) -> Float[Tensor, "bag tile dim"]:
-    """Repeat the coarser tiles so that they stand beside the finer ones."""
+    """Repeat the coarser tiles so that each finer tile has its own."""
     return tiles.gather(1, rows[..., None].expand(-1, -1, tiles.shape[2]))
 
 

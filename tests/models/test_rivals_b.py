@@ -5,31 +5,40 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from factories import make_cohort
 from made_up_bags import WIDTH, pad
 from made_up_bags import bag as bag_of_tiles
 from made_up_bags import build as made_up
+from planted_bags import ensemble, planted_slide
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
+from typer.testing import CliRunner
 
+from cfusion.cli.main import app
 from cfusion.config import DataConfig
 from cfusion.data.bags import make_bags
 from cfusion.data.loader import BagLoader
 from cfusion.data.shards import open_shards
 from cfusion.errors import ConfigError, DataError
+from cfusion.explanation import explain
 from cfusion.models import build_model, visit_attention
 from cfusion.models.pairing import rows_above
 from cfusion.models.panther import PANTHER
 from cfusion.models.scmil import SCMIL, ClusterAttention
 from cfusion.models.time_mixture import TimeMixture
+from cfusion.runs.crossval import cross_validate
+from cfusion.runs.run import Run
 from cfusion.survival.losses import LOSSES, cox
+from cfusion.training.folds import ready_fold
+from cfusion.training.world import join_world
 from cfusion.types import BagBatch, SurvivalOutput, Targets
 
 MODELS_OF_RECORDS = json.loads((Path(__file__).parents[1] / "material" / "golden" / "rivals_b.json").read_text())
@@ -192,7 +201,7 @@ def made_up_bags(sizes: tuple[int, ...], dim: int = 5) -> list[BagBatch]:
     return [BagBatch({"x20": torch.randn(1, size, dim, generator=generator)}) for size in sizes]
 
 
-def test_prototypes_come_from_the_training_bags_alone_and_repeat():
+def test_prototypes_come_only_from_the_training_bags_and_repeat():
     found = []
     for _ in range(2):
         model = build_model("panther", backbone_dim=5, prototypes=3)
@@ -484,8 +493,8 @@ def test_layers_of_scmil_return_the_tiles_in_their_order():
     layer = ClusterAttention(8, 4, 0.8, 0.0, restore_order=True).eval()
     tiles, places = torch.randn(30, 8), torch.arange(60).reshape(30, 2)
     order, windows, real = layer.windows(layer.labels(tiles, places))
-    alone = [window[own] for window, own in zip(windows, real, strict=True)]
-    for members in alone:
+    clusters = [window[own] for window, own in zip(windows, real, strict=True)]
+    for members in clusters:
         rows = order[members]
         query, key, value = layer.query_key_value(tiles[rows]).unflatten(1, (3, 8, 1)).permute(1, 2, 0, 3)
         weights = (query @ key.mT).softmax(dim=2)
@@ -657,3 +666,78 @@ def test_penalties_enter_the_loss(loss: str):
 def test_options_of_protosurv_are_checked(options: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         build_model("protosurv", backbone_dim=5, **options)
+
+
+TRAINED = [
+    ("abmil", {}, "nll"), ("abmil", {}, "cox"), ("panther", {"prototypes": 4}, "nll"), ("mustmil", {}, "nll"),
+    ("csmil", {"clusters": 3}, "nll"), ("scmil", {"cluster_size": 4}, "nll"), ("protosurv", {"types": 3}, "cox"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "options", "loss"), TRAINED, ids=str)
+def test_a_cohort_is_trained_from_the_command_line(name: str, options: dict[str, Any], loss: str, tmp_path: Path):
+    files = make_cohort(tmp_path / "cohort", patients=30)
+    config = files.config(
+        tmp_path / "run", model={"name": name, "options": options}, train={"epochs": 1, "loss": loss},
+        splits={"folds": 2}, evaluation={"n_bins": 3},
+    )  # fmt: skip
+    settings = tmp_path / "study.yaml"
+    settings.write_text(json.dumps(config.model_dump(mode="json", exclude_unset=True)))
+    result = CliRunner().invoke(app, ["train", str(settings)])
+    assert result.exit_code == 0, result.output
+    predictions = pd.read_csv(tmp_path / "run" / "predictions.csv").set_index("case_id")
+    assert len(predictions) == 30
+    assert np.isfinite(predictions["risk"]).all()
+    again = CliRunner().invoke(
+        app,
+        ["predict", str(files.shards), "--model", str(tmp_path / "run" / "fold_0"), "--out", str(tmp_path / "r.csv")],
+    )
+    assert again.exit_code == 0, again.output
+    fold = predictions[predictions["fold"] == 0]
+    repeated = pd.read_csv(tmp_path / "r.csv").set_index("case_id")["risk"]
+    np.testing.assert_allclose(repeated[fold.index], fold["risk"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "options"), [("panther", {"prototypes": 4}), ("scmil", {"cluster_size": 4})])
+def test_folds_that_share_a_read_are_prepared_as_separate_ones(name: str, options: dict[str, Any], tmp_path: Path):
+    files, found = make_cohort(tmp_path / "cohort", patients=30), []
+    for folds in ("separate", "together"):
+        config = files.config(
+            tmp_path / folds, model={"name": name, "options": options}, train={"epochs": 2, "folds": folds},
+            splits={"folds": 2}, parallel={"precision": "f64"}, evaluation={"n_bins": 3},
+        )  # fmt: skip
+        cross_validate(config)
+        found.append(pd.read_csv(config.output / "predictions.csv").set_index("case_id")["risk"])
+    np.testing.assert_allclose(found[0], found[1][found[0].index], atol=1e-9)
+
+
+def test_a_fold_is_prepared_only_from_its_training_patients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    files = make_cohort(tmp_path / "cohort", patients=20)
+    config = files.config(
+        tmp_path / "run", model={"name": "panther", "options": {"prototypes": 2}}, splits={"folds": 2},
+        evaluation={"n_bins": 2},
+    )  # fmt: skip
+    run, seen = Run.prepare(config), []
+
+    def prepare(model: PANTHER, bags: Iterable[BagBatch], count: int, **facts: Any) -> None:
+        cases = [case for bag in bags for case in bag.case_ids]
+        assert len(cases) == count
+        seen.append((cases, facts["edges_months"]))
+
+    monkeypatch.setattr(PANTHER, "prepare", prepare)
+    runtime = join_world(config.parallel)
+    for split in run.splits:
+        fold = ready_fold(config, run.cohort, split, run.dataset, runtime, folder=tmp_path, on_epoch=None)
+        assert seen[-1] == (list(split.train), fold.job.bins.edges)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["abmil", "panther", "scmil", "protosurv", "mustmil", "csmil"])
+def test_tiles_are_explained(name: str, tmp_path: Path):
+    slide, _ = planted_slide(3)
+    found = explain(ensemble(tmp_path, name, folds=1), slide, occlusion="tiles")
+    assert list(found.levels) == (["x20", "x10", "x5"] if name in ("mustmil", "csmil") else ["x20"])
+    assert ("attention" in found.methods) == (name != "panther")
+    assert all(np.isfinite(level.mean).all() for level in found.levels.values())
