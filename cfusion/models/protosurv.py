@@ -180,13 +180,21 @@ class ProtoSurv(GraphModel, Prepared):
 
     def tile_view(self, block: str, bag: BagBatch) -> TileView:
         """See `BagModel`."""
-        rows = self.prototypes if block.startswith("reading") else self.types * self.prototypes
-        return TileView(self.magnification_names[0], rows)
+        (name,) = self.magnification_names
+        part, number, *_ = block.split(".")
+        if part == "fusion" or self.as_published:
+            return TileView(name, self.prototypes if part == "reading" else self.types * self.prototypes)
+        tiles = bag.features[name]
+        every = torch.ones(tiles.shape[:2], dtype=torch.bool, device=tiles.device)
+        members = _members(every, F.one_hot(self.types_of(tiles), self.types).bool())
+        (rows,), _ = _rows_of(members[..., int(number) // self.iterations])
+        return TileView(name, self.prototypes, tiles=tiles.shape[1], rows=rows)
 
     def types_of(self, tiles: Float[Tensor, "bag tile dim"]) -> Int[Tensor, "bag tile"]:
         """Return the type of each tile."""
-        centres = self.type_centres.to(tiles.dtype)
-        return (tiles.detach() @ centres.T - centres.square().sum(dim=1) / 2).argmax(dim=2)
+        centres = self.type_centres
+        tiles = tiles.detach().to(self.type_centres.dtype)
+        return (tiles @ centres.T - centres.square().sum(dim=1) / 2).argmax(dim=2)
 
     def survival_of_graph(self, tiles: Tensor, mask: Tensor | None, edges: Edges) -> SurvivalOutput:
         """See `GraphModel`."""
@@ -208,15 +216,15 @@ class ProtoSurv(GraphModel, Prepared):
         self, tiles: Float[Tensor, "bag tile dim"], mask: Bool[Tensor, "bag tile"], types: Bool[Tensor, "bag tile type"]
     ) -> Float[Tensor, "bag prototype width"]:  # fmt: skip
         """Start the prototypes of each type and let them read its tiles."""
-        # A type without tiles starts from all tiles of the slide, and reads these.
-        members = torch.where(types.any(dim=1, keepdim=True), types, mask[..., None])
+        members = _members(mask, types)
         share = members.to(tiles.dtype) / members.sum(dim=1, keepdim=True)
         start = self.start(share.mT @ tiles)[:, :, None] + self.log_spread.exp() * self.offsets
         found = []
         for number, prototypes in enumerate(start.unbind(1)):
-            seen = mask if self.as_published else members[..., number]
+            rows, seen = _rows_of(mask if self.as_published else members[..., number])
+            own = tiles.gather(1, rows[..., None].expand(-1, -1, tiles.shape[2]))
             for layer in self.reading[number * self.iterations : (number + 1) * self.iterations]:
-                prototypes = layer(prototypes, tiles, seen)
+                prototypes = layer(prototypes, own, seen)
             found.append(prototypes)
         return torch.cat(found, dim=1)
 
@@ -238,6 +246,22 @@ class ProtoSurv(GraphModel, Prepared):
         near = _compatibility(tiles, types, mask, prototypes)
         apart = _orthogonality(prototypes.mT if self.as_published else prototypes)
         return self.compatibility * near + self.orthogonality * apart
+
+
+def _members(
+    mask: Bool[Tensor, "bag tile"], types: Bool[Tensor, "bag tile type"]
+) -> Bool[Tensor, "bag tile type"]:  # fmt: skip
+    """Return which tiles the prototypes of a type read: those of the type, or all if the slide has none of it."""
+    return torch.where(types.any(dim=1, keepdim=True), types, mask[..., None])
+
+
+def _rows_of(
+    members: Bool[Tensor, "bag tile"],
+) -> tuple[Int[Tensor, "bag member"], Bool[Tensor, "bag member"]]:
+    """Return the rows of the members of each bag, padded, and which of them are real."""
+    counts = members.sum(dim=1)
+    rows = members.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(counts.max())]
+    return rows, torch.arange(rows.shape[1], device=rows.device) < counts[:, None]
 
 
 def _compatibility(
