@@ -60,7 +60,8 @@ class ClusterAttention(nn.Module):
         order, windows, real = self.windows(self.labels(tiles, places))
         ordered = tiles[order]
         parts = self.query_key_value(ordered)[windows].unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        found = attend(*parts.unbind(0), real, self.dropout if self.training else 0.0)
+        query, key, value = parts.unbind(0)
+        found = attend(query, key, value, real, self.dropout if self.training else 0.0)
         found = self.out(found.transpose(1, 2).flatten(2)[real]) + ordered
         return found[order.argsort()] if self.restore_order else found
 
