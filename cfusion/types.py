@@ -228,6 +228,9 @@ class SurvivalOutput:
         risk: [bag], minus the sum of `survival`; higher is worse.
         instance_logits: [bag, bin], of the critical tile of each bin, if a model trains an instance branch in addition
             to its bag branch (DSMIL); the loss is then the mean of both.
+        branch_logits: [bag, bin] of each further branch that is trained with the bag's (MuSTMIL); the loss is then the
+            mean of all.
+        penalty: [bag], added to the loss of each bag (ProtoSurv); None: nothing is.
     """
 
     logits: Float[Tensor, "bag bin"]
@@ -235,14 +238,24 @@ class SurvivalOutput:
     survival: Float[Tensor, "bag bin"]
     risk: Float[Tensor, " bag"]
     instance_logits: Float[Tensor, "bag bin"] | None = None
+    branch_logits: tuple[Float[Tensor, "bag bin"], ...] = ()
+    penalty: Float[Tensor, " bag"] | None = None
+
+    @property
+    def heads(self) -> list[Float[Tensor, "bag bin"]]:
+        """Return all logits that enter the loss."""
+        instance = [] if self.instance_logits is None else [self.instance_logits]
+        return [self.logits, *instance, *self.branch_logits]
 
     @classmethod
-    def from_logits(cls, logits: Float[Tensor, "bag bin"]) -> SurvivalOutput:
+    def from_logits(
+        cls, logits: Float[Tensor, "bag bin"], *, branches: tuple[Float[Tensor, "bag bin"], ...] = ()
+    ) -> SurvivalOutput:
         """Compute hazards, survival and risk, at least in f32: f16 is too imprecise for products of hazards."""
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         hazards = torch.sigmoid(logits)
         survival = torch.cumprod(1 - hazards, dim=1)
-        return cls(logits, hazards, survival, -survival.sum(dim=1))
+        return cls(logits, hazards, survival, -survival.sum(dim=1), branch_logits=branches)
 
 
 __all__ = [

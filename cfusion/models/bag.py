@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cfusion.errors import ConfigError, DataError
@@ -22,13 +22,15 @@ class TileView:
         magnification: Magnification of the tiles.
         summaries: Number of leading queries that are not tiles: class tokens, or rows of a pooling.
         grid: Keys are the tokens of this grid of one bag, after any class tokens; None: keys are tiles.
-        tiles: Number of tiles on the grid.
+        tiles: Number of tiles on the grid, or that `rows` refers to.
+        rows: The tile of each key, where several keys are one tile; None: keys are different tiles.
     """
 
     magnification: str
     summaries: int = 0
     grid: TokenGrid | None = None
     tiles: int = 0
+    rows: Int[Tensor, " key"] | None = None
 
     @property
     def across(self) -> bool:
@@ -36,7 +38,9 @@ class TileView:
         return not self.summaries and self.grid is None
 
     def fold(self, weights: Float[Tensor, "head query key"]) -> Float[Tensor, "head query tile"]:
-        """Sum weights by tile: class tokens are left out, places with the same tile are added up."""
+        """Sum weights by tile: class tokens are left out, places or keys with the same tile are added up."""
+        if self.rows is not None:
+            return weights.new_zeros(*weights.shape[:2], self.tiles).index_add_(2, self.rows, weights)
         if self.grid is None:
             return weights
         tokens = weights[..., weights.shape[2] - self.grid.size :]
@@ -134,6 +138,24 @@ class BagModel(nn.Module):
                 f"No tile at {name} in bag {who}; every bag needs at least one at each magnification.",
                 "Leave these cases out (the audit names them) or preprocess their slides again.",
             )
+
+
+class Prepared:
+    """A model that takes buffers from the training bags, once, before the first step of a fold."""
+
+    def prepare(self, bags: Iterable[BagBatch], count: int, *, edges_months: Sequence[float], seed: int) -> None:
+        """Set the buffers.
+
+        Args:
+            bags: The training bags, one by one, with all tiles.
+            count: Number of training bags.
+            edges_months: Edges of the time bins.
+            seed: Seed of this fold.
+
+        Raises:
+            DataError: The bags do not suffice.
+        """
+        raise NotImplementedError
 
 
 def check_share(option: str, share: object) -> None:

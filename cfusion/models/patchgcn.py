@@ -30,14 +30,15 @@ class SoftmaxConvolution(nn.Module):
 
     Args:
         dim: Width of the tiles.
+        bias: Whether the linear layers have biases.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, bias: bool = True) -> None:
         super().__init__()
         self.inverse_temperature = nn.Parameter(torch.ones(1))
-        self.expand = Linear(dim, 2 * dim)
+        self.expand = Linear(dim, 2 * dim, bias=bias)
         self.norm = nn.LayerNorm(2 * dim)
-        self.contract = Linear(2 * dim, dim)
+        self.contract = Linear(2 * dim, dim, bias=bias)
 
     def forward(self, tiles: Float[Tensor, "row dim"], edges: Edges) -> Float[Tensor, "row dim"]:
         """Convolve the rows of a flattened batch."""

@@ -10,11 +10,17 @@ from torch import nn
 
 from cfusion.errors import ConfigError, nearest
 from cfusion.extensions import OwnCode, file_code, names_file, package_code, package_names
+from cfusion.models.abmil import ABMIL
 from cfusion.models.baselines import AMIL, DSMIL, MeanMIL
 from cfusion.models.crossfusion import CrossFusion
+from cfusion.models.csmil import CSMIL
 from cfusion.models.deepgraphconv import DeepGraphConv
 from cfusion.models.hipt import HIPT
+from cfusion.models.mustmil import MuSTMIL
+from cfusion.models.panther import PANTHER
 from cfusion.models.patchgcn import PatchGCN
+from cfusion.models.protosurv import ProtoSurv
+from cfusion.models.scmil import SCMIL
 from cfusion.models.transmil import TransMIL
 from cfusion.models.zoommil import ZoomMIL
 from cfusion.types import magnification_name
@@ -152,6 +158,12 @@ MODELS: dict[str, Builder] = {
     "dsmil": DSMIL,
     "transmil": TransMIL,
     "mean_mil": MeanMIL,
+    "abmil": ABMIL,
+    "panther": PANTHER,
+    "mustmil": MuSTMIL,
+    "csmil": CSMIL,
+    "scmil": SCMIL,
+    "protosurv": ProtoSurv,
     "patchgcn": PatchGCN,
     "deepgraphconv": DeepGraphConv,
     "hipt": HIPT,
@@ -160,9 +172,7 @@ MODELS: dict[str, Builder] = {
 """Builders of the program's own models by name. A builder is called by keywords with those of `build_model`'s shape
 arguments that it names; its other parameters are the model's options."""
 
-READ_ONE = frozenset({
-    "crossfusion_single", "amil", "dsmil", "transmil", "mean_mil", "patchgcn", "deepgraphconv", "hipt",
-})  # fmt: skip
+READ_ONE = frozenset(MODELS) - {"crossfusion", "crossfusion_concat", "mustmil", "csmil", "zoommil"}
 """Models that read only the finest magnification."""
 
 SPATIAL_GRAPHS: dict[str, tuple[str, int]] = {"patchgcn": ("spatial", 8), "deepgraphconv": ("latent", 8)}

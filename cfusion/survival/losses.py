@@ -128,14 +128,14 @@ class Loss:
         """Return each case's term of the loss; the loss is their sum divided by the number of cases.
 
         Args:
-            output: Output of the model; with `instance_logits` the loss is the mean over both branches (DSMIL, eq. 5).
+            output: Output of the model; with further branches the loss is the mean over all (DSMIL, eq. 5);
+                a penalty is added.
             targets: Outcomes.
             alpha: In [0, 1], see `nll` and `ce`; `cox` and `ranking` ignore it.
         """
-        bag = self.over_logits(output.logits, targets, alpha=alpha)
-        if output.instance_logits is None:
-            return bag
-        return (bag + self.over_logits(output.instance_logits, targets, alpha=alpha)) / 2
+        terms = [self.over_logits(logits, targets, alpha=alpha) for logits in output.heads]
+        loss = terms[0] if len(terms) == 1 else torch.stack(terms).mean(dim=0)
+        return loss if output.penalty is None else loss + output.penalty
 
 
 LOSSES: dict[str, Loss] = {

@@ -31,6 +31,7 @@ from cfusion.training.fold_job import FoldJob, never_stop
 from cfusion.training.inference import patient_survival, predict_logits, prediction_frame
 from cfusion.training.loop import train_fold
 from cfusion.training.optimizers import make_optimizer
+from cfusion.training.preparation import prepare
 from cfusion.training.runtime import Runtime
 from cfusion.training.seen import Seen
 from cfusion.training.step import Stepper
@@ -158,6 +159,7 @@ def ready_fold(
     with _ONE_AT_A_TIME:
         torch.manual_seed(int(digest_json(["initial weights", _name(config, split)])[:15], 16))
         network = build(config.model, dataset.index.dim, config.evaluation.n_bins, config.data.magnifications, code)
+    prepare(runtime, network, train_set, bins, _name(config, split))
     card = ModelCard(
         model=config.model.model_dump(mode="json"),
         backbone_dim=dataset.index.dim,

@@ -136,9 +136,11 @@ class Stepper:
                     loss = (self.loss(output, micro.targets, alpha=self.alpha) * micro.weights).sum()
                     local_loss += loss.item()
                 else:
-                    loss = (_heads(output) * surrogates.gradients[number]).sum()
+                    penalty = _penalty(output, micro)
+                    loss = (_heads(output) * surrogates.gradients[number]).sum() + penalty
+                    local_loss += float(penalty)
                 self.runtime.backward(loss * (self.runtime.world_size / cases))
-        return local_loss if surrogates is None else surrogates.loss / self.runtime.world_size
+        return local_loss if surrogates is None else local_loss + surrogates.loss / self.runtime.world_size
 
     def move(self, loss: float, bags: Sequence[str], *, cases: int, lr: float, stop: bool = False) -> StepReport:
         """Update the parameters with the accumulated gradient.
@@ -215,8 +217,12 @@ class Stepper:
 
 def _heads(output: SurvivalOutput) -> Tensor:
     """Return all logits that enter the loss, [bag, head, bin]."""
-    heads = [output.logits] if output.instance_logits is None else [output.logits, output.instance_logits]
-    return torch.stack(heads, dim=1)
+    return torch.stack(output.heads, dim=1)
+
+
+def _penalty(output: SurvivalOutput, micro: Share) -> Tensor | float:
+    """Sum the penalties that do not depend on other bags."""
+    return 0.0 if output.penalty is None else (output.penalty * micro.weights).sum()
 
 
 @dataclass(frozen=True)

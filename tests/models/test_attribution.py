@@ -17,14 +17,18 @@ from cfusion.models import (
 from cfusion.models.attention import Attention, AttentionPooling, CrossAttention
 from cfusion.models.attribution import split_bags
 from cfusion.models.chunked_attention import CHUNK_ELEMENTS
+from cfusion.models.protosurv import QueryAttention
 
-WITH_ATTENTION = [name for name in MODELS if name != "mean_mil"]
+WITH_ATTENTION = [name for name in MODELS if name not in ("mean_mil", "panther")]
 
 
 def output_of(module: Attention, inputs: tuple, weights: torch.Tensor) -> torch.Tensor:
     """What a block gives where it weighs its values by `weights`."""
     if isinstance(module, AttentionPooling):
         return weights[:, 0] @ inputs[1]
+    if isinstance(module, QueryAttention):
+        value = inputs[2].unflatten(2, (weights.shape[1], -1)).transpose(1, 2)
+        return (weights @ value).transpose(1, 2).flatten(2)
     tokens = inputs[0]
     if isinstance(module, CrossAttention):
         value = module.key_value(inputs[1] + module.scale_embedding).chunk(2, dim=2)[1]
