@@ -1,7 +1,7 @@
 """Attention with dropout of its weights, a few queries at a time: it never creates an N×N tensor.
 
-The backward pass computes the weights and their dropout mask again. On a CPU this takes less than half of the time of
-PyTorch's attention with dropout, which materialises the weights.
+The backward pass computes the weights and their dropout mask again, unless they are few. On a CPU this takes less than
+half of the time of PyTorch's attention with dropout, which materialises the weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from cfusion.models.dropout import clear_dropped, keep_mask, random_keys
+from cfusion.models.dropout import KEPT_ELEMENTS, clear_dropped, keep_mask, random_keys
 from cfusion.models.linear import LARGE, product
 
 CHUNK_ELEMENTS = 1 << 20
@@ -34,31 +34,39 @@ class ChunkedAttention(torch.autograd.Function):
         q, k, v = (t.flatten(0, 1).contiguous() for t in (query * dim**-0.5, key, value))
         bias = None if bias is None else bias.repeat_interleave(heads, dim=0)[:, None]
         out = torch.empty_like(q)
+        kept: list[Tensor] = []
+        few = len(q) * queries * key.shape[2] <= KEPT_ELEMENTS
         for matrices, rows in _parts(q, k):
             weights = attention_weights(q[matrices, rows], k[matrices], None if bias is None else bias[matrices])
             if dropout:
-                clear_dropped(weights, _mask(keys, matrices, rows, dropout, weights.dtype))
+                mask = _mask(keys, matrices, rows, dropout, weights.dtype)
+                kept += [weights.clone(), mask] if few else []
+                clear_dropped(weights, mask)
             out[matrices, rows] = _products(weights, v[matrices]).mul_(1 / (1 - dropout))
-        ctx.save_for_backward(q, k, v, bias, out, *keys)
-        ctx.dropout, ctx.heads = dropout, heads
+        ctx.save_for_backward(q, k, v, bias, out, *(kept or keys))
+        ctx.dropout, ctx.heads, ctx.kept = dropout, heads, bool(kept)
         return out.unflatten(0, (bags, heads))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of query, key and value."""
-        q, k, v, bias, out, *keys = ctx.saved_tensors
+        q, k, v, bias, out, *saved = ctx.saved_tensors
         grad = grad.flatten(0, 1)
         # With the upscaling moved into the incoming gradient, the mask only clears entries.
         grad_out = (grad * (1 / (1 - ctx.dropout))).contiguous()
         delta = (grad * out).sum(dim=2, keepdim=True)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for matrices, rows in _parts(q, k):
+        for number, (matrices, rows) in enumerate(_parts(q, k)):
             at = matrices, rows
-            weights = attention_weights(q[at], k[matrices], None if bias is None else bias[matrices])
+            if ctx.kept:
+                weights, mask = saved[2 * number].clone(), saved[2 * number + 1]
+            else:
+                weights = attention_weights(q[at], k[matrices], None if bias is None else bias[matrices])
             grad_scores = _products(grad_out[at], v[matrices].mT)
             if ctx.dropout:
-                mask = _mask(keys, matrices, rows, ctx.dropout, weights.dtype)
+                if not ctx.kept:
+                    mask = _mask(saved, matrices, rows, ctx.dropout, weights.dtype)
                 clear_dropped(grad_scores, mask)
             grad_scores.sub_(delta[at]).mul_(weights)
             if ctx.dropout:

@@ -24,8 +24,8 @@ ODD = -1640531527
 """2³² divided by the golden ratio, as a signed odd integer (multiplicative hashing; Knuth, TAOCP 3, 6.4)."""
 
 KEPT_ELEMENTS = 1 << 18
-"""Masks of at most this many entries are kept for the backward pass: computing them again would cost more calls than
-arithmetic."""
+"""Masks and attention weights of at most this many entries are kept for the backward pass: computing them again would
+cost more calls than arithmetic."""
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
