@@ -52,8 +52,9 @@ def test_values_and_gradients_are_those_of_torch(onednn, bias, shape, learnt):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_attention_is_that_of_torch(onednn, monkeypatch, masked, dropout):
+@pytest.mark.parametrize(("dropout", "kept"), [(0.0, 0), (0.3, 0), (0.3, 1 << 18)])
+def test_attention_is_that_of_torch(onednn, monkeypatch, masked, dropout, kept):
+    monkeypatch.setattr(chunked_attention, "KEPT_ELEMENTS", kept)
     monkeypatch.setattr(chunked_attention, "SMALLEST_CHUNK", 5)
     monkeypatch.setattr(chunked_attention, "CHUNK_ELEMENTS", 1)
     torch.manual_seed(0)
@@ -68,7 +69,7 @@ def test_attention_is_that_of_torch(onednn, monkeypatch, masked, dropout):
             out = attend(query, key, value, mask, dropout)
         found.append([out, *torch.autograd.grad((out * cotangent).sum(), (query, key, value))])
         times = len(onednn)
-    assert times == 2 * 3 * 3 * (2 + 5)
+    assert times == 2 * 3 * 3 * (2 + (4 if kept else 5)), "kept weights are not computed again"
     for left, right in zip(*found, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
 
