@@ -11,21 +11,21 @@ WIDTH = 12
 
 
 def bag(seed: int, tiles: int) -> BagBatch:
-    """One bag with about `tiles` tiles at 10x, on scattered cells; each tile lies in one of the next coarser."""
+    """One bag with about `tiles` tiles at 10x, on scattered cells, each of 20x and 10x within one of the coarser."""
     generator = torch.Generator().manual_seed(seed)
     features, positions = {}, {}
     for name, factor in MAGNIFICATIONS.items():
         features[name] = torch.randn(1, max(1, tiles * factor // 2), WIDTH, generator=generator)
+    count = features["x5"].shape[1]
+    cells = torch.randperm(4 * count, generator=generator)
+    parents = torch.stack([cells % (2 * count), cells // (2 * count)], dim=1)[:count]
+    steps = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
     for name in reversed(MAGNIFICATIONS):
-        count = features[name].shape[1]
-        if not positions:
-            cells = torch.randperm(4 * count, generator=generator)[:count]
-            places = torch.stack([cells % (2 * count), cells // (2 * count)], dim=1)
-        else:
-            child = torch.randperm(count, generator=generator)
-            quarter = child // len(places)
-            places = 2 * places[child % len(places)] + torch.stack([quarter % 2, quarter // 2], dim=1)
-        positions[name] = places[None]
+        if name != "x5":
+            families = (2 * parents[:, None] + steps).flatten(0, 1)
+            kept = torch.randperm(len(families), generator=generator)[: features[name].shape[1]]
+            parents = families[kept]
+        positions[name] = parents[None]
     return BagBatch(features, None, positions, (f"case-{seed}",))
 
 

@@ -155,7 +155,9 @@ class BagLoader:
     def _bytes(self, batch: Sequence[int], most: int | None = None) -> int:
         """Return the maximum host memory, in bytes, that a batch takes until it is delivered."""
         delivered = 0 if self._device.type != "cpu" or self._dtype is None else self._dtype.itemsize
-        per_tile = self.dataset.index.dim * (self.dataset.index.itemsize + delivered) + 17
+        per_tile = (
+            self.dataset.index.dim * (self.dataset.index.itemsize + delivered) + 17 + 8 * sum(self._graphs.values())
+        )
         longest = {name: max(self.bags[i].tiles[name] for i in batch) for name in self.names}
         # Coarser tiles are ancestors of drawn ones, so their number is never larger.
         return sum(len(batch) * min(tiles, most or tiles) * per_tile for tiles in longest.values())

@@ -128,11 +128,12 @@ def tile_attention(model: BagModel, bag: BagBatch) -> dict[str, Float[Tensor, " 
             add(block, views[block].fold(weights[0])[:, : views[block].summaries].mean(dim=(0, 1)))
 
     visit_attention(model, bag, read, [block for block, view in views.items() if view.summaries])
-    crosses = [block for block, view in views.items() if not view.summaries and view.grid is None]
+    crosses = [block for block, view in views.items() if view.across]
     if shares and crosses:
         (readers,) = shares.values()
         visit_attention(model, bag, lambda block, rows, w: add(block, readers[rows] @ w[0].mean(dim=0)), crosses)
-    return {name: share / share.sum() for name, share in shares.items()}
+    tiny = torch.finfo(torch.float32).tiny
+    return {name: share / share.sum().clamp_min(tiny) for name, share in shares.items()}
 
 
 def input_times_gradient(model: nn.Module, batch: BagBatch) -> dict[str, Float[Tensor, "bag tile"]]:

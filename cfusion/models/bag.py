@@ -32,6 +32,11 @@ class TileView:
     tiles: int = 0
     rows: Int[Tensor, " key"] | None = None
 
+    @property
+    def across(self) -> bool:
+        """Whether the queries are tiles of another magnification than the keys."""
+        return not self.summaries and self.grid is None
+
     def fold(self, weights: Float[Tensor, "head query key"]) -> Float[Tensor, "head query tile"]:
         """Sum weights by tile: class tokens are left out, places or keys with the same tile are added up."""
         if self.rows is not None:

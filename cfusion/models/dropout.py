@@ -51,6 +51,12 @@ def random_keys(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device, generator=generator)
 
 
+def random_normal(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Draw standard normal numbers of `like`'s dtype on its device, from the thread's generator as `random_keys`."""
+    generator = getattr(_thread, "generator", None) if like.device.type == "cpu" else None
+    return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+
+
 def keep_mask(row_key: Tensor, column_key: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
     """Compute the mask: all bits set where an entry is kept, none where it is dropped; integers as wide as `dtype`."""
     bits = torch.bitwise_xor(row_key, column_key).mul_(ODD)

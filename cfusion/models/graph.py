@@ -138,7 +138,7 @@ def nearest_embeddings(embeddings: Float[Tensor, "tile dim"], k: int) -> Int[Ten
         embeddings: One row per tile.
         k: Number of neighbours; fewer are returned of k rows or fewer.
     """
-    embeddings = _at_least_f32(embeddings)
+    embeddings = at_least_f32(embeddings)
     count = len(embeddings)
     k = min(k, count - 1)
     # Distances are differences of squares: around the mean these are small, and so are their rounding errors.
@@ -148,7 +148,7 @@ def nearest_embeddings(embeddings: Float[Tensor, "tile dim"], k: int) -> Int[Ten
     with torch.autocast(embeddings.device.type, enabled=False):
         for rows in torch.arange(count, device=embeddings.device).split(max(1, DISTANCE_ELEMENTS // count)):
             distance = torch.addmm(squares, embeddings[rows], embeddings.T, alpha=-2)
-            distance[torch.arange(len(rows)), rows] = torch.inf
+            distance[torch.arange(len(rows), device=rows.device), rows] = torch.inf
             blocks.append(distance.topk(k, largest=False).indices)
     return torch.cat(blocks)
 
@@ -165,7 +165,7 @@ def _real_rows(batch: BagBatch, name: str) -> Iterator[Tensor]:
 
 def sum_of_messages(values: Float[Tensor, "row dim"], edges: Edges) -> Float[Tensor, "row dim"]:
     """Sum over the edges into each row the values of their sources, in f32 or better; zero for a row without any."""
-    return _Sum.apply(_at_least_f32(values), edges)
+    return _Sum.apply(at_least_f32(values), edges)
 
 
 def softmax_of_messages(
@@ -181,10 +181,11 @@ def softmax_of_messages(
         scale: The softmax's inverse temperature.
         edges: Who sends to whom.
     """
-    return _Softmax.apply(_at_least_f32(values), scale, edges)
+    return _Softmax.apply(at_least_f32(values), scale, edges)
 
 
-def _at_least_f32(values: Tensor) -> Tensor:
+def at_least_f32(values: Tensor) -> Tensor:
+    """Return values of a half-precision type in f32, others as they are."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 

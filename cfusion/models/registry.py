@@ -15,12 +15,14 @@ from cfusion.models.baselines import AMIL, DSMIL, MeanMIL
 from cfusion.models.crossfusion import CrossFusion
 from cfusion.models.csmil import CSMIL
 from cfusion.models.deepgraphconv import DeepGraphConv
+from cfusion.models.hipt import HIPT
 from cfusion.models.mustmil import MuSTMIL
 from cfusion.models.panther import PANTHER
 from cfusion.models.patchgcn import PatchGCN
 from cfusion.models.protosurv import ProtoSurv
 from cfusion.models.scmil import SCMIL
 from cfusion.models.transmil import TransMIL
+from cfusion.models.zoommil import ZoomMIL
 from cfusion.types import magnification_name
 
 Builder = Callable[..., nn.Module]
@@ -55,12 +57,13 @@ def build_model(
         embed_dim: Width of the tokens.
         num_heads: Attention heads of CrossFusion; must divide `embed_dim`.
         num_layers: Blocks on each side of every position encoding of CrossFusion.
-        magnifications: Those the data offer. CrossFusion reads all, the others the finest.
+        magnifications: Those the data offer. CrossFusion and ZoomMIL read all, the others the finest.
         source: Magnification whose tokens set CrossFusion's grid; the others are its context.
         published: Train as the published program does: attention dropout .2, DSMIL's instance stream untrained.
         code: The model's code where it is not the program's; None: found by its name.
         options: Of one model. CrossFusion and its variants: `grid` (`file` or `spatial`: tiles on a square in the order
-            of their file, or where they lie in the tissue), `dropout`, `attention_dropout`. TransMIL: `dropout`.
+            of their file, or where they lie in the tissue), `dropout`, `attention_dropout`. TransMIL: `dropout`. The
+            rest: see their classes.
 
     Returns:
         A module that takes a `BagBatch`, or [bag, tile, dim] tensors from coarse to fine, and returns `SurvivalOutput`.
@@ -163,14 +166,18 @@ MODELS: dict[str, Builder] = {
     "protosurv": ProtoSurv,
     "patchgcn": PatchGCN,
     "deepgraphconv": DeepGraphConv,
+    "hipt": HIPT,
+    "zoommil": ZoomMIL,
 }
 """Builders of the program's own models by name. A builder is called by keywords with those of `build_model`'s shape
 arguments that it names; its other parameters are the model's options."""
 
-READ_ONE = frozenset(MODELS) - {"crossfusion", "crossfusion_concat", "mustmil", "csmil"}
+READ_ONE = frozenset(MODELS) - {"crossfusion", "crossfusion_concat", "mustmil", "csmil", "zoommil"}
 """Models that read only the finest magnification."""
 
-SPATIAL_GRAPHS: dict[str, tuple[str, int]] = {"patchgcn": ("spatial", 8), "deepgraphconv": ("latent", 8)}
+SPATIAL_GRAPHS: dict[str, tuple[str, int]] = {
+    "patchgcn": ("spatial", 8), "deepgraphconv": ("latent", 8), "protosurv": ("spatial", 4),
+}  # fmt: skip
 """Models that can read a graph of nearest tiles, with their defaults of the options `edges` and `neighbours`."""
 
 
@@ -183,6 +190,8 @@ def spatial_graph(name: str, magnifications: Sequence[float], options: Mapping[s
         options: The model's options.
     """
     edges, neighbours = SPATIAL_GRAPHS.get(name, ("latent", 0))
-    if options.get("edges", edges) != "spatial":
+    k = options.get("neighbours", neighbours)
+    # A number that is none is refused when the model is built.
+    if options.get("edges", edges) != "spatial" or not isinstance(k, int):
         return {}
-    return {magnification_name(max(magnifications)): options.get("neighbours", neighbours)}
+    return {magnification_name(max(magnifications)): k}

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from cfusion.errors import ConfigError
-from cfusion.models import build_model
+from cfusion.models import build_model, zoommil
+from cfusion.models.gated_attention import GatedScore
 from cfusion.models.graph import latent_neighbours
 from cfusion.neighbours import nearest_tiles
 from cfusion.survival.losses import LOSSES
@@ -53,7 +54,44 @@ def names_of_graph_models() -> Names:
     return dict(names)
 
 
-NAMES = names_of_graph_models()
+def names_of_hipt() -> Names:
+    names = [*both("embed.0", "global_phi.0"), *gated("gated", "global_attn_pool"), *both("summary.0", "global_rho.0")]
+    names += both("head", "classifier")
+    names += [("region.class_token", ("local_vit.cls_token",)), ("region.positions", ("local_vit.pos_embed",))]
+    names += [*both("region.embed.0", "local_vit.phi.0"), *both("region.norm", "local_vit.norm")]
+    for number in range(6):
+        parts = {
+            "attention_norm": "norm1", "query_key_value": "attn.qkv", "out": "attn.proj", "feed_forward_norm": "norm2",
+            "feed_forward.0": "mlp.fc1", "feed_forward.2": "mlp.fc2",
+        }  # fmt: skip
+        for ours, theirs in parts.items():
+            names += both(f"region.blocks.{number}.{ours}", f"local_vit.blocks.{number}.{theirs}")
+    for number in range(2):
+        layer = f"global_transformer.layers.{number}"
+        for kind in ("weight", "bias"):
+            names.append((f"layers.{number}.attention.query_key_value.{kind}", (f"{layer}.self_attn.in_proj_{kind}",)))
+        parts = {
+            "attention.out": "self_attn.out_proj", "attention_norm": "norm1", "feed_forward.0": "linear1",
+            "feed_forward.3": "linear2", "feed_forward_norm": "norm2",
+        }  # fmt: skip
+        for ours, theirs in parts.items():
+            names += both(f"layers.{number}.{ours}", f"{layer}.{theirs}")
+    return dict(names)
+
+
+def names_of_zoommil() -> Names:
+    names = [*both("head", "classify_head")]
+    for ours, theirs in (("x5", "low"), ("x10", "mid"), ("x20", "high")):
+        names += [*both(f"embed.{ours}.0", f"fc_{theirs}_mag.0"), *gated(f"gated.{ours}", f"ga_{theirs}_mag")]
+        names += gated(f"selectors.{ours}", f"aux_ga_{theirs}_mag")
+    return dict(names)
+
+
+NAMES = {
+    "PatchGCN": names_of_graph_models(), "DeepGraphConv": names_of_graph_models(), "HIPT": names_of_hipt(),
+    "ZoomMIL": names_of_zoommil(),
+}  # fmt: skip
+"""Per class, the published names whose tensors, stacked by rows, make ours."""
 
 
 def drawn_weights(record: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -67,18 +105,19 @@ def drawn_weights(record: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
     """Load weights by their published names; ours may stack several."""
+    names = NAMES[type(model).__name__]
     model.double().load_state_dict({
-        ours: torch.cat([weights[name] for name in NAMES[ours]]).reshape(like.shape)
+        ours: torch.cat([weights[name] for name in names[ours]]).reshape(like.shape)
         for ours, like in model.state_dict().items()
     })  # fmt: skip
     return model.eval()
 
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:
-    norms = {}
+    norms, names = {}, NAMES[type(model).__name__]
     for ours, parameter in model.named_parameters():
         if parameter.grad is not None:
-            for name, part in zip(NAMES[ours], parameter.grad.chunk(len(NAMES[ours])), strict=True):
+            for name, part in zip(names[ours], parameter.grad.chunk(len(names[ours])), strict=True):
                 norms[name] = part.norm().item()
     return norms
 
@@ -191,10 +230,95 @@ def test_options_of_graph_models_are_checked(name: str):
 
 @pytest.mark.parametrize(
     ("name", "record", "unused"),
-    [("patchgcn", "patchgcn_small", 256), ("deepgraphconv", "deepgraphconv_default", 0)],
+    [
+        ("patchgcn", "patchgcn_small", 256),
+        ("deepgraphconv", "deepgraphconv_default", 0),
+        ("zoommil", "zoommil_small", 0),
+    ],
 )
 def test_numbers_of_parameters_at_the_published_size(name: str, record: str, unused: int):
     with torch.device("meta"):
         model = build_model(name, backbone_dim=1024)
     expected = RECORDS[record]["n_parameters_at_default_size"] - unused
     assert sum(p.numel() for p in model.parameters()) == expected
+
+
+def square(rows: int, side: int) -> torch.Tensor:
+    """Positions [rows × side², 2] of squares next to each other, each row by row."""
+    within = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")[::-1], dim=2)
+    left = torch.tensor([side, 0]) * torch.arange(rows)[:, None, None, None]
+    return (within + left).reshape(-1, 2)
+
+
+@pytest.mark.parametrize("name", ["hipt_gp", "hipt_lgp"])
+def test_hipt_agrees_with_the_program(name: str):
+    record, region = RECORDS[name], {"hipt_gp": "mean", "hipt_lgp": "transformer"}[name]
+    side = {"hipt_gp": 1, "hipt_lgp": 16}[name]
+    bags = []
+    for number, bag in enumerate(record["bags"]):
+        stream, shape = np.random.RandomState(1000 * record["seed"] + number), bag["input_shape"]
+        tiles = torch.from_numpy(stream.standard_normal(shape)).reshape(1, -1, shape[-1])
+        bags.append(BagBatch({"x20": tiles}, None, {"x20": square(shape[0], side)[None]}))
+    model = build_model(
+        "hipt", backbone_dim=bags[0].features["x20"].shape[2], region=region, side=side, dropout=0.0, as_published=True
+    )
+    load(model, drawn_weights(record))
+    summaries = []
+    model.region.register_forward_hook(lambda _m, _i, output: summaries.append(output.detach()))
+    check_outputs(model, bags, record, record)
+    if first := record.get("region_embedding_of_bag_1_first_8"):
+        np.testing.assert_allclose(summaries[1][0, :8], first, rtol=1e-9, atol=1e-9)
+    if name == "hipt_lgp":
+        assert sum(p.numel() for p in model.parameters()) == record["n_parameters_at_default_size"]
+
+
+def zoommil_bags(record: dict[str, Any]) -> list[BagBatch]:
+    bags = []
+    for number, bag in enumerate(record["bags"]):
+        stream, features, positions = np.random.RandomState(1000 * record["seed"] + number), {}, {}
+        coarse = torch.stack([torch.arange(bag["patches"][0]), torch.zeros(bag["patches"][0], dtype=torch.long)], dim=1)
+        for name, count in zip(("x5", "x10", "x20"), bag["patches"], strict=True):
+            features[name] = torch.from_numpy(stream.standard_normal((1, count, record["constructor"]["in_feat_dim"])))
+            positions[name] = coarse[None]
+            coarse = (2 * coarse[:, None] + square(1, 2)).reshape(-1, 2)
+        bags.append(BagBatch(features, None, positions))
+    return bags
+
+
+def zoommil_model(record: dict[str, Any], **options: Any) -> nn.Module:
+    model = build_model("zoommil", backbone_dim=24, embed_dim=16, selected=3, **options)
+    for scores in (model.gated, model.selectors):
+        for name in scores:
+            scores[name] = GatedScore(16, record["constructor"]["hidden_feat_dim"])  # not half of 16
+    return load(model, drawn_weights(record))
+
+
+def test_zoommil_agrees_with_the_program():
+    record = RECORDS["zoommil_small"]
+    bags, model = zoommil_bags(record), zoommil_model(record)
+    check_outputs(model, bags, record, record)
+    for bag, selected in zip(bags, record["selected_indices"], strict=True):
+        rows = model.tile_view("pool.x10", bag).rows.reshape(-1, 4)
+        assert (rows[:, 0] // 4).tolist() == selected["low"]
+        children = [rows.flatten()[i].item() for i in selected["mid_within_selection"]]
+        assert (model.tile_view("pool.x20", bag).rows.reshape(-1, 4)[:, 0] // 4).tolist() == children
+
+
+def test_zoommil_trains_as_the_program_does(monkeypatch: pytest.MonkeyPatch):
+    record = RECORDS["zoommil_small"]
+    bags, model = zoommil_bags(record), zoommil_model(record, as_published=True).train()
+    seeds = iter(1000 * record["seed"] + 500 + number for number in range(len(bags)))
+
+    def outputs(bag: BagBatch) -> Any:
+        stream = np.random.RandomState(next(seeds))
+        monkeypatch.setattr(zoommil, "random_normal", lambda shape, _: torch.from_numpy(stream.standard_normal(shape)))
+        return model(bag)
+
+    found = [outputs(bag) for bag in bags]
+    for output, theirs in zip(found, record["training_mode"]["bags"], strict=True):
+        np.testing.assert_allclose(output.logits[0].detach(), theirs["logits"], rtol=1e-9, atol=1e-9)
+    first = Targets(torch.tensor([1]), torch.tensor([True]), torch.ones(1))
+    LOSSES["nll"](found[0], first, alpha=0.2).sum().backward()
+    norms = gradient_norms(model)
+    for name, theirs in record["training_mode"]["gradient_norms_of_bag_0"].items():
+        assert norms[name] == pytest.approx(theirs, rel=1e-8, abs=1e-12), name
