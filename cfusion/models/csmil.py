@@ -59,13 +59,13 @@ class CSMIL(BagModel):
         as_published: bool = False,
     ) -> None:
         check_magnifications(magnifications)
-        check_nested(magnifications)
         check_share("dropout", dropout)
         if not isinstance(clusters, int) or clusters < 0:
             raise ConfigError(f"model.options.clusters={clusters!r}: expected an integer of at least 0.")
         if not isinstance(width, int) or width < 2:
             raise ConfigError(f"model.options.width={width!r}: expected an integer of at least 2.")
         super().__init__(magnifications, magnifications, backbone_dim)
+        check_nested(self.magnification_names)
         self.clusters, self.as_published = clusters, as_published
         self.embed = nn.Sequential(Linear(backbone_dim, width), nn.ReLU())
         self.scale = nn.Sequential(Linear(width, width // 2), nn.ReLU(), nn.Linear(width // 2, 1))

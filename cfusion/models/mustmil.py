@@ -39,8 +39,8 @@ class MuSTMIL(BagModel):
 
     def __init__(self, *, backbone_dim: int, n_bins: int, embed_dim: int, magnifications: Sequence[float]) -> None:
         check_magnifications(magnifications)
-        check_nested(magnifications)
         super().__init__(magnifications, magnifications, backbone_dim)
+        check_nested(self.magnification_names)
         scales, self.n_bins = len(magnifications), n_bins
         self.embed = nn.ModuleList(Linear(backbone_dim, embed_dim) for _ in range(scales))
         self.scores = nn.ModuleList(_scores(embed_dim, embed_dim // 2, n_bins) for _ in range(scales))

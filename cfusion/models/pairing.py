@@ -8,26 +8,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cfusion.errors import ConfigError, DataError
+from cfusion.errors import DataError
 from cfusion.models.bag import TileView
-from cfusion.types import BagBatch, magnification_value
+from cfusion.models.families import side_ratio
+from cfusion.types import BagBatch
 
 
-def check_nested(magnifications: Sequence[float]) -> None:
+def check_nested(names: Sequence[str]) -> None:
     """Check that each tile lies within one tile of every coarser magnification.
 
+    Args:
+        names: Magnification names, finest first.
+
     Raises:
-        ConfigError: One is 0 (entire slides), or the finest is not an integer multiple of another.
+        ConfigError: The finest is not an integer multiple of another, or one is of entire slides.
     """
-    finest = max(magnifications)
-    for magnification in magnifications:
-        ratio = finest / magnification if magnification else 0.0
-        if not magnification or abs(ratio - round(ratio)) > 1e-6:
-            raise ConfigError(
-                f"magnifications=[{', '.join(f'{m:g}' for m in magnifications)}]: the model pairs tiles across "
-                f"magnifications; {finest:g} is not a multiple of {magnification:g}.",
-                "Set data.magnifications to 20, 10 and 5, for example.",
-            )
+    for name in names[1:]:
+        side_ratio(name, names[0])
 
 
 def rows_above(batch: BagBatch, finer: str, coarser: str) -> Int[Tensor, "bag tile"]:
@@ -41,8 +38,8 @@ def rows_above(batch: BagBatch, finer: str, coarser: str) -> Int[Tensor, "bag ti
     """
     if batch.positions is None:
         return _rows_in_order(batch, finer, coarser)
-    ratio = round(magnification_value(finer) / magnification_value(coarser))
-    below, above = batch.positions[finer].div(ratio, rounding_mode="floor"), batch.positions[coarser]
+    side = side_ratio(coarser, finer)
+    below, above = batch.positions[finer].div(side, rounding_mode="floor"), batch.positions[coarser]
     corner = torch.minimum(below.amin(dim=(0, 1)), above.amin(dim=(0, 1)))
     below, above = below - corner, above - corner
     columns = torch.maximum(below[..., 0].max(), above[..., 0].max()) + 1

@@ -175,7 +175,9 @@ arguments that it names; its other parameters are the model's options."""
 READ_ONE = frozenset(MODELS) - {"crossfusion", "crossfusion_concat", "mustmil", "csmil", "zoommil"}
 """Models that read only the finest magnification."""
 
-SPATIAL_GRAPHS: dict[str, tuple[str, int]] = {"patchgcn": ("spatial", 8), "deepgraphconv": ("latent", 8)}
+SPATIAL_GRAPHS: dict[str, tuple[str, int]] = {
+    "patchgcn": ("spatial", 8), "deepgraphconv": ("latent", 8), "protosurv": ("spatial", 4),
+}  # fmt: skip
 """Models that can read a graph of nearest tiles, with their defaults of the options `edges` and `neighbours`."""
 
 
