@@ -165,6 +165,7 @@ def test_a_slide_whose_store_lost_bytes_is_left_out_and_named(tmp_path):
     assert "s2.zarr: not a zarr group" in index.refused["s2"]
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_pack_into_one_folder(store, tmp_path):
     class Second(MemoryStore):
         def read(self, slide_id):

@@ -167,6 +167,7 @@ def test_refused_records_are_reported_and_do_not_block_the_rest(database, tmp_pa
     assert history(database, runs_of(database, "refused")["fold_0"].info.run_id) == [1]
 
 
+@pytest.mark.slow
 def test_a_conflict_with_another_writer_is_resolved(files, database, tmp_path, caplog, sends_here):
     uri = empty(database, tmp_path / "mlflow.db")
     tracking = {"enabled": True, "uri": uri, "experiment": "shared", "register_as": "shared"}
@@ -340,6 +341,7 @@ def test_the_sender_imports_no_torch():
     assert done.stdout.split() == ["False", "False"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("error", "status"), [(RequeueError("stopped"), "KILLED"), (DataError("broke"), "FAILED")])
 def test_the_end_of_a_run_and_its_cause_are_recorded(database, tmp_path, error, status):
     tracking = TrackingConfig(uri=database, experiment=f"ends {status}")

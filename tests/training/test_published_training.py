@@ -220,6 +220,7 @@ def assert_same(one: FoldRun, other: FoldRun) -> None:
     pd.testing.assert_frame_equal(one.history, other.history, check_exact=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 2])
 def test_a_process_killed_after_any_window_resumes_with_the_gradient_that_waits(
     few, tmp_path, undisturbed, every, monkeypatch

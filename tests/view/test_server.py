@@ -477,6 +477,7 @@ def test_a_host_that_cannot_be_bound_is_refused(host: str):
         listen(host, 0).close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_stops_when_asked_to(files: Files, number: signal.Signals, tmp_path: Path):
     command = [sys.executable, "-m", "cfusion", "view", str(files.slides)]
