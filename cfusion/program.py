@@ -33,6 +33,7 @@ MODULES = {
     "config": Modules(True, "settings, their defaults, and which of them decide"),
     "data": Modules(True, "reads bags, orders and distributes them"),
     "models": Modules(True, "networks"),
+    "neighbours": Modules(True, "graphs of nearest tiles"),
     "runs": Modules(True, "a run, fold by fold, and its scores"),
     "runs.reproduction": Modules(False, "trains a finished run again and compares"),
     "survival": Modules(True, "time bins, losses, predictions, scores and intervals"),
