@@ -66,6 +66,7 @@ def cases(files: CohortFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_shards_and_the_store_they_were_packed_from_give_the_same(
     cfusion, files, store, cases, ensemble_folder, tmp_path
 ):

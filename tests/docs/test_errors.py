@@ -36,6 +36,7 @@ def test_each_topic_named_at_a_raise_exists_and_each_page_is_reached():
     assert set(topics()) == named | {error.topic for error in CLASSES}
 
 
+@pytest.mark.slow
 def test_an_error_says_where_it_is_explained():
     done = cfusion("audit", "nothing.yaml")
     assert done.returncode == 2

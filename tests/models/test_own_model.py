@@ -215,6 +215,7 @@ def test_folds_train_together(files, tmp_path):
     assert FoldEnsemble.load(config.output, trust_code=digest_of(tmp_path)).models[2].card.fold == 2
 
 
+@pytest.mark.slow
 def test_a_run_is_reproduced_from_the_trusted_file(trained, tmp_path):
     with pytest.raises(UntrustedCodeError):
         reproduce_run(trained.output, tmp_path / "again")
@@ -371,6 +372,7 @@ def site(tmp_path, monkeypatch) -> Path:
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_a_model_of_an_installed_package_trains_and_predicts_where_the_package_is(files, site, tmp_path, caplog):
     install(site, MAX_MIL)
     config = files.config(

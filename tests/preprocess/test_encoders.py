@@ -60,6 +60,7 @@ def test_every_listed_encoder_is_known():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED_WIDTHS)
 def test_true_architectures_have_the_published_width(timm, name: str):
     encoder = on_meta(name)

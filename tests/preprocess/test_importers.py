@@ -482,6 +482,7 @@ def test_an_import_replaces_nothing_unless_asked(tmp_path: Path):
     assert (FeatureStore.open(tmp_path / "store").read("a").features["x20"] == 1).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["pt", "h5"]), st.integers(1, 8))
 def test_changed_bytes_refuse_only_one_slide(tmp_path: Path, seed: int, kind: str, changes: int):

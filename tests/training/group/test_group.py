@@ -92,6 +92,7 @@ def largest_difference_or_none(one, other) -> float:
     return abs(one.predictions["risk"].mean() - other.predictions["risk"].mean())
 
 
+@pytest.mark.slow
 def test_each_bag_is_read_once_a_pass(files, tmp_path, monkeypatch):
     reads: list[str] = []
     original = loader.read_batch
