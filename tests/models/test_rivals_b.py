@@ -386,7 +386,7 @@ def test_tiles_without_a_pair_are_refused(name: str):
     moved = {**one.positions, "x5": one.positions["x5"] + 1000}
     with pytest.raises(DataError, match=r"Bag case-1: 10 of 10 tiles at x20 lie in no tile at x5"):
         model(dataclasses.replace(one, positions=moved))
-    with pytest.raises(ConfigError, match=r"x15 and x20: expected magnifications of which one is an integer multiple"):
+    with pytest.raises(ConfigError, match=r"x20 and x15: expected magnifications of which one is an integer multiple"):
         build_model(name, backbone_dim=4, magnifications=(20, 15), source=20)
     with pytest.raises(DataError, match=r"The model reads x10, but the bags carry x20"):
         model(BagBatch({"x20": torch.randn(1, 3, WIDTH)}))
