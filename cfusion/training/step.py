@@ -136,9 +136,10 @@ class Stepper:
                     loss = (self.loss(output, micro.targets, alpha=self.alpha) * micro.weights).sum()
                     local_loss += loss.item()
                 else:
-                    penalty = _penalty(output, micro)
-                    loss = (_heads(output) * surrogates.gradients[number]).sum() + penalty
-                    local_loss += float(penalty)
+                    loss = (_heads(output) * surrogates.gradients[number]).sum()
+                    if output.penalty is not None:
+                        penalty = (output.penalty * micro.weights).sum()
+                        loss, local_loss = loss + penalty, local_loss + penalty.item()
                 self.runtime.backward(loss * (self.runtime.world_size / cases))
         return local_loss if surrogates is None else local_loss + surrogates.loss / self.runtime.world_size
 
@@ -218,11 +219,6 @@ class Stepper:
 def _heads(output: SurvivalOutput) -> Tensor:
     """Return all logits that enter the loss, [bag, head, bin]."""
     return torch.stack(output.heads, dim=1)
-
-
-def _penalty(output: SurvivalOutput, micro: Share) -> Tensor | float:
-    """Sum the penalties that do not depend on other bags."""
-    return 0.0 if output.penalty is None else (output.penalty * micro.weights).sum()
 
 
 @dataclass(frozen=True)
