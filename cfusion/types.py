@@ -216,6 +216,11 @@ class Targets:
         return Targets(self.label.to(device), self.event.to(device), self.time_months.to(device))
 
 
+def at_least_f32(values: Tensor) -> Tensor:
+    """Return values of a half-precision type in f32, others as they are."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
 @dataclass(frozen=True)
 class SurvivalOutput:
     """Output of every model: a discrete-time survival distribution per bag (CrossFusion, section 3.5).
@@ -252,7 +257,7 @@ class SurvivalOutput:
         cls, logits: Float[Tensor, "bag bin"], *, branches: tuple[Float[Tensor, "bag bin"], ...] = ()
     ) -> SurvivalOutput:
         """Compute hazards, survival and risk, at least in f32: f16 is too imprecise for products of hazards."""
-        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        logits = at_least_f32(logits)
         hazards = torch.sigmoid(logits)
         survival = torch.cumprod(1 - hazards, dim=1)
         return cls(logits, hazards, survival, -survival.sum(dim=1), branch_logits=branches)

@@ -23,7 +23,8 @@ class TileView:
         summaries: Number of leading queries that are not tiles: class tokens, or rows of a pooling.
         grid: Keys are the tokens of this grid of one bag, after any class tokens; None: keys are tiles.
         tiles: Number of tiles on the grid, or that `rows` refers to.
-        rows: The tile of each key, where several keys are one tile; None: keys are different tiles.
+        rows: The tile of each key, −1 for a key that is none, where several keys are one tile or not all tiles are
+            keys; None: keys are the tiles.
     """
 
     magnification: str
@@ -40,7 +41,8 @@ class TileView:
     def fold(self, weights: Float[Tensor, "head query key"]) -> Float[Tensor, "head query tile"]:
         """Sum weights by tile: class tokens are left out, places or keys with the same tile are added up."""
         if self.rows is not None:
-            return weights.new_zeros(*weights.shape[:2], self.tiles).index_add_(2, self.rows, weights)
+            index = torch.where(self.rows < 0, self.tiles, self.rows)
+            return weights.new_zeros(*weights.shape[:2], self.tiles + 1).index_add_(2, index, weights)[..., :-1]
         if self.grid is None:
             return weights
         tokens = weights[..., weights.shape[2] - self.grid.size :]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from cfusion.errors import ConfigError
 from cfusion.models.attention import AttentionPooling
+from cfusion.models.attention_scores import AttentionScores
 from cfusion.models.bag import check_share
 from cfusion.models.dropout import Dropout
-from cfusion.models.gated_attention import GatedScore
 from cfusion.models.graph import Edges, GraphModel, sum_of_messages
 from cfusion.models.linear import Linear
 from cfusion.types import SurvivalOutput
@@ -78,7 +78,7 @@ class DeepGraphConv(GraphModel):
             )
         dim = embed_dim // 2
         self.convolutions = nn.ModuleList(SumConvolution(width, dim) for width in (backbone_dim, dim, dim))
-        self.gated = GatedScore(dim, dim, 0.25 if as_published else dropout)
+        self.gated = AttentionScores(dim, dim, dropout=0.25 if as_published else dropout)
         self.pool = AttentionPooling()
         self.summary = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), Dropout(dropout))
         self.head = nn.Linear(dim, n_bins)

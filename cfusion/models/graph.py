@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from cfusion.errors import ConfigError, DataError
 from cfusion.models.baselines import FinestBagModel
 from cfusion.neighbours import nearest_tiles
-from cfusion.types import BagBatch, SurvivalOutput
+from cfusion.types import BagBatch, SurvivalOutput, at_least_f32
 
 EDGE_ELEMENTS = 1 << 23
 """Maximum elements of a temporary [edge, dim] tensor."""
@@ -182,11 +182,6 @@ def softmax_of_messages(
         edges: Who sends to whom.
     """
     return _Softmax.apply(at_least_f32(values), scale, edges)
-
-
-def at_least_f32(values: Tensor) -> Tensor:
-    """Return values of a half-precision type in f32, others as they are."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 class _Sum(torch.autograd.Function):

@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from cfusion.errors import ConfigError
 from cfusion.models.attention import AttentionPooling, QueryKeyValue, SelfAttention, attend
+from cfusion.models.attention_scores import AttentionScores
 from cfusion.models.bag import TileView, check_share
 from cfusion.models.baselines import FinestBagModel
 from cfusion.models.dropout import Dropout
 from cfusion.models.families import regions_of
-from cfusion.models.gated_attention import GatedScore
 from cfusion.models.linear import Linear
 from cfusion.types import BagBatch, SurvivalOutput
 
@@ -183,7 +183,7 @@ class HIPT(FinestBagModel):
         if as_published:
             for layer in list(self.layers)[1:]:
                 layer.load_state_dict(self.layers[0].state_dict())
-        self.gated = GatedScore(WIDTH, WIDTH, dropout)
+        self.gated = AttentionScores(WIDTH, WIDTH, dropout=dropout)
         self.pool = AttentionPooling()
         self.summary = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), Dropout(dropout))
         self.head = nn.Linear(WIDTH, n_bins)

@@ -20,7 +20,7 @@ from cfusion.errors import ConfigError
 from cfusion.models.bag import Prepared
 from cfusion.models.baselines import FinestBagModel
 from cfusion.models.clusters import shared_centres
-from cfusion.types import BagBatch, SurvivalOutput
+from cfusion.types import BagBatch, SurvivalOutput, at_least_f32
 
 FEATURES = ("all", "means")
 
@@ -128,7 +128,7 @@ class PANTHER(FinestBagModel, Prepared):
         """See `FinestBagModel`."""
         # Variances are differences of squares, for which 16 bits are too few.
         with torch.autocast(tiles.device.type, enabled=False):
-            tiles = tiles if tiles.dtype == torch.float64 else tiles.float()
+            tiles = at_least_f32(tiles)
             if mask is not None:
                 tiles = tiles.masked_fill(~mask[..., None], 0)
             found = self.mixture(tiles, mask)

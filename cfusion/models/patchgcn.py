@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from cfusion.errors import ConfigError
 from cfusion.models.attention import AttentionPooling
+from cfusion.models.attention_scores import AttentionScores
 from cfusion.models.bag import check_share
 from cfusion.models.dropout import Dropout
-from cfusion.models.gated_attention import GatedScore
 from cfusion.models.graph import Edges, GraphModel, softmax_of_messages
 from cfusion.models.linear import Linear
 from cfusion.types import SurvivalOutput
@@ -82,7 +82,7 @@ class PatchGCN(GraphModel):
         # The program also makes a norm for the first layer, and never uses it.
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(LAYERS - 1))
         self.joint = nn.Sequential(Linear(embed_dim, embed_dim), nn.ReLU(), Dropout(dropout))
-        self.gated = GatedScore(embed_dim, embed_dim, dropout)
+        self.gated = AttentionScores(embed_dim, embed_dim, dropout=dropout)
         self.pool = AttentionPooling()
         self.summary = nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.ReLU(), Dropout(dropout))
         self.head = nn.Linear(embed_dim, n_bins)

@@ -19,14 +19,13 @@ from torch.autograd.function import once_differentiable
 
 from cfusion.errors import ConfigError
 from cfusion.models.attention import AttentionPooling
+from cfusion.models.attention_scores import AttentionScores
 from cfusion.models.bag import BagModel, TileView, check_magnifications, check_share
 from cfusion.models.crossfusion import module_name
 from cfusion.models.dropout import Dropout, random_normal
 from cfusion.models.families import children_of, side_ratio
-from cfusion.models.gated_attention import GatedScore
-from cfusion.models.graph import at_least_f32
 from cfusion.models.linear import Linear
-from cfusion.types import BagBatch, SurvivalOutput
+from cfusion.types import BagBatch, SurvivalOutput, at_least_f32
 
 DRAWS = 100
 """Perturbed selections of which training takes the mean."""
@@ -70,8 +69,8 @@ class ZoomMIL(BagModel):
         check_share("dropout", dropout)
         self.selected, self.sigma, self.as_published = selected, sigma, as_published
 
-        def score() -> GatedScore:
-            return GatedScore(embed_dim, embed_dim // 2, dropout)
+        def score() -> AttentionScores:
+            return AttentionScores(embed_dim, embed_dim // 2, dropout=dropout)
 
         self.embed = nn.ModuleDict({
             module_name(name): nn.Sequential(Linear(backbone_dim, embed_dim), nn.ReLU(), Dropout(dropout))
@@ -92,7 +91,7 @@ class ZoomMIL(BagModel):
         dtype = self.head.weight.dtype
         features = {name: bag.features[name].to(dtype) for name in self.levels}
         level = next(v for v in self._zoom(features, bag) if block == f"pool.{module_name(v.name)}")
-        return _SelectionView(level.name, 1, tiles=features[level.name].shape[1], rows=level.rows[0])
+        return TileView(level.name, 1, tiles=features[level.name].shape[1], rows=level.rows[0])
 
     def _zoom(self, features: dict[str, Tensor], batch: BagBatch) -> Iterator[_Level]:
         """Yield what is read of each magnification, coarse to fine."""
@@ -280,20 +279,3 @@ class _PerturbedSelection(torch.autograd.Function):
         else:
             of_attention = torch.einsum("bd,bdp->bp", pushed.sum(dim=1), noise)
         return of_attention / (noise.shape[1] * ctx.sigma), None, None, None, None, None
-
-
-@dataclass(frozen=True)
-class _SelectionView(TileView):
-    """Keys are the places of a selection.
-
-    Attributes:
-        rows: [place], the tile of each place; −1 where there is none.
-    """
-
-    rows: Int[Tensor, " place"] | None = None
-
-    def fold(self, weights: Float[Tensor, "head query key"]) -> Float[Tensor, "head query tile"]:
-        """See `TileView`; tiles that were not read have no weight."""
-        assert self.rows is not None
-        index = torch.where(self.rows < 0, self.tiles, self.rows)
-        return weights.new_zeros(*weights.shape[:2], self.tiles + 1).index_add_(2, index, weights)[..., :-1]

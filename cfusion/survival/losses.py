@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from cfusion.types import SurvivalOutput, Targets
+from cfusion.types import SurvivalOutput, Targets, at_least_f32
 
 LogitLoss = Callable[..., Tensor]
 
@@ -105,11 +105,11 @@ def ranking(
 
 
 def _cox_of_logits(logits: Tensor, targets: Targets, *, alpha: float = 0.0) -> Tensor:
-    return cox(log_risk(_exact(logits)), targets.time_months, targets.event)
+    return cox(log_risk(at_least_f32(logits)), targets.time_months, targets.event)
 
 
 def _ranking_of_logits(logits: Tensor, targets: Targets, *, alpha: float = 0.0) -> Tensor:
-    return ranking(log_risk(_exact(logits)), targets.time_months, targets.event)
+    return ranking(log_risk(at_least_f32(logits)), targets.time_months, targets.event)
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,8 @@ LOSSES: dict[str, Loss] = {
 """Losses by their name in a configuration; users may add entries."""
 
 
-def _exact(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-
 def _log_terms(logits: Tensor) -> tuple[Tensor, Tensor]:
-    logits = _exact(logits)
+    logits = at_least_f32(logits)
     return F.logsigmoid(logits), -F.softplus(logits).cumsum(dim=1)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from cfusion.errors import ConfigError
 from cfusion.models import build_model, zoommil
-from cfusion.models.gated_attention import GatedScore
+from cfusion.models.attention_scores import AttentionScores
 from cfusion.models.graph import latent_neighbours
 from cfusion.neighbours import nearest_tiles
 from cfusion.survival.losses import LOSSES
@@ -36,7 +36,8 @@ def both(ours: str, *theirs: str) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def gated(ours: str, theirs: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    yield from both(f"{ours}.gate", f"{theirs}.attention_a.0", f"{theirs}.attention_b.0")
+    yield from both(f"{ours}.content", f"{theirs}.attention_a.0")
+    yield from both(f"{ours}.gate", f"{theirs}.attention_b.0")
     yield from both(f"{ours}.score", f"{theirs}.attention_c")
 
 
@@ -289,7 +290,7 @@ def zoommil_model(record: dict[str, Any], **options: Any) -> nn.Module:
     model = build_model("zoommil", backbone_dim=24, embed_dim=16, selected=3, **options)
     for scores in (model.gated, model.selectors):
         for name in scores:
-            scores[name] = GatedScore(16, record["constructor"]["hidden_feat_dim"])  # not half of 16
+            scores[name] = AttentionScores(16, record["constructor"]["hidden_feat_dim"])  # not half of 16
     return load(model, drawn_weights(record))
 
 
