@@ -28,6 +28,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(FailuresAtOnce(config))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than cores: tests of servers and of several processes wait a fifth of their time."""
+    from cfusion.machine_limits import usable_cores
+
+    return usable_cores() + 1
+
+
 class FailuresAtOnce:
     """Names a failed test when it fails: a run that is ended from outside prints no summary."""
 
