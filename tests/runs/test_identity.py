@@ -36,6 +36,7 @@ def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
     copy = tmp_path / "program"
     shutil.copytree(program.PACKAGE / "survival", copy / "survival", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(program, "PACKAGE", copy)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def replace(name: str, before: str, after: str) -> None:
         path = copy / "survival" / name
