@@ -75,7 +75,7 @@ def predict_inputs(
     Raises:
         DataError: The model or the inputs cannot be used, or a slide of the table is missing.
     """
-    runtime = join_world(ParallelConfig(global_batch=launched()))
+    runtime = join_world(ParallelConfig(precision="f32", global_batch=launched()))
     with tempfile.TemporaryDirectory() as scratch:
         ensemble = load_ensemble(model, uri, trust_code)
         where = Path(runtime.from_main(str(store or Path(scratch) / "features")))
