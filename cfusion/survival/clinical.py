@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-from cfusion.errors import DataError
+from cfusion.errors import DataError, UndefinedMetricError
 from cfusion.survival.bins import TimeBins
 from cfusion.survival.predictions import curve_table, fold_predictions
 from cfusion.survival.regression import predicted_by_cox
 from cfusion.types import Cohort, Split
+
+logger = logging.getLogger(__name__)
 
 CLINICAL = "clinical"
 """Name of the clinical model in tables of predictions."""
@@ -32,6 +35,7 @@ def clinical_predictions(cohort: Cohort, splits: Sequence[Split], n_bins: int) -
 
     Raises:
         DataError: The cohort has no covariates, or a fold cannot fill the bins.
+        UndefinedMetricError: A fold's Cox model has no finite coefficients; the message names cohort and fold.
     """
     if cohort.covariates is None:
         raise DataError(
@@ -49,7 +53,17 @@ def _fold(cohort: Cohort, covariates: pd.DataFrame, split: Split, n_bins: int) -
     time, event = cases["time_months"].to_numpy(float), cases["event"].to_numpy(bool)
     training = np.arange(len(patients)) < len(train)
     edges = TimeBins.fit(time[training], event[training], n_bins).right_edges_months
-    predicted = predicted_by_cox(covariates.loc[patients], time, event, training, np.array(edges))
+    where = f"cohort {cohort.name}, fold {split.fold}"
+    try:
+        predicted = predicted_by_cox(covariates.loc[patients], time, event, training, np.array(edges))
+    except UndefinedMetricError as error:
+        raise UndefinedMetricError(f"{where}: {error.message}", error.remedy) from error
+    if predicted.separated:
+        logger.warning(
+            "%s: all %d events of the training patients are ordered by %s (monotone likelihood, separation). Only the "
+            "penalty bounds the coefficients: read the survival curves with care, and check that no covariate knows "
+            "the outcome.", where, int(event[training].sum()), predicted.separated,
+        )  # fmt: skip
     curves = curve_table(split.test, predicted.survival, edges, risk=predicted.risk)
     shared = {"model": CLINICAL, "protocol": "fixed-epoch", "seed": 0, "repeat": split.repeat, "fold": split.fold}
     return fold_predictions(curves, cohort, {**shared, "risk_cutoff": float(np.median(predicted.training_risk))})

@@ -63,6 +63,23 @@ def test_it_writes_a_report(tmp_path: Path) -> None:
     assert {"survival_4", "edge_4", "risk_cutoff"} <= set(predictions)
 
 
+def test_covariates_that_order_all_events_are_doubted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table = pd.DataFrame({"patient": [f"P{i}" for i in range(300)], "slide": [f"S{i}" for i in range(300)]})
+    table["time"], table["event"] = range(1, 301), [1, 0, 0] * 100
+    table["days_to_death"] = table["time"] * 30
+    table.to_csv(tmp_path / "clinical.csv", index=False)
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        f"cohort: {{name: study, table: {tmp_path}/clinical.csv, covariates: {{days_to_death: number}}}}\n"
+    )
+    assert "C 1.000" in run(study, "evaluation.bootstrap=20")
+    found = [record.message for record in caplog.records if "monotone likelihood" in record.message]
+    assert len(found) == 5
+    assert found[0].startswith(
+        "cohort study, fold 0: all 80 events of the training patients are ordered by days_to_death (monotone"
+    )
+
+
 def test_what_it_refuses(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no configuration was given"):
         run("evaluation.bootstrap=20")
