@@ -132,11 +132,16 @@ def orders_all_events(risk: np.ndarray, time: np.ndarray, event: np.ndarray, str
 
 
 def _ordering_columns(columns: pd.DataFrame, time: np.ndarray, event: np.ndarray) -> str | None:
-    """Return the columns that order all events by themselves, in words; None if there are none."""
+    """Return the columns that order all events by themselves, in words; None if there are none.
+
+    Columns of few values are no concern: a level without events has a coefficient that the penalty bounds, and says
+    nothing about the other patients.
+    """
     names = [
         str(name)
         for name, cells in columns.items()
-        if any(orders_all_events(sign * cells.to_numpy(float), time, event) for sign in (1, -1))
+        if 2 * cells[event].nunique() > event.sum()
+        and any(orders_all_events(sign * cells.to_numpy(float), time, event) for sign in (1, -1))
     ]
     return " and ".join(names) or None
 

@@ -1,5 +1,6 @@
 """What a risk adds to clinical covariates: R's figures, and made-up risks whose addition is known."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from cfusion.cohort.covariates import read_covariates
 from cfusion.cohort.splits import make_splits
 from cfusion.config import SplitsConfig
 from cfusion.errors import CohortError, UndefinedMetricError
-from cfusion.survival.added import is_constant, standardised
+from cfusion.survival.added import AddedInRun, is_constant, mean_added, standardised
 from cfusion.survival.decision import DecisionCurve, decision_curve, mean_decision_curve
 from cfusion.survival.predictions import read_predictions
 from cfusion.survival.regression import (
@@ -141,6 +142,7 @@ def test_tables_of_covariates_that_contradict_are_refused(tmp_path: Path) -> Non
         read_covariates([one], ["x"])
 
 
+@pytest.mark.slow
 def test_what_a_risk_adds_is_the_mean_over_seeds_and_repeats() -> None:
     """The first run knows nothing; the same run ten times has the interval of one."""
     full = cohort(90, seed=4)
@@ -162,6 +164,22 @@ def test_what_a_risk_adds_is_the_mean_over_seeds_and_repeats() -> None:
     assert rows["added_runs"].to_dict() == {"good": 1, "blind": 1, "mean": 2, "same": 2}
     for name in [*names, "added_c_low", "added_c_high", "added_c_p", "hr_sd_adjusted_low", "hr_sd_adjusted_p"]:
         assert rows.loc["same", name] == pytest.approx(rows.loc["good", name], rel=1e-6, abs=1e-12), name
+
+
+def test_repeating_a_run_narrows_no_interval() -> None:
+    generator = np.random.default_rng(0)
+    clinical = (0.6, generator.normal(0.6, 0.03, 200))
+    both, other = ((value, generator.normal(value, 0.03, 200)) for value in (0.7, 0.65))
+    run = AddedInRun(("age",), clinical, 0.61, both, other, None, None, 0.2, (-0.01, generator.normal(size=200)), None)
+    once, again = mean_added([run]), mean_added([run] * 5)
+    assert (once.runs, again.runs) == (1, 5)
+    assert again.difference.low == pytest.approx(once.difference.low)
+    assert again.brier_difference.high == pytest.approx(once.brier_difference.high)
+    assert again.p == pytest.approx(once.p)
+    worse = dataclasses.replace(run, both=clinical)
+    mean = mean_added([run, worse])
+    assert mean.difference.value == pytest.approx(0.05)
+    assert mean.against.value == pytest.approx(0.05)
 
 
 def test_means_over_runs_that_lack_a_part() -> None:
@@ -218,6 +236,8 @@ def test_curves_of_a_separated_model_are_finite_and_right() -> None:
     np.testing.assert_allclose(found.survival, np.exp(-np.exp(found.risk)[:, None] * np.array(hazard)), rtol=1e-9)
     assert (found.survival[:, 0] == 1).all()
     assert predicted_by_cox(values[["age"]], time, event, training, months).separated is None
+    without_events = values[["age"]].assign(rare=np.isin(np.arange(100), np.flatnonzero(~event)[:5]) * 1.0)
+    assert predicted_by_cox(without_events, time, event, training, months).separated is None
 
 
 def test_a_likelihood_without_a_maximum_names_the_covariate(monkeypatch: pytest.MonkeyPatch) -> None:
