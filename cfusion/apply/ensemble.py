@@ -126,7 +126,8 @@ class FoldEnsemble:
     def predict(self, source: BagSource, cases: Cases, runtime: Runtime) -> pd.DataFrame:
         """Predict the risk and survival curve of each patient; one rank reads each bag, once for all models.
 
-        As in training, a patient's slides form one bag, or their curves and risks are averaged (`ModelCard.unit`).
+        As in training, a patient's slides form one bag, or their curves and risks are averaged (`ModelCard.unit`). A
+        patient of the training is predicted by the folds that have not seen the patient (`not_seen_by`).
 
         Args:
             source: The embeddings.
@@ -137,7 +138,8 @@ class FoldEnsemble:
             One row per patient: `case_id, slides, risk` and `risk_sd` (mean and standard deviation over folds), `group`
             (high where the risk is at least `risk_cutoff`, otherwise low; empty if a fold has none), `risk_percentile`
             (percentage of the training patients with a lower risk) and `distance` (of the mean embedding from those of
-            the training, above 1 is outside), both means over folds and only if the models have recorded them,
+            the training, above 1 is outside), both means over folds, and `unseen_folds` (number of folds that have not
+            seen the patient; 0: all have, and all are used), these three only if the models have recorded them,
             `survival_1y, survival_3y, survival_5y` (NaN beyond the last time bin), `survival_1…K, edge_1…K` (mean over
             folds at each month where some model's time bin ends).
 
@@ -152,11 +154,14 @@ class FoldEnsemble:
         mine = evaluation_slices(bags.costs, runtime.world_size)[runtime.rank].tolist()
         for model in self.models:
             model.module.to(device=runtime.device, dtype=runtime.dtype)
+        used = {case: self.not_seen_by(case)[0] for case in cases}
+        by_bag = {bag: used[case] for case, slides in cases.items() for bag in (slides if by_slide else [case])}
         rows: list[tuple[str, tuple[list[np.ndarray], float]]] = []
         with progress("Bags", len(mine)) as bar, torch.inference_mode():
             for index, batch in zip(mine, bags.stream(mine), strict=True):
-                found = [self._survival(model, batch) for model in self.models], self._distance(batch)
-                rows.append((bags.case_ids[index], found))
+                bag = bags.case_ids[index]
+                found = [self._survival(model, batch) for model in by_bag[bag].models], by_bag[bag]._distance(batch)
+                rows.append((bag, found))
                 bar.advance()
         gathered = dict(runtime.gather(rows))
         survival, distances = [], []
@@ -164,9 +169,12 @@ class FoldEnsemble:
             of_bags, far = zip(*(gathered[key] for key in (slides if by_slide else [case])), strict=True)
             survival.append([np.mean(curves, axis=0) for curves in zip(*of_bags, strict=True)])
             distances.append(float(np.mean(far)))
-        table = self._table(cases, survival)
+        table = self._table(cases, used, survival)
+        place = list(table.columns).index("survival_1y")
+        if any(model.seen is not None for model in self.models):
+            table.insert(place, "unseen_folds", [len(self._unseen(case)) for case in cases])
         if not np.isnan(distances).all():
-            table.insert(list(table.columns).index("survival_1y"), "distance", distances)
+            table.insert(place, "distance", distances)
         return table
 
     def percentile(self, risks: np.ndarray) -> np.ndarray:
@@ -184,10 +192,9 @@ class FoldEnsemble:
     def not_seen_by(self, case: str) -> tuple[FoldEnsemble, str | None]:
         """Return the models that have not seen a patient in their training, and what a reader must know about it.
 
-        If each has seen the patient, all are returned; models that do not record their patients count as unseen.
+        If each has seen the patient, all are returned.
         """
-        digest = digest_case(case)
-        unseen = tuple(m for m in self.models if m.seen is None or digest not in m.seen.digests)
+        unseen = self._unseen(case)
         if len(unseen) == len(self.models):
             return self, None
         if unseen:
@@ -200,6 +207,11 @@ class FoldEnsemble:
             "Every model has seen this patient in its training: the risk is no prediction, and the scores also show "
             "what was learnt by heart."
         )
+
+    def _unseen(self, case: str) -> tuple[FittedModel, ...]:
+        """Return the models that have not seen a patient; those that do not record their patients count as such."""
+        digest = digest_case(case)
+        return tuple(model for model in self.models if model.seen is None or digest not in model.seen.digests)
 
     @property
     def regions(self) -> tuple[EmbeddingRegion, ...]:
@@ -218,19 +230,30 @@ class FoldEnsemble:
     def _survival(model: FittedModel, batch: BagBatch) -> np.ndarray:
         return SurvivalOutput.from_logits(model.module(batch).logits.double()).survival[0].cpu().numpy()
 
-    def _table(self, cases: Cases, survival: list[list[np.ndarray]]) -> pd.DataFrame:
-        risks = np.array([[-curve.sum() for curve in of_models] for of_models in survival])
-        curves = np.array([self._mean_curve(of_models) for of_models in survival])
-        frame = curve_table(list(cases), curves, self.months.tolist(), risks.mean(axis=1))
-        cutoff = self.risk_cutoff
-        group = "" if cutoff is None else np.where(is_high_risk(frame["risk"].to_numpy(), cutoff), "high", "low")
+    def _table(
+        self, cases: Cases, used: Mapping[str, FoldEnsemble], survival: Sequence[Sequence[np.ndarray]]
+    ) -> pd.DataFrame:
+        """Return a row per patient from the survival curves [bin] of each model that is used for the patient."""
+        months = self.months
+        risks = [np.array([-curve.sum() for curve in of_models]) for of_models in survival]
+        curves = np.array([
+            models._mean_curve(of_models, months) for models, of_models in zip(used.values(), survival, strict=True)
+        ])  # fmt: skip
+        frame = curve_table(list(cases), curves, months.tolist(), np.array([risk.mean() for risk in risks]))
+        cutoffs = [models.risk_cutoff for models in used.values()]
+        groups = [
+            "" if cutoff is None else "high" if is_high_risk(risk, cutoff) else "low"
+            for risk, cutoff in zip(frame["risk"], cutoffs, strict=True)
+        ]
         frame.insert(1, "slides", [len(slides) for slides in cases.values()])
-        frame.insert(3, "risk_sd", risks.std(axis=1))
-        frame.insert(4, "group", group)
-        years = pd.DataFrame([survival_after_years(self.months, curve) for curve in curves], columns=list(YEARS))
+        frame.insert(3, "risk_sd", [risk.std() for risk in risks])
+        frame.insert(4, "group", groups)
+        years = pd.DataFrame([survival_after_years(months, curve) for curve in curves], columns=list(YEARS))
         for year in reversed(YEARS):
             frame.insert(5, f"survival_{year}y", years[year])
-        percentiles = self.percentile(risks)
+        percentiles = [
+            float(models.percentile(risk[None])[0]) for models, risk in zip(used.values(), risks, strict=True)
+        ]
         if not np.isnan(percentiles).any():
             frame.insert(5, "risk_percentile", percentiles)
         return frame
@@ -240,10 +263,10 @@ class FoldEnsemble:
         """Every month at which some model's time bin ends, in order."""
         return np.unique(np.concatenate([m.bins.right_edges_months for m in self.models]))
 
-    def _mean_curve(self, survival: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the mean over models of their survival curves [bin] at `months`."""
+    def _mean_curve(self, survival: Sequence[np.ndarray], months: np.ndarray) -> np.ndarray:
+        """Return the mean over models of their survival curves [bin] at some months."""
         curves = [
-            step_values(model.bins.right_edges_months, curve, self.months, before=1.0)
+            step_values(model.bins.right_edges_months, curve, months, before=1.0)
             for model, curve in zip(self.models, survival, strict=True)
         ]
         return np.mean(curves, axis=0)
@@ -251,7 +274,7 @@ class FoldEnsemble:
     def predict_bag(
         self, features: Mapping[str, np.ndarray], positions: Mapping[str, Sequence[Sequence[int]]] | None = None
     ) -> pd.DataFrame:
-        """Predict the risk and survival of one bag.
+        """Predict the risk and survival of one bag; it names no patient, so every fold counts as not having seen it.
 
         Args:
             features: Per magnification name, f32 [tile, dim].
@@ -275,7 +298,7 @@ class FoldEnsemble:
         with torch.inference_mode():
             # Models of `fit` stay on the device that trained them.
             outputs = [m.module(batch.to(next(m.module.parameters()).device)) for m in self.models]
-        survival = self._mean_curve([output.survival[0].double().cpu().numpy() for output in outputs])
+        survival = self._mean_curve([output.survival[0].double().cpu().numpy() for output in outputs], self.months)
         risks = np.array([output.risk.item() for output in outputs])
         if not np.isfinite(risks).all():
             raise DataError("The risk of this bag is not finite.", "Its features may be too large for the model.")

@@ -46,6 +46,19 @@ class Prediction:
     seen: frozenset[str] = frozenset()
     training_bags: int = 0
 
+    def in_training(self) -> str | None:
+        """Say how many patients the models have seen in their training; None if none, or if no model records them."""
+        if "unseen_folds" not in self.table:
+            return None
+        folds = self.table["unseen_folds"]
+        by_all, some = int((folds == 0).sum()), int(folds.between(1, len(self.cards) - 1).sum())
+        parts = [
+            f"{some} are predicted only by the folds that have not seen them" if some else "",
+            f"{by_all} have been seen by every fold, so their risk is no prediction" if by_all else "",
+        ]
+        words = "; ".join(part for part in parts if part)
+        return f"{some + by_all} of {len(folds)} patients were in the model's training: {words}." if words else None
+
     def outside(self, rows: pd.DataFrame) -> str | None:
         """Say how many of some rows of the table are outside of the training; None if about as many as usual."""
         return outside_words(rows["distance"].to_numpy(), self.training_bags) if self.training_bags else None
@@ -94,6 +107,8 @@ def predict_inputs(
     seen = frozenset[str]().union(*(fold.seen.digests for fold in ensemble.models if fold.seen is not None))
     training_bags = min((region.bags for region in ensemble.regions), default=0)
     done = Prediction(table, unnamed, inputs.failed, runtime.is_main, cards, seen, training_bags)
+    if (words := done.in_training()) and runtime.is_main:
+        logger.warning("%s The column unseen_folds counts the folds.", words)
     if (outside := done.outside(table)) and runtime.is_main:
         logger.warning("Read these predictions with care: %s", outside)
     return done

@@ -79,7 +79,7 @@ def _scored(settings: Config) -> tuple[Scores, dict[str, dict[str, Any]]]:
     if evaluation.strict:
         found.raise_if_strict()
     scores = score(
-        clinical_predictions(found.cohort, found.splits, evaluation.n_bins), splits=found.splits,
+        clinical_predictions(found.cohort, found.splits), splits=found.splits,
         bootstrap=evaluation.bootstrap, horizons=evaluation.horizons_months,
     )  # fmt: skip
     # The report describes the patients by their covariates; what the clinical model adds to itself is not computed.

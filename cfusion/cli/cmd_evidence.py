@@ -211,6 +211,7 @@ def audit(
       cfusion audit configs/tcga_blca.yaml
     """
     from cfusion.cohort.audited import audited
+    from cfusion.cohort.findings import polarity, polarity_words
     from cfusion.cohort.read import read_cohort
     from cfusion.config import load_config
     from cfusion.survival.power import power_of
@@ -222,6 +223,9 @@ def audit(
     for step, patients, slides in result.flow:
         typer.echo(f"{step}: {patients} patients, {slides} slides")
     cases = result.cohort.cases
+    times, event = cases["time_months"].to_numpy(float), cases["event"].to_numpy(bool)
+    if polarity(times, event) == "rather as stated":
+        typer.echo(f"polarity: {polarity_words(times, event)}")
     for line in power_of(len(cases), int(cases["event"].sum())).lines():
         typer.echo(f"power: {line}")
     if sites:

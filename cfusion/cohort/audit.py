@@ -20,7 +20,7 @@ from scipy.stats import fisher_exact
 
 from cfusion.cohort.findings import Finding, dropped, finding_lines, other_causes, outcome_doubts
 from cfusion.cohort.fold_checks import checked_folds
-from cfusion.cohort.identifiers import Tissue
+from cfusion.cohort.identifiers import Tissue, alike
 from cfusion.cohort.slide_checks import checked_slides, named_slides
 from cfusion.errors import CfusionError, DataError
 from cfusion.types import Cohort, Split
@@ -144,6 +144,7 @@ def audit(
         cases = cohort.cases.loc[kept].astype({"event": bool})
         clean = dataclasses.replace(cohort, cases=cases, slides=slides[slides["case_id"].isin(kept)])
         flow.append(("with slides" if available is None else "with features", len(clean.cases), len(clean.slides)))
+        findings += _alike_patients(clean)
         findings += outcome_doubts(clean.name, clean.cases["time_months"], clean.cases["event"])
         findings += other_causes(clean.name, clean.endpoint, clean.cases)
         folds = checked_folds(cohort, clean, splits() if callable(splits) else splits, n_bins, findings)
@@ -189,6 +190,18 @@ def _loss_by_outcome(cohort: Cohort, lost: set[str]) -> list[Finding]:
         return []
     message = f"{words} (Fisher's exact test, p {p:.2g}): the loss depends on the outcome and biases every score"
     return [Finding("loss_by_outcome", cohort.name, "doubted", message)]
+
+
+def _alike_patients(cohort: Cohort) -> list[Finding]:
+    """Doubt patients whose names differ only in case: a fold may train on a patient whom it scores by another name."""
+    groups = alike(map(str, cohort.cases.index))
+    if not groups:
+        return []
+    message = (
+        f"has {len(groups)} groups of patients with names written alike, such as {' and '.join(groups[0])}; if they "
+        "are one patient, folds may train on and score the same patient"
+    )
+    return [Finding("spelling", cohort.name, "doubted", message)]
 
 
 def _first_messages(findings: Sequence[Finding]) -> str:

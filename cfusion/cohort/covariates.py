@@ -137,14 +137,43 @@ def endpoint_outcomes(rows: pd.DataFrame, endpoint: str, source: Path) -> pd.Dat
     """Return `time_months` and `event` of an end point from columns such as `dss` and `dss_months`, [case].
 
     None if the table does not have them. Patients without a value have NaN and no event.
+
+    Raises:
+        CohortError: A value cannot be read, or rows of a patient contradict each other or hold half an outcome each.
     """
     name = endpoint.lower()
     if not {name, f"{name}_months"} <= set(rows.columns):
         return None
+    named = {"time_months": rows[f"{name}_months"], "event": rows[name]}
+    refuse_halves(pd.DataFrame(named), source)
     time, event = (_one_value(rows[column], source) for column in (f"{name}_months", name))
     return pd.DataFrame(
         {"time_months": _by_case(numbers, time, source), "event": _by_case(coded_events, event, source)}
     )
+
+
+def refuse_halves(rows: pd.DataFrame, source: Path, numbers: pd.Index | None = None) -> None:
+    """Refuse a patient whose time and event stand only in different rows: together they may be no one's outcome.
+
+    Args:
+        rows: `time_months` and `event`, indexed by patient, several rows of a patient allowed.
+        source: The file, for errors.
+        numbers: Number of each row in an editor, if it is known.
+
+    Raises:
+        CohortError: There is such a patient.
+    """
+    known = rows[["time_months", "event"]].notna()
+    known["both"] = known["time_months"] & known["event"]
+    has = known.groupby(level=0, sort=False).any()
+    halves = has.index[has["time_months"] & has["event"] & ~has["both"]]
+    if len(halves):
+        of_case = rows.index == halves[0]
+        where = "" if numbers is None else f" (rows {', '.join(map(str, numbers[of_case]))})"
+        raise CohortError(
+            f"{source}, case {halves[0]}: a row has a time and no event, and another an event and no time{where}.",
+            "A patient's time and event must stand in one row; complete the row, or remove the one that is wrong.",
+        )
 
 
 def _by_case(convert: Callable[[pd.Series, Path | str], pd.Series], cells: pd.Series, source: Path | str) -> pd.Series:

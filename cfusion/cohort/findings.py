@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+Polarity = Literal["as stated", "rather as stated", "rather flipped", "flipped"]
+
 POLARITY_MINIMUM = 10
 """Minimum number of events, and of censored patients, from which on their polarity is checked."""
 
@@ -17,6 +19,9 @@ _LONGEST = 0.05
 """Part of the patients, and at least `POLARITY_MINIMUM`, that are the longest-followed ones."""
 
 _MEDIAN_WEIGHT = 0.5
+_UNCLEAR = 0.3
+"""Size of the sum of the three signs of `polarity` below which times do not tell events from censorings."""
+
 _SHORTEST = 0.01
 """Months below which a median counts as this, because times in full months can be 0."""
 
@@ -69,19 +74,9 @@ def outcome_doubts(name: str, time_months: pd.Series, event: pd.Series) -> list[
         event: [case], true where the event happened.
     """
     doubts: list[tuple[str, str]] = []
-    dead, censored = time_months[event], time_months[~event]
     times, happened = time_months.to_numpy(float), event.to_numpy(bool)
-    if looks_flipped(times, happened):
-        number, share = _longest_followed(times, happened)
-        doubts.append(
-            (
-                "polarity",
-                f"{event.mean():.0%} of the patients and {share:.0%} of the {number} followed longest have the event "
-                f"(median follow-up of events {dead.median():.1f} months, of censored patients "
-                f"{censored.median():.1f} months), and study ends usually censor most of the latter; check the meaning "
-                "of 1 in the event column",
-            )
-        )
+    if polarity(times, happened) in ("rather flipped", "flipped"):
+        doubts.append(("polarity", polarity_words(times, happened)))
     elif event.mean() > 0.9 and len(event) >= POLARITY_MINIMUM:
         doubts.append(("polarity", f"{event.mean():.0%} of the patients have the event"))
     if not event.any():
@@ -93,28 +88,48 @@ def outcome_doubts(name: str, time_months: pd.Series, event: pd.Series) -> list[
     return [Finding(kind, name, "doubted", message) for kind, message in doubts]
 
 
-def looks_flipped(time_months: np.ndarray, event: np.ndarray) -> bool:
-    """Return whether the events of a cohort look like its censorings.
+def polarity(time_months: np.ndarray, event: np.ndarray) -> Polarity:
+    """Return whether the events of a cohort look like events, like its censorings, or like either.
 
     The end of a study censors the patients who were followed longest, events come early, and most cohorts of solid
     tumours have fewer events than censorings. None of these is enough: in a cohort with short follow-up, such as
     TCGA-BRCA, events have the longer median follow-up. So three signs are added: the share of events among all patients
     and among the 5% followed longest, each less one half, and half the log ratio of the medians of events and of
-    censored patients. A sum above 0 is doubted. `benchmarks.polarity` measures how often the rule is wrong.
+    censored patients. A sum above 0 is doubted. Between −.3 and .3 ("rather") no rule is right often enough: where most
+    patients were recruited late, events and censorings look alike. `benchmarks.polarity` measures how often.
 
     Args:
         time_months: [case].
         event: [case], true where the event happened.
 
     Returns:
-        False with fewer than 10 events or 10 censored patients. Otherwise exactly one of a table and the same table
-        with the opposite events is doubted, ties aside.
+        "as stated" with fewer than 10 events or 10 censored patients. Otherwise the table with the opposite events gets
+        the opposite, ties aside.
     """
     if min(event.sum(), (~event).sum()) < POLARITY_MINIMUM:
-        return False
+        return "as stated"
     shares = event.mean() + _longest_followed(time_months, event)[1] - 1
     medians = [max(float(np.median(time_months[rows])), _SHORTEST) for rows in (event, ~event)]
-    return bool(shares + _MEDIAN_WEIGHT * np.log(medians[0] / medians[1]) > 0)
+    total = float(shares + _MEDIAN_WEIGHT * np.log(medians[0] / medians[1]))
+    if total > 0:
+        return "flipped" if total > _UNCLEAR else "rather flipped"
+    return "as stated" if total < -_UNCLEAR else "rather as stated"
+
+
+def polarity_words(time_months: np.ndarray, event: np.ndarray) -> str:
+    """Return what speaks for a flipped event column, or that the times cannot tell, as a predicate for a cohort."""
+    number, share = _longest_followed(time_months, event)
+    dead, censored = (float(np.median(time_months[rows])) for rows in (event, ~event))
+    conclusion = {
+        "flipped": ", and study ends usually censor most of the latter",
+        "rather flipped": ", which fits events and censorings: the times cannot tell whether the column is flipped",
+    }  # fmt: skip
+    conclusion["rather as stated"] = conclusion["rather flipped"]
+    return (
+        f"{event.mean():.0%} of the patients and {share:.0%} of the {number} followed longest have the event (median "
+        f"follow-up of events {dead:.1f} months, of censored patients {censored:.1f} months)"
+        f"{conclusion.get(polarity(time_months, event), '')}; check the meaning of 1 in the event column"
+    )
 
 
 def _longest_followed(time_months: np.ndarray, event: np.ndarray) -> tuple[int, float]:

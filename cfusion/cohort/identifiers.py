@@ -109,6 +109,14 @@ class Names:
         return f"; the nearest name is {min(known for known in self._exact if _folded(known) == close[0])}"
 
 
+def alike(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return groups of different names that are written alike but for case, spaces or a decimal point."""
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        groups.setdefault(_folded(name), []).append(name)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
 def _folded(name: str) -> str:
     stripped = unicodedata.normalize("NFC", name.strip())
     number = _FLOAT.fullmatch(stripped)

@@ -15,7 +15,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cfusion.cohort.covariates import clinical_rows, coded_covariates, endpoint_outcomes, other_cause
+from cfusion.cohort.covariates import (
+    clinical_rows,
+    coded_covariates,
+    endpoint_outcomes,
+    other_cause,
+    refuse_halves,
+)
 from cfusion.cohort.identifiers import is_slide_file, patient_of, site_of, slide_stem
 from cfusion.cohort.parsing import coded_events, first_column, numbers, read_table
 from cfusion.cohort.portals import (
@@ -250,12 +256,13 @@ def _check_polarity(table: pd.DataFrame, event: pd.Series, config: CohortConfig)
 
 
 def _covariate_table(table: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
-    outcomes = endpoint_outcomes(table.set_index("case_id"), config.endpoint, config.table)
-    if outcomes is None:
-        raise no_endpoint(config, f"{config.endpoint.lower()}, {config.endpoint.lower()}_months")
-    if "redaction" in table.columns:
-        outcomes["redaction"] = table.groupby("case_id", sort=False)["redaction"].first()
-    return outcomes.reset_index()
+    name = config.endpoint.lower()
+    if not {name, f"{name}_months"} <= set(table.columns):
+        raise no_endpoint(config, f"{name}, {name}_months")
+    rows = table[["case_id", *(c for c in ("redaction",) if c in table.columns)]].copy()
+    rows["time_months"] = numbers(table[f"{name}_months"], config.table)
+    rows["event"] = coded_events(table[name], config.table)
+    return rows
 
 
 _READERS: dict[str, Callable[[pd.DataFrame, CohortConfig], pd.DataFrame]] = {
@@ -285,7 +292,7 @@ def _one_row_per_case(rows: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
                 f"{config.table}, case {case}: the rows have different values of {column} ({values}).",
                 "A patient has only one outcome and one site; correct the rows.",
             )
-    _check_halves(rows, config)
+    refuse_halves(rows.set_index("case_id"), config.table, rows.index + 2)
     cases = grouped.first().drop(columns="slide_id", errors="ignore")
     if not cases["event"].isna().any():
         cases["event"] = cases["event"].astype(bool)
@@ -293,21 +300,6 @@ def _one_row_per_case(rows: pd.DataFrame, config: CohortConfig) -> pd.DataFrame:
     if barcodes.notna().all():
         cases["site"] = barcodes
     return cases
-
-
-def _check_halves(rows: pd.DataFrame, config: CohortConfig) -> None:
-    """Refuse a patient whose time and event stand only in different rows: together they may be no one's outcome."""
-    known = pd.DataFrame({"time": rows["time_months"].notna(), "event": rows["event"].notna()})
-    known["both"] = known["time"] & known["event"]
-    has = known.groupby(rows["case_id"], sort=False).any()
-    halves = has.index[has["time"] & has["event"] & ~has["both"]]
-    if len(halves):
-        lines = ", ".join(str(row + 2) for row in rows.index[rows["case_id"] == halves[0]])
-        raise CohortError(
-            f"{config.table}, case {halves[0]}: a row has a time and no event, and another an event and no time (rows "
-            f"{lines}).",
-            "A patient's time and event must stand in one row; complete the row, or remove the one that is wrong.",
-        )
 
 
 def _slides_of_rows(rows: pd.DataFrame) -> pd.DataFrame:

@@ -2,7 +2,8 @@
 
 Both models are fitted again for every fold, on the patients of the other folds, whose risks are out of fold too. The
 model "both" has the covariates and the risk, standardised within each fold because each fold has another network. A
-risk of the other folds may come from a network that was trained on the scored fold; one coefficient depends on it.
+risk of the other folds may come from a network that was trained on the scored fold; one coefficient depends on it. All
+scores are averaged over seeds and repeats on one draw of patients, as those of the risk itself are.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import pandas as pd
 
 from cfusion.errors import UndefinedMetricError
 from cfusion.survival.bootstrap import Resamples, cross_validated_interval, cross_validated_p
-from cfusion.survival.decision import DecisionCurve, decision_curve
+from cfusion.survival.decision import DecisionCurve, decision_curve, mean_decision_curve
 from cfusion.survival.metrics import Training, brier_times, concordance, integrated_brier
-from cfusion.survival.regression import AdjustedRatio, adjusted_ratio, cox_log_likelihood, predicted_by_cox
+from cfusion.survival.regression import AdjustedRatio, adjusted_ratio, cox_log_likelihood, mean_ratio, predicted_by_cox
 from cfusion.survival.spreads import brier_replicates
 
 Spread = tuple[float, np.ndarray | None]
@@ -48,10 +49,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class AddedValue:
-    """What a risk adds to the clinical covariates, on the first seed and repeat.
+    """What a risk adds to the clinical covariates, mean over seeds and repeats.
 
     Attributes:
         covariates: The columns of the clinical model.
+        runs: Number of seeds times repeats.
         clinical: C within folds of the clinical model.
         clinical_mean: Mean over the folds of its C.
         both: C within folds of the covariates and the risk together.
@@ -66,6 +68,7 @@ class AddedValue:
     """
 
     covariates: tuple[str, ...]
+    runs: int
     clinical: Estimate
     clinical_mean: float
     both: Estimate
@@ -94,10 +97,49 @@ class AddedValue:
                 f"{name}_high": ratio.high if ratio else _NAN, f"{name}_p": ratio.wald_p if ratio else _NAN,
             }  # fmt: skip
         found |= {
-            "added_lr": self.ratio.chi2 if self.ratio else _NAN,
+            "added_runs": self.runs, "added_lr": self.ratio.chi2 if self.ratio else _NAN,
             "added_lr_p": self.ratio.p if self.ratio else _NAN,
-        }
+        }  # fmt: skip
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class AddedInRun:
+    """What the risk of one seed and repeat adds: the parts of `AddedValue` with their bootstrap replicates."""
+
+    covariates: tuple[str, ...]
+    clinical: Spread
+    clinical_mean: float
+    both: Spread
+    risk: Spread
+    ratio: AdjustedRatio | None
+    unadjusted: AdjustedRatio | None
+    brier: float
+    brier_change: Spread
+    curve: DecisionCurve | None
+
+
+def mean_added(runs: Sequence[AddedInRun]) -> AddedValue:
+    """Average over seeds and repeats; intervals are those of the replicates' mean, so that repeats narrow none."""
+    clinical, both, risk, change = (
+        _mean_spread([getattr(run, name) for run in runs]) for name in ("clinical", "both", "risk", "brier_change")
+    )
+    difference, p = _difference(both, clinical)
+    return AddedValue(
+        covariates=runs[0].covariates, runs=len(runs), clinical=_estimate(clinical),
+        clinical_mean=float(np.mean([run.clinical_mean for run in runs])), both=_estimate(both),
+        difference=difference, p=p, against=_difference(risk, clinical)[0],
+        ratio=mean_ratio([run.ratio for run in runs]), unadjusted=mean_ratio([run.unadjusted for run in runs]),
+        brier=float(np.mean([run.brier for run in runs])),
+        brier_difference=Estimate(change[0], *cross_validated_interval(*change, bounded=False)),
+        curve=mean_decision_curve([run.curve for run in runs]),
+    )  # fmt: skip
+
+
+def _mean_spread(scores: Sequence[Spread]) -> Spread:
+    replicates = [spread for _, spread in scores if spread is not None]
+    mean = np.mean(replicates, axis=0) if len(replicates) == len(scores) else None
+    return float(np.mean([value for value, _ in scores])), mean
 
 
 def standardised(risk: np.ndarray, fold: np.ndarray) -> np.ndarray:
@@ -139,57 +181,58 @@ class ClinicalModel:
 
     @classmethod
     def fit(
-        cls, first: pd.DataFrame, covariates: pd.DataFrame, draws: Resamples | None, horizons: Sequence[float]
+        cls, run: pd.DataFrame, covariates: pd.DataFrame, draws: Resamples | None, horizons: Sequence[float]
     ) -> ClinicalModel | None:
         """Fit the clinical model on the folds of a run.
 
         Patients of one fold have one network, as in an external cohort: the Cox models get folds drawn among them.
 
         Args:
-            first: Checked predictions of one cohort, model, protocol, seed and repeat.
+            run: Checked predictions of one cohort, model, protocol, seed and repeat.
             covariates: [case, column], indexed by `case_id`, NaN where missing.
-            draws: Bootstrap draws of these patients, in the order of `first`, or None for no interval.
+            draws: Bootstrap draws of these patients, in the order of `run`, or None for no interval.
             horizons: Months, one of which the decision curve takes.
 
         Returns:
-            None if no covariate is known for these patients, if drawn folds would have fewer than two events each, or
-            if no Cox model can be fitted.
+            None if no covariate is known for these patients.
+
+        Raises:
+            UndefinedMetricError: Drawn folds would have fewer than two events each, or no Cox model can be fitted.
         """
-        values = covariates.reindex(first["case_id"])
+        values = covariates.reindex(run["case_id"])
         values = values.loc[:, values.nunique() > 1]
-        time, event, network = (first[name].to_numpy() for name in ("survival_months", "event", "fold"))
+        time, event, network = (run[name].to_numpy() for name in ("survival_months", "event", "fold"))
         one_network = len(np.unique(network)) < 2
-        if values.columns.empty or (one_network and event.sum() < 2 * COX_FOLDS):
+        if values.columns.empty:
             return None
+        if one_network and event.sum() < 2 * COX_FOLDS:
+            raise UndefinedMetricError(
+                f"{event.sum()} events are too few for Cox models in {COX_FOLDS} folds; {2 * COX_FOLDS} are needed."
+            )
         fold = _drawn_folds(time, event) if one_network else network
         patients = FoldedPatients(time, event, fold, draws)
         months = np.unique([*np.linspace(np.quantile(time[event], 0.05), np.quantile(time[event], 0.9), 12), *horizons])
-        try:
-            risk, survival = _out_of_fold(values, patients, months)
-            log_likelihood = cox_log_likelihood(values, time, event, network)
-        except UndefinedMetricError:
-            return None
+        risk, survival = _out_of_fold(values, patients, months)
+        log_likelihood = cox_log_likelihood(values, time, event, network)
         return cls(values, patients, network, risk, survival, months, log_likelihood)
 
-    def with_risk(self, risk: np.ndarray, horizons: Sequence[float]) -> AddedValue | None:
-        """Compute what a risk [case] adds; None if no Cox model can be fitted with it."""
+    def with_risk(self, risk: np.ndarray, horizons: Sequence[float]) -> AddedInRun:
+        """Compute what a risk [case] adds.
+
+        Raises:
+            UndefinedMetricError: No Cox model can be fitted with it.
+        """
         time, event, network = self.patients.time, self.patients.event, self.network
         z = standardised(risk, network)
-        try:
-            both, survival = _out_of_fold(self.values.assign(image_risk=z), self.patients, self.months)
-            clinical_mean = self.patients.mean(self.risk)
-        except UndefinedMetricError:
-            return None
+        both, survival = _out_of_fold(self.values.assign(image_risk=z), self.patients, self.months)
         of_clinical, of_both, of_risk = (self.patients.cindex(values) for values in (self.risk, both, risk))
-        brier, brier_difference = _brier(self.patients, self.survival, survival, self.months)
+        brier, brier_change = _brier(self.patients, self.survival, survival, self.months)
         probabilities = {"covariates": self.survival, "covariates and risk": survival}
-        difference, p = _difference(of_both, of_clinical)
-        return AddedValue(
+        return AddedInRun(
             covariates=tuple(str(name) for name in self.values.columns),
-            clinical=_estimate(of_clinical), clinical_mean=clinical_mean, both=_estimate(of_both),
-            difference=difference, p=p, against=_difference(of_risk, of_clinical)[0],
+            clinical=of_clinical, clinical_mean=self.patients.mean(self.risk), both=of_both, risk=of_risk,
             ratio=_ratio(z, self.values, time, event, network, self.log_likelihood),
-            unadjusted=_ratio(z, self.values[[]], time, event, network), brier=brier, brier_difference=brier_difference,
+            unadjusted=_ratio(z, self.values[[]], time, event, network), brier=brier, brier_change=brier_change,
             curve=decision_curve(time, event, probabilities, self.months, horizons),
         )  # fmt: skip
 
@@ -274,7 +317,7 @@ def _at(survival: np.ndarray, months: np.ndarray, times: np.ndarray) -> np.ndarr
 
 def _brier(
     patients: FoldedPatients, clinical: np.ndarray, both: np.ndarray, months: np.ndarray
-) -> tuple[float, Estimate]:
+) -> tuple[float, Spread]:
     """Return the integrated Brier score of the clinical model and the change by the risk, mean over the folds."""
     time, event, values, changes, spreads = patients.time, patients.event, [], [], []
     for number in np.unique(patients.fold):
@@ -294,7 +337,5 @@ def _brier(
             )
             spreads.append(second - first)
     if not values:
-        return _NAN, Estimate()
-    change = float(np.mean(changes))
-    spread = np.mean(spreads, axis=0) if spreads else None
-    return float(np.mean(values)), Estimate(change, *cross_validated_interval(change, spread, bounded=False))
+        return _NAN, (_NAN, None)
+    return float(np.mean(values)), (float(np.mean(changes)), np.mean(spreads, axis=0) if spreads else None)

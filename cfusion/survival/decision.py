@@ -67,6 +67,25 @@ def decision_curve(
     return DecisionCurve(float(horizon), tuple(thresholds.tolist()), benefit)
 
 
+def mean_decision_curve(curves: Sequence[DecisionCurve | None]) -> DecisionCurve | None:
+    """Return the mean of the curves of several runs at the first one's horizon; None if there are none.
+
+    Above its highest predicted probability a model treats nobody, so its net benefit there is 0.
+    """
+    known = [curve for curve in curves if curve is not None]
+    same = [curve for curve in known if curve.months == known[0].months]
+    if not same:
+        return None
+    longest = max(same, key=lambda curve: len(curve.thresholds))
+    benefit = {"everyone": longest.benefit["everyone"]}
+    for name in same[0].benefit.keys() - benefit.keys():
+        values = np.zeros((len(same), len(longest.thresholds)))
+        for row, curve in zip(values, same, strict=True):
+            row[: len(curve.thresholds)] = curve.benefit[name]
+        benefit[name] = tuple(values.mean(axis=0).tolist())
+    return DecisionCurve(same[0].months, longest.thresholds, {name: benefit[name] for name in same[0].benefit})
+
+
 def _benefit(time: np.ndarray, event: np.ndarray, treated: np.ndarray, horizon: float, threshold: float) -> float:
     if not treated.any():
         return 0.0

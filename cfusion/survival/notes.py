@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from cfusion.cohort.findings import outcome_doubts
+from cfusion.cohort.identifiers import alike
 from cfusion.survival.added import is_constant
 from cfusion.survival.bootstrap import FEW_EVENTS
 from cfusion.survival.doubts import prediction_doubts
@@ -36,6 +37,10 @@ def score_notes(frame: pd.DataFrame, folds: pd.DataFrame, summary: pd.DataFrame,
         cases = rows.drop_duplicates("case_id")
         doubts = outcome_doubts(str(name), cases["survival_months"], cases["event"])
         notes += [f"{doubt.subject}: {doubt.message}." for doubt in doubts]
+        notes += [
+            f"{name}: {' and '.join(group)} are scored as different patients; are they one?"
+            for group in alike(cases["case_id"])[:1]
+        ]
         events = int(cases["event"].sum())
         if resampled and events < FEW_EVENTS:
             notes.append(

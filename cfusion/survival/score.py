@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 
-from cfusion.errors import DataError
+from cfusion.errors import DataError, UndefinedMetricError
 from cfusion.machine_limits import usable_cores
-from cfusion.survival.added import AddedValue, ClinicalModel
+from cfusion.survival.added import AddedInRun, AddedValue, ClinicalModel, mean_added
 from cfusion.survival.bootstrap import Resamples, cross_validated_interval
 from cfusion.survival.foldscores import FoldScores, References, score_fold
 from cfusion.survival.metrics import concordance
@@ -132,7 +132,7 @@ def score(
     summary = pd.DataFrame([result.summary for result in ordered])
     patients = {name: results[name].patients for name, _ in groups}
     added = {name: found for name, _ in groups if (found := results[name].added) is not None}
-    notes = score_notes(frame, folds, summary, bootstrap > 0)
+    notes = (*score_notes(frame, folds, summary, bootstrap > 0), *(note for result in ordered for note in result.notes))
     return Scores(frame, folds, summary, patients, added, notes, settings.horizons, clinical)
 
 
@@ -199,15 +199,19 @@ class _Settings:
             self._drawn[key] = self._drawn[names].of(rows)
         return self._drawn[key]
 
-    def added(self, first: pd.DataFrame, draws: Resamples | None) -> AddedValue | None:
-        """Return what a run's risk adds to the covariates; models on the same folds share the clinical model."""
+    def added(self, run: pd.DataFrame, draws: Resamples | None) -> AddedInRun | None:
+        """Return what a run's risk adds to the covariates; models on the same folds share the clinical model.
+
+        Raises:
+            UndefinedMetricError: No Cox model can be fitted.
+        """
         if self.covariates is None:
             return None
-        key = (*first["cohort"].iloc[:1], *first["case_id"], first["fold"].to_numpy().tobytes())
+        key = (*run["cohort"].iloc[:1], *run["case_id"], run["fold"].to_numpy().tobytes())
         if key not in self._clinical:
-            self._clinical[key] = ClinicalModel.fit(first, self.covariates, draws, self.horizons)
+            self._clinical[key] = ClinicalModel.fit(run, self.covariates, draws, self.horizons)
         model = self._clinical[key]
-        return None if model is None else model.with_risk(first["risk"].to_numpy(), self.horizons)
+        return None if model is None else model.with_risk(run["risk"].to_numpy(), self.horizons)
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,6 +222,7 @@ class _Result:
     summary: dict[str, object]
     patients: PatientScores
     added: AddedValue | None
+    notes: list[str]
 
 
 def _score_groups(groups: Sequence[tuple[Key, pd.DataFrame]], settings: _Settings) -> dict[Key, _Result]:
@@ -231,8 +236,8 @@ def _score_group(unordered: pd.DataFrame, settings: _Settings) -> _Result:
     grid = np.linspace(happened.quantile(0.05), happened.quantile(0.9), _GRID) if len(happened) else np.zeros(0)
     patients = rows.drop_duplicates("case_id").sort_values("case_id")
     folds: list[FoldScores] = []
-    pooled, within, spreads, added = [], [], [], None
-    for number, (_, run) in enumerate(rows.groupby(["seed", "repeat"])):
+    pooled, within, spreads, added, reasons = [], [], [], list[AddedInRun](), list[str]()
+    for _, run in rows.groupby(["seed", "repeat"]):
         resamples = settings.draws(patients, run["case_id"])
         for fold in sorted(run["fold"].unique()):
             counts = resamples.counts[:, (run["fold"] == fold).to_numpy()] if resamples else None
@@ -243,13 +248,20 @@ def _score_group(unordered: pd.DataFrame, settings: _Settings) -> _Result:
         within.append(float(once.cindex(risk, within=of_fold)[0]))
         if resamples:
             spreads.append((resamples.cindex(risk), resamples.cindex(risk, within=of_fold)))
-        if number == 0:
-            added = settings.added(run, resamples)
+        try:
+            added += [found] if (found := settings.added(run, resamples)) else []
+        except UndefinedMetricError as error:
+            reasons.append(error.message)
     table = pd.DataFrame([fold.row for fold in folds])
     auc, brier = (np.array([getattr(fold, name) for fold in folds]) for name in ("auc_curve", "brier_curves"))
     curves = score_patients(rows, settings.horizons, grid, auc, brier)
     summary = _summary(rows, table, pooled, within, spreads) | _mean_scores(folds) | curves.columns()
-    return _Result([fold.row for fold in folds], summary | (added.columns() if added else {}), curves, added)
+    mean = mean_added(added) if added else None
+    notes = [
+        f"{rows['cohort'].iloc[0]}, {rows['model'].iloc[0]}: what the risk adds to the covariates is unknown in "
+        f"{len(reasons)} of {len(pooled)} runs: {reasons[0]}"
+    ] if reasons else []  # fmt: skip
+    return _Result([fold.row for fold in folds], summary | (mean.columns() if mean else {}), curves, mean, notes)
 
 
 def _summary(

@@ -103,6 +103,52 @@ def test_a_row_is_the_mean_over_the_folds_and_its_curve_holds_every_edge(files, 
 
 
 @pytest.mark.parametrize("unit", ["case", "slide"])
+def test_patients_of_the_training_are_predicted_by_the_folds_that_have_not_seen_them(files, cases, tmp_path, unit):
+    source = ShardSource(DataConfig(shards=str(files.shards)))
+    slides = group_slides(source.slide_ids, cases)
+    names = list(slides)
+    models = FoldEnsemble.load(untrained(tmp_path)).models
+    known = (names[:10] + names[20:22], names[10:22])
+    ensemble = FoldEnsemble(
+        tuple(
+            dataclasses.replace(
+                model, card=dataclasses.replace(model.card, unit=unit),
+                seen=Seen(frozenset(map(digest_case, of_fold)), None),
+            )
+            for model, of_fold in zip(models, known, strict=True)
+        )
+    )  # fmt: skip
+    runtime = join_world(ParallelConfig())
+    table = ensemble.predict(source, slides, runtime).set_index("case_id")
+    first, second = (
+        FoldEnsemble((model,)).predict(source, slides, runtime).set_index("case_id") for model in ensemble.models
+    )
+    for mine, group in ((second, names[:10]), (first, names[10:20])):
+        assert (table.loc[group, "unseen_folds"] == 1).all()
+        for column in ("risk", "group", "survival_1y"):
+            assert table.loc[group, column].tolist() == mine.loc[group, column].tolist()
+        assert (table.loc[group, "risk_sd"] == 0).all()
+    both = (first["risk"] + second["risk"]) / 2
+    assert table.loc[names[20:22], "unseen_folds"].tolist() == [0, 0]
+    assert (table.loc[names[22:], "unseen_folds"] == 2).all()
+    np.testing.assert_allclose(table.loc[names[20:], "risk"], both[names[20:]], rtol=1e-12)
+
+
+def test_the_command_says_how_many_patients_were_in_the_training(cfusion, files, cases, tmp_path, caplog):
+    names = sorted(set(pd.read_csv(cases)["case_id"]))
+    for model, of_fold in zip(FoldEnsemble.load(untrained(tmp_path / "a")).models, (names[:5], names[:2]), strict=True):
+        seen = Seen(frozenset(map(digest_case, of_fold)), None)
+        dataclasses.replace(model, seen=seen).save(tmp_path / "b" / f"fold_{model.card.fold}" / "model")
+    out = tmp_path / "risks.csv"
+    cfusion("predict", files.shards, "--model", tmp_path / "b", "--cases", cases, "--out", out)
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "5 of 30 patients were in the model's training: 3 are predicted only by the folds that have not seen them; 2 "
+        "have been seen by every fold, so their risk is no prediction. The column unseen_folds counts the folds."
+    ]
+    assert pd.read_csv(out).set_index("case_id").loc[names[:6], "unseen_folds"].tolist() == [0, 0, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("unit", ["case", "slide"])
 def test_one_fold_predicts_its_test_patients_as_its_training_did(files, tmp_path, unit):
     from cfusion import make_splits, read_cohort
 

@@ -131,6 +131,18 @@ def test_duplicates_and_slides_without_outcome(cohort: Cohort, split: Split) -> 
     assert found.cohort.slides.index.is_unique
 
 
+def test_patients_whose_names_differ_only_in_case_are_doubted(cohort: Cohort, split: Split) -> None:
+    names = cohort.cases.index.to_series().replace({"p50": "P1"})
+    renamed = dataclasses.replace(
+        cohort, cases=cohort.cases.set_axis(pd.Index(names, name="case_id")),
+        slides=cohort.slides.assign(case_id=cohort.slides["case_id"].replace({"p50": "P1"})),
+    )  # fmt: skip
+    swapped = dataclasses.replace(split, test=tuple("P1" if case == "p50" else case for case in split.test))
+    (finding,) = audit(renamed, [swapped]).findings
+    assert (finding.kind, finding.action) == ("spelling", "doubted")
+    assert "such as p1 and P1; if they are one patient" in finding.message
+
+
 def test_patients_on_both_sides_leave_the_training_side(cohort: Cohort, split: Split) -> None:
     leaking = dataclasses.replace(
         split, train=(*split.train, "p50", "p40"), validation=(*split.validation, "p51"), test=split.test

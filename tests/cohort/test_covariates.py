@@ -94,3 +94,15 @@ def test_an_end_point_has_one_setting() -> None:
     without = cfusion.load_config(None, ["cohort.table=package:tcga/clinical/tcga_ucec.csv", "evaluation.endpoint=dss"])
     with pytest.raises(ConfigError, match="has no endpoint DSS"):
         cfusion.read_cohort(without.cohort)
+
+
+@pytest.mark.parametrize("layout", ["table", "covariates_table"])
+def test_an_outcome_in_two_halves_is_refused(tmp_path: Path, layout: str) -> None:
+    rows = "".join(f"P{i},0,{i + 5},1,{i + 4}\n" for i in range(20))
+    halves = tmp_path / "covariates.csv"
+    halves.write_text(f"case_id,os,os_months,dss,dss_months\n{rows}P90,0,9,,44\nP90,0,9,1,\n")
+    plain = tmp_path / "plain.csv"
+    plain.write_text("patient,slide,time,event\n" + "".join(f"P{i},S{i},{i + 5},0\n" for i in [*range(20), 90]))
+    config = {"table": halves} if layout == "table" else {"table": plain, "covariates_table": halves}
+    with pytest.raises(CohortError, match="case P90: a row has a time and no event, and another an event and no time"):
+        cfusion.read_cohort(validate(CohortConfig, {"name": "made_up", "endpoint": "DSS", **config}, "test"))

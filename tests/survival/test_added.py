@@ -1,5 +1,6 @@
 """What a risk adds to clinical covariates: R's figures, and made-up risks whose addition is known."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,17 @@ from cfusion.cohort.covariates import read_covariates
 from cfusion.cohort.splits import make_splits
 from cfusion.config import SplitsConfig
 from cfusion.errors import CohortError, UndefinedMetricError
-from cfusion.survival.added import is_constant, standardised
-from cfusion.survival.decision import decision_curve
+from cfusion.survival.added import AddedInRun, is_constant, mean_added, standardised
+from cfusion.survival.decision import DecisionCurve, decision_curve, mean_decision_curve
 from cfusion.survival.predictions import read_predictions
-from cfusion.survival.regression import adjusted_ratio, cox_log_likelihood, predicted_by_cox
+from cfusion.survival.regression import (
+    AdjustedRatio,
+    adjusted_ratio,
+    cox_log_likelihood,
+    mean_ratio,
+    orders_all_events,
+    predicted_by_cox,
+)
 from cfusion.survival.score import Scores, score
 
 
@@ -132,3 +140,114 @@ def test_tables_of_covariates_that_contradict_are_refused(tmp_path: Path) -> Non
         read_covariates([one, two], ["a"])
     with pytest.raises(CohortError, match="none of the predicted patients"):
         read_covariates([one], ["x"])
+
+
+@pytest.mark.slow
+def test_what_a_risk_adds_is_the_mean_over_seeds_and_repeats() -> None:
+    """The first run knows nothing; the same run ten times has the interval of one."""
+    full = cohort(90, seed=4)
+    covariates = pd.DataFrame({"age": np.random.default_rng(1).normal(60, 9, 90)}, index=full.cases.index)
+    splits = make_splits(full, SplitsConfig(folds=3), "strict")
+    good = predicted(full, splits, "good", "strict")
+    blind = predicted(full, splits, "blind", "strict", noise=50.0)
+    parts = [good, blind, good.assign(model="mean", seed=1), blind.assign(model="mean", seed=0)]
+    parts += [good.assign(model="same", seed=seed) for seed in range(2)]
+    found = score(pd.concat(parts, ignore_index=True), full, splits, covariates=covariates, bootstrap=20)
+    rows = found.summary.set_index("model")
+    names = ["clinical_c", "clinical_c_mean", "both_c", "added_c", "risk_less_clinical_c", "added_brier", "added_lr"]
+    for name in names:
+        expected = (rows.loc["good", name] + rows.loc["blind", name]) / 2
+        assert rows.loc["mean", name] == pytest.approx(expected, abs=1e-9), name
+    assert rows.loc["mean", "hr_sd_adjusted"] == pytest.approx(
+        np.sqrt(rows.loc["good", "hr_sd_adjusted"] * rows.loc["blind", "hr_sd_adjusted"])
+    )
+    assert rows["added_runs"].to_dict() == {"good": 1, "blind": 1, "mean": 2, "same": 2}
+    for name in [*names, "added_c_low", "added_c_high", "added_c_p", "hr_sd_adjusted_low", "hr_sd_adjusted_p"]:
+        assert rows.loc["same", name] == pytest.approx(rows.loc["good", name], rel=1e-6, abs=1e-12), name
+
+
+def test_repeating_a_run_narrows_no_interval() -> None:
+    generator = np.random.default_rng(0)
+    clinical = (0.6, generator.normal(0.6, 0.03, 200))
+    both, other = ((value, generator.normal(value, 0.03, 200)) for value in (0.7, 0.65))
+    run = AddedInRun(("age",), clinical, 0.61, both, other, None, None, 0.2, (-0.01, generator.normal(size=200)), None)
+    once, again = mean_added([run]), mean_added([run] * 5)
+    assert (once.runs, again.runs) == (1, 5)
+    assert again.difference.low == pytest.approx(once.difference.low)
+    assert again.brier_difference.high == pytest.approx(once.brier_difference.high)
+    assert again.p == pytest.approx(once.p)
+    worse = dataclasses.replace(run, both=clinical)
+    mean = mean_added([run, worse])
+    assert mean.difference.value == pytest.approx(0.05)
+    assert mean.against.value == pytest.approx(0.05)
+
+
+def test_means_over_runs_that_lack_a_part() -> None:
+    ratio = AdjustedRatio(2.0, 1.0, 4.0, 0.05, 3.84, 0.05)
+    assert mean_ratio([ratio]) is ratio
+    assert mean_ratio([ratio, None]) is None
+    assert mean_ratio([None]) is None
+    same = mean_ratio([ratio, ratio])
+    assert same is not None
+    assert [same.ratio, same.low, same.high, same.chi2] == pytest.approx([2, 1, 4, 3.84])
+    assert same.wald_p == pytest.approx(0.05, abs=1e-6)
+    short = DecisionCurve(12, (0.02, 0.04), {"m": (0.4, 0.2), "everyone": (0.5, 0.4)})
+    long = DecisionCurve(12, (0.02, 0.04, 0.06), {"m": (0.2, 0.2, 0.1), "everyone": (0.5, 0.4, 0.3)})
+    mean = mean_decision_curve([short, None, long])
+    assert mean is not None
+    assert mean.benefit["m"] == pytest.approx((0.3, 0.2, 0.05))
+    assert mean.benefit["everyone"] == (0.5, 0.4, 0.3)
+    assert mean_decision_curve([None]) is None
+
+
+def test_a_risk_that_orders_all_events_has_no_finite_coefficient() -> None:
+    generator = np.random.default_rng(0)
+    time, event = generator.exponential(20, 80) + 0.1, generator.random(80) < 0.5
+    fold = np.arange(80) % 4
+    assert orders_all_events(-time, time, event)
+    assert not orders_all_events(time, time, event)
+    assert not orders_all_events(np.zeros(80), time, event)
+    swapped = -time
+    first, later = np.argsort(np.where(event, time, np.inf))[[2, 5]]
+    swapped[[first, later]] = swapped[[later, first]]
+    assert not orders_all_events(swapped, time, event)
+    within = np.where(fold == 0, 0.0, -time + 100 * fold)
+    assert orders_all_events(within, time, event, fold)
+    assert not orders_all_events(within, time, event)
+    tied = np.array([1.0, 1, 2, 3])
+    assert orders_all_events(np.array([2.0, 2, 1, 1]), tied, np.array([True, True, False, False]))
+    assert not orders_all_events(np.array([3.0, 2, 1, 1]), tied, np.array([True, True, False, False]))
+    z = (within - within.mean()) / within.std()
+    with pytest.raises(UndefinedMetricError, match=r"monotone likelihood|no finite estimate"):
+        adjusted_ratio(z, pd.DataFrame(index=range(80)), time, event, fold)
+
+
+def test_curves_of_a_separated_model_are_finite_and_right() -> None:
+    """Log hazards far apart: the sums over the patients still followed are compared with sums made one by one."""
+    generator = np.random.default_rng(0)
+    time, event = generator.exponential(20, 100) + 0.1, generator.random(100) < 0.5
+    values = pd.DataFrame({"age": generator.normal(size=100), "days_to_death": -time})
+    training, months = np.arange(100) < 80, np.array([0.05, 6.0, 12.0, 60.0])
+    found = predicted_by_cox(values, time, event, training, months)
+    assert found.separated == "days_to_death"
+    assert np.ptp(found.training_risk) > 30
+    seen, happened, risk = time[:80], event[:80], found.training_risk
+    hazard = [sum(1 / np.exp(risk[seen >= t]).sum() for t in sorted(seen[happened]) if t <= month) for month in months]
+    np.testing.assert_allclose(found.survival, np.exp(-np.exp(found.risk)[:, None] * np.array(hazard)), rtol=1e-9)
+    assert (found.survival[:, 0] == 1).all()
+    assert predicted_by_cox(values[["age"]], time, event, training, months).separated is None
+    without_events = values[["age"]].assign(rare=np.isin(np.arange(100), np.flatnonzero(~event)[:5]) * 1.0)
+    assert predicted_by_cox(without_events, time, event, training, months).separated is None
+
+
+def test_a_likelihood_without_a_maximum_names_the_covariate(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit(*_: object) -> None:
+        raise ValueError("search direction contains NaN or infinite values")
+
+    monkeypatch.setattr("cfusion.survival.regression.CoxPHSurvivalAnalysis.fit", fit)
+    time, event = np.arange(1.0, 61), np.arange(60) % 2 == 0
+    values = pd.DataFrame({"age": np.arange(60) % 7, "days_to_death": time})
+    with pytest.raises(UndefinedMetricError) as refused:
+        predicted_by_cox(values, time, event, np.arange(60) < 48, np.array([6.0]))
+    assert "monotone likelihood (separation) by days_to_death: all or nearly all 24 events" in refused.value.message
+    assert "a covariate that knows the outcome" in refused.value.remedy
