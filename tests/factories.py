@@ -61,7 +61,9 @@ class CohortFiles:
         return validate(Config, values, "test")
 
 
-def slide_features(slide_id: str, cells: int, dim: int, rng: np.random.Generator, signal: float = 0.0) -> SlideFeatures:
+def slide_features(
+    slide_id: str, cells: int, dim: int, rng: np.random.Generator, signal: float = 0.0, encoder: str = ENCODER
+) -> SlideFeatures:
     """One slide with `cells` 5x tiles, each with its 4 tiles at 10x and 16 at 20x."""
     columns = np.arange(cells)
     cell_xy = np.stack([columns % 4, columns // 4], axis=1) * 1024
@@ -75,7 +77,7 @@ def slide_features(slide_id: str, cells: int, dim: int, rng: np.random.Generator
         values[:, 0] += signal
         features[name] = values.astype(np.float16)
     attrs = {
-        "encoder": ENCODER,
+        "encoder": encoder,
         "tile_px_level0": {"x5": 1024, "x10": 512, "x20": 256},
         "mpp": 0.5,
     }
@@ -84,7 +86,14 @@ def slide_features(slide_id: str, cells: int, dim: int, rng: np.random.Generator
 
 
 def make_cohort(
-    folder: Path, *, patients: int = 48, dim: int = 8, two_slides: int = 1, seed: int = 0, max_cells: int = 4
+    folder: Path,
+    *,
+    patients: int = 48,
+    dim: int = 8,
+    two_slides: int = 1,
+    seed: int = 0,
+    max_cells: int = 4,
+    encoder: str = ENCODER,
 ) -> CohortFiles:
     """A cohort whose first embedding channel carries the log-hazard; about half of it censored."""
     rng = np.random.default_rng(seed)
@@ -96,7 +105,8 @@ def make_cohort(
         case = f"PT-{i:04d}"
         for k in range(2 if i < two_slides else 1):
             slide_id = f"{case}-{k + 1}"
-            slides.append(slide_features(slide_id, int(rng.integers(1, max_cells + 1)), dim, rng, log_hazard[i]))
+            cells = int(rng.integers(1, max_cells + 1))
+            slides.append(slide_features(slide_id, cells, dim, rng, log_hazard[i], encoder))
             rows.append(
                 {
                     "patient": case,

@@ -279,12 +279,42 @@ def report(
     overrides: Overrides = None,
     only: Only = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report; default: report/ in the sweep's.")] = None,
+    published: Annotated[
+        str | None,
+        typer.Option("--beside", help="Published results to compare with: CSV file or name, crossfusion-midl2026."),
+    ] = None,
 ) -> None:
     """Compare what is finished: models, cohorts and encoders in one table, as HTML, CSV, Markdown and LaTeX.
 
-    cfusion sweep report configs/sweeps/backbones.yaml
-    """
+    --beside also prints every cell next to the published one, the null under its protocol and the clinical covariates.
+
+    \b
+      cfusion sweep report configs/sweeps/backbones.yaml
+      cfusion sweep report configs/sweeps/table1.yaml --beside crossfusion-midl2026
+    """  # noqa: D301 - the escape is typer's mark for lines that stay as they are
+    from cfusion.report.comparison.published_results import read_published
     from launch.sweep.results import report_sweep
 
+    table = None if published is None else read_published(published)
     settings, runs = planned(file, overrides, only)
-    typer.echo(f"report: {report_sweep(settings, runs, out or settings.output / 'report')}")
+    page = report_sweep(settings, runs, out or settings.output / "report", table)
+    if table is not None:
+        _echo_published(page.parent, table.name)
+    typer.echo(f"report: {page}")
+
+
+def _echo_published(folder: Path, name: str) -> None:
+    """Print the cells next to published results: a table on a terminal, tab-separated lines in a pipe."""
+    from cfusion.cli.sweep_views import PUBLISHED_HEAD, published_lines, published_table
+    from cfusion.report.comparison.published_results import PUBLISHED, PublishedComparison
+
+    found = PublishedComparison.read(folder / PUBLISHED, name)
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console(highlight=False).print(published_table(found))
+    else:
+        typer.echo("\n".join("\t".join(line) for line in (PUBLISHED_HEAD, *published_lines(found))))
+    typer.echo(found.summary)
+    for note in found.notes:
+        typer.echo(f"note: {note}")

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
+    from cfusion.report.comparison.published_results import PublishedComparison
     from launch.sweep.status import RunStatus
 
 COLOURS = {"done": "green", "running": "yellow", "failed": "red", "open": "bright_black"}
@@ -65,6 +66,43 @@ def _squares(runs: Sequence[RunStatus], most: int) -> Text:
         text.append("■" * max(squares, min(count, 1)), COLOURS[state])
     text.append(f" {counted['done']}/{len(runs)}" if runs else "–", "dim")
     return text
+
+
+PUBLISHED_HEAD = (
+    "cohort", "encoder", "model", "protocol", "yours", "theirs", "difference", "within your sd", "their protocol",
+    "null independent", "null correlated", "clinical",
+)  # fmt: skip
+"""Columns of the cells next to published results."""
+
+
+def published_lines(found: PublishedComparison) -> Iterator[tuple[str, ...]]:
+    """Yield the cells that have a published result, as texts in the order of `PUBLISHED_HEAD`."""
+
+    def number(value: float, sign: str = "") -> str:
+        return "–" if value != value else f"{value:{sign}.3f}"
+
+    def spread(mean: float, std: float) -> str:
+        return number(mean) if std != std else f"{mean:.3f} ± {std:.3f}"
+
+    for row in found.matched.to_dict("records"):
+        yours = spread(row["cindex_mean"], row["cindex_std"]) if row["complete"] else "not complete"
+        within = {True: "yes", False: "no"}.get(row["within_fold_sd"], "–")
+        yield (
+            row["cohort"], row["encoder"], row["model"], row["protocol"], yours,
+            spread(row["their_cindex_mean"], row["their_cindex_std"]), number(row["difference"], "+"), within,
+            row["their_protocol"], number(row["null_independent"]), number(row["null_correlated"]),
+            number(row["clinical_c_mean"]),
+        )  # fmt: skip
+
+
+def published_table(found: PublishedComparison) -> RenderableType:
+    """Return a table of the cells next to published results."""
+    from rich.table import Table
+
+    table = Table(*PUBLISHED_HEAD)
+    for line in published_lines(found):
+        table.add_row(*line)
+    return table
 
 
 def words(statuses: Sequence[RunStatus]) -> Iterator[Text]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from cfusion.errors import ConfigError, DataError
-from cfusion.models.bag import BagModel, TileView, check_magnifications, check_share
-from cfusion.models.layers import ConcatMixer, ConvMixer, CrossBlock, PadTransformer, init_linear
+from cfusion.models.bag import BagModel, TileView, check_choice, check_magnifications, check_share
+from cfusion.models.layers import WINDOWS, ConcatMixer, ConvMixer, CrossBlock, PadTransformer, init_linear
 from cfusion.models.linear import Linear
 from cfusion.models.token_grid import TokenGrid, file_grid, spatial_grid
 from cfusion.types import BagBatch, SurvivalOutput, magnification_name
@@ -34,6 +34,8 @@ class CrossFusion(BagModel):
         mixer: How the streams are fused: the paper's convolution or its ablation.
         grid: `file`: tiles on a square in the order of their file, as published; `spatial`: at their place in the
             tissue.
+        windows: Sizes of the convolutions of position encoding and fusion: odd numbers from 3. The fusion adds 1.
+        position: `ppeg`: a position encoding in every transformer, as published; `none`: without.
         dropout: Of feed-forwards and convolution channels.
         attention_dropout: Of the self-attention weights; .2 in the published program.
     """
@@ -51,6 +53,8 @@ class CrossFusion(BagModel):
         offered: Sequence[float],
         mixer: Literal["conv", "concat"] = "conv",
         grid: str = "file",
+        windows: Sequence[int] | None = None,
+        position: str = "ppeg",
         dropout: float = 0.3,
         attention_dropout: float = 0.0,
     ) -> None:
@@ -58,8 +62,8 @@ class CrossFusion(BagModel):
         super().__init__(reads, offered, backbone_dim)
         if embed_dim % num_heads or embed_dim % 2:
             raise ConfigError(f"embed_dim={embed_dim} must be even and divisible by num_heads={num_heads}.")
-        if grid not in ("file", "spatial"):
-            raise ConfigError(f"model.options.grid={grid!r}: expected file or spatial.")
+        self.windows = _windows(windows)
+        _check_places(grid, position, windows, convolves=mixer == "conv")
         check_share("dropout", dropout)
         check_share("attention_dropout", attention_dropout)
         self.grid = grid
@@ -67,7 +71,8 @@ class CrossFusion(BagModel):
         self.contexts = tuple(name for name in self.magnification_names if name != self.source)
 
         def transformer() -> PadTransformer:
-            return PadTransformer(embed_dim, num_heads, num_layers, dropout, attention_dropout)
+            encoding = self.windows if position == "ppeg" else ()
+            return PadTransformer(embed_dim, num_heads, num_layers, dropout, attention_dropout, encoding)
 
         self.projections = nn.ModuleDict(
             {module_name(name): _projection(backbone_dim, embed_dim) for name in self.magnification_names}
@@ -77,7 +82,10 @@ class CrossFusion(BagModel):
         )
         self.transformers = nn.ModuleDict({module_name(name): transformer() for name in self.magnification_names})
         streams = len(self.magnification_names)
-        self.mixer = ConvMixer(embed_dim, streams, dropout) if mixer == "conv" else ConcatMixer(embed_dim, streams)
+        convolves = mixer == "conv"
+        self.mixer = (
+            ConvMixer(embed_dim, streams, dropout, self.windows) if convolves else ConcatMixer(embed_dim, streams)
+        )
         self.class_token = nn.Parameter(torch.empty(embed_dim))
         self.final = transformer()
         self.head = nn.Linear(embed_dim, n_bins)
@@ -119,12 +127,39 @@ class CrossFusion(BagModel):
                 f"grid: spatial needs the position of every {self.source} tile, and these bags have {found}.",
                 "Use shards with coordinates, or model.options.grid=file.",
             )
-        return spatial_grid(positions, mask, batch.name)
+        return spatial_grid(positions, mask, batch.name, reach=self.windows[0] // 2)
 
 
 def module_name(magnification: str) -> str:
     """Convert a magnification's name to part of a parameter's name, where a dot would separate modules."""
     return magnification.replace(".", "_")
+
+
+def _windows(given: object) -> tuple[int, ...]:
+    """Return the sizes of the convolutions, largest first."""
+    if given is None:
+        return WINDOWS
+    sizes = tuple(given) if isinstance(given, list | tuple) else ()
+    if not sizes or not all(type(n) is int and n >= 3 and n % 2 for n in sizes) or len(set(sizes)) < len(sizes):
+        raise ConfigError(
+            f"model.options.windows={given!r}: expected a list of different odd numbers from 3, such as [7, 5, 3].",
+            "To leave out the position encoding: model.options.position=none.",
+        )
+    return tuple(sorted(sizes, reverse=True))
+
+
+def _check_places(grid: str, position: str, windows: object, *, convolves: bool) -> None:
+    """Check the options about the places of tokens, which mean nothing to a model that reads no places."""
+    check_choice("grid", grid, ("file", "spatial"))
+    check_choice("position", position, ("ppeg", "none"))
+    unused = {"windows": windows is not None, "grid": grid == "spatial"}
+    if position == "none" and not convolves and any(unused.values()):
+        name = next(name for name, given in unused.items() if given)
+        raise ConfigError(
+            f"model.options.{name} has no effect: without a position encoding (model.options.position=none) "
+            "crossfusion_concat reads no places of tiles.",
+            f"Leave out {name}, or use model.name=crossfusion.",
+        )
 
 
 def _projection(backbone_dim: int, embed_dim: int) -> nn.Module:

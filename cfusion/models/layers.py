@@ -6,6 +6,8 @@ in memory, [bag, height, width, dim], which is a channels-last image.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -15,6 +17,9 @@ from cfusion.models.attention import CrossAttention, SelfAttention
 from cfusion.models.dropout import Dropout
 from cfusion.models.linear import Linear
 from cfusion.models.token_grid import TokenGrid
+
+WINDOWS = (7, 5, 3)
+"""Sizes of the convolutions in the paper: of the position encoding, and with 1 of the fusion (section 3.3, 3.4)."""
 
 
 def init_linear(module: nn.Module) -> None:
@@ -134,18 +139,19 @@ class PositionEncoding(nn.Module):
 
     Args:
         dim: Width of the tokens.
+        windows: Sizes of the convolutions, odd, largest first.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, windows: Sequence[int] = WINDOWS) -> None:
         super().__init__()
-        self.kernels = MultiScaleKernel(dim, 1, (7, 5, 3))
+        self.kernels = MultiScaleKernel(dim, 1, tuple(windows))
 
     def forward(self, tokens: Float[Tensor, "bag token dim"], grid: TokenGrid) -> Float[Tensor, "bag token dim"]:
         """Add each token's surroundings; a class token before the grid's tokens is passed through."""
         first = tokens.shape[1] - grid.size
         kernel, bias = self.kernels()
         identity = torch.zeros_like(kernel[0, 0])
-        identity[3, 3] = 1
+        identity[len(identity) // 2, len(identity) // 2] = 1
         encoded = grid.to_tokens(depthwise(grid.to_grid(tokens[:, first:]), kernel + identity, bias))
         return torch.cat([tokens[:, :first], encoded], dim=1) if first else encoded
 
@@ -159,12 +165,15 @@ class PadTransformer(nn.Module):
         layers: Blocks on each side of the position encoding.
         dropout: Of the feed-forwards.
         attention_dropout: Of the attention weights.
+        windows: Sizes of the position encoding's convolutions, odd, largest first; none: no position encoding.
     """
 
-    def __init__(self, dim: int, heads: int, layers: int, dropout: float, attention_dropout: float) -> None:
+    def __init__(
+        self, dim: int, heads: int, layers: int, dropout: float, attention_dropout: float, windows: Sequence[int]
+    ) -> None:
         super().__init__()
         self.pre = nn.ModuleList(SelfBlock(dim, heads, dropout, attention_dropout) for _ in range(layers))
-        self.position = PositionEncoding(dim)
+        self.position = PositionEncoding(dim, windows) if windows else None
         self.post = nn.ModuleList(SelfBlock(dim, heads, dropout, attention_dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
 
@@ -183,7 +192,8 @@ class PadTransformer(nn.Module):
             mask = F.pad(mask, (1, 0), value=True)
         for block in self.pre:
             tokens = block(tokens, mask)
-        tokens = self.position(tokens, grid)
+        if self.position is not None:
+            tokens = self.position(tokens, grid)
         *others, last = self.post
         for block in others:
             tokens = block(tokens, mask)
@@ -197,15 +207,16 @@ class ConvMixer(nn.Module):
         dim: Width of the tokens; even.
         streams: Grids to mix; a single one is used unchanged.
         dropout: Share of channels dropped after the convolution.
+        windows: Sizes of the convolutions in addition to 1, odd, largest first.
     """
 
-    def __init__(self, dim: int, streams: int, dropout: float) -> None:
+    def __init__(self, dim: int, streams: int, dropout: float, windows: Sequence[int]) -> None:
         super().__init__()
         if streams > 1:
             # Equivalent to a Conv3d of kernel 1, which draws its weights with fan_out 1.
             self.mix_weight = nn.Parameter(torch.randn(streams) * 2**0.5)
             self.mix_bias = nn.Parameter(torch.zeros(1))
-        self.kernels = MultiScaleKernel(dim // 2, 2, (7, 5, 3, 1))
+        self.kernels = MultiScaleKernel(dim // 2, 2, (*windows, 1))
         self.dropout = Dropout(dropout)
         self.linear = Linear(dim // 2, dim)
         self.norm = nn.LayerNorm(dim)
@@ -219,7 +230,7 @@ class ConvMixer(nn.Module):
                 mixed = torch.addcmul(mixed, stream, weight)
         kernel, bias = self.kernels()
         # Two input channels per output channel: a depthwise convolution, then sums of neighbouring channels.
-        pairs = depthwise(grid.to_grid(mixed), kernel.reshape(-1, 1, 7, 7), None)
+        pairs = depthwise(grid.to_grid(mixed), kernel.reshape(-1, 1, *kernel.shape[2:]), None)
         summed = F.relu(pairs.unflatten(3, (-1, 2)).sum(dim=4) + bias)
         tokens = grid.to_tokens(summed)
         if self.training:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cfusion.errors import DataError
 from cfusion.models.baselines import AMIL, DSMIL
 from cfusion.models.crossfusion import CrossFusion, module_name
-from cfusion.models.layers import ConvMixer
+from cfusion.models.layers import WINDOWS, ConvMixer
 from cfusion.models.transmil import TransMIL
 
 Names = Iterator[tuple[str, tuple[str, ...]]]
@@ -90,6 +90,8 @@ def _crossfusion(model: CrossFusion) -> Names:
     names = dict(zip((model.source, *model.contexts), ("source", "fine", "coarse"), strict=False))
     if len(names) < len(model.magnification_names) or (model.contexts and len(model.contexts) != 2):
         raise DataError("The published models read one magnification, or three with the middle one as the source.")
+    if model.windows != WINDOWS or model.final.position is None:
+        raise DataError("The published models have a position encoding, with windows 7, 5 and 3 (model.options).")
     yield "class_token", ("cls_token",)
     for name, long in names.items():
         prefix, ours = (long[0] if full else long), module_name(name)

@@ -62,8 +62,9 @@ def build_model(
         published: Train as the published program does: attention dropout .2, DSMIL's instance stream untrained.
         code: The model's code where it is not the program's; None: found by its name.
         options: Of one model. CrossFusion and its variants: `grid` (`file` or `spatial`: tiles on a square in the order
-            of their file, or where they lie in the tissue), `dropout`, `attention_dropout`. TransMIL: `dropout`. The
-            rest: see their classes.
+            of their file, or where they lie in the tissue), `windows` (sizes of the convolutions, [7, 5, 3]),
+            `position` (`ppeg` or `none`: position encoding), `dropout`, `attention_dropout`. TransMIL: `dropout`.
+            The rest: see their classes.
 
     Returns:
         A module that takes a `BagBatch`, or [bag, tile, dim] tensors from coarse to fine, and returns `SurvivalOutput`.
@@ -135,6 +136,8 @@ def _crossfusion(mixer: Literal["conv", "concat"], finest_only: bool = False) ->
         source: float,
         published: bool,
         grid: str = "file",
+        windows: Sequence[int] | None = None,
+        position: str = "ppeg",
         dropout: float = 0.3,
         attention_dropout: float | None = None,
         **shape: Any,
@@ -144,7 +147,7 @@ def _crossfusion(mixer: Literal["conv", "concat"], finest_only: bool = False) ->
         reads = (max(magnifications),) if finest_only else magnifications
         return CrossFusion(
             reads=reads, offered=magnifications, source=reads[0] if finest_only else source, mixer=mixer, grid=grid,
-            dropout=dropout, attention_dropout=attention_dropout, **shape,
+            windows=windows, position=position, dropout=dropout, attention_dropout=attention_dropout, **shape,
         )  # fmt: skip
 
     return build

@@ -99,11 +99,14 @@ def file_grid(bags: int, tiles: int, mask: Bool[Tensor, "bag tile"] | None) -> T
 
 
 REACH = 3
-"""Cells that the widest convolution, 7×7, sees on each side."""
+"""Cells that the widest convolution of the paper, 7×7, sees on each side."""
 
 
 def spatial_grid(
-    positions: Int[Tensor, "bag tile 2"], mask: Bool[Tensor, "bag tile"] | None, name: Callable[[int], str] = str
+    positions: Int[Tensor, "bag tile 2"],
+    mask: Bool[Tensor, "bag tile"] | None,
+    name: Callable[[int], str] = str,
+    reach: int = REACH,
 ) -> TokenGrid:
     """Place tiles at their position in the tissue.
 
@@ -113,6 +116,7 @@ def spatial_grid(
         positions: [bag, tile, 2], column and row of each tile.
         mask: [bag, tile], true where a tile is real; None if every tile is.
         name: Returns the name of a bag number for errors.
+        reach: Cells that the widest convolution sees on each side.
 
     Raises:
         DataError: Two tiles of a bag are in one cell.
@@ -122,7 +126,7 @@ def spatial_grid(
     for bag in range(bags):
         real = slice(None) if mask is None else mask[bag]
         for axis in range(2):
-            place[bag, real, axis] = _without_gaps(positions[bag, real, axis])
+            place[bag, real, axis] = _without_gaps(positions[bag, real, axis], reach)
     width, height = (int(place[..., axis].max()) + 1 for axis in range(2))
     index = torch.arange(bags, device=place.device)[:, None]
     cell = ((index * height + place[..., 1]) * width + place[..., 0]).long()
@@ -138,7 +142,7 @@ def spatial_grid(
     return TokenGrid(bags, height, width, None, mask, cell)
 
 
-def _without_gaps(coordinates: Int[Tensor, " tile"]) -> Int[Tensor, " tile"]:
+def _without_gaps(coordinates: Int[Tensor, " tile"], reach: int) -> Int[Tensor, " tile"]:
     used, inverse = torch.unique(coordinates, return_inverse=True)
-    steps = used.diff().clamp_max(REACH + 1)
+    steps = used.diff().clamp_max(reach + 1)
     return F.pad(steps.cumsum(0), (1, 0))[inverse]

@@ -41,15 +41,15 @@ def nulls(scores: Sequence[Scores], context: ReportContext) -> dict[Key, CohortN
     for part in scores:
         for key, rows in part.predictions.groupby(UNIT, sort=False):
             cohort, model, protocol = (str(word) for word in key)
-            folds, digest = _first_run(rows)
+            folds, digest = first_run_outcomes(rows)
             choice = context.choice((cohort, model, protocol)) if protocol in SCORED_FOLD_CHOOSES else None
             if (digest, choice) not in known:
-                known[digest, choice] = _simulate(folds, choice)
+                known[digest, choice] = cohort_null(folds, choice)
             found[cohort, model, protocol] = known[digest, choice]
     return found
 
 
-def _first_run(rows: pd.DataFrame) -> tuple[list[Outcomes], tuple]:
+def first_run_outcomes(rows: pd.DataFrame) -> tuple[list[Outcomes], tuple]:
     """Return the outcomes of each fold of the first seed and repeat, and a key that identifies equal runs."""
     first = (rows["seed"] == rows["seed"].min()) & (rows["repeat"] == rows["repeat"].min())
     fold, time, event = (rows[name].to_numpy()[first.to_numpy()] for name in ("fold", "survival_months", "event"))
@@ -60,7 +60,7 @@ def _first_run(rows: pd.DataFrame) -> tuple[list[Outcomes], tuple]:
     return folds, (cuts.tobytes(), time.tobytes(), event.tobytes())
 
 
-def _simulate(folds: list[Outcomes], choice: EpochChoice | None) -> CohortNull:
+def cohort_null(folds: list[Outcomes], choice: EpochChoice | None) -> CohortNull:
     """Simulate both nulls; `choice` None: no epoch is chosen on the scored fold."""
     if choice is None:
         plain = simulate_null(folds, chosen_on_scored_fold=False, repetitions=_CHEAP_REPETITIONS)

@@ -1,4 +1,4 @@
-"""Files shipped with the package, named `package:PATH`, and the shipped configurations.
+"""Files shipped with the package, named `package:PATH`, the shipped configurations and published tables.
 
 `package:tcga/clinical/tcga_blca.csv` means the same file in a clone and in an installed wheel. A setting of type
 `DataPath` is resolved when the configuration is read and written back under that name, so that a run's
@@ -48,6 +48,11 @@ def _write(path: Any, handler: SerializerFunctionWrapHandler) -> Any:
 
 DataPath = Annotated[Path, AfterValidator(find_data), WrapSerializer(_write)]
 """A path of a setting; `package:PATH` names a file or folder of the package."""
+
+
+def shipped_tables() -> dict[str, Path]:
+    """The shipped tables of published results by name, such as `crossfusion-midl2026`."""
+    return {path.stem: path for path in sorted((FOLDER / "published").glob("*.csv"))}
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -7,21 +7,24 @@ from pathlib import Path
 
 from cfusion.report.comparison.cells import ComparedRun, Cost, compare_runs
 from cfusion.report.comparison.comparison_files import write_comparison
+from cfusion.report.comparison.published_results import PublishedTable
 from cfusion.report.search_section import fold_choices
 from launch.sweep.markers import attempts
 from launch.sweep.plan import PlannedRun, SweepConfig
 from launch.sweep.status import RunStatus, look
 
 
-def report_sweep(sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path) -> Path:
+def report_sweep(
+    sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path, published: PublishedTable | None = None
+) -> Path:
     """Compare the finished runs of a sweep and write the report to `out`; returns the path of the page.
 
     Raises:
-        DataError: None of the runs is finished.
+        DataError: None of the runs is finished, or none of the published results belongs to a cell.
     """
     members = members_of(runs, look(runs))
     bootstrap = max(run.config.evaluation.bootstrap for run in runs)
-    return write_comparison(compare_runs(members, bootstrap), out, title=sweep.name)
+    return write_comparison(compare_runs(members, bootstrap), out, title=sweep.name, published=published)
 
 
 def members_of(runs: Sequence[PlannedRun], statuses: Sequence[RunStatus]) -> list[ComparedRun]:

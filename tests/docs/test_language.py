@@ -11,13 +11,14 @@ SUFFIXES = {
 WORDS = re.compile(
     r"""\b(?:
         told | said\s+of | (?:can|could|cannot|to)(?:\s+not)?\s+be\s+had | so\s+many | alone | as\s+by\s+default
-        | anew | dear | beside | bears? | deals? | dealt | judge[sd]? | do(?:es)?\s+what\s+is\s+(?:left|missing)
+        | anew | dear | (?<!--)beside | bears? | deals? | dealt | judge[sd]? | do(?:es)?\s+what\s+is\s+(?:left|missing)
         | the\s+others\s+go\s+on | of\s+(?:its|their)\s+own | is\s+there\b(?!\?)
         | whole(?![-\s]\s*slide|\s+(?:number|minute|month|week|day))
     )\b""",
     re.IGNORECASE | re.VERBOSE,
 )
-"""Words to avoid. `whole-slide image` and `whole number` are terms; `… is there?` is a question."""
+"""Words to avoid. `whole-slide image` and `whole number` are terms; `… is there?` is a question; `--beside` is the name
+of an option."""
 
 EXEMPT = {
     "tests/docs/test_language.py": "the list itself",
@@ -51,6 +52,7 @@ def test_a_word_to_avoid_is_reported_with_its_line():
     assert hits("a.md", "One.\nThe user is told.\n") == ["a.md:2: told"]
     assert hits("a.py", "def test_the_whole_run(): ...\n") == ["a.py:1: whole"]
     assert hits("a.md", "A whole-slide image has a whole number of levels. What is there?\n") == []
+    assert hits("a.md", "--beside FILE stands\nbeside it.\n") == ["a.md:2: beside"]
 
 
 def test_no_text_has_a_word_to_avoid():

@@ -15,6 +15,12 @@ from cfusion.types import BagBatch
 CONFIGURATIONS = [(name, {}) for name in MODELS] + [
     (name, {"grid": "spatial"}) for name in MODELS if name.startswith("crossfusion")
 ]
+CONFIGURATIONS += [
+    ("crossfusion", {"windows": [3]}),
+    ("crossfusion", {"windows": [11, 5], "grid": "spatial"}),
+    ("crossfusion", {"position": "none"}),
+    ("crossfusion_concat", {"position": "none"}),
+]
 
 
 @pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)

@@ -50,17 +50,20 @@ def test_a_padded_bag_has_its_own_square_in_the_corner(counts: list[int]):
 
 
 @settings(deadline=None, max_examples=30, database=None)
-@given(st.sets(st.tuples(st.integers(0, 60), st.integers(0, 60)), min_size=1, max_size=20), st.integers(-9, 9))
-def test_leaving_out_empty_rows_and_columns_changes_no_convolution(cells: set[tuple[int, int]], shift: int):
+@given(
+    st.sets(st.tuples(st.integers(0, 60), st.integers(0, 60)), min_size=1, max_size=20), st.integers(-9, 9),
+    st.integers(1, 6),
+)  # fmt: skip
+def test_leaving_out_empty_rows_and_columns_changes_no_convolution(cells: set[tuple[int, int]], shift: int, reach: int):
     positions = torch.tensor(sorted(cells))[None]
-    tokens, kernel = torch.randn(1, len(cells), 3), torch.randn(3, 1, 7, 7)
+    tokens, kernel = torch.randn(1, len(cells), 3), torch.randn(3, 1, 2 * reach + 1, 2 * reach + 1)
     full = torch.zeros(1, 61, 61, 3)
     full[0, positions[0, :, 1], positions[0, :, 0]] = tokens[0]
     expected = depthwise(full, kernel, None)[0, positions[0, :, 1], positions[0, :, 0]]
-    grid = spatial_grid(positions + shift, None)
+    grid = spatial_grid(positions + shift, None, reach=reach)
     convolved = grid.to_tokens(depthwise(grid.to_grid(tokens), kernel, None))
     torch.testing.assert_close(convolved[0], expected, atol=1e-5, rtol=1e-5)
-    assert grid.width <= 4 * len(cells)
+    assert grid.width <= (reach + 1) * len(cells)
 
 
 @pytest.mark.parametrize("name", ["crossfusion", "crossfusion_concat", "crossfusion_single"])

@@ -10,8 +10,8 @@ import torch
 from made_up_bags import WIDTH, bag, build, pad
 from torch import nn
 
-from cfusion.errors import ConfigError
-from cfusion.models import MODELS, build_model, published_state_dict
+from cfusion.errors import ConfigError, DataError
+from cfusion.models import MODELS, build_model, load_published_weights, published_state_dict
 from cfusion.models.bag import check_share
 from cfusion.models.dropout import Dropout
 from cfusion.models.registry import reads_positions
@@ -80,6 +80,70 @@ def test_published_dropouts_are_an_option():
     assert attention_dropout(attention_dropout=0.1, published=True) == {0.1}
     shares = {m.share for m in build("crossfusion", dropout=0.5).modules() if isinstance(m, Dropout)}
     assert shares == {0.5}
+
+
+@pytest.mark.parametrize("grid", ["file", "spatial"])
+def test_a_window_that_is_left_out_is_one_whose_kernel_is_zero(grid: str):
+    full, narrow = build("crossfusion", grid=grid), build("crossfusion", grid=grid, windows=[3, 5])
+    narrow.load_state_dict({k: v for k, v in full.state_dict().items() if not k.endswith("_7")})
+    with torch.no_grad():
+        batch = pad([bag(1, 30), bag(2, 11)])
+        assert not torch.allclose(full(batch).logits, narrow(batch).logits, atol=1e-4)
+        for name, parameter in full.named_parameters():
+            if name.endswith("_7"):
+                parameter.zero_()
+        torch.testing.assert_close(full(batch).logits, narrow(batch).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["crossfusion", "crossfusion_concat"])
+def test_no_position_encoding_is_one_whose_kernels_are_zero(name: str):
+    full, without = build(name), build(name, position="none")
+    without.load_state_dict({k: v for k, v in full.state_dict().items() if ".position." not in k})
+    with torch.no_grad():
+        batch = pad([bag(1, 30), bag(2, 11)])
+        assert not torch.allclose(full(batch).logits, without(batch).logits, atol=1e-4)
+        for key, parameter in full.named_parameters():
+            if ".position." in key:
+                parameter.zero_()
+        torch.testing.assert_close(full(batch).logits, without(batch).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("source", [5, 10, 20])
+def test_each_magnification_can_be_the_source_and_the_rest_are_context(source: float):
+    model = build("crossfusion", source=source)
+    assert set(model.contexts) == {"x5", "x10", "x20"} - {f"x{source}"}
+    one = bag(1, 7)
+    risk = model(one).risk
+    for name in one.features:
+        changed = {**one.features, name: one.features[name] + 1}
+        assert (model(dataclasses.replace(one, features=changed)).risk - risk).abs() > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("crossfusion", {"windows": []}, r"windows=\[\]: expected a list of different odd numbers from 3"),
+        ("crossfusion", {"windows": [4]}, r"windows=\[4\]: expected a list of different odd numbers"),
+        ("crossfusion", {"windows": [3, 3]}, r"windows=\[3, 3\]: expected"),
+        ("crossfusion", {"windows": [3, 1]}, r"windows=\[3, 1\]: expected"),
+        ("crossfusion", {"windows": 7}, r"windows=7: expected a list"),
+        ("crossfusion", {"windows": [True]}, r"windows=\[True\]: expected a list"),
+        ("crossfusion", {"position": "sine"}, "position='sine': expected ppeg or none"),
+        ("crossfusion_concat", {"position": "none", "windows": [5]}, "windows has no effect"),
+        ("crossfusion_concat", {"position": "none", "grid": "spatial"}, "grid has no effect"),
+        ("amil", {"windows": [5]}, r"options\.windows: amil has no such option"),
+    ],
+)
+def test_wrong_options_of_the_ablations_are_refused(name: str, options: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        build(name, **options)
+
+
+@pytest.mark.parametrize("options", [{"windows": [5, 3]}, {"position": "none"}])
+def test_weights_of_the_published_program_do_not_load_into_an_ablation_it_lacks(options: dict):
+    weights = published_state_dict(build("crossfusion"))
+    with pytest.raises(DataError, match="position encoding, with windows 7, 5 and 3"):
+        load_published_weights(build("crossfusion", **options), weights)
 
 
 def test_initial_weights_are_the_published_ones():

@@ -257,10 +257,11 @@ def _summary(cell: Cell, members: Sequence[ComparedRun], bootstrap: int) -> pd.S
     if not done:
         return None
     truth = outcomes_and_splits([member.folder for member in done], cell.cohort)
-    return score(_predictions(cell, done), *truth, bootstrap=bootstrap).summary.iloc[0]
+    return score(cell_predictions(cell, done), *truth, bootstrap=bootstrap).summary.iloc[0]
 
 
-def _predictions(cell: Cell, members: Sequence[ComparedRun]) -> pd.DataFrame:
+def cell_predictions(cell: Cell, members: Sequence[ComparedRun]) -> pd.DataFrame:
+    """Return the predictions of some finished runs of a cell, with the cell's names of model and cohort."""
     frames = [read_predictions(member.folder / PREDICTIONS) for member in members]
     return pd.concat(frames, ignore_index=True).assign(model=cell.label, cohort=cell.cohort)
 
@@ -276,7 +277,7 @@ def _tested(cells: Sequence[Cell], bootstrap: int) -> tuple[list[Cell], pd.DataF
         best = max(numbers, key=lambda number: cells[number].value)
         marked[best] = replace(cells[best], best=True)
         if len(numbers) > 1 and bootstrap:
-            frame = pd.concat([_predictions(cells[n], cells[n].members) for n in numbers], ignore_index=True)
+            frame = pd.concat([cell_predictions(cells[n], cells[n].members) for n in numbers], ignore_index=True)
             tables.append(compare(frame, reference=cells[best].label, replicates=bootstrap))
     if not tables:
         return marked, pd.DataFrame(columns=list(COLUMNS))

@@ -14,6 +14,12 @@ from cfusion.report.comparison.cells import RANKED, ComparedRun, Comparison, Cos
 from cfusion.report.comparison.comparison_tables import ResultGrid, cells_table, runs_table, tests_table
 from cfusion.report.comparison.critical_difference import cd_diagram
 from cfusion.report.comparison.paper import latex, markdown
+from cfusion.report.comparison.published_results import (
+    PUBLISHED,
+    PublishedComparison,
+    PublishedTable,
+    compare_published,
+)
 from cfusion.report.context import PROTOCOL_TEXTS, endpoint_words
 from cfusion.report.report_files import write_table
 from cfusion.report.run_page import report_environment
@@ -21,28 +27,38 @@ from cfusion.report.standalone import standalone
 from cfusion.run_folder import PREDICTIONS, REPORT
 
 
-def write_comparison(comparison: Comparison, out: Path, *, title: str) -> Path:
+def write_comparison(comparison: Comparison, out: Path, *, title: str, published: PublishedTable | None = None) -> Path:
     """Write the report of a sweep to a folder.
 
     Files: `index.html`, the page, a single file that needs no network and links to the runs; `cells.csv`, a row per
     cell with all scores; `runs.csv`, a row per run; `tests.csv`, the paired tests; `table.md` and `table.tex`, the
-    tables for a paper; `ranks_*.svg`, the critical-difference diagrams.
+    tables for a paper; `ranks_*.svg`, the critical-difference diagrams; `published.csv`, the cells next to published
+    results.
 
     Args:
         comparison: The comparison.
         out: Output folder, created if missing.
         title: Heading.
+        published: Published results to set next to the cells; None: none.
 
     Returns:
         The path of the page.
+
+    Raises:
+        DataError: None of the published results belongs to a cell.
     """
+    found = None if published is None else compare_published(comparison, published)
     write_table(out / "cells.csv", cells_table(comparison))
     write_table(out / "runs.csv", runs_table(comparison))
     write_table(out / "tests.csv", comparison.tests)
     write_text(out / "table.md", markdown(comparison, title))
     write_text(out / "table.tex", latex(comparison))
     _write_diagrams(comparison, out)
-    write_text(out / "index.html", render_comparison(comparison, out, title))
+    if found is None:
+        (out / PUBLISHED).unlink(missing_ok=True)
+    else:
+        write_table(out / PUBLISHED, found.rows)
+    write_text(out / "index.html", render_comparison(comparison, out, title, found))
     return out / "index.html"
 
 
@@ -57,7 +73,9 @@ def _write_diagrams(comparison: Comparison, out: Path) -> None:
             write_text(path, standalone(cd_diagram(ranking, what, protocol)))
 
 
-def render_comparison(comparison: Comparison, out: Path, title: str) -> str:
+def render_comparison(
+    comparison: Comparison, out: Path, title: str, published: PublishedComparison | None = None
+) -> str:
     """Render the page as HTML; links to runs are relative to `out`."""
     environment = report_environment()
     members = [m for cell in comparison.cells for m in (*cell.members, *cell.permuted)]
@@ -80,6 +98,7 @@ def render_comparison(comparison: Comparison, out: Path, title: str) -> str:
         endpoints=_endpoints(members),
         searches={member.name: member.search for member in members if member.search},
         protocols={p: PROTOCOL_TEXTS[p] for p in comparison.protocols},
+        published=published,
         nulls=any(cell.permuted for cell in comparison.cells),
         clinical=any(cell.clinical != "–" for cell in comparison.cells),
         links=lambda member: _links(member, out),
