@@ -57,7 +57,7 @@ def test_commands_work_outside_the_clone(installed: Path, tmp_path: Path):
     cfusion("configs", "copy", "tcga_blca")
     assert "373 patients" in cfusion("audit", "tcga_blca.yaml")
     cfusion("configs", "copy", "sweeps/published", "grid.yaml")
-    assert len(cfusion("sweep", "plan", "grid.yaml").splitlines()) == 1440
+    assert len(cfusion("sweep", "plan", "grid.yaml", "--list").splitlines()) == 1440
     assert "457 slides" in cfusion("gdc", "download", "package:tcga/manifests/tcga_blca.tsv", "--dry-run")
     assert "resolution" in cfusion("help", "resolution").lower()
     assert "#SBATCH" in cfusion("launch", "slurm", "tcga_blca.yaml", "--dry-run", code=2), "2: the shards are not there"

@@ -28,7 +28,9 @@ def register(app: typer.Typer) -> None:
 
 
 def score(
-    predictions: Annotated[Path, typer.Option(help="CSV of out-of-fold predictions, one row per patient and model.")],
+    predictions: Annotated[
+        Path, typer.Option(help="CSV of out-of-fold predictions, one row per patient and model; or a sweep's archive.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for scores.csv, summary.csv and the report.")],
     bootstrap: Annotated[int, typer.Option(help="Patient-bootstrap replicates of each interval.", min=0)] = 1000,
     horizons: Annotated[str, typer.Option(help="Months at which the time-dependent AUC is computed.")] = "12,36,60",
@@ -57,8 +59,10 @@ def score(
     from cfusion.report import ReportContext, write_report
     from cfusion.survival.predictions import read_predictions
     from cfusion.survival.score import score as compute
+    from launch.sweep.sharing import predictions_in
 
-    frame = read_predictions(predictions)
+    with predictions_in(predictions) as table:
+        frame = read_predictions(table)
     known = read_covariates([Path(table) for table in covariates or []], frame["case_id"])
     scores = compute(frame, covariates=known, bootstrap=bootstrap, horizons=_months(horizons))
     source = {predictions.name: {"sha256": digest_file(predictions), "bootstrap": bootstrap, "horizons": horizons}}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,6 +50,13 @@ Overrides = Annotated[
 ]
 Only = Annotated[list[str] | None, typer.Option("--only", help="axis=value: only these runs; may be repeated.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Slots = Annotated[
+    int | None, typer.Option(help="local: runs at the same time; default: one, or as many as the GPUs hold.", min=1)
+]
+SlotsPerGpu = Annotated[
+    int, typer.Option(help="local: runs on one GPU, each with an equal share of its memory.", min=1)
+]
+Processes = Annotated[int, typer.Option(help="Processes of a run (torchrun), each with one GPU.", min=1)]
 
 WATCH_SECONDS = 5.0
 
@@ -96,32 +105,52 @@ def _echo_lines(statuses: list[RunStatus]) -> None:
 
 
 @sweep.command(cls=SettingsCommand)
-def plan(file: SweepFile, overrides: Overrides = None, only: Only = None, in_json: AsJson = False) -> None:
-    """List the runs of a sweep and the state of each; a table on a terminal, tab-separated lines in a pipe.
+def plan(
+    file: SweepFile,
+    overrides: Overrides = None,
+    only: Only = None,
+    in_json: AsJson = False,
+    in_full: Annotated[
+        bool, typer.Option("--list", help="List the runs; a table on a terminal, tab-separated lines in a pipe.")
+    ] = False,
+    slots: Slots = None,
+    slots_per_gpu: SlotsPerGpu = 1,
+    processes: Processes = 1,
+    step_seconds: Annotated[
+        float | None, typer.Option(help="Time of an optimizer step; default: as the finished runs took.", min=1e-6)
+    ] = None,
+) -> None:
+    """Summarize a sweep: its runs, what is missing of their data, and what the unfinished ones will cost.
 
-    cfusion sweep plan configs/sweeps/backbones.yaml
+    cfusion sweep plan configs/sweeps/backbones.yaml --slots-per-gpu 4
     """
-    from launch.sweep.status import codes_of, counts, look
+    from launch.sweep.estimate import estimate
+    from launch.sweep.status import codes_of, look
+    from launch.sweep.workers import slots_here
 
     settings, runs = planned(file, overrides, only)
     statuses, stale = look(runs), stale_of(settings, runs, only)
-    if in_json:
-        return typer.echo(json.dumps(as_json(settings, statuses, stale), indent=1))
-    if not sys.stdout.isatty():
+    if in_full and not in_json and not sys.stdout.isatty():
         return _echo_lines(statuses)
+    cost = estimate(runs, statuses, slots_here(slots, slots_per_gpu, processes), step_seconds)
+    left = [run for run, status in zip(runs, statuses, strict=True) if status.state != "done"]
+    missing = dict(Counter(run.absent for run in left if run.absent).most_common())
+    if in_json:
+        more = {"missing": missing, "estimate": asdict(cost)}
+        return typer.echo(json.dumps(as_json(settings, statuses, stale, **more), indent=1))
+    from cfusion.cli.sweep_views import plan_summary, status_table
+
+    for line in plan_summary(settings, statuses, missing, cost):
+        typer.echo(line)
+    if stale:
+        typer.echo(f"{len(stale):,} stale: folders of runs whose configuration, data or code has changed since")
+    for code, number in codes_of(settings, stale).items():
+        typer.echo(f"{number:,} of them done by code {code}; if its numbers are the same, `code: '{code}'` in {file}")
+    if not in_full:
+        return typer.echo("runs: --list")
     from rich.console import Console
 
-    from cfusion.cli.sweep_views import legend, status_table
-
-    console = Console(highlight=False)
-    console.print(status_table(statuses, list(settings.axes)))
-    console.print(f"{len(runs):,} runs  ", legend(counts(statuses)))
-    if stale:
-        console.print(f"{len(stale):,} stale: folders of runs whose configuration, data or code has changed since")
-    for code, number in codes_of(settings, stale).items():
-        console.print(
-            f"{number:,} of them done by code {code}; if its numbers are the same, `code: '{code}'` in {file}"
-        )
+    Console(highlight=False).print(status_table(statuses, list(settings.axes)))
 
 
 @sweep.command(cls=SettingsCommand)
@@ -206,13 +235,9 @@ def run(
     overrides: Overrides = None,
     only: Only = None,
     executor: Executor = "local",
-    slots: Annotated[
-        int | None, typer.Option(help="local: runs at the same time; default: one, or as many as the GPUs hold.", min=1)
-    ] = None,
-    slots_per_gpu: Annotated[
-        int, typer.Option(help="local: runs on one GPU, each with an equal share of its memory.", min=1)
-    ] = 1,
-    processes: Annotated[int, typer.Option(help="Processes of a run (torchrun), each with one GPU.", min=1)] = 1,
+    slots: Slots = None,
+    slots_per_gpu: SlotsPerGpu = 1,
+    processes: Processes = 1,
     retries: Retries = 1,
     limit: Annotated[int | None, typer.Option(help="Run at most N of the unfinished runs.", min=1)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would run, audit its data, and stop.")] = False,
@@ -275,10 +300,13 @@ def _rehearse(runs: list[PlannedRun], how: Execution, folder: Path) -> None:
 
 @sweep.command(cls=SettingsCommand)
 def report(
-    file: SweepFile,
+    file: Annotated[Path, typer.Argument(help="YAML file of the sweep, or the archive of `cfusion sweep export`.")],
     overrides: Overrides = None,
     only: Only = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the report; default: report/ in the sweep's.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the report; default: report/ in the sweep's, NAME-report next to NAME.zip."),
+    ] = None,
     published: Annotated[
         str | None,
         typer.Option("--beside", help="Published results to compare with: CSV file or name, crossfusion-midl2026."),
@@ -293,11 +321,18 @@ def report(
       cfusion sweep report configs/sweeps/table1.yaml --beside crossfusion-midl2026
     """  # noqa: D301 - the escape is typer's mark for lines that stay as they are
     from cfusion.report.comparison.published_results import read_published
+    from launch.sweep.archive import is_archive
     from launch.sweep.results import report_sweep
+    from launch.sweep.sharing import report_archive
 
     table = None if published is None else read_published(published)
-    settings, runs = planned(file, overrides, only)
-    page = report_sweep(settings, runs, out or settings.output / "report", table)
+    if file.suffix == ".zip" or is_archive(file):
+        if overrides or only:
+            raise ConfigError(f"{file}: an archive is reported as it is.", "Leave out --only and overrides.")
+        page = report_archive(file, out or file.with_name(f"{file.stem}-report"), table)
+    else:
+        settings, runs = planned(file, overrides, only)
+        page = report_sweep(settings, runs, out or settings.output / "report", table)
     if table is not None:
         _echo_published(page.parent, table.name)
     typer.echo(f"report: {page}")
@@ -318,3 +353,58 @@ def _echo_published(folder: Path, name: str) -> None:
     typer.echo(found.summary)
     for note in found.notes:
         typer.echo(f"note: {note}")
+
+
+@sweep.command(cls=SettingsCommand)
+def export(
+    file: SweepFile,
+    overrides: Overrides = None,
+    only: Only = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The archive; default: NAME.zip next to the sweep's folder, by its name.")
+    ] = None,
+) -> None:
+    """Write predictions, folds, settings and digests of the finished runs as one archive for others to score.
+
+    `cfusion sweep report` and `cfusion score --predictions` read it. The same runs give the same bytes. It has no
+    models, embeddings or logs, and patients keep their names.
+
+      cfusion sweep export configs/sweeps/backbones.yaml --out backbones.zip
+    """
+    from launch.sweep.sharing import export_sweep
+
+    settings, runs = planned(file, overrides, only)
+    path = out or settings.output.with_name(f"{settings.name}.zip")
+    typer.echo(f"archive: {path}\nsha256: {export_sweep(settings, runs, path)}")
+
+
+@sweep.command("import", cls=SettingsCommand)
+def import_(
+    file: SweepFile,
+    results: Annotated[Path, typer.Argument(help="Folder of the other program's results.")],
+    layout: Annotated[str, typer.Option("--from", help="stamp, nnmil or patho-bench.")],
+    overrides: Overrides = None,
+    only: Only = None,
+    model: Annotated[str | None, typer.Option(help="Name in the comparison; default: the program's.")] = None,
+    cohort: Annotated[str | None, typer.Option(help="Cohort of the sweep; default: its only one.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Encoder of its features; default: the only one of the cohort's runs.")
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="How its epoch was chosen; default: as the program does by itself.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the sweep's runs that it is paired with; default: the lowest.")
+    ] = None,
+) -> None:
+    """Add the predictions of STAMP, nnMIL or Patho-Bench on the sweep's folds to its report, as one more model.
+
+    cfusion sweep import configs/sweeps/backbones.yaml stamp_output --from stamp --cohort tcga_blca --encoder uni
+    """
+    from launch.sweep.peer_runs import PeerCell, import_peer
+    from launch.sweep.results import compared
+
+    settings, runs = planned(file, overrides, only)
+    cell = PeerCell(model, cohort, encoder, protocol, seed)
+    typer.echo(import_peer(settings.output, compared(settings, runs), results, layout, cell))
+    typer.echo(f"table: cfusion sweep report {file}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,10 +12,14 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from cfusion.report.comparison.published_results import PublishedComparison
+    from launch.sweep.estimate import CostEstimate
+    from launch.sweep.plan import SweepConfig
     from launch.sweep.status import RunStatus
 
 COLOURS = {"done": "green", "running": "yellow", "failed": "red", "open": "bright_black"}
 _ROWS = 60
+_CAUSES = 10
+"""Causes of missing data that a summary lists."""
 _SQUARES = 16
 """Maximum number of squares in a cell."""
 
@@ -120,6 +126,48 @@ def words(statuses: Sequence[RunStatus]) -> Iterator[Text]:
         yield Text.assemble((f"{state:<8}", COLOURS[state]), f"{runs[0].name}{more}: {cause}")
         if runs[0].log is not None:
             yield Text(f"        log: {runs[0].log}", "dim")
+
+
+def plan_summary(
+    settings: SweepConfig, statuses: Sequence[RunStatus], missing: Mapping[str, int], cost: CostEstimate
+) -> Iterator[str]:
+    """Yield the lines of a plan's summary: runs, what is missing of their data, what the unfinished ones will cost.
+
+    `missing` has the number of runs for each cause, the most frequent first.
+    """
+    states = Counter(status.state for status in statuses)
+    product = " × ".join(f"{len(values)} {axis}" for axis, values in settings.axes.items())
+    yield f"{settings.name}: {len(statuses):,} runs ({product}): {', '.join(f'{n:,} {s}' for s, n in states.items())}"
+    if missing:
+        yield f"data is missing for {sum(missing.values()):,} runs:"
+        yield from (f"  {number:,}: {cause}" for cause, number in itertools.islice(missing.items(), _CAUSES))
+        if len(missing) > _CAUSES:
+            yield f"  and {len(missing) - _CAUSES:,} more causes: --json"
+    yield from (f"steps of {number:,} runs not counted: {cause}" for cause, number in cost.uncounted.items())
+    if not cost.runs:
+        return
+    yield f"left: {cost.runs:,} runs whose data is here, {cost.folds:,} folds, at most {cost.steps:,} steps"
+    yield _slots_line(cost)
+    if cost.disk_bytes is None:
+        yield "disk: unknown until a run is done"
+    else:
+        yield f"disk: {cost.disk_bytes / 1e9:.2f} GB once they are done, {_DISK[cost.disk_from]}"
+
+
+_DISK = {"measured": "as the finished runs", "counted": "weights and predictions without checkpoints"}
+
+
+def _slots_line(cost: CostEstimate) -> str:
+    """Return the slots and their price."""
+    slots = f"slots: {cost.slots}"
+    if cost.hours is None or cost.step_seconds is None:
+        return f"{slots}; time unknown: finish a run (cfusion sweep run --limit 1), or give --step-seconds"
+    parts = [f"about {duration(cost.hours * 3600)}"]
+    parts += [f"{cost.gpu_hours:.3g} GPU-hours"] if cost.gpu_hours else []
+    if cost.kwh is not None:
+        parts.append(f"{'at most ' * (cost.kwh_from == 'limit')}{cost.kwh:.3g} kWh")
+    source = f"measured on {cost.measured_runs} runs" if cost.measured_runs else "as given"
+    return f"{slots}: {', '.join(parts)}, at {cost.step_seconds:.3g} s a step ({source})"
 
 
 def cost(spent: Mapping[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""Cost of an attempt at a run: time, CPU time, GPU time, and energy if the GPU measures it."""
+"""Cost of an attempt at a run: time, CPU time, GPU time, and energy if the GPU measures it; what a GPU may draw."""
 
 from __future__ import annotations
 
@@ -55,6 +55,18 @@ def _gpus() -> int:
 
 def _gpu_joules() -> float | None:
     """Return the energy that the visible GPUs have used since their driver was loaded; None without NVML."""
+    used = _nvml("nvmlDeviceGetTotalEnergyConsumption")
+    return None if used is None else sum(used) / 1000
+
+
+def gpu_watts() -> float | None:
+    """Return the power that a visible GPU may draw, mean over them; None without GPUs or NVML."""
+    limits = _nvml("nvmlDeviceGetEnforcedPowerLimit")
+    return None if not limits else sum(limits) / 1000 / len(limits)
+
+
+def _nvml(question: str) -> list[int] | None:
+    """Ask NVML a question about each visible GPU."""
     if not _gpus() or importlib.util.find_spec("pynvml") is None:
         return None
     import pynvml
@@ -65,6 +77,6 @@ def _gpu_joules() -> float | None:
         handles = [
             pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(i).uuid}") for i in range(_gpus())
         ]
-        return sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in handles) / 1000
+        return [getattr(pynvml, question)(handle) for handle in handles]
     except pynvml.NVMLError:
         return None

@@ -14,8 +14,9 @@ from cfusion.console import Progress, progress
 from cfusion.errors import CfusionError, PartialResultError, RequeueError
 from cfusion.files import digest_json
 from cfusion.run_folder import fold_folders, is_done
+from launch.sweep.data_digests import places, remember_data
 from launch.sweep.markers import LOG
-from launch.sweep.plan import PlannedRun, places, remember_data
+from launch.sweep.plan import PlannedRun
 from launch.sweep.work import Job, Outcome
 from launch.sweep.workers import run_local, slots_here
 from launch.tasks.attempts import attempt_all
@@ -76,7 +77,7 @@ def run_all(runs: Sequence[PlannedRun], execution: Execution, folder: Path) -> N
     missing = [run for run in runs if not is_done(run.config.output)]
     if len(missing) < len(runs):
         logger.info("%d of %d runs are done already", len(runs) - len(missing), len(runs))
-    remember_data(folder, runs)
+    remember_data(folder, [run.data for run in runs])
     outcomes = {run.name: Outcome(run.name, "failed", run.absent) for run in missing if run.absent}
     todo = [run for run in missing if not run.absent]
     if execution.executor == "slurm":  # hours in a queue are too late to learn of a wrong table

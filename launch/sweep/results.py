@@ -10,6 +10,7 @@ from cfusion.report.comparison.comparison_files import write_comparison
 from cfusion.report.comparison.published_results import PublishedTable
 from cfusion.report.search_section import fold_choices
 from launch.sweep.markers import attempts
+from launch.sweep.peer_runs import imported
 from launch.sweep.plan import PlannedRun, SweepConfig
 from launch.sweep.status import RunStatus, look
 
@@ -22,9 +23,19 @@ def report_sweep(
     Raises:
         DataError: None of the runs is finished, or none of the published results belongs to a cell.
     """
-    members = members_of(runs, look(runs))
-    bootstrap = max(run.config.evaluation.bootstrap for run in runs)
-    return write_comparison(compare_runs(members, bootstrap), out, title=sweep.name, published=published)
+    found = compare_runs(compared(sweep, runs), bootstrap_of(runs))
+    return write_comparison(found, out, title=sweep.name, published=published)
+
+
+def compared(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> list[ComparedRun]:
+    """Return the members of a sweep's comparison: its runs, and what was imported for their cohorts."""
+    cohorts = {run.config.cohort.name for run in runs}
+    return [*members_of(runs, look(runs)), *(peer for peer in imported(sweep.output) if peer.cohort in cohorts)]
+
+
+def bootstrap_of(runs: Sequence[PlannedRun]) -> int:
+    """Return the replicates of a sweep's intervals and tests."""
+    return max(run.config.evaluation.bootstrap for run in runs)
 
 
 def members_of(runs: Sequence[PlannedRun], statuses: Sequence[RunStatus]) -> list[ComparedRun]:

@@ -22,8 +22,9 @@ from cfusion.locks import HeldError
 from cfusion.run_folder import claim, is_done
 from cfusion.secret_text import SecretsLeftOut
 from launch.sweep.cost import Meter
+from launch.sweep.data_digests import DataDigests
 from launch.sweep.markers import LOG, add_attempt, clear_failure, write_failure
-from launch.sweep.plan import DataDigests, PlannedRun
+from launch.sweep.plan import PlannedRun
 from launch.tasks.task import cause_of
 
 _POLL_SECONDS = 0.2

@@ -22,9 +22,10 @@ from cfusion.errors import ConfigError, DataError, PartialResultError
 from cfusion.run_folder import claim
 from launch.sweep import plan as plan_module
 from launch.sweep import status as status_module
+from launch.sweep.data_digests import DataDigests
 from launch.sweep.execute import Execution, jobs_of, run_all
 from launch.sweep.markers import FAILED, add_attempt, attempts, write_failure
-from launch.sweep.plan import DataDigests, PlannedRun, SweepConfig, load_sweep, plan
+from launch.sweep.plan import PlannedRun, SweepConfig, load_sweep, plan
 from launch.sweep.results import members_of
 from launch.sweep.status import counts, grid, look, seconds_left
 from launch.sweep.work import Job
@@ -61,7 +62,7 @@ def done(files, tmp_path_factory) -> Path:
 
 
 def test_plan_and_status_say_the_same_in_lines_and_in_json(done):
-    lines = [line.split("\t") for line in cfusion("plan", str(done)).splitlines()]
+    lines = [line.split("\t") for line in cfusion("plan", str(done), "--list").splitlines()]
     assert [line[0] for line in lines] == ["done", "done", "done", "open"]
     assert [line[2] for line in lines] == ["3/3", "3/3", "3/3", "0/3"]
     report = json.loads(cfusion("status", str(done), "--json"))
@@ -72,7 +73,7 @@ def test_plan_and_status_say_the_same_in_lines_and_in_json(done):
 
 
 def test_only_chooses_and_a_changed_setting_leaves_stale_runs(done):
-    names = [line.split("\t")[1] for line in cfusion("plan", str(done), "--only", "model=amil").splitlines()]
+    names = [line.split("\t")[1] for line in cfusion("plan", str(done), "--list", "--only", "model=amil").splitlines()]
     assert [name.startswith("made-up-amil-") for name in names] == [True, True]
     report = json.loads(cfusion("plan", str(done), "train.epochs=5", "--json"))
     assert report["counts"]["open"] == 4

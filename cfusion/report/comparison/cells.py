@@ -36,8 +36,8 @@ class Cost:
     """Cost of runs. Attempts that were killed are not included, since they record nothing.
 
     Attributes:
-        cpu_hours: User and system time.
-        gpu_hours: GPUs × time.
+        cpu_hours: User and system time; NaN if unknown, as for imported predictions.
+        gpu_hours: GPUs × time; NaN if unknown.
         energy_kwh: Energy used by the GPUs; NaN if unknown.
     """
 
@@ -47,9 +47,12 @@ class Cost:
 
     @staticmethod
     def total(costs: Sequence[Cost]) -> Cost:
-        """Add costs; the energy is known only if it is known for each."""
-        energy = sum(c.energy_kwh for c in costs) if costs else _NAN
-        return Cost(sum(c.cpu_hours for c in costs), sum(c.gpu_hours for c in costs), energy)
+        """Add the costs that are known; the energy is known only if it is known for each of them."""
+        known = [cost for cost in costs if not math.isnan(cost.cpu_hours)]
+        if costs and not known:
+            return Cost(_NAN, _NAN)
+        energy = sum(c.energy_kwh for c in known) if known else _NAN
+        return Cost(sum(c.cpu_hours for c in known), sum(c.gpu_hours for c in known), energy)
 
     @property
     def words(self) -> str:
@@ -92,6 +95,16 @@ class ComparedRun:
     cost: Cost = field(default_factory=Cost)
     endpoint: str | None = None
     search: tuple[FoldChoice, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Name encoder and model as one method."""
+        return method_label(self.encoder, self.model)
+
+
+def method_label(encoder: str, model: str) -> str:
+    """Name encoder and model as one method."""
+    return f"{encoder} / {model}"
 
 
 @dataclass(frozen=True)
@@ -148,7 +161,7 @@ class Cell:
     @property
     def label(self) -> str:
         """Name encoder and model as one method."""
-        return f"{self.encoder} / {self.model}"
+        return method_label(self.encoder, self.model)
 
     @property
     def value(self) -> float:

@@ -88,7 +88,8 @@ def _results(grid: ResultGrid) -> Printed:
         mean = grid.mean(encoder, model)
         mean_text = "–" if math.isnan(mean) else f"{mean:.3f}"
         hours = costs[encoder, model].gpu_hours if on_gpus else costs[encoder, model].cpu_hours
-        rows.append((encoder, model, *map(_mean_and_sd, cells), mean_text, f"{hours:,.1f}"))
+        hours_text = "–" if math.isnan(hours) else f"{hours:,.1f}"
+        rows.append((encoder, model, *map(_mean_and_sd, cells), mean_text, hours_text))
         bold |= {(number, 2 + place) for place, cell in enumerate(cells) if cell is not None and cell.best}
     head = ("Encoder", "Model", *grid.cohorts, "Mean", "GPU h" if on_gpus else "CPU h")
     return Printed("Results", f"{_RESULTS} {named(grid.protocol)}", head, tuple(rows), frozenset(bold))
