@@ -21,7 +21,6 @@ from cfusion.training.runtime import Runtime
 from cfusion.training.schedule import learning_rate, steps_in_epoch
 from cfusion.training.snapshot import Snapshot
 from cfusion.training.step import Share, Stepper, StepReport, dropout_seed
-from cfusion.types import Targets
 
 
 def train_fold(runtime: Runtime, job: FoldJob, model: nn.Module, stepper: Stepper) -> tuple[TrainState, Snapshot]:
@@ -151,8 +150,7 @@ def _shares(
     targets = targets_of(job, job.train)
     stream = job.train.loader.stream(bags, epoch=epoch, training=True)
     for (step, micro), indices, batch in zip(passes, bags, stream, strict=True):
-        chosen = torch.as_tensor(indices)
-        own = Targets(targets.label[chosen], targets.event[chosen], targets.time_months[chosen])
+        own = targets.of(torch.as_tensor(indices))
         weights = torch.tensor(micro.weights, dtype=runtime.dtype, device=runtime.device)
         keys = [job.train.bags[i].key for i in indices]
         seed = dropout_seed(job.name, epoch, keys, earlier[step][list(micro.indices)].tolist())

@@ -31,7 +31,7 @@ from cfusion.training.runtime import Runtime
 from cfusion.training.schedule import learning_rate, steps_in_epoch
 from cfusion.training.snapshot import Snapshot
 from cfusion.training.step import Share, Stepper, dropout_seed
-from cfusion.types import BagBatch, SurvivalOutput, Targets
+from cfusion.types import BagBatch, SurvivalOutput
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ class GroupMember:
 
     def _share(self, bags: tuple[int, ...]) -> Share:
         rows = torch.tensor([self._targets[bag] for bag in bags], device=self._runtime.device)
-        targets = Targets(*(getattr(self._outcomes, f.name)[rows] for f in dataclasses.fields(Targets)))
+        targets = self._outcomes.of(rows)
         keys = [self._all_bags.bags[bag].key for bag in bags]
         seed = dropout_seed(self.fold.job.name, self.position.epoch, keys, [0] * len(bags))
         weights = torch.ones(len(bags), dtype=self._runtime.dtype, device=self._runtime.device)
