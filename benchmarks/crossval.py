@@ -48,8 +48,9 @@ USUAL = {"amil": Size(None, 2048, 4), "crossfusion": Size(None, 512, 3)}
 
 
 def ours(
-    files: Files, model: str, size: Size, output: Path, *, cold: bool, device: str, published: bool = False
-) -> Spent:
+    files: Files, model: str, size: Size, output: Path, *, cold: bool, device: str, published: bool = False,
+    tracked: bool = True,
+) -> Spent:  # fmt: skip
     """All folds together; see the module."""
     config = validate(
         Config,
@@ -64,6 +65,7 @@ def ours(
             "train": {"folds": "together", "epochs": size.epochs, "patience": None},
             "parallel": {"precision": "bf16" if device == "cuda" else "f32"},
             "evaluation": {"protocol": "published"},
+            "tracking": {"enabled": tracked},
             "output": str(output / "run"),
         },
         "benchmark",

@@ -93,8 +93,10 @@ def world(processes: int, work: str, path: Path, engine: str = "ddp") -> dict[st
     ]  # fmt: skip
     # Large tensors then go back to the system when they are freed, so that the kernel's peaks are the program's.
     # One thread for a single process too: Accelerate would give it all that the machine has.
+    # Only the rows of a GPU see one: several processes that count CPU time would be refused where there is one GPU.
     environment = {
         **os.environ,
+        **({} if work == "gpu" else {"CUDA_VISIBLE_DEVICES": ""}),
         "OMP_NUM_THREADS": "1",
         "MALLOC_MMAP_THRESHOLD_": "1048576",
         "MALLOC_TRIM_THRESHOLD_": "1048576",

@@ -242,6 +242,9 @@ class TrainConfig(Section):
     """Validation score used to choose the epoch."""
     optimizer: Literal["adamw", "adam"] = "adamw"
     """AdamW (decoupled weight decay) or Adam (L2)."""
+    fused_optimizer: bool = False
+    """Whether the optimizer updates all parameters in one kernel, which changes the last bits (`parallel.engine: ddp`);
+    off, since it has not been measured on a GPU."""
     lr: float = Field(3e-4, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(1e-2, ge=0)
@@ -287,12 +290,16 @@ class ParallelConfig(Section):
 
     engine: Literal["ddp", "zero1", "zero2", "zero3"] = "ddp"
     """DistributedDataParallel, or a stage of DeepSpeed's ZeRO."""
-    precision: Literal["f32", "bf16", "fp16", "f64"] = "f32"
-    """Precision of the forward pass; f64 is for tests of numerical equality. With `train.published_errors`, f32 is fp16
-    without loss scaling on a GPU."""
+    precision: Literal["auto", "f32", "bf16", "fp16", "f64"] = "auto"
+    """Precision of the forward pass. `auto`: bf16 on a GPU that has it, else f32; decided when a run begins and kept by
+    a resume. f64 is for tests of numerical equality. With `train.published_errors`, f32 is fp16 without loss scaling on
+    a GPU, and `auto` is f32."""
     deterministic: Literal["auto", True, False] = "auto"
     """Whether the same run on the same device gives the same bits. `auto`: on a CPU, where it costs nothing; on a GPU
     `true` excludes faster operations. The number of processes and the kind of GPU change bits in any case."""
+    hold_casts: Annotated[bool, Aside("weights are cast less often, to the same values")] = False
+    """Whether to cast the weights to bf16 or fp16 once a step instead of once a forward pass (`engine: ddp`, folds that
+    do not share a read). The numbers are the same; off, since it has not been measured on a GPU."""
     global_batch: int = Field(32, ge=1)
     """Bags per optimizer step over all processes; the number of accumulation steps follows from it."""
     timeout_minutes: Annotated[float, Aside("how long a process waits for the others")] = Field(10.0, gt=0, le=24 * 60)
@@ -422,12 +429,19 @@ class Config(Section):
         if "cohorts" in kept:
             of = {name: CohortConfig.without_asides(cohort) for name, cohort in kept.pop("cohorts").items()}
             kept |= {"cohorts": of} if of else {}
-        if isinstance(train := kept.get("train"), dict) and not train.get("start_unchecked", True):
-            kept["train"] = {key: value for key, value in train.items() if key != "start_unchecked"}
+        if isinstance(train := kept.get("train"), dict):  # likewise
+            new = ("fused_optimizer", "start_unchecked")
+            kept["train"] = {key: value for key, value in train.items() if not (key in new and value is False)}
         model = kept.get("model")
         if isinstance(model, dict) and names_file(str(model.get("name"))):
             kept["model"] = {**model, "name": Path(model["name"]).name}
         return kept
+
+    def with_precision(self, precision: Literal["auto", "f32", "bf16", "fp16", "f64"]) -> Config:
+        """Return the configuration with `precision` in place of `parallel.precision=auto`; another value stays."""
+        if self.parallel.precision != "auto":
+            return self
+        return self.model_copy(update={"parallel": self.parallel.model_copy(update={"precision": precision})})
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -478,6 +492,22 @@ class Config(Section):
             raise ValueError(
                 f"train.folds=together needs parallel.engine=ddp and f32, bf16 or f64; "
                 f"got {self.parallel.engine}, {self.parallel.precision}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_ddp_has_these(self) -> Config:
+        asked = {"train.fused_optimizer": self.train.fused_optimizer, "parallel.hold_casts": self.parallel.hold_casts}
+        for key, value in asked.items():
+            if value and self.parallel.engine != "ddp":
+                raise ValueError(
+                    f"{key}=true needs parallel.engine=ddp, since DeepSpeed has its own; got {self.parallel.engine}. "
+                    f"Set {key}=false"
+                )
+        if self.parallel.hold_casts and self.train.folds == "together":
+            raise ValueError(
+                "parallel.hold_casts=true needs train.folds=separate or side-by-side: folds that share a read train on "
+                "one bag after the other. Set parallel.hold_casts=false"
             )
         return self
 

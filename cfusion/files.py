@@ -92,6 +92,11 @@ def _sync(path: Path) -> None:
             os.close(descriptor)
 
 
+def user_cache() -> Path:
+    """Return the program's folder in the user's cache, `XDG_CACHE_HOME` or `~/.cache`; it may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cfusion"
+
+
 def write_text(target: str | os.PathLike[str], text: str) -> None:
     """Write `text` to `target` atomically."""
     with atomic_path(target) as temporary:

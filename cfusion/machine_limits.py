@@ -17,6 +17,9 @@ import psutil
 _JOB_CORES = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "NSLOTS", "NCPUS", "LSB_DJOB_NUMPROC")
 """Variables with the cores of a task or job: SLURM, Grid Engine, PBS, LSF; the first that is set counts."""
 
+SLOTS = "CFUSION_SLOTS"
+"""Variable with the number of a sweep's workers on this machine, set for each of them: they share its memory."""
+
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 
@@ -39,6 +42,12 @@ def free_memory_bytes() -> int:
     """Memory that is free for this process: the machine's, or what a limit leaves, page cache counted free."""
     left = (max(0, limit - used) for limit, used in (*_memory_limits(), *_own_limits()))
     return min([psutil.virtual_memory().available, *left])
+
+
+def processes_here() -> int:
+    """Return how many processes of this run and of the other runs of its sweep share the memory of this machine."""
+    counts = (os.environ.get(name, "") for name in (SLOTS, "LOCAL_WORLD_SIZE"))
+    return math.prod(int(count) for count in counts if count.isdecimal() and int(count) > 0)
 
 
 def _job_cores() -> int | None:

@@ -7,11 +7,14 @@ them.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
+import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from cfusion.files import digest_json
+from cfusion.files import digest_json, user_cache, write_text
 
 PACKAGE = Path(__file__).parent
 
@@ -74,6 +77,8 @@ MODULES = {
 DIGITS = 10
 """Digits of the digest of the code."""
 
+_DIGEST = re.compile(f"[0-9a-f]{{{DIGITS}}}")
+
 TEXTS = (
     "comments, docstrings and layout",
     "texts in a `raise`, and of any call of an error or warning",
@@ -99,9 +104,22 @@ def program_digest() -> str:
 
 @functools.cache
 def code_digest() -> str:
-    """Digest of the code that a run's numbers come from: numbers, operators and names count, texts do not."""
-    files = {path.relative_to(PACKAGE): path for path in sorted(PACKAGE.rglob("*.py"))}
-    return digest_json([[str(name), _code(path)] for name, path in files.items() if computes(name)])[:DIGITS]
+    """Digest of the code that a run's numbers come from: numbers, operators and names count, texts do not.
+
+    Computing it takes longer than to start a small run, so it is kept in the user's cache by the bytes it comes from.
+    """
+    names = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py"))]
+    sources = {str(name): (PACKAGE / name).read_text(encoding="utf-8") for name in names if computes(name)}
+    rules = Path(__file__).read_text(encoding="utf-8")
+    kept = user_cache() / "code" / digest_json([sources, rules, sys.version_info[:2]])
+    with contextlib.suppress(OSError):
+        if _DIGEST.fullmatch(known := kept.read_text(encoding="ascii", errors="replace")):
+            return known
+    digest = digest_json([[name, _code(source)] for name, source in sources.items()])[:DIGITS]
+    with contextlib.suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_text(kept, digest)
+    return digest
 
 
 def computes(module: Path) -> bool:
@@ -114,9 +132,8 @@ def computes(module: Path) -> bool:
     return True
 
 
-def _code(path: Path) -> str:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return ast.unparse(_Normalised().visit(tree))
+def _code(source: str) -> str:
+    return ast.unparse(_Normalised().visit(ast.parse(source)))
 
 
 class _Normalised(ast.NodeTransformer):

@@ -29,7 +29,8 @@ _ELSEWHERE = {
     "data.unit": "slide", "data.max_tiles": None, "data.feature_dropout": 0.0, "data.token_budget": None,
     "parallel.global_batch": 32, "parallel.precision": "f32", "evaluation.n_bins": 4,
 }  # fmt: skip
-"""Settings of other sections that decide the published training. All but `data.unit` are defaults."""
+"""Settings of other sections that decide the published training. All but `data.unit` and `parallel.precision` are
+defaults."""
 
 _WORDS = {"parallel.precision": "fp16 without loss scaling"}
 """What the published program has where the value of a setting does not say it."""
@@ -41,16 +42,19 @@ _ATTENTION_DROPOUT = 0.2
 def with_recipe(values: Any) -> Any:
     """Fill in the values of `train.recipe` that a configuration does not give; those that it gives stay.
 
-    `published` also sets `data.unit` and `model.options.published`, the published dropouts. Under the protocol of
-    that name it sets `train.published_errors`; under any other the scored patients must not decide the time bins.
+    `published` also sets `data.unit`, `parallel.precision` and `model.options.published`, the published dropouts. Under
+    the protocol of that name it sets `train.published_errors`; under any other the scored patients must not decide the
+    time bins. With `train.published_errors`, set or given, `parallel.precision` is f32 in place of `auto`.
     If a given `train.epochs` ends training before the recipe's `min_epoch`, only the last epoch may be chosen.
 
     Args:
         values: Sections of a configuration as plain values; anything else is returned unchanged.
     """
     train = values.get("train") if isinstance(values, dict) else None
-    if not isinstance(train, dict) or train.get("recipe") != "published":
+    if train is None:
         return values
+    if not isinstance(train, dict) or train.get("recipe") != "published":
+        return _with_f32(values) if _plain(train).get("published_errors") is True else values
     evaluation = _plain(values.get("evaluation", {}))
     filled = {**PUBLISHED_RECIPE, "published_errors": evaluation.get("protocol") == "published", **train}
     epochs = filled["epochs"]
@@ -58,11 +62,18 @@ def with_recipe(values: Any) -> Any:
         filled["min_epoch"] = max(epochs - 1, 0)
     model, data = (_plain(values.get(section, {})) for section in ("model", "data"))
     return {
-        **values,
+        **_with_f32(values),
         "train": filled,
         "data": {"unit": "slide", **data},
         "model": {**model, "options": {"published": True, **model.get("options", {})}},
     }
+
+
+def _with_f32(values: dict[str, Any]) -> dict[str, Any]:
+    """Fill in `parallel.precision`."""
+    parallel = _plain(values.get("parallel", {}))
+    given = parallel.get("precision", "auto")
+    return {**values, "parallel": {**parallel, "precision": "f32" if given == "auto" else given}}
 
 
 def departures(values: Mapping[str, Any]) -> list[str]:

@@ -248,10 +248,19 @@ class Targets:
         stratum = None if self.stratum is None else self.stratum.to(device)
         return Targets(self.label.to(device), self.event.to(device), self.time_months.to(device), stratum)
 
-    def of(self, bags: Tensor) -> Targets:
-        """Return the outcomes of some of the bags, by their numbers [bag]."""
+    def of(self, bags: Tensor | slice) -> Targets:
+        """Return the outcomes of some of the bags, by their numbers [bag] or as a range."""
         stratum = None if self.stratum is None else self.stratum[bags]
         return Targets(self.label[bags], self.event[bags], self.time_months[bags], stratum)
+
+    @staticmethod
+    def join(parts: Sequence[Targets]) -> Targets:
+        """Return the outcomes of several batches as one."""
+        strata = [part.stratum for part in parts if part.stratum is not None]
+        label, event, time = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("label", "event", "time_months")
+        )
+        return Targets(label, event, time, torch.cat(strata) if strata else None)
 
 
 def at_least_f32(values: Tensor) -> Tensor:

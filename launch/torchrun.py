@@ -26,12 +26,14 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError, RendezvousTimeoutError
-from torch.distributed.run import parse_args, run
+from torch.distributed.run import get_args_parser, parse_args, run
 
 from cfusion.child_processes import python_path, stop_with_parent
 from launch.cluster.cluster_plan import FINAL, REQUEUE
 
 logger = logging.getLogger(__name__)
+
+_SHUTDOWN = ("--shutdown-timeout", "--shutdown_timeout")
 
 NAME_SECONDS = 30.0
 """How long the name of the first node may take to resolve."""
@@ -134,12 +136,28 @@ def _chain(error: BaseException) -> str:
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """Read torchrun's arguments, and set what its processes need."""
     os.environ |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": python_path()}
-    parsed = parse_args(list(arguments))
+    parsed = parse_args(known_arguments(arguments, get_args_parser()))
     if parsed.module:  # a script may import from its folder
         os.environ["PYTHONSAFEPATH"] = "1"
     if (host := is_host()) is not None:
         parsed.rdzv_conf = ",".join(filter(None, [parsed.rdzv_conf, f"is_host={str(host).lower()}"]))
     return parsed
+
+
+def known_arguments(arguments: Sequence[str], torchrun: argparse.ArgumentParser) -> list[str]:
+    """Return the arguments without `--shutdown-timeout` where the installed torchrun is older than that option.
+
+    Processes that do not stop are then killed after torchrun's own 30 s.
+    """
+    if any(option in _SHUTDOWN for action in torchrun._actions for option in action.option_strings):
+        return list(arguments)
+    kept, coming = list[str](), iter(arguments)
+    for argument in coming:
+        if argument in _SHUTDOWN:
+            next(coming, None)
+        elif argument.partition("=")[0] not in _SHUTDOWN:
+            kept.append(argument)
+    return kept
 
 
 def is_host() -> bool | None:

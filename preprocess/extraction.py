@@ -78,8 +78,20 @@ def preprocess_slides(
     outcomes = tuple(run.outcomes[path] for path in mine)
     name = "summary.csv" if share[1] == 1 else f"summary-{share[0]}-of-{share[1]}.csv"
     seconds = time.monotonic() - start
-    idle = max(0.0, 1 - run.pipeline.encode_seconds / (len(slots) * seconds))
+    idle = max(0.0, 1 - _busy_seconds(slots, run.pipeline.encode_seconds) / seconds)
     return Summary(outcomes, seconds, run.pipeline.pixels, idle, write_summary(config.store / name, outcomes))
+
+
+def _busy_seconds(slots: Sequence[Sequence[Encoder]], encoding: float) -> float:
+    """Return the seconds in which an average slot encoded.
+
+    Networks count the time in which they ran; of other encoders only the seconds in calls are known, `encoding` in all.
+    """
+    clocks = [{id(e): clock for e in slot if (clock := getattr(e, "clock", None)) is not None} for slot in slots]
+    if any(len(found) < len(slot) for found, slot in zip(clocks, slots, strict=True)):
+        return encoding / len(slots)
+    devices = {tuple(found): sum(clock.seconds for clock in found.values()) for found in clocks}
+    return sum(devices.values()) / len(devices)
 
 
 def check_inputs(config: PreprocessConfig) -> tuple[list[Path], dict[str, float]]:

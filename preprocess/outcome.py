@@ -71,7 +71,7 @@ class Summary:
         outcomes: One per slide, in the order of their paths.
         seconds: Duration of the run.
         pixels: Level-0 pixels read.
-        encoder_idle: Share of the time in which the encoders had no work, 0 to 1.
+        encoder_idle: Share of the time, 0 to 1, in which the encoders had no work, or networks did not run.
         table: The CSV file with `outcomes`.
     """
 

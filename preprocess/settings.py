@@ -43,6 +43,9 @@ class PreprocessConfig(Section):
     """Write each slide's tissue mask, its contours as GeoJSON and a review sheet."""
     batch_size: int = Field(64, ge=1)
     """Tiles per encoder batch, across slides."""
+    upload_ahead: bool = False
+    """Upload and transform a batch while a GPU's network runs on another, through pinned memory; two batches are then
+    on each GPU. The features are the same; off, since it has not been measured on a GPU."""
     weights: Path | None = None
     """Folder of encoder checkpoints, `ENCODER.safetensors` or `.pth`, or one of them; none: the hub, or its cache."""
     offline: bool = False

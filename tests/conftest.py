@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from gpu_marker import asks_for_a_gpu
 from jaxtyping import config as shape_checks
 from jaxtyping import install_import_hook
 
@@ -22,10 +23,18 @@ install_import_hook([f"cfusion.{package}" for package in SHAPES_CHECKED], "typec
 
 def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs unless their tests are asked for: several processes of one test cannot share one."""
-    if "gpu" not in config.option.markexpr:
+    if not asks_for_a_gpu(config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         config.pluginmanager.register(FailuresAtOnce(config))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than cores: tests of servers and of several processes wait a fifth of their time."""
+    from cfusion.machine_limits import usable_cores
+
+    return usable_cores() + 1
 
 
 class FailuresAtOnce:

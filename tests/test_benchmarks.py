@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
 BENCHMARKS = sorted(
-    path.stem
-    for path in (Path(__file__).parents[1] / "benchmarks").glob("*.py")
+    ".".join(path.relative_to(ROOT / "benchmarks").with_suffix("").parts)
+    for path in (ROOT / "benchmarks").rglob("*.py")
     if "def main(" in path.read_text(encoding="utf-8")
 )
 
@@ -25,4 +26,4 @@ def test_a_benchmark_says_how_it_is_run(name: str, monkeypatch, capsys):
 
 
 def test_benchmarks_are_found():
-    assert {"tiles", "bags", "balance", "model_step", "evidence"} <= set(BENCHMARKS)
+    assert {"tiles", "bags", "balance", "model_step", "evidence", "gpu.__main__"} <= set(BENCHMARKS)

@@ -119,6 +119,20 @@ def test_given_values_override_the_recipe_and_are_listed(tmp_path, overrides, ch
     assert read_config(tmp_path) == config
 
 
+@pytest.mark.parametrize(
+    ("overrides", "precision"),
+    [
+        ([], "auto"),
+        (["train.recipe=published"], "f32"),
+        (["train.published_errors=true", "evaluation.protocol=published"], "f32"),
+        (["train.published_errors=true", "evaluation.protocol=published", "parallel.precision=auto"], "f32"),
+        (["train.recipe=published", "parallel.precision=bf16"], "bf16"),
+    ],
+)
+def test_the_published_precision_is_not_left_to_the_device(overrides, precision):
+    assert cfusion.load_config(None, overrides).parallel.precision == precision
+
+
 def test_the_errors_of_the_published_program_are_named_by_kind_and_are_off_elsewhere():
     config = cfusion.load_config(None, ["train.recipe=published", "evaluation.protocol=published"])
     assert config.train.published_errors
@@ -203,3 +217,22 @@ def test_every_cohort_of_the_package_is_complete(tcga):
         status = known["os"].dropna().astype(int)
         assert (status == cohort.cases.loc[status.index, "event"].astype(int)).all()
     assert sum(path.stat().st_size for path in tcga.rglob("*") if path.is_file()) < 2.5e6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["train.fused_optimizer=true", "parallel.engine=zero2"],
+            r"train\.fused_optimizer=true needs parallel\.engine=ddp",
+        ),
+        (
+            ["parallel.hold_casts=true", "parallel.engine=zero1"],
+            r"parallel\.hold_casts=true needs parallel\.engine=ddp",
+        ),
+        (["parallel.hold_casts=true", "train.folds=together"], r"hold_casts=true needs train\.folds=separate"),
+    ],
+)
+def test_settings_that_an_engine_does_not_have_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        cfusion.load_config(None, overrides)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cfusion import program
+from cfusion.files import user_cache
 
 SOURCE = '''"""A module."""
 
@@ -23,6 +24,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path.parent.mkdir()
     path.write_text(SOURCE)
     monkeypatch.setattr(program, "PACKAGE", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield path
     forget()
 
@@ -63,6 +65,21 @@ def test_code_is_what_is_computed_and_not_how_it_is_written(source, before, afte
     first = program.code_digest.__wrapped__()
     source.write_text(SOURCE.replace(before, after))
     assert (program.code_digest.__wrapped__() == first) is same
+
+
+def test_the_digest_is_kept_and_a_damaged_or_unwritable_cache_changes_nothing(source, monkeypatch):
+    first = program.code_digest.__wrapped__()
+    (kept,) = (user_cache() / "code").iterdir()
+    assert kept.read_text() == first
+    monkeypatch.setattr(program, "_code", pytest.fail)
+    assert program.code_digest.__wrapped__() == first
+    monkeypatch.undo()
+    monkeypatch.setattr(program, "PACKAGE", source.parents[1])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(source.parents[1] / "cache"))
+    kept.write_text("damaged")
+    assert program.code_digest.__wrapped__() == first
+    monkeypatch.setenv("XDG_CACHE_HOME", str(source))
+    assert program.code_digest.__wrapped__() == first
 
 
 def test_what_shows_numbers_is_not_the_code_they_come_from(source):

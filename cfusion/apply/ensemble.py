@@ -49,7 +49,7 @@ def predict(
     source = ShardSource(data)
     source.embeddings.check(model.card)
     slides = cases if isinstance(cases, Mapping) else slides_by_name(cases, source.slide_ids)
-    runtime = join_world(ParallelConfig(global_batch=launched()))
+    runtime = join_world(ParallelConfig(precision="f32", global_batch=launched()))
     bags = BagSet.open(
         source.dataset,
         slides,

@@ -80,7 +80,7 @@ def predict_inputs(
         ConfigError: The model was not trained on `cohort` as one of several.
         DataError: The model or the inputs cannot be used, or a slide of the table is missing.
     """
-    runtime = join_world(ParallelConfig(global_batch=launched()))
+    runtime = join_world(ParallelConfig(precision="f32", global_batch=launched()))
     with tempfile.TemporaryDirectory() as scratch:
         ensemble = _of_cohort(load_ensemble(model, uri, trust_code), cohort, runtime)
         where = Path(runtime.from_main(str(store or Path(scratch) / "features")))

@@ -91,6 +91,9 @@ def run(
     ] = 20_000,
     sheets: Annotated[bool, typer.Option(help="Write masks, contours and sheets to look at.")] = True,
     batch_size: Annotated[int, typer.Option(help="Tiles an encoder takes at once.")] = 64,
+    upload_ahead: Annotated[
+        bool, typer.Option("--upload-ahead", help="Upload a batch while a GPU encodes another; not measured yet.")
+    ] = False,
     weights: Annotated[
         Path | None, typer.Option(help="A checkpoint, or a folder of them, ENCODER.safetensors.")
     ] = None,
@@ -146,7 +149,7 @@ def run(
         "slides": slides, "store": store, "encoders": tuple(encoder or ["stain-texture"]), "masks": masks,
         "magnifications": _numbers(magnifications), "resolution": resolution, "default_mpp": default_mpp,
         "mpp_table": mpp_table, "resample": resample, "min_tissue": min_tissue, "sheets": sheets, "weights": weights,
-        "min_piece_um2": min_piece,
+        "min_piece_um2": min_piece, "upload_ahead": upload_ahead,
         "offline": offline, "batch_size": batch_size, "precision": precision, "devices": tuple(device or ()),
         **({} if threads is None else {"threads": threads}),
     }  # fmt: skip

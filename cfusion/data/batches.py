@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -60,10 +60,13 @@ class RawBatch:
 
     def to(self, device: torch.device) -> RawBatch:
         """Move the batch to a device; from pinned memory the copy is asynchronous."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+    def pinned(self) -> RawBatch:
+        """Return the batch in pinned memory; what is there already stays as it is."""
+        return self._each(lambda tensor: tensor.pin_memory())
 
+    def _each(self, move: Callable[[Tensor], Tensor]) -> RawBatch:
         return dataclasses.replace(
             self,
             features={name: move(tensor) for name, tensor in self.features.items()},
@@ -80,6 +83,7 @@ def read_batch(
     rows: Sequence[Rows | None],
     buffers: Buffers,
     graphs: Mapping[str, int] = MappingProxyType({}),
+    positions: bool = True,
 ) -> RawBatch:
     """Read bags directly into the tensors of a batch; on the CPU, a bag of one complete slide is mapped instead.
 
@@ -90,6 +94,7 @@ def read_batch(
         rows: Per bag the rows to read; None: all.
         buffers: Source of memory.
         graphs: Per magnification name, how many neighbours to find of each tile that is read.
+        positions: Whether to compute the positions of the tiles.
     """
     chosen = [_by_slide(dataset, bag, names, wanted) for bag, wanted in zip(bags, rows, strict=True)]
     parts = {name: [[counts[name] for counts, _ in bag] for bag in chosen] for name in names}
@@ -101,12 +106,13 @@ def read_batch(
     scales = {}
     if dataset.index.dtype == "int8":
         scales = {name: [[_scale(dataset, slide, name) for slide in bag.slide_ids] for bag in bags] for name in names}
-    grids = _positions(dataset, bags, names, rows)
-    positions = neighbours = None
+    grids = _positions(dataset, bags, names, rows) if positions or graphs else None
+    places = neighbours = None
     if grids is not None:
-        positions = {name: _stack([grid[name] for grid in grids]) for name in names}
         neighbours = {n: _neighbours([grid[n] for grid in grids], parts[n], k) for n, k in graphs.items()} or None
-    return RawBatch(features, parts, scales, positions, tuple(b.case_id for b in bags), neighbours)
+        places = {name: _stack([grid[name] for grid in grids]) for name in names} if positions else None
+    raw = RawBatch(features, parts, scales, places, tuple(b.case_id for b in bags), neighbours)
+    return raw.pinned() if buffers.pinned else raw
 
 
 def _mapped(dataset: ShardDataset, slide_id: str, names: Sequence[str]) -> dict[str, Tensor] | None:
@@ -204,7 +210,7 @@ def finish(
     features = {name: _widen(raw, name, dtype, buffers) for name in raw.features}
     if kept is not None:
         for name, tensor in features.items():
-            factor = torch.from_numpy(np.stack(kept)).to(tensor.device, tensor.dtype)[:, None] / (1 - drop)
+            factor = _sent(torch.from_numpy(np.stack(kept)), tensor.device).to(tensor.dtype)[:, None] / (1 - drop)
             features[name] = tensor * factor if tensor is raw.features[name] else tensor.mul_(factor)
     lengths = {name: raw.lengths(name) for name in raw.features}
     masks = None
@@ -221,7 +227,7 @@ def _slides(raw: RawBatch) -> dict[str, Tensor] | None:
     if all(len(tiles) == 1 for bags in raw.parts.values() for tiles in bags):
         return None
     numbers = {name: [torch.from_numpy(slide_numbers(tiles)) for tiles in bags] for name, bags in raw.parts.items()}
-    return {name: _stack(bags).to(raw.features[name].device) for name, bags in numbers.items()}
+    return {name: _sent(_stack(bags), raw.features[name].device) for name, bags in numbers.items()}
 
 
 def join(bags: Sequence[BagBatch]) -> BagBatch:
@@ -257,7 +263,12 @@ def _joined_neighbours(bags: Sequence[BagBatch] | Sequence[RawBatch]) -> dict[st
 
 
 def _mask(counts: Sequence[int], device: torch.device) -> Tensor:
-    return torch.arange(max(counts), device=device) < torch.tensor(counts, device=device)[:, None]
+    return torch.arange(max(counts), device=device) < _sent(torch.tensor(counts), device)[:, None]
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a small tensor to the device of its batch; from pageable memory, the host would wait for a GPU's work."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _widen(raw: RawBatch, name: str, dtype: torch.dtype | None, buffers: Buffers) -> Tensor:

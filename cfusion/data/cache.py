@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import Literal
 
 import torch
 
-from cfusion.machine_limits import free_memory_bytes
+from cfusion.machine_limits import free_memory_bytes, processes_here
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +39,8 @@ def choose_cache(wanted: Place, needed: int, free_ram: int, free_gpu: int) -> tu
 
 
 def free_ram_bytes() -> int:
-    """Return this process's share of the free host memory on its node."""
-    return free_memory_bytes() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """Return this process's share of the free host memory on its node; a sweep's other workers have theirs."""
+    return free_memory_bytes() // processes_here()
 
 
 def free_device_bytes(device: torch.device) -> int:

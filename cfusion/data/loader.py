@@ -42,6 +42,7 @@ class BagLoader:
         device: Device that receives the batches.
         dtype: Floating type of delivered features; None: as stored (f16 for int8 shards).
         graphs: Per magnification name, how many neighbours of each tile to find while reading.
+        positions: Whether batches carry the positions of the tiles, where the shards have them.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class BagLoader:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = torch.float32,
         graphs: Mapping[str, int] = MappingProxyType({}),
+        positions: bool = True,
     ) -> None:
         self.dataset = dataset
         self.bags = tuple(bags)
@@ -63,7 +65,7 @@ class BagLoader:
         self._seed = seed
         self._device = torch.device(device)
         self._dtype = dtype
-        self._graphs = dict(graphs)
+        self._graphs, self._positions = dict(graphs), positions
         self._buffers = Buffers(data_config.buffer_bytes, pinned=self._device.type == "cuda")
         self._threads = single_core_pool(data_config.read_threads, "bags")
         self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
@@ -174,7 +176,9 @@ class BagLoader:
 
     def _read(self, batch: Sequence[int], rows: Callable[[int], Rows | None]) -> RawBatch:
         bags = [self.bags[i] for i in batch]
-        return read_batch(self.dataset, bags, self.names, [rows(i) for i in batch], self._buffers, self._graphs)
+        return read_batch(
+            self.dataset, bags, self.names, [rows(i) for i in batch], self._buffers, self._graphs, self._positions
+        )
 
     def _move(self, raw: RawBatch) -> RawBatch:
         """Move the batch to the device; on a GPU the copy overlaps with the model's work."""
@@ -216,6 +220,7 @@ class BagSet:
         device: torch.device,
         dtype: torch.dtype,
         graphs: Mapping[str, int] = MappingProxyType({}),
+        positions: bool = True,
     ) -> BagSet:
         """Open the bags of the given patients, read from `dataset` and delivered to `device`; see `BagLoader`."""
         bags = make_bags(dataset, slides_of_case, data.unit, magnifications)
@@ -228,6 +233,7 @@ class BagSet:
             device=device,
             dtype=dtype,
             graphs=graphs,
+            positions=positions,
         )
         return cls(bags, loader, data.max_tiles)
 

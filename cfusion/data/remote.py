@@ -19,7 +19,7 @@ from isal.isal_zlib import crc32
 from cfusion.data.shard_files import OpenFile
 from cfusion.data.shard_index import INDEX_NAME, Shard, ShardIndex, TarMember, parse_index
 from cfusion.errors import MissingExtraError, ShardsError
-from cfusion.files import atomic_path
+from cfusion.files import atomic_path, user_cache
 from cfusion.locks import hold, mode_like
 from cfusion.secret_text import without_secrets
 
@@ -47,8 +47,7 @@ def open_remote(
     """
     source = RangeSource(url)
     index = parse_index(source.read_all(INDEX_NAME), f"{source.where}/{INDEX_NAME}")
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cfusion" / "shards"
-    cache = DiskCache(Path(cache_directory or default), cache_bytes)
+    cache = DiskCache(Path(cache_directory or user_cache() / "shards"), cache_bytes)
     return RemoteFiles(source, cache, index.digest[:16]), index
 
 

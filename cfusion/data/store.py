@@ -21,7 +21,6 @@ from typing import Any
 from unicodedata import category
 
 import numpy as np
-import zarr
 
 from cfusion.data.encoder_names import encoder_name
 from cfusion.errors import DataError, StoreError
@@ -149,6 +148,8 @@ class FeatureStore:
             raise StoreError(
                 f"{self.path}: contains no slide {slide_id!r}.", "`cfusion preprocess inspect` lists the slides."
             )
+        import zarr
+
         try:
             return zarr.open_group(path, mode="r")
         except (OSError, ValueError, KeyError) as error:
@@ -201,6 +202,8 @@ def _sweep(target: Path) -> None:
 
 
 def _put(target: Path, features: SlideFeatures) -> None:
+    import zarr
+
     digests = {key: array_digest(array) for key, array in _arrays(features)}
     with atomic_path(target) as temporary:
         group = zarr.open_group(temporary, mode="w", zarr_format=3)

@@ -30,7 +30,7 @@ def check_world() -> list[Check]:
     Raises:
         ConfigError: Accelerate or torch.distributed sees other processes than the launcher started.
     """
-    runtime = join_world(ParallelConfig(global_batch=launched()))
+    runtime = join_world(ParallelConfig(precision="f32", global_batch=launched()))
     try:
         return _checks(runtime)
     finally:

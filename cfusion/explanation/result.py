@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import zarr
 from jaxtyping import Float32, Int32
 
 import cfusion
@@ -192,6 +191,8 @@ class Explanation:
 
 def write_explanation(explanation: Explanation, target: str | os.PathLike[str]) -> None:
     """Write an explanation as a zarr group, atomically; the docstring of the module defines the format."""
+    import zarr
+
     with atomic_path(target) as temporary:
         group = zarr.open_group(temporary, mode="w", zarr_format=3)
         group.attrs.update(
@@ -226,6 +227,8 @@ def read_explanation(path: str | os.PathLike[str]) -> Explanation:
     Raises:
         DataError: There is no explanation, or it has another format.
     """
+    import zarr
+
     path = Path(path)
     path = path if path.suffix == ".zarr" else path / ZARR_NAME
     try:

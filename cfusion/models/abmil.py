@@ -12,10 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cfusion.errors import ConfigError
 from cfusion.models.attention import AttentionPooling
 from cfusion.models.attention_scores import AttentionScores
-from cfusion.models.bag import check_share
+from cfusion.models.bag import check_count, check_share
 from cfusion.models.baselines import FinestBagModel
 from cfusion.models.dropout import Dropout
 from cfusion.models.linear import Linear
@@ -53,8 +52,7 @@ class ABMIL(FinestBagModel):
         dropout: float = 0.25,
     ) -> None:
         super().__init__(backbone_dim, magnifications)
-        if heads < 1:
-            raise ConfigError(f"model.options.heads={heads}: expected at least 1.")
+        check_count("heads", heads)
         check_share("dropout", dropout)
         self.summaries = heads
         self.before = _hidden_layer(backbone_dim)

@@ -178,6 +178,36 @@ def check_share(option: str, share: object) -> None:
         raise ConfigError(f"model.options.{option}={share!r}: expected a number in [0, 1).")
 
 
+def check_count(option: str, count: object, least: int = 1) -> None:
+    """Check that an option is a whole number of at least `least`.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if not isinstance(count, int) or isinstance(count, bool) or count < least:
+        raise ConfigError(f"model.options.{option}={count!r}: expected an integer of at least {least}.")
+
+
+def check_positive(option: str, number: object) -> None:
+    """Check that an option is a number above 0.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if not isinstance(number, int | float) or isinstance(number, bool) or not number > 0:
+        raise ConfigError(f"model.options.{option}={number!r}: expected a number above 0.")
+
+
+def check_choice(option: str, chosen: object, choices: Sequence[str]) -> None:
+    """Check that an option is one of its choices.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if chosen not in choices:
+        raise ConfigError(f"model.options.{option}={chosen!r}: expected {' or '.join(choices)}.")
+
+
 def check_magnifications(magnifications: Sequence[float], source: float | None = None) -> None:
     """Check that a model can be built for these magnifications.
 

@@ -14,10 +14,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cfusion.errors import ConfigError
 from cfusion.models.attention import AttentionPooling
 from cfusion.models.attention_scores import AttentionScores
-from cfusion.models.bag import BagModel, TileView, check_magnifications, check_share
+from cfusion.models.bag import BagModel, TileView, check_count, check_magnifications, check_share
 from cfusion.models.clusters import kmeans
 from cfusion.models.dropout import Dropout
 from cfusion.models.linear import Linear
@@ -60,10 +59,8 @@ class CSMIL(BagModel):
     ) -> None:
         check_magnifications(magnifications)
         check_share("dropout", dropout)
-        if not isinstance(clusters, int) or clusters < 0:
-            raise ConfigError(f"model.options.clusters={clusters!r}: expected an integer of at least 0.")
-        if not isinstance(width, int) or width < 2:
-            raise ConfigError(f"model.options.width={width!r}: expected an integer of at least 2.")
+        check_count("clusters", clusters, least=0)
+        check_count("width", width, least=2)
         super().__init__(magnifications, magnifications, backbone_dim)
         check_nested(self.magnification_names)
         self.clusters, self.as_published = clusters, as_published

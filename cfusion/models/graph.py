@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cfusion.errors import ConfigError, DataError
+from cfusion.errors import DataError
+from cfusion.models.bag import check_choice, check_count
 from cfusion.models.baselines import FinestBagModel
 from cfusion.neighbours import nearest_tiles
 from cfusion.types import BagBatch, SurvivalOutput, at_least_f32
@@ -253,10 +254,8 @@ class GraphModel(FinestBagModel):
         self, backbone_dim: int, magnifications: Sequence[float], edges: str, neighbours: int, as_published: bool
     ) -> None:
         super().__init__(backbone_dim, magnifications)
-        if edges not in ("spatial", "latent"):
-            raise ConfigError(f"model.options.edges={edges!r}: expected spatial or latent.")
-        if not isinstance(neighbours, int) or isinstance(neighbours, bool) or neighbours < 1:
-            raise ConfigError(f"model.options.neighbours={neighbours!r}: expected a number of tiles from 1.")
+        check_choice("edges", edges, ("spatial", "latent"))
+        check_count("neighbours", neighbours)
         self.edges, self.neighbours, self.as_published = edges, neighbours, as_published
 
     def survival(self, features: dict[str, Tensor], batch: BagBatch) -> SurvivalOutput:

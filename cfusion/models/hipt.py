@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cfusion.errors import ConfigError
 from cfusion.models.attention import AttentionPooling, QueryKeyValue, SelfAttention, attend
 from cfusion.models.attention_scores import AttentionScores
-from cfusion.models.bag import TileView, check_share
+from cfusion.models.bag import TileView, check_choice, check_count, check_share
 from cfusion.models.baselines import FinestBagModel
 from cfusion.models.dropout import Dropout
 from cfusion.models.families import regions_of
@@ -168,10 +167,8 @@ class HIPT(FinestBagModel):
         as_published: bool = False,
     ) -> None:
         super().__init__(backbone_dim, magnifications)
-        if region not in ("transformer", "mean"):
-            raise ConfigError(f"model.options.region={region!r}: expected transformer or mean.")
-        if not isinstance(side, int) or isinstance(side, bool) or side < 1:
-            raise ConfigError(f"model.options.side={side!r}: expected a number of tiles from 1.")
+        check_choice("region", region, ("transformer", "mean"))
+        check_count("side", side)
         check_share("dropout", dropout)
         self.side = side
         self.region: nn.Module = RegionMean()

@@ -16,8 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cfusion.errors import ConfigError
-from cfusion.models.bag import Prepared
+from cfusion.models.bag import Prepared, check_choice, check_count, check_positive
 from cfusion.models.baselines import FinestBagModel
 from cfusion.models.clusters import shared_centres
 from cfusion.types import BagBatch, SurvivalOutput, at_least_f32
@@ -86,13 +85,10 @@ class PANTHER(FinestBagModel, Prepared):
     ) -> None:
         super().__init__(backbone_dim, magnifications)
         for option, value in {"prototypes": prototypes, "iterations": iterations}.items():
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"model.options.{option}={value!r}: expected an integer of at least 1.")
+            check_count(option, value)
         for option, number in {"prior_tiles": prior_tiles, "prior_variance": prior_variance}.items():
-            if not isinstance(number, int | float) or number <= 0:
-                raise ConfigError(f"model.options.{option}={number!r}: expected a number above 0.")
-        if features not in FEATURES:
-            raise ConfigError(f"model.options.features={features!r}: expected {' or '.join(FEATURES)}.")
+            check_positive(option, number)
+        check_choice("features", features, FEATURES)
         self.features, self.iterations, self.prior_tiles = features, iterations, prior_tiles
         self.register_buffer("prototype_means", 0.1 * torch.randn(prototypes, backbone_dim))
         self.register_buffer("prototype_variances", torch.full((prototypes, backbone_dim), prior_variance))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from cfusion.errors import ConfigError
 from cfusion.models.attention import Attention, attend
-from cfusion.models.bag import Prepared, TileView, check_share
+from cfusion.models.bag import Prepared, TileView, check_count, check_share
 from cfusion.models.clusters import shared_centres
 from cfusion.models.dropout import Dropout
 from cfusion.models.graph import Edges, GraphModel
@@ -130,13 +130,10 @@ class ProtoSurv(GraphModel, Prepared):
         as_published: bool = False,
     ) -> None:
         super().__init__(backbone_dim, magnifications, "spatial", neighbours, as_published)
-        counts = {
-            "types": types, "prototypes": prototypes, "layers": layers - 1, "iterations": iterations,
-            "fusion_layers": fusion_layers,
-        }  # fmt: skip
+        counts = {"types": types, "prototypes": prototypes, "iterations": iterations, "fusion_layers": fusion_layers}
         for option, value in counts.items():
-            if value < 1:
-                raise ConfigError(f"model.options.{option} is too small: protosurv needs at least one, two layers.")
+            check_count(option, value)
+        check_count("layers", layers, least=2)
         check_share("dropout", dropout)
         dim, graph = width or 3 * embed_dim // 2, graph_width or max(1, embed_dim // 4)
         if dim % HEADS:

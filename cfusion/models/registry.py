@@ -181,6 +181,20 @@ SPATIAL_GRAPHS: dict[str, tuple[str, int]] = {
 """Models that can read a graph of nearest tiles, with their defaults of the options `edges` and `neighbours`."""
 
 
+_PLACELESS = frozenset({"amil", "dsmil", "transmil", "mean_mil", "abmil", "panther"})
+_GRIDS = frozenset({"crossfusion", "crossfusion_concat", "crossfusion_single"})
+
+
+def reads_positions(name: str, options: Mapping[str, Any]) -> bool:
+    """Return whether a model may read the positions of tiles, so that loaders can leave them out where none does.
+
+    Args:
+        name: As for `build_model`; a model that is not the program's may read them.
+        options: The model's options.
+    """
+    return name not in _PLACELESS and (name not in _GRIDS or options.get("grid", "file") != "file")
+
+
 def spatial_graph(name: str, magnifications: Sequence[float], options: Mapping[str, Any]) -> dict[str, int]:
     """Return the number of neighbours per magnification name that a model reads, so that loaders can find them.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cfusion.errors import ConfigError
 from cfusion.models.attention import AttentionPooling, attend
 from cfusion.models.attention_scores import AttentionScores
-from cfusion.models.bag import Prepared, check_share
+from cfusion.models.bag import Prepared, check_count, check_share
 from cfusion.models.baselines import FinestBagModel
 from cfusion.models.clusters import kmeans
 from cfusion.models.dropout import Dropout
@@ -150,8 +150,7 @@ class SCMIL(FinestBagModel, Prepared):
             "cluster_size": cluster_size, "layers": layers, "components": components, "head_width": head_width
         }  # fmt: skip
         for option, value in counts.items():
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"model.options.{option}={value!r}: expected an integer of at least 1.")
+            check_count(option, value)
         if not isinstance(feature_weight, int | float) or not 0 <= feature_weight <= 1:
             raise ConfigError(f"model.options.feature_weight={feature_weight!r}: expected a number from 0 to 1.")
         check_share("dropout", dropout)

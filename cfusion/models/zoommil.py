@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from cfusion.errors import ConfigError
 from cfusion.models.attention import AttentionPooling
 from cfusion.models.attention_scores import AttentionScores
-from cfusion.models.bag import BagModel, TileView, check_magnifications, check_share
+from cfusion.models.bag import BagModel, TileView, check_count, check_magnifications, check_positive, check_share
 from cfusion.models.crossfusion import module_name
 from cfusion.models.dropout import Dropout, random_normal
 from cfusion.models.families import children_of, side_ratio
@@ -142,10 +142,8 @@ def _check(levels: Sequence[str], selected: object, sigma: object) -> None:
         )
     for coarse, fine in itertools.pairwise(levels):
         side_ratio(coarse, fine)
-    if not isinstance(selected, int) or isinstance(selected, bool) or selected < 1:
-        raise ConfigError(f"model.options.selected={selected!r}: expected a number of tiles from 1.")
-    if not isinstance(sigma, int | float) or not sigma > 0:
-        raise ConfigError(f"model.options.sigma={sigma!r}: expected a number above 0.")
+    check_count("selected", selected)
+    check_positive("sigma", sigma)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from cfusion.data.thread_pools import pool_of_teams, threads_each
 from cfusion.errors import CfusionError, ConfigError, PartialResultError
 from cfusion.files import digest_json, remove_orphans
 from cfusion.interruption import graceful_stop
-from cfusion.models.registry import spatial_graph
+from cfusion.models.registry import reads_positions, spatial_graph
 from cfusion.run_folder import CHECKPOINTS, GROUP, claim
 from cfusion.runs.arrangement import Arrangement
-from cfusion.runs.run import Run
+from cfusion.runs.run import Run, with_begun_precision
 from cfusion.runs.search import FoldSearch
 from cfusion.survival.score import Scores
 from cfusion.tracking import TrackedRun
@@ -55,6 +55,7 @@ def cross_validate(config: Config, *, same_code: str | None = None) -> Scores:
     """
     if config.train.folds == "together":
         return cross_validate_together([config], same_code=same_code)[0]
+    config = with_begun_precision(config)
     runtime = join_world(config.parallel)
     with _claimed(runtime, [config]):
         run = Run.open(runtime, config, same_code)
@@ -101,6 +102,7 @@ def cross_validate_together(configs: Sequence[Config], *, same_code: str | None 
         PartialResultError: Some runs failed, listed with their causes; the rest are done.
         RequeueError: The process was asked to stop and has saved its state.
     """
+    configs = [with_begun_precision(config) for config in configs]
     _check_shared(configs)
     runtime = join_world(configs[0].parallel)
     with _claimed(runtime, configs):
@@ -146,6 +148,7 @@ def _train_together(
     everyone = BagSet.open(
         dataset, slides, data,
         magnifications=data.magnifications, device=runtime.device, dtype=runtime.dtype, graphs=graphs,
+        positions=any(reads_positions(run.config.model.name, run.config.model.options) for run in runs),
     )  # fmt: skip
     run_of: dict[GroupMember, int] = {}
     children: dict[GroupMember, TrackedRun] = {}

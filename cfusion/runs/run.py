@@ -19,7 +19,7 @@ from cfusion.cohort.audited import audited
 from cfusion.cohort.joint import read_cohorts
 from cfusion.cohort.read import write_covariates, write_outcomes
 from cfusion.cohort.splits import splits_digest, write_splits
-from cfusion.config import CohortConfig, Config
+from cfusion.config import CohortConfig, Config, ParallelConfig, validate
 from cfusion.data.shards import ShardDataset
 from cfusion.errors import ConfigError
 from cfusion.extensions import OwnCode
@@ -40,6 +40,7 @@ from cfusion.training.folds import FoldRun, open_run_shards, with_held_magnifica
 from cfusion.training.model_check import check_own_model
 from cfusion.training.runtime import Runtime
 from cfusion.training.start import StartModel, check_starts
+from cfusion.training.world import check_precision
 from cfusion.types import Cohort, Split, magnification_name
 from cfusion.yaml_files import differences
 
@@ -104,7 +105,7 @@ class Run:
         Raises:
             ConfigError: Ranks disagree on the run, the folder holds another, or some rank does not see it.
         """
-        run = cls.prepare(config)
+        run = cls.prepare(config.with_precision(runtime.parallel.precision))
         runtime.agree("configuration, data or program version", run.identity)
         if runtime.is_main:
             for line in run.audit.lines(_FINDINGS_SHOWN):
@@ -287,8 +288,7 @@ class Run:
 
     def score(self, runtime: Runtime, parent: TrackedRun) -> Scores:
         """Score the folds on rank 0, and write the tables and figures of the run; every rank gets the scores."""
-        scores = [self._scored(parent)] if runtime.is_main else []
-        return runtime.from_main(scores)[0]
+        return runtime.on_main(lambda: self._scored(parent))
 
     def _scored(self, parent: TrackedRun) -> Scores:
         frames = [read_predictions(self.fold_folder(split) / run_folder.PREDICTIONS) for split in self.splits]
@@ -331,6 +331,27 @@ class Run:
             name = self.config.tracking.register_as
             run_folder.write_done(self.folder, self.identity, parent.registered(name) if name else None)
         runtime.barrier()
+
+
+def with_begun_precision(config: Config) -> Config:
+    """Return the configuration with the precision in which its run was begun, where it has `parallel.precision=auto`.
+
+    Raises:
+        ConfigError: This device lacks that precision.
+    """
+    if config.parallel.precision != "auto" or not run_folder.is_run(config.output):
+        return config
+    parallel = run_folder.read_marker(config.output)["provenance"].get("config", {}).get("parallel", {})
+    precision = {key: value for key, value in parallel.items() if key == "precision"}
+    begun = config.with_precision(validate(ParallelConfig, precision, str(config.output)).precision)
+    try:
+        check_precision(begun.parallel.precision, on_cpu=not torch.cuda.is_available())
+    except ConfigError as error:
+        raise ConfigError(
+            f"{config.output}: was begun with parallel.precision={begun.parallel.precision}, which this device lacks.",
+            "Continue it on a device that has it, or give another output=... .",
+        ) from error
+    return begun
 
 
 def _table_digests(cohort: CohortConfig) -> dict[str, str]:

@@ -67,7 +67,9 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 def write_environment(folder: Path) -> Path:
     """Write `requirements.txt` (every installed package, pinned) and `environment.json` to `folder`; return it."""
-    packages = sorted({f"{d.name}=={d.version}" for d in importlib.metadata.distributions()}, key=str.lower)
+    # Each access to a distribution's metadata parses its file.
+    found = (distribution.metadata for distribution in importlib.metadata.distributions())
+    packages = sorted({f"{metadata['Name']}=={metadata['Version']}" for metadata in found}, key=str.lower)
     write_text(folder / "requirements.txt", "\n".join(packages) + "\n")
     write_json(folder / "environment.json", _environment())
     return folder

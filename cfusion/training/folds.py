@@ -21,7 +21,7 @@ from cfusion.data.shards import ShardDataset, open_shards
 from cfusion.errors import ConfigError, DataError
 from cfusion.extensions import OwnCode
 from cfusion.files import digest_json
-from cfusion.models.registry import READ_ONE, model_code, spatial_graph
+from cfusion.models.registry import READ_ONE, model_code, reads_positions, spatial_graph
 from cfusion.survival.bins import TimeBins
 from cfusion.survival.losses import LOSSES
 from cfusion.survival.predictions import curve_table, fold_predictions
@@ -112,7 +112,7 @@ def fit(
     """
     runtime = runtime or join_world(config.parallel)
     dataset = open_run_shards(config)
-    config = with_held_magnifications(config, dataset)
+    config = with_held_magnifications(config.with_precision(runtime.parallel.precision), dataset)
     with tempfile.TemporaryDirectory() as scratch:
         fold = ready_fold(
             config, cohort, split, dataset, runtime,
@@ -409,6 +409,7 @@ def _bag_set(
         device=runtime.device,
         dtype=runtime.dtype,
         graphs=spatial_graph(config.model.name, config.data.magnifications, config.model.options),
+        positions=reads_positions(config.model.name, config.model.options),
     )
 
 

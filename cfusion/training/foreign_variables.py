@@ -47,6 +47,12 @@ _OF_ACCELERATE: Mapping[str, tuple[str, ...]] = {
 }
 """Of Accelerate, with the values that change nothing: the configuration decides device, precision and steps."""
 
+_OF_NCCL: Mapping[str, tuple[str, ...]] = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": ("1", "2", "3"),
+    "NCCL_ASYNC_ERROR_HANDLING": ("1", "2", "3"),
+}
+"""Of torch, with the values that leave NCCL's watchdog on: without it, processes wait for a lost one without end."""
+
 _ENGINES = (
     "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_TP",
     "ACCELERATE_USE_SAGEMAKER",
@@ -77,9 +83,8 @@ def settle_variables(environ: MutableMapping[str, str] = os.environ, *, zero: bo
     for name in _OF_MPI:  # srun sets some for every step, so there is nothing to say
         environ.pop(name, None)
     found = [name for name in _OF_A_WORLD if name in environ and "WORLD_SIZE" not in environ]
-    found += [
-        name for name, harmless in _OF_ACCELERATE.items() if name in environ and environ[name].lower() not in harmless
-    ]
+    settings = {**_OF_ACCELERATE, **_OF_NCCL}
+    found += [name for name, harmless in settings.items() if name in environ and environ[name].lower() not in harmless]
     removed = [f"{name}={environ.pop(name)}" for name in found]
     if removed and is_rank_zero():
         logger.warning("ignored, since they are of another job or program: %s", ", ".join(removed))

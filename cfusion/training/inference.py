@@ -62,7 +62,7 @@ def predict_logits(
     model.eval()
     if published is not None:
         keep_attention_dropout(model)
-    rows: list[tuple[int, list[float]]] = []
+    found: list[Tensor] = []
     with torch.no_grad():
         stream = bags.loader.stream(slices, epoch=0, training=False)
         for number, (indices, batch) in enumerate(zip(slices, stream, strict=True)):
@@ -70,9 +70,11 @@ def predict_logits(
             with runtime.autocast() if published is None else published.forward(runtime, keys):
                 output: SurvivalOutput = model(batch)
             if number < own:
-                rows += zip(indices, output.logits.double().tolist(), strict=True)
+                found.append(output.logits.double())
     model.train(was_training)
-    gathered = dict(runtime.gather(rows))
+    # Read from the device once: reading each bag's logits would wait for the GPU between bags.
+    logits = torch.cat(found).tolist() if found else []
+    gathered = dict(runtime.gather(list(zip((i for indices in slices[:own] for i in indices), logits, strict=True))))
     return torch.tensor([gathered[i] for i in range(len(bags))], dtype=torch.float64)
 
 

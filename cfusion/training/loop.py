@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ from cfusion.training.inference import predict_logits
 from cfusion.training.runtime import Runtime
 from cfusion.training.schedule import learning_rate, steps_in_epoch
 from cfusion.training.snapshot import Snapshot
-from cfusion.training.step import Share, Stepper, StepReport, dropout_seed
+from cfusion.training.step import ComingShares, Share, Stepper, StepReport, dropout_seed
+from cfusion.types import Targets
 
 
 def train_fold(runtime: Runtime, job: FoldJob, model: nn.Module, stepper: Stepper) -> tuple[TrainState, Snapshot]:
@@ -98,7 +100,7 @@ def _train_epoch(
     shares = _shares(runtime, job, state.epoch, batches, earlier, plans)
     stepper.model.train()
     for batch, plan in zip(batches, plans, strict=True):
-        own, stop = [next(shares) for _ in plan], stop_requested() or job.stop()
+        own, stop = ComingShares(shares, len(plan)), stop_requested() or job.stop()
         if config.train.published_errors and len(batch) < config.parallel.global_batch:
             report = _carry(job, model, snapshot, stepper, own, cases=len(batch), stop=stop)
         else:
@@ -124,7 +126,7 @@ def _carry(
     model: nn.Module,
     snapshot: Snapshot,
     stepper: Stepper,
-    own: Sequence[Share],
+    own: Collection[Share],
     *,
     cases: int,
     stop: bool,
@@ -144,17 +146,27 @@ def _shares(
     earlier: Sequence[np.ndarray],
     plans: Sequence[Sequence[MicroBatch]],
 ) -> Iterator[Share]:
-    """Yield this process's shares of all global batches in order, read ahead."""
+    """Yield this process's shares of all global batches in order, read ahead.
+
+    Outcomes and weights of the epoch are moved to the device once: a copy for each share would wait for the GPU.
+    """
     passes = [(step, micro) for step, plan in enumerate(plans) for micro in plan]
     bags = [batches[step][list(micro.indices)].tolist() for step, micro in passes]
-    targets = targets_of(job, job.train)
+    targets = _rows(targets_of(job, job.train), bags, runtime.device)
+    weights = torch.tensor([w for _, micro in passes for w in micro.weights], dtype=runtime.dtype).to(runtime.device)
     stream = job.train.loader.stream(bags, epoch=epoch, training=True)
-    for (step, micro), indices, batch in zip(passes, bags, stream, strict=True):
-        own = targets.of(torch.as_tensor(indices))
-        weights = torch.tensor(micro.weights, dtype=runtime.dtype, device=runtime.device)
+    each = zip(passes, bags, targets, weights.split([len(indices) for indices in bags]), stream, strict=True)
+    for (step, micro), indices, own, weight, batch in each:
         keys = [job.train.bags[i].key for i in indices]
         seed = dropout_seed(job.name, epoch, keys, earlier[step][list(micro.indices)].tolist())
-        yield Share(batch, own.to(runtime.device), weights, seed)
+        yield Share(batch, own, weight, seed)
+
+
+def _rows(targets: Targets, bags: Sequence[Sequence[int]], device: torch.device) -> list[Targets]:
+    """Return the outcomes of the bags of each pass, on the device."""
+    rows, sizes = torch.tensor([i for indices in bags for i in indices]), [len(indices) for indices in bags]
+    drawn = targets.of(rows).to(device)
+    return [drawn.of(slice(end - size, end)) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
 
 
 @contextlib.contextmanager

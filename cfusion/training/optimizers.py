@@ -36,4 +36,5 @@ class _AdamW(_Adam, torch.optim.AdamW):
 def make_optimizer(model: torch.nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
     """Create the optimizer of `train`; its learning rate is set from `learning_rate` before every step."""
     kind = _AdamW if train.optimizer == "adamw" else _Adam
-    return kind(model.parameters(), lr=train.lr, weight_decay=train.weight_decay)
+    fused = True if train.fused_optimizer else None  # None: torch's choice
+    return kind(model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=fused)

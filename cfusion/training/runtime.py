@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,13 +33,31 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
+PATIENCE = datetime.timedelta(hours=24)
+"""How long processes wait for work that only rank 0 does."""
+
+
+def connect(parallel: ParallelConfig, *, on_cpu: bool) -> None:
+    """Connect the processes of a GPU run: NCCL for tensors of GPUs, gloo for objects and barriers.
+
+    Accelerate would use NCCL for both. A barrier or an object that waits for rank 0 would then be a kernel on the GPU,
+    and the watchdog of NCCL ends the process when it waits too long.
+    """
+    if on_cpu or "RANK" not in os.environ or torch.distributed.is_initialized():
+        return
+    torch.distributed.init_process_group("cuda:nccl,cpu:gloo", timeout=_timeout(parallel))
+
+
+def _timeout(parallel: ParallelConfig) -> datetime.timedelta:
+    return datetime.timedelta(minutes=parallel.timeout_minutes, microseconds=1)
+
+
 def waiting(parallel: ParallelConfig, **options: Any) -> InitProcessGroupKwargs:
     """Return for Accelerate how long a process waits for the others.
 
     Accelerate leaves out what equals its own default of 10 minutes, and gloo then waits for 30; hence the microsecond.
     """
-    timeout = datetime.timedelta(minutes=parallel.timeout_minutes, microseconds=1)
-    return InitProcessGroupKwargs(timeout=timeout, **options)
+    return InitProcessGroupKwargs(timeout=_timeout(parallel), **options)
 
 
 @dataclass(frozen=True)
@@ -80,7 +97,7 @@ class Runtime:
         self.rank: int = accelerator.process_index
         self.world_size: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
-        self.dtype = _DTYPES[parallel.precision]
+        self.dtype = _DTYPES[parallel.precision]  # `join_world` has decided what auto means
 
     @staticmethod
     def accelerate(parallel: ParallelConfig, *, on_cpu: bool) -> Accelerator:
@@ -92,6 +109,7 @@ class Runtime:
         if on_cpu:
             # Without this, a process under torchrun on a machine without a GPU assumes that it is the only one.
             os.environ["ACCELERATE_USE_CPU"] = "true"
+        connect(parallel, on_cpu=on_cpu)
         accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision=parallel.precision if parallel.precision == "fp16" else "no",
@@ -159,31 +177,53 @@ class Runtime:
             dtype = torch.float16
         return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
+    def held_casts(self, *, published: bool) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which several passes share the weights' casts, if `parallel.hold_casts`.
+
+        Autocast keeps the casts until its outermost context ends.
+        """
+        return self.autocast(published=published) if self.parallel.hold_casts else contextlib.nullcontext()
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`."""
-        with waiting_for(_OTHERS) if self.world_size > 1 else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if self.parallel.hold_casts:
+                # Within `held_casts` the backward pass would compute some f32 operations in half precision.
+                stack.enter_context(torch.autocast(self.device.type, enabled=False))
+            if self.world_size > 1:
+                stack.enter_context(waiting_for(_OTHERS))
             self.accelerator.backward(loss)
 
-    def advance(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, lr: float, clip_norm: float | None
-    ) -> float:
-        """Clip the gradient to `clip_norm`, update the parameters, and return the gradient's norm before clipping.
+    def clip(self, model: nn.Module, clip_norm: float | None) -> Tensor | None:
+        """Clip the gradient to `clip_norm` (None: not at all) and return its norm before, on the device.
 
-        If the norm is not finite, no parameter changes. In fp16 this also happens if the loss scale was too large: it
-        is then halved, and the returned norm is 0 until the scale cannot be reduced further.
+        None is returned where `advance` clips.
         """
-        limit = float("inf") if clip_norm is None else clip_norm
         self.accelerator.unscale_gradients()
-        norm = float(nn.utils.clip_grad_norm_(model.parameters(), limit))
+        return nn.utils.clip_grad_norm_(model.parameters(), float("inf") if clip_norm is None else clip_norm)
+
+    def advance(self, optimizer: torch.optim.Optimizer, *, lr: float, clip_norm: float | None, finite: bool) -> bool:
+        """Update the parameters with the clipped gradient.
+
+        If the gradient is not finite, no parameter changes. In fp16 this also happens if the loss scale was too large:
+        it is then halved, which is no failure until the scale cannot be reduced further.
+
+        Args:
+            optimizer: As returned by `prepare`.
+            lr: Learning rate.
+            clip_norm: As given to `clip`, where that does nothing.
+            finite: Whether the norm of the gradient is finite.
+
+        Returns:
+            Whether the gradient was usable.
+        """
         scaler = self.accelerator.scaler
-        if math.isfinite(norm) or scaler is not None:
+        if finite or scaler is not None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
         optimizer.zero_grad()
-        if not math.isfinite(norm) and scaler is not None and scaler.get_scale() >= 1:
-            return 0.0
-        return norm
+        return finite or (scaler is not None and scaler.get_scale() >= 1)
 
     @property
     def loss_scale(self) -> dict[str, float]:
@@ -221,14 +261,18 @@ class Runtime:
         """Return the model as a plain module that does not need the other processes."""
         return model
 
-    def sum(self, values: list[float]) -> list[float]:
-        """Sum `values` over all processes; the result is the same on each."""
+    def sum(self, values: list[float] | Tensor) -> list[float]:
+        """Sum `values`, f64, over all processes; the result is the same on each.
+
+        Values on a GPU are read only here, so that the host waits for it once.
+        """
         if self.world_size == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+            return values if isinstance(values, list) else values.tolist()
+        if isinstance(values, list):
+            values = torch.tensor(values, dtype=torch.float64, device=self.device)
         with waiting_for(_OTHERS):
-            torch.distributed.all_reduce(tensor)
-            return tensor.tolist()
+            torch.distributed.all_reduce(values)
+            return values.tolist()
 
     def gather(self, items: list[ItemT]) -> list[ItemT]:
         """Gather the items of all processes, in the order of their ranks."""
@@ -246,10 +290,28 @@ class Runtime:
             broadcast_object_list(box, from_process=0)
         return box[0]
 
+    def on_main(self, work: Callable[[], ItemT]) -> ItemT:
+        """Return what `work` returns on rank 0, which alone calls it, on every rank.
+
+        The others wait for it longer than for a collective, up to `PATIENCE`: scores and figures may take a while. If
+        rank 0 ends, they fail at once.
+        """
+        if self.world_size == 1:
+            return work()
+        group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        try:
+            box = [work() if self.is_main else None]
+            with waiting_for("rank 0 of this run"):
+                torch.distributed.broadcast_object_list(box, src=0, group=group, device=torch.device("cpu"))
+        finally:
+            torch.distributed.destroy_process_group(group)
+        return box[0]  # type: ignore[return-value]
+
     def barrier(self) -> None:
         """Wait until every process arrives."""
-        with waiting_for(_OTHERS):
-            self.accelerator.wait_for_everyone()
+        if self.world_size > 1:
+            with waiting_for(_OTHERS):
+                torch.distributed.barrier()
 
     def agree(self, what: str, value: str) -> None:
         """Refuse to continue if processes differ in `value`.
@@ -280,7 +342,9 @@ def moments_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
     """Return the moments of Adam and AdamW of a parameter; before the first step, their initial values."""
     state: dict[str, Tensor] = optimizer.state[parameter]
     if not state:
-        state["step"] = torch.tensor(0.0)
+        # The fused update counts the steps on the device of the parameter.
+        where = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
+        state["step"] = torch.tensor(0.0, device=where)
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return state

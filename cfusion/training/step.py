@@ -1,14 +1,15 @@
 """One optimizer step over a global batch, for any number of processes.
 
 The loss is the mean over the *global* number of cases, so a step is the same on 1 process or 64, and a smaller last
-batch is weighted by its size. Losses over sets of cases (Cox, ranking) need the logits of the complete global batch: a
+batch is weighted by its size. Losses stay on the device until the step reads them all at once: on a GPU, the host waits
+for it once a step. Losses over sets of cases (Cox, ranking) need the logits of the complete global batch: a
 first pass without gradients gathers them from all ranks, and a second pass sends their gradient through the model.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,27 @@ class Share:
     targets: Targets
     weights: Tensor
     seed: int
+
+
+class ComingShares(Collection[Share]):
+    """The shares of one step, taken from a stream as they are needed; they can be iterated once.
+
+    Args:
+        stream: Shares of this step and later ones, in order.
+        count: How many of them are this step's.
+    """
+
+    def __init__(self, stream: Iterator[Share], count: int) -> None:
+        self._coming, self._count = itertools.islice(stream, count), count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Share]:
+        return self._coming
+
+    def __contains__(self, share: object) -> bool:
+        raise TypeError("shares are read only once, in order")
 
 
 def dropout_seed(training: str, epoch: int, keys: Sequence[str], earlier: Sequence[int]) -> int:
@@ -89,7 +111,7 @@ class Stepper:
     clip_norm: float | None
     published_errors: bool = False
 
-    def step(self, micro_batches: Sequence[Share], *, cases: int, lr: float, stop: bool = False) -> StepReport:
+    def step(self, micro_batches: Collection[Share], *, cases: int, lr: float, stop: bool = False) -> StepReport:
         """Update the parameters with the gradient of the mean loss over the global batch.
 
         Args:
@@ -101,12 +123,10 @@ class Stepper:
         Raises:
             DataError: The loss or its gradient is not finite on some rank; the bags are named, no parameter changed.
         """
-        loss = self.accumulate(micro_batches, cases=cases)
-        return self.move(
-            loss, [case for m in micro_batches for case in m.batch.case_ids], cases=cases, lr=lr, stop=stop
-        )
+        loss, bags = self._accumulate(micro_batches, cases)
+        return self.move(loss, bags, cases=cases, lr=lr, stop=stop)
 
-    def carry(self, micro_batches: Sequence[Share], *, cases: int, window: int, stop: bool = False) -> StepReport:
+    def carry(self, micro_batches: Collection[Share], *, cases: int, window: int, stop: bool = False) -> StepReport:
         """Add the gradient of a partial window to the next step's, as the published program does at an epoch's end.
 
         Args:
@@ -118,32 +138,50 @@ class Stepper:
         Raises:
             DataError: The loss is not finite on some rank; the bags are named.
         """
-        loss = self.accumulate(micro_batches, cases=window)
-        return self._agree(loss, [case for m in micro_batches for case in m.batch.case_ids], cases=cases, stop=stop)
+        loss, bags = self._accumulate(micro_batches, window)
+        report, _ = self._agree(loss, bags, cases=cases, stop=stop)
+        return report
 
-    def accumulate(self, micro_batches: Sequence[Share], *, cases: int) -> float:
+    def accumulate(self, micro_batches: Collection[Share], *, cases: int) -> Tensor:
         """Add the gradient of this process's share of a global batch of `cases` bags; the last pass exchanges it.
 
         Returns:
-            Sum of the loss over the share, before division by `cases`.
+            Sum of the loss over the share, before division by `cases`: f64, on the device.
         """
-        surrogates = self._set_wise_gradients(micro_batches) if self.loss.set_wise else None
-        local_loss = 0.0
+        return self._accumulate(micro_batches, cases)[0]
+
+    def _accumulate(self, micro_batches: Collection[Share], cases: int) -> tuple[Tensor, list[str]]:
+        """Do so, and list the patients; each share is taken from `micro_batches` when its pass begins."""
+        surrogates = None
+        if self.loss.set_wise:
+            micro_batches = list(micro_batches)
+            surrogates = self._set_wise_gradients(micro_batches)
+        with self.runtime.held_casts(published=self.published_errors):
+            return self._passes(micro_batches, surrogates, cases)
+
+    def _passes(
+        self, micro_batches: Collection[Share], surrogates: _SetWise | None, cases: int
+    ) -> tuple[Tensor, list[str]]:
+        """Run forward and backward of each share; return the sum of the loss, and the patients."""
+        local_loss, bags = torch.zeros((), dtype=torch.float64, device=self.runtime.device), list[str]()
         for number, micro in enumerate(micro_batches):
+            bags += micro.batch.case_ids
             with self.runtime.accumulate(self.model, last=number == len(micro_batches) - 1):
                 output = self._forward(micro)
                 if surrogates is None:
                     loss = (self.loss(output, micro.targets, alpha=self.alpha) * micro.weights).sum()
-                    local_loss += loss.item()
+                    local_loss += loss.detach()
                 else:
                     loss = (_heads(output) * surrogates.gradients[number]).sum()
                     if output.penalty is not None:
                         penalty = (output.penalty * micro.weights).sum()
-                        loss, local_loss = loss + penalty, local_loss + penalty.item()
+                        loss, local_loss = loss + penalty, local_loss + penalty.detach()
                 self.runtime.backward(loss * (self.runtime.world_size / cases))
-        return local_loss if surrogates is None else local_loss + surrogates.loss / self.runtime.world_size
+        if surrogates is not None:
+            local_loss += surrogates.loss / self.runtime.world_size
+        return local_loss, bags
 
-    def move(self, loss: float, bags: Sequence[str], *, cases: int, lr: float, stop: bool = False) -> StepReport:
+    def move(self, loss: Tensor, bags: Sequence[str], *, cases: int, lr: float, stop: bool = False) -> StepReport:
         """Update the parameters with the accumulated gradient.
 
         Args:
@@ -156,18 +194,27 @@ class Stepper:
         Raises:
             DataError: See `step`.
         """
-        report = self._agree(loss, bags, cases=cases, stop=stop)
-        norm = self.runtime.advance(self.model, self.optimizer, lr=lr, clip_norm=self.clip_norm)
-        if not math.isfinite(norm):
+        norm = self.runtime.clip(self.model, self.clip_norm)
+        report, finite = self._agree(loss, bags, cases=cases, stop=stop, norm=norm)
+        if not self.runtime.advance(self.optimizer, lr=lr, clip_norm=self.clip_norm, finite=finite):
             self._refuse(bags, "gradient")
         return report
 
-    def _agree(self, loss: float, bags: Sequence[str], *, cases: int, stop: bool) -> StepReport:
-        """Sum losses and requests to stop over all processes, and refuse a loss that is not finite."""
-        total, bad, stops = self.runtime.sum([loss, float(not math.isfinite(loss)), float(stop)])
+    def _agree(
+        self, loss: Tensor, bags: Sequence[str], *, cases: int, stop: bool, norm: Tensor | None = None
+    ) -> tuple[StepReport, bool]:
+        """Sum losses and requests to stop over all processes, and refuse a loss that is not finite.
+
+        Returns:
+            The report, and whether the gradient's norm is finite on all processes.
+        """
+        asked = torch.full_like(loss, float(stop))
+        no_gradient = torch.zeros_like(loss) if norm is None else (~norm.isfinite()).to(loss.dtype)
+        values = torch.stack([loss, (~loss.isfinite()).to(loss.dtype), asked, no_gradient])
+        total, bad, stops, worse = self.runtime.sum(values)
         if bad:
             self._refuse(bags, "loss")
-        return StepReport(total / cases, bool(stops))
+        return StepReport(total / cases, bool(stops)), not worse
 
     def _forward(self, micro: Share) -> SurvivalOutput:
         # Both passes of a set-wise loss use this method: same dropout, same arithmetic, same logits.

@@ -102,11 +102,12 @@ def join_world(parallel: ParallelConfig) -> Runtime:
     settle_variables(zero=parallel.engine != "ddp")
     check_divides(parallel.global_batch, expected)
     on_cpu = not torch.cuda.is_available()
-    check_precision(parallel.precision, on_cpu=on_cpu)
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
         torch.set_num_threads(usable_cores())  # torch counts the machine's cores, whatever a container or job may use
     if not on_cpu:
         _check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
+    parallel = with_own_precision(parallel, on_cpu=on_cpu)
+    check_precision(parallel.precision, on_cpu=on_cpu)
     set_arithmetic(on_cpu=on_cpu, deterministic=parallel.deterministic)
     kind = Runtime if parallel.engine == "ddp" else ZeroRuntime
     if expected > 1 and not torch.distributed.is_initialized():  # else the port is held by this process's own store
@@ -127,8 +128,8 @@ def join_world(parallel: ParallelConfig) -> Runtime:
                 topic="world",
             )
     runtime.agree("program (its source files, or the version of torch)", program_digest())
-    atexit.unregister(_end_gloo)
-    atexit.register(_end_gloo)
+    atexit.unregister(_disconnect)
+    atexit.register(_disconnect)
     return runtime
 
 
@@ -141,6 +142,17 @@ def check_divides(global_batch: int, world_size: int) -> None:
             f"The nearest possible value is parallel.global_batch={nearest}.",
             topic="world",
         )
+
+
+def with_own_precision(parallel: ParallelConfig, *, on_cpu: bool) -> ParallelConfig:
+    """Return the settings with `precision: auto` decided for this device: bf16 on a GPU that has it, else f32."""
+    if parallel.precision != "auto":
+        return parallel
+    bf16 = not on_cpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if not on_cpu:
+        chosen = "bf16" if bf16 else "f32, as it has no bf16"
+        logger.info("parallel.precision=auto: %s on %s", chosen, torch.cuda.get_device_name())
+    return parallel.model_copy(update={"precision": "bf16" if bf16 else "f32"})
 
 
 def check_precision(precision: str, *, on_cpu: bool) -> None:
@@ -168,7 +180,11 @@ def _check_gpus(processes: int, gpus: int) -> None:
         )
 
 
-def _end_gloo() -> None:
-    """Stop Gloo's threads, which abort a process that ends before them after all its work (pytorch issue 190489)."""
-    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+def _disconnect() -> None:
+    """Stop the threads of Gloo and NCCL.
+
+    Gloo's abort a process that ends before them after all its work (pytorch issue 190489), and torch warns of resources
+    of NCCL that leak.
+    """
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -13,6 +13,7 @@ import functools
 import importlib
 import io
 import logging
+import math
 import os
 import socket
 import warnings
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from cfusion.config import ParallelConfig
 from cfusion.errors import ConfigError, MissingExtraError
-from cfusion.training.runtime import Part, Runtime, another_engine, moments_of, waiting
+from cfusion.training.runtime import Part, Runtime, another_engine, connect, moments_of, waiting
 
 _NEVER = 1 << 62
 
@@ -63,6 +64,7 @@ class ZeroRuntime(Runtime):
         os.environ.pop("ACCELERATE_USE_CPU", None)
         _import_deepspeed()
         _single_process_group()
+        connect(parallel, on_cpu=on_cpu)
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # where DeepSpeed prints the kernels it found
                 accelerator = Accelerator(
@@ -111,15 +113,17 @@ class ZeroRuntime(Runtime):
         """Add the gradient of `loss`, and distribute it if the engine's stage requires that."""
         self._engine.backward(loss)
 
-    def advance(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, lr: float, clip_norm: float | None
-    ) -> float:
-        """Clip the gradient, update the parameters, and return the norm; the engine skips a non-finite step."""
+    def clip(self, model: nn.Module, clip_norm: float | None) -> Tensor | None:
+        """Leave it to the engine's step, which knows the gradient's norm over all processes."""
+        return None
+
+    def advance(self, optimizer: torch.optim.Optimizer, *, lr: float, clip_norm: float | None, finite: bool) -> bool:
+        """Clip the gradient, update the parameters, and return whether its norm is finite; else the engine skips it."""
         for group in optimizer.param_groups:
             group["lr"] = lr
         self._engine.optimizer.clip_grad = 0.0 if clip_norm is None else clip_norm
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        return finite and math.isfinite(self._engine.get_global_grad_norm())
 
     def parts(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Part]:
         """Return the slices of each parameter that this process keeps in f32, with moments; buffers are complete."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import shutil
 import subprocess
 import tarfile
@@ -15,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from cfusion.errors import CfusionError, DataError
-from cfusion.files import atomic_path
+from cfusion.files import atomic_path, user_cache
 
 VERSION = "6.1.1"
 
@@ -29,9 +28,8 @@ NPM_SECONDS = 300
 
 
 def package_path() -> Path:
-    """Return the path of the tarball in the user's cache, `XDG_CACHE_HOME` or `~/.cache`."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "cfusion" / f"openseadragon-{VERSION}.tgz"
+    """Return the path of the tarball in the user's cache."""
+    return user_cache() / f"openseadragon-{VERSION}.tgz"
 
 
 def fetch_package() -> Path:

@@ -20,7 +20,7 @@ from typing import Any
 from cfusion.child_processes import forked_context, stop_with_parent
 from cfusion.errors import ConfigError
 from cfusion.interruption import stop_requested
-from cfusion.machine_limits import free_memory_bytes, usable_cores
+from cfusion.machine_limits import SLOTS, free_memory_bytes, usable_cores
 from launch.sweep.work import Job, Outcome
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,8 @@ def run_local(jobs: Sequence[Job], slots: Sequence[Slot], tick: Callable[[Sequen
     """
     _warn_of_memory(jobs, len(slots))
     waiting = deque(jobs)
-    workers = [_Worker(slot) for slot in slots[: len(jobs)]]
+    taken = slots[: len(jobs)]
+    workers = [_Worker(slot, len(taken)) for slot in taken]
     stopping = False
     try:
         while True:
@@ -119,11 +120,16 @@ def run_local(jobs: Sequence[Job], slots: Sequence[Slot], tick: Callable[[Sequen
 
 
 class _Worker:
-    """A process that does one job after another; it starts with its first job, and again after it was killed."""
+    """A process that does one job after another; it starts with its first job, and again after it was killed.
 
-    def __init__(self, slot: Slot) -> None:
+    Args:
+        slot: Its place.
+        slots: Workers on this machine.
+    """
+
+    def __init__(self, slot: Slot, slots: int) -> None:
         self.job: Job | None = None
-        self._slot = slot
+        self._slot, self._slots = slot, slots
         self._process: Any = None
         self._pipe: Connection | None = None
 
@@ -137,7 +143,9 @@ class _Worker:
         if self._process is None or not self._process.is_alive():
             context = forked_context()  # one import for all slots
             self._pipe, other = context.Pipe()
-            self._process = context.Process(target=_serve, args=(other, self._slot, dict(os.environ)))
+            self._process = context.Process(
+                target=_serve, args=(other, self._slot, {**os.environ, SLOTS: str(self._slots)})
+            )
             self._process.start()
             other.close()
         self.job = Job(job.runs, job.processes, self._slot.share)

@@ -88,7 +88,8 @@ def load_encoder(name: str, config: PreprocessConfig, device: str = "cpu") -> En
 def load_slots(config: PreprocessConfig) -> list[list[Encoder]]:
     """Load the encoders of `config` once for each device that encodes in parallel.
 
-    If none of them is a network, they run in `config.threads` threads, because each uses one core.
+    With `upload_ahead`, a GPU's encoders are in two slots, so that two threads call them. If none of them is a network,
+    they run in `config.threads` threads, because each uses one core.
     """
     if len(set(config.encoders)) != len(config.encoders) or not config.encoders:
         raise ConfigError(f"encoders {list(config.encoders)}: expected one or more names, each given once.")
@@ -100,7 +101,11 @@ def load_slots(config: PreprocessConfig) -> list[list[Encoder]]:
         )
     if set(config.encoders) == {StainTexture.name}:
         return [[StainTexture()]] * config.threads
-    return [[load_encoder(name, config, device) for name in config.encoders] for device in _devices(config.devices)]
+    slots: list[list[Encoder]] = []
+    for device in _devices(config.devices):
+        loaded = [load_encoder(name, config, device) for name in config.encoders]
+        slots += [loaded] * (2 if config.upload_ahead and device != "cpu" else 1)
+    return slots
 
 
 def _devices(wanted: Sequence[str]) -> Sequence[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 from cfusion.errors import ConfigError, DataError, MissingExtraError, WeightsError
 from cfusion.files import digest_file
 from preprocess.encoders.cards import CARDS, EncoderCard
+from preprocess.encoders.network_clock import NetworkClock
 from preprocess.encoders.weights import (
     fetch_weights,
     file_name,
@@ -40,16 +43,31 @@ class NetworkEncoder:
         weights_digest: SHA-256 of the weights file.
         device: Device to run on.
         precision: Arithmetic of the network; its result is f32.
+        ahead: Whether two threads call it, so that one batch is uploaded and transformed while the network runs on the
+            other. On a GPU each thread then works in a stream of its own, and uploads from pinned memory.
+
+    Attributes:
+        clock: Time in which the network runs.
     """
 
     def __init__(
-        self, name: str, card: EncoderCard, network: nn.Module, weights_digest: str, device: str, precision: str
+        self,
+        name: str,
+        card: EncoderCard,
+        network: nn.Module,
+        weights_digest: str,
+        device: str,
+        precision: str,
+        *,
+        ahead: bool = False,
     ) -> None:
         self.name, self.dim, self._card = file_name(name), card.dim, card
         self._device, self._dtype = torch.device(device), DTYPES[precision]
         self._network = network.eval().to(self._device, self._dtype)
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in card.colours)
         self._mean, self._std = mean.to(self._device), std.to(self._device)
+        self.clock = NetworkClock(self._device)
+        self._streams = threading.local() if ahead and self._device.type == "cuda" else None
         self.identity: dict[str, Any] = {
             "version": card.repo, "weights": weights_digest, "source": card.source, "precision": precision,
             "pool": card.pool,
@@ -61,13 +79,33 @@ class NetworkEncoder:
     def encode(self, tiles: np.ndarray) -> np.ndarray:
         """See `Encoder.encode`."""
         try:
-            pixels = torch.from_numpy(tiles).to(self._device, non_blocking=True).permute(0, 3, 1, 2)
-            return self.pooled(self.transformed(pixels).to(self._dtype)).float().cpu().numpy()
+            with self._stream():
+                pixels = self._uploaded(tiles).permute(0, 3, 1, 2)
+                values = self.transformed(pixels).to(self._dtype)
+                start = self.clock.mark()
+                out = self.pooled(values)
+                end = self.clock.mark()
+                embeddings = out.float().cpu().numpy()
+            self.clock.add(start, end)
+            return embeddings
         except torch.OutOfMemoryError as error:
             raise DataError(
                 f"encoder {self.name}: {self._device} has not enough memory for {len(tiles)} tiles at once.",
                 "Give a smaller --batch-size.",
             ) from error
+
+    def _stream(self) -> contextlib.AbstractContextManager[Any]:
+        if self._streams is None:
+            return contextlib.nullcontext()
+        if not hasattr(self._streams, "own"):
+            self._streams.own = torch.cuda.Stream(self._device)
+            # The weights were moved to the device in the stream that was current then.
+            self._streams.own.wait_stream(torch.cuda.default_stream(self._device))
+        return torch.cuda.stream(self._streams.own)
+
+    def _uploaded(self, tiles: np.ndarray) -> Tensor:
+        pixels = torch.from_numpy(tiles)
+        return (pixels if self._streams is None else pixels.pin_memory()).to(self._device, non_blocking=True)
 
     def transformed(self, pixels: Tensor) -> Float[Tensor, "tile 3 y x"]:
         """Transform tiles u8 [n, 3, 256, 256] for the network: resize as PIL does, crop, normalise."""
@@ -151,7 +189,7 @@ def load_network(name: str, config: PreprocessConfig, device: str) -> NetworkEnc
     precision = config.precision
     if precision == "card":
         precision = "f32" if device == "cpu" else card.precision
-    return NetworkEncoder(name, card, network, digest_file(path), device, precision)
+    return NetworkEncoder(name, card, network, digest_file(path), device, precision, ahead=config.upload_ahead)
 
 
 def card_of(name: str, offline: bool = False) -> EncoderCard:

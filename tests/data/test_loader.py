@@ -9,8 +9,9 @@ from made_up_slides import MemoryStore, make_slide
 
 from cfusion.config import DataConfig
 from cfusion.data.bags import make_bags
+from cfusion.data.batches import read_batch
 from cfusion.data.buffers import Buffers
-from cfusion.data.cache import choose_cache
+from cfusion.data.cache import choose_cache, free_ram_bytes
 from cfusion.data.loader import BagLoader
 from cfusion.data.shard_files import OpenFile
 from cfusion.data.shards import ShardDataset
@@ -355,6 +356,32 @@ def test_batches_for_another_device_are_finished_there(dataset, bags, config):
                 assert (tensor.shape, tensor.dtype) == (stayed[name].shape, stayed[name].dtype)
 
 
+def test_positions_are_left_out_where_no_model_reads_them_and_neighbours_are_found_nonetheless(dataset, bags):
+    loaders = [
+        BagLoader(
+            dataset, bags, DataConfig(), magnifications=MAGNIFICATIONS, seed=0, graphs={"x20": 3}, positions=wanted
+        )
+        for wanted in (True, False)
+    ]
+    for with_them, without in zip(*(one.stream([[0], [1, 2]], epoch=0, training=True) for one in loaders), strict=True):
+        assert with_them.positions is not None
+        assert without.positions is None
+        assert torch.equal(with_them.neighbours["x20"], without.neighbours["x20"])
+        for name, features in with_them.features.items():
+            assert torch.equal(features, without.features[name])
+
+
+def test_all_that_a_batch_for_a_gpu_holds_is_pinned(dataset, bags, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    buffers = Buffers(1 << 20, pinned=False)
+    monkeypatch.setattr(buffers, "pinned", True)
+    monkeypatch.setattr(buffers, "empty", lambda shape, dtype: torch.empty(tuple(shape), dtype=dtype))
+    raw = read_batch(dataset, [bags[0]], ["x20", "x10", "x5"], [None], buffers, {"x20": 2})
+    assert raw.neighbours is not None
+    assert {id(tensor) for tensor in raw.tensors()} <= {id(tensor) for tensor in pinned}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: python -m pytest -m gpu")
 @pytest.mark.parametrize(
@@ -405,6 +432,27 @@ def test_a_cache_is_chosen_by_what_fits(wanted, needed, ram, gpu, place):
     chosen, why = choose_cache(wanted, needed, ram, gpu)
     assert chosen == place
     assert why.startswith(f"cache {place}: ")
+
+
+@pytest.mark.parametrize(
+    ("variables", "processes"),
+    [
+        ({}, 1),
+        ({"LOCAL_WORLD_SIZE": "2"}, 2),
+        ({"CFUSION_SLOTS": "3"}, 3),
+        ({"CFUSION_SLOTS": "3", "LOCAL_WORLD_SIZE": "2"}, 6),
+        ({"CFUSION_SLOTS": ""}, 1),
+    ],
+)
+def test_the_free_memory_is_shared_with_the_other_processes_and_the_other_runs_of_a_sweep(
+    monkeypatch, variables, processes
+):
+    for name in ("LOCAL_WORLD_SIZE", "CFUSION_SLOTS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("cfusion.data.cache.free_memory_bytes", lambda: 60)
+    assert free_ram_bytes() == 60 // processes
 
 
 def test_the_chosen_cache_is_logged_with_its_bytes(dataset, bags, caplog, monkeypatch):

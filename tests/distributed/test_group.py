@@ -14,6 +14,8 @@ from cfusion.config import Config
 from cfusion.errors import RequeueError
 from cfusion.training.group import group
 
+pytestmark = pytest.mark.slow
+
 VARIANTS: dict[str, dict[str, dict[str, object]]] = {
     "dropout, moving average, patience": {
         "model": {"name": "crossfusion", "embed_dim": 16, "num_heads": 2},
@@ -83,7 +85,6 @@ def test_two_processes_give_the_parameters_of_one(worlds, variant):
                 torch.testing.assert_close(shared[name], tensor, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.slow
 def test_two_processes_stopped_and_started_again_end_with_the_same_bits(files, tmp_path):
     config = configuration(files, tmp_path, VARIANTS["dropout, moving average, patience"])
     run_world(2, stop_and_resume, tmp_path, config, tmp_path)

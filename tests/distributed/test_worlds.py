@@ -2,6 +2,8 @@
 
 import os
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,9 @@ from spawn import run_world
 
 import cfusion.training.runtime as runtime_module
 import cfusion.training.world as world_module
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.engines import reducer_difference, wrapped_in_a_world_of_one
+from benchmarks.gpu.steps import share
 from cfusion.config import ParallelConfig
 from cfusion.doctor.checks import CHECKS, check_node
 from cfusion.errors import ConfigError, MissingExtraError
@@ -173,8 +178,22 @@ def test_bf16_is_refused_on_a_gpu_without_it_and_warned_of_on_such_a_processor(m
         assert bool(text) == bool(caplog.text)
 
 
-@pytest.mark.parametrize(("scale", "norm"), [(1024.0, 0.0), (0.5, float("inf"))])
-def test_in_fp16_a_scale_too_large_skips_a_step_and_one_too_small_stops(scale, norm):
+@pytest.mark.parametrize(
+    ("on_cpu", "has_bf16", "precision"), [(True, True, "f32"), (False, True, "bf16"), (False, False, "f32")]
+)
+def test_precision_auto_is_bf16_where_the_gpu_has_it(monkeypatch, caplog, on_cpu, has_bf16, precision):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    with caplog.at_level("INFO"):
+        decided = world_module.with_own_precision(ParallelConfig(), on_cpu=on_cpu)
+    assert decided.precision == precision
+    assert (f"parallel.precision=auto: {precision}" in caplog.text) is not on_cpu
+    for given in ("f32", "fp16", "f64"):
+        assert world_module.with_own_precision(ParallelConfig(precision=given), on_cpu=on_cpu).precision == given
+
+
+@pytest.mark.parametrize(("scale", "usable"), [(1024.0, True), (0.5, False)])
+def test_in_fp16_a_scale_too_large_skips_a_step_and_one_too_small_stops(scale, usable):
     moved = []
     runtime = Runtime.__new__(Runtime)
     runtime.accelerator = SimpleNamespace(
@@ -183,14 +202,17 @@ def test_in_fp16_a_scale_too_large_skips_a_step_and_one_too_small_stops(scale, n
     optimizer = SimpleNamespace(param_groups=[{}], step=lambda: moved.append(1), zero_grad=lambda: None)
     layer = torch.nn.Linear(1, 1, bias=False)
     layer.weight.grad = torch.full((1, 1), float("inf"))
-    assert runtime.advance(layer, optimizer, lr=0.1, clip_norm=1.0) == norm
+    norm = runtime.clip(layer, 1.0)
+    assert norm is not None
+    assert not norm.isfinite()
+    assert runtime.advance(optimizer, lr=0.1, clip_norm=1.0, finite=False) is usable
     assert moved == [1], "the scaler skips the step and lowers the scale"
 
 
 def nccl_step(engine: str) -> None:
     """In a worker: one process on NCCL sums, and its engine runs bf16."""
     runtime = join_world(ParallelConfig(engine=engine, precision="bf16", global_batch=1))
-    assert torch.distributed.get_backend() == "nccl"
+    assert "nccl" in torch.distributed.get_backend()
     model = torch.nn.Linear(3, 1)
     wrapped, optimizer = runtime.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
     with runtime.accumulate(wrapped, last=True):
@@ -198,8 +220,76 @@ def nccl_step(engine: str) -> None:
             output = wrapped(torch.ones(2, 3, device=runtime.device))
         assert output.dtype == torch.bfloat16
         runtime.backward(output.float().square().mean())
-    assert runtime.advance(wrapped, optimizer, lr=0.1, clip_norm=1.0) > 0
+    norm = runtime.clip(wrapped, 1.0)
+    assert norm is None or float(norm) > 0
+    assert runtime.advance(optimizer, lr=0.1, clip_norm=1.0, finite=True)
     assert runtime.sum([2.0]) == [2.0]
+
+
+def reducer_step() -> None:
+    """In a worker: a world of one wraps the model, and its gradients go through the reducer."""
+    runtime = join_world(ParallelConfig(precision="bf16" if torch.cuda.is_available() else "f32", global_batch=2))
+    bench = Bench(quick=True, minutes=1.0, shared=Path(), json_file=None)
+    with wrapped_in_a_world_of_one():
+        difference = reducer_difference(bench, runtime, [share(bench, 32), share(bench, 48)])
+    assert difference < (1e-3 if torch.cuda.is_available() else 1e-5)
+
+
+@pytest.mark.slow
+def test_the_reducer_of_ddp_gives_the_gradients_of_a_bare_model(tmp_path):
+    run_world(1, reducer_step, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: python -m pytest -m gpu")
+def test_the_reducer_on_nccl(tmp_path):
+    run_world(1, reducer_step, tmp_path)
+
+
+def patient_work(folder: Path) -> None:
+    """In a worker: rank 0 works for longer than a collective may wait, and the others get what it returns."""
+    runtime = join_world(ParallelConfig(precision="f32", timeout_minutes=2 / 60))
+
+    def work() -> str:
+        time.sleep(6)
+        return "scores"
+
+    assert runtime.on_main(work) == "scores"
+    (folder / f"done_{runtime.rank}").touch()
+    runtime.barrier()
+
+
+@pytest.mark.slow
+def test_work_of_rank_0_may_take_longer_than_a_collective_waits(tmp_path):
+    run_world(2, patient_work, tmp_path, tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("done_*")) == ["done_0", "done_1"]
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "ranked", "connected", "made"),
+    [(False, True, False, 1), (True, True, False, 0), (False, False, False, 0), (False, True, True, 0)],
+)
+def test_a_gpu_run_exchanges_objects_over_gloo(monkeypatch, on_cpu, ranked, connected, made):
+    calls = []
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, **options: calls.append((backend, options))
+    )
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: connected)
+    monkeypatch.setenv("RANK", "0") if ranked else monkeypatch.delenv("RANK", raising=False)
+    runtime_module.connect(ParallelConfig(timeout_minutes=3), on_cpu=on_cpu)
+    assert len(calls) == made
+    for backend, options in calls:
+        assert backend == "cuda:nccl,cpu:gloo"
+        assert round(options["timeout"].total_seconds()) == 180
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_every_process_group_is_destroyed_at_the_end_whatever_its_backend(monkeypatch, connected):
+    destroyed = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: connected)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: destroyed.append(1))
+    world_module._disconnect()
+    assert len(destroyed) == connected
 
 
 @pytest.mark.gpu

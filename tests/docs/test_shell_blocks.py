@@ -36,7 +36,7 @@ from preprocess.settings import PreprocessConfig
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 QUICK = ("docs/howto/score-predictions.md", "docs/howto/shell.md")
-"""Pages that take seconds; the others are run with the slow tests."""
+"""Pages that take seconds; README, CONTRIBUTING and the tutorials are slow tests, the other pages long ones."""
 _BLOCK = re.compile(
     r"^(?P<indent> *)(?:<!-- (?P<note>[^\n]*?) -->\n(?: *\n)*(?P=indent))?```bash\n(?P<code>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
@@ -91,9 +91,13 @@ def test_the_quick_pages_are_there():
     assert not set(QUICK) - {name(page) for page in RUN}
 
 
-@pytest.mark.parametrize(
-    "page", [pytest.param(p, marks=[] if name(p) in QUICK else pytest.mark.slow) for p in RUN], ids=name
-)
+def marks(page: Path) -> list[pytest.MarkDecorator]:
+    if name(page) in QUICK:
+        return []
+    return [pytest.mark.long if "howto" in page.parts else pytest.mark.slow]
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, marks=marks(page)) for page in RUN], ids=name)
 def test_the_blocks_of_a_page_run(page, tmp_path):
     for set_up in _SET_UP.findall(page.read_text()):
         SET_UPS[set_up](tmp_path)

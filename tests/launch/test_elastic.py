@@ -75,7 +75,7 @@ def start_on(hosts: list[str], plan: LaunchPlan) -> list[Agent]:
     return agents
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_goes_on_when_a_host_of_a_network_is_lost(files, tmp_path, two_hosts):
     disturbed = planned(files, tmp_path / "disturbed", nodes=2)
     with running(start_on(two_hosts, disturbed)) as agents:
@@ -94,7 +94,7 @@ def undisturbed(files: CohortFiles, output: Path, step: int) -> dict[str, bytes]
     return numbers(output)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_waits_for_a_replacement_where_fewer_nodes_cannot_share_the_batch(files, tmp_path):
     disturbed = dataclasses.replace(planned(files, tmp_path / "disturbed", nodes=2), least_nodes=2)
     assert disturbed.nnodes == "2"
@@ -109,7 +109,7 @@ def test_a_run_waits_for_a_replacement_where_fewer_nodes_cannot_share_the_batch(
     assert numbers(disturbed.output) == numbers(tmp_path / "calm")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_single_process_that_dies_is_restarted_also_by_torchrun_without_a_plan(files, tmp_path):
     run = planned(files, tmp_path / "run", nodes=1)
     standalone = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", *run.command]
@@ -121,7 +121,7 @@ def test_a_single_process_that_dies_is_restarted_also_by_torchrun_without_a_plan
     assert len(numbers(run.output)) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_first_node_is_not_survived_but_the_same_command_goes_on(files, tmp_path):
     plan = planned(files, tmp_path / "run", nodes=2)
     with running(start_agents(plan)) as agents:

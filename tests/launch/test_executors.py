@@ -157,7 +157,7 @@ def newest_step(run: PlannedRun) -> str:
     return max(path.name for path in run.config.output.glob("checkpoints/fold_0/step_*"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_asked_to_stop_ray_has_the_runs_at_work_save_and_does_not_begin_the_rest(files, tmp_path):
     pytest.importorskip("ray")
     runs = endless(files, tmp_path)
@@ -202,7 +202,7 @@ with graceful_stop():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_after_ray_has_ended_asks_for_a_stop():
     pytest.importorskip("ray")
     # In a separate process: Ray restores the default signal action, which ends the process.
@@ -210,7 +210,7 @@ def test_a_signal_after_ray_has_ended_asks_for_a_stop():
     assert ended.returncode == 0, ended.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_whose_ray_worker_always_dies_is_tried_as_often_as_asked(files, tmp_path):
     pytest.importorskip("ray")
     run = endless(files, tmp_path)[0]

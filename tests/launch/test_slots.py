@@ -130,7 +130,7 @@ def test_a_worker_that_dies_before_it_has_its_job_is_reported_and_raises_nothing
     def recv():
         raise EOFError
 
-    worker = local._Worker(Slot(1))
+    worker = local._Worker(Slot(1), 1)
     worker._pipe = SimpleNamespace(send=send, recv=recv)
     worker._process = SimpleNamespace(is_alive=lambda: True, join=lambda: None, exitcode=-9)
     (run,) = plan(SweepConfig(name="s", output=tmp_path, base={"cohort": {"table": str(files.table)}}))

@@ -46,8 +46,8 @@ def test_tiles_at_the_same_position_are_refused(name: str):
     ("name", "options", "message"),
     [
         ("hipt", {"region": "median"}, "region='median': expected transformer or mean"),
-        ("hipt", {"side": 0}, "side=0: expected a number of tiles from 1"),
-        ("zoommil", {"selected": 0}, "selected=0: expected a number of tiles from 1"),
+        ("hipt", {"side": 0}, "side=0: expected an integer of at least 1"),
+        ("zoommil", {"selected": 0}, "selected=0: expected an integer of at least 1"),
         ("zoommil", {"sigma": 0}, "sigma=0: expected a number above 0"),
         ("zoommil", {"magnifications": (20,)}, "needs two or more magnifications, and the data offer x20"),
         ("zoommil", {"magnifications": (20, 8)}, "x20 and x8: expected magnifications of which one is an integer"),

@@ -1,5 +1,6 @@
 """Building models by name, and what holds for every model that can be built."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from cfusion.errors import ConfigError
 from cfusion.models import MODELS, build_model, published_state_dict
 from cfusion.models.bag import check_share
 from cfusion.models.dropout import Dropout
+from cfusion.models.registry import reads_positions
 from cfusion.survival.losses import LOSSES
 from cfusion.types import SurvivalOutput, Targets
 
@@ -174,3 +176,16 @@ def test_what_cannot_be_built_is_refused(name: str, options: dict, message: str)
 def test_a_share_that_is_no_number_is_refused():
     with pytest.raises(ConfigError, match=r"model.options.dropout='much': expected a number in \[0, 1\)"):
         check_share("dropout", "much")
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if not reads_positions(name, {})])
+def test_a_model_that_reads_no_positions_gives_the_same_without_them(name: str):
+    model, one = build(name), bag(1, 30)
+    assert torch.equal(model(one).logits, model(dataclasses.replace(one, positions=None)).logits)
+
+
+def test_positions_are_read_where_a_model_may_want_them():
+    assert reads_positions("crossfusion", {"grid": "spatial"})
+    assert reads_positions("patchgcn", {})
+    assert reads_positions("my_models.py:MyModel", {})
+    assert not reads_positions("crossfusion", {})

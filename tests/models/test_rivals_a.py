@@ -221,7 +221,7 @@ def test_by_default_a_tile_receives_from_its_own_neighbours(name: str):
 def test_options_of_graph_models_are_checked(name: str):
     for options, message in (
         ({"edges": "near"}, "edges='near': expected spatial or latent"),
-        ({"neighbours": 0}, "neighbours=0: expected a number of tiles from 1"),
+        ({"neighbours": 0}, "neighbours=0: expected an integer of at least 1"),
         ({"dropout": 2}, "dropout=2: expected a number"),
         ({"embed_dim": 63}, "embed_dim=63"),
     ):

@@ -142,7 +142,7 @@ def test_several_attention_heads_are_condensed():
     model = build_model("abmil", backbone_dim=12, embed_dim=8, heads=3).eval()
     assert model.condense.in_features == 36
     assert model(torch.randn(2, 5, 12)).logits.shape == (2, 4)
-    with pytest.raises(ConfigError, match=r"model.options.heads=0: expected at least 1"):
+    with pytest.raises(ConfigError, match=r"model.options.heads=0: expected an integer of at least 1"):
         build_model("abmil", backbone_dim=12, heads=0)
 
 
@@ -657,8 +657,8 @@ def test_penalties_enter_the_loss(loss: str):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"types": 0}, "model.options.types is too small"),
-        ({"layers": 1}, "model.options.layers is too small"),
+        ({"types": 0}, "model.options.types=0: expected an integer of at least 1"),
+        ({"layers": 1}, "model.options.layers=1: expected an integer of at least 2"),
         ({"width": 10}, "model.options.width=10: protosurv has 3 heads"),
     ],
 )

@@ -1,12 +1,16 @@
 """Slides to a feature store."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from cfusion.data.store import FeatureStore
-from preprocess.extraction import preprocess_slides
+from preprocess import encoders
+from preprocess.encoders.network_clock import NetworkClock
+from preprocess.extraction import _busy_seconds, preprocess_slides
 from preprocess.settings import PreprocessConfig
 
 
@@ -68,3 +72,40 @@ def test_a_mean_of_means_is_the_mean_of_the_parent(shared: Path, tmp_path: Path,
         for i in complete:
             mean = read.features[fine][read.parents[fine] == i].astype(np.float32).mean(axis=0)
             np.testing.assert_allclose(read.features[coarse][i], mean, atol=0.3)
+
+
+def test_two_threads_that_share_an_encoder_write_the_same_features(shared: Path, tmp_path: Path):
+    slide = shared / "slides" / "cmu_small_region.svs"
+    found = []
+    for slots in (1, 2):
+        config = PreprocessConfig(slides=slide, store=tmp_path / str(slots), min_tissue=1e-9, batch_size=7)
+        preprocess_slides(config, slots=[[MeanColour()]] * slots)
+        found.append(FeatureStore.open(config.store).read("cmu_small_region"))
+    for name, features in found[0].features.items():
+        np.testing.assert_array_equal(features, found[1].features[name])
+
+
+def test_a_gpu_has_two_slots_only_where_batches_are_uploaded_ahead(monkeypatch):
+    monkeypatch.setattr(encoders, "_devices", lambda wanted: ["cuda:0", "cuda:1"])
+    monkeypatch.setattr(encoders, "load_encoder", lambda name, config, device: SimpleNamespace(device=device))
+    plain = encoders.load_slots(PreprocessConfig(encoders=("uni",)))
+    ahead = encoders.load_slots(PreprocessConfig(encoders=("uni",), upload_ahead=True))
+    assert [slot[0].device for slot in plain] == ["cuda:0", "cuda:1"]
+    assert [slot[0].device for slot in ahead] == ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]
+    assert ahead[0] is ahead[1]
+
+
+def test_the_time_of_a_network_is_counted_once_where_calls_overlap():
+    clock = NetworkClock(torch.device("cpu"))
+    origin = clock._origin
+    for start, end, seconds in ((0.0, 2.0, 2.0), (1.0, 3.0, 3.0), (5.0, 6.0, 4.0)):
+        clock.add(origin + start, origin + end)
+        assert clock.seconds == pytest.approx(seconds)
+
+
+def test_the_busy_time_is_that_of_the_networks_where_all_encoders_are_networks():
+    one, two = (SimpleNamespace(clock=SimpleNamespace(seconds=seconds)) for seconds in (4.0, 8.0))
+    assert _busy_seconds([[one], [one]], 100.0) == 4.0, "two slots of one device"
+    assert _busy_seconds([[one], [two]], 100.0) == 6.0
+    assert _busy_seconds([[one, MeanColour()]], 100.0) == 100.0
+    assert _busy_seconds([[MeanColour()]] * 4, 100.0) == 25.0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from factories import CohortFiles, make_cohort
 from typer.testing import CliRunner
@@ -17,7 +18,7 @@ from cfusion.cli.main import app
 from cfusion.config import Config
 from cfusion.errors import ConfigError, RequeueError
 from cfusion.runs.crossval import cross_validate
-from cfusion.runs.run import Run
+from cfusion.runs.run import Run, with_begun_precision
 from cfusion.training.checkpoint import Checkpoints
 from cfusion.training.world import join_world
 from launch.sweep.plan import PlannedRun, SweepConfig, plan
@@ -36,6 +37,7 @@ def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
     copy = tmp_path / "program"
     shutil.copytree(program.PACKAGE / "survival", copy / "survival", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(program, "PACKAGE", copy)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def replace(name: str, before: str, after: str) -> None:
         path = copy / "survival" / name
@@ -210,3 +212,22 @@ def test_runs_on_absent_data_are_distinguished_by_its_path(files, tmp_path):
     axes = {"shards": {name: {"data.shards": str(tmp_path / name)} for name in ("one", "two")}}
     names = [run.name for run in plan(sweep(files, tmp_path / "sweep", axes=axes))]
     assert len({name.rpartition("-")[2] for name in names}) == 2
+
+
+def test_precision_auto_is_recorded_as_what_it_was_and_kept_by_a_resume(files, tmp_path, monkeypatch):
+    config = small(files, tmp_path / "run", train={"epochs": 1})
+    assert config.parallel.precision == "auto"
+    Run.open(join_world(config.parallel), config)
+    assert run_folder.read_config(config.output).parallel.precision == "f32"
+    assert with_begun_precision(config).parallel.precision == "f32"
+
+    marker = run_folder.read_marker(config.output)
+    marker["provenance"]["config"]["parallel"]["precision"] = "bf16"
+    (config.output / run_folder.RUN).write_text(json.dumps(marker))
+    assert with_begun_precision(config).parallel.precision == "bf16"
+    given = config.model_copy(update={"parallel": config.parallel.model_copy(update={"precision": "f32"})})
+    assert with_begun_precision(given) is given
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    with pytest.raises(ConfigError, match=r"run: was begun with parallel.precision=bf16, which this device lacks"):
+        with_begun_precision(config)

@@ -23,6 +23,8 @@ from cfusion.tracking.delivery import send, unsent
 from cfusion.tracking.sender import Pace
 from cfusion.tracking.sender_process import end_sender
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
@@ -170,7 +172,6 @@ def has_everything_once(server: MlflowServer, experiment: str, steps: int) -> No
     assert artifacts(client, found.info.run_id) == {"history.csv"}
 
 
-@pytest.mark.slow
 def test_a_conflict_with_another_writer_is_resolved(files, tmp_path, caplog):
     (tmp_path / "sitecustomize.py").write_text("import rival\nheld = rival.earlier_writer()\nheld.__enter__()\n")
     paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
@@ -197,7 +198,6 @@ def impatient(monkeypatch):
     monkeypatch.setattr(run, "PACE", Pace(seconds=0.1, longest=0.2))
 
 
-@pytest.mark.slow
 def test_a_server_killed_in_mid_run_gets_the_rest_later_and_once(tmp_path, impatient, caplog):
     server = MlflowServer(tmp_path)
     server.start()
@@ -225,7 +225,6 @@ def test_a_server_killed_in_mid_run_gets_the_rest_later_and_once(tmp_path, impat
         server.kill()
 
 
-@pytest.mark.slow
 def test_a_server_that_hangs_gets_the_rest_when_it_answers_again(server, tmp_path, impatient, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

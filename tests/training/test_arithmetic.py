@@ -58,7 +58,7 @@ def test_each_fold_in_fp16_begins_with_a_new_loss_scale():
         scaler=scaler, process_index=0, num_processes=1, device=torch.device("cpu"),
         distributed_type=DistributedType.NO, prepare=lambda *both, device_placement: both,
     )  # fmt: skip
-    runtime = Runtime(accelerator, ParallelConfig())
+    runtime = Runtime(accelerator, ParallelConfig(precision="f32"))
     runtime.loss_scale = {**scaler.state_dict(), "scale": 128.0}
     assert runtime.loss_scale["scale"] == 128
     model = torch.nn.Linear(2, 1)

@@ -88,3 +88,10 @@ def test_mpi_of_mvapich_is_refused_like_the_others(monkeypatch):
     monkeypatch.setenv("MV2_COMM_WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match="mpirun_rsh started 4 separate tasks"):
         launched()
+
+
+def test_a_run_keeps_the_watchdog_that_ends_processes_which_wait_for_a_lost_one():
+    environ = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "WORLD_SIZE": "2", "RANK": "0"}
+    assert settle_variables(environ) == ["TORCH_NCCL_ASYNC_ERROR_HANDLING=0"]
+    assert environ == {"WORLD_SIZE": "2", "RANK": "0"}
+    assert settle_variables({"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}) == []

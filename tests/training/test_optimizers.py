@@ -8,6 +8,7 @@ import torch
 
 from cfusion.config import TrainConfig
 from cfusion.training.optimizers import make_optimizer
+from cfusion.training.runtime import moments_of
 
 
 @pytest.mark.parametrize(("name", "reference"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
@@ -41,8 +42,31 @@ def test_a_step_imports_neither_the_compiler_nor_distributed_tensors():
         "runtime, layer = join_world(ParallelConfig(global_batch=1)), torch.nn.Linear(2, 1)\n"
         "model, optimizer = runtime.prepare(layer, make_optimizer(layer, TrainConfig()))\n"
         "runtime.backward(model(torch.ones(1, 2)).sum())\n"
-        "runtime.advance(model, optimizer, lr=1e-3, clip_norm=1.0)\n"
+        "finite = bool(runtime.clip(model, 1.0).isfinite())\n"
+        "runtime.advance(optimizer, lr=1e-3, clip_norm=1.0, finite=finite)\n"
         "print([m for m in ('torch._dynamo', 'torch._inductor', 'torch.distributed.tensor') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_a_fused_update_is_that_of_the_plain_one_and_goes_on_from_a_restored_state(name):
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(5, 3)
+        optimizer = make_optimizer(layer, TrainConfig(optimizer=name, lr=1e-2, fused_optimizer=fused))
+        assert bool(optimizer.defaults["fused"]) is fused
+        moments = [moments_of(optimizer, parameter) for parameter in layer.parameters()]
+        for moment in moments:  # as if the state of five steps had been restored
+            moment["step"].fill_(5)
+            moment["exp_avg_sq"].fill_(1e-3)
+        for _ in range(10):
+            layer(torch.randn(7, 5)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert {float(moment["step"]) for moment in moments} == {15.0}
+        found.append([parameter.detach().clone() for parameter in layer.parameters()])
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-6, atol=1e-6)

@@ -62,8 +62,9 @@ def seen(files, tmp_path_factory) -> dict[str, Any]:
     original, original_carry = Stepper.step, Stepper.carry
 
     def step(self: Stepper, micro_batches: Any, *, cases: int, lr: float, stop: bool = False) -> Any:
-        bags = [len(micro.batch.case_ids) for micro in micro_batches]
-        report = original(self, micro_batches, cases=cases, lr=lr, stop=stop)
+        shares = list(micro_batches)
+        bags = [len(micro.batch.case_ids) for micro in shares]
+        report = original(self, shares, cases=cases, lr=lr, stop=stop)
         steps.append({"lr": lr, "cases": cases, "bags": bags, "alpha": self.alpha, "clip": self.clip_norm})
         return report
 

@@ -31,7 +31,7 @@ from cfusion.training.runtime import Runtime
 from cfusion.training.schedule import learning_rate, steps_in_epoch
 from cfusion.training.snapshot import Snapshot
 from cfusion.training.step import Share, Stepper, dropout_seed
-from cfusion.types import BagBatch, SurvivalOutput
+from cfusion.types import BagBatch, SurvivalOutput, Targets
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,13 @@ class GroupMember:
         self._validating: dict[str, float] | None = None
         # Duration of the pass that trained it.
         self._seconds = 0.0
-        self._logits: dict[int, list[float]] = {}
+        # Logits of evaluated bags, f64 on the device until all are needed: reading one would wait for the GPU.
+        self._logits: dict[int, Tensor] = {}
         self._shown: frozenset[int] = frozenset()
         self._windows: deque[Window] = deque()
         self._passes: dict[int, tuple[int, ...]] = {}
         self._held: dict[int, BagBatch] = {}
-        self._loss = 0.0
+        self._loss = self._no_loss()
 
     @property
     def learns(self) -> Collection[int]:
@@ -121,7 +122,7 @@ class GroupMember:
         self._passes = {bag: bags for window in self._windows for bags in window.passes for bag in bags}
         self._shown = frozenset(self.shown)
         self._held.clear()
-        self._loss = 0.0
+        self._loss = self._no_loss()
 
     def wants(self, bag: int) -> bool:
         """Whether this rank needs a bag for training."""
@@ -156,7 +157,7 @@ class GroupMember:
         """Store the parameter copy's logits of a bag."""
         with torch.no_grad(), self._runtime.autocast():
             output: SurvivalOutput = self._evaluated(batch)
-        self._logits[bag] = output.logits[0].double().tolist()
+        self._logits[bag] = output.logits[0].double()
 
     def _step(self) -> None:
         job, state, window = self.fold.job, self.position, self._windows[0]
@@ -173,7 +174,7 @@ class GroupMember:
         state.samples_seen += cases
         state.loss_sum += report.loss * cases
         self._windows.popleft()
-        self._loss = 0.0
+        self._loss = self._no_loss()
 
     def conclude(self, seconds: float) -> FoldRun | None:
         """End a pass: choose by the previous epoch's validation, and start this epoch's. Every rank must call this.
@@ -190,8 +191,9 @@ class GroupMember:
         """
         trained = bool(self.learns)
         if self.shown:
-            everyone = self._runtime.gather([self._logits])
-            self._logits = {bag: logits for part in everyone for bag, logits in part.items()}
+            self._logits = {
+                bag: torch.tensor(row, dtype=torch.float64) for bag, row in self._everyones_logits().items()
+            }
         if self.chosen:
             training, scored = self._collected("train"), self._collected("test")
             return fold_run(self._runtime, self.fold, self._evaluated, self.verdict, training, scored)
@@ -220,7 +222,7 @@ class GroupMember:
 
     def numbers(self) -> dict[str, Any]:
         """Return the rest of the state. Every rank must call this."""
-        logits = {bag: values for part in self._runtime.gather([self._logits]) for bag, values in part.items()}
+        logits = self._everyones_logits()
         return {
             "position": dataclasses.asdict(self.position),
             "verdict": dataclasses.asdict(self.verdict),
@@ -236,7 +238,10 @@ class GroupMember:
         self._validating, self.chosen = numbers["judged"], numbers["chosen"]
         self._seconds = numbers["seconds"]
         keys = {bag.key: number for number, bag in enumerate(self._all_bags.bags)}
-        self._logits = {keys[key]: values for key, values in numbers["logits"]}
+        self._logits = {
+            keys[key]: torch.tensor(values, dtype=torch.float64, device=self._runtime.device)
+            for key, values in numbers["logits"]
+        }
         if self.verdict.best_epoch >= 0:
             self._snapshot.best = self._snapshot.parameters()
         with torch.no_grad():
@@ -244,12 +249,21 @@ class GroupMember:
                 tensor.copy_(tensors[name])
 
     def _share(self, bags: tuple[int, ...]) -> Share:
-        rows = torch.tensor([self._targets[bag] for bag in bags], device=self._runtime.device)
-        targets = self._outcomes.of(rows)
+        # Slices, as a list of rows would be copied to the device and wait for it.
+        rows = (self._targets[bag] for bag in bags)
+        targets = Targets.join([self._outcomes.of(slice(row, row + 1)) for row in rows])
         keys = [self._all_bags.bags[bag].key for bag in bags]
         seed = dropout_seed(self.fold.job.name, self.position.epoch, keys, [0] * len(bags))
         weights = torch.ones(len(bags), dtype=self._runtime.dtype, device=self._runtime.device)
         return Share(join([self._held.pop(bag) for bag in bags]), targets, weights, seed)
+
+    def _no_loss(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self._runtime.device)
+
+    def _everyones_logits(self) -> dict[int, list[float]]:
+        """Gather the logits by bag from all ranks. Every rank must call this."""
+        rows = torch.stack(list(self._logits.values())).tolist() if self._logits else []
+        return dict(self._runtime.gather(list(zip(self._logits, rows, strict=True))))
 
     def _average_gradients(self) -> None:
         """Average gradients once per step in one exchange, as DistributedDataParallel does; without a bag add zero."""
@@ -288,4 +302,4 @@ class GroupMember:
 
     def _collected(self, part: str) -> Tensor:
         """Collect the logits [bag, bin] of a part's bags, and clear them."""
-        return torch.tensor([self._logits.pop(bag) for bag in self._numbers[part]], dtype=torch.float64)
+        return torch.stack([self._logits.pop(bag) for bag in self._numbers[part]])

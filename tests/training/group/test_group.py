@@ -135,9 +135,8 @@ def test_the_seconds_of_an_epoch_are_those_of_the_pass_that_trained_it(files, tm
     assert reported == {0: {30.0}, 1: {20.0}, 2: {10.0}}
 
 
-@pytest.mark.parametrize(
-    "stop_at", [pytest.param(3, marks=pytest.mark.slow), 40, pytest.param(101, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_at", [3, 40, 101])
 def test_resuming_after_a_stop_is_exact(files, tmp_path, monkeypatch, stop_at):
     model = {**SMALL, "options": {"attention_dropout": 0.2}, "embed_dim": 8}
     packed = {"token_budget": 60}
