@@ -579,7 +579,9 @@ def _with_cohorts(values: Any) -> Any:
     together = _plain_values(values.get("cohort"))
     common = {"endpoint": together["endpoint"]} if "endpoint" in together else {}
     named = {
-        str(name): {"name": str(name), **common, **_plain_values(of)} if isinstance(of, dict | Section | None) else of
+        str(name): {"name": str(name), **common, **_plain_values(of)}
+        if of is None or isinstance(of, dict | Section)
+        else of
         for name, of in cohorts.items()
     }
     splits = _plain_values(values.get("splits"))

@@ -150,11 +150,13 @@ def score(
 
 def _groups(frame: pd.DataFrame, joint: str | None) -> list[tuple[Key, pd.DataFrame]]:
     """Return the predictions of each cohort, model and protocol; with `joint` first those of all cohorts together."""
-    together = []
-    if joint is not None:
-        renamed = frame.assign(**{STRATUM: frame["cohort"], "cohort": joint})
-        together = [item for item in renamed.groupby(UNIT, sort=False) if item[1][STRATUM].nunique() > 1]
-    return [((str(c), str(m), str(p)), rows) for (c, m, p), rows in [*together, *frame.groupby(UNIT, sort=False)]]
+    groups = [((str(c), str(m), str(p)), rows) for (c, m, p), rows in frame.groupby(UNIT, sort=False)]
+    if joint is None:
+        return groups
+    renamed = frame.assign(cohort=joint)
+    renamed[STRATUM] = frame["cohort"]
+    together = [((joint, str(m), str(p)), rows) for (_, m, p), rows in renamed.groupby(UNIT, sort=False)]
+    return [*((key, rows) for key, rows in together if rows[STRATUM].nunique() > 1), *groups]
 
 
 def _joint_notes(groups: Sequence[tuple[Key, pd.DataFrame]], joint: str | None) -> tuple[str, ...]:

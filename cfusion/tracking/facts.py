@@ -59,7 +59,7 @@ def run_inputs(
         "slides": len(index.samples), "bytes": sum(shard.size for shard in index.shards), **index.provenance,
     }  # fmt: skip
     directory = config.splits.directory
-    directories = directory.values() if isinstance(directory, dict) else [directory] if directory else []
+    directories = list(directory.values()) if isinstance(directory, dict) else [directory] if directory else []
     folds = ", ".join(map(data_name, directories)) or "drawn"
     digest, shards = provenance["table_sha256"], config.data.where
     digests = digest if isinstance(digest, Mapping) else {cohort.name: digest}

@@ -262,7 +262,8 @@ def _summary(cell: Cell, members: Sequence[ComparedRun], bootstrap: int) -> pd.S
 
 def _predictions(cell: Cell, members: Sequence[ComparedRun]) -> pd.DataFrame:
     frame = pd.concat([read_predictions(member.folder / PREDICTIONS) for member in members], ignore_index=True)
-    return frame.assign(**{STRATUM: frame["cohort"], "model": cell.label, "cohort": cell.cohort})
+    frame[STRATUM] = frame["cohort"]
+    return frame.assign(model=cell.label, cohort=cell.cohort)
 
 
 def _tested(cells: Sequence[Cell], bootstrap: int) -> tuple[list[Cell], pd.DataFrame]:
