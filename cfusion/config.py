@@ -579,11 +579,10 @@ def _with_cohorts(values: Any) -> Any:
     together = _plain_values(values.get("cohort"))
     common = {"endpoint": together["endpoint"]} if "endpoint" in together else {}
     named = {
-        str(name): {"name": str(name), **common, **_plain_values(of)}
-        if of is None or isinstance(of, dict | Section)
-        else of
+        str(name): of if not (of is None or isinstance(of, dict | Section)) else
+        {"name": str(name), **common, **_plain_values(of)}
         for name, of in cohorts.items()
-    }
+    }  # fmt: skip
     splits = _plain_values(values.get("splits"))
     left_out = {"splits": {"folds": len(named), **splits}} if splits.get("scheme") == "cohort" else {}
     return {**values, "cohorts": named, **left_out}
