@@ -38,7 +38,7 @@ from benchmarks.table import Row, options, present
 from cfusion.cohort.read import read_cohort
 from cfusion.cohort.splits import make_splits
 from cfusion.config import Config, load_config
-from cfusion.data.shards import ShardDataset
+from cfusion.data.shards import open_shards
 from cfusion.survival.losses import LOSSES
 from cfusion.training.folds import ReadyFold, ready_fold
 from cfusion.training.loop import FoldJob, train_fold
@@ -112,7 +112,7 @@ def child(work: str, config: Config) -> dict[str, float] | None:
     cohort = read_cohort(config.cohort)
     split = make_splits(cohort, config.splits, config.evaluation.protocol)[0]
     split = dataclasses.replace(split, train=(*split.train, *split.test))
-    dataset = ShardDataset.open(config.data.shards.reveal())
+    dataset = open_shards(config.data)
     with tempfile.TemporaryDirectory() as scratch:
         fold = ready_fold(config, cohort, split, dataset, runtime, folder=Path(scratch), on_epoch=None)
         model, optimizer = runtime.prepare(fold.network, make_optimizer(fold.network, config.train))

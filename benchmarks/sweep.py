@@ -74,10 +74,10 @@ def plainly(runs: list[PlannedRun], folder: Path) -> float:
     start = time.perf_counter()
     for path in files:
         config = cfusion.load_config(path)
-        assert config.splits.directory is not None
+        assert isinstance(config.splits.directory, Path)
         tables = [
             config.cohort.table,
-            Path(str(config.data.shards)) / "index.json",
+            Path(config.data.where) / "index.json",
             *config.splits.directory.glob("*.csv"),
         ]
         digest_json([config.model_dump(mode="json"), [digest_file(table) for table in tables]])

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _API = {
     "load_config": "cfusion.config",
     "read_cohort": "cfusion.cohort.read",
+    "read_cohorts": "cfusion.cohort.joint",
     "make_splits": "cfusion.cohort.splits",
     "fit": "cfusion.training.folds",
     "cross_validate": "cfusion.runs.crossval",

@@ -7,7 +7,7 @@ connects uses `Address.reveal`. `cfusion.secret_text` does the same for the URLs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, PlainSerializer, SecretStr, WithJsonSchema
 
@@ -61,6 +61,29 @@ AddressSetting = Annotated[
     Address, BeforeValidator(Address.of), PlainSerializer(str), WithJsonSchema({"type": "string"})
 ]
 """A setting that is an address; it is written without its secret."""
+
+
+def _one_or_several(value: Any) -> Address | tuple[Address, ...]:
+    if not isinstance(value, list | tuple):
+        return Address.of(value)
+    several = tuple(map(Address.of, value))
+    if not several:
+        raise ValueError("expected a folder or a URL, or a list of them; the list is empty")
+    if len(set(several)) < len(several):
+        raise ValueError("one of the folders stands in the list twice")
+    return several if len(several) > 1 else several[0]
+
+
+def _written(value: Address | tuple[Address, ...]) -> str | list[str]:
+    return [str(one) for one in value] if isinstance(value, tuple) else str(value)
+
+
+_TEXT = {"type": "string"}
+AddressesSetting = Annotated[
+    Address | tuple[Address, ...], BeforeValidator(_one_or_several), PlainSerializer(_written),
+    WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}]}),
+]  # fmt: skip
+"""A setting that is an address or a list of several."""
 
 
 def refuse_written(key: str, address: Address | None, where: str) -> None:

@@ -11,11 +11,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cfusion.addresses import Address, AddressSetting
+from cfusion.addresses import Address, AddressesSetting, AddressSetting
 from cfusion.errors import ConfigError, nearest
 from cfusion.extensions import names_file
 from cfusion.recipe import recipe_notes, with_recipe
@@ -129,15 +129,17 @@ class CohortConfig(Section):
 class SplitsConfig(Section):
     """Who trains, who chooses, who is scored."""
 
-    directory: Annotated[DataPath | None, Aside("the digest of the folds decides")] = None
-    """Folder of published `splits_K.csv` files with columns train and val; none: folds are drawn."""
+    directory: Annotated[DataPath | dict[str, DataPath] | None, Aside("the digest of the folds decides")] = None
+    """Folder of published `splits_K.csv` files with columns train and val; with `cohorts`, either one whose files name
+    the patients of all cohorts, or a folder for each cohort by its name. None: folds are drawn, in each cohort by
+    itself."""
     folds: int = Field(5, ge=2)
     """Number of outer folds to draw."""
     repeats: int = Field(1, ge=1)
     """Number of repetitions of the cross-validation, each with newly drawn folds."""
-    scheme: Literal["stratified", "site"] = "stratified"
+    scheme: Literal["stratified", "site", "cohort"] = "stratified"
     """`stratified`: stratify patients by event and time; `site`: also keep each tissue source site on one side of a
-    fold."""
+    fold; `cohort`: leave one of `cohorts` out, so that each fold trains on the others and scores that one."""
     validation_fraction: float = Field(0.2, gt=0, lt=0.5)
     """Share of the training patients held out for early stopping and model selection under `strict`."""
     test_cases: Annotated[DataPath | None, Aside("the digest of the folds decides")] = None
@@ -153,9 +155,10 @@ class SplitsConfig(Section):
 class DataConfig(Section):
     """Where bags come from and how they are read."""
 
-    shards: Annotated[AddressSetting, Aside("the digest of their content decides")] = Address.of("shards")
-    """Folder or URL of the packed shards and their index. User, password and query of a URL are used and written
-    nowhere; `~/.netrc`, `http_proxy` and fsspec's configuration are read too."""
+    shards: Annotated[AddressesSetting, Aside("the digest of their content decides")] = Address.of("shards")
+    """Folder or URL of the packed shards and their index, or a list of several, whose slides are read as one set. User,
+    password and query of a URL are used and written nowhere; `~/.netrc`, `http_proxy` and fsspec's configuration are
+    read too."""
     encoder: str | None = None
     """Encoder that the shards must come from; none: any."""
     magnifications: tuple[float, ...] = (20.0, 10.0, 5.0)
@@ -184,6 +187,16 @@ class DataConfig(Section):
     """Local cache folder for remote shards; none: `cfusion/shards` in the user's cache folder."""
     cache_bytes: Annotated[int, Aside("how much of remote shards is kept")] = Field(64 << 30, ge=0)
     """Maximum size of that cache in bytes; the least recently used data is deleted first."""
+
+    @property
+    def shard_sets(self) -> tuple[Address, ...]:
+        """Return the folders or URLs of shards."""
+        return self.shards if isinstance(self.shards, tuple) else (self.shards,)
+
+    @property
+    def where(self) -> str:
+        """Return the folders or URLs of shards as text."""
+        return ", ".join(map(str, self.shard_sets))
 
 
 class ModelConfig(Section):
@@ -264,6 +277,12 @@ class TrainConfig(Section):
     """`all`: every bag once an epoch; `weighted`: with replacement, by 1 / size of its (bin × censoring) class."""
     micro_batch: int = Field(1, ge=1)
     """Bags in one forward pass, padded and masked. 1 as published; only 1 gives the same dropout at any world size."""
+    start_from: Annotated[str | None, Aside("the digest of its weights decides")] = None
+    """Trained model whose weights a fold starts from: a folder with `model.json`, a run's folder or a registered model
+    (`models:/NAME@ALIAS`). A run's fold starts from its model of the same number. None: initial weights are drawn."""
+    start_unchecked: bool = False
+    """Whether to start also from a model that was trained on patients whom the fold scores, or that does not record its
+    patients. Every output then says so."""
 
 
 class ParallelConfig(Section):
@@ -377,6 +396,9 @@ class Config(Section):
 
     cohort: CohortConfig = CohortConfig()
     """Patients and outcomes."""
+    cohorts: dict[str, CohortConfig] = Field(default_factory=dict)
+    """Several cohorts that one model is trained on, by name, each with the settings of `cohort`. `cohort` then has only
+    their common name and end point. Losses and scores compare patients within a cohort only."""
     splits: SplitsConfig = SplitsConfig()
     """Folds."""
     data: DataConfig = DataConfig()
@@ -404,9 +426,12 @@ class Config(Section):
         kept = super().without_asides(values)
         if kept.get("search", True) is None:  # the same identity as before there were searches
             del kept["search"]
-        train = kept.get("train")
-        if isinstance(train, dict) and train.get("fused_optimizer") is False:  # likewise
-            kept["train"] = {key: value for key, value in train.items() if key != "fused_optimizer"}
+        if "cohorts" in kept:
+            of = {name: CohortConfig.without_asides(cohort) for name, cohort in kept.pop("cohorts").items()}
+            kept |= {"cohorts": of} if of else {}
+        if isinstance(train := kept.get("train"), dict):  # likewise
+            new = ("fused_optimizer", "start_unchecked")
+            kept["train"] = {key: value for key, value in train.items() if not (key in new and value is False)}
         model = kept.get("model")
         if isinstance(model, dict) and names_file(str(model.get("name"))):
             kept["model"] = {**model, "name": Path(model["name"]).name}
@@ -420,13 +445,39 @@ class Config(Section):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the run's scores must know about its recipe; empty if nothing."""
-        return recipe_notes(self.model_dump())
+        """What a reader of the run's scores must know about its recipe and its start; empty if nothing."""
+        start = (f"Training started from {self.train.start_from}.",) if self.train.start_from else ()
+        return recipe_notes(self.model_dump()) + start + ((_UNCHECKED,) if self.train.start_unchecked else ())
+
+    @property
+    def cohort_configs(self) -> tuple[CohortConfig, ...]:
+        """Return the settings of each cohort that is read."""
+        return tuple(self.cohorts.values()) or (self.cohort,)
+
+    def of_cohort(self, name: str) -> Config:
+        """Return the configuration of one of `cohorts` by itself, on the same folds of its patients."""
+        directory = self.splits.directory
+        splits = {"directory": directory[name]} if isinstance(directory, dict) else {}
+        return self.model_copy(update={
+            "cohort": self.cohorts[name], "cohorts": {}, "splits": self.splits.model_copy(update=splits),
+        })  # fmt: skip
 
     @model_validator(mode="before")
     @classmethod
     def _apply_recipe(cls, values: Any) -> Any:
-        return with_recipe(_with_endpoint(values))
+        return with_recipe(_with_cohorts(_with_endpoint(values)))
+
+    @model_validator(mode="after")
+    def _cohorts_fit(self) -> Config:
+        if problem := _unfit_cohorts(self):
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _start_is_needed(self) -> Config:
+        if self.train.start_unchecked and self.train.start_from is None:
+            raise ValueError("train.start_unchecked=true needs train.start_from; remove it")
+        return self
 
     @model_validator(mode="after")
     def _folds_can_share_a_read(self) -> Config:
@@ -514,6 +565,86 @@ class Config(Section):
         return self
 
 
+_UNCHECKED = (
+    "train.start_unchecked=true: it was not required that the model from which training started has seen none of the "
+    "scored patients; the scores may be optimistic."
+)
+
+
+def _with_cohorts(values: Any) -> Any:
+    """Give each of `cohorts` its name and the common end point; leave-one-cohort-out has a fold for each."""
+    cohorts = values.get("cohorts") if isinstance(values, dict) else None
+    if not cohorts or not isinstance(cohorts, dict):
+        return values
+    together = _plain_values(values.get("cohort"))
+    common = {"endpoint": together["endpoint"]} if "endpoint" in together else {}
+    named = {
+        str(name): of if not (of is None or isinstance(of, dict | Section)) else
+        {"name": str(name), **common, **_plain_values(of)}
+        for name, of in cohorts.items()
+    }  # fmt: skip
+    splits = _plain_values(values.get("splits"))
+    left_out = {"splits": {"folds": len(named), **splits}} if splits.get("scheme") == "cohort" else {}
+    return {**values, "cohorts": named, **left_out}
+
+
+def _plain_values(section: Any) -> dict[str, Any]:
+    if isinstance(section, Section):
+        return section.model_dump(exclude_unset=True)
+    return dict(section) if isinstance(section, dict) else {}
+
+
+def _unfit_cohorts(config: Config) -> str:
+    """Say what contradicts `cohorts`, in a sentence; empty if nothing does."""
+    splits, names = config.splits, list(config.cohorts)
+    by_name = isinstance(splits.directory, dict)
+    if not names:
+        if by_name or splits.scheme == "cohort":
+            key = "splits.directory by cohort" if by_name else "splits.scheme=cohort"
+            return f"{key} needs cohorts, the cohorts that are trained as one; none is given"
+        return ""
+    if len(names) == 1:
+        return f"cohorts has only {names[0]}; give one cohort as `cohort`"
+    if config.cohort.name in names:
+        return (
+            f"cohort.name={config.cohort.name} is also one of cohorts; give all together a name that none of them has"
+        )
+    own = [key for key, value in config.cohort if key not in ("name", "endpoint") and value != getattr(_NO_COHORT, key)]
+    if own:
+        return f"cohort.{own[0]} does not go with cohorts; set cohorts.{names[0]}.{own[0]} and that of the others"
+    for name, one in config.cohorts.items():
+        if one.name != name:
+            return f"cohorts.{name}.name={one.name}: a cohort is named by its key; remove the name"
+        if one.endpoint != config.cohort.endpoint:
+            return (
+                f"cohorts.{name}.endpoint={one.endpoint} and cohort.endpoint={config.cohort.endpoint} differ; one "
+                "model has one end point"
+            )
+    return _unfit_folds(splits, names, config.evaluation.protocol)
+
+
+def _unfit_folds(splits: SplitsConfig, names: Sequence[str], protocol: Protocol) -> str:
+    if splits.scheme == "cohort":
+        if protocol == "published":
+            return (
+                "splits.scheme=cohort does not go with evaluation.protocol=published: the cohort left out would choose "
+                "the epoch, and its patients give no time bins; set strict or fixed-epoch"
+            )
+        given = [key for key in ("directory", "test_cases") if getattr(splits, key) is not None]
+        if given:
+            return f"splits.scheme=cohort leaves out one cohort in each fold; splits.{given[0]} does not go with it"
+        if splits.folds != len(names):
+            return f"splits.scheme=cohort has a fold for each of the {len(names)} cohorts; splits.folds={splits.folds}"
+    if isinstance(splits.directory, dict) and set(splits.directory) != set(names):
+        lacking, unknown = set(names) - set(splits.directory), set(splits.directory) - set(names)
+        what = f"lacks {min(lacking)}" if lacking else f"names {min(unknown)}, which is not one of cohorts"
+        return f"splits.directory {what}; give a folder for each of {', '.join(names)}"
+    return ""
+
+
+_NO_COHORT = CohortConfig()
+
+
 def corners(search: SearchConfig) -> Iterator[dict[str, Any]]:
     """Yield settings in which each value of a list and each limit of a range occurs, to be checked before training."""
     listed = {
@@ -581,15 +712,24 @@ def validate(section: type[SectionT], values: dict[str, Any], source: str) -> Se
         raise ConfigError("\n".join(f"{source}: {_explain(section, item)}" for item in error.errors())) from None
 
 
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a type is or has in it, such as `dict[str, CohortConfig]`; None without one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_in(part)) is not None), None)
+
+
 def _explain(section: type[BaseModel], item: Any) -> str:
-    location = ".".join(str(part) for part in item["loc"])
+    # Of a setting with several types, pydantic also names the type that was tried.
+    location = ".".join(str(part) for part in item["loc"] if "[" not in str(part))
     if item["type"] != "extra_forbidden":
         message = item["msg"].removeprefix("Value error, ")
         found = repr(hide_in(item["input"]))
         return f"{location}={found}: {message}." if location else f"{without_secrets(message)}."
     *parents, key = (str(part) for part in item["loc"])
-    owner: Any = section
+    owner = section
     for parent in parents:
-        owner = owner.model_fields[parent].annotation if parent in owner.model_fields else owner
+        field = owner.model_fields.get(parent)
+        owner = owner if field is None else _section_in(field.annotation) or owner
     hint = nearest(key, owner.model_fields, "".join(f"{parent}." for parent in parents))
     return f"unknown key {location}. {hint}"

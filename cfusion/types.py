@@ -54,7 +54,7 @@ def titled_table(title: str, table: pd.DataFrame, rows: int | None = None) -> st
 
 @dataclass(frozen=True, repr=False)
 class Cohort:
-    """Patients of one cancer type, their outcomes and their slides.
+    """Patients of one cancer type, or of several that are trained as one, their outcomes and their slides.
 
     Attributes:
         name: Short name, such as `tcga_blca`.
@@ -64,6 +64,8 @@ class Cohort:
         endpoint: The endpoint: OS, DSS or PFI.
         covariates: Clinical covariates as numbers, one column each, indexed by `case_id`, NaN where missing; None if
             there are none. No model of slides reads them.
+        strata: Name of the cohort by `case_id` where several are trained as one, also for the owners of slides without
+            a row in `cases`; None for one cohort. Outcomes are compared only within a cohort.
     """
 
     name: str
@@ -71,6 +73,34 @@ class Cohort:
     slides: pd.DataFrame
     endpoint: str = "OS"
     covariates: pd.DataFrame | None = None
+    strata: pd.Series | None = None
+
+    @property
+    def stratum_names(self) -> tuple[str, ...]:
+        """Return the names of the cohorts that are trained as one; of one cohort, its own."""
+        return (self.name,) if self.strata is None else tuple(dict.fromkeys(self.strata))
+
+    def strata_of(self, case_ids: Sequence[str]) -> np.ndarray:
+        """Return the name of the cohort of each given patient, [case]."""
+        if self.strata is None:
+            return np.full(len(case_ids), self.name, dtype=object)
+        return self.strata.loc[list(case_ids)].to_numpy(dtype=object)
+
+    def parts(self) -> tuple[Cohort, ...]:
+        """Return each of the cohorts that are trained as one; one cohort is its only part."""
+        if self.strata is None:
+            return (self,)
+        return tuple(self._part(name, self.strata.index[self.strata == name]) for name in self.stratum_names)
+
+    def _part(self, name: str, owners: pd.Index) -> Cohort:
+        cases = self.cases[self.cases.index.isin(owners)]
+        return Cohort(
+            name,
+            cases,
+            self.slides[self.slides["case_id"].isin(owners)],
+            self.endpoint,
+            None if self.covariates is None else self.covariates.reindex(cases.index),
+        )
 
     def slides_of(self, case_ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """Return the slides of each of the given patients, in the order of the table."""
@@ -205,15 +235,32 @@ class Targets:
         label: [bag], the time bin of the follow-up time, 0 … n_bins − 1.
         event: [bag], true if the event was observed, false if censored.
         time_months: [bag], follow-up time.
+        stratum: [bag], number of the patient's cohort; losses over sets compare only patients of one. None: one cohort.
     """
 
     label: Int[Tensor, " bag"]
     event: Bool[Tensor, " bag"]
     time_months: Float[Tensor, " bag"]
+    stratum: Int[Tensor, " bag"] | None = None
 
     def to(self, device: torch.device | str) -> Targets:
         """Copy the targets to `device`."""
-        return Targets(self.label.to(device), self.event.to(device), self.time_months.to(device))
+        stratum = None if self.stratum is None else self.stratum.to(device)
+        return Targets(self.label.to(device), self.event.to(device), self.time_months.to(device), stratum)
+
+    def of(self, bags: Tensor | slice) -> Targets:
+        """Return the outcomes of some of the bags, by their numbers [bag] or as a range."""
+        stratum = None if self.stratum is None else self.stratum[bags]
+        return Targets(self.label[bags], self.event[bags], self.time_months[bags], stratum)
+
+    @staticmethod
+    def join(parts: Sequence[Targets]) -> Targets:
+        """Return the outcomes of several batches as one."""
+        strata = [part.stratum for part in parts if part.stratum is not None]
+        label, event, time = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("label", "event", "time_months")
+        )
+        return Targets(label, event, time, torch.cat(strata) if strata else None)
 
 
 def at_least_f32(values: Tensor) -> Tensor:

@@ -94,19 +94,25 @@ def make_cohort(
     seed: int = 0,
     max_cells: int = 4,
     encoder: str = ENCODER,
+    prefix: str = "PT",
+    pace: float = 1.0,
+    shift: float = 0.0,
 ) -> CohortFiles:
-    """A cohort whose first embedding channel carries the log-hazard; about half of it censored."""
+    """A cohort whose first embedding channel carries the log-hazard; about half of it censored.
+
+    `pace` stretches all times, and `shift` moves that channel, so that cohorts differ in their baseline hazard.
+    """
     rng = np.random.default_rng(seed)
     log_hazard = rng.normal(size=patients) * 2.5
-    death = rng.exponential(size=patients) * 20 * np.exp(-log_hazard)
-    censoring = rng.exponential(size=patients) * 30
+    death = rng.exponential(size=patients) * 20 * pace * np.exp(-log_hazard)
+    censoring = rng.exponential(size=patients) * 30 * pace
     rows, slides = [], []
     for i in range(patients):
-        case = f"PT-{i:04d}"
+        case = f"{prefix}-{i:04d}"
         for k in range(2 if i < two_slides else 1):
             slide_id = f"{case}-{k + 1}"
             cells = int(rng.integers(1, max_cells + 1))
-            slides.append(slide_features(slide_id, cells, dim, rng, log_hazard[i], encoder))
+            slides.append(slide_features(slide_id, cells, dim, rng, log_hazard[i] + shift, encoder))
             rows.append(
                 {
                     "patient": case,
@@ -120,3 +126,26 @@ def make_cohort(
     pd.DataFrame(rows).to_csv(table, index=False)
     pack_store(MadeUpStore(slides), folder / "shards")
     return CohortFiles(table, folder / "shards")
+
+
+def make_cohorts(folder: Path, *, patients: int = 48) -> dict[str, CohortFiles]:
+    """Two cohorts with opposite baseline hazards: that with the higher first channel lives ten times as long."""
+    return {
+        "short": make_cohort(folder / "short", patients=patients, seed=1, prefix="S", pace=0.3, shift=-3.0),
+        "long": make_cohort(folder / "long", patients=patients, seed=2, prefix="L", pace=3.0, shift=3.0),
+    }
+
+
+def joint_config(cohorts: dict[str, CohortFiles], output: Path, **sections: Any) -> Config:
+    """A configuration that trains on several cohorts as one, `both`."""
+    one = next(iter(cohorts.values()))
+    together: dict[str, Any] = {
+        "cohort": {"name": "both", "table": "cohort.csv"},
+        "cohorts": {name: {"table": str(files.table)} for name, files in cohorts.items()},
+        "data": {"shards": [str(files.shards) for files in cohorts.values()]},
+        "splits": {},
+    }
+    joint = {name: {**values, **sections.pop(name, {})} for name, values in together.items()}
+    if joint["splits"].get("scheme") == "cohort":
+        joint["splits"] = {"folds": len(cohorts), **joint["splits"]}
+    return one.config(output, **joint, **sections)

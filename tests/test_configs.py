@@ -30,7 +30,7 @@ STRANGERS = {"tcga_brca": 85, "tcga_luad": 9}
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_configuration_loads(path):
     config = cfusion.load_config(path)
-    assert config.cohort.name.startswith("tcga_")
+    assert all(one.name.startswith("tcga_") for one in config.cohort_configs)
     assert config.output.parts[0] == "runs"
 
 

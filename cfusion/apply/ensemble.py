@@ -119,6 +119,20 @@ class FoldEnsemble:
         return cards
 
     @property
+    def cohorts(self) -> tuple[str, ...]:
+        """Names of the cohorts that every model was trained on as one of several; empty for models of one cohort."""
+        first, *others = (model.card.strata for model in self.models)
+        return tuple(name for name in first if all(name in strata for strata in others))
+
+    def of_cohort(self, name: str) -> FoldEnsemble:
+        """Return the models for patients of one of their cohorts, with its time bins and cut-offs.
+
+        Raises:
+            ConfigError: A model was not trained on a cohort of this name as one of several.
+        """
+        return FoldEnsemble(tuple(model.of_cohort(name) for model in self.models))
+
+    @property
     def risk_cutoff(self) -> float | None:
         """Mean of the folds' cut-offs, because the risk is the mean of the folds' risks; see `is_high_risk`."""
         return mean_cutoff([model.card for model in self.models])

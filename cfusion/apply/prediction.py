@@ -11,12 +11,14 @@ from typing import Any
 
 import pandas as pd
 
+from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.apply.inputs import Extraction, open_inputs
 from cfusion.apply.loading import load_ensemble
 from cfusion.apply.sources import group_slides
 from cfusion.cohort.identifiers import has_barcode
 from cfusion.config import ParallelConfig
 from cfusion.training.fitted import ModelCard
+from cfusion.training.runtime import Runtime
 from cfusion.training.seen import outside_words
 from cfusion.training.world import join_world, launched
 
@@ -72,6 +74,7 @@ def predict_inputs(
     trust_code: str | None = None,
     cases: Path | None = None,
     store: Path | None = None,
+    cohort: str | None = None,
     settings: Mapping[str, Any],
 ) -> Prediction:
     """Predict the patients of shards, a store or slides; every process under torchrun gets all rows.
@@ -83,14 +86,16 @@ def predict_inputs(
         trust_code: Digest of the code in the model that may run.
         cases: Table `slide_id, case_id`; None: TCGA barcodes, otherwise each slide is a patient.
         store: Store that keeps the features of slides; None: they are not kept.
+        cohort: One of the cohorts of a model of several, whose time bins and cut-off apply; None: their mean.
         settings: Settings of `PreprocessConfig` for slides, except those that the model fixes.
 
     Raises:
+        ConfigError: The model was not trained on `cohort` as one of several.
         DataError: The model or the inputs cannot be used, or a slide of the table is missing.
     """
     runtime = join_world(ParallelConfig(precision="f32", global_batch=launched()))
     with tempfile.TemporaryDirectory() as scratch:
-        ensemble = load_ensemble(model, uri, trust_code)
+        ensemble = _of_cohort(load_ensemble(model, uri, trust_code), cohort, runtime)
         where = Path(runtime.from_main(str(store or Path(scratch) / "features")))
         extraction = Extraction(where, {"sheets": False, **settings})
         inputs = open_inputs(given, ensemble.models[0].card, extraction, runtime)
@@ -112,3 +117,16 @@ def predict_inputs(
     if (outside := done.outside(table)) and runtime.is_main:
         logger.warning("Read these predictions with care: %s", outside)
     return done
+
+
+def _of_cohort(ensemble: FoldEnsemble, cohort: str | None, runtime: Runtime) -> FoldEnsemble:
+    """Return the models for patients of a cohort, or warn that the months are a mean over its cohorts."""
+    if cohort is not None:
+        return ensemble.of_cohort(cohort)
+    if ensemble.cohorts and runtime.is_main:
+        logger.warning(
+            "The model was trained on several cohorts, each with its own time bins. Risks are comparable within a "
+            "cohort; survival curves and the cut-off are a mean of %s. --cohort NAME chooses one.",
+            ", ".join(ensemble.cohorts),
+        )
+    return ensemble

@@ -16,6 +16,7 @@ from cfusion.cohort.parsing import read_table
 from cfusion.config import DataConfig
 from cfusion.data.batches import slide_numbers
 from cfusion.data.encoder_names import encoder_name
+from cfusion.data.joined_shards import EXTRACTED, SAME_FOR_ALL
 from cfusion.data.loader import BagSet
 from cfusion.data.partition import bag_cost
 from cfusion.data.positions import bag_positions
@@ -25,12 +26,6 @@ from cfusion.errors import CohortError, StoreError
 from cfusion.training.fitted import ModelCard
 from cfusion.training.runtime import Runtime
 from cfusion.types import BagBatch, SlideFeatures, magnification_name, magnification_names
-
-SAME_FOR_ALL = ("version", "weights", "transform", "pool", "resolution", "resample")
-"""What two sets of embeddings of one encoder must have in common for a model of the one to read the other."""
-
-EXTRACTED = "extracted"
-"""Coarser magnifications that are not derived from the finest."""
 
 Cases = Mapping[str, Sequence[str]]
 
@@ -142,7 +137,7 @@ class ShardSource:
     def embeddings(self) -> Embeddings:
         """What the index says."""
         index = self.dataset.index
-        return Embeddings(str(self._data.shards), index.encoder, index.dim, index.magnifications, index.provenance)
+        return Embeddings(self._data.where, index.encoder, index.dim, index.magnifications, index.provenance)
 
     @property
     def slide_ids(self) -> tuple[str, ...]:
@@ -168,7 +163,7 @@ class ShardSource:
             StoreError: Always.
         """
         raise StoreError(
-            f"{self._data.shards}: shards hold no coordinates of the tiles in slide {slide_id}.",
+            f"{self._data.where}: shards hold no coordinates of the tiles in slide {slide_id}.",
             "Give the feature store that the shards were packed from, or the slide.",
         )
 

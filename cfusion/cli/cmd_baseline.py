@@ -48,8 +48,7 @@ def baseline(
     if not files:
         raise ConfigError("cfusion baseline: no configuration was given.", "Example: cfusion baseline tcga_blca.")
     results, audits, endpoints = [], dict[str, dict[str, Any]](), dict[str, str]()
-    for word in files:
-        settings = load_config(_file(word), overrides)
+    for settings in (one for word in files for one in _each_cohort(load_config(_file(word), overrides))):
         scores, found = _scored(settings)
         results.append(scores)
         audits |= found
@@ -65,6 +64,16 @@ def _file(word: str) -> Path:
     from cfusion.study.packaged import shipped_config, shipped_configs
 
     return shipped_config(word) if word in shipped_configs() and not Path(word).exists() else Path(word)
+
+
+def _each_cohort(settings: Config) -> list[Config]:
+    """Return the configuration of each cohort by itself: a Cox model of covariates is not shared by cancers."""
+    if settings.splits.scheme == "cohort":
+        raise ConfigError(
+            "cfusion baseline fits the covariates of each cohort on its own folds; splits.scheme=cohort has none.",
+            "Add splits.scheme=stratified and splits.folds=5.",
+        )
+    return [settings.of_cohort(name) for name in settings.cohorts] or [settings]
 
 
 def _scored(settings: Config) -> tuple[Scores, dict[str, dict[str, Any]]]:

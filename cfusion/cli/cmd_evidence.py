@@ -153,14 +153,14 @@ def null(
 
 
 def _echo_simulation(settings: Config, unit: str, repetitions: int) -> None:
-    from cfusion.cohort.read import read_cohort
+    from cfusion.cohort.joint import read_cohorts
     from cfusion.cohort.splits import make_splits
     from cfusion.errors import ConfigError
     from cfusion.survival.null import EpochChoice, scored_outcomes, simulate_null
 
     if unit not in ("case", "slide"):
         raise ConfigError(f"--unit {unit!r}: expected case or slide.")
-    cohort = read_cohort(settings.cohort)
+    cohort = read_cohorts(settings)
     folds = scored_outcomes(cohort, make_splits(cohort, settings.splits, settings.evaluation.protocol), unit)
     typer.echo("cohort\tprotocol\tepochs\tmean C of noise scores\tsd\t97.5% limit\tits Monte-Carlo error")
     choice = EpochChoice.of(settings.train)
@@ -175,15 +175,15 @@ def _echo_simulation(settings: Config, unit: str, repetitions: int) -> None:
 
 
 def _echo_power(settings: Config) -> None:
-    from cfusion.cohort.read import read_cohort
+    from cfusion.cohort.joint import read_cohorts
     from cfusion.cohort.splits import make_splits
     from cfusion.survival.null import scored_outcomes
     from cfusion.survival.power import power_of
 
-    cohort = read_cohort(settings.cohort)
+    cohort = read_cohorts(settings)
     splits = make_splits(cohort, settings.splits, settings.evaluation.protocol)
     folds = scored_outcomes(cohort, [split for split in splits if split.repeat == 0])
-    patients, events = sum(len(time) for time, _ in folds), sum(int(event.sum()) for _, event in folds)
+    patients, events = sum(len(fold[0]) for fold in folds), sum(int(fold[1].sum()) for fold in folds)
     for line in power_of(patients, events).lines():
         typer.echo(f"power: {line}")
 
@@ -216,12 +216,12 @@ def audit(
     """
     from cfusion.cohort.audited import audited
     from cfusion.cohort.findings import polarity, polarity_words
-    from cfusion.cohort.read import read_cohort
+    from cfusion.cohort.joint import read_cohorts
     from cfusion.config import load_config
     from cfusion.survival.power import power_of
 
     settings = load_config(config, overrides or [])
-    result = audited(settings, read_cohort(settings.cohort))
+    result = audited(settings, read_cohorts(settings))
     for finding in sorted(result.findings, key=lambda finding: finding.action, reverse=True):
         typer.echo(finding)
     for step, patients, slides in result.flow:
@@ -237,6 +237,6 @@ def audit(
 
         found = sites_in_embeddings(settings, result.cohort)
         typer.echo(f"embeddings: {found or 'fewer than two sites have enough patients with slides in the shards'}")
-    typer.echo(f"features: not checked; `cfusion train {config} --dry-run` checks them in {settings.data.shards}")
+    typer.echo(f"features: not checked; `cfusion train {config} --dry-run` checks them in {settings.data.where}")
     if strict or settings.evaluation.strict:
         result.raise_if_strict()

@@ -89,11 +89,11 @@ def audit(config: str, overrides: list[str] | None = None) -> dict[str, Any]:
     `overrides` are settings such as `splits.folds=10`.
     """
     from cfusion.cohort.audited import audited
-    from cfusion.cohort.read import read_cohort
+    from cfusion.cohort.joint import read_cohorts
     from cfusion.config import load_config
 
     settings = load_config(Path(config), overrides or [])
-    found = audited(settings, read_cohort(settings.cohort)).to_json()
+    found = audited(settings, read_cohorts(settings)).to_json()
     return {**found, "findings": _shortened(found["findings"])}
 
 

@@ -30,6 +30,9 @@ def predict(
     cases: Annotated[
         Path | None, typer.Option(help="CSV slide_id,case_id; default: TCGA barcodes, or each slide.")
     ] = None,
+    cohort: Annotated[
+        str | None, typer.Option(help="Cohort of the patients, for a model that was trained on several.")
+    ] = None,
     uri: Annotated[str | None, typer.Option(help="MLflow server; default: MLFLOW_TRACKING_URI.")] = None,
     store: Annotated[Path | None, typer.Option(help="Keep features of slides in this store.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Folder of encoder checkpoints, for slides.")] = None,
@@ -67,7 +70,7 @@ def predict(
 
     settings = {"weights": weights, "offline": offline, "default_mpp": default_mpp, "threads": threads}
     done = predict_inputs(
-        sources, model, uri=uri, trust_code=trust_code, cases=cases, store=store, settings=settings
+        sources, model, uri=uri, trust_code=trust_code, cases=cases, store=store, cohort=cohort, settings=settings
     )  # fmt: skip
     if done.is_main:
         if out is not None or as_json:

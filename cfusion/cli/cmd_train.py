@@ -63,16 +63,18 @@ def train(
     from cfusion.report.runs import report_runs
     from cfusion.run_folder import REPORT
 
-    row = scores.summary.iloc[0]
-    typer.echo(
-        f"{row['cohort']} {row['model']} ({resolved.evaluation.protocol}): C within folds {row['cindex_within']:.3f} "
-        f"[{row['within_low']:.3f}, {row['within_high']:.3f}], mean over folds {row['cindex_mean']:.3f}"
-    )
+    for row in scores.summary.to_dict("records"):
+        pairs = "C within folds and cohorts" if row["cohort"] == scores.joint else "C within folds"
+        typer.echo(
+            f"{row['cohort']} {row['model']} ({resolved.evaluation.protocol}): {pairs} {row['cindex_within']:.3f} "
+            f"[{row['within_low']:.3f}, {row['within_high']:.3f}], mean over folds {row['cindex_mean']:.3f}"
+        )
     if resolved.evaluation.permute_outcomes is not None:
         typer.echo(
             "null run on permuted outcomes; to compare it with the real run: "
             f"cfusion report RUN {resolved.output} --out report"
         )
         return
-    page = report_runs([resolved.output], resolved.output / REPORT, title=f"{row['cohort']}: {row['model']}")
+    title = f"{resolved.cohort.name}: {resolved.model.name}"
+    page = report_runs([resolved.output], resolved.output / REPORT, title=title)
     typer.echo(f"report: {page}")

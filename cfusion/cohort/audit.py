@@ -148,10 +148,42 @@ def audit(
         findings += outcome_doubts(clean.name, clean.cases["time_months"], clean.cases["event"])
         findings += other_causes(clean.name, clean.endpoint, clean.cases)
         folds = checked_folds(cohort, clean, splits() if callable(splits) else splits, n_bins, findings)
+    return Audit(clean, folds, findings, [*flow, *_in_the_splits(clean, folds)])
+
+
+def joint_audit(
+    cohort: Cohort, parts: Sequence[Audit], splits: Sequence[Split] | Callable[[], Sequence[Split]], n_bins: int
+) -> Audit:
+    """Join the audits of several cohorts that are trained as one, and check their common folds.
+
+    Args:
+        cohort: The cohorts as read, as one with strata.
+        parts: The audit of each cohort, without folds.
+        splits: The folds as read or drawn, or a function that reads or draws them.
+        n_bins: Number of time bins that each cohort must be able to fill in every fold that trains on it.
+
+    Raises:
+        DataError: As for `audit`; a cohort's side of a fold counts as a side.
+    """
+    findings = [finding for part in parts for finding in part.findings]
+    with _findings_first(findings):
+        clean = dataclasses.replace(
+            cohort,
+            cases=cohort.cases.loc[[c for part in parts for c in part.cohort.cases.index]].astype({"event": bool}),
+            slides=pd.concat([part.cohort.slides for part in parts]).rename_axis("slide_id"),
+        )
+        folds = checked_folds(cohort, clean, splits() if callable(splits) else splits, n_bins, findings)
+    steps = [
+        (steps[0][0], sum(patients for _, patients, _ in steps), sum(slides for _, _, slides in steps))
+        for steps in zip(*(part.flow for part in parts), strict=True)
+    ]
+    return Audit(clean, folds, findings, [*steps, *_in_the_splits(clean, folds)])
+
+
+def _in_the_splits(clean: Cohort, folds: Sequence[Split]) -> list[tuple[str, int, int]]:
+    """Return the last step of the flow: who is in the folds; none without folds."""
     scored = {case for split in folds for case in (*split.train, *split.validation, *split.test)}
-    if folds:
-        flow.append(("in the splits", len(scored), int(clean.slides["case_id"].isin(scored).sum())))
-    return Audit(clean, folds, findings, flow)
+    return [("in the splits", len(scored), int(clean.slides["case_id"].isin(scored).sum()))] if folds else []
 
 
 @contextlib.contextmanager

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
-from cfusion.cohort.audit import Audit, audit
+from cfusion.cohort.audit import Audit, audit, joint_audit
 from cfusion.cohort.permutation import naming_the_permutation, permuted_folds
 from cfusion.cohort.splits import make_splits
-from cfusion.config import Config
+from cfusion.config import CohortConfig, Config
 from cfusion.types import Cohort, Split
 
 
@@ -35,8 +35,15 @@ def audited(
         folds = functools.partial(make_splits, cohort, config.splits, evaluation.protocol)
     else:
         cohort, folds = permuted_folds(cohort, config.splits, evaluation)
-    with naming_the_permutation(evaluation):
+
+    def of_part(part: Cohort, settings: CohortConfig, splits: Callable[[], list[Split]] | list[Split]) -> Audit:
         return audit(
-            cohort, folds, available=available, magnifications=magnifications, n_bins=evaluation.n_bins,
-            keep_zero_times=config.cohort.keep_zero_times, keep_tissue=config.cohort.keep_tissue,
+            part, splits, available=available, magnifications=magnifications, n_bins=evaluation.n_bins,
+            keep_zero_times=settings.keep_zero_times, keep_tissue=settings.keep_tissue,
         )  # fmt: skip
+
+    with naming_the_permutation(evaluation):
+        if cohort.strata is None:
+            return of_part(cohort, config.cohort, folds)
+        parts = [of_part(part, config.cohorts[part.name], []) for part in cohort.parts()]
+        return joint_audit(cohort, parts, folds, evaluation.n_bins)

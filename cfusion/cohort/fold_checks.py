@@ -42,13 +42,20 @@ def checked_folds(
     """
     findings += _strangers(cohort, splits)
     folds = [_clean_split(clean, split, findings) for split in splits]
+    parts = clean.parts()
     for split in folds:
-        _check_fold(clean, split, n_bins)
+        _check_fold(clean, parts, split, n_bins)
     _check_scored_once(clean, folds)
     for split in folds:
         findings += _uneven_sides(clean, split)
-    findings += _large_folds(clean, folds)
+    if len(parts) == 1 or not all(_leaves_a_cohort_out(parts, split) for split in folds):
+        findings += _large_folds(clean, folds)
     return folds
+
+
+def _leaves_a_cohort_out(parts: Sequence[Cohort], split: Split) -> bool:
+    """Return whether a fold trains on no patient of a cohort; it then scores as many patients as that has."""
+    return any(part.cases.index.intersection(list(split.train)).empty for part in parts)
 
 
 def _strangers(cohort: Cohort, splits: Sequence[Split]) -> list[Finding]:
@@ -100,23 +107,36 @@ def _check_scored_once(cohort: Cohort, splits: Sequence[Split]) -> None:
                 )
 
 
-def _check_fold(cohort: Cohort, split: Split, n_bins: int) -> None:
-    where = f"cohort {cohort.name}, {_where(split)}"
+def _check_fold(cohort: Cohort, parts: Sequence[Cohort], split: Split, n_bins: int) -> None:
+    """Check every side of a fold, in each cohort that has patients on it."""
+    sides: dict[str, dict[str, pd.DataFrame]] = {}
     for side in ("train", "validation", "test") if split.validation else ("train", "test"):
-        cases = cohort.cases.loc[list(getattr(split, side))]
-        time, event = cases["time_months"].to_numpy(float), cases["event"].to_numpy(bool)
-        if not event.any():
-            raise FoldSideError(
-                f"{where}: the {side} side has {len(cases)} patients and no event.", "Draw other folds.", topic="splits"
-            )
-        if not has_comparable_pair(time, event):
-            raise FoldSideError(
-                f"{where}: the {side} side has {len(cases)} patients, {int(event.sum())} with the event, and no "
-                "comparable pair.",
-                "Draw other folds.",
-                topic="splits",
-            )
-    train = cohort.cases.loc[list(split.train)]
+        patients = set(getattr(split, side))
+        of_parts = {part.name: part.cases[part.cases.index.isin(patients)] for part in parts}
+        sides[side] = {name: cases for name, cases in of_parts.items() if len(cases)} or {cohort.name: cohort.cases[:0]}
+    for side, there in sides.items():
+        for name, cases in there.items():
+            _check_side(f"cohort {name}, {_where(split)}", side, cases)
+    for name, cases in sides["train"].items():
+        _check_bins(f"cohort {name}, {_where(split)}", cases, n_bins)
+
+
+def _check_side(where: str, side: str, cases: pd.DataFrame) -> None:
+    time, event = cases["time_months"].to_numpy(float), cases["event"].to_numpy(bool)
+    if not event.any():
+        raise FoldSideError(
+            f"{where}: the {side} side has {len(cases)} patients and no event.", "Draw other folds.", topic="splits"
+        )
+    if not has_comparable_pair(time, event):
+        raise FoldSideError(
+            f"{where}: the {side} side has {len(cases)} patients, {int(event.sum())} with the event, and no comparable "
+            "pair.",
+            "Draw other folds.",
+            topic="splits",
+        )
+
+
+def _check_bins(where: str, train: pd.DataFrame, n_bins: int) -> None:
     distinct = train.loc[train["event"], "time_months"].nunique()
     if distinct < n_bins:
         raise FoldSideError(

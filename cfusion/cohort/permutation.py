@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import pandas as pd
 
 from cfusion.cohort.fold_checks import FoldSideError
 from cfusion.cohort.splits import inner_folds, outer_folds
@@ -23,7 +24,8 @@ from cfusion.types import Cohort, Split
 def permuted(cohort: Cohort, seed: int, within: Sequence[Split] = ()) -> Cohort:
     """Return the cohort with its outcomes (time and event together) permuted among patients.
 
-    Patients without a time or without an event keep what they have, for the audit to drop.
+    Patients without a time or without an event keep what they have, for the audit to drop. Outcomes stay in their
+    cohort where several are trained as one.
 
     Args:
         cohort: The cohort.
@@ -33,7 +35,9 @@ def permuted(cohort: Cohort, seed: int, within: Sequence[Split] = ()) -> Cohort:
     """
     known = (cohort.cases["time_months"].notna() & cohort.cases["event"].notna()).to_numpy()
     scored = {case: split.fold for split in within for case in split.test}
-    group = np.array([scored.get(case, -1) for case in cohort.cases.index])
+    patients = list(cohort.cases.index)
+    places = pd.DataFrame({"stratum": cohort.strata_of(patients), "fold": [scored.get(case, -1) for case in patients]})
+    group = places.groupby(["stratum", "fold"]).ngroup().to_numpy()
     generator = np.random.default_rng(seed)
     order = np.arange(len(cohort.cases))
     for value in np.unique(group):

@@ -131,9 +131,15 @@ def refuse_delayed_entry(table: pd.DataFrame, source: str) -> None:
 
 
 def write_outcomes(cohort: Cohort, path: Path) -> None:
-    """Write `case_id, time_months, event` of all patients, which are needed to score a run's predictions."""
+    """Write `case_id, time_months, event` of all patients, which are needed to score a run's predictions.
+
+    Of several cohorts, `cohort` names the patient's own.
+    """
+    table = cohort.cases[["time_months", "event"]].astype({"event": int})
+    if cohort.strata is not None:
+        table = table.assign(cohort=cohort.strata_of(list(table.index)))
     with atomic_path(path) as temporary:
-        cohort.cases[["time_months", "event"]].astype({"event": int}).to_csv(temporary, float_format="%.17g")
+        table.to_csv(temporary, float_format="%.17g")
 
 
 def write_covariates(cohort: Cohort, path: Path) -> None:
@@ -160,13 +166,13 @@ def read_outcomes(path: Path, name: str, covariates: Path | None = None) -> Coho
     outcomes = {"time_months": numbers(table["time_months"], path), "event": coded_events(table["event"], path)}
     cases = pd.DataFrame(outcomes).set_index(pd.Index(table["case_id"], name="case_id")).astype({"event": bool})
     slides = pd.DataFrame({"case_id": []}, index=pd.Index([], name="slide_id"))
+    strata = pd.Series(table["cohort"].to_numpy(object), index=cases.index) if "cohort" in table.columns else None
     if covariates is None:
-        return Cohort(name, cases, slides)
+        return Cohort(name, cases, slides, strata=strata)
     known = read_table(covariates)
     values = {str(column): numbers(known[column], covariates) for column in known.columns if column != "case_id"}
-    return Cohort(
-        name, cases, slides, covariates=pd.DataFrame(values).set_index(pd.Index(known["case_id"], name="case_id"))
-    )
+    coded = pd.DataFrame(values).set_index(pd.Index(known["case_id"], name="case_id"))
+    return Cohort(name, cases, slides, covariates=coded, strata=strata)
 
 
 def _layout(table: pd.DataFrame, config: CohortConfig) -> str:

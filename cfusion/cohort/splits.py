@@ -7,10 +7,11 @@ The protocol decides which patients choose the model: under `strict`, patients h
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +40,12 @@ def make_splits(cohort: Cohort, config: SplitsConfig, protocol: Protocol = "stri
     stratified by event and by quantiles of the time. The inner validation is drawn in the same way, and never splits a
     tissue source site under `scheme: site`.
 
+    In a cohort with strata (`cfusion.cohort.joint.read_cohorts`) folds are read or drawn in each cohort as if it were
+    trained by itself, and joined by their number; `scheme: cohort` scores one cohort in each fold.
+
     Raises:
-        ConfigError: The folder has no split files, or `within` or `fold` is not the number of a fold.
+        ConfigError: The folder has no split files, two cohorts have other folds, or `within` or `fold` is not the
+            number of a fold.
         DataError: A file is not a split file, or the cohort has too few events or sites for the folds.
     """
     return inner_folds(cohort, outer_folds(cohort, config), config, protocol)
@@ -48,7 +53,7 @@ def make_splits(cohort: Cohort, config: SplitsConfig, protocol: Protocol = "stri
 
 def outer_folds(cohort: Cohort, config: SplitsConfig) -> list[Split]:
     """Read or draw who is scored in which fold, before any protocol; see `make_splits`."""
-    outer = _outer(cohort, config)
+    outer = _left_out(cohort, config.repeats) if config.scheme == "cohort" else _outer(cohort, config)
     if config.within is not None:
         outer = _within(cohort, outer, config)
     return outer if config.fold is None else _select_fold(outer, config.fold)
@@ -61,16 +66,70 @@ def inner_folds(cohort: Cohort, outer: Sequence[Split], config: SplitsConfig, pr
 
 def fold_count(config: SplitsConfig) -> int:
     """Return the number of folds that `make_splits` returns, without reading a cohort."""
+    directory = next(iter(config.directory.values())) if isinstance(config.directory, dict) else config.directory
     if config.within is not None:
         numbers = list(range(config.folds))
-    elif config.directory is not None:
-        numbers = [int(match[2]) for path in config.directory.glob("*.csv") if (match := _FILE.fullmatch(path.name))]
+    elif directory is not None:
+        numbers = [int(match[2]) for path in directory.glob("*.csv") if (match := _FILE.fullmatch(path.name))]
     else:
         numbers = list(range(1 if config.test_cases is not None else config.folds)) * config.repeats
     return len(numbers) if config.fold is None else numbers.count(config.fold)
 
 
+def _left_out(cohort: Cohort, repeats: int) -> list[Split]:
+    """Return folds that each score one cohort and train on the others, in the order of the cohorts.
+
+    Raises:
+        ConfigError: The cohort is not several.
+    """
+    if cohort.strata is None:
+        raise ConfigError(
+            f"splits.scheme=cohort leaves out one of several cohorts; {cohort.name} is one.",
+            "Read them with read_cohorts(config), or set splits.scheme=stratified.",
+        )
+    everyone = cohort.cases.index
+    of = cohort.strata_of(list(everyone))
+    return [
+        Split(fold, tuple(everyone[of != name]), (), tuple(everyone[of == name]), repeat)
+        for repeat in range(repeats)
+        for fold, name in enumerate(cohort.stratum_names)
+    ]
+
+
+def _of_each_cohort(cohort: Cohort, config: SplitsConfig) -> list[Split]:
+    """Read the folds of each cohort, and join those of the same number.
+
+    Raises:
+        ConfigError, DataError: Two cohorts have other folds, or see `read_splits`.
+    """
+    assert isinstance(config.directory, dict)
+    joined: dict[tuple[int, int], Split] = {}
+    for part in cohort.parts():
+        directory = config.directory[part.name]
+        folds = {(split.repeat, split.fold): split for split in _of_patients(part, read_splits(directory), directory)}
+        if joined and folds.keys() != joined.keys():
+            raise ConfigError(
+                f"{directory}: has the folds {_fold_names(folds)}, and {cohort.stratum_names[0]} has "
+                f"{_fold_names(joined)}.",
+                "Cohorts that are trained as one need the same folds; leave out splits.directory to draw them.",
+                topic="splits",
+            )
+        joined = {key: join_sides(joined[key], split) if joined else split for key, split in folds.items()}
+    return list(joined.values())
+
+
+def _fold_names(folds: Iterable[tuple[int, int]]) -> str:
+    return ", ".join(f"{repeat}.{fold}" if repeat else str(fold) for repeat, fold in sorted(folds))
+
+
+def join_sides(one: Split, other: Split) -> Split:
+    """Return a fold with the patients of two on each side; number and repeat are those of the first."""
+    return dataclasses.replace(one, **{side: getattr(one, side) + getattr(other, side) for side in _SIDES})
+
+
 def _outer(cohort: Cohort, config: SplitsConfig) -> list[Split]:
+    if isinstance(config.directory, dict):
+        return _of_each_cohort(cohort, config)
     if config.directory is not None:
         return _of_patients(cohort, read_splits(config.directory), config.directory)
     if config.test_cases is not None:
@@ -131,15 +190,24 @@ def _under_protocol(cohort: Cohort, split: Split, config: SplitsConfig, protocol
         return dataclasses.replace(split, train=split.train + split.validation, validation=split.test)
     if protocol == "fixed-epoch":
         return dataclasses.replace(split, train=split.train + split.validation, validation=())
-    if split.validation:
-        return split
     validation = _inner_validation(cohort, split, config)
     train = tuple(case for case in split.train if case not in validation)
-    return dataclasses.replace(split, train=train, validation=tuple(c for c in split.train if c in validation))
+    drawn = tuple(case for case in split.train if case in validation)
+    return dataclasses.replace(split, train=train, validation=split.validation + drawn)
 
 
 def _inner_validation(cohort: Cohort, split: Split, config: SplitsConfig) -> set[str]:
-    """Draw the patients of the training side who choose the model.
+    """Draw the patients of the training side who choose the model, in each cohort by itself that has none yet."""
+    drawn = set[str]()
+    for part in cohort.parts():
+        given = split.validation if cohort.strata is None else part.cases.index.intersection(list(split.validation))
+        if not len(given) and len(part.cases.index.intersection(list(split.train))):
+            drawn |= _validation_of(part, split, config)
+    return drawn
+
+
+def _validation_of(cohort: Cohort, split: Split, config: SplitsConfig) -> set[str]:
+    """Draw the patients of one cohort's training side who choose the model.
 
     Sites differ in size and in follow-up, so with `scheme: site` the drawn part is taken whose patients and events are
     closest to the configured fraction.
@@ -147,7 +215,7 @@ def _inner_validation(cohort: Cohort, split: Split, config: SplitsConfig) -> set
     side = tuple(case for case in split.train if case in cohort.cases.index)
     folds = max(2, round(1 / config.validation_fraction))
     seed = config.seed + 1000 * split.repeat + split.fold
-    if config.scheme == "stratified":
+    if config.scheme != "site":
         return set(_draw(cohort, side, config, folds, seed)[0].test)
     cases = cohort.cases.loc[list(side)]
     folds = max(2, min(folds, _sites(cohort, cases, 2).nunique()))
@@ -161,6 +229,19 @@ def _inner_validation(cohort: Cohort, split: Split, config: SplitsConfig) -> set
 
 
 def _draw(cohort: Cohort, case_ids: tuple[str, ...], config: SplitsConfig, folds: int, seed: int) -> list[Split]:
+    """Draw folds of the given patients, as each cohort gets them by itself."""
+    if cohort.strata is None:
+        return _draw_of(cohort, case_ids, config, folds, seed)
+    of = cohort.strata_of(case_ids)
+    drawn = [
+        _draw_of(part, tuple(np.array(case_ids, dtype=object)[of == part.name]), config, folds, seed)
+        for part in cohort.parts()
+        if (of == part.name).any()
+    ]
+    return [functools.reduce(join_sides, splits) for splits in zip(*drawn, strict=True)]
+
+
+def _draw_of(cohort: Cohort, case_ids: tuple[str, ...], config: SplitsConfig, folds: int, seed: int) -> list[Split]:
     cases = cohort.cases.loc[list(case_ids)]
     events = int(cases["event"].sum())
     if events < folds or len(cases) - events < 0 or len(cases) < 2 * folds:

@@ -13,6 +13,7 @@ from isal.isal_zlib import crc32
 
 from cfusion.config import DataConfig
 from cfusion.console import progress
+from cfusion.data.joined_shards import join_sets
 from cfusion.data.shard_files import REPAIR, LocalFiles, OpenFile, ShardFiles, array_bytes, read_pieces
 from cfusion.data.shard_index import Sample, Shard, ShardIndex, TarMember, check_header, read_index, tar_key
 from cfusion.data.staging import StagedFiles, stage_folder
@@ -337,8 +338,12 @@ def _first_beyond(index: ShardIndex, shard: Shard, size: int) -> str:
 
 
 def open_shards(data: DataConfig) -> ShardDataset:
-    """Open the shards of a `data` section, local or remote."""
-    return ShardDataset.open(
-        data.shards.reveal(), cache_directory=data.cache_directory, cache_bytes=data.cache_bytes,
-        stage=None if data.stage is None else stage_folder(data.stage),
-    )  # fmt: skip
+    """Open the shards of a `data` section, local or remote; several sets are joined, see `join_sets`."""
+    sets = [
+        ShardDataset.open(
+            address.reveal(), cache_directory=data.cache_directory, cache_bytes=data.cache_bytes,
+            stage=None if data.stage is None else stage_folder(data.stage),
+        )
+        for address in data.shard_sets
+    ]  # fmt: skip
+    return sets[0] if len(sets) == 1 else ShardDataset(*join_sets([(one._files, one.index) for one in sets]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -143,7 +144,14 @@ class BagModel(nn.Module):
 
 
 class Prepared:
-    """A model that takes buffers from the training bags, once, before the first step of a fold."""
+    """A model that takes buffers from the training bags, once, before the first step of a fold.
+
+    Attributes:
+        in_months: Names of buffers that hold edges of the time bins. A model that has some trains on one cohort only,
+            since several cohorts do not share time bins.
+    """
+
+    in_months: ClassVar[tuple[str, ...]] = ()
 
     def prepare(self, bags: Iterable[BagBatch], count: int, *, edges_months: Sequence[float], seed: int) -> None:
         """Set the buffers.

@@ -124,6 +124,7 @@ class SCMIL(FinestBagModel, Prepared):
     """
 
     edges_months: Tensor
+    in_months = ("edges_months",)
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -51,6 +51,7 @@ class ReportContext:
         choices: Which epochs the runs could choose, for the null; without an entry, those of the published training.
         searches: What the folds of runs with a search chose.
         notes: Sentences for the reader.
+        joint: For each cohort that was trained with others as one, their common name, under which the audit stands.
     """
 
     title: str = "Survival from whole-slide images"
@@ -63,10 +64,28 @@ class ReportContext:
     choices: Mapping[Key, EpochChoice] = field(default_factory=dict)
     searches: Mapping[Key, Sequence[FoldChoice]] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    joint: Mapping[str, str] = field(default_factory=dict)
 
     def choice(self, key: Key) -> EpochChoice:
         """Return which epochs the runs of a cohort, model and protocol could choose."""
         return self.choices.get(key, EpochChoice())
+
+    def with_parts(self, parts: Mapping[str, Sequence[str]]) -> ReportContext:
+        """Return the context with the end point and the choice of epochs of joint cohorts also for each of them.
+
+        Args:
+            parts: Names of the cohorts that are trained as one, by their common name.
+        """
+        endpoints = {name: self.endpoints[joint] for joint, names in parts.items() for name in names}
+        choices = {
+            (name, model, protocol): choice
+            for (joint, model, protocol), choice in self.choices.items()
+            for name in parts.get(joint, ())
+        }
+        return replace(
+            self, endpoints={**endpoints, **self.endpoints}, choices={**choices, **self.choices},
+            joint={name: joint for joint, names in parts.items() for name in names},
+        )  # fmt: skip
 
 
 def optimistic(protocol: str) -> bool:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from cfusion.report.context import ReportContext
 from cfusion.survival.null import EpochChoice, Null, Outcomes, simulate_null
-from cfusion.survival.predictions import UNIT
+from cfusion.survival.predictions import STRATUM, UNIT
 from cfusion.survival.score import Key, Scores
 
 _REPETITIONS = 40
@@ -39,8 +39,7 @@ def nulls(scores: Sequence[Scores], context: ReportContext) -> dict[Key, CohortN
     known: dict[tuple, CohortNull] = {}
     found = {}
     for part in scores:
-        for key, rows in part.predictions.groupby(UNIT, sort=False):
-            cohort, model, protocol = (str(word) for word in key)
+        for (cohort, model, protocol), rows in part.groups():
             folds, digest = first_run_outcomes(rows)
             choice = context.choice((cohort, model, protocol)) if protocol in SCORED_FOLD_CHOOSES else None
             if (digest, choice) not in known:
@@ -51,13 +50,14 @@ def nulls(scores: Sequence[Scores], context: ReportContext) -> dict[Key, CohortN
 
 def first_run_outcomes(rows: pd.DataFrame) -> tuple[list[Outcomes], tuple]:
     """Return the outcomes of each fold of the first seed and repeat, and a key that identifies equal runs."""
-    first = (rows["seed"] == rows["seed"].min()) & (rows["repeat"] == rows["repeat"].min())
-    fold, time, event = (rows[name].to_numpy()[first.to_numpy()] for name in ("fold", "survival_months", "event"))
-    order = np.lexsort((event, time, fold))
-    fold, time, event = fold[order], time[order], event[order]
-    cuts = np.flatnonzero(np.diff(fold)) + 1
-    folds = list(zip(np.split(time, cuts), np.split(event, cuts), strict=True))
-    return folds, (cuts.tobytes(), time.tobytes(), event.tobytes())
+    chosen = rows[(rows["seed"] == rows["seed"].min()) & (rows["repeat"] == rows["repeat"].min())]
+    fold, time, event = (chosen[name].to_numpy() for name in ("fold", "survival_months", "event"))
+    stratum = [chosen.groupby(STRATUM).ngroup().to_numpy()] if STRATUM in chosen else []
+    order = np.lexsort((*stratum, event, time, fold))
+    columns = [values[order] for values in (time, event, *stratum)]
+    cuts = np.flatnonzero(np.diff(fold[order])) + 1
+    folds = list(zip(*(np.split(values, cuts) for values in columns), strict=True))
+    return folds, (cuts.tobytes(), *(values.tobytes() for values in columns))
 
 
 def cohort_null(folds: list[Outcomes], choice: EpochChoice | None) -> CohortNull:

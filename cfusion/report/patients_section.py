@@ -40,7 +40,7 @@ class DescribedResult:
 
 def described(scores: Sequence[Scores]) -> list[DescribedResult]:
     """Describe the patients of each result; none with more than a dozen."""
-    groups = [(part, key) for part in scores for key in part.patients]
+    groups = [(part, key) for part in scores for key in part.patients if key[0] != part.joint]
     if len(groups) > _MOST:
         return []
     return [_described(part, key) for part, key in groups]

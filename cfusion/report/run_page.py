@@ -127,7 +127,7 @@ def _cohort(name: str, rows: list[dict], folds: pd.DataFrame, context: ReportCon
         "endpoint": endpoint_words(context.endpoints.get(name)),
         "forest": Markup(forest),  # noqa: S704 - figures escape their words
         "flow": Markup(figures.flow(audit["flow"], counts, name)) if audit and audit["flow"] else "",  # noqa: S704
-        "audited": audit is not None, "counts": counts,
+        "audited": audit is not None, "joint": context.joint.get(name), "counts": counts,
         "findings": [{**f, "count": counts[f["kind"]]} for f in {f["kind"]: f for f in findings[::-1]}.values()],
         "folds": first[["fold", "n", "events"]].to_dict("records"),
     }  # fmt: skip

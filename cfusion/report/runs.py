@@ -67,6 +67,7 @@ def report_runs(
         permuted={key: sum(values) / len(values) for key, values in null.items()},
         notes=[f"{', '.join(key)}: {note}" for key, members in grouped.items() for note in members[0].config.notes],
     )
+    context = context.with_parts({run.config.cohort.name: list(run.config.cohorts) for run in real})
     scores = [score_runs(runs, runs[0].config.evaluation.bootstrap) for runs in grouped.values()]
     page = write_report(scores, out, context=context)
     if hidden is not None:
@@ -80,12 +81,16 @@ def _names_in(run: FinishedRun) -> set[str]:
     names = {str(name) for column in ("case_id", "slide_id") if column in predictions for name in predictions[column]}
     names |= set(map(str, read_outcomes(run.folder / OUTCOMES, run.config.cohort.name).cases.index))
     subjects = {str(finding["subject"]) for finding in run.audit["findings"]}
-    subjects = {subject for subject in subjects if not subject.startswith("fold ")} - {run.config.cohort.name}
+    subjects = {subject for subject in subjects if not subject.startswith("fold ")} - set(_cohort_names(run))
     return {name for name in names | subjects if name not in ("", "nan")}
 
 
+def _cohort_names(run: FinishedRun) -> tuple[str, ...]:
+    return (run.config.cohort.name, *run.config.cohorts)
+
+
 def _without_names(run: FinishedRun, hidden: Pseudonyms) -> dict[str, Any]:
-    kept = (run.config.cohort.name,)
+    kept = _cohort_names(run)
     return {**run.audit, "findings": [hidden.of_finding(finding, kept) for finding in run.audit["findings"]]}
 
 
@@ -115,11 +120,11 @@ def outcomes_and_splits(folders: Sequence[Path], cohort: str) -> tuple[Cohort, l
 
 
 def _check_alike(first: FinishedRun, other: FinishedRun) -> None:
-    differing = differing_values(first.provenance, other.provenance).keys()
+    differing = differing_values(_without_places(first), _without_places(other)).keys()
     fold_apart = "config.splits.fold" in differing
     seeds = {"config.seed", "config.data.order_seed", "config.splits.fold"}
-    # Tables and shards are compared by their digests; the report shows which code ran each run.
-    elsewhere = {"platform", "code", "program", "notes", *(f"config.{key}" for key in Config.asides())}
+    # The report shows which code ran each run.
+    elsewhere = {"platform", "code", "program", "notes"}
     wrong = {name for name in differing - seeds - elsewhere if not name.startswith("packages.")}
     wrong -= {"splits_digest"} if fold_apart else set()
     if wrong or not differing & {"config.seed", "config.splits.fold"}:
@@ -128,3 +133,8 @@ def _check_alike(first: FinishedRun, other: FinishedRun) -> None:
             f"{first.folder} and {other.folder} are both {', '.join(first.key)}, but {what}.",
             "Report them separately, or compare them as a sweep: cfusion sweep report.",
         )
+
+
+def _without_places(run: FinishedRun) -> dict[str, Any]:
+    """Return the provenance without settings that decide no number; tables and shards are compared by their digests."""
+    return {**run.provenance, "config": Config.without_asides(run.provenance["config"])}

@@ -10,6 +10,7 @@ import pandas as pd
 
 from cfusion.files import write_text
 from cfusion.report import figures
+from cfusion.survival.predictions import UNIT
 from cfusion.survival.score import Scores
 
 
@@ -24,14 +25,15 @@ def run_figures(scores: Scores, curves: pd.DataFrame) -> dict[str, str]:
     """Draw the figures of one run's scores: Kaplan–Meier, folds, AUC over time, calibration, learning curves.
 
     Args:
-        scores: Scores of one cohort, model and protocol.
+        scores: Scores of one cohort, model and protocol; of cohorts that were trained as one, all together are drawn.
         curves: Metrics by `fold` and `epoch`.
     """
-    ((key, patients),) = scores.patients.items()
+    key, patients = next(iter(scores.patients.items()))
     where = ", ".join(key)
+    own = (scores.folds[UNIT] == list(key)).all(axis=1)
     return {
         "kaplan_meier": figures.kaplan_meier_figure(patients, where),
-        "folds": figures.fold_points(scores.folds, None, where),
+        "folds": figures.fold_points(scores.folds[own], None, where),
         "auc": figures.auc_over_time(patients, where),
         "calibration": figures.calibration(patients, where),
         "learning_curves": figures.learning_curves(curves, where),

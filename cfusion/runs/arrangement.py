@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 
 from cfusion.config import Config
 from cfusion.data.shards import ShardDataset
@@ -67,7 +68,7 @@ def arrange(
         code: Code of the user's own model.
     """
     tiles = [sum(dataset.tiles(slide).values()) for slide in dataset.slide_ids]
-    parameters = _parameters(config, dataset, code)
+    parameters = sum(parameter.numel() for parameter in blank_network(config, dataset, code).parameters())
 
     def made(kind: Literal["separate", "side-by-side", "together"], at_once: int, each: int) -> Arrangement:
         bag = max(tiles) * (config.model.embed_dim * _ACTIVATIONS + dataset.index.dim * _BAGS_AHEAD[kind]) * 4
@@ -89,8 +90,7 @@ def arrange(
     return side_by_side
 
 
-def _parameters(config: Config, dataset: ShardDataset, code: OwnCode | None) -> int:
-    """Count the parameters of the run's model; the program's own needs no memory for them."""
+def blank_network(config: Config, dataset: ShardDataset, code: OwnCode | None) -> nn.Module:
+    """Return the run's model for its shapes; the program's own has no memory for its weights."""
     with torch.device("meta" if code is None else "cpu"):
-        network = build(config.model, dataset.index.dim, config.evaluation.n_bins, config.data.magnifications, code)
-    return sum(parameter.numel() for parameter in network.parameters())
+        return build(config.model, dataset.index.dim, config.evaluation.n_bins, config.data.magnifications, code)

@@ -176,7 +176,7 @@ def _train_together(
             child = tracked[number].child(folder.name, {"fold": split.fold, "repeat": split.repeat})
             fold = ready_fold(
                 run.config, run.cohort, split, dataset, runtime,
-                folder=run.folder / CHECKPOINTS / GROUP, on_epoch=_logging_to(child), code=run.code,
+                folder=run.folder / CHECKPOINTS / GROUP, on_epoch=_logging_to(child), code=run.code, starts=run.starts,
             )  # fmt: skip
             member = GroupMember(runtime, fold, everyone)
             run_of[member], children[member] = number, child
@@ -194,6 +194,7 @@ def _shared(config: Config) -> dict[str, Any]:
     deciding = config.deciding()
     places = config.model_dump(mode="json", include={"cohort": {"table", "slides"}, "data": {"shards"}})
     shared = {section: deciding[section] | places[section] for section in places}
+    shared["cohorts"] = config.model_dump(mode="json", include={"cohorts"})["cohorts"]
     return shared | {"parallel": {"precision": config.parallel.precision}}
 
 
@@ -203,7 +204,7 @@ def _check_shared(configs: Sequence[Config]) -> None:
             raise ConfigError(f"{config.output}: train.folds={config.train.folds}.", "Set train.folds=together.")
         for section, values in _shared(config).items():
             first = _shared(configs[0])[section]
-            differing = [f"{section}.{key}" for key in values if values[key] != first[key]]
+            differing = [f"{section}.{key}" for key in {**values, **first} if values.get(key) != first.get(key)]
             if differing:
                 raise ConfigError(
                     f"{config.output} and {configs[0].output} cannot share a read: they differ in "
@@ -274,8 +275,8 @@ def _fold(
                 FoldSearch(runtime, run, split, stop)()
             else:
                 result = fit(
-                    run.config, run.cohort, split, runtime=runtime, folder=checkpoints, code=run.code, stop=stop,
-                    on_epoch=lambda epoch, metrics: child.log(metrics, epoch),
+                    run.config, run.cohort, split, runtime=runtime, folder=checkpoints, code=run.code,
+                    starts=run.starts, stop=stop, on_epoch=lambda epoch, metrics: child.log(metrics, epoch),
                 )  # fmt: skip
                 run.write_fold(runtime, result)
         if runtime.is_main:

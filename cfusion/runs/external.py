@@ -132,6 +132,11 @@ def _notes(frame: pd.DataFrame, cohort: Cohort, cards: Sequence[ModelCard]) -> l
         f"External validation: {card.model['name']} was trained on {card.cohort} ({len(cards)} fold models, embeddings "
         f"of {card.encoder}, epochs chosen under {card.protocol}) and tested on {cohort.name}."
     ]
+    if card.strata:
+        notes.append(
+            f"{cohort.name}: {card.cohort} is several cohorts, each with its own time bins; the survival curves are in "
+            "their mean. Read the C-index, not the calibration."
+        )
     without = len(cohort.cases) - len(frame)
     if without:
         notes.append(

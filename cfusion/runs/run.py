@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ import cfusion
 from cfusion import run_folder
 from cfusion.cohort.audit import Audit
 from cfusion.cohort.audited import audited
-from cfusion.cohort.read import read_cohort, write_covariates, write_outcomes
+from cfusion.cohort.joint import read_cohorts
+from cfusion.cohort.read import write_covariates, write_outcomes
 from cfusion.cohort.splits import splits_digest, write_splits
-from cfusion.config import Config, ParallelConfig, validate
+from cfusion.config import CohortConfig, Config, ParallelConfig, validate
 from cfusion.data.shards import ShardDataset
 from cfusion.errors import ConfigError
 from cfusion.extensions import OwnCode
@@ -27,7 +28,8 @@ from cfusion.models.registry import model_code
 from cfusion.program import code_digest
 from cfusion.report import figures
 from cfusion.report.standalone import run_figures, write_figures
-from cfusion.runs.arrangement import Arrangement, arrange
+from cfusion.runs.arrangement import Arrangement, arrange, blank_network
+from cfusion.runs.run_starts import run_starts
 from cfusion.survival.predictions import read_predictions
 from cfusion.survival.score import Scores, score
 from cfusion.tracking import TrackedRun
@@ -37,6 +39,7 @@ from cfusion.tracking.model_registry import check_registration
 from cfusion.training.folds import FoldRun, open_run_shards, with_held_magnifications
 from cfusion.training.model_check import check_own_model
 from cfusion.training.runtime import Runtime
+from cfusion.training.start import StartModel, check_starts
 from cfusion.training.world import check_precision
 from cfusion.types import Cohort, Split, magnification_name
 from cfusion.yaml_files import differences
@@ -59,6 +62,7 @@ class Run:
         dataset: The shards.
         provenance: Digests, versions and seeds that say what the numbers came from.
         code: The model's code, read once for all folds; None for a model of the program.
+        starts: The models that the folds start from, read once; empty for drawn weights.
     """
 
     config: Config
@@ -66,16 +70,17 @@ class Run:
     dataset: ShardDataset
     provenance: dict[str, Any]
     code: OwnCode | None = None
+    starts: tuple[StartModel, ...] = ()
 
     @classmethod
     def prepare(cls, config: Config) -> Run:
         """Read cohort, shards and splits and audit them.
 
         Raises:
-            ConfigError, DataError: Something cannot be read, a model of the user's own does not work, or
-                `evaluation.strict` is set and the audit found something.
+            ConfigError, DataError: Something cannot be read, a model of the user's own does not work, a fold cannot
+                start from `train.start_from`, or `evaluation.strict` is set and the audit found something.
         """
-        cohort = read_cohort(config.cohort)
+        cohort = read_cohorts(config)
         dataset = open_run_shards(config)
         config = with_held_magnifications(config, dataset)
         code = check_own_model(config, dataset.index.dim)
@@ -83,7 +88,10 @@ class Run:
         found = audited(config, cohort, available, [magnification_name(m) for m in config.data.magnifications])
         if config.evaluation.strict:
             found.raise_if_strict()
-        return cls(config, found, dataset, _provenance(config, code, dataset, found), code)
+        starts = () if config.train.start_from is None else run_starts(config)
+        if starts:
+            check_starts(config, starts, found.splits, dataset.index, blank_network(config, dataset, code))
+        return cls(config, found, dataset, _provenance(config, code, dataset, found, starts), code, starts)
 
     @classmethod
     def open(cls, runtime: Runtime, config: Config, same_code: str | None = None) -> Run:
@@ -151,6 +159,10 @@ class Run:
             f"{cohort.name}: {len(cohort.cases)} patients, {int(cohort.cases['event'].sum())} events, "
             f"{len(cohort.slides)} slides, embeddings of {index.encoder} ({index.dim} wide)"
         ]
+        lines += [
+            f"  {part.name}: {len(part.cases)} patients, {int(part.cases['event'].sum())} events"
+            for part in cohort.parts() if cohort.strata is not None
+        ]  # fmt: skip
         lines += [f"note: {note}" for note in self.config.notes]
         lines += [f"audit: {finding}" for finding in self.audit.findings]
         repeated = self.config.splits.repeats > 1
@@ -342,20 +354,38 @@ def with_begun_precision(config: Config) -> Config:
     return begun
 
 
-def _provenance(config: Config, code: OwnCode | None, dataset: ShardDataset, found: Audit) -> dict[str, Any]:
-    asides = {
-        "slides": config.cohort.slides, "follow_up": config.cohort.follow_up,
-        "covariates": config.cohort.covariates_table,
-        "endpoint": None if config.cohort.endpoint == "OS" else config.cohort.covariates_table,
+def _table_digests(cohort: CohortConfig) -> dict[str, str]:
+    """Return the digests of a cohort's tables, by what they hold."""
+    tables = {
+        "table": cohort.table, "slides": cohort.slides, "follow_up": cohort.follow_up,
+        "covariates": cohort.covariates_table,
+        "endpoint": None if cohort.endpoint == "OS" else cohort.covariates_table,
     }  # fmt: skip
+    return {f"{name}_sha256": digest_file(path) for name, path in tables.items() if path is not None}
+
+
+def _all_table_digests(config: Config) -> dict[str, Any]:
+    """Return the digests of a run's tables; with several cohorts, those of each by its name."""
+    if not config.cohorts:
+        return _table_digests(config.cohort)
+    found: dict[str, Any] = {}
+    for name, cohort in config.cohorts.items():
+        for key, digest in _table_digests(cohort).items():
+            found.setdefault(key, {})[name] = digest
+    return found
+
+
+def _provenance(
+    config: Config, code: OwnCode | None, dataset: ShardDataset, found: Audit, starts: Sequence[StartModel]
+) -> dict[str, Any]:
     return {
         "program": cfusion.__version__,
         "code": code_digest(),
         "config": config.model_dump(mode="json", exclude={"output", "tracking"}),
         **({"notes": list(config.notes)} if config.notes else {}),
         **({} if code is None else {"model_code": code.identity}),
-        "table_sha256": digest_file(config.cohort.table),
-        **{f"{name}_sha256": digest_file(path) for name, path in asides.items() if path is not None},
+        **_all_table_digests(config),
+        **({"start_sha256": digest_json([start.sha256 for start in starts])} if starts else {}),
         "shards_digest": dataset.index.digest,
         "splits_digest": splits_digest(found.splits),
         "packages": {"python": platform.python_version(), "torch": torch.__version__},

@@ -131,7 +131,7 @@ class FoldSearch:
         try:
             result = fit(
                 config, self.run.cohort, self.split, runtime=self.runtime, folder=checkpoints, code=self.run.code,
-                stop=lambda: self.stop() or pruned(), on_epoch=record,
+                starts=self.run.starts, stop=lambda: self.stop() or pruned(), on_epoch=record,
             )  # fmt: skip
             trial = self._finished(trial, config, result)
         except RequeueError:

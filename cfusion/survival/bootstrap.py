@@ -48,13 +48,26 @@ class Resamples:
     _comparable: dict[bytes, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def draw(cls, time: ArrayLike, event: ArrayLike, *, replicates: int, seed: int) -> Resamples:
-        """Draw the replicates; the order of the patients decides who is drawn, so give it a fixed one."""
+    def draw(
+        cls, time: ArrayLike, event: ArrayLike, *, replicates: int, seed: int, strata: ArrayLike | None = None
+    ) -> Resamples:
+        """Draw the replicates; the order of the patients decides who is drawn, so give it a fixed one.
+
+        Args:
+            time: [case], months.
+            event: [case].
+            replicates: Number of draws.
+            seed: Seed of the draws.
+            strata: [case]; each draw keeps the number of patients of every stratum. None: one stratum.
+        """
         time, event = np.asarray(time, dtype=float), np.asarray(event, dtype=bool)
-        if not len(time):
-            return cls(time, event, np.zeros((replicates, 0), dtype=np.float32))
-        drawn = np.random.default_rng(seed).multinomial(len(time), np.full(len(time), 1 / len(time)), size=replicates)
-        return cls(time, event, drawn.astype(np.float32))
+        counts = np.zeros((replicates, len(time)), dtype=np.float32)
+        names = np.zeros(len(time)) if strata is None else np.asarray(strata)
+        generator = np.random.default_rng(seed)
+        for name in dict.fromkeys(names):
+            rows = np.flatnonzero(names == name)
+            counts[:, rows] = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=replicates)
+        return cls(time, event, counts)
 
     def of(self, rows: np.ndarray) -> Resamples:
         """Return the same draws of some of the patients, [row], in another order if need be."""

@@ -30,7 +30,9 @@ def prediction_doubts(frame: pd.DataFrame, summary: pd.DataFrame) -> list[str]:
     rows_of = dict(iter(frame.groupby(UNIT, sort=False)))
     found = []
     for row in summary.to_dict("records"):
-        rows = rows_of[tuple(row[name] for name in UNIT)]
+        rows = rows_of.get(tuple(row[name] for name in UNIT))
+        if rows is None:  # cohorts that were trained as one have their doubts each in their own row
+            continue
         units = list(_units(rows))
         doubts = [*_sign(row), *(units or _mean(row)), *_scale(rows), *_contradiction(rows)]
         found += [f"{row['cohort']}, {row['model']}: {doubt}." for doubt in doubts]

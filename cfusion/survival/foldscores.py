@@ -54,9 +54,19 @@ class References:
             return self._cached(name, tuple(case_ids[rows]), run), remark
         split = self._split(int(run["repeat"].iloc[0]), fold, case_ids[inside])
         if self.cohort is not None:
-            return self._cached(name, split.train, None), ""
+            own = self._own(self.cohort, split.train, name)
+            if own:
+                return self._cached(name, own, None), ""
+            return self._cached(name, tuple(case_ids[inside]), run), "censoring model from the scored patients"
         known = set(split.train) & set(case_ids)
         return self._cached(name, tuple(case for case in split.train if case in known), run), ""
+
+    @staticmethod
+    def _own(cohort: Cohort, train: tuple[str, ...], name: str) -> tuple[str, ...]:
+        """Return the training patients of one of the cohorts that are trained as one; of one cohort, all."""
+        if cohort.strata is None:
+            return train
+        return tuple(case for case, of in zip(train, cohort.strata_of(train), strict=True) if of == name)
 
     def _split(self, repeat: int, fold: int, scored: np.ndarray) -> Split:
         split = self.splits.get((repeat, fold))
@@ -171,6 +181,27 @@ def score_fold(
     for name in (f"auc_{h:g}" for h in horizons):
         row |= {name: values[name], f"{name}_low": limits[name][0], f"{name}_high": limits[name][1]}
     return FoldScores({**row, "note": "; ".join(notes)}, auc[len(horizons) :], brier.curves, spreads)
+
+
+def score_joint_fold(rows: pd.DataFrame, stratum: np.ndarray, counts: np.ndarray | None) -> dict[str, object]:
+    """Return the row of `scores.csv` of a fold of cohorts that were trained as one.
+
+    Args:
+        rows: Checked predictions of one fold, model, protocol, seed and repeat.
+        stratum: [case], number of the cohort; only pairs within a cohort count.
+        counts: [replicate, case], bootstrap draws, or None for no interval.
+    """
+    time, event, risk = (rows[c].to_numpy() for c in ("survival_months", "event", "risk"))
+    found = concordance(time, event, risk, stratum)
+    spread = None if counts is None else Resamples(time, event, counts).cindex(risk, within=stratum)
+    low, high = interval_or_nan(spread)
+    named = {name: rows[name].iloc[0] for name in FOLD}
+    return {
+        **{name: named[name] for name in ("model", "cohort", "fold")}, "n": len(rows), "events": int(event.sum()),
+        "harrell_c": found.cindex, "harrell_low": low, "harrell_high": high, "protocol": named["protocol"],
+        "seed": named["seed"], "repeat": named["repeat"], "concordant": found.concordant,
+        "discordant": found.discordant, "tied_risk": found.tied_risk, "note": "",
+    }  # fmt: skip
 
 
 def interval_or_nan(replicates: np.ndarray | None) -> tuple[float, float]:

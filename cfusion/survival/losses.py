@@ -2,6 +2,9 @@
 
 All of them take logits and compute in logarithms, so they stay finite, with useful gradients, where a hazard or a
 survival probability rounds to 0 or 1. The caller sums and averages over cases, since it knows the global batch size.
+
+Of several cohorts, each has its own baseline hazard: `nll` and `ce` take the label from the time bins of the patient's
+cohort, and `cox` and `ranking` compare only patients of one cohort (strata).
 """
 
 from __future__ import annotations
@@ -104,12 +107,32 @@ def ranking(
     return (margins * comparable).sum(dim=1) / comparable.sum(dim=1).clamp_min(1)
 
 
+SetLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def stratified(loss: SetLoss, log_risks: Float[Tensor, " bag"], targets: Targets) -> Float[Tensor, " bag"]:
+    """Compute a loss over sets within each stratum, per case: risk sets and pairs never join two strata.
+
+    Args:
+        loss: `cox` or `ranking`.
+        log_risks: Linear predictors.
+        targets: Outcomes and strata.
+    """
+    if targets.stratum is None:
+        return loss(log_risks, targets.time_months, targets.event)
+    terms = torch.zeros_like(log_risks)
+    for number in targets.stratum.unique():
+        rows = torch.nonzero(targets.stratum == number).flatten()
+        terms = terms.index_copy(0, rows, loss(log_risks[rows], targets.time_months[rows], targets.event[rows]))
+    return terms
+
+
 def _cox_of_logits(logits: Tensor, targets: Targets, *, alpha: float = 0.0) -> Tensor:
-    return cox(log_risk(at_least_f32(logits)), targets.time_months, targets.event)
+    return stratified(cox, log_risk(at_least_f32(logits)), targets)
 
 
 def _ranking_of_logits(logits: Tensor, targets: Targets, *, alpha: float = 0.0) -> Tensor:
-    return ranking(log_risk(at_least_f32(logits)), targets.time_months, targets.event)
+    return stratified(ranking, log_risk(at_least_f32(logits)), targets)
 
 
 @dataclass(frozen=True)
@@ -188,4 +211,4 @@ def _group_logsumexp(eta: Tensor, member: Tensor, group: Tensor, groups: int) ->
     return torch.where(total > 0, torch.where(total > 0, total, 1.0).log() + top, lowest)
 
 
-__all__ = ["LOSSES", "LogitLoss", "Loss", "ce", "cox", "log_risk", "nll", "ranking"]
+__all__ = ["LOSSES", "LogitLoss", "Loss", "SetLoss", "ce", "cox", "log_risk", "nll", "ranking", "stratified"]

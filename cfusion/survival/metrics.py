@@ -139,23 +139,30 @@ def checked(time: ArrayLike, event: ArrayLike, *values: ArrayLike) -> tuple[np.n
     return tuple(arrays)
 
 
-def concordance(time: ArrayLike, event: ArrayLike, risk: ArrayLike) -> Concordance:
+def concordance(time: ArrayLike, event: ArrayLike, risk: ArrayLike, strata: ArrayLike | None = None) -> Concordance:
     """Compute Harrell's concordance index (Harrell et al., Stat. Med. 15, 1996); ties in risk count half.
 
     Args:
         time: [case], months, ≥ 0.
         event: [case], true where the event happened.
         risk: [case], higher is worse.
+        strata: [case]; only pairs within a stratum count, as in R's `concordance` with `strata`. None: all pairs.
 
     Raises:
         DataError: The arrays differ in length or hold non-finite values.
         UndefinedMetricError: There is no comparable pair.
     """
     time, event, risk = checked(time, event, risk)
-    if not has_comparable_pair(time, event):
+    names = np.zeros(len(time)) if strata is None else np.asarray(strata)
+    groups = [rows for name in dict.fromkeys(names) if has_comparable_pair(time[rows := names == name], event[rows])]
+    if not groups:
         raise UndefinedMetricError(f"no comparable pair among {len(time)} patients with {int(event.sum())} events.")
-    cindex, *pairs = concordance_index_censored(event, time, risk, tied_tol=0)
-    return Concordance(float(cindex), *(int(count) for count in pairs))
+    found = [concordance_index_censored(event[rows], time[rows], risk[rows], tied_tol=0) for rows in groups]
+    concordant, discordant, tied_risk, tied_time = (sum(int(one[i]) for one in found) for i in range(1, 5))
+    if len(found) == 1:
+        return Concordance(float(found[0][0]), concordant, discordant, tied_risk, tied_time)
+    cindex = (concordant + tied_risk / 2) / (concordant + discordant + tied_risk)
+    return Concordance(cindex, concordant, discordant, tied_risk, tied_time)
 
 
 def uno_cindex(training: Training, time: np.ndarray, event: np.ndarray, risk: np.ndarray) -> float:

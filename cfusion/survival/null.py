@@ -21,8 +21,8 @@ from cfusion.errors import ConfigError, DataError, UndefinedMetricError
 from cfusion.recipe import PUBLISHED_RECIPE
 from cfusion.types import Cohort, Split
 
-Outcomes = tuple[np.ndarray, np.ndarray]
-"""Times in months [row] and events [row] of one fold's scored rows."""
+Outcomes = tuple[np.ndarray, ...]
+"""Times in months [row] and events [row] of one fold's scored rows; of several cohorts, also the cohort's number."""
 
 _COMPARISONS_PER_CHUNK = 1 << 24
 _LEVEL = 0.975
@@ -113,8 +113,8 @@ def simulate_null(
         )
     generator = np.random.default_rng(seed)
     means = np.zeros(repetitions)
-    for number, (time, event) in enumerate(folds):
-        pairs = _pairs(time, event)
+    for number, (time, *others) in enumerate(folds):
+        pairs = _pairs(time, *others)
         if not len(pairs[0]):
             raise UndefinedMetricError(f"null: fold {number} has no comparable pair.")
         length = choice.epochs if chosen_on_scored_fold else 1
@@ -138,13 +138,15 @@ def scored_outcomes(cohort: Cohort, splits: Sequence[Split], unit: str = "case")
     Patients are left out if they are not in the clinical table, or if their time or event is missing or negative.
     """
     known = cohort.cases[(cohort.cases["time_months"] >= 0) & cohort.cases["event"].notna()]
-    folds = []
+    folds: list[Outcomes] = []
     for split in splits:
         rows = [case for case in split.test if case in known.index]
         if unit == "slide":
             rows = cohort.slides.loc[cohort.slides["case_id"].isin(rows), "case_id"].tolist()
         cases = known.loc[rows]
-        folds.append((cases["time_months"].to_numpy(float), cases["event"].to_numpy(bool)))
+        outcomes = cases["time_months"].to_numpy(float), cases["event"].to_numpy(bool)
+        numbers = np.unique(cohort.strata_of(rows).astype(str), return_inverse=True)[1]
+        folds.append(outcomes if cohort.strata is None else (*outcomes, numbers))
     return folds
 
 
@@ -156,9 +158,11 @@ def _series(generator: np.random.Generator, repetitions: int, epochs: int, rows:
     return risks
 
 
-def _pairs(time: np.ndarray, event: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    later = (time[:, None] < time) | ((time[:, None] == time) & ~event)
-    first, second = np.nonzero(event[:, None] & later)
+def _pairs(time: np.ndarray, event: np.ndarray, stratum: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    comparable = event[:, None] & ((time[:, None] < time) | ((time[:, None] == time) & ~event))
+    if stratum is not None:
+        comparable &= stratum[:, None] == stratum
+    first, second = np.nonzero(comparable)
     return first, second
 
 

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from cfusion.errors import DataError
 from cfusion.survival.bootstrap import Resamples, cross_validated_interval, cross_validated_p
+from cfusion.survival.predictions import STRATUM
 
 COLUMNS = (
     "cohort", "protocol", "model", "reference", "patients", "seeds", "difference", "low", "high", "p", "p_holm",
@@ -48,7 +49,7 @@ def compare(
     The difference is that of the C-index within folds, averaged over the seeds both models have. Both models use the
     same resampled patients, so difficult patients affect both alike. The p-value is two-sided and normal, with the
     bootstrap's standard error, widened for the dependence between folds (`CROSS_VALIDATION`). `p_holm` corrects over
-    all rows of the table, across cohorts and models.
+    all rows of the table, across cohorts and models. With a column `stratum` only pairs within a stratum count.
 
     Args:
         predictions: Checked predictions of several models.
@@ -102,7 +103,10 @@ class _Scored:
     @classmethod
     def of(cls, base: pd.DataFrame, runs: tuple, patients: tuple[str, ...], replicates: int, seed: int) -> _Scored:
         outcomes = base.drop_duplicates("case_id").set_index("case_id").loc[list(patients)]
-        draws = Resamples.draw(outcomes["survival_months"], outcomes["event"], replicates=replicates, seed=seed)
+        draws = Resamples.draw(
+            outcomes["survival_months"], outcomes["event"], replicates=replicates, seed=seed,
+            strata=outcomes.get(STRATUM),
+        )  # fmt: skip
         once = Resamples(draws.time, draws.event, np.ones((1, len(patients)), dtype=np.float32))
         value, spread = _within_folds(base, runs, patients, draws, once)
         return cls(runs, patients, draws, once, value, spread, base["fold"].nunique())
@@ -133,7 +137,8 @@ def _within_folds(
     for run in runs:
         rows = frame[(frame["seed"] == run[0]) & (frame["repeat"] == run[1])]
         rows = rows.set_index("case_id").loc[list(patients)]
-        risk, fold = rows["risk"].to_numpy(), rows["fold"].to_numpy()
+        risk = rows["risk"].to_numpy()
+        fold = rows.groupby([name for name in ("fold", STRATUM) if name in rows]).ngroup().to_numpy()
         value += float(once.cindex(risk, within=fold)[0]) / len(runs)
         spread += draws.cindex(risk, within=fold) / len(runs)
     return value, spread

@@ -24,6 +24,9 @@ _DEFAULTS: dict[str, str | int] = {"protocol": "unknown", "seed": 0, "repeat": 0
 FOLD = [*UNIT, "seed", "repeat", "fold"]
 """Columns that identify a row of the scores per fold."""
 
+STRATUM = "stratum"
+"""Column with a patient's own cohort where `cohort` names several together; only patients of one are compared."""
+
 KNOWN_PROTOCOLS = (*get_args(Protocol), "unknown")
 """How the epoch was chosen; each protocol has a different null."""
 
@@ -188,13 +191,13 @@ def fold_predictions(curves: pd.DataFrame, cohort: Cohort, shared: Mapping[str, 
     """Return the predictions of a fold's test patients with their outcomes, validated like any other predictions.
 
     Args:
-        curves: Output of `curve_table`.
-        cohort: Cohort with the patients' outcomes.
-        shared: The columns that all rows share: `model, protocol, seed, repeat, fold, risk_cutoff`.
+        curves: Output of `curve_table`, or its columns `case_id` and `risk`.
+        cohort: Cohort with the patients' outcomes; with strata, each row names the patient's own cohort.
+        shared: The columns that all rows share: `model, protocol, seed, repeat, fold`, and `risk_cutoff`, one or [row].
     """
     cases = cohort.cases.loc[curves["case_id"]]
     outcomes = {"survival_months": cases["time_months"].to_numpy(), "event": cases["event"].to_numpy()}
-    frame = curves.assign(cohort=cohort.name, **shared, **outcomes)
+    frame = curves.assign(cohort=cohort.strata_of(list(curves["case_id"])), **shared, **outcomes)
     first = ["model", "cohort", *FOLD[2:], "case_id", "risk", "survival_months", "event", "risk_cutoff"]
     return checked_predictions(frame[[*first, *curve_columns(frame)]])
 

@@ -4,27 +4,31 @@ The risks of different folds come from different models. `cindex_within`, the he
 same fold. `cindex_pooled` compares all of them as they are, as MCAT published it, and depends on the scale of each
 fold's model. One draw of patients serves all seeds, repeats and models, so that repetitions of what is known narrow no
 interval.
+
+Cohorts that are trained as one are scored each by itself, and together in a row of their common name: its C compares
+patients of the same cohort only (stratified), and its bootstrap keeps the number of patients of each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 
+from cfusion.cohort.identifiers import patient_of
 from cfusion.errors import DataError, UndefinedMetricError
 from cfusion.machine_limits import usable_cores
 from cfusion.survival.added import AddedInRun, AddedValue, ClinicalModel, mean_added
 from cfusion.survival.bootstrap import Resamples, cross_validated_interval
-from cfusion.survival.foldscores import FoldScores, References, score_fold
+from cfusion.survival.foldscores import FoldScores, References, score_fold, score_joint_fold
 from cfusion.survival.metrics import concordance
 from cfusion.survival.notes import score_notes
 from cfusion.survival.patients import PatientScores, score_patients
-from cfusion.survival.predictions import UNIT, checked_predictions
+from cfusion.survival.predictions import STRATUM, UNIT, checked_predictions
 from cfusion.types import Cohort, Split, titled_table
 
 _SEED = 7
@@ -58,6 +62,7 @@ class Scores:
         notes: Remarks for the reader, for example that all risks of a fold are equal.
         horizons: Months of the time-dependent AUC and of the calibration.
         covariates: The clinical covariates, if they are known.
+        joint: Name of cohorts that were trained as one; their common rows come first. None: each cohort is by itself.
     """
 
     predictions: pd.DataFrame
@@ -68,6 +73,11 @@ class Scores:
     notes: tuple[str, ...] = ()
     horizons: tuple[float, ...] = ()
     covariates: pd.DataFrame | None = None
+    joint: str | None = None
+
+    def groups(self) -> list[tuple[Key, pd.DataFrame]]:
+        """Return the predictions behind each row of the summary; those of `joint` have a column `stratum`."""
+        return _groups(self.predictions, self.joint)
 
     def __repr__(self) -> str:
         shown = [
@@ -113,13 +123,15 @@ def score(
         UndefinedMetricError: A fold has no comparable pair; the message names cohort and fold.
     """
     folds_of = (splits,) if isinstance(splits, Split) else tuple(splits or ())
-    frame = checked_predictions(_with_outcomes(predictions, cohort, folds_of))
+    frame = checked_predictions(_with_own_cohorts(_with_outcomes(predictions, cohort, folds_of), cohort))
     if cohort is not None:
         _check_against(frame, cohort)
     references = References(cohort, {(split.repeat, split.fold): split for split in folds_of})
     clinical = covariates if covariates is not None or cohort is None else cohort.covariates
     settings = _Settings(references, clinical, bootstrap, tuple(horizons))
-    groups = [((str(c), str(m), str(p)), rows) for (c, m, p), rows in frame.groupby(UNIT, sort=False)]
+    frame = frame.drop(columns=STRATUM, errors="ignore")  # a column that only this module sets
+    joint = None if cohort is None or cohort.strata is None else cohort.name
+    groups = _groups(frame, joint)
     if len(groups) < _PARALLEL_FROM:
         results = _score_groups(groups, settings)
     else:
@@ -132,8 +144,42 @@ def score(
     summary = pd.DataFrame([result.summary for result in ordered])
     patients = {name: results[name].patients for name, _ in groups}
     added = {name: found for name, _ in groups if (found := results[name].added) is not None}
-    notes = (*score_notes(frame, folds, summary, bootstrap > 0), *(note for result in ordered for note in result.notes))
-    return Scores(frame, folds, summary, patients, added, notes, settings.horizons, clinical)
+    notes = (
+        *_joint_notes(groups, joint),
+        *score_notes(frame, folds, summary, bootstrap > 0),
+        *(note for result in ordered for note in result.notes),
+    )
+    return Scores(frame, folds, summary, patients, added, notes, settings.horizons, clinical, joint)
+
+
+def _groups(frame: pd.DataFrame, joint: str | None) -> list[tuple[Key, pd.DataFrame]]:
+    """Return the predictions of each cohort, model and protocol; with `joint` first those of all cohorts together."""
+    groups = [((str(c), str(m), str(p)), rows) for (c, m, p), rows in frame.groupby(UNIT, sort=False)]
+    if joint is None:
+        return groups
+    renamed = frame.assign(cohort=joint)
+    renamed[STRATUM] = frame["cohort"]
+    together = [((joint, str(m), str(p)), rows) for (_, m, p), rows in renamed.groupby(UNIT, sort=False)]
+    return [*((key, rows) for key, rows in together if rows[STRATUM].nunique() > 1), *groups]
+
+
+def _joint_notes(groups: Sequence[tuple[Key, pd.DataFrame]], joint: str | None) -> tuple[str, ...]:
+    """Say what the C of cohorts that were trained as one compares."""
+    if joint is None or groups[0][0][0] != joint:
+        return ()
+    return (
+        f"{joint}: one model of several cohorts. Its C compares patients within each cohort only (stratified by "
+        "cohort); Uno's C, AUC, Brier score and what clinical covariates add stand in the rows of the cohorts.",
+    )
+
+
+def _with_own_cohorts(predictions: pd.DataFrame, cohort: Cohort | None) -> pd.DataFrame:
+    """Name each patient's own cohort where several were trained as one."""
+    if cohort is None or cohort.strata is None or "case_id" not in predictions:
+        return predictions
+    cases = predictions["case_id"].astype(str).str.strip().map(patient_of)
+    _outcomes(cohort, cases)
+    return predictions.assign(cohort=cohort.strata_of(list(cases)))
 
 
 def _with_outcomes(predictions: pd.DataFrame, cohort: Cohort | None, splits: Sequence[Split]) -> pd.DataFrame:
@@ -185,14 +231,17 @@ class _Settings:
     def draws(self, patients: pd.DataFrame, scored: pd.Series) -> Resamples | None:
         """Return the one set of draws of a model's patients, for those that a run scores.
 
-        Models on the same patients get the same object, which keeps the counts of comparable pairs.
+        Models on the same patients get the same object, which keeps the counts of comparable pairs. With a column
+        `stratum` each draw keeps the number of patients of every stratum.
         """
         if not self.bootstrap:
             return None
         names = tuple(patients["case_id"])
         if names not in self._drawn:
             outcomes = patients["survival_months"], patients["event"]
-            self._drawn[names] = Resamples.draw(*outcomes, replicates=self.bootstrap, seed=_SEED)
+            self._drawn[names] = Resamples.draw(
+                *outcomes, replicates=self.bootstrap, seed=_SEED, strata=patients.get(STRATUM)
+            )
         rows = pd.Index(names).get_indexer(scored)
         key = (names, rows.tobytes())
         if key not in self._drawn:
@@ -226,7 +275,7 @@ class _Result:
 
 
 def _score_groups(groups: Sequence[tuple[Key, pd.DataFrame]], settings: _Settings) -> dict[Key, _Result]:
-    return {key: _score_group(rows, settings) for key, rows in groups}
+    return {key: (_score_joint if STRATUM in rows else _score_group)(rows, settings) for key, rows in groups}
 
 
 def _score_group(unordered: pd.DataFrame, settings: _Settings) -> _Result:
@@ -262,6 +311,37 @@ def _score_group(unordered: pd.DataFrame, settings: _Settings) -> _Result:
         f"{len(reasons)} of {len(pooled)} runs: {reasons[0]}"
     ] if reasons else []  # fmt: skip
     return _Result([fold.row for fold in folds], summary | (mean.columns() if mean else {}), curves, mean, notes)
+
+
+def _score_joint(unordered: pd.DataFrame, settings: _Settings) -> _Result:
+    """Score cohorts that were trained as one together: only pairs of patients of the same cohort are compared.
+
+    Scores that need the censoring of one cohort (Uno's C, AUC, Brier score) stand in the rows of the cohorts.
+    """
+    rows = unordered.sort_values(["seed", "repeat", "case_id"], kind="stable", ignore_index=True)
+    rows["cell"] = rows.groupby([STRATUM, "fold"]).ngroup()
+    patients = rows.drop_duplicates("case_id").sort_values("case_id")
+    folds: list[dict[str, object]] = []
+    pooled, within, spreads = [], [], []
+    for _, run in rows.groupby(["seed", "repeat"]):
+        resamples = settings.draws(patients, run["case_id"])
+        outcomes, risk = (run["survival_months"], run["event"]), run["risk"].to_numpy()
+        stratum = np.unique(run[STRATUM].astype(str), return_inverse=True)[1]
+        pooled.append(concordance(*outcomes, risk, stratum).cindex)
+        within.append(concordance(*outcomes, risk, run["cell"]).cindex)
+        if resamples:
+            spreads.append((resamples.cindex(risk, within=stratum), resamples.cindex(risk, within=run["cell"])))
+        for fold in sorted(run["fold"].unique()):
+            inside = (run["fold"] == fold).to_numpy()
+            counts = resamples.counts[:, inside] if resamples else None
+            folds.append(score_joint_fold(run[inside], stratum[inside], counts))
+    nothing = np.full((1, 0), np.nan)
+    found = score_patients(rows.assign(fold=rows["cell"]), settings.horizons, np.zeros(0), nothing)
+    # Risks of different cohorts have no common scale, so no split at the median of all means anything.
+    found = replace(found, median_split_p=float("nan"))
+    names = {"cohorts": ", ".join(dict.fromkeys(rows[STRATUM].astype(str)))}
+    summary = _summary(rows, pd.DataFrame(folds), pooled, within, spreads)
+    return _Result(folds, summary | names | found.columns(), found, None, [])
 
 
 def _summary(

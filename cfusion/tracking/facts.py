@@ -52,16 +52,23 @@ def run_params(config: Config, provenance: Mapping[str, Any]) -> dict[str, Any]:
 def run_inputs(
     config: Config, cohort: Cohort, index: ShardIndex, provenance: Mapping[str, Any]
 ) -> list[dict[str, str]]:
-    """Return MLflow's inputs: the clinical table, the shards and the folds, each with its digest."""
+    """Return MLflow's inputs: the clinical tables, the shards and the folds, each with its digest."""
     patients = {"patients": len(cohort.cases), "events": int(cohort.cases["event"].sum()), "endpoint": cohort.endpoint}
     embeddings = {
         "encoder": index.encoder, "dim": index.dim, "magnifications": index.magnifications, "dtype": index.dtype,
         "slides": len(index.samples), "bytes": sum(shard.size for shard in index.shards), **index.provenance,
     }  # fmt: skip
-    table, shards, directory = data_name(config.cohort.table), str(config.data.shards), config.splits.directory
-    folds = data_name(directory) if directory else "drawn"
+    directory = config.splits.directory
+    directories = list(directory.values()) if isinstance(directory, dict) else [directory] if directory else []
+    folds = ", ".join(map(data_name, directories)) or "drawn"
+    digest, shards = provenance["table_sha256"], config.data.where
+    digests = digest if isinstance(digest, Mapping) else {cohort.name: digest}
+    tables = [
+        _input(f"{one.name} outcomes", digests[one.name], data_name(one.table), "outcomes", patients)
+        for one in config.cohort_configs
+    ]
     return [
-        _input(f"{cohort.name} outcomes", provenance["table_sha256"], table, "outcomes", patients),
+        *tables,
         _input(f"{cohort.name} {index.encoder}", provenance["shards_digest"], shards, "bags", embeddings),
         _input(
             f"{cohort.name} folds", provenance["splits_digest"], folds, "folds",

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 SERVED_MODEL = Path(__file__).parents[1] / "apply" / "serving.py"
 CANDIDATE, CHAMPION = "candidate", "champion"
 MODEL_PATH, FOLDS = "model", "folds"
+_FOLDS_PATH = f"{MODEL_PATH}/artifacts/{FOLDS}"
 _TAG = "cfusion."
 
 
@@ -248,19 +249,31 @@ def fetch_ensemble(
         UntrustedCodeError: The models include code, and `trust_code` does not give its digest.
     """
     version = find_version(client, name, which)
-    if f"{_TAG}contract" not in version.tags:
-        raise DataError(f"models:/{name}/{version.version}: was not registered by cfusion.")
-    folder.mkdir(parents=True, exist_ok=True)
-    where = f"{MODEL_PATH}/artifacts/{FOLDS}"
-    fetched = Path(client.download_artifacts(str(version.run_id), where, str(folder)))
+    fetched = _download(client, name, version, folder)
     try:
         return FoldEnsemble.load(fetched, trust_code=trust_code)
     except UntrustedCodeError as error:
         raise UntrustedCodeError(
             f"models:/{name}/{version.version}: {error.message}",
-            f"Read the file first: mlflow artifacts download --run-id {version.run_id} --artifact-path {where} "
+            f"Read the file first: mlflow artifacts download --run-id {version.run_id} --artifact-path {_FOLDS_PATH} "
             "--dst-path FOLDER. If you trust it, add --trust-code with the first 12 digits of its SHA-256.",
         ) from error
+
+
+def fetch_models(client: MlflowClient, name: str, which: str, folder: Path) -> Path:
+    """Download the fold models of a version into `folder`, and return the folder that holds them; none is loaded.
+
+    Raises:
+        DataError: There is no such version, or cfusion did not register it.
+    """
+    return _download(client, name, find_version(client, name, which), folder)
+
+
+def _download(client: MlflowClient, name: str, version: ModelVersion, folder: Path) -> Path:
+    if f"{_TAG}contract" not in version.tags:
+        raise DataError(f"models:/{name}/{version.version}: was not registered by cfusion.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return Path(client.download_artifacts(str(version.run_id), _FOLDS_PATH, str(folder)))
 
 
 @dataclass(frozen=True)

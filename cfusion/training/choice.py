@@ -64,11 +64,17 @@ def chosen_parameters(state: TrainState, snapshot: Snapshot, train: TrainConfig)
 
 
 def validation_scores(job: FoldJob, bags: BagSet, logits: Tensor) -> dict[str, float]:
-    """Compute the C-index over patients and the loss over bags; alpha is 0 here, as in the published program."""
+    """Compute the C-index over patients and the loss over bags; alpha is 0 here, as in the published program.
+
+    Of several cohorts, only pairs of patients of the same one count.
+    """
     loss = LOSSES[job.config.train.loss](SurvivalOutput.from_logits(logits), targets_of(job, bags), alpha=0.0)
     survival = patient_survival(logits, bags)
     cases = job.cases.loc[survival.index]
-    scored = concordance(cases["time_months"].to_numpy(), cases["event"].to_numpy(), -survival.sum(axis=1).to_numpy())
+    scored = concordance(
+        cases["time_months"].to_numpy(), cases["event"].to_numpy(), -survival.sum(axis=1).to_numpy(),
+        cases["stratum"].to_numpy() if "stratum" in cases else None,
+    )  # fmt: skip
     return {"validation_loss": loss.mean().item(), "validation_cindex": scored.cindex}
 
 

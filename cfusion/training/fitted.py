@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cfusion.config import ModelConfig, validate
-from cfusion.errors import ConfigError, DataError
+from cfusion.errors import ConfigError, DataError, nearest
 from cfusion.extensions import OwnCode, check_trusted, file_code, names_file, package_code
 from cfusion.files import atomic_path, check_format, read_json, write_json
 from cfusion.models import MODELS, build_model
@@ -30,6 +30,19 @@ SOURCE = "model.py"
 
 
 @dataclass(frozen=True)
+class StratumCard:
+    """What a model of several cohorts has for each of them.
+
+    Attributes:
+        edges_months: Edges of the K time bins of the cohort, K + 1 values.
+        risk_cutoff: Median risk of its training patients; None if the training did not finish.
+    """
+
+    edges_months: tuple[float, ...]
+    risk_cutoff: float | None = None
+
+
+@dataclass(frozen=True)
 class ModelCard:
     """Description of a model and of its inputs.
 
@@ -37,7 +50,8 @@ class ModelCard:
         model: The `model` section it was built from.
         backbone_dim: Width of the embeddings it reads.
         magnifications: Magnifications it reads, finest first.
-        edges_months: Edges of its K time bins, K + 1 values.
+        edges_months: Edges of its K time bins, K + 1 values; of a model of several cohorts, the mean of theirs, a
+            stand-in for a patient of none of them.
         encoder: Encoder of the embeddings, as named in the shards.
         cohort: Cohort it was trained on.
         endpoint: Definition of its event.
@@ -49,6 +63,8 @@ class ModelCard:
         protocol: How its epoch was chosen, as in `evaluation.protocol`.
         code: Code that is not the program's, as recorded by `OwnCode.identity`; None for a model of the program.
         notes: What a reader of its scores must know about its training, see `Config.notes`.
+        strata: Time bins and cut-off of each cohort, by its name, of a model of several; empty otherwise.
+        start: The model that its training started from, see `StartModel.origin`; empty if from drawn weights.
     """
 
     model: dict[str, Any]
@@ -65,6 +81,23 @@ class ModelCard:
     protocol: str = "unknown"
     code: dict[str, str] | None = None
     notes: tuple[str, ...] = ()
+    strata: dict[str, StratumCard] = field(default_factory=dict)
+    start: dict[str, Any] = field(default_factory=dict)
+
+    def of_cohort(self, name: str) -> ModelCard:
+        """Return the card for patients of one of its cohorts, whose time bins and cut-off it then has.
+
+        Raises:
+            ConfigError: The model was not trained on a cohort of this name as one of several.
+        """
+        if name not in self.strata:
+            known = ", ".join(self.strata) or f"only {self.cohort}"
+            raise ConfigError(
+                f"{name}: the model was not trained on this cohort; it has {known}.",
+                nearest(name, self.strata) if self.strata else "Leave the cohort out.",
+            )
+        found = self.strata[name]
+        return replace(self, edges_months=found.edges_months, risk_cutoff=found.risk_cutoff, strata={})
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -75,6 +108,8 @@ class ModelCard:
 
 
 _CARD = TypeAdapter(ModelCard)
+_OPTIONAL = ("code", "notes", "strata", "start")
+"""Attributes of a card that are written only if there is something to write."""
 
 MODEL_FORMAT = 1
 """Format of a model's folder, as its card carries it; what 0.1.0 wrote carries none and is read as 1."""
@@ -102,6 +137,10 @@ class FittedModel:
         names = ", ".join(magnification_words(magnification_name(m)) for m in card.magnifications)
         return f"FittedModel({card.model['name']} of {card.cohort}, fold {card.fold}: reads {card.encoder} at {names})"
 
+    def of_cohort(self, name: str) -> FittedModel:
+        """Return the model for patients of one of the cohorts it was trained on; see `ModelCard.of_cohort`."""
+        return replace(self, card=self.card.of_cohort(name))
+
     @property
     def bins(self) -> TimeBins:
         """Return the time bins of its survival curve."""
@@ -121,7 +160,7 @@ class FittedModel:
             except SafetensorError as error:
                 raise DataError(f"{folder}: the model cannot be written ({error}).", "Free disk space.") from error
             card = {"format": MODEL_FORMAT, **asdict(self.card)}
-            write_json(temporary / CARD, {k: card[k] for k in card if card[k] or k not in ("code", "notes")})
+            write_json(temporary / CARD, {k: card[k] for k in card if card[k] or k not in _OPTIONAL})
             if self.source is not None:
                 (temporary / SOURCE).write_bytes(self.source)
             if self.seen is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,10 @@ class FoldJob:
         config: The run's configuration.
         train: Training bags.
         validation: Bags that choose the epoch; None under `fixed-epoch`.
-        cases: Outcomes by patient: `time_months`, `event`.
-        bins: Time bins of the training patients; with `train.published_errors`, of all patients.
+        cases: Outcomes by patient: `time_months`, `event`, and the time bin `label`, −1 in a cohort that does not
+            train; with several cohorts also the number `stratum` of the patient's.
+        bins: Time bins of each cohort by name, from its training patients; with `train.published_errors`, from all of
+            its patients.
         sampling_weights: [bag], for `sampling: weighted`; None otherwise.
         name: Name of the run among other seeds and folds; its dropout depends on it.
         identity: All of this as plain values, for checkpoints.
@@ -46,7 +48,7 @@ class FoldJob:
     train: BagSet
     validation: BagSet | None
     cases: pd.DataFrame
-    bins: TimeBins
+    bins: Mapping[str, TimeBins]
     sampling_weights: np.ndarray | None
     name: str
     identity: dict[str, Any]
@@ -64,7 +66,8 @@ def targets_of(job: FoldJob, bags: BagSet) -> Targets:
     """Return the outcomes of the patients of `bags`, [bag]."""
     rows = job.cases.loc[[bag.case_id for bag in bags.bags]]
     return Targets(
-        torch.as_tensor(job.bins.label(rows["time_months"].to_numpy())),
+        torch.tensor(rows["label"].to_numpy(dtype=np.int64)),
         torch.tensor(rows["event"].to_numpy(dtype=bool)),
         torch.tensor(rows["time_months"].to_numpy(dtype=float)),
+        torch.tensor(rows["stratum"].to_numpy(dtype=np.int64)) if "stratum" in rows else None,
     )

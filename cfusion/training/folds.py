@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,16 +24,17 @@ from cfusion.files import digest_json
 from cfusion.models.registry import READ_ONE, model_code, reads_positions, spatial_graph
 from cfusion.survival.bins import TimeBins
 from cfusion.survival.losses import LOSSES
-from cfusion.survival.predictions import fold_predictions
+from cfusion.survival.predictions import curve_table, fold_predictions
 from cfusion.training.checkpoint import TrainState
-from cfusion.training.fitted import FittedModel, ModelCard, build
+from cfusion.training.fitted import FittedModel, ModelCard, StratumCard, build
 from cfusion.training.fold_job import FoldJob, never_stop
-from cfusion.training.inference import patient_survival, predict_logits, prediction_frame
+from cfusion.training.inference import patient_survival, predict_logits
 from cfusion.training.loop import train_fold
 from cfusion.training.optimizers import make_optimizer
 from cfusion.training.preparation import prepare
 from cfusion.training.runtime import Runtime
 from cfusion.training.seen import Seen
+from cfusion.training.start import StartModel, read_starts, start_of
 from cfusion.training.step import Stepper
 from cfusion.training.world import join_world
 from cfusion.types import Cohort, Split, magnification_value, titled_table
@@ -84,6 +85,7 @@ def fit(
     folder: Path | None = None,
     on_epoch: EpochCallback | None = None,
     code: OwnCode | None = None,
+    starts: Sequence[StartModel] | None = None,
     stop: Callable[[], bool] = never_stop,
 ) -> FoldRun:
     """Train on one fold, choose the epoch as the protocol requires, and predict the fold's test patients.
@@ -98,11 +100,14 @@ def fit(
         folder: Folder for checkpoints; None: no checkpoints, so an interrupted training run starts again.
         on_epoch: Called on rank 0 after each epoch.
         code: Code of the model as it was read for the run; none: it is read now.
+        starts: Models that the folds start from, as read for the run; none: `train.start_from` is read now.
         stop: Whether to save the state and stop, as after a signal; asked after every step.
 
     Raises:
-        ConfigError: The split is of another protocol than `evaluation.protocol`.
-        DataError: The shards have another encoder or lack a slide, or a loss is not finite.
+        ConfigError: The split is of another protocol than `evaluation.protocol`, or the model to start from does not
+            fit.
+        DataError: The shards have another encoder or lack a slide, the model to start from was trained on scored
+            patients, or a loss is not finite.
         RequeueError: The process was asked to stop; the state is in `folder`.
     """
     runtime = runtime or join_world(config.parallel)
@@ -111,7 +116,7 @@ def fit(
     with tempfile.TemporaryDirectory() as scratch:
         fold = ready_fold(
             config, cohort, split, dataset, runtime,
-            folder=folder or Path(scratch), on_epoch=on_epoch, code=code, stop=stop,
+            folder=folder or Path(scratch), on_epoch=on_epoch, code=code, starts=starts, stop=stop,
         )  # fmt: skip
         return _train(runtime, fold)
 
@@ -128,6 +133,7 @@ class ReadyFold:
         split: The fold's patients.
         test: Bags that are scored.
         source: The user's file with the model's class, if there is one.
+        start: The model that it starts from, if there is one.
     """
 
     job: FoldJob
@@ -137,6 +143,7 @@ class ReadyFold:
     split: Split
     test: BagSet
     source: bytes | None = None
+    start: StartModel | None = None
 
 
 def ready_fold(
@@ -149,22 +156,29 @@ def ready_fold(
     folder: Path,
     on_epoch: EpochCallback | None,
     code: OwnCode | None = None,
+    starts: Sequence[StartModel] | None = None,
     stop: Callable[[], bool] = never_stop,
 ) -> ReadyFold:
     """Prepare bags, time bins and initial weights of a fold; see `fit`."""
     _check_protocol(config, split)
-    bins = TimeBins.fit(*_binned(config, cohort, split), config.evaluation.n_bins)
+    bins = _fitted_bins(config, cohort, split)
+    start = start_of(_starts(config) if starts is None else starts, split)
     train_set = _bag_set(config, cohort, dataset, runtime, split.train)
     code = code or model_code(config.model.name)
     with _ONE_AT_A_TIME:
         torch.manual_seed(int(digest_json(["initial weights", _name(config, split)])[:15], 16))
         network = build(config.model, dataset.index.dim, config.evaluation.n_bins, config.data.magnifications, code)
-    prepare(runtime, network, train_set, bins, _name(config, split))
+    prepare(runtime, network, train_set, list(bins.values()), _name(config, split))
+    if start is not None:
+        start.check_inputs(config, dataset.index)
+        start.check_unseen(split, unchecked=config.train.start_unchecked)
+        start.fill(network)
+    cases = _labelled(cohort, bins)
     card = ModelCard(
         model=config.model.model_dump(mode="json"),
         backbone_dim=dataset.index.dim,
         magnifications=config.data.magnifications,
-        edges_months=tuple(bins.edges),
+        edges_months=_mean_edges(list(bins.values())),
         encoder=dataset.index.encoder,
         cohort=cohort.name,
         endpoint=cohort.endpoint,
@@ -175,14 +189,16 @@ def ready_fold(
         protocol=split.protocol,
         code=None if code is None else code.identity,
         notes=config.notes,
+        strata={} if cohort.strata is None else {name: StratumCard(of.edges) for name, of in bins.items()},
+        start={} if start is None else start.origin,
     )
     job = FoldJob(
         config=config,
         train=train_set,
         validation=_bag_set(config, cohort, dataset, runtime, split.validation) if split.validation else None,
-        cases=cohort.cases,
+        cases=cases,
         bins=bins,
-        sampling_weights=_sampling_weights(config, cohort, train_set, bins),
+        sampling_weights=_sampling_weights(config, cases, train_set),
         name=_name(config, split),
         identity=config.deciding()
         | {
@@ -190,14 +206,67 @@ def ready_fold(
             "shards_digest": dataset.index.digest,
             "outcomes_digest": _outcomes_digest(config, cohort, split),
         }
-        | ({} if code is None else {"model_code": code.identity}),
+        | ({} if code is None else {"model_code": code.identity})
+        | ({} if start is None else {"start_sha256": start.sha256}),
         card=asdict(card),
         folder=folder,
         on_epoch=on_epoch or (lambda epoch, metrics: None),
         stop=stop,
     )
     test = _bag_set(config, cohort, dataset, runtime, split.test)
-    return ReadyFold(job, network, card, cohort, split, test, None if code is None else code.source)
+    return ReadyFold(job, network, card, cohort, split, test, None if code is None else code.source, start)
+
+
+def _starts(config: Config) -> tuple[StartModel, ...]:
+    return () if config.train.start_from is None else read_starts(config.train.start_from)
+
+
+def _fitted_bins(config: Config, cohort: Cohort, split: Split) -> dict[str, TimeBins]:
+    """Return the time bins of each cohort that the fold trains on.
+
+    Raises:
+        ConfigError: Patients of a cohort choose the epoch, and none of it trains, so that it has no time bins.
+        DataError: The patients of a cohort cannot fill the bins.
+    """
+    bins = {}
+    for name in dict.fromkeys(cohort.strata_of(split.train)) or [cohort.name]:
+        binned = _binned(config, cohort, split, str(name))
+        try:
+            bins[str(name)] = TimeBins.fit(*binned, config.evaluation.n_bins)
+        except DataError as error:
+            where = f"cohort {name}, fold {split.fold}: " if cohort.strata is not None else ""
+            raise DataError(f"{where}{error.message}", error.remedy) from error
+    choosing = [str(name) for name in dict.fromkeys(cohort.strata_of(split.validation)) if name not in bins]
+    if choosing:
+        raise ConfigError(
+            f"fold {split.fold}: patients of {choosing[0]} choose the epoch and none of them trains, so there are no "
+            "time bins for their loss.",
+            "Set evaluation.protocol to strict or fixed-epoch.",
+            topic="protocol",
+        )
+    return bins
+
+
+def _labelled(cohort: Cohort, bins: Mapping[str, TimeBins]) -> pd.DataFrame:
+    """Return the outcomes of all patients with the time bin of each, and the number of the cohort if there are several.
+
+    A time belongs to a bin of the patient's own cohort.
+    """
+    outcomes = cohort.cases[["time_months", "event"]]
+    of, label = cohort.strata_of(list(outcomes.index)), np.full(len(outcomes), -1)
+    for name, own in bins.items():
+        label[of == name] = own.label(outcomes["time_months"].to_numpy(float)[of == name])
+    if cohort.strata is None:
+        return outcomes.assign(label=label)
+    numbers = {name: number for number, name in enumerate(cohort.stratum_names)}
+    return outcomes.assign(label=label, stratum=[numbers[str(name)] for name in of])
+
+
+def _mean_edges(bins: Sequence[TimeBins]) -> tuple[float, ...]:
+    """Return the mean of the cohorts' edges; those of one cohort as they are."""
+    if len(bins) == 1:
+        return bins[0].edges
+    return tuple(np.mean([of.edges for of in bins], axis=0).tolist())
 
 
 def _check_protocol(config: Config, split: Split) -> None:
@@ -249,14 +318,16 @@ def fold_run(
         scored: Logits [bag, bin] of its test bags.
     """
     risks = -patient_survival(training, fold.job.train).sum(axis=1)
-    card = replace(fold.card, risk_cutoff=float(risks.median()))
-    frame = prediction_frame(scored, fold.test, fold.job.bins)
+    card = _with_cutoffs(fold.card, risks, fold.cohort)
+    frame = _scored_frame(scored, fold)
     config, split, bags = fold.job.config, fold.split, fold.job.train
     patients = {*split.train, *split.validation}
     seen = Seen.of(runtime, bags.loader.dataset, bags.bags, patients, config.data, risks.tolist())
+    seen = seen if fold.start is None else fold.start.seen_with(seen)
     shared = {
         "model": config.model.name, "protocol": split.protocol, "seed": config.seed,
-        "repeat": split.repeat, "fold": split.fold, "risk_cutoff": card.risk_cutoff,
+        "repeat": split.repeat, "fold": split.fold,
+        "risk_cutoff": _cutoffs(card, fold.cohort.strata_of(list(frame["case_id"]))),
     }  # fmt: skip
     return FoldRun(
         model=FittedModel(module.eval(), card, fold.source, seen),
@@ -267,13 +338,42 @@ def fold_run(
     )
 
 
+def _with_cutoffs(card: ModelCard, risks: pd.Series, cohort: Cohort) -> ModelCard:
+    """Return the card with the median risk of the training patients, of all and of each cohort."""
+    of = cohort.strata_of(list(risks.index))
+    strata = {name: replace(one, risk_cutoff=float(risks[of == name].median())) for name, one in card.strata.items()}
+    return replace(card, risk_cutoff=float(risks.median()), strata=strata)
+
+
+def _cutoffs(card: ModelCard, of: np.ndarray) -> list[float | None]:
+    """Return the cut-off of each patient's cohort [case]; that of all training patients where it does not train."""
+    return [card.strata[name].risk_cutoff if name in card.strata else card.risk_cutoff for name in of]
+
+
+def _scored_frame(scored: Tensor, fold: ReadyFold) -> pd.DataFrame:
+    """Return predictions of the test patients, each in the time bins of the patient's cohort.
+
+    A cohort that does not train has no time bins: its patients have a risk and no survival curve.
+    """
+    survival = patient_survival(scored, fold.test)
+    of, frames = fold.cohort.strata_of(list(survival.index)), []
+    for name in dict.fromkeys(of):
+        rows = survival[of == name]
+        bins = fold.job.bins.get(str(name))
+        if bins is None:
+            frames.append(pd.DataFrame({"case_id": list(rows.index), "risk": -rows.to_numpy().sum(axis=1)}))
+        else:
+            frames.append(curve_table(list(rows.index), rows.to_numpy(), bins.right_edges_months))
+    return pd.concat(frames, ignore_index=True)
+
+
 def open_run_shards(config: Config) -> ShardDataset:
     """Open the shards of a run and check that they have the configured encoder."""
     dataset = open_shards(config.data)
     wanted = config.data.encoder
     if wanted is not None and encoder_name(dataset.index.encoder) != encoder_name(wanted):
         raise DataError(
-            f"{config.data.shards}: holds embeddings of {dataset.index.encoder}, expected data.encoder={wanted}.",
+            f"{config.data.where}: holds embeddings of {dataset.index.encoder}, expected data.encoder={wanted}.",
             "Point data.shards at the shards of that encoder.",
         )
     return dataset
@@ -293,7 +393,7 @@ def with_held_magnifications(config: Config, dataset: ShardDataset) -> Config:
     ):
         return config
     found = tuple(m for m in wanted if m in held) or held
-    logger.info("%s: has only %s, of which the model reads one", config.data.shards, ", ".join(map(str, found)))
+    logger.info("%s: has only %s, of which the model reads one", config.data.where, ", ".join(map(str, found)))
     return config.model_copy(update={"data": config.data.model_copy(update={"magnifications": found})})
 
 
@@ -318,14 +418,16 @@ def _outcomes(cohort: Cohort, patients: Sequence[str]) -> tuple[np.ndarray, np.n
     return rows["time_months"].to_numpy(dtype=float), rows["event"].to_numpy(dtype=bool)
 
 
-def _binned(config: Config, cohort: Cohort, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Return the outcomes that decide the time bins: those of the training patients.
+def _binned(config: Config, cohort: Cohort, split: Split, stratum: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the outcomes that decide the time bins of a cohort: those of its training patients.
 
     With `train.published_errors` those of all bags of the cohort, as in the published program: where a bag is a
     slide, a patient counts once for each slide.
     """
     if not config.train.published_errors:
-        return _outcomes(cohort, split.train)
+        of = cohort.strata_of(split.train)
+        return _outcomes(cohort, [case for case, name in zip(split.train, of, strict=True) if name == stratum])
+    cohort = next(part for part in cohort.parts() if part.name == stratum)
     cases = cohort.cases
     known = cases.index[(cases["time_months"] >= 0) & cases["event"].notna()]
     by_slide = cohort.slides["case_id"]
@@ -337,16 +439,27 @@ def _outcomes_digest(config: Config, cohort: Cohort, split: Split) -> str:
     patients = [*split.train, *split.validation]
     outcomes = [values.tolist() for values in _outcomes(cohort, patients)]
     if config.train.published_errors:
-        outcomes += [values.tolist() for values in _binned(config, cohort, split)]
-    return digest_json([outcomes, cohort.slides_of([*patients, *split.test])])
+        for name in dict.fromkeys(cohort.strata_of(split.train)):
+            outcomes += [values.tolist() for values in _binned(config, cohort, split, str(name))]
+    slides = cohort.slides_of([*patients, *split.test])
+    return digest_json([outcomes, slides, *_strata_list(cohort, patients)])
 
 
-def _sampling_weights(config: Config, cohort: Cohort, bags: BagSet, bins: TimeBins) -> np.ndarray | None:
-    """Return 1 / size of each bag's (time bin × censoring) class if `sampling: weighted` (the published recipe)."""
+def _strata_list(cohort: Cohort, patients: Sequence[str]) -> list[list[str]]:
+    """Return the cohort of each patient where there are several, since it decides bins and risk sets."""
+    return [] if cohort.strata is None else [cohort.strata_of(patients).tolist()]
+
+
+def _sampling_weights(config: Config, cases: pd.DataFrame, bags: BagSet) -> np.ndarray | None:
+    """Return 1 / size of each bag's (time bin × censoring) class if `sampling: weighted` (the published recipe).
+
+    Classes of several cohorts are distinct, so that all cohorts are drawn equally often.
+    """
     if config.train.sampling == "all":
         return None
-    rows = cohort.cases.loc[[bag.case_id for bag in bags.bags]]
-    classes = pd.Series(list(zip(bins.label(rows["time_months"].to_numpy()), rows["event"], strict=True)))
+    keys = [key for key in ("label", "event", "stratum") if key in cases.columns]
+    rows = cases.loc[[bag.case_id for bag in bags.bags], keys]
+    classes = pd.Series(list(rows.itertuples(index=False, name=None)))
     return 1 / classes.map(classes.value_counts()).to_numpy(dtype=float)
 
 

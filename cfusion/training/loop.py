@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Collection, Iterator, Sequence
 
@@ -164,8 +165,8 @@ def _shares(
 def _rows(targets: Targets, bags: Sequence[Sequence[int]], device: torch.device) -> list[Targets]:
     """Return the outcomes of the bags of each pass, on the device."""
     rows, sizes = torch.tensor([i for indices in bags for i in indices]), [len(indices) for indices in bags]
-    drawn = Targets(targets.label[rows], targets.event[rows], targets.time_months[rows]).to(device)
-    return list(map(Targets, *(part.split(sizes) for part in (drawn.label, drawn.event, drawn.time_months))))
+    drawn = targets.of(rows).to(device)
+    return [drawn.of(slice(end - size, end)) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
 
 
 @contextlib.contextmanager

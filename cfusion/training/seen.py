@@ -152,6 +152,10 @@ class Seen:
             rows.append(((means * tiles[..., None]).sum(axis=0) / tiles.sum(axis=0)[:, None]).ravel())
         return cls(frozenset(map(digest_case, patients)), EmbeddingRegion.fit(np.array(rows)), np.sort(risks))
 
+    def with_patients(self, digests: frozenset[str]) -> Seen:
+        """Return the same with further patients, such as those of the model that training started from."""
+        return replace(self, digests=self.digests | digests)
+
     def percentile(self, risks: np.ndarray) -> np.ndarray:
         """Return the percentage of the training patients with a lower risk; equal ones count half; NaN if unknown."""
         if self.risks is None:

@@ -240,6 +240,7 @@ class Stepper:
                 micro.targets.label[i].item(),
                 micro.targets.event[i].item(),
                 micro.targets.time_months[i].item(),
+                None if micro.targets.stratum is None else micro.targets.stratum[i].item(),
             )
             for micro, heads in zip(micro_batches, local, strict=True)
             for i in torch.nonzero(micro.weights).flatten().tolist()
@@ -251,6 +252,7 @@ class Stepper:
             torch.tensor([row[1] for row in everyone]),
             torch.tensor([row[2] for row in everyone], dtype=torch.bool),
             torch.tensor([row[3] for row in everyone], dtype=torch.float64),
+            None if everyone[0][4] is None else torch.tensor([row[4] for row in everyone]),
         )
         losses = [self.loss.over_logits(logits, targets, alpha=self.alpha).sum() for logits in heads.unbind(dim=1)]
         loss = torch.stack(losses).mean()

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from cfusion.cohort.identifiers import patient_of, slide_stem
-from cfusion.cohort.read import read_cohort
+from cfusion.cohort.joint import read_cohorts
 from cfusion.errors import CfusionError, DataError
 from cfusion.explanation.result import Explanation
 from cfusion.report.svg import Plot, nice_ticks
 from cfusion.run_folder import PREDICTIONS, read_config
-from cfusion.survival.groups import kaplan_meier
+from cfusion.survival.groups import Curve, kaplan_meier
 from cfusion.survival.predictions import read_predictions, survival_columns
 
 logger = logging.getLogger(__name__)
@@ -37,11 +37,14 @@ class CohortCurves:
             )
         table = read_predictions(run / PREDICTIONS)
         self.name = str(table["cohort"].iloc[0])
-        folds = table.groupby(["seed", "repeat", "fold"])["risk"]
+        folds = table.groupby(["cohort", "seed", "repeat", "fold"])["risk"]
         self.table = table.assign(percentile=100 * (folds.rank() - 1) / (folds.transform("size") - 1).clip(lower=1))
         self._predicted = survival_columns(table)
         self.cases = table.drop_duplicates("case_id").set_index("case_id")
-        self.observed = kaplan_meier(self.cases["survival_months"].to_numpy(float), self.cases["event"].to_numpy(bool))
+        self._observed = {
+            str(name): kaplan_meier(rows["survival_months"].to_numpy(float), rows["event"].to_numpy(bool))
+            for name, rows in self.cases.groupby("cohort")
+        }
         self._case_of = _cases_of_slides(run)
 
     def case_of(self, slide_id: str) -> str | None:
@@ -52,6 +55,14 @@ class CohortCurves:
                 return str(case)
         return None
 
+    def observed(self, case: str | None) -> tuple[str, int, Curve]:
+        """Return the name, the number of patients and the Kaplan–Meier curve of a patient's cohort.
+
+        Without a patient: of the run's first cohort.
+        """
+        name = self.name if case is None else str(self.cases.loc[case, "cohort"])
+        return name, int((self.cases["cohort"] == name).sum()), self._observed[name]
+
     def predicted(self, case: str) -> list[list[tuple[float, float]]]:
         """Return the patient's predicted curves, one per repetition, as points (months, survival) from (0, 1) on."""
         if self._predicted is None:
@@ -61,13 +72,13 @@ class CohortCurves:
         return [[(0.0, 1.0), *zip(edges[r].tolist(), survival[r].tolist(), strict=True)] for r in rows]
 
     def percentile(self, case: str) -> float:
-        """Return the percentage of the other patients of the same fold with a lower risk."""
+        """Return the percentage of the other patients of the same cohort and fold with a lower risk."""
         return float(self.table.loc[self.table["case_id"] == case, "percentile"].mean())
 
 
 def _cases_of_slides(run: Path) -> dict[str, str]:
     try:
-        slides = read_cohort(read_config(run).cohort).slides
+        slides = read_cohorts(read_config(run)).slides
     except CfusionError as error:
         logger.info("%s: the slide table is unavailable, so patients are matched by slide names (%s)", run, error)
         return {}
@@ -99,12 +110,13 @@ def patient_panel(curves: CohortCurves | None, slide_id: str, explanation: Expla
 def _figure(
     curves: CohortCurves | None, case: str | None, lines: list[tuple[str, list[tuple[float, float]]]], words: str
 ) -> str:
-    ends = [curve[-1][0] for _, curve in lines] + ([curves.observed.months[-1]] if curves is not None else [])
+    cohort = None if curves is None else curves.observed(case)
+    ends = [curve[-1][0] for _, curve in lines] + ([cohort[2].months[-1]] if cohort is not None else [])
     end = max((e for e in ends if math.isfinite(e)), default=1.0)
     plot = Plot((0, end), (0, 1), width=340, height=230)
     plot.axes("months", "survival", x_ticks=nice_ticks(0, end))
-    if curves is not None:
-        observed = curves.observed
+    if cohort is not None:
+        observed = cohort[2]
         x = [min(m, end) for m in observed.months]
         plot.step_band(x, observed.low, observed.high, "band cohort")
         plot.steps(x, observed.survival, "line cohort")
@@ -117,6 +129,6 @@ def _figure(
         plot.segment((at, 0), (at, 1), "rule")
         plot.text(plot.px(at) + shift, plot.py(0) - 5, "event" if row["event"] else "last seen", "tick", anchor)
     title = f"Survival predicted for {case or 'this slide'}"
-    within = f", within the Kaplan–Meier curve of the {len(curves.cases)} patients of {curves.name}" if curves else ""
+    within = f", within the Kaplan–Meier curve of the {cohort[1]} patients of {cohort[0]}" if cohort else ""
     # The page's content security policy forbids inline styles; its style sheet sets the width.
     return re.sub(r' style="[^"]*"', "", plot.finish(title + within, f"{words}."), count=1)

@@ -12,6 +12,7 @@ from cfusion.config import Config
 from cfusion.errors import DataError, nearest
 from cfusion.extensions import file_of, names_file, package_code
 from cfusion.files import digest_file, digest_json, read_json, write_json
+from cfusion.run_folder import CARD, REGISTRY, WEIGHTS, fold_models, is_done
 from cfusion.study.packaged import data_name
 
 _DATA, _ABSENT = "data.json", "absent"
@@ -26,16 +27,27 @@ def places(config: Config) -> dict[str, str]:
 
 def _paths(config: Config) -> dict[str, Path | Address]:
     model = config.model.name
-    found = {
-        "cohort.table": config.cohort.table,
-        "cohort.slides": config.cohort.slides,
-        "cohort.follow_up": config.cohort.follow_up,
-        "splits.test_cases": config.splits.test_cases,
-        "splits.directory": config.splits.directory,
-        "data.shards": config.data.shards,
-        "model.name": file_of(model) if names_file(model) else None,
-    }
+    found: dict[str, Path | Address | None] = {}
+    for one in config.cohort_configs:
+        section = f"cohorts.{one.name}" if config.cohorts else "cohort"
+        found |= {f"{section}.{key}": getattr(one, key) for key in ("table", "slides", "follow_up")}
+    found |= {"splits.test_cases": config.splits.test_cases}
+    found |= _numbered("splits.directory", config.splits.directory) | _numbered("data.shards", config.data.shards)
+    found |= {"model.name": file_of(model) if names_file(model) else None, "train.start_from": _start_folder(config)}
     return {key: path for key, path in found.items() if path}
+
+
+def _numbered(key: str, value: Any) -> dict[str, Any]:
+    """Return the places of a setting, by the setting and, of several, the name or number of each."""
+    if isinstance(value, tuple):
+        value = dict(enumerate(value))
+    return {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
+
+
+def _start_folder(config: Config) -> Path | None:
+    """Return the folder of the model that training starts from; None for a registered one, which has no digest yet."""
+    start = config.train.start_from
+    return None if start is None or start.startswith(REGISTRY) else Path(start)
 
 
 def _place_name(path: Path | Address) -> str:
@@ -48,7 +60,9 @@ def contents(config: Config, digests: Mapping[str, str]) -> dict[str, Any]:
         key: digests[place] if digests[place] != _ABSENT else [_ABSENT, place] for key, place in places(config).items()
     }
     packages = {place: digest for place, digest in digests.items() if place.startswith(_PACKAGED)}
-    return located | packages
+    start = config.train.start_from
+    registered = {"train.start_from": start} if start is not None and "train.start_from" not in located else {}
+    return located | packages | registered
 
 
 @dataclass
@@ -105,6 +119,13 @@ def remembered(output: Path) -> dict[str, str]:
     return read_json(output / _DATA) if (output / _DATA).is_file() else {}
 
 
+def _model_weights(folder: Path) -> list[Path]:
+    """Return the weights of the model in a folder, or of the fold models of the run there."""
+    if (folder / CARD).is_file():
+        return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
+    return [model / WEIGHTS for model in fold_models(folder)] if is_done(folder) else []
+
+
 def _digest_place(place: str) -> tuple[str, str]:
     from cfusion.data.shard_index import INDEX_NAME
 
@@ -120,13 +141,16 @@ def _digest_place(place: str) -> tuple[str, str]:
         return digest_file(path), ""
     if (path / INDEX_NAME).is_file():
         return digest_file(path / INDEX_NAME), ""
+    weights = _model_weights(path)
+    if weights:
+        return digest_json([digest_file(file) for file in weights]), ""
     files = sorted(path.glob("splits_*.csv"))
     if files:
         return digest_json([(file.name, digest_file(file)) for file in files]), ""
     if path.exists():
         return (
             _ABSENT,
-            f"{place}: has neither {INDEX_NAME} nor splits_K.csv. Set it to the folder that has.",
+            f"{place}: has neither {INDEX_NAME} nor splits_K.csv nor a model. Set it to the folder that has.",
         )
     # Any folder of the path may be wrong, such as an encoder's.
     wrong = next(part for part in (path, *path.parents) if part.parent.is_dir())

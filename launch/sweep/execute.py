@@ -72,7 +72,8 @@ def run_all(runs: Sequence[PlannedRun], execution: Execution, folder: Path) -> N
 
     if execution.executor == "slurm" or execution.processes > 1:
         for run in runs:
-            refuse_written("data.shards", run.config.data.shards, "a file for another process")
+            for shards in run.config.data.shard_sets:
+                refuse_written("data.shards", shards, "a file for another process")
             refuse_written("tracking.uri", run.config.tracking.uri, "a file for another process")
     missing = [run for run in runs if not is_done(run.config.output)]
     if len(missing) < len(runs):

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from factories import CohortFiles, make_cohort
+from factories import CohortFiles, joint_config, make_cohort, make_cohorts
 from safetensors.torch import load_file
 from spawn import run_world
 
@@ -27,7 +27,7 @@ def fit_and_save(configs: dict[str, Config], folder: Path) -> None:
     """In a worker: train the first fold of each configuration; each rank writes what it got."""
     rank = os.environ["RANK"]
     for name, config in configs.items():
-        cohort = cfusion.read_cohort(config.cohort)
+        cohort = cfusion.read_cohorts(config)
         run = fit(config, cohort, cfusion.make_splits(cohort, config.splits, config.evaluation.protocol)[0])
         run.model.save(folder / name / f"model_{rank}")
         run.predictions.to_csv(folder / name / f"predictions_{rank}.csv", index=False)
@@ -71,6 +71,29 @@ def trained(files, tmp_path_factory) -> Callable[[int], Path]:
         return folder
 
     return train
+
+
+@pytest.mark.slow
+def test_several_cohorts_give_the_same_model_on_two_processes(tmp_path):
+    files = make_cohorts(tmp_path / "cohorts", patients=24)
+    sections = {
+        "parallel": {"precision": "f64", "global_batch": 8},
+        "evaluation": {"protocol": "fixed-epoch", "bootstrap": 0},
+    }
+    configs = {
+        loss: joint_config(files, tmp_path, **sections, train={"loss": loss, "epochs": 4, "micro_batch": 1})
+        for loss in ("nll", "cox", "ranking")
+    }
+    for world in (1, 2):
+        run_world(world, fit_and_save, tmp_path / str(world), configs, tmp_path / str(world))
+    for loss in configs:
+        one, two = (tmp_path / str(world) / loss for world in (1, 2))
+        weights = load_file(one / "model_0" / "model.safetensors")
+        for rank in (0, 1):
+            for name, tensor in load_file(two / f"model_{rank}" / "model.safetensors").items():
+                torch.testing.assert_close(tensor, weights[name], rtol=1e-9, atol=1e-12)
+        first, other = (pd.read_csv(folder / "predictions_0.csv") for folder in (one, two))
+        np.testing.assert_allclose(first["risk"], other["risk"], rtol=1e-9)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

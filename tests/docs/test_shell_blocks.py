@@ -2,9 +2,10 @@
 
 A comment before a block or at the head of a page says what the reader does not see:
 `<!-- not run: REASON -->`, `<!-- leaves with CODE -->`, and `<!-- set-up: NAME -->`: `cohort`, a small one in ./study
-with study.yaml; `trident`, the folder of another program; `two-encoders`, shards of two; `run`, drawn slides and a run;
-`doors`, drawn slides, the folder of another program for them, and predictions. `<!-- with: KEY=VALUE … -->` adds
-settings to each `cfusion train` of the block, which make a test short and a result worse.
+with study.yaml; `cohorts`, two in ./short and ./long; `trident`, the folder of another program; `two-encoders`, shards
+of two; `run`, drawn slides and a run; `doors`, drawn slides, the folder of another program for them, and predictions.
+`<!-- with: KEY=VALUE … -->` adds settings to each `cfusion train` of the block, which make a test short and a result
+worse.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from factories import make_cohort
+from factories import make_cohort, make_cohorts
 
 from cfusion.config import Config, validate
 from cfusion.data.shards import ShardDataset
@@ -134,6 +135,11 @@ def _cohort(folder: Path) -> None:
     (folder / "study.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
 
+def _cohorts(folder: Path) -> None:
+    """Two cohorts with their shards, in ./short and ./long."""
+    make_cohorts(folder)
+
+
 def _trident(folder: Path) -> None:
     """The job folder of TRIDENT for a small cohort, and its clinical table."""
     files = make_cohort(folder / "made", patients=48)
@@ -217,4 +223,7 @@ def _run(folder: Path) -> None:
     cross_validate(validate(Config, values, "set-up"))
 
 
-SET_UPS = {"cohort": _cohort, "trident": _trident, "two-encoders": _two_encoders, "run": _run, "doors": _doors}
+SET_UPS = {
+    "cohort": _cohort, "cohorts": _cohorts, "trident": _trident, "two-encoders": _two_encoders, "run": _run,
+    "doors": _doors,
+}  # fmt: skip

@@ -9,13 +9,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from factories import CohortFiles
+from factories import CohortFiles, joint_config, make_cohorts
 
-from cfusion.config import validate
+from cfusion.config import Config, validate
 from cfusion.errors import ConfigError, PartialResultError
 from launch.sweep.execute import Execution
 from launch.sweep.execute import run_all as run_sweep
-from launch.sweep.plan import PlannedRun, SweepConfig, load_sweep, plan
+from launch.sweep.plan import PlannedRun, SweepConfig, load_sweep, places, plan
 
 
 def run_all(runs: list[PlannedRun], **how) -> None:
@@ -71,6 +71,37 @@ def test_a_name_changes_only_with_the_configuration_and_the_data(files, tmp_path
 def test_the_error_for_a_wrong_sweep_names_its_key(files, tmp_path, more, message):
     with pytest.raises(ConfigError, match=message):
         plan(sweep(files, tmp_path, **more))
+
+
+def test_every_cohort_and_the_start_of_a_joint_run_are_in_its_name(tmp_path):
+    def named(config: Config) -> PlannedRun:
+        base = config.model_dump(mode="json", exclude={"output"})
+        axes = {"seed": {"7": {"seed": 7}}}
+        values = {"name": "j", "output": str(tmp_path), "base": base, "axes": axes}
+        return plan(validate(SweepConfig, values, "test"))[0]
+
+    files = make_cohorts(tmp_path / "cohorts", patients=6)
+    joint = joint_config(files, tmp_path)
+    first = named(joint)
+    assert not first.absent
+    assert {key.split(".")[-1] for key in places(joint)} >= {"table", "0", "1"}
+    table = files["long"].table
+    table.write_text(table.read_text() + "\n")
+    assert named(joint).name != first.name
+    start = tmp_path / "model"
+    start.mkdir()
+    for name, content in (("model.json", "{}"), ("model.safetensors", "weights")):
+        (start / name).write_text(content)
+    started = joint_config(files, tmp_path, train={"start_from": str(start)})
+    second = named(started)
+    assert not second.absent
+    (start / "model.safetensors").write_text("others")
+    assert len({first.name, second.name, named(started).name}) == 3
+    nowhere = joint_config(files, tmp_path, train={"start_from": str(tmp_path / "nowhere")})
+    assert "nowhere: not found" in named(nowhere).absent
+    registered = named(joint_config(files, tmp_path, train={"start_from": "models:/x@champion"}))
+    assert not registered.absent
+    assert registered.name != named(joint).name
 
 
 def test_a_digest_of_code_without_letters_is_text(files, tmp_path):

@@ -727,7 +727,7 @@ def test_a_fold_is_prepared_only_from_its_training_patients(tmp_path: Path, monk
     runtime = join_world(config.parallel)
     for split in run.splits:
         fold = ready_fold(config, run.cohort, split, run.dataset, runtime, folder=tmp_path, on_epoch=None)
-        assert seen[-1] == (list(split.train), fold.job.bins.edges)
+        assert seen[-1] == (list(split.train), fold.job.bins[run.cohort.name].edges)
 
 
 @pytest.mark.slow

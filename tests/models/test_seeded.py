@@ -156,7 +156,8 @@ def test_training_through_the_loop_is_the_published_training(
         index=[bag.case_id for bag in bags],
     )
     bins = TimeBins((0.0, 10.0, 25.0, 50.0, 100.0, 101.0)[: record["config"]["n_classes"] + 1])
-    assert bins.label(cases["time_months"].to_numpy()).tolist() == [bag["label"] for bag in rows]
+    cases["label"] = bins.label(cases["time_months"].to_numpy())
+    assert cases["label"].tolist() == [bag["label"] for bag in rows]
     losses: list[float] = []
 
     class Recorded:
@@ -171,8 +172,8 @@ def test_training_through_the_loop_is_the_published_training(
     monkeypatch.setattr(loop, "distribute", in_order)
     rates: list[float] = []
     job = loop.FoldJob(
-        config=config, train=DrawnBags(bags, features), validation=None, cases=cases, bins=bins, sampling_weights=None,
-        name="seeded", identity={}, card={}, folder=tmp_path,
+        config=config, train=DrawnBags(bags, features), validation=None, cases=cases, bins={"seeded": bins},
+        sampling_weights=None, name="seeded", identity={}, card={}, folder=tmp_path,
         on_epoch=lambda epoch, metrics: rates.append(metrics["learning_rate"]),
     )  # fmt: skip
     runtime, network = join_world(config.parallel), drawn_model(record)

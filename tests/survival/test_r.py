@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cfusion.survival.calibration import (
     calibration_intercept,
@@ -15,7 +16,9 @@ from cfusion.survival.calibration import (
 )
 from cfusion.survival.curves import step_values
 from cfusion.survival.groups import hazard_ratio, kaplan_meier, log_rank
+from cfusion.survival.losses import cox, stratified
 from cfusion.survival.metrics import Training, auc_at, concordance, integrated_brier, uno_cindex
+from cfusion.types import Targets
 
 MATERIAL = Path(__file__).parents[1] / "material" / "r"
 
@@ -33,6 +36,14 @@ def parsed(text: str) -> dict[str, dict[str, list[float]]]:
 
 
 FIGURES = parsed((MATERIAL / "scores.txt").read_text())
+
+
+def stratified_cox(time: np.ndarray, event: np.ndarray, risk: np.ndarray, strata: np.ndarray) -> float:
+    """Return the loss of fixed log hazards, with a risk set in each stratum."""
+    targets = Targets(
+        torch.zeros(len(time), dtype=torch.long), torch.tensor(event), torch.tensor(time), torch.tensor(strata)
+    )
+    return float(stratified(cox, torch.tensor(risk), targets).sum())
 
 
 def ours(data: str) -> dict[str, list[float]]:
@@ -53,6 +64,8 @@ def ours(data: str) -> dict[str, list[float]]:
         "auc_12": list(auc_at(training, time, event, risk, [12])),
         "ibs": [integrated_brier(training, time, event, survival, months)],
         "cox_high_by_fold_efron": [grouped.coefficient, grouped.error],
+        "partial_likelihood_by_fold": [-stratified_cox(time, event, risk, fold)],
+        "harrell_by_fold": [concordance(time, event, risk, fold).cindex],
         "cox_risk_efron": [plain.coefficient, plain.error],
         "log_rank_by_fold": [log_rank(time, event, high, fold)],
         "kaplan_meier_9": [
@@ -64,6 +77,13 @@ def ours(data: str) -> dict[str, list[float]]:
         "ici_9": [integrated_calibration_index(time, event, twice, 9)],
         "slope": [slope[0], (slope[2] - slope[0]) / 1.959964],
     }
+
+
+@pytest.mark.parametrize("data", ["untied", "tied"])
+def test_the_stratified_loss_of_fixed_risks_is_that_of_r(data: str) -> None:
+    found = ours(data)
+    for name in ("partial_likelihood_by_fold", "harrell_by_fold"):
+        assert found[name] == pytest.approx(FIGURES[data][name], rel=1e-9), name
 
 
 @pytest.mark.parametrize("data", ["untied", "tied"])

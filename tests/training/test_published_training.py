@@ -161,7 +161,8 @@ def test_time_bins_come_from_all_slides_of_the_cohort_and_elsewhere_from_the_tra
 
     def inner_edges(chosen: Config) -> tuple[float, ...]:
         dataset = open_run_shards(chosen)
-        return ready_fold(chosen, cohort, split, dataset, runtime, folder=tmp_path, on_epoch=None).job.bins.edges[1:-1]
+        fold = ready_fold(chosen, cohort, split, dataset, runtime, folder=tmp_path, on_epoch=None)
+        return fold.job.bins[cohort.name].edges[1:-1]
 
     slides = cohort.cases.loc[cohort.slides["case_id"]]
     assert len(slides) > len(cohort.cases)
@@ -316,9 +317,8 @@ def test_slides_are_drawn_by_one_over_the_size_of_their_class_with_replacement(f
     runtime = join_world(config.parallel)
     job = ready_fold(config, cohort, split, open_run_shards(config), runtime, folder=tmp_path, on_epoch=None).job
     outcomes = cohort.cases.loc[[bag.case_id for bag in job.train.bags]]
-    classes = list(
-        zip(pd.cut(outcomes["time_months"], job.bins.edges, right=False, labels=False), outcomes["event"], strict=True)
-    )
+    label = pd.cut(outcomes["time_months"], job.bins[cohort.name].edges, right=False, labels=False)
+    classes = list(zip(label, outcomes["event"], strict=True))
     sizes = Counter(classes)
     np.testing.assert_allclose(job.sampling_weights, [1 / sizes[which] for which in classes])
 

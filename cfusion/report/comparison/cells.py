@@ -16,7 +16,7 @@ from cfusion.report.runs import outcomes_and_splits
 from cfusion.report.search_section import FoldChoice
 from cfusion.run_folder import PREDICTIONS
 from cfusion.survival.paired import COLUMNS, compare, holm
-from cfusion.survival.predictions import read_predictions
+from cfusion.survival.predictions import STRATUM, read_predictions
 from cfusion.survival.ranks import Ranking, rank_methods
 from cfusion.survival.score import score
 
@@ -275,8 +275,9 @@ def _summary(cell: Cell, members: Sequence[ComparedRun], bootstrap: int) -> pd.S
 
 def cell_predictions(cell: Cell, members: Sequence[ComparedRun]) -> pd.DataFrame:
     """Return the predictions of some finished runs of a cell, with the cell's names of model and cohort."""
-    frames = [read_predictions(member.folder / PREDICTIONS) for member in members]
-    return pd.concat(frames, ignore_index=True).assign(model=cell.label, cohort=cell.cohort)
+    frame = pd.concat([read_predictions(member.folder / PREDICTIONS) for member in members], ignore_index=True)
+    frame[STRATUM] = frame["cohort"]
+    return frame.assign(model=cell.label, cohort=cell.cohort)
 
 
 def _tested(cells: Sequence[Cell], bootstrap: int) -> tuple[list[Cell], pd.DataFrame]:

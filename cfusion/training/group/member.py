@@ -250,9 +250,8 @@ class GroupMember:
 
     def _share(self, bags: tuple[int, ...]) -> Share:
         # Slices, as a list of rows would be copied to the device and wait for it.
-        rows = [slice(row, row + 1) for row in (self._targets[bag] for bag in bags)]
-        columns = (getattr(self._outcomes, field.name) for field in dataclasses.fields(Targets))
-        targets = Targets(*(torch.cat([column[row] for row in rows]) for column in columns))
+        rows = (self._targets[bag] for bag in bags)
+        targets = Targets.join([self._outcomes.of(slice(row, row + 1)) for row in rows])
         keys = [self._all_bags.bags[bag].key for bag in bags]
         seed = dropout_seed(self.fold.job.name, self.position.epoch, keys, [0] * len(bags))
         weights = torch.ones(len(bags), dtype=self._runtime.dtype, device=self._runtime.device)

@@ -26,6 +26,9 @@ for (k in c("untied", "tied")) {
   for (ties in c("efron", "breslow")) {
     f <- coxph(S ~ high + strata(fold), ties = ties); out(paste0("cox_high_by_fold_", ties), c(coef(f), sqrt(vcov(f))))
   }
+  # Of strata: the partial likelihood of fixed risks, and the C of pairs within strata.
+  out("partial_likelihood_by_fold", coxph(S ~ offset(risk) + strata(fold), d, ties = "efron")$loglik[1])
+  out("harrell_by_fold", concordance(S ~ risk + strata(fold), d, reverse = TRUE)$concordance)
   f <- coxph(S ~ risk, d, ties = "efron"); out("cox_risk_efron", c(coef(f), sqrt(vcov(f))))
   out("log_rank_by_fold", survdiff(S ~ high + strata(fold))$pvalue)
   km <- summary(survfit(S ~ 1, conf.type = "log-log"), times = 9); out("kaplan_meier_9", c(km$surv, km$lower, km$upper))
