@@ -88,9 +88,9 @@ class _Painter:
         last = np.clip(np.ceil((corners + self._side) / step - 0.5), 0, _TILE_PX).astype(int)
         covered = (last > first).all(axis=1)
         first, last, colours = first[covered], last[covered], colours[covered]
-        whole = np.flatnonzero((first == 0).all(axis=1) & (last == _TILE_PX).all(axis=1))
-        if not len(first) or len(whole):
-            return self._one_colour(colours[whole[-1]] if len(whole) else np.full(3, 255, np.uint8))
+        covering = np.flatnonzero((first == 0).all(axis=1) & (last == _TILE_PX).all(axis=1))
+        if not len(first) or len(covering):
+            return self._one_colour(colours[covering[-1]] if len(covering) else np.full(3, 255, np.uint8))
         pixels = np.full((_TILE_PX, _TILE_PX, 3), 255, np.uint8)
         for (x0, y0), (x1, y1), colour in zip(first, last, colours, strict=True):
             pixels[y0:y1, x0:x1] = colour

@@ -9,7 +9,7 @@ without effect.
 
 A slide has thousands of tiles, and 5% of those without effect stand out. A correction that bounds the share of noise
 among the tiles that stand out (Benjamini and Hochberg) asks for p-values that five models hardly give, and hides nearly
-everything. Instead, the count is compared with what noise alone gives (`more_than_noise`).
+everything. Instead, the count is compared with what noise gives (`more_than_noise`).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def stands_out(
 
 
 def more_than_noise(count: int, tiles: int) -> bool:
-    """Return whether more tiles of a slide stand out than noise alone would give."""
+    """Return whether more tiles of a slide stand out than noise would give."""
     return count > LEVEL * tiles
 
 

@@ -190,7 +190,7 @@ class Explanation:
         found = f"{count} of {tiles} tiles at {where} stand out from their spread over {len(self.risks)} folds"
         if not more_than_noise(count, tiles):
             return f"No tile at {where} matters: {found}, which is no more than noise gives ({LEVEL:.0%})."
-        return f"{found}; noise alone gives {LEVEL:.0%}."
+        return f"{found}; noise gives {LEVEL:.0%}."
 
     def leading(self, magnification: str) -> str:
         """Return the signed method for ranking tiles: occlusion, which runs the model, or else input×gradient."""

@@ -202,7 +202,7 @@ def test_noise_has_no_gallery(found, tmp_path):
     assert not (tmp_path / "slide" / "gallery").exists()
 
 
-def test_without_parents_a_tile_of_the_gallery_is_shown_alone(certain):
+def test_without_parents_a_tile_of_the_gallery_is_the_only_one_shown(certain):
     levels = {name: dataclasses.replace(level, parent=None) for name, level in certain.levels.items()}
     strips = draw_gallery(dataclasses.replace(certain, levels=levels), "x10", MadeUpPictures())
     assert strips[0].words == "10x"
