@@ -111,6 +111,7 @@ def import_features(
     layout: str = "auto",
     encoder: str | None = None,
     options: ImportOptions | None = None,
+    found: Found | None = None,
 ) -> ImportReport:
     """Import the features of another program into a feature store.
 
@@ -123,6 +124,7 @@ def import_features(
         encoder: Encoder to import: its name, or `FOUND=NAME` to store the features of FOUND under NAME. Required if
             the files name none or several.
         options: Everything else that the user says.
+        found: The folder's files, if `find_layout` has found them already.
 
     Raises:
         ConfigError: The layout is unknown, or the encoder is not named.
@@ -131,7 +133,7 @@ def import_features(
     """
     options = options or ImportOptions()
     folder = SourceFolder(source, options.only, options.magnification)
-    name, found = find_layout(folder, layout)
+    name, found = (layout, found) if found else find_layout(folder, layout)
     held, stored_as = _choose_encoder(source, {f.encoder for f in found.files}, encoder)
     chosen = [f for f in found.files if f.encoder in held]
     _check_tilings(source, chosen)

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +14,7 @@ import pandas as pd
 from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.apply.inputs import Inputs
 from cfusion.apply.sources import group_slides
+from cfusion.cohort.identifiers import patient_of
 from cfusion.data.tile_places import LEVEL_0, check_on_slide, coords_space, on_slide
 from cfusion.errors import CfusionError, ConfigError, DataError, PartialResultError
 from cfusion.explanation import Explanation, explain
@@ -51,6 +53,7 @@ def explain_inputs(
     occlusion: Occlusion = "cells",
     most_removals: int = 256,
     faithfulness: bool = False,
+    heatmap_slides: bool = False,
     default_mpp: float | None = None,
     device: str = "cpu",
 ) -> Iterator[Explained]:
@@ -60,12 +63,13 @@ def explain_inputs(
         inputs: The slides.
         ensemble: The models.
         out: Folder to write.
-        cases: Table `slide_id, case_id`; None: TCGA barcodes, otherwise a slide's name is its patient's. Patients of
-            the training are explained by the models that have not seen them.
+        cases: Table `slide_id, case_id`; slides that it does not name, or all if None: TCGA barcodes, otherwise a
+            slide's name is its patient's. Patients of the training are explained by the models that have not seen them.
         magnifications: Names of the magnifications to report; None: all that the models read.
         occlusion: See `cfusion.explain`.
         most_removals: See `cfusion.explain`.
         faithfulness: Also make deletion curves.
+        heatmap_slides: Also write every heatmap as a pyramidal OME-TIFF of the slide's size.
         default_mpp: µm/px of slides whose files do not state it, for their pictures.
         device: Device of the models.
 
@@ -77,7 +81,7 @@ def explain_inputs(
     case_of = {slide: case for case, slides in group_slides(inputs.slide_ids, cases).items() for slide in slides}
     for slide_id in inputs.slide_ids:
         try:
-            models, note = ensemble.not_seen_by(case_of.get(slide_id, slide_id))
+            models, note = ensemble.not_seen_by(case_of.get(slide_id, patient_of(slide_id)))
             check_target(out / slide_id)
             slide = _placed(inputs.source.read(slide_id), inputs.files.get(slide_id), default_mpp)
             found = explain(
@@ -86,7 +90,7 @@ def explain_inputs(
             )  # fmt: skip
             found = dataclasses.replace(found, attrs={**found.attrs, "note": note})
             curves = deletion_curves(models, slide, found, device=device) if faithfulness else None
-            page = _write(found, inputs.files.get(slide_id), default_mpp, out, curves)
+            page = _write(found, inputs.files.get(slide_id), default_mpp, out, curves, heatmap_slides)
         except DataError as error:
             if len(inputs.slide_ids) == 1 and not inputs.failed:
                 raise
@@ -115,16 +119,21 @@ def _placed(slide: SlideFeatures, file: Path | None, default_mpp: float | None) 
 
 
 def _write(
-    found: Explanation, file: Path | None, default_mpp: float | None, out: Path, curves: pd.DataFrame | None
+    found: Explanation,
+    file: Path | None,
+    default_mpp: float | None,
+    out: Path,
+    curves: pd.DataFrame | None,
+    heatmap_slides: bool,
 ) -> Path:
-    folder = out / found.slide_id
+    write = partial(write_results, found, out / found.slide_id, curves=curves, heatmap_slides=heatmap_slides)
     if file is None:
         logger.info(
             "%s: no gallery and no picture under the heatmaps, because the slide file is unavailable", found.slide_id
         )
-        return write_results(found, folder, curves=curves)
+        return write()
     with SlidePictures(file, default_mpp=default_mpp) as pictures:
-        return write_results(found, folder, pictures=pictures, curves=curves)
+        return write(pictures=pictures)
 
 
 def checked_device(name: str | None) -> str:

@@ -36,6 +36,9 @@ def explain(
         int, typer.Option(help="Maximum removals; if there are more cells, squares of cells are removed.", min=1)
     ] = 256,
     faithfulness: Annotated[bool, typer.Option("--faithfulness", help="Also draw deletion curves.")] = False,
+    heatmap_slides: Annotated[
+        bool, typer.Option("--heatmap-slides", help="Also write heatmaps as OME-TIFF pyramids of the slide's size.")
+    ] = False,
     default_mpp: Annotated[float | None, typer.Option(help="µm/px of slides whose files do not state it.")] = None,
     masks: Annotated[Path | None, typer.Option(help="For slides: folder of tissue masks to use.")] = None,
     weights: Annotated[Path | None, typer.Option(help="For slides: folder of encoder checkpoints.")] = None,
@@ -72,6 +75,7 @@ def explain(
         occlusion=occlusion,
         most_removals=most_removals,
         faithfulness=faithfulness,
+        heatmap_slides=heatmap_slides,
         default_mpp=default_mpp,
         device=checked_device(device),
     )

@@ -1,4 +1,4 @@
-"""Define the colour scale shared by overlays and GeoJSON: diverging around 0 for signed scores."""
+"""Define the colours of a method's scores, shared by page, viewer, GeoJSON and heatmap files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from cfusion.explanation.result import METHODS
+from cfusion.explanation.result import METHODS, Explanation
+
+MAPS = {True: "RdBu_r", False: "viridis"}
+"""Colour map of matplotlib for signed scores, around 0, and for others."""
+
+FADED = (0.55, 0.55, 0.55, 0.25)
+"""RGBA of a tile whose score does not stand out from its spread over folds."""
 
 _CLIP_PERCENTILE = 99.5
 """Scores above this percentile get the last colour, so that an outlier does not make all other tiles pale."""
@@ -31,16 +37,20 @@ class Scale:
     clipped: bool
 
     @classmethod
-    def of(cls, method: str, scores: Float[np.ndarray, " tile"]) -> Scale:
-        """Build the scale for the scores of a method; NaN is ignored."""
+    def of(cls, explanation: Explanation, method: str) -> Scale:
+        """Build the scale of a method, the same at all magnifications."""
+        scores = np.concatenate([explanation.scores(name, method) for name in explanation.levels])
         size = np.abs(scores[np.isfinite(scores)])
         high = float(np.percentile(size, _CLIP_PERCENTILE, method="higher")) if size.size else 0.0
         high = high if high > 0 else 1.0
         signed = METHODS[method].signed
-        return cls("RdBu_r" if signed else "viridis", -high if signed else 0.0, high, bool((size > high).any()))
+        return cls(MAPS[signed], -high if signed else 0.0, high, bool((size > high).any()))
 
-    def colours(self, scores: Float[np.ndarray, " tile"]) -> Float[np.ndarray, "tile 4"]:
-        """Return the RGBA of each score, in 0 … 1; transparent for NaN."""
-        rgba = matplotlib.colormaps[self.map_name]((scores - self.low) / (self.high - self.low))
+    def colours(
+        self, scores: Float[np.ndarray, " tile"], stands_out: Bool[np.ndarray, " tile"]
+    ) -> Float[np.ndarray, "tile 4"]:
+        """Return the RGBA of each score, in 0 … 1: pale grey where it does not stand out, transparent for NaN."""
+        rgba = np.array(matplotlib.colormaps[self.map_name]((scores - self.low) / (self.high - self.low)))
+        rgba[~stands_out] = FADED
         rgba[~np.isfinite(scores)] = 0
-        return np.asarray(rgba)
+        return rgba

@@ -1,18 +1,22 @@
-"""Write all files of an explanation to one folder: zarr, GeoJSON, pictures, curves, page."""
+"""Write all files of an explanation to one folder: zarr, GeoJSON, pictures, heatmap slides, curves, page."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from cfusion.errors import DataError
 from cfusion.explanation.faithfulness import deletion_areas, draw_deletion
+from cfusion.explanation.gallery import Strip, draw_gallery, sides
 from cfusion.explanation.geojson import write_geojson
-from cfusion.explanation.overlays import OVERVIEW_PX, Pictures, draw_gallery, draw_overlay
-from cfusion.explanation.result import ZARR_NAME, Explanation, write_explanation
+from cfusion.explanation.heatmap_slides import write_heatmap
+from cfusion.explanation.overlays import OVERVIEW_PX, Pictures, draw_overlay, paint
+from cfusion.explanation.result import METHODS, ZARR_NAME, Explanation, write_explanation
 from cfusion.explanation.slide_page import draw_curve, render_slide_page
 from cfusion.files import atomic_path
 from cfusion.report.standalone import standalone
@@ -24,24 +28,27 @@ def write_results(
     *,
     pictures: Pictures | None = None,
     curves: pd.DataFrame | None = None,
+    heatmap_slides: bool = False,
 ) -> Path:
     """Write the folder of one slide atomically; replace an earlier explanation.
 
     The folder contains `explanation.zarr`, `survival.svg` and `index.html`; for every magnification `x20.geojson`, and
-    for every method `overlays/x20-attention.png`; with `pictures` also `gallery/x20.png`; with `curves` also
-    `deletion.csv`, `deletion-areas.csv` and `deletion/x20.svg`.
+    for every method `overlays/x20-attention.png`; with `pictures` also `gallery/x20-raises-1.jpg` and so on; with
+    `curves` also `deletion.csv`, `deletion-areas.csv` and `deletion/x20.svg`; with `heatmap_slides` also
+    `heatmaps/x20-attention.ome.tif`.
 
     Args:
         explanation: The scores.
         folder: Folder to write.
         pictures: Pixels of the slide; None: overlays have a white background, and there is no gallery.
         curves: Result of `deletion_curves`.
+        heatmap_slides: Also write every heatmap as a pyramidal OME-TIFF of the slide's size.
 
     Returns:
         Path of the page.
 
     Raises:
-        DataError: The folder exists and contains something else.
+        DataError: The folder exists and contains something else; heatmap slides are wanted of a slide of unknown size.
     """
     folder = Path(folder)
     check_target(folder)
@@ -49,26 +56,24 @@ def write_results(
     if pictures:
         backdrop = pictures.overview(OVERVIEW_PX)
         explanation = replace(explanation, attrs={**explanation.attrs, "slide_size_px": list(pictures.size_px)})
-    overlays = {
-        name: {
-            method: draw_overlay(explanation, name, method, backdrop)
-            for method in explanation.methods
+    painted = {
+        method: {
+            name: paint(explanation, name, method, backdrop)
+            for name in reversed(explanation.levels)
             if explanation.has(name, method)
         }
-        for name in explanation.levels
+        for method in METHODS
+        if method in explanation.methods
     }
-    galleries = {name: draw_gallery(explanation, name, pictures) for name in explanation.levels} if pictures else {}
-    page = render_slide_page(explanation, overlays, galleries, curves)
+    galleries = {n: draw_gallery(explanation, n, pictures) for n in reversed(explanation.levels)} if pictures else None
+    page = render_slide_page(explanation, painted, galleries, curves)
     with atomic_path(folder) as temporary:
-        for place in ("overlays", *(["gallery"] if galleries else [])):
-            (temporary / place).mkdir(parents=True)
+        temporary.mkdir()
         write_explanation(explanation, temporary / ZARR_NAME)
-        for name, pngs in overlays.items():
+        for name in explanation.levels:
             write_geojson(explanation, name, temporary / f"{name}.geojson")
-            for method, png in pngs.items():
-                (temporary / "overlays" / f"{name}-{method}.png").write_bytes(png)
-        for name, png in galleries.items():
-            (temporary / "gallery" / f"{name}.png").write_bytes(png)
+        _write_heatmaps(explanation, painted, temporary, heatmap_slides)
+        _write_gallery(galleries or {}, temporary)
         if curves is not None:
             _write_curves(explanation, curves, temporary)
         (temporary / "survival.svg").write_text(standalone(draw_curve(explanation)), encoding="utf-8")
@@ -87,6 +92,29 @@ def check_target(folder: Path) -> None:
         raise DataError(
             f"{folder}: exists and contains no explanation, so it is not replaced.", "Choose another output folder."
         )
+
+
+def _write_heatmaps(
+    explanation: Explanation, painted: Mapping[str, Mapping[str, np.ndarray]], folder: Path, slides: bool
+) -> None:
+    (folder / "overlays").mkdir()
+    if slides:
+        (folder / "heatmaps").mkdir()
+    for method, pictures in painted.items():
+        for name, picture in pictures.items():
+            overlay = draw_overlay(explanation, name, method, picture)
+            (folder / "overlays" / f"{name}-{method}.png").write_bytes(overlay)
+            if slides:
+                write_heatmap(explanation, name, method, folder / "heatmaps" / f"{name}-{method}.ome.tif")
+
+
+def _write_gallery(galleries: Mapping[str, list[Strip]], folder: Path) -> None:
+    if any(galleries.values()):
+        (folder / "gallery").mkdir()
+    for name, strips in galleries.items():
+        for side, _, shown in sides(strips):
+            for number, strip in enumerate(shown, start=1):
+                strip.picture.save(folder / "gallery" / f"{name}-{side}-{number}.jpg", quality=90)
 
 
 def _write_curves(explanation: Explanation, curves: pd.DataFrame, folder: Path) -> None:

@@ -1,7 +1,9 @@
 """Write scores as tile objects for QuPath: drag the file onto the slide, then Measure → Show measurement maps.
 
-The fields are those of QuPath's export (qupath.lib.io.PathObjectTypeAdapters, 0.4 and later): `objectType`, `name`,
-`color`, `classification`, `measurements` by name. Coordinates are level-0 px from the slide's upper left corner.
+The file follows RFC 7946: closed rings, counterclockwise, an id for each feature. As QuPath does, and as section 4 of
+the RFC allows between programs that agree, the coordinates are not degrees but level-0 px from the slide's upper left
+corner. The fields are those of QuPath's export (qupath.lib.io.PathObjectTypeAdapters, 0.4 and later): `objectType`,
+`name`, `color`, `classification`, `measurements` by name.
 """
 
 from __future__ import annotations
@@ -21,14 +23,16 @@ from cfusion.types import magnification_words
 
 RAISES = {"name": "Raises risk", "color": [178, 24, 43]}
 LOWERS = {"name": "Lowers risk", "color": [33, 102, 172]}
-"""Classes in QuPath, by the sign of the leading method's mean over folds."""
+UNCLEAR = {"name": "Within the spread over folds", "color": [140, 140, 140]}
+"""Classes in QuPath, by the sign of the leading method's mean over folds; unclear if it does not stand out."""
 
 
 def write_geojson(explanation: Explanation, magnification: str, target: str | os.PathLike[str]) -> None:
     """Write the tiles of one magnification as a FeatureCollection, one tile per line, as a stream.
 
-    The class of a tile is the sign of the leading method (`Explanation.leading`), and its colour is on that method's
-    scale. The measurements are every method's mean and spread, with the unit in the name.
+    The class of a tile is the sign of the leading method (`Explanation.leading`) if it stands out from its spread, and
+    its colour is on that method's scale. The measurements are every method's mean and spread, with the unit in the
+    name.
     """
     with atomic_path(target) as temporary, temporary.open("w", encoding="utf-8") as stream:
         stream.write('{"type": "FeatureCollection", "features": [')
@@ -41,7 +45,8 @@ def _features(explanation: Explanation, magnification: str) -> Iterator[dict[str
     level = explanation.levels[magnification]
     leading = explanation.leading(magnification)
     scores = explanation.scores(magnification, leading)
-    colours = (Scale.of(leading, scores).colours(scores) * 255).round().astype(int)
+    clear = explanation.stands_out(magnification, leading)
+    colours = (Scale.of(explanation, leading).colours(scores, clear) * 255).round().astype(int)
     corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]]) * level.side_px
     for row, origin in enumerate(level.coords):
         ring = (origin + corners).round(1).tolist()
@@ -52,7 +57,7 @@ def _features(explanation: Explanation, magnification: str) -> Iterator[dict[str
         }
         if np.isfinite(scores[row]):
             properties["color"] = colours[row, :3].tolist()
-            properties["classification"] = RAISES if scores[row] > 0 else LOWERS
+            properties["classification"] = (RAISES if scores[row] > 0 else LOWERS) if clear[row] else UNCLEAR
         yield {
             "type": "Feature",
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"cfusion:{explanation.slide_id}/{magnification}/{row}")),
@@ -71,4 +76,4 @@ def _measurements(explanation: Explanation, magnification: str, row: int) -> dic
     return {name: value for name, value in values.items() if np.isfinite(value)}
 
 
-__all__ = ["LOWERS", "RAISES", "write_geojson"]
+__all__ = ["LOWERS", "RAISES", "UNCLEAR", "write_geojson"]

@@ -1,12 +1,13 @@
-"""Draw overlays of scores on the slide, and galleries of the tiles that raise and lower the risk most."""
+"""Draw overlays of scores on the slide."""
 
 from __future__ import annotations
 
 import io
+import textwrap
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -22,8 +23,8 @@ OVERVIEW_PX = 1000
 _OPACITY = 0.55
 """Opacity of the scores over the slide."""
 
-GALLERY_TILES, GALLERY_PX = 6, 224
-"""Tiles per row of the gallery, and the side of each."""
+_CHARACTERS_PER_INCH = 15
+"""Of a title, so that a long name is wrapped."""
 
 
 class Pictures(Protocol):
@@ -39,10 +40,10 @@ class Pictures(Protocol):
         """Return a square of level 0, resized to `out_px` × `out_px`."""
 
 
-def draw_overlay(
+def paint(
     explanation: Explanation, magnification: str, method: str, backdrop: UInt8[np.ndarray, "y x 3"] | None
-) -> bytes:
-    """Draw one method's scores over the slide as PNG, with a colour bar that states the unit.
+) -> UInt8[np.ndarray, "y x 3"]:
+    """Draw one method's scores over the slide; tiles that do not stand out from their spread are pale grey.
 
     Args:
         explanation: The scores.
@@ -51,63 +52,39 @@ def draw_overlay(
         backdrop: Picture of the complete slide; None: a white background.
     """
     level = explanation.levels[magnification]
-    scores = explanation.scores(magnification, method)
-    scale = Scale.of(method, scores)
-    width, height = _extent(explanation, level)
-    figure = Figure(figsize=(7 * min(1, width / height) + 1.6, 7 * min(1, height / width) + 0.9), layout="constrained")
+    colours = Scale.of(explanation, method).colours(
+        explanation.scores(magnification, method), explanation.stands_out(magnification, method)
+    )
+    return _laid_over(backdrop, level, colours, _extent(explanation, level))
+
+
+def draw_overlay(
+    explanation: Explanation, magnification: str, method: str, painted: UInt8[np.ndarray, "y x 3"]
+) -> bytes:
+    """Draw the result of `paint` as PNG with a colour bar that states the unit, and a title."""
+    scale = Scale.of(explanation, method)
+    height, width = painted.shape[:2]
+    figure = Figure(figsize=(7 * min(1, width / height) + 1.6, 7 * min(1, height / width) + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    axis.imshow(_laid_over(backdrop, level, scale.colours(scores), (width, height)))
+    axis.imshow(painted)
     axis.set_xticks([])
     axis.set_yticks([])
     of = f"mean of {len(explanation.risks)} models" if len(explanation.risks) > 1 else "one model"
-    axis.set_title(f"{explanation.slide_id} · {method} at {magnification_words(magnification)} · {of}")
+    lines = [f"{explanation.slide_id} · {method} at {magnification_words(magnification)} · {of}"]
+    if explanation.spread_known:
+        lines.append("grey: does not stand out from the spread over folds")
+    characters = int(figure.get_figwidth() * _CHARACTERS_PER_INCH)
+    figure.suptitle("\n".join(textwrap.fill(line, characters) for line in lines), fontsize=9)
     mapped = ScalarMappable(Normalize(scale.low, scale.high), scale.map_name)
     signed = METHODS[method].signed
     extend = ("both" if signed else "max") if scale.clipped else "neither"
     bar = figure.colorbar(mapped, ax=axis, extend=extend, fraction=0.046)
     meaning = ": red raises the risk, blue lowers it" if signed else ""
     bar.set_label(f"{method} ({METHODS[method].unit}){meaning}")
-    return _png(figure)
-
-
-def draw_gallery(explanation: Explanation, magnification: str, pictures: Pictures) -> bytes:
-    """Draw the tiles that raise and lower the risk most as PNG, each with its score and spread.
-
-    Tiles are ranked by the leading method; only tiles with a score of the matching sign are shown.
-    """
-    level, method = explanation.levels[magnification], explanation.leading(magnification)
-    scores, spread = explanation.scores(magnification, method), level.sd[explanation.methods.index(method)]
-    figure = Figure(figsize=(GALLERY_TILES * 1.75, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, GALLERY_TILES)
-    sides = (("raises the risk", extreme_tiles(scores)), ("lowers the risk", extreme_tiles(-scores)))
-    for row, (words, tiles) in enumerate(sides):
-        for column, axis in enumerate(axes[row]):
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if column >= len(tiles):
-                axis.set_axis_off()
-                continue
-            tile = tiles[column]
-            x, y = (int(v) for v in level.coords[tile])
-            axis.imshow(pictures.region(x, y, round(level.side_px), GALLERY_PX))
-            around = f" ± {spread[tile]:.1g}" if np.isfinite(spread[tile]) else ""
-            axis.set_title(f"{scores[tile]:+.2g}{around}", fontsize=8)
-        if tiles:
-            axes[row][0].set_ylabel(words)
-        else:
-            axes[row][0].text(0, 0.5, f"no tile {words}")
-    unit = METHODS[method].unit
-    where = f"{explanation.slide_id} at {magnification_words(magnification)}"
-    figure.suptitle(f"{where}: {method} ({unit}, ± sd over folds)", fontsize=9)
-    return _png(figure)
-
-
-def extreme_tiles(scores: Float[np.ndarray, " tile"], count: int = GALLERY_TILES) -> list[int]:
-    """Return the rows of the highest scores above 0, highest first."""
-    order = np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")[:count]
-    return [int(row) for row in order if scores[row] > 0]
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
+    return stream.getvalue()
 
 
 def _extent(explanation: Explanation, level: TileScores) -> tuple[float, float]:
@@ -136,10 +113,4 @@ def _laid_over(
     return picture
 
 
-def _png(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
-    return stream.getvalue()
-
-
-__all__ = ["Pictures", "draw_gallery", "draw_overlay", "extreme_tiles"]
+__all__ = ["OVERVIEW_PX", "Pictures", "draw_overlay", "paint"]

@@ -10,9 +10,12 @@
 - `risk_percentile`, the percentage of the training patients with a lower risk (mean over folds), or null;
 - `risk`, `risk_sd` (over folds; null for one model), `risks` (one per fold), `risk_cutoff` (mean over folds of the
   median risk of the training patients, or null);
+- `training_ratio`: the patients that trained a model to those it left out (mean over folds), which decides which
+  tiles stand out from their spread (see `cfusion.explanation.noise`); null if that cannot be decided;
 - `months`, `survival`, `survival_sd`: the curve, mean and spread over folds;
-- `methods`: by name, in the order of the rows of `scores`: `{"unit", "signed", "meaning"}`. `signed` scores are above 0
-  if a tile raises the risk and need a diverging colour scale around 0; unsigned scores are never below 0;
+- `methods`: by name, in the order of the rows of `scores`: `{"unit", "signed", "meaning", "neutral"}`. `signed` scores
+  are above 0 if a tile raises the risk and need a diverging colour scale around 0; unsigned scores are never below 0;
+  `neutral` is the score of a tile without effect;
 - `magnifications`: names, finest first; `program_version`.
 
 Each magnification has a group `x20`, `x10`, … with the attribute `tile_px_level0` (side of a tile in level-0 px) and
@@ -20,6 +23,7 @@ Each magnification has a group `x20`, `x10`, … with the attribute `tile_px_lev
 - `coords` i32 [tile, 2]: x, y of the top-left corner in level-0 px, in the order of the feature store;
 - `scores` f32 [method, tile]: mean over folds; NaN if the method has no score at this magnification;
 - `sd` f32 [method, tile]: standard deviation over folds; NaN for one model;
+- `stands_out` bool [method, tile]: whether the score stands out from its spread; absent if that cannot be decided;
 - `parent` i32 [tile]: row in the next coarser magnification; absent at the coarsest, or if the source has no parents.
 """
 
@@ -32,13 +36,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float32, Int32
+from jaxtyping import Bool, Float32, Int32
 
 import cfusion
 from cfusion.errors import DataError
+from cfusion.explanation.noise import LEVEL, more_than_noise, stands_out
 from cfusion.files import atomic_path
 from cfusion.survival.curves import risk_words, survival_after_years
-from cfusion.types import magnification_value, titled_table
+from cfusion.types import magnification_value, magnification_words, titled_table
 
 EXPLANATION_FORMAT = "cfusion-explanation-1"
 
@@ -54,32 +59,37 @@ class Method:
         unit: Unit of the scores.
         signed: Whether scores can be below 0, for tiles that lower the risk.
         meaning: Explanation of a score, as a sentence.
+        neutral: Score of a tile without effect.
     """
 
     unit: str
     signed: bool
     meaning: str
+    neutral: float = 0.0
 
 
 METHODS = {
-    "attention": Method(
-        "× the mean tile",
-        False,
-        "Attention relative to the average tile (1 = average); it does not say whether the tile raises the risk.",
-    ),
-    "gradient": Method(
-        "risk",
-        True,
-        "Embedding times gradient of the risk: to first order, the decrease in risk if the embedding were zero.",
-    ),
     "occlusion": Method(
         "risk",
         True,
         "Decrease in risk when the tile and the finer tiles inside it are removed. If tiles are removed in squares, "
         "the decrease is divided equally among the tiles of a square.",
     ),
+    "gradient": Method(
+        "risk",
+        True,
+        "Embedding times gradient of the risk: to first order, the decrease in risk if the embedding were zero.",
+    ),
+    "attention": Method(
+        "× the mean tile",
+        False,
+        "Attention relative to the average tile (1 = average). It shows what the model reads, not whether the tile "
+        "raises the risk: tiles of high attention may lower it.",
+        1.0,
+    ),
 }
-"""All methods; an explanation contains those that were requested and that its model supports."""
+"""All methods, in the order in which they are shown; an explanation contains those that were requested and that its
+model supports."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +165,32 @@ class Explanation:
         """Return whether the method has scores at this magnification."""
         return bool(np.isfinite(self.scores(magnification, method)).any())
 
+    @property
+    def spread_known(self) -> bool:
+        """Whether it can be decided which tiles stand out from their spread over folds."""
+        return self.attrs.get("training_ratio") is not None
+
+    def stands_out(self, magnification: str, method: str) -> Bool[np.ndarray, " tile"]:
+        """Return which tiles' scores stand out from their spread; all that are scored if that cannot be decided."""
+        departure = self.scores(magnification, method) - METHODS[method].neutral
+        if not self.spread_known:
+            return np.isfinite(departure)
+        sd = self.levels[magnification].sd[self.methods.index(method)]
+        return stands_out(departure, sd, len(self.risks), self.attrs["training_ratio"])
+
+    def verdict(self, magnification: str, method: str) -> str:
+        """Say how many tiles stand out from their spread over folds, as a sentence."""
+        where = magnification_words(magnification)
+        if not self.spread_known:
+            models = "One model has" if len(self.risks) == 1 else "Models of the same patients have"
+            return f"{models} no spread over folds: nothing shows which tiles at {where} are noise."
+        count = int(self.stands_out(magnification, method).sum())
+        tiles = int(np.isfinite(self.scores(magnification, method)).sum())
+        found = f"{count} of {tiles} tiles at {where} stand out from their spread over {len(self.risks)} folds"
+        if not more_than_noise(count, tiles):
+            return f"No tile at {where} matters: {found}, which is no more than noise gives ({LEVEL:.0%})."
+        return f"{found}; noise gives {LEVEL:.0%}."
+
     def leading(self, magnification: str) -> str:
         """Return the signed method for ranking tiles: occlusion, which runs the model, or else input×gradient."""
         return "occlusion" if "occlusion" in self.methods and self.has(magnification, "occlusion") else "gradient"
@@ -172,6 +208,7 @@ class Explanation:
         rows = [
             {
                 "magnification": name, "method": method, "unit": METHODS[method].unit, "tiles": len(level.coords),
+                "stand_out": int(self.stands_out(name, method).sum()) if self.spread_known else np.nan,
                 "lowest": np.nanmin(level.mean[row]), "highest": np.nanmax(level.mean[row]),
                 "sd_over_folds": level.sd[row].mean(),
             }
@@ -215,6 +252,8 @@ def write_explanation(explanation: Explanation, target: str | os.PathLike[str]) 
         )
         for name, level in explanation.levels.items():
             arrays = {"coords": level.coords, "scores": level.mean, "sd": level.sd, "parent": level.parent}
+            if explanation.spread_known:
+                arrays["stands_out"] = np.stack([explanation.stands_out(name, m) for m in explanation.methods])
             for key, array in arrays.items():
                 if array is not None:
                     group.create_array(f"{name}/{key}", data=array)

@@ -18,6 +18,7 @@ from cfusion.apply.sources import Embeddings, bag_of_slides
 from cfusion.console import Progress, progress
 from cfusion.data.tile_places import check_level_0
 from cfusion.errors import ConfigError, DataError
+from cfusion.explanation.noise import training_ratio
 from cfusion.explanation.removal import Keep, Lineage, risks_without
 from cfusion.explanation.result import METHODS, Explanation, TileScores
 from cfusion.models import input_times_gradient, tile_attention
@@ -233,6 +234,7 @@ def _attrs(models: Sequence[FittedModel], slide: SlideFeatures) -> dict[str, Any
         "endpoint": card.endpoint, "risk_cutoff": FoldEnsemble(tuple(models)).risk_cutoff,
         "slide_size_px": slide.attrs.get("slide_size_px"), "mpp": slide.attrs.get("mpp"),
         "slide_digest": slide.attrs.get("slide_digest"),
+        "training_ratio": training_ratio([None if m.seen is None else m.seen.digests for m in models]),
     }  # fmt: skip
 
 

@@ -8,13 +8,17 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
+from jaxtyping import UInt8
 from markupsafe import Markup
 from PIL import Image
 
 import cfusion
+from cfusion.explanation.colour import Scale
 from cfusion.explanation.faithfulness import deletion_areas, draw_deletion
+from cfusion.explanation.gallery import Strip, sides
 from cfusion.explanation.result import METHODS, Explanation
 from cfusion.report.page_environment import page_environment
 from cfusion.report.svg import Plot, number
@@ -24,16 +28,16 @@ from cfusion.types import magnification_words
 
 def render_slide_page(
     explanation: Explanation,
-    overlays: Mapping[str, Mapping[str, bytes]],
-    galleries: Mapping[str, bytes],
+    painted: Mapping[str, Mapping[str, UInt8[np.ndarray, "y x 3"]]],
+    galleries: Mapping[str, list[Strip]] | None,
     curves: pd.DataFrame | None,
 ) -> str:
     """Render the page as HTML.
 
     Args:
         explanation: The explanation to show.
-        overlays: PNG by magnification and method.
-        galleries: PNG by magnification; empty if the slide was not available.
+        painted: Heatmaps by method and magnification.
+        galleries: Tiles by magnification; None if the slide was not available.
         curves: Deletion curves; None if they were not computed.
     """
     environment = page_environment("cfusion.explanation", magnified=magnification_words)
@@ -54,11 +58,12 @@ def render_slide_page(
         group=None if cutoff is None else "high" if is_high_risk(explanation.risk, cutoff) else "low",
         curve=Markup(draw_curve(explanation)),  # noqa: S704 - figures escape their words
         summary=_table(explanation.summary()),
-        overlays={n: {m: _source(png) for m, png in pngs.items()} for n, pngs in overlays.items()},
-        galleries={name: _source(png) for name, png in galleries.items()},
+        heatmaps=[_heatmaps(explanation, method, pictures) for method, pictures in painted.items()],
+        galleries=galleries and {name: _gallery(explanation, name, strips) for name, strips in galleries.items()},
+        spread_known=explanation.spread_known,
         deletion=_deletion(explanation, curves),
         areas=_table(deletion_areas(curves)) if curves is not None else "",
-        methods={name: METHODS[name] for name in explanation.methods},
+        methods={name: METHODS[name] for name in METHODS if name in explanation.methods},
         provenance=_provenance(explanation),
     )
 
@@ -89,10 +94,40 @@ def _deletion(explanation: Explanation, curves: pd.DataFrame | None) -> list[Mar
     return [Markup(draw_deletion(curves, name, explanation.slide_id)) for name in names]  # noqa: S704 - escaped
 
 
-def _source(png: bytes) -> str:
+def _heatmaps(explanation: Explanation, method: str, pictures: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return what the template needs of one method: its scale, and a picture and a sentence per magnification."""
+    scale = Scale.of(explanation, method)
+    stops = matplotlib.colormaps[scale.map_name](np.linspace(0, 1, 17), bytes=True)[:, :3]
+    middle = 0.0 if METHODS[method].signed else scale.high / 2
+    return {
+        "name": method,
+        "unit": METHODS[method].unit,
+        "signed": METHODS[method].signed,
+        "gradient": ", ".join("rgb({} {} {})".format(*stop) for stop in stops.tolist()),
+        "ends": [f"{value:.3g}".replace("-", "−") for value in (scale.low, middle, scale.high)],
+        "clipped": scale.clipped,
+        "pictures": {
+            name: {"source": _source(Image.fromarray(picture)), "verdict": explanation.verdict(name, method)}
+            for name, picture in pictures.items()
+        },
+    }
+
+
+def _gallery(explanation: Explanation, name: str, strips: list[Strip]) -> dict[str, Any]:
+    """Return what the template needs of the gallery of one magnification."""
+    return {
+        "method": explanation.leading(name),
+        "sides": {
+            words: [(_source(strip.picture), strip.caption, strip.words) for strip in shown]
+            for _, words, shown in sides(strips)
+        },
+    }
+
+
+def _source(picture: Image.Image) -> str:
     """Return a picture as a data URL; as JPEG, which for tissue needs a tenth of the bytes of PNG."""
     stream = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").save(stream, "JPEG", quality=88)
+    picture.save(stream, "JPEG", quality=88)
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 

@@ -136,7 +136,9 @@ def _import(source: Path, store: Path, answers: FeatureAnswers) -> tuple[str, st
     layout, found = find_layout(folder, answers.layout)
     answers, remarks = _completed(source, found, answers)
     options = ImportOptions(answers.only, answers.magnification)
-    report = import_features(source, store, layout, answers.encoder, options)
+    # An assumed magnification changes how the files are read.
+    same = found if answers.magnification == folder.magnification else None
+    report = import_features(source, store, layout, answers.encoder, options, same)
     if not report.imported:
         name, why = next(iter(report.refused.items()), (str(source), "no slide"))
         raise DataError(f"{source}: no slide could be imported; first: {name}: {why}", f"See {report.table}.")

@@ -14,6 +14,7 @@ from cfusion.survival.groups import Curve
 from cfusion.survival.patients import PatientScores
 
 _LONGEST_LABEL = 36
+_PHONE_PX, _LONGEST_PHONE_LABEL, _LONGEST_PHONE_REASON = 350, 25, 44
 """Maximum letters of a label in a forest plot; longer ones are shortened there, but not in the table and tooltip."""
 
 
@@ -195,23 +196,33 @@ def forest_range(rows: Sequence[Mapping[str, object]]) -> tuple[float, float]:
     return min(0.45, *finite) - 0.01, max(0.7, *finite) + 0.01
 
 
-def forest(rows: Sequence[Mapping[str, object]], x: tuple[float, float], where: str) -> str:
-    """Draw the C-index of every model of a cohort with its interval, over the range of models without signal."""
+def forest(rows: Sequence[Mapping[str, object]], x: tuple[float, float], where: str, *, narrow: bool = False) -> str:
+    """Draw the C-index of every model of a cohort with its interval, over the range of models without signal.
+
+    Args:
+        rows: `label, c, low, high, null_low, null_high` of each model.
+        x: Range of the horizontal axis, see `forest_range`.
+        where: The cohort.
+        narrow: For a phone: label and number stand above the interval instead of at its sides.
+    """
     left = 20 + 7.2 * min(max(len(str(row["label"])) for row in rows), _LONGEST_LABEL)
-    plot = Plot(x, (0, len(rows)), width=720, height=26 * len(rows) + 46, margins=(left, 6, 130, 38))
+    height, sides = (44, (6.0, 6.0)) if narrow else (26, (left, 130.0))
+    width = _PHONE_PX if narrow else 720
+    plot = Plot(x, (0, len(rows)), width, height * len(rows) + 46, margins=(sides[0], 6, sides[1], 38))
     base = plot.height - 38
     for tick in nice_ticks(*plot.x):
         plot.segment((tick, 0), (tick, len(rows)), "grid")
         plot.text(plot.px(tick), base + 15, f"{tick:g}")
     plot.text((plot.px(plot.x[0]) + plot.px(plot.x[1])) / 2, base + 31, "C-index within folds", "label")
     for i, row in enumerate(rows):
-        _forest_row(plot, row, len(rows) - i - 0.5, left)
+        _forest_row(plot, row, len(rows) - i - (0.72 if narrow else 0.5))
+        _forest_words(plot, row, 6 + (i + 0.5) * height, left, narrow)
     plot.segment((0.5, 0), (0.5, len(rows)), "rule")
     words = "; ".join(f"{row['label']} {row['c']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in rows)
     return plot.finish(f"C-index of all models, {where}", f"{words}. Shaded: 95% range of models without signal.")
 
 
-def _forest_row(plot: Plot, row: Mapping[str, object], y: float, left: float) -> None:
+def _forest_row(plot: Plot, row: Mapping[str, object], y: float) -> None:
     c, low, high, null_low, null_high = (float(str(row[k])) for k in ("c", "low", "high", "null_low", "null_high"))
     if not math.isnan(null_low):
         x = plot.px(null_low)
@@ -222,30 +233,41 @@ def _forest_row(plot: Plot, row: Mapping[str, object], y: float, left: float) ->
     if not math.isnan(low):
         plot.segment((low, y), (high, y), "whisker series0 thick")
     plot.dot(c, y, "dot series0", 4.5, f"{row['label']}: {c:.3f}")
-    plot.text(left - 10, plot.py(y) + 4, shortened(str(row["label"]), _LONGEST_LABEL), "row", "end")
-    interval = "" if math.isnan(low) else f" ({low:.3f}–{high:.3f})"
-    plot.text(plot.width - 4, plot.py(y) + 4, f"{c:.3f}{interval}", "value", "end")
 
 
-def flow(steps: Sequence[Mapping[str, object]], dropped: Mapping[str, int], where: str) -> str:
-    """Draw the cohort flow diagram, from the tables to the scored patients."""
-    height = 62
-    plot = Plot((0, 1), (0, 1), width=720, height=height * len(steps) - 10)
+def _forest_words(plot: Plot, row: Mapping[str, object], middle: float, left: float, narrow: bool) -> None:
+    """Add the label and the number of a row whose middle is at a height in px."""
+    c, low, high = (float(str(row[k])) for k in ("c", "low", "high"))
+    label, interval = str(row["label"]), "" if math.isnan(low) else f" ({low:.3f}–{high:.3f})"
+    if narrow:
+        plot.text(4, middle - 8, shortened(label, _LONGEST_PHONE_LABEL), "row", "start")
+        plot.text(plot.width - 4, middle - 8, f"{c:.3f}{interval}", "value", "end")
+    else:
+        plot.text(left - 10, middle + 4, shortened(label, _LONGEST_LABEL), "row", "end")
+        plot.text(plot.width - 4, middle + 4, f"{c:.3f}{interval}", "value", "end")
+
+
+def flow(steps: Sequence[Mapping[str, object]], dropped: Mapping[str, int], where: str, *, narrow: bool = False) -> str:
+    """Draw the cohort flow diagram, from the tables to the scored patients; `narrow`: losses are between the boxes."""
+    height, gap, words_x = (92, 50, 76) if narrow else (62, 20, 292)
+    most = _LONGEST_PHONE_REASON if narrow else 74
+    plot = Plot((0, 1), (0, 1), width=_PHONE_PX if narrow else 720, height=height * len(steps) - gap + 10)
     for i, step in enumerate(steps):
         top = i * height + 2
         plot.add(f'<rect class="box" x="2" y="{top}" width="270" height="42" rx="5"/>')
         plot.text(16, top + 18, str(step["step"]), "row", "start")
         plot.text(16, top + 34, f"{step['patients']} patients, {step['slides']} slides", "tick", "start")
         if i + 1 < len(steps):
-            plot.add(f'<path class="axis" d="M60 {top + 42}v17m-4 -5l4 5l4 -5"/>')
+            plot.add(f'<path class="axis" d="M60 {top + 42}v{gap - 3}m-4 -5l4 5l4 -5"/>')
             lost_patients = int(str(step["patients"])) - int(str(steps[i + 1]["patients"]))
             lost_slides = int(str(step["slides"])) - int(str(steps[i + 1]["slides"]))
             if lost_patients or lost_slides:
                 kinds = [kind for kind in LOST.get(str(steps[i + 1]["step"]), ()) if kind in dropped]
                 why = ", ".join(f"{kind.replace('_', ' ')} {dropped[kind]}" for kind in kinds)
-                plot.add(f'<path class="axis" d="M60 {top + 51}h226"/>')
-                plot.text(292, top + 49, f"− {lost_patients} patients, {lost_slides} slides", "tick", "start")
-                plot.text(292, top + 63, shortened(why, 74), "tick", "start")
+                line = top + (64 if narrow else 51)
+                plot.add(f'<path class="axis" d="M60 {line}h{words_x - 66}"/>')
+                plot.text(words_x, line - 2, f"− {lost_patients} patients, {lost_slides} slides", "tick", "start")
+                plot.text(words_x, line + 12, shortened(why, most), "tick", "start")
     words = "; ".join(f"{step['step']}: {step['patients']} patients, {step['slides']} slides" for step in steps)
     reasons = ", ".join(f"{count} {kind}" for kind, count in dropped.items())
     return plot.finish(f"Cohort flow, {where}", f"{words}. {'Findings: ' + reasons + '.' if reasons else ''}")

@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 
 import cfusion
+from cfusion.report.narrow_tables import name_cells
 
 
 def page_environment(package: str, **filters: Callable[..., Any]) -> jinja2.Environment:
@@ -21,6 +22,6 @@ def page_environment(package: str, **filters: Callable[..., Any]) -> jinja2.Envi
         loader=jinja2.PackageLoader(package), autoescape=jinja2.select_autoescape(["html.j2"]),
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.filters.update(filters)
+    environment.filters.update(filters, name_cells=name_cells)
     environment.globals["version"] = cfusion.__version__
     return environment

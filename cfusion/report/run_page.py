@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jinja2
@@ -119,18 +119,25 @@ def _cohort(name: str, rows: list[dict], folds: pd.DataFrame, context: ReportCon
     findings = audit["findings"] if audit else []
     counts = dict(Counter(finding["kind"] for finding in findings).most_common())
     span = figures.forest_range([*map(_forest_row, rows), *_clinical_rows(rows)])
-    forest = figures.forest([*map(_forest_row, mine), *_clinical_rows(mine)], span, name)
+    models = [*map(_forest_row, mine), *_clinical_rows(mine)]
+    steps = audit["flow"] if audit else []
     first = folds[(folds[UNIT] == [mine[0][unit] for unit in UNIT]).all(axis=1)]
     first = first[(first["seed"] == first["seed"].iloc[0]) & (first["repeat"] == first["repeat"].iloc[0])]
     return {
         "name": name, "n": mine[0]["n"], "events": mine[0]["events"],
         "endpoint": endpoint_words(context.endpoints.get(name)),
-        "forest": Markup(forest),  # noqa: S704 - figures escape their words
-        "flow": Markup(figures.flow(audit["flow"], counts, name)) if audit and audit["flow"] else "",  # noqa: S704
+        "forest": _wide_and_narrow(lambda narrow: figures.forest(models, span, name, narrow=narrow)),
+        "flow": _wide_and_narrow(lambda narrow: figures.flow(steps, counts, name, narrow=narrow)) if steps else "",
         "audited": audit is not None, "joint": context.joint.get(name), "counts": counts,
         "findings": [{**f, "count": counts[f["kind"]]} for f in {f["kind"]: f for f in findings[::-1]}.values()],
         "folds": first[["fold", "n", "events"]].to_dict("records"),
     }  # fmt: skip
+
+
+def _wide_and_narrow(draw: Callable[[bool], str]) -> Markup:
+    """Return a figure for screens and paper, and one for phones; the style sheet shows one of them."""
+    wide, narrow = draw(False), draw(True)
+    return Markup(f'<div class="wide">{wide}</div><div class="phone">{narrow}</div>')  # noqa: S704 - figures escape their words
 
 
 def _details(

@@ -35,7 +35,6 @@ from cfusion.survival.score import Scores, score
 from cfusion.tracking import TrackedRun
 from cfusion.tracking.facts import run_inputs, run_name, run_params, run_tags, version_tags
 from cfusion.tracking.machine import write_environment
-from cfusion.tracking.model_registry import check_registration
 from cfusion.training.folds import FoldRun, open_run_shards, with_held_magnifications
 from cfusion.training.model_check import check_own_model
 from cfusion.training.runtime import Runtime
@@ -112,7 +111,10 @@ class Run:
                 logger.info("audit: %s", line)
             for note in config.notes:
                 logger.warning("%s: %s", config.output, note)
-            check_registration(config, run.dataset.index)
+            if config.tracking.enabled and (name := config.tracking.register_as):
+                from cfusion.tracking.model_registry import check_registration  # its imports take most of a second
+
+                check_registration(config, name, run.dataset.index)
             run._claim(same_code)
         runtime.barrier()
         blind = [rank for rank, sees in enumerate(runtime.gather([run_folder.is_run(run.folder)])) if not sees]

@@ -80,23 +80,20 @@ def check_name(client: MlflowClient, name: str, contract: Contract) -> None:
         )
 
 
-def check_registration(config: Config, index: ShardIndex) -> None:
-    """Check `tracking.register_as` before a training, so that its model can be registered afterwards.
+def check_registration(config: Config, name: str, index: ShardIndex) -> None:
+    """Check the name to register under before a training, so that its model can be registered afterwards.
 
     Raises:
         ConfigError: The name belongs to a model that reads other embeddings.
     """
-    tracking = config.tracking
-    if not (tracking.enabled and tracking.register_as):
-        return
     names = tuple(magnification_name(m) for m in config.data.magnifications)
-    uri = tracking_uri(tracking, config.output)
+    uri = tracking_uri(config.tracking, config.output)
     try:
         client = connect(uri)
         with unavailable(uri):
-            check_name(client, tracking.register_as, Contract(index.encoder, index.dim, names))
+            check_name(client, name, Contract(index.encoder, index.dim, names))
     except TrackingUnavailableError as error:
-        logger.warning("%s The name %s is checked when the server answers.", error.message, tracking.register_as)
+        logger.warning("%s The name %s is checked when the server answers.", error.message, name)
 
 
 def register_ensemble(client: MlflowClient, run_id: str, folder: Path, name: str, about: Mapping[str, str]) -> str:

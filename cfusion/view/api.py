@@ -25,6 +25,7 @@ from starlette.routing import Route
 
 import cfusion
 from cfusion.errors import CfusionError, DataError
+from cfusion.explanation.colour import FADED, MAPS
 from cfusion.explanation.result import Explanation
 from cfusion.types import magnification_name, magnification_value
 from cfusion.view import openseadragon
@@ -51,8 +52,12 @@ ASSETS = {
     "heatmap.js": "text/javascript", "panels.js": "text/javascript", "stage.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }  # fmt: skip
-PALETTES = {"sequential": ("viridis", "inferno", "cividis"), "diverging": ("coolwarm", "PuOr_r", "RdBu_r")}
-"""Colour maps of matplotlib; the first of each kind is the default. All are readable with colour vision deficiency."""
+PALETTES = {
+    "sequential": (MAPS[False], "inferno", "cividis"),
+    "diverging": (MAPS[True], "PuOr_r", "coolwarm"),
+}
+"""Colour maps of matplotlib; the first of each kind is that of the page of `cfusion explain`, and the default. All are
+readable with colour vision deficiency."""
 
 STATUS: dict[type[Exception], int] = {
     SlideGoneError: 410, UnknownSlideError: 404, NotReadyError: 503, CfusionError: 422,
@@ -156,7 +161,7 @@ class _Api:
         })  # fmt: skip
 
     def palettes(self, request: Request) -> Response:
-        return JSONResponse(_palettes())
+        return JSONResponse({**_palettes(), "faded": [round(255 * channel) for channel in FADED]})
 
     def slide(self, request: Request) -> Response:
         slide = self._slide(request)
@@ -189,17 +194,25 @@ class _Api:
         })  # fmt: skip
 
     def scores(self, request: Request) -> Response:
-        """Return little-endian bytes: i32 x, y of every tile's corner for `coords`, f32 per tile for a method."""
+        """Return little-endian bytes: i32 x, y of every tile's corner for `coords`, f32 per tile for a method.
+
+        With the query `stands-out`, a method's answer is u8 per tile: 1 if the score stands out from its spread.
+        """
         slide, what = self._slide(request), request.path_params["what"]
         with self._viewer.slides.lease(slide) as zoom:
             explanation, trouble = self._explanation(slide, zoom)
         if trouble:
             raise DataError(trouble)
-        level = level_of(explanation, request.path_params["magnification"])
-        methods = explanation.methods if explanation is not None else ()
-        if what != "coords" and what not in methods:
+        name = request.path_params["magnification"]
+        level = level_of(explanation, name)
+        if what == "coords":
+            array = level.coords.astype("<i4")
+        elif explanation is None or what not in explanation.methods:
             raise UnknownSlideError(f"There are no scores of the method {what[:20]}.")
-        array = level.coords.astype("<i4") if what == "coords" else level.mean[methods.index(what)].astype("<f4")
+        elif "stands-out" in request.query_params:
+            array = explanation.stands_out(name, what).astype("u1")
+        else:
+            array = explanation.scores(name, what).astype("<f4")
         return Response(np.ascontiguousarray(array).tobytes(), media_type="application/octet-stream")
 
     def tile(self, request: Request) -> Response:

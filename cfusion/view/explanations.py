@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cfusion.errors import DataError
+from cfusion.explanation.colour import Scale
 from cfusion.explanation.result import METHODS, ZARR_NAME, Explanation, TileScores, read_explanation
 from cfusion.files import read_json
 from cfusion.view.served_slides import UnknownSlideError
@@ -100,29 +101,28 @@ def _by(size: Any) -> str:
 
 def described(explanation: Explanation) -> dict[str, Any]:
     """Return what the page shows of an explanation before it fetches scores."""
+    methods = [name for name in METHODS if name in explanation.methods]
     return {
         "models": len(explanation.risks),
-        "methods": {name: METHODS[name].__dict__ for name in explanation.methods if name in METHODS},
+        "spread_known": explanation.spread_known,
+        "methods": {name: {**METHODS[name].__dict__, "scale": score_scale(explanation, name)} for name in methods},
         "magnifications": {
             name: {
                 "side_px": level.side_px,
                 "tiles": len(level.coords),
-                "ranges": {
-                    method: score_range(explanation.scores(name, method))
-                    for method in explanation.methods
-                    if explanation.has(name, method)
-                },
+                "verdicts": {m: explanation.verdict(name, m) for m in methods if explanation.has(name, m)},
             }
             for name, level in explanation.levels.items()
         },
     }
 
 
-def score_range(scores: np.ndarray) -> dict[str, float]:
-    """Return the lowest and highest score, and the 1st and 99th percentile, which are robust to outliers."""
-    finite = scores[np.isfinite(scores)]
-    low, p1, p99, high = np.percentile(finite, [0, 1, 99, 100])
-    return {"low": float(low), "p1": float(p1), "p99": float(p99), "high": float(high)}
+def score_scale(explanation: Explanation, method: str) -> dict[str, float | bool]:
+    """Return the ends of a method's colour scale at all magnifications, and of a scale that no score is outside of."""
+    scale = Scale.of(explanation, method)
+    scores = np.concatenate([explanation.scores(name, method) for name in explanation.levels])
+    most = max(float(np.nanmax(np.abs(scores))), scale.high)
+    return {"low": scale.low, "high": scale.high, "most": most, "clipped": scale.clipped}
 
 
 def level_of(explanation: Explanation | None, magnification: str) -> TileScores:

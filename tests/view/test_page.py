@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from headless import chromium, needs_chromium
 from made_up_viewer import DAMAGED, EXPLAINED, PLAIN, SIZE, Client, Files, explanation, make_files, running, until
 
 from cfusion.explanation.result import TileScores, write_explanation
@@ -19,13 +20,8 @@ from cfusion.view.served_slides import SlideFolder
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = sync_api.expect
 expect.set_options(timeout=30_000)
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")
+pytestmark = needs_chromium
 deep = pytest.mark.skipif(
     not openseadragon.package_path().is_file(), reason="OpenSeadragon has not been fetched: cfusion view --fetch"
 )
@@ -38,10 +34,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @dataclass
@@ -117,9 +111,9 @@ def test_a_click_reads_the_tile(window: Window, tmp_path):
     assert page.locator("#tile-body figcaption").all_inner_texts() == ["20x: 128 µm", "10x: 256 µm", "5x: 512 µm"]
     rows = page.locator("#tile-body tbody tr").all_inner_texts()
     assert [re.split(r"\s+", row) for row in rows] == [
-        ["20x", "1.5", "±", "0.15", "0.1", "±", "0.01", "–"],
-        ["10x", "1.5", "±", "0.15", "0.1", "±", "0.01", "–"],
-        ["5x", "1.5", "±", "0.15", "0.1", "±", "0.01", "0.2", "±", "0.02"],
+        ["20x", "–", "0.1", "±", "0.01", "1.5", "±", "0.15"],
+        ["10x", "–", "0.1", "±", "0.01", "1.5", "±", "0.15"],
+        ["5x", "0.2", "±", "0.02", "0.1", "±", "0.01", "1.5", "±", "0.15"],
     ]
     page.screenshot(path=tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 50_000
@@ -149,19 +143,23 @@ def test_zoom_loads_finer_tiles_and_resets(window: Window):
 @deep
 def test_the_heatmap_switches(window: Window):
     page = window.open()
-    assert page.locator("#stage").get_attribute("data-shown") == "x20/attention/viridis"
+    # Occlusion runs the model and has a sign, and of few large tiles more stand out; attention says least.
+    assert page.locator("#stage").get_attribute("data-shown") == "x5/occlusion/RdBu_r"
+    assert page.locator("#methods label").all_inner_texts() == ["occlusion", "gradient", "attention"]
     left, right = window.colour(-120), window.colour(120)
     assert left[3] == right[3] == 153  # 60% of 255
-    assert left[1] > right[1]  # viridis: more attention is yellow, less is violet
-    page.get_by_text("gradient", exact=True).first.click()
-    page.wait_for_selector("#stage[data-shown='x20/gradient/coolwarm']")
+    assert left[0] > left[2], "raises the risk: red"
+    assert right[2] > right[0], "lowers the risk: blue"
+    page.get_by_text("20x", exact=True).first.click()
+    page.wait_for_selector("#stage[data-shown='x20/gradient/RdBu_r']")
     left, right = window.colour(-120), window.colour(120)
     assert left[0] > left[2], "raises the risk: red"
     assert right[2] > right[0], "lowers the risk: blue"
     assert [page.locator(f"#colour-{end}").inner_text() for end in ("low", "mid", "high")] == ["−0.1", "0", "0.1"]
     assert "raises" in page.locator("#colour-unit").inner_text()
     page.get_by_text("5x", exact=True).first.click()
-    page.wait_for_selector("#stage[data-shown='x5/gradient/coolwarm']")
+    page.wait_for_selector("#stage[data-shown='x5/gradient/RdBu_r']")
+    assert page.locator("#colour-high").inner_text() == "0.1", "one scale for all magnifications"
     page.locator("#palette").select_option("PuOr_r")
     page.wait_for_selector("#stage[data-shown='x5/gradient/PuOr_r']")
     assert window.colour(-120) != left
@@ -171,12 +169,41 @@ def test_the_heatmap_switches(window: Window):
 
 
 @deep
+def test_noise_is_grey_and_attention_carries_a_warning(window: Window):
+    page = window.open()
+    expect(page.locator("#verdict")).to_have_text(re.compile(r"^(\d+) of \1 tiles at 5x stand out"))
+    page.get_by_text("attention", exact=True).first.click()
+    page.wait_for_selector("#stage[data-shown='x5/attention/viridis']")
+    left, right = window.colour(-120), window.colour(120)
+    assert left[3] == pytest.approx(0.6 * 0.25 * 255, abs=1), "noise is pale"
+    assert len(set(left[:3])) == 1, "and grey"
+    assert right[3] == 153
+    assert "may lower it" in page.locator("#meaning.caution").inner_text()
+    expect(page.locator("#verdict")).to_contain_text("stand out")
+    expect(page.locator("#faded")).to_be_visible()
+
+
+@deep
+def test_without_a_spread_the_viewer_says_so_and_paints_all(browser, files: Files, tmp_path):
+    write_explanation(explanation(EXPLAINED, training_ratio=None), tmp_path / "explanation.zarr")
+    viewer = Viewer(SlideFolder(files.slides), Explanations(tmp_path))
+    load_deep_zoom(viewer)
+    for window in windows(browser, viewer):
+        page = window.open()
+        expect(page.locator("#verdict")).to_contain_text("nothing shows which tiles at 5x are noise")
+        expect(page.locator("#faded")).to_be_hidden()
+        page.get_by_text("attention", exact=True).first.click()
+        page.wait_for_selector("#stage[data-shown='x5/attention/viridis']")
+        assert window.colour(-120)[3] == 153
+
+
+@deep
 @pytest.mark.parametrize("ratio", [1, 2])
 def test_tiles_off_the_grid_are_drawn_at_their_position(browser, files: Files, tmp_path, ratio: int):
     corners, side = np.array([[300, 333], [1111, 777]], np.int32), 256
     scores = np.array([[1.0, -1.0]], np.float32)
     level = TileScores(corners, side, scores, np.full_like(scores, np.nan))
-    full = explanation(PLAIN)
+    full = explanation(PLAIN, training_ratio=None)
     write_explanation(
         dataclasses.replace(full, levels={"x20": level}, methods=("gradient",)), tmp_path / "explanation.zarr"
     )
@@ -184,7 +211,7 @@ def test_tiles_off_the_grid_are_drawn_at_their_position(browser, files: Files, t
     load_deep_zoom(viewer)
     for window in windows(browser, viewer, device_scale_factor=ratio):
         page = window.open(PLAIN)
-        page.wait_for_selector("#stage[data-shown='x20/gradient/coolwarm']")
+        page.wait_for_selector("#stage[data-shown='x20/gradient/RdBu_r']")
         box = page.locator("#stage").bounding_box()
         scale = min(box["width"] / SIZE[0], box["height"] / SIZE[1])
 
@@ -207,14 +234,14 @@ def test_tiles_off_the_grid_are_drawn_at_their_position(browser, files: Files, t
 def test_a_score_that_a_magnification_lacks_cannot_be_chosen(window: Window):
     page = window.open()
     occlusion = page.get_by_role("radio", name="occlusion")
+    assert occlusion.is_enabled()
+    page.get_by_text("20x", exact=True).first.click()
+    page.wait_for_selector("#stage[data-shown='x20/gradient/RdBu_r']")
     assert occlusion.is_disabled()
     page.get_by_text("5x", exact=True).first.click()
-    page.wait_for_selector("#stage[data-shown^='x5/']")
-    assert occlusion.is_enabled()
+    page.wait_for_selector("#stage[data-shown='x5/gradient/RdBu_r']")
     page.get_by_text("occlusion", exact=True).first.click()
-    page.wait_for_selector("#stage[data-shown='x5/occlusion/coolwarm']")
-    page.get_by_text("20x", exact=True).first.click()
-    page.wait_for_selector("#stage[data-shown='x20/attention/viridis']")
+    page.wait_for_selector("#stage[data-shown='x5/occlusion/RdBu_r']")
 
 
 @deep
@@ -222,9 +249,13 @@ def test_everything_works_from_the_keyboard(window: Window):
     page = window.open()
     keys = page.keyboard
     keys.press("m")
+    page.wait_for_selector("#stage[data-shown='x20/gradient/RdBu_r']")
+    keys.press("m")
+    page.wait_for_selector("#stage[data-shown='x10/gradient/RdBu_r']")
+    keys.press("s")
     page.wait_for_selector("#stage[data-shown='x10/attention/viridis']")
     keys.press("s")
-    page.wait_for_selector("#stage[data-shown='x10/gradient/coolwarm']")
+    page.wait_for_selector("#stage[data-shown='x10/gradient/RdBu_r']")
     keys.press("c")
     page.wait_for_selector("#stage[data-shown='x10/gradient/PuOr_r']")
     for _ in range(3):
@@ -316,6 +347,8 @@ def test_text_has_contrast_in_light_and_dark(browser, files: Files, scheme: str)
             "#slide-facts",
             "#count",
             "#meaning",
+            "#verdict",
+            "#faded",
             ".slide small",
             "#tile-body td",
             "svg.plot text",
@@ -388,6 +421,20 @@ def test_a_name_is_never_parsed_as_markup(browser, files: Files, tmp_path):
         expect(page.locator("#slide-name")).to_have_text(name)
         expect(page.locator("img[src=x]")).to_have_count(0)
         assert not window.complaints
+
+
+@deep
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_name_of_any_length_moves_nothing_out_of_sight(browser, files: Files, tmp_path, width: int):
+    name = "a-slide-with-a-name-" * 10
+    shutil.copy(files.slides / f"{PLAIN}.svs", tmp_path / f"{name}.svs")
+    viewer = Viewer(SlideFolder(tmp_path), Explanations(None))
+    load_deep_zoom(viewer)
+    for window in windows(browser, viewer, viewport={"width": width, "height": 800}):
+        page = window.open(name)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.locator("#slide-name").get_attribute("title") == name, "to be read in full"
+        assert page.locator("#help-open").bounding_box()["x"] < width - 30
 
 
 @deep

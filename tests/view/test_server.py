@@ -96,9 +96,10 @@ def test_a_slide_is_described(client: Client):
     slide = client.json(f"/api/slides/{client.keys()[EXPLAINED]}")
     assert (slide["width"], slide["height"], slide["mpp"]) == (*SIZE, 0.5)
     explanation = slide["explanation"]
-    assert list(explanation["methods"]) == ["attention", "gradient", "occlusion"]
-    assert list(explanation["magnifications"]["x20"]["ranges"]) == ["attention", "gradient"]
-    assert explanation["magnifications"]["x5"]["ranges"]["occlusion"]["high"] == pytest.approx(0.2)
+    assert list(explanation["methods"]) == ["occlusion", "gradient", "attention"]
+    assert list(explanation["magnifications"]["x20"]["verdicts"]) == ["gradient", "attention"]
+    scale = explanation["methods"]["occlusion"]["scale"]
+    assert (scale["high"], scale["low"], scale["most"]) == pytest.approx((0.2, -0.2, 0.2))
     assert explanation["models"] == 3
     assert "fold ensemble of 3: risk \u22122.200" in slide["patient"]["words"]
 
@@ -110,6 +111,9 @@ def test_scores_come_as_they_were_written(client: Client, files: Files):
         coords = np.frombuffer(client.ask(f"{address}/coords")[2], "<i4").reshape(-1, 2)
         np.testing.assert_array_equal(coords, level.coords)
         np.testing.assert_array_equal(np.frombuffer(client.ask(f"{address}/gradient")[2], "<f4"), level.mean[1])
+    clear = np.frombuffer(client.ask(f"/api/slides/{key}/scores/x20/attention?stands-out")[2], "u1")
+    np.testing.assert_array_equal(clear, written.stands_out("x20", "attention"))
+    assert 0 < clear.sum() < len(clear)
     assert client.ask(f"/api/slides/{key}/scores/x40/gradient")[0] == 404
     assert client.ask(f"/api/slides/{key}/scores/x20/magic")[0] == 404
     assert client.ask(f"/api/slides/{client.keys()[PLAIN]}/scores/x20/coords")[0] == 404

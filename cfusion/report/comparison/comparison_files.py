@@ -12,7 +12,7 @@ from markupsafe import Markup
 from cfusion.files import write_text
 from cfusion.report.comparison.cells import RANKED, ComparedRun, Comparison, Cost
 from cfusion.report.comparison.comparison_tables import ResultGrid, cells_table, runs_table, tests_table
-from cfusion.report.comparison.critical_difference import cd_diagram
+from cfusion.report.comparison.critical_difference import cd_diagram, rank_words
 from cfusion.report.comparison.paper import latex, markdown
 from cfusion.report.comparison.published_results import (
     PUBLISHED,
@@ -81,7 +81,10 @@ def render_comparison(
     members = [m for cell in comparison.cells for m in (*cell.members, *cell.permuted)]
     costs, tests = [m.cost for m in members], tests_table(comparison)
     figures = {
-        f"{what}, protocol {protocol}": Markup(cd_diagram(ranking, what, protocol))  # noqa: S704 - the figure escapes its words
+        f"{what}, protocol {protocol}": (
+            Markup(cd_diagram(ranking, what, protocol)),  # noqa: S704 - the figure escapes its words
+            rank_words(ranking),
+        )
         for (protocol, what), ranking in comparison.rankings.items()
     }
     return environment.get_template("comparison.html.j2").render(

@@ -38,7 +38,7 @@ def cd_diagram(ranking: Ranking, what: str, protocol: str) -> str:
         plot.add(f'<path class="line series1 clique" d="M{number(start - 4)} {number(y)}H{number(end + 4)}"/>')
     if optimistic(protocol):
         plot.text(plot.width / 2, height - 10, named(protocol), "note")
-    return plot.finish(f"Mean ranks of {what} over {cohorts_of(ranking)}", f"{_words(ranking)} {named(protocol)}")
+    return plot.finish(f"Mean ranks of {what} over {cohorts_of(ranking)}", f"{rank_words(ranking)} {named(protocol)}")
 
 
 def cohorts_of(ranking: Ranking) -> str:
@@ -71,6 +71,7 @@ def _scale(plot: Plot, ranking: Ranking, top: float) -> None:
         plot.text(start, 18, f"critical difference {critical:.2f}; Friedman {p_text(ranking.p)}", "note", "start")
 
 
-def _words(ranking: Ranking) -> str:
+def rank_words(ranking: Ranking) -> str:
+    """Describe the mean ranks and which differences are significant; a phone has no room for the diagram."""
     ranks = ", ".join(f"{n} {r:.2f}" for n, r in zip(ranking.names, ranking.mean_ranks, strict=True))
     return f"Mean ranks, 1 is best: {ranks}. {verdict(ranking)}"

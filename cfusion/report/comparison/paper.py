@@ -115,7 +115,7 @@ def _cohort(grid: ResultGrid, cohort: str, tests: list[dict[str, Any]]) -> Print
         rows.append(
             (cell.encoder, cell.model, within, *added, *null, *_test(cell, found.get(cell.label)), cell.cost.words)
         )
-    null_head = ("Null",) if nulls else ()
+    null_head = ("Permuted",) if nulls else ()
     added_head = () if clinical == "–" else ("Adds to the clinic (95%)",)
     head = (
         "Encoder",
@@ -128,7 +128,7 @@ def _cohort(grid: ResultGrid, cohort: str, tests: list[dict[str, Any]]) -> Print
         "p, Holm",
         "Cost",
     )
-    null_text = " null: the same model on permuted outcomes, mean of folds;" if nulls else ""
+    null_text = " permuted: the same model trained on permuted outcomes, mean of folds;" if nulls else ""
     clinical_words = (
         ""
         if clinical == "–"

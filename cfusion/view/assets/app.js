@@ -57,7 +57,8 @@ async function openSlide(key) {
   byId("stage").dataset.state = "opening";
   delete byId("stage").dataset.shown;
   toggleSlides(false);
-  byId("slide-name").textContent = page.state.slides.find((slide) => slide.key === key)?.id ?? "CrossFusion";
+  const name = page.state.slides.find((slide) => slide.key === key)?.id ?? "CrossFusion";
+  byId("slide-name").textContent = byId("slide-name").title = name; // a long name is cut at the end
   byId("slide-facts").textContent = "";
   letTileGo();
   showBanner("");

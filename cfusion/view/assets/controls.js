@@ -1,6 +1,6 @@
 // The controls of the heatmap: magnification, score, colours, range and opacity.
 
-import { limits, Scores, short } from "./heatmap.js";
+import { Scores, short } from "./heatmap.js";
 import { make, magnified } from "./panels.js";
 
 const byId = (id) => document.getElementById(id);
@@ -41,13 +41,19 @@ export class Controls {
     if (!explanation) return;
     const { magnifications, methods } = explanation;
     const names = Object.keys(magnifications);
-    if (!names.includes(this.magnification)) this.magnification = names[0];
-    const scored = Object.keys(magnifications[this.magnification].ranges);
+    if (!names.includes(this.magnification)) this.magnification = names.at(-1); // the coarsest
+    const scored = this.scored();
     if (!scored.includes(this.method)) this.method = scored[0];
     const levels = names.map((name) => ({ value: name, words: magnified(name) }));
     segments("magnifications", levels, this.magnification, (name) => this.choose({ magnification: name }));
     const scores = Object.keys(methods).map((name) => ({ value: name, words: name, off: !scored.includes(name) }));
     segments("methods", scores, this.method, (name) => this.choose({ method: name }));
+  }
+
+  // The methods with scores at the chosen magnification, in the order of the explanation.
+  scored() {
+    const { verdicts } = this.explanation.magnifications[this.magnification];
+    return Object.keys(this.explanation.methods).filter((name) => name in verdicts);
   }
 
   choose(change) {
@@ -65,7 +71,7 @@ export class Controls {
   }
 
   async fetched(what) {
-    const address = `/api/slides/${this.slide.key}/scores/${this.magnification}/${what}`;
+    const address = `/api/slides/${this.slide.key}/scores/${this.magnification}/${what}`; // fetched once per slide
     if (!this.held.has(address)) this.held.set(address, await this.ask(address, "bytes"));
     return this.held.get(address);
   }
@@ -75,16 +81,21 @@ export class Controls {
     if (!explanation || !method) return;
     const coords = await this.fetched("coords");
     if (slide !== this.slide || magnification !== this.magnification || method !== this.method) return;
-    const values = await this.fetched(method);
+    const [values, clear] = await Promise.all([this.fetched(method), this.fetched(`${method}?stands-out`)]);
     if (slide !== this.slide || magnification !== this.magnification || method !== this.method) return;
-    const { side_px: side, ranges } = explanation.magnifications[magnification];
-    const { unit, signed, meaning } = explanation.methods[method];
+    const { side_px: side, verdicts } = explanation.magnifications[magnification];
+    const { unit, signed, meaning, scale } = explanation.methods[method];
     const colours = this.showPalettes();
-    const [low, high] = limits(ranges[method], signed, byId("range").value === "full");
-    this.overlay.scores = new Scores(side, new Int32Array(coords), new Float32Array(values));
-    this.overlay.picture = this.overlay.scores.coloured(colours, low, high);
+    const full = byId("range").value === "full";
+    const high = full ? scale.most : scale.high;
+    const low = signed ? -high : scale.low;
+    this.overlay.scores = new Scores(side, new Int32Array(coords), new Float32Array(values), new Uint8Array(clear));
+    this.overlay.picture = this.overlay.scores.coloured(colours, low, high, this.palettes.faded);
     byId("meaning").textContent = meaning;
-    showColourBar(colours, low, high, unit, signed);
+    byId("meaning").className = signed ? "soft" : "caution"; // attention is no direction
+    byId("verdict").textContent = verdicts[method];
+    byId("faded").hidden = !explanation.spread_known;
+    showColourBar(colours, low, high, unit, signed, scale.clipped && !full);
     byId("stage").dataset.shown = `${magnification}/${method}/${this.palette[this.kind]}`;
     this.redraw();
   }
@@ -131,8 +142,7 @@ export class Controls {
 
   nextMethod() {
     if (!this.explanation) return;
-    const { ranges } = this.explanation.magnifications[this.magnification];
-    this.choose({ method: after(Object.keys(this.explanation.methods).filter((name) => name in ranges), this.method) });
+    this.choose({ method: after(this.scored(), this.method) });
   }
 
   nextPalette() {
@@ -160,14 +170,14 @@ function segments(id, options, chosen, pick) {
   for (const input of holder.querySelectorAll("input")) input.checked = input.value === chosen;
 }
 
-function showColourBar(colours, low, high, unit, signed) {
+function showColourBar(colours, low, high, unit, signed, clipped) {
   const bar = byId("colours");
   const strip = new ImageData(256, 1);
   colours.forEach((colour, i) => strip.data.set([...colour, 255], 4 * i));
   bar.getContext("2d").putImageData(strip, 0, 0);
   bar.setAttribute("aria-label", `Colours from ${short(low)} to ${short(high)} ${unit}`);
-  byId("colour-low").textContent = short(low);
+  byId("colour-low").textContent = `${clipped && signed ? "≤ " : ""}${short(low)}`;
   byId("colour-mid").textContent = signed ? "0" : short((low + high) / 2);
-  byId("colour-high").textContent = short(high);
+  byId("colour-high").textContent = `${clipped ? "≥ " : ""}${short(high)}`;
   byId("colour-unit").textContent = signed ? `${unit}: lowers it · raises it` : unit;
 }

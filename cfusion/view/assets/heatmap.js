@@ -5,8 +5,9 @@ const FINER = 8; // pixels along the side of a tile that is not on the grid
 const MOST_PIXELS = 16e6;
 
 export class Scores {
-  constructor(side, coords, values) {
-    Object.assign(this, { side, coords, values });
+  // `clear` is 1 for the tiles whose score stands out from its spread over folds.
+  constructor(side, coords, values, clear) {
+    Object.assign(this, { side, coords, values, clear });
     let [left, top, right, bottom] = [Infinity, Infinity, -Infinity, -Infinity];
     for (let i = 0; i < coords.length; i += 2) {
       left = Math.min(left, coords[i]);
@@ -25,16 +26,19 @@ export class Scores {
     this.unit = side / this.per;
   }
 
-  // Colour the tiles with `palette` from `low` to `high`; tiles without a score stay transparent.
-  coloured(palette, low, high) {
+  // Colour the tiles with `palette` from `low` to `high`, those that do not stand out with `faded`; tiles without a
+  // score stay transparent.
+  coloured(palette, low, high, faded) {
     const picture = new ImageData(this.width, this.height);
     const pixels = new Uint32Array(picture.data.buffer);
-    const packed = palette.map(([r, g, b]) => (255 << 24) | (b << 16) | (g << 8) | r);
+    const pack = ([r, g, b, a = 255]) => (a << 24) | (b << 16) | (g << 8) | r;
+    const packed = palette.map(pack);
+    const grey = pack(faded);
     const span = high - low || 1;
     for (let i = 0; i < this.values.length; i++) {
       const value = this.values[i];
       if (Number.isNaN(value)) continue;
-      const colour = packed[Math.max(0, Math.min(255, Math.round((255 * (value - low)) / span)))];
+      const colour = this.clear[i] === 0 ? grey : packed[Math.max(0, Math.min(255, Math.round((255 * (value - low)) / span)))];
       const x = Math.round((this.coords[2 * i] - this.left) / this.unit);
       const y = Math.round((this.coords[2 * i + 1] - this.top) / this.unit);
       for (let row = y; row < y + this.per; row++) pixels.fill(colour, row * this.width + x, row * this.width + x + this.per);
@@ -93,14 +97,6 @@ export class Overlay {
       this.context.strokeRect(...at);
     }
   }
-}
-
-// Lowest and highest score of a colour scale; symmetric around 0 for signed scores.
-export function limits(range, signed, full) {
-  const [low, high] = full ? [range.low, range.high] : [range.p1, range.p99];
-  if (!signed) return [Math.min(low, high), high > low ? high : low + 1e-9];
-  const most = Math.max(Math.abs(low), Math.abs(high)) || 1e-9;
-  return [-most, most];
 }
 
 // A score with three significant digits.

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from headless import PAPER_PX, chromium, cut_columns, needs_chromium
 from made_up_comparison import STRENGTH, member
 
 from cfusion.errors import DataError
@@ -267,3 +268,17 @@ def test_a_cell_says_what_it_adds_to_the_clinic(comparison, tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert "Adds to the clinic (95%)" in table
     assert "which reach 0.710 (0.660 to 0.760) by themselves" in table
+
+
+@needs_chromium
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "media"), [(390, "screen"), (1400, "screen"), (PAPER_PX, "print")])
+def test_no_column_of_the_page_is_cut(comparison, tmp_path, width, media):
+    page_file = write_comparison(comparison, tmp_path / "report", title="Sweep")
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.emulate_media(media=media)
+        page.goto(page_file.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert cut_columns(page) == []
+        page.screenshot(path=tmp_path / "page.png", full_page=True)

@@ -1,0 +1,55 @@
+"""Measure the page of a slide in a headless Chromium: it fits a phone, whatever the name; its legends are readable."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from headless import chromium, cut_columns, needs_chromium
+
+from cfusion.explanation.explanation_files import write_results
+
+pytestmark = [needs_chromium, pytest.mark.slow]
+
+
+class Grey:
+    """A slide of one colour."""
+
+    size_px = (4096, 3072)
+
+    def overview(self, side_px: int) -> np.ndarray:
+        return np.full((side_px * 3 // 4, side_px, 3), 200, np.uint8)
+
+    def region(self, x_px: int, y_px: int, side_px: int, out_px: int) -> np.ndarray:
+        return np.full((out_px, out_px, 3), 180, np.uint8)
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_and_its_legends_have_contrast(found, tmp_path, width: int, scheme: str):
+    levels = {n: dataclasses.replace(v, sd=np.full_like(v.sd, 1e-9)) for n, v in found.levels.items()}
+    named = dataclasses.replace(found, slide_id="a-name-of-a-slide-" * 9, levels=levels)
+    page_file = write_results(named, tmp_path / "slide", pictures=Grey())
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.goto(page_file.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert cut_columns(page) == []
+        legend = page.locator(".legend").first
+        ink, paper = (
+            sum(
+                map(
+                    int,
+                    page.evaluate(
+                        "([node, name]) => getComputedStyle(node)[name].match(/\\d+/g).slice(0, 3)", [at, of]
+                    ),
+                )
+            )
+            for at, of in (
+                (legend.element_handle(), "color"),
+                (page.locator("body").element_handle(), "backgroundColor"),
+            )
+        )
+        assert abs(ink - paper) > 400, "of 765"
+        assert legend.locator("b").count() == 3
+        assert page.locator("figure img").first.bounding_box()["width"] <= width
+        page.screenshot(path=tmp_path / "page.png", full_page=True)
