@@ -21,7 +21,7 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(quick=True, minutes=5.0, shared=tmp_path, json_file=tmp_path / "rows.json")
 
 
-def test_a_limit_of_correctness_is_judged_everywhere_and_one_of_speed_only_on_a_gpu_at_full_size(bench):
+def test_a_limit_of_correctness_is_checked_everywhere_and_one_of_speed_only_on_a_gpu_at_full_size(bench):
     def measure(bench: Bench) -> None:
         bench.tell("kept", 0.5, "ms", Limit(1.0))
         bench.tell("missed", 1.5, "ms", Limit(1.0))

@@ -291,7 +291,7 @@ class Runtime:
         return box[0]
 
     def on_main(self, work: Callable[[], ItemT]) -> ItemT:
-        """Return what `work` returns on rank 0, which alone calls it, on every rank.
+        """Call `work` on rank 0 only, and return its result on every rank.
 
         The others wait for it longer than for a collective, up to `PATIENCE`: scores and figures may take a while. If
         rank 0 ends, they fail at once.
