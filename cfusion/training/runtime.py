@@ -43,7 +43,7 @@ def connect(parallel: ParallelConfig, *, on_cpu: bool) -> None:
     Accelerate would use NCCL for both. A barrier or an object that waits for rank 0 would then be a kernel on the GPU,
     and the watchdog of NCCL ends the process when it waits too long.
     """
-    if on_cpu or "RANK" not in os.environ or torch.distributed.is_initialized():
+    if on_cpu or "LOCAL_RANK" not in os.environ or torch.distributed.is_initialized():
         return
     torch.distributed.init_process_group("cuda:nccl,cpu:gloo", timeout=_timeout(parallel))
 
