@@ -20,6 +20,9 @@ _JOB_CORES = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "NSLOTS", "NCPUS", "L
 SLOTS = "CFUSION_SLOTS"
 """Variable with the number of a sweep's workers on this machine, set for each of them: they share its memory."""
 
+GPU_SHARE = "CFUSION_GPU_SHARE"
+"""Variable with the fraction of its GPU's memory that a process may fill, set for each worker of a sweep."""
+
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 
@@ -48,6 +51,11 @@ def processes_here() -> int:
     """Return how many processes of this run and of the other runs of its sweep share the memory of this machine."""
     counts = (os.environ.get(name, "") for name in (SLOTS, "LOCAL_WORLD_SIZE"))
     return math.prod(int(count) for count in counts if count.isdecimal() and int(count) > 0)
+
+
+def gpu_share() -> float:
+    """Return the fraction of its GPU's memory that this process may fill."""
+    return float(os.environ.get(GPU_SHARE, "1"))
 
 
 def _job_cores() -> int | None:

@@ -1,6 +1,7 @@
 """The acceptance run on a GPU: its rows and limits, what it does without a package, and every part on a CPU."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(quick=True, minutes=5.0, shared=tmp_path, json_file=tmp_path / "rows.json")
 
 
-def test_a_limit_of_correctness_is_judged_everywhere_and_one_of_speed_only_on_a_gpu_at_full_size(bench):
+def test_a_limit_of_correctness_is_checked_everywhere_and_one_of_speed_only_on_a_gpu_at_full_size(bench):
     def measure(bench: Bench) -> None:
         bench.tell("kept", 0.5, "ms", Limit(1.0))
         bench.tell("missed", 1.5, "ms", Limit(1.0))
@@ -99,18 +100,19 @@ def test_calls_are_timed_within_their_budget_and_at_least_once():
 
 
 @pytest.mark.slow
-def test_every_part_runs_on_a_cpu(tmp_path, shared):
+def test_every_part_runs_on_a_cpu(tmp_path):
+    shared = Path(os.environ.get("CFUSION_SHARED", ROOT.parent / "shared"))
     rows = tmp_path / "rows.json"
     arguments = ["--quick", "--json", str(rows), "--minutes", "60", "--shared", str(shared)]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", *arguments], cwd=ROOT, capture_output=True, text=True,
-        env={**command.os.environ, "PYTHONPATH": python_path(), "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "PYTHONPATH": python_path(), "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Speed on a GPU: not measured." in done.stdout
     found = json.loads(rows.read_text())
     assert {row["part"] for row in found} == set(command.PARTS)
-    measured = {row["part"] for row in found if row["value"] is not None}
-    assert measured == set(command.PARTS)
+    skipped = set(command.PARTS) - {row["part"] for row in found if row["value"] is not None}
+    assert skipped == (set() if shared.is_dir() else {"golden", "extraction"}), "these need the shared material"
     assert not [row for row in found if row["kept"] is False]
     assert all(row["device"].startswith("CPU") for row in found)

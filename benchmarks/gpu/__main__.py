@@ -5,7 +5,7 @@
 Rows are printed as they are measured, each with its limit or aim if it has one, and written to FILE after each of them.
 The run adapts to the minutes given: parts share what is left, and what does not fit is a row that says so. A part that
 needs a package, a folder or a GPU that is missing is skipped by name. Without a GPU the parts run on the CPU; aims for
-speed are then not judged.
+speed are then not checked.
 
 `benchmarks/gpu_wheels.sh` collects the packages for a node without a package index.
 

@@ -1,4 +1,4 @@
-"""Attention over bags of new lengths, with and without cuDNN, which plans each length anew."""
+"""Attention over bags of new lengths, with and without cuDNN, which plans each length separately."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def measure(bench: Bench) -> None:
             if bench.on_gpu:
                 torch.backends.cuda.enable_cudnn_sdp(cudnn)
             who = "cuDNN first in line" if cudnn else "as the program sets it"
-            _visit(bench, who, [length + number for length in lengths], judged=not cudnn)
+            _visit(bench, who, [length + number for length in lengths], limited=not cudnn)
     finally:
         if bench.on_gpu:
             torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def _visit(bench: Bench, who: str, lengths: list[int], *, judged: bool) -> None:
+def _visit(bench: Bench, who: str, lengths: list[int], *, limited: bool) -> None:
     module = CrossAttention(DIM, HEADS).to(bench.device)
     for length in lengths[:1]:  # cuBLAS and the allocator start
         _step(bench, module, length - 1)
@@ -41,10 +41,10 @@ def _visit(bench: Bench, who: str, lengths: list[int], *, judged: bool) -> None:
             visit.append(seconds_once(lambda length=length, result=result: result.append(_step(bench, module, length))))
             broken += not result[0]
     first, again = (1e3 * statistics.median(times[name]) for name in ("first", "again"))
-    limit = Limit(2.0, speed=True) if judged else None
+    limit = Limit(2.0, speed=True) if limited else None
     bench.tell(f"n × 4n cross-attention, {who}: length seen before", again, "ms")
     bench.tell(f"n × 4n cross-attention, {who}: new length, against seen", first / again, "times", limit)
-    bench.tell(f"n × 4n cross-attention, {who}: gradients not finite", float(broken), "", Limit(0) if judged else None)
+    bench.tell(f"n × 4n cross-attention, {who}: gradients not finite", float(broken), "", Limit(0) if limited else None)
 
 
 def _step(bench: Bench, module: CrossAttention, length: int) -> bool:

@@ -67,7 +67,7 @@ class Figure:
 
     def __str__(self) -> str:
         shown = f"{self.value:.4g} {self.unit}".rstrip() if isinstance(self.value, float) else self.value or "skipped"
-        verdict = {None: "not judged here", True: "kept", False: "MISSED"}[self.kept]
+        verdict = {None: "not checked here", True: "kept", False: "MISSED"}[self.kept]
         limit = f"limit {self.limit}: {verdict}" if self.limit else ""
         return "  ".join(filter(None, [f"{self.part:<9} {self.case:<66} {shown:>20}", limit, self.note]))
 

@@ -1,6 +1,6 @@
 """DistributedDataParallel with its reducer, and ZeRO 1 to 3, against one process without either.
 
-Each engine runs in a process of its own under torchrun, in a world of one: NCCL on a GPU, gloo on a CPU.
+Each runs in a separate process; DDP and ZeRO under torchrun, in a world of one: NCCL on a GPU, gloo on a CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Literal, cast, get_args
 from unittest import mock
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.gpu.bench import Bench, Limit
@@ -44,7 +45,8 @@ SECONDS = 60.0
 @contextmanager
 def wrapped_in_a_world_of_one() -> Iterator[None]:
     """Let Accelerate wrap a model in DistributedDataParallel also for a single process, to exercise its reducer."""
-    with mock.patch.object(Accelerator, "multi_device", True):
+    distributed = property(lambda state: state.distributed_type != DistributedType.NO)
+    with mock.patch.object(PartialState, "use_distributed", distributed):
         yield
 
 
@@ -86,9 +88,10 @@ def _start(bench: Bench, engine: Engine) -> dict[str, list[float]] | str:
     """Run an engine in its process; return what it measured, or the end of what it wrote."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "measured.json"
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
-            "-m", "benchmarks.gpu", "--child", engine, "--json", str(out), *(["--quick"] if bench.quick else []),
+            sys.executable, *([] if engine == "plain" else torchrun), "-m", "benchmarks.gpu", "--child", engine,
+            "--json", str(out), *(["--quick"] if bench.quick else []),
         ]  # fmt: skip
         root = Path(__file__).parents[2]
         try:
@@ -112,7 +115,7 @@ def _cause(text: str) -> str:
 
 
 def child(bench: Bench, engine: str) -> dict[str, list[float]]:
-    """In the engine's process: train a few steps of two bags, each a forward pass of its own."""
+    """In the engine's process: train a few steps of two bags, each in a separate forward pass."""
     kind = "ddp" if engine == "plain" else engine
     parallel = ParallelConfig.model_validate(
         {"engine": kind, "precision": "bf16" if bench.on_gpu else "f32", "global_batch": 2}

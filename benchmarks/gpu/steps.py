@@ -54,10 +54,10 @@ def network(bench: Bench, **options: float) -> torch.nn.Module:
     return build_model("crossfusion", backbone_dim=CHANNELS, n_bins=BINS, embed_dim=width(bench), **options)
 
 
-def stepper(bench: Bench, runtime: Runtime) -> Stepper:
+def stepper(bench: Bench, runtime: Runtime, *, fused: bool = False) -> Stepper:
     """The model with its optimizer, as a training has them."""
     module = network(bench)
-    model, optimizer = runtime.prepare(module, make_optimizer(module, TrainConfig()))
+    model, optimizer = runtime.prepare(module, make_optimizer(module, TrainConfig(fused_optimizer=fused)))
     model.train()
     return Stepper(runtime, model, optimizer, LOSSES["nll"], 0.0, 1.0)
 
@@ -72,6 +72,7 @@ def measure(bench: Bench) -> None:
             continue
         _size(bench, "bf16", tiles, bench.left / (2 * len(sizes)), reference)
     _size(bench, "f32", reference, bench.left / 4, reference)
+    _settings_that_are_off(bench, reference)
     _alternatives(bench, reference)
 
 
@@ -84,9 +85,8 @@ def _size(bench: Bench, precision: Literal["bf16", "f32"], tiles: int, budget: f
         taken = seconds_per_call(accumulate, budget / 2)
     except torch.OutOfMemoryError:
         bench.skip(what, "does not fit the memory of this GPU")
-        return
-    finally:
         runtime.release()
+        return
     aimed = tiles == reference and precision == "bf16"
     bench.tell(f"{what}: forward and backward of a bag", 1e3 * taken, "ms", Limit(4, speed=True) if aimed else None)
     share_of_peak = flops(tiles, Widths(CHANNELS, width(bench))) / taken / bench.peak
@@ -100,6 +100,7 @@ def _size(bench: Bench, precision: Literal["bf16", "f32"], tiles: int, budget: f
         torch.cuda.reset_peak_memory_stats()
     if tiles == reference:
         _rest_of_a_step(bench, what, steps, one, budget)
+    runtime.release()
 
 
 def _rest_of_a_step(bench: Bench, what: str, steps: Stepper, one: Share, budget: float) -> None:
@@ -116,6 +117,23 @@ def _rest_of_a_step(bench: Bench, what: str, steps: Stepper, one: Share, budget:
     bench.tell(f"{what}: a step of one bag, with its update", 1e3 * complete, "ms")
     steps.model.eval()
     bench.tell(f"{what}: evaluation of a bag", 1e3 * seconds_per_call(evaluate, budget / 4), "ms")
+
+
+def _settings_that_are_off(bench: Bench, tiles: int) -> None:
+    """Time a step of several bags with the default settings, and with each setting that waits for this measurement."""
+    bags = 2 if bench.quick else 8
+    one = share(bench, tiles)
+    for name, hold, fused in (
+        ("default", False, False), ("parallel.hold_casts", True, False), ("train.fused_optimizer", False, True),
+    ):  # fmt: skip
+        case = f"{tiles:,} tiles, bf16: a step of {bags} bags, {name}"
+        if bench.left < 0:
+            bench.skip(case, "no time left in this part")
+            continue
+        runtime = join_world(ParallelConfig(precision="bf16", hold_casts=hold, global_batch=bags))
+        step = functools.partial(stepper(bench, runtime, fused=fused).step, [one] * bags, cases=bags, lr=1e-6)
+        bench.tell(case, 1e3 * seconds_per_call(step, bench.left / 6), "ms")
+        runtime.release()
 
 
 def _alternatives(bench: Bench, tiles: int) -> None:

@@ -63,7 +63,7 @@ class RawBatch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> RawBatch:
-        """Return the batch in pinned memory; what is there already stays as it is."""
+        """Return the batch in pinned memory; what is pinned already stays as it is."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, move: Callable[[Tensor], Tensor]) -> RawBatch:

@@ -43,7 +43,7 @@ def connect(parallel: ParallelConfig, *, on_cpu: bool) -> None:
     Accelerate would use NCCL for both. A barrier or an object that waits for rank 0 would then be a kernel on the GPU,
     and the watchdog of NCCL ends the process when it waits too long.
     """
-    if on_cpu or "RANK" not in os.environ or torch.distributed.is_initialized():
+    if on_cpu or "LOCAL_RANK" not in os.environ or torch.distributed.is_initialized():
         return
     torch.distributed.init_process_group("cuda:nccl,cpu:gloo", timeout=_timeout(parallel))
 
@@ -291,7 +291,7 @@ class Runtime:
         return box[0]
 
     def on_main(self, work: Callable[[], ItemT]) -> ItemT:
-        """Return what `work` returns on rank 0, which alone calls it, on every rank.
+        """Call `work` on rank 0 only, and return its result on every rank.
 
         The others wait for it longer than for a collective, up to `PATIENCE`: scores and figures may take a while. If
         rank 0 ends, they fail at once.

@@ -16,7 +16,7 @@ from cfusion.child_processes import stop_with_parent
 from cfusion.config import ParallelConfig
 from cfusion.console import waiting_for
 from cfusion.errors import ConfigError
-from cfusion.machine_limits import usable_cores
+from cfusion.machine_limits import gpu_share, usable_cores
 from cfusion.program import program_digest
 from cfusion.training.arithmetic import set_arithmetic
 from cfusion.training.connection import check_network, check_port, connecting
@@ -106,6 +106,7 @@ def join_world(parallel: ParallelConfig) -> Runtime:
         torch.set_num_threads(usable_cores())  # torch counts the machine's cores, whatever a container or job may use
     if not on_cpu:
         _check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
+        _limit_gpu_memory(gpu_share())
     parallel = with_own_precision(parallel, on_cpu=on_cpu)
     check_precision(parallel.precision, on_cpu=on_cpu)
     set_arithmetic(on_cpu=on_cpu, deterministic=parallel.deterministic)
@@ -178,6 +179,12 @@ def _check_gpus(processes: int, gpus: int) -> None:
             f"Start {gpus}, one per GPU (--nproc-per-node {gpus}), or set CUDA_VISIBLE_DEVICES= to compute on the CPU.",
             topic="world",
         )
+
+
+def _limit_gpu_memory(share: float) -> None:
+    """Keep this process to its share of its GPU; the others belong to other runs of a sweep."""
+    if share < 1:
+        torch.cuda.set_per_process_memory_fraction(share, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _disconnect() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from cfusion.child_processes import forked_context, stop_with_parent
 from cfusion.errors import ConfigError
 from cfusion.interruption import stop_requested
-from cfusion.machine_limits import SLOTS, free_memory_bytes, usable_cores
+from cfusion.machine_limits import GPU_SHARE, SLOTS, free_memory_bytes, usable_cores
 from launch.sweep.work import Job, Outcome
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ def _serve(pipe: Connection, slot: Slot, environment: dict[str, str]) -> None:
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.clear()  # the server has that of the sweep's first worker
-    os.environ.update(environment | {"OMP_NUM_THREADS": str(slot.threads)})
+    os.environ.update(environment | {"OMP_NUM_THREADS": str(slot.threads), GPU_SHARE: str(slot.share)})
     if slot.gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpus
     import threadpoolctl
@@ -197,9 +197,6 @@ def _serve(pipe: Connection, slot: Slot, environment: dict[str, str]) -> None:
 
     threadpoolctl.threadpool_limits(slot.threads)  # BLAS has read the variable before it was set
     torch.set_num_threads(slot.threads)
-    if slot.share < 1:
-        for device in range(torch.cuda.device_count()):
-            torch.cuda.set_per_process_memory_fraction(slot.share, device)
     while True:
         try:
             job = pipe.recv()

@@ -44,7 +44,7 @@ class NetworkEncoder:
         device: Device to run on.
         precision: Arithmetic of the network; its result is f32.
         ahead: Whether two threads call it, so that one batch is uploaded and transformed while the network runs on the
-            other. On a GPU each thread then works in a stream of its own, and uploads from pinned memory.
+            other. On a GPU each thread then has a separate stream, and uploads from pinned memory.
 
     Attributes:
         clock: Time in which the network runs.

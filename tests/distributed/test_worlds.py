@@ -19,6 +19,7 @@ from benchmarks.gpu.steps import share
 from cfusion.config import ParallelConfig
 from cfusion.doctor.checks import CHECKS, check_node
 from cfusion.errors import ConfigError, MissingExtraError
+from cfusion.machine_limits import gpu_share
 from cfusion.training.runtime import Runtime
 from cfusion.training.world import join_world, launched
 
@@ -275,12 +276,23 @@ def test_a_gpu_run_exchanges_objects_over_gloo(monkeypatch, on_cpu, ranked, conn
         torch.distributed, "init_process_group", lambda backend, **options: calls.append((backend, options))
     )
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: connected)
-    monkeypatch.setenv("RANK", "0") if ranked else monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "0") if ranked else monkeypatch.delenv("LOCAL_RANK", raising=False)
     runtime_module.connect(ParallelConfig(timeout_minutes=3), on_cpu=on_cpu)
     assert len(calls) == made
     for backend, options in calls:
         assert backend == "cuda:nccl,cpu:gloo"
         assert round(options["timeout"].total_seconds()) == 180
+
+
+def test_a_process_of_a_sweeps_slot_keeps_to_its_share_of_its_gpu(environment):
+    limits = []
+    environment.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: limits.append(given))
+    world_module._limit_gpu_memory(gpu_share())
+    assert limits == []
+    environment.setenv("CFUSION_GPU_SHARE", "0.25")
+    environment.setenv("LOCAL_RANK", "1")
+    world_module._limit_gpu_memory(gpu_share())
+    assert limits == [(0.25, 1)]
 
 
 @pytest.mark.parametrize("connected", [True, False])
