@@ -137,8 +137,8 @@ def test_a_sweep_runs_end_to_end_and_is_compared_with_the_paper(
     settings = [
         f"output={tmp_path}", f"cohort.table={shards}/{{cohort}}.csv", "cohort.covariates_table=null",
         "splits.directory=null", "splits.folds=2", f"data.shards={shards}/{{cohort}}/{{encoder}}",
-        "model.embed_dim=16", "train.epochs=1", "train.folds=separate", "evaluation.bootstrap=0",
-        "tracking.enabled=false",
+        "model.embed_dim=16", "train.epochs=1", "train.folds=separate", "parallel.global_batch=4",
+        "evaluation.bootstrap=0", "tracking.enabled=false",
     ]  # fmt: skip
     chosen = [word for choice in only for word in ("--only", choice)]
     arguments = [str(SWEEPS / f"{name}.yaml"), *settings, *chosen]
