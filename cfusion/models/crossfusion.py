@@ -53,7 +53,7 @@ class CrossFusion(BagModel):
         offered: Sequence[float],
         mixer: Literal["conv", "concat"] = "conv",
         grid: str = "file",
-        windows: Sequence[int] | None = None,
+        windows: object = None,
         position: str = "ppeg",
         dropout: float = 0.3,
         attention_dropout: float = 0.0,

@@ -136,7 +136,7 @@ def _crossfusion(mixer: Literal["conv", "concat"], finest_only: bool = False) ->
         source: float,
         published: bool,
         grid: str = "file",
-        windows: Sequence[int] | None = None,
+        windows: object = None,
         position: str = "ppeg",
         dropout: float = 0.3,
         attention_dropout: float | None = None,
