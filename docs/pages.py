@@ -14,6 +14,7 @@ from typing import Any
 import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 from pydantic.fields import FieldInfo
 
 import cfusion
@@ -29,6 +30,10 @@ from preprocess.encoders.cards import CARDS
 from preprocess.settings import PreprocessConfig
 
 ROOT = Path(__file__).parents[1]
+SEARCH_BOOST = {"tutorials": 4, "howto": 3, "explanation": 2}
+"""Factor of the search's score, by folder."""
+
+API_BOOST = 0.5
 MAPPED = ("cfusion", "preprocess", "launch", "benchmarks", "docs")
 
 
@@ -49,6 +54,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Rank what one reads first above pages for looking up; called by MkDocs."""
+    folder = page.file.src_uri.partition("/")[0]
+    boost = API_BOOST if page.file.src_uri.startswith("reference/api/") else SEARCH_BOOST.get(folder, 1)
+    page.meta.setdefault("search", {"boost": boost})
+    return markdown
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

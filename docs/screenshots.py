@@ -18,7 +18,9 @@ from playwright.sync_api import sync_playwright
 
 from cfusion.run_folder import PREDICTIONS
 
-COHORT, MODEL = "phantom-a", "crossfusion"
+COHORT, OTHER, MODEL = "phantom-a", "phantom-b", "crossfusion"
+"""The cohort of the run, and one whose patients none of its models has seen, so that every fold explains them."""
+
 WIDTH_PX = 1280
 VIEWER_HEIGHT_PX = 1280
 """So that the tile that was clicked and the patient's curve are in sight together."""
@@ -43,16 +45,16 @@ def main() -> None:
         page = browser.new_page(viewport={"width": WIDTH_PX, "height": 860}, reduced_motion="reduce")
         page.goto(f"file://{demo}/report/index.html")
         save(page.screenshot(), out / "report.png")
-        page.goto(f"file://{explained / slide}/index.html")
+        unseen = min((demo / OTHER / "slides").glob("*.svs"))
+        cfusion("explain", unseen, "--model", run, "--out", explained / OTHER, "--occlusion", "tiles")
+        page.goto(f"file://{explained / OTHER / unseen.stem}/index.html")
         save(page.locator("#heatmaps .pictures").first.screenshot(), out / "heatmaps.png")
         with viewer(slides, explained, run) as address:
             page.set_viewport_size({"width": WIDTH_PX, "height": VIEWER_HEIGHT_PX})
             page.goto(address)
             page.fill("#search", slide)
             page.press("#search", "Enter")
-            page.wait_for_selector("#stage[data-shown]")
-            page.get_by_text("occlusion", exact=True).first.click()
-            page.wait_for_selector("#stage[data-shown^='x20/occlusion']")
+            page.wait_for_selector("#stage[data-shown^='x5/occlusion']")
             page.locator("#stage").focus()
             page.keyboard.press("Enter")
             page.wait_for_selector("#tile-body table")

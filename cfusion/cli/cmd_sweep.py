@@ -399,7 +399,7 @@ def import_(
 ) -> None:
     """Add the predictions of STAMP, nnMIL or Patho-Bench on the sweep's folds to its report, as one more model.
 
-      cfusion sweep import configs/sweeps/backbones.yaml stamp --from stamp
+    cfusion sweep import configs/sweeps/backbones.yaml stamp --from stamp
     """
     from launch.sweep.peer_runs import PeerCell, import_peer
     from launch.sweep.results import compared

@@ -4,8 +4,8 @@ A comment before a block or at the head of a page says what the reader does not 
 `<!-- not run: REASON -->`, `<!-- leaves with CODE -->`, and `<!-- set-up: NAME -->`: `cohort`, a small one in ./study
 with study.yaml; `cohorts`, two in ./short and ./long; `trident`, the folder of another program; `two-encoders`, shards
 of two; `run`, drawn slides and a run; `doors`, drawn slides, the folder of another program for them, and predictions.
-`<!-- with: KEY=VALUE … -->` adds settings to each `cfusion train` of the block, which make a test short and a result
-worse.
+`<!-- with: KEY=VALUE … -->` adds settings to each `cfusion train` and `cfusion sweep` of the block, which make a test
+short and a result worse; `<!-- with everywhere: KEY=VALUE … -->` at the head of a page, to those of all blocks.
 """
 
 import dataclasses
@@ -41,6 +41,8 @@ _BLOCK = re.compile(
     r"^(?P<indent> *)(?:<!-- (?P<note>[^\n]*?) -->\n(?: *\n)*(?P=indent))?```bash\n(?P<code>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
+_WITH = re.compile(r"^<!-- with everywhere: ([^\n]*) -->$", re.MULTILINE)
+_TAKES_SETTINGS = re.compile(r"^(cfusion (?:train|sweep \w+) [^#|\n]*?)( *[#|].*)?$", re.MULTILINE)
 _SET_UP = re.compile(r"^<!-- set-up: ([\w-]+) -->$", re.MULTILINE)
 
 
@@ -57,13 +59,15 @@ class Block:
 def blocks(page: Path) -> list[Block]:
     found = []
     text = page.read_text()
+    everywhere = " ".join(_WITH.findall(text))
     for match in _BLOCK.finditer(text):
         note = match["note"] or ""
         kind, _, rest = note.partition(": ")
         code = re.sub(rf"^{match['indent']}", "", match["code"], flags=re.MULTILINE)
         leaves = re.fullmatch(r"leaves with (\d+)", note)
-        if kind == "with":
-            code = re.sub(r"^(cfusion train [^#\n]*?)( *#.*)?$", rf"\1 {rest}", code, flags=re.MULTILINE)
+        settings = rest if kind == "with" else everywhere
+        if settings:
+            code = _TAKES_SETTINGS.sub(rf"\1 {settings}\2", code)
         reason = rest.strip() if kind == "not run" else ""
         line = text[: match.start("code")].count("\n") + 1
         found.append(Block(line, code, int(leaves[1]) if leaves else 0, reason))

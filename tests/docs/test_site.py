@@ -1,5 +1,6 @@
 """The site builds strictly, opens from the disk, asks no network for anything, and says what the code says."""
 
+import json
 import os
 import re
 import subprocess
@@ -71,6 +72,16 @@ def test_pages_fetch_nothing_from_elsewhere_and_have_no_dead_links(site):
             assert target.exists(), f"{page.relative_to(site)} links to {link}"
             if anchor and target in pages and not anchor.startswith("__"):
                 assert anchor in pages[target].anchors, f"{page.relative_to(site)} links to {link}"
+
+
+def test_search_ranks_tutorials_above_pages_for_looking_up(site):
+    index = json.loads((site / "search" / "search_index.json").read_text())
+    boosts = {entry["location"].partition("#")[0]: entry.get("boost", 1) for entry in index["docs"]}
+    tutorials, howtos, modules = (
+        {boost for page, boost in boosts.items() if page.startswith(folder)}
+        for folder in ("tutorials/", "howto/", "reference/api/")
+    )
+    assert min(tutorials) > max(howtos) > 1 > max(modules)
 
 
 def test_every_command_option_and_setting_is_documented(site):
