@@ -193,8 +193,8 @@ def change_bytes(path: Path, rng: np.random.Generator) -> str:
 
 
 def write_published(folder: Path, name: str, rng: np.random.Generator, suffix: str = ".pt") -> Path:
-    """Write a tensor in the published layout."""
-    path = folder / "e/x20/pt_files" / f"{name}{suffix}"
+    """Write a tensor or an array in the published layout."""
+    path = folder / "e/x20" / f"{suffix[1:]}_files" / f"{name}{suffix}"
     path.parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".npz":
         np.savez(path.with_suffix(""), values_of(rng))
@@ -207,6 +207,9 @@ def independent(path: Path, kind: str) -> np.ndarray:
     """Read features of the changed file without this program, as f16."""
     if kind == "pt":
         values = torch.load(path, map_location="cpu", weights_only=True).detach().float().numpy()
+    elif kind == "npz":
+        with np.load(path) as archive:
+            (values,) = (archive[name] for name in archive.files)
     else:
         with h5py.File(path) as file:
             values = file["feats" if kind == "stamp" else "features"][:]
@@ -247,15 +250,13 @@ def one_change(number: int, seed: int, folder: Path) -> tuple[str, str]:
             write_published(folder, "neighbour", rng)
             path = write_published(folder, "changed", rng, f".{kind}")
             change = change_bytes(path, rng)
-            if kind == "npz":  # under the name that the layout reads
-                path = path.rename(path.with_suffix(".pt"))
         else:
             path = folder / "changed.h5"
             write_h5(folder / "neighbour.h5", kind, rng)
             write_h5(path, kind, rng)
             change = change_h5(path, rng)
         what = f"{kind} {change}"
-        attempt = lambda: try_features(folder, path, "pt" if kind == "npz" else kind, folder / "store")  # noqa: E731
+        attempt = lambda: try_features(folder, path, kind, folder / "store")  # noqa: E731
     try:
         return f"{kind}: {attempt()}", what
     except CfusionError as error:
@@ -278,12 +279,12 @@ def work(numbers: range, seed: int, channel: Any) -> None:
     channel.send(None)
 
 
-def outcomes(changes: int, seed: int) -> Iterator[tuple[str, str]]:
+def outcomes(numbers: range, seed: int) -> Iterator[tuple[int, str, str]]:
     """Return what came of each change; a process that dies is a finding, and the next takes the rest."""
     context = multiprocessing.get_context("spawn")
-    first = 0
-    while first < changes:
-        last = min(first + PER_PROCESS, changes)
+    first = numbers.start
+    while first < numbers.stop:
+        last = min(first + PER_PROCESS, numbers.stop)
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=work, args=(range(first, last), seed, sender))
         process.start()
@@ -294,11 +295,11 @@ def outcomes(changes: int, seed: int) -> Iterator[tuple[str, str]]:
                 if isinstance(message, int):
                     at = message
                 else:
-                    yield message
+                    yield at, *message
             first = last
         except EOFError:
             process.join()
-            yield "FAILED process died", f"change {at}, exit code {process.exitcode}"
+            yield at, "FAILED process died", f"exit code {process.exitcode}"
             first = at + 1
         process.join()
 
@@ -307,16 +308,18 @@ def main() -> int:
     """Print the counts, and each failure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--changes", type=int, default=10_000)
+    parser.add_argument("--first", type=int, default=0, help="number of the first change, to repeat one")
     parser.add_argument("--quick", action="store_true", help="200 changes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts")
     parser.add_argument("--seed", type=int, default=7)
     arguments = parser.parse_args()
     counts: collections.Counter[str] = collections.Counter()
     start = time.monotonic()
-    for outcome, what in outcomes(200 if arguments.quick else arguments.changes, arguments.seed):
+    changes = 200 if arguments.quick else arguments.changes
+    for number, outcome, what in outcomes(range(arguments.first, arguments.first + changes), arguments.seed):
         counts[outcome] += 1
         if "FAILED" in outcome:
-            print(f"{outcome}: {what}", flush=True)
+            print(f"change {number}: {outcome}: {what}", flush=True)
     for outcome, count in sorted(counts.items()):
         print(f"{count:6} {outcome}")
     failed = sum(count for outcome, count in counts.items() if "FAILED" in outcome)
