@@ -3,10 +3,13 @@
 Both sides cut the same tiles at 20x, 10x and 5x of the same cells, in one run, medians of three. The JPEG slide is a
 30,720² pyramid at 40x made here by mirror-tiling a real slide; the JPEG 2000 slide is a real one. The other side reads
 every tile from level 0 by OpenSlide and resizes it with PIL, as CLAM does. A third line decodes the raw tiles by
-imagecodecs and does nothing else. The last lines extract the complete JPEG slide in a separate process, with four
-threads and an encoder that keeps the pace of a GPU, and report its memory and the encoder's idle share.
+imagecodecs and does nothing else. Further lines are other readers of slides, those that are installed: each reads its
+tiles from the pyramid level that fits (`benchmarks.tile_readers`). The last lines extract the complete JPEG slide in a
+separate process, with four threads and an encoder that keeps the pace of a GPU, and report its memory and the encoder's
+idle share.
 
     python -m benchmarks.tiles --slides SHARED/slides [--quick] [--json FILE]
+    pip install tiffslide fastslide eozin microtome-wsi     # elsewhere, and named in PYTHONPATH
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,13 +36,16 @@ import tifffile
 from PIL import Image
 
 from benchmarks.table import Row, options, present
+from benchmarks.tile_readers import open_readers, read_tiles
 from preprocess.extraction import preprocess_slides
 from preprocess.grid import TileGrid, make_grid
 from preprocess.readers import JPEG, choose_reader
 from preprocess.resample import area_average
+from preprocess.resolution import SlideScale
 from preprocess.settings import PreprocessConfig
 from preprocess.slide_plan import CellTiles, SlidePlan, rows_by_cell
 from preprocess.slides import open_slide
+from preprocess.tissue import Tissue
 
 SIDE_PX, TILE_PX, LEVELS, JPEG_QUALITY = 30_720, 256, (1, 4, 16, 32), 80
 MAGNIFICATIONS = (20.0, 10.0, 5.0)
@@ -75,9 +82,11 @@ def plan_all(path: Path, default_mpp: float | None) -> SlidePlan:
     slide = open_slide(path, default_mpp=default_mpp)
     cells = [side // 2048 for side in slide.size_px]
     size = (cells[0] * 2048, cells[1] * 2048)
-    grid = make_grid(np.ones(cells[::-1], bool), size, 2.0, MAGNIFICATIONS)
+    every = np.ones(cells[::-1], bool)
+    grid = make_grid(every, size, 2.0, MAGNIFICATIONS)
     reader = choose_reader(slide, [(0, 0), (2048, 0)])
-    return SlidePlan(slide, grid, reader, "area", "all", "", rows_by_cell(grid))
+    tissue, scale = Tissue(every, ~every, every), SlideScale(2.0, "40x")
+    return SlidePlan(slide, grid, reader, "area", tissue, "all", "", scale, None, rows_by_cell(grid))
 
 
 def one_pass_per_magnification(path: Path, grid: TileGrid, numbers: list[int]) -> int:
@@ -130,6 +139,9 @@ def compare(case: str, path: Path, default_mpp: float | None, cells: int, repeat
     """The rows of one slide."""
     plan = plan_all(path, default_mpp)
     numbers = np.linspace(0, len(plan.grid.cells) - 1, min(cells, len(plan.grid.cells))).astype(int).tolist()
+    others, left_out = open_readers(path)
+    for name, why in left_out.items():
+        print(f"{case}: {name} is left out: {why}")
     with tifffile.TiffFile(path) as tiff, path.open("rb") as stream:
         page: Any = tiff.pages[0]
         found = tiles_per_cpu_second(
@@ -137,6 +149,7 @@ def compare(case: str, path: Path, default_mpp: float | None, cells: int, repeat
                 "ours": lambda: one_reading_per_cell(plan, numbers),
                 "decoding": lambda: decoding_only(page, stream, plan.grid, numbers),
                 "passes": lambda: one_pass_per_magnification(path, plan.grid, numbers),
+                **{name: partial(read_tiles, reader, plan.grid, numbers) for name, reader in others.items()},
             },
             repeats,
         )
@@ -145,6 +158,7 @@ def compare(case: str, path: Path, default_mpp: float | None, cells: int, repeat
     return [
         Row(f"{case}, against one pass per magnification", found["ours"], found["passes"], unit),
         Row(f"{case}, against decoding only", found["ours"], found["decoding"], unit),
+        *(Row(f"{case}, against {name} on the fitting level", found["ours"], found[name], unit) for name in others),
     ]
 
 
