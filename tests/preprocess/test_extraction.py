@@ -1,5 +1,6 @@
 """Slides to a feature store."""
 
+import csv
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,3 +110,20 @@ def test_the_busy_time_is_that_of_the_networks_where_all_encoders_are_networks()
     assert _busy_seconds([[one], [two]], 100.0) == 6.0
     assert _busy_seconds([[one, MeanColour()]], 100.0) == 100.0
     assert _busy_seconds([[MeanColour()]] * 4, 100.0) == 25.0
+
+
+def test_a_real_slide_as_dicom_gives_the_same_tiles(shared: Path, tmp_path: Path):
+    wsidicomizer = pytest.importorskip("wsidicomizer", reason="wsidicomizer is not installed")
+    original = shared / "slides" / "cmu_small_region.svs"
+    (tmp_path / "slides/cmu").mkdir(parents=True)
+    wsidicomizer.WsiDicomizer.convert(original, tmp_path / "slides/cmu", include_label=False, include_overview=False)
+    settings = {"store": tmp_path / "store", "threads": 1}
+    for slides in (tmp_path / "slides", original):
+        preprocess_slides(PreprocessConfig(slides=slides, **settings), slots=[[MeanColour()]], strict=True)
+        (row,) = csv.DictReader((tmp_path / "store/summary.csv").open())
+        assert (row["status"], row["mpp"], row["mpp_source"], row["taken_as"]) == ("done", "0.499", "mpp", "20x")
+        assert 30 < float(row["tissue_percent"]) < 46
+    dicom, svs = (FeatureStore.open(tmp_path / "store").read(name) for name in ("cmu", original.stem))
+    for name in ("x20", "x10", "x5"):
+        np.testing.assert_array_equal(dicom.coords[name], svs.coords[name])
+        np.testing.assert_allclose(dicom.features[name], svs.features[name], atol=1)

@@ -179,8 +179,14 @@ def test_missing_packaged_weights_name_the_package(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-def test_a_trained_encoder_gives_timms_embeddings_on_real_slides(timm, tmp_path: Path, shared: Path):
-    """The reference takes timm's network and transform, and the tensors in the order of the checkpoint."""
+@pytest.mark.parametrize(("name", "down"), [("cmu_small_region", 1), ("tcga-cr-7395-01a-01-ts1", 2)])
+def test_a_trained_encoder_gives_timms_embeddings_on_real_slides(
+    timm, tmp_path: Path, shared: Path, name: str, down: int
+):
+    """The reference takes timm's network and transform, and the tensors in the order of the checkpoint.
+
+    `down` level-0 px of the slide are a px at 20x.
+    """
     stored = torch.load(weights_of_lite0(), map_location="cpu", weights_only=True)
     reference = timm.create_model("tf_efficientnet_lite0", num_classes=0).eval()
     own = reference.state_dict()
@@ -190,19 +196,22 @@ def test_a_trained_encoder_gives_timms_embeddings_on_real_slides(timm, tmp_path:
     data = timm.data.resolve_data_config({}, model=reference)
     transform = timm.data.create_transform(**data, is_training=False)
 
-    slide = shared / "slides" / "cmu_small_region.svs"
+    slide = shared / "slides" / f"{name}.svs"
     config = PreprocessConfig(
         slides=slide, store=tmp_path, encoders=("efficientnet-lite0",), devices=("cpu",), magnifications=(20,),
-        threads=2, sheets=False,
+        threads=2, sheets=False, default_mpp=0.25,
     )  # fmt: skip
     assert [o.status for o in preprocess_slides(config).outcomes] == ["done"]
     found = FeatureStore.open(tmp_path).read(slide.stem)
-    opened = open_slide(slide)
+    opened = open_slide(slide, default_mpp=0.25)
+    side = 256 * down
     chosen = np.linspace(0, len(found.coords["x20"]) - 1, 6).astype(int)
     with torch.inference_mode():
         for row in chosen:
             x, y = found.coords["x20"][row].tolist()
-            tile = Image.fromarray(opened.composite(opened.read_rgba(x, y, 256, 256)))
+            region = opened.composite(opened.read_rgba(x, y, side, side)).astype(float)
+            squares = region.reshape(256, down, 256, down, 3)
+            tile = Image.fromarray(np.rint(squares.mean(axis=(1, 3))).astype(np.uint8))
             expected = reference(transform(tile)[None])[0].numpy()
             value = found.features["x20"][row].astype(np.float32)
             cosine = (expected @ value) / np.linalg.norm(expected) / np.linalg.norm(value)
