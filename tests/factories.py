@@ -136,16 +136,16 @@ def make_cohorts(folder: Path, *, patients: int = 48) -> dict[str, CohortFiles]:
     }
 
 
-def joint_config(cohorts: dict[str, CohortFiles], output: Path, **sections: Any) -> Config:
+def joint_config(files: dict[str, CohortFiles], output: Path, **sections: Any) -> Config:
     """A configuration that trains on several cohorts as one, `both`."""
-    one = next(iter(cohorts.values()))
+    one = next(iter(files.values()))
     together: dict[str, Any] = {
         "cohort": {"name": "both", "table": "cohort.csv"},
-        "cohorts": {name: {"table": str(files.table)} for name, files in cohorts.items()},
-        "data": {"shards": [str(files.shards) for files in cohorts.values()]},
+        "cohorts": {name: {"table": str(of.table)} for name, of in files.items()},
+        "data": {"shards": [str(of.shards) for of in files.values()]},
         "splits": {},
     }
     joint = {name: {**values, **sections.pop(name, {})} for name, values in together.items()}
     if joint["splits"].get("scheme") == "cohort":
-        joint["splits"] = {"folds": len(cohorts), **joint["splits"]}
+        joint["splits"] = {"folds": len(files), **joint["splits"]}
     return one.config(output, **joint, **sections)

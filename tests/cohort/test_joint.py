@@ -118,6 +118,7 @@ def test_a_cohort_that_cannot_fill_its_bins_is_named(files, tmp_path):
         audited(config, read_cohorts(config))
 
 
+@pytest.mark.slow
 def test_the_shipped_configuration_joins_the_six_published_cohorts():
     config = cfusion.load_config("configs/pancancer.yaml")
     found = audited(config, cfusion.read_cohorts(config))

@@ -45,6 +45,7 @@ def test_the_tables_have_each_cohort_and_the_stratified_score(finished):
     assert set(pd.read_csv(finished.output / "outcomes.csv")["cohort"]) == {"short", "long"}
 
 
+@pytest.mark.slow
 def test_the_report_shows_both_and_each(finished, tmp_path):
     page = report_runs([finished.output], tmp_path / "report", title="Both").read_text()
     rows = json.loads((tmp_path / "report" / "summary.json").read_text())
@@ -71,6 +72,7 @@ def test_every_cohort_is_part_of_the_identity(files, finished, tmp_path):
     assert Run.prepare(turned).identity != run.identity
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_goes_on_to_the_same_bytes(files, finished, tmp_path):
     config = joint_config(files, tmp_path / "again", train={"epochs": 2})
     cross_validate(config)
@@ -82,6 +84,7 @@ def test_an_unfinished_run_goes_on_to_the_same_bytes(files, finished, tmp_path):
     assert (config.output / "predictions.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_folds_together_give_the_same_predictions(files, finished, tmp_path):
     config = joint_config(files, tmp_path / "together", train={"epochs": 2, "folds": "together"})
     cross_validate(config)
@@ -89,6 +92,7 @@ def test_folds_together_give_the_same_predictions(files, finished, tmp_path):
     np.testing.assert_allclose(one["risk"], other["risk"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_each_fold_leaves_out_a_cohort(files, tmp_path):
     config = joint_config(files, tmp_path / "run", train={"epochs": 1}, splits={"scheme": "cohort"})
     scores = cross_validate(config)
@@ -99,6 +103,7 @@ def test_each_fold_leaves_out_a_cohort(files, tmp_path):
     report_runs([config.output], tmp_path / "report", title="Left out")
 
 
+@pytest.mark.slow
 def test_a_run_of_one_cohort_starts_from_the_joint_one_on_the_same_folds(files, finished, tmp_path):
     """The model of fold K of the joint run has not seen the patients that fold K of the cohort scores."""
     config = finished.of_cohort("long")
@@ -129,6 +134,7 @@ def test_a_run_starts_from_a_registered_model(files, tmp_path):
         Run.prepare(of_long.model_copy(update={"train": wrong}))
 
 
+@pytest.mark.slow
 def test_a_sweep_compares_joint_runs_by_pairs_within_cohorts(files, finished, tmp_path):
     other = joint_config(files, tmp_path / "mean", train={"epochs": 2}, model={"name": "mean_mil"})
     cross_validate(other)
@@ -145,6 +151,7 @@ def test_a_sweep_compares_joint_runs_by_pairs_within_cohorts(files, finished, tm
     assert abs(comparison.tests["difference"].iloc[0]) == pytest.approx(abs(values[0] - values[1]))
 
 
+@pytest.mark.slow
 def test_the_python_of_the_readme_works_on_several_cohorts(finished):
     cohort = cfusion.read_cohorts(finished)
     split = cfusion.make_splits(cohort, finished.splits, finished.evaluation.protocol)[0]

@@ -63,9 +63,10 @@ def test_weighted_sampling_draws_each_class_of_each_cohort_equally(files, tmp_pa
     assert sums.to_numpy() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("loss", ["nll", "cox"])
-def test_a_joint_model_learns_within_cohorts_whose_baselines_are_opposite(files, tmp_path, loss):
-    config = joint_config(files, tmp_path, train={"loss": loss, "epochs": 8, "lr": 1e-2}, parallel={"global_batch": 16})
+def test_a_joint_model_learns_within_cohorts_whose_baselines_are_opposite(files, tmp_path):
+    config = joint_config(
+        files, tmp_path, train={"loss": "cox", "epochs": 8, "lr": 1e-2}, parallel={"global_batch": 16}
+    )
     cohort, split = prepared(config)
     run = fit(config, cohort, split)
     rows = run.predictions
@@ -143,7 +144,7 @@ def test_a_card_of_several_cohorts_is_read_back_and_gives_the_bins_of_each(files
     assert read.card == run.model.card
     assert read.of_cohort("long").bins.edges == run.model.card.strata["long"].edges_months
     assert read.of_cohort("long").card.risk_cutoff == run.model.card.strata["long"].risk_cutoff
-    with pytest.raises(ConfigError, match=r"lung: the model was not trained on this cohort; it has short, long"):
+    with pytest.raises(ConfigError, match=r"lung: the model was not trained on this cohort; it has long, short"):
         read.of_cohort("lung")
     predicted = cfusion.predict(read.of_cohort("long"), config.data, [c for c in split.test if c.startswith("L")])
     mine = run.predictions.set_index("case_id").loc[predicted["case_id"]].reset_index()
