@@ -37,6 +37,8 @@ def test_no_form_of_an_address_shows_its_secret(text):
     config = Config(data={"shards": text}, tracking={"uri": text})
     shown = [str(address), f"{address}", repr(address), repr(config), str(config), config.model_dump_json(),
              yaml.safe_dump(config.model_dump(mode="json")), str(config.deciding())]  # fmt: skip
+    several = Config(data={"shards": ["shards", text]})
+    shown += [repr(several), str(several), several.model_dump_json(), several.data.where, str(several.deciding())]
     assert not [form for form in shown if SECRET in form]
     assert "host" in str(address) or "bucket" in str(address)
     assert address.has_secret
@@ -53,7 +55,7 @@ def test_an_address_without_a_secret_is_shown_as_it_is(text):
 
 @pytest.mark.parametrize(
     "override",
-    [f"data.shards=[https://joe:{SECRET}@host]", f"data=https://joe:{SECRET}@host", f"data.sharsd=https://a:{SECRET}@h",
+    [f"data.shards={{a: https://joe:{SECRET}@host}}", f"data=https://joe:{SECRET}@host", f"data.sharsd=https://a:{SECRET}@h",
      f"tracking.uri={{a: 'https://joe:{SECRET}@host?b={SECRET}'}}", f"data.shards=https://joe:p@{SECRET}@h/x@y/z"],
 )  # fmt: skip
 def test_a_refused_setting_does_not_show_it(override):

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from cfusion.cli.main import app
 from cfusion.errors import CfusionError, ConfigError, DataError, PredictionsError
+from cfusion.survival.predictions import read_predictions
 from cfusion.types import Cohort, Split
 from launch.sweep.plan import PlannedRun, load_sweep, plan
 from launch.sweep.results import report_sweep
@@ -115,7 +116,7 @@ def test_a_program_under_the_protocol_of_the_sweep_is_tested_against_its_best_an
     assert tests.loc["made-up / CoxNet", "seeds"] == 1
     assert tests.loc["made-up / CoxNet", "patients"] == 48
     scored = pd.concat([frame for _, frame in folds(path)])
-    stored = pd.read_csv(next((sweep.output / "imported").glob("*/predictions.csv")))
+    stored = read_predictions(next((sweep.output / "imported").glob("*/predictions.csv")))
     together = scored.merge(stored, on="case_id", suffixes=("", "_stored"))
     for column in ("risk", "fold", "survival_months", "event"):
         assert (together[column] == together[f"{column}_stored"]).all(), column

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import zarr
 from PIL import Image
 from slide_factory import break_tile, drop_tile, tissue_picture, write_slide
 
 from cfusion.console import Progress
-from cfusion.data import store as feature_store
 from cfusion.data.store import FeatureStore
 from cfusion.errors import ConfigError, DataError
 from cfusion.files import atomic_path
@@ -237,7 +237,7 @@ def test_a_full_disk_stops_the_run_in_one_line_and_leaves_no_part(slides: Path, 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(feature_store.zarr, "open_group", full)
+    monkeypatch.setattr(zarr, "open_group", full)
     with pytest.raises(DataError, match=r"cannot be written .No space left on device"):
         extract(slides, tmp_path / "store")
     assert not list((tmp_path / "store" / "mean-colour").iterdir())
