@@ -1,4 +1,4 @@
-"""Every rival on a signal that only its mechanism can see, beside gated attention, which cannot see it.
+"""Every rival on a signal that only its mechanism can see, and gated attention, which cannot see it.
 
     python -m benchmarks.planted [--quick] [--models NAME ...] [--folder DIR] [--json FILE]
 
@@ -6,8 +6,8 @@ Made-up shards, no slides. Two cohorts of the same patients and outcomes:
 
 - `neighbours`: a tile is of one of two kinds, exactly half of the tiles of each slide of either. In some squares of
   16 tiles all are of one kind, in the others the kinds alternate; the log-hazard is the share of the latter. The set
-  of a slide's 20x tiles says nothing about the patient, who lies beside whom does. For models of graphs, of clusters
-  of near tiles, and of regions.
+  of a slide's 20x tiles says nothing about the patient, which of them are neighbours does. For models of graphs, of
+  clusters of near tiles, and of regions.
 - `coarse`: the log-hazard lies in one channel of the 5x tiles; 20x and 10x are noise. For models of several
   magnifications.
 

@@ -127,9 +127,9 @@ class MicrotomeLevels(TileReader):
         rows = range(top // tall, -(-(top + height_px) // tall))
         numbers = [row * known["tiles_across"] + column for row, column in itertools.product(rows, columns)]
         found = self._slide.read_batch(level, numbers, 1).reshape(len(rows), len(columns), tall, wide, 3)
-        whole = found.swapaxes(1, 2).reshape(len(rows) * tall, len(columns) * wide, 3)
+        joined = found.swapaxes(1, 2).reshape(len(rows) * tall, len(columns) * wide, 3)
         at = (top - rows.start * tall, left - columns.start * wide)
-        return np.ascontiguousarray(whole[at[0] : at[0] + height_px, at[1] : at[1] + width_px])
+        return np.ascontiguousarray(joined[at[0] : at[0] + height_px, at[1] : at[1] + width_px])
 
 
 READERS: tuple[type[TileReader], ...] = (

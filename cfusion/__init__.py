@@ -29,6 +29,7 @@ _API = {
     "FoldRun": "cfusion.training.folds",
     "FittedModel": "cfusion.training.fitted",
     "ModelCard": "cfusion.training.fitted",
+    "StratumCard": "cfusion.training.fitted",
     "Seen": "cfusion.training.seen",
     "EmbeddingRegion": "cfusion.training.seen",
     "SlideFeatures": "cfusion.types",

@@ -18,8 +18,8 @@ NAMES = (
     "run.json", "done.json", "config.yaml", "audit.json", "fold.json", "outcomes.csv", "predictions.csv", "scores.csv",
     "history.csv", "model.json", "model.safetensors",
 )  # fmt: skip
-OTHERS = {"preprocess/encoders/cards.py", "preprocess/encoders/networks.py"}
-"""`model.safetensors` is also the name of a file of encoder weights on the hub."""
+OTHERS = {"preprocess/encoders/cards.py", "preprocess/encoders/networks.py", "launch/sweep/peer_tables.py"}
+"""`model.safetensors` is also the name of encoder weights on the hub, `predictions.csv` of a file of Patho-Bench."""
 
 
 def literals(path: Path) -> Iterator[str]:

@@ -212,7 +212,7 @@ def report_archive(path: Path, out: Path, published: PublishedTable | None = Non
     Args:
         path: The archive.
         out: Folder of the report.
-        published: Published results to set its cells beside.
+        published: Published results to compare its cells with.
 
     Returns:
         Path of the page.

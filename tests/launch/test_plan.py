@@ -13,9 +13,10 @@ from factories import CohortFiles, joint_config, make_cohorts
 
 from cfusion.config import Config, validate
 from cfusion.errors import ConfigError, PartialResultError
+from launch.sweep.data_digests import places
 from launch.sweep.execute import Execution
 from launch.sweep.execute import run_all as run_sweep
-from launch.sweep.plan import PlannedRun, SweepConfig, load_sweep, places, plan
+from launch.sweep.plan import PlannedRun, SweepConfig, load_sweep, plan
 
 
 def run_all(runs: list[PlannedRun], **how) -> None:

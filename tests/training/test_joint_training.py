@@ -36,7 +36,7 @@ def ready(config: Config, tmp_path, number: int = 0):
     return ready_fold(config, cohort, split, open_run_shards(config), runtime, folder=tmp_path, on_epoch=None)
 
 
-def test_a_bag_has_the_label_of_its_own_cohorts_training_patients(files, tmp_path):
+def test_a_bag_has_the_label_of_the_training_patients_of_its_cohort(files, tmp_path):
     fold = ready(joint_config(files, tmp_path), tmp_path)
     cohort, split = fold.cohort, fold.split
     targets = targets_of(fold.job, fold.job.train)
