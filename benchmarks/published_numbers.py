@@ -42,7 +42,7 @@ def study_config(name: str) -> Config:
 def clinical_c(settings: Config, cohort: Cohort) -> float:
     """Return what `cfusion baseline` prints: C of the clinical model, mean over the study's folds."""
     found = audited(settings, cohort)
-    predictions = clinical_predictions(found.cohort, found.splits, settings.evaluation.n_bins)
+    predictions = clinical_predictions(found.cohort, found.splits)
     return float(score(predictions, splits=found.splits, bootstrap=0).summary["cindex_mean"].iloc[0])
 
 
