@@ -30,9 +30,7 @@ from preprocess.settings import PreprocessConfig
 def shards_of(cohort: PhantomCohort, folder: Path, encoder: str, threads: int) -> dict[str, Path]:
     """Make the shards of both kinds of coarser magnifications; finished steps are skipped."""
     name = file_name(encoder)
-    config = PreprocessConfig(
-        slides=cohort.slides, store=folder / "extracted", encoders=(encoder,), threads=threads, artefacts="off"
-    )
+    config = PreprocessConfig(slides=cohort.slides, store=folder / "extracted", encoders=(encoder,), threads=threads)
     preprocess_slides(config, strict=True)
     derived = folder / f"derived-{name}"
     if not derived.exists():

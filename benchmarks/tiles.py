@@ -86,7 +86,7 @@ def plan_all(path: Path, default_mpp: float | None) -> SlidePlan:
     grid = make_grid(every, size, 2.0, MAGNIFICATIONS)
     reader = choose_reader(slide, [(0, 0), (2048, 0)])
     tissue, scale = Tissue(every, ~every, every), SlideScale(2.0, "40x")
-    return SlidePlan(slide, grid, reader, "area", tissue, "all", "", scale, None, rows_by_cell(grid))
+    return SlidePlan(slide, grid, reader, "area", tissue, "all", "", scale, rows_by_cell(grid))
 
 
 def one_pass_per_magnification(path: Path, grid: TileGrid, numbers: list[int]) -> int:
