@@ -159,7 +159,9 @@ def open_readers(path: Path) -> tuple[dict[str, TileReader], dict[str, str]]:
                     raise ValueError(f"its tiles of {side} px differ from OpenSlide's")
         except ImportError:
             left_out[kind.module] = "not installed"
-        except Exception as error:  # noqa: BLE001 - what a reader cannot read is a result
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - a result too; a panic of Rust is no Exception
             left_out[kind.module] = f"{type(error).__name__}: {error}"
         else:
             found[kind.module] = reader
