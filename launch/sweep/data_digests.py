@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from cfusion.run_folder import CARD, REGISTRY, WEIGHTS, fold_models, is_done
 from cfusion.study.packaged import data_name
 
 _DATA, _ABSENT = "data.json", "absent"
+_FEW = 8
+"""Most neighbours of a missing file that its error lists."""
 _PACKAGED = "model "
 """Prefix of the key under which the digest of an installed package's model is stored."""
 
@@ -154,6 +157,7 @@ def _digest_place(place: str) -> tuple[str, str]:
         )
     # Any folder of the path may be wrong, such as an encoder's.
     wrong = next(part for part in (path, *path.parents) if part.parent.is_dir())
-    siblings = [p.name for p in sorted(wrong.parent.glob("*"))]
-    remedy = nearest(wrong.name, siblings) if siblings else "Put it there, or correct the setting."
+    siblings = [p.name for p in sorted(wrong.parent.glob("[!.]*"))]
+    named = len(siblings) <= _FEW or difflib.get_close_matches(wrong.name, siblings, n=1, cutoff=0.5)
+    remedy = nearest(wrong.name, siblings) if siblings and named else "Put it there, or correct the setting."
     return _ABSENT, f"{place}: not found. {remedy}" if wrong == path else f"{place}: there is no {wrong}. {remedy}"
