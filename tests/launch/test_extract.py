@@ -143,7 +143,7 @@ def classes_of_this_file() -> Iterator[None]:
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("classes_of_this_file")
 def test_a_share_whose_ray_worker_always_dies_is_tried_as_often_as_asked(config: PreprocessConfig, monkeypatch):
     monkeypatch.setattr(extract, "SlideShare", Dying)
@@ -254,7 +254,7 @@ def test_a_stopped_share_does_not_count_as_lost(config: PreprocessConfig):
     assert [(result.stopped, result.retry) for result in stopped] == [(True, False)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("classes_of_this_file")
 def test_asked_to_stop_running_ray_tasks_end_and_the_rest_is_not_started(config: PreprocessConfig, monkeypatch):
     monkeypatch.setattr(extract, "SlideShare", Waiting)

@@ -84,6 +84,7 @@ def test_two_runs_at_a_time_each_in_two_processes_search_as_one_worker(files, ex
     assert all(run.name in page for run in runs)
 
 
+@pytest.mark.long
 def test_tasks_of_ray_search_as_one_worker(files, expected, tmp_path):
     pytest.importorskip("ray")
     runs = plan(searching(files, tmp_path))

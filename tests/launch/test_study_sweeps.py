@@ -125,10 +125,10 @@ def cfusion(*arguments: str) -> str:
 @pytest.mark.parametrize(
     ("name", "only", "cells"),
     [
-        ("table1", ["cohort=tcga_blca"], 28),
+        pytest.param("table1", ["cohort=tcga_blca"], 28, marks=pytest.mark.long),
         ("table2", ["cohort=tcga_coad"], 10),
-        ("table3", ["protocol=strict"], 18),
-        ("ablations", ["cohort=tcga_ucec", "seed=1"], 15),
+        pytest.param("table3", ["protocol=strict"], 18, marks=pytest.mark.long),
+        pytest.param("ablations", ["cohort=tcga_ucec", "seed=1"], 15, marks=pytest.mark.long),
     ],
 )
 def test_a_sweep_runs_end_to_end_and_is_compared_with_the_paper(
