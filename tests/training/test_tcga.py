@@ -51,7 +51,7 @@ def configuration(folder: Path) -> Config:
     return validate(Config, values, "test")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_five_folds_of_blca_with_bags_of_realistic_size(tmp_path):
     config = configuration(tmp_path)
