@@ -30,6 +30,7 @@ def start(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_its_own_packages(folder):
     done = start([sys.executable, "-m", "cfusion", "sweep", "plan", "nothing.yaml"], folder)
     assert done.returncode == 2, done.stderr

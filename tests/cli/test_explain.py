@@ -99,6 +99,7 @@ def test_a_slide_is_preprocessed_and_explained(explained):
     assert ring[2] == [2048, 1024]
 
 
+@pytest.mark.slow
 def test_a_store_gives_the_same_scores_as_the_slide(explained, run, slides, tmp_path):
     result = call(explained / "features", "--slides", slides, "--model", run / "fold_0", "--out", tmp_path)
     assert result.exit_code == 0, result.output

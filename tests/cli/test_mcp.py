@@ -68,6 +68,7 @@ def test_bad_input_is_answered_with_its_remedy(tmp_path):
     assert "is not the folder of a finished run. Give output folders" in report["error"]
 
 
+@pytest.mark.slow
 def test_the_command_speaks_the_protocol_on_standard_output(tmp_path: Path):
     from mcp.client.stdio import StdioServerParameters, stdio_client
 

@@ -19,6 +19,8 @@ from launch.sweep.plan import load_sweep, plan
 from launch.sweep.results import report_sweep
 from launch.sweep.sharing import export_sweep, report_archive
 
+pytestmark = pytest.mark.slow
+
 SEARCH = {"space": {"train.lr": {"low": 0.001, "high": 0.01, "log": True}, "model.embed_dim": [8, 16]}, "trials": 3}
 SAME = ("cells.csv", "tests.csv", "table.md", "table.tex")
 

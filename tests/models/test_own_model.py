@@ -89,6 +89,7 @@ def bag(seed: int = 0) -> dict[str, np.ndarray]:
     return {name: rng.normal(size=(n, 8)).astype(np.float32) for name, n in (("x20", 16), ("x10", 4), ("x5", 1))}
 
 
+@pytest.mark.slow
 def test_the_file_travels_with_every_fold_and_with_its_digest(trained):
     folder = trained.output.parent
     for fold in range(3):
@@ -100,6 +101,7 @@ def test_the_file_travels_with_every_fold_and_with_its_digest(trained):
     assert provenance["model_code"]["sha256"] == digest_of(folder)
 
 
+@pytest.mark.slow
 def test_a_model_elsewhere_runs_only_when_its_digest_is_trusted(trained, tmp_path, monkeypatch):
     folder = trained.output.parent
     monkeypatch.chdir(tmp_path)
@@ -119,6 +121,7 @@ def test_a_model_elsewhere_runs_only_when_its_digest_is_trusted(trained, tmp_pat
     pd.testing.assert_frame_equal(long, short)
 
 
+@pytest.mark.slow
 def test_an_edited_copy_is_refused_whatever_is_trusted(trained, tmp_path):
     import shutil
 
@@ -135,6 +138,7 @@ def test_an_edited_copy_is_refused_whatever_is_trusted(trained, tmp_path):
         FittedModel.load(model, trust_code=before)
 
 
+@pytest.mark.slow
 def test_a_card_cannot_point_to_code_that_it_does_not_record(trained, tmp_path):
     import shutil
 
@@ -209,6 +213,7 @@ def test_a_stopped_training_resumes_only_with_the_same_file(files, tmp_path, mon
     assert (config.output / "predictions.csv").read_bytes() == (uninterrupted.output / "predictions.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_folds_train_together(files, tmp_path):
     config = configured(files, MAX_MIL, tmp_path, train={"folds": "together"})
     cross_validate(config)
@@ -223,6 +228,7 @@ def test_a_run_is_reproduced_from_the_trusted_file(trained, tmp_path):
     assert reproduce_run(trained.output, tmp_path / "again", trust_code=digest).largest == 0
 
 
+@pytest.mark.slow
 def test_the_registered_model_carries_the_file_and_serves_it_where_it_is_trusted(trained, tmp_path, monkeypatch):
     import mlflow
     from mlflow import MlflowClient

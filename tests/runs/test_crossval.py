@@ -87,6 +87,7 @@ def test_the_registered_model_answers_a_bag_as_the_fold_models_do(finished, monk
         served.predict({**bag, "x20": bag["x20"].astype(np.float64)})
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_a_fold_does_that_fold_and_ends_with_the_same_bytes(files, tmp_path, monkeypatch):
     config = files.config(tmp_path / "run")
     cross_validate(config)

@@ -59,6 +59,7 @@ def separate(files, tmp_path_factory) -> dict[str, bytes]:
     return numbers(config.output)
 
 
+@pytest.mark.slow
 def test_folds_at_once_write_the_files_of_folds_one_after_another(files, separate, tmp_path, two_threads):
     config = settings(files, tmp_path / "run", "side-by-side")
     cross_validate(config)

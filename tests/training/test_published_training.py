@@ -252,6 +252,7 @@ def test_a_process_killed_after_any_window_resumes_with_the_gradient_that_waits(
     assert_same(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_stop_at_the_end_of_an_epoch_saves_the_gradient_that_waits(few, tmp_path, undisturbed, monkeypatch):
     asked = iter([False, False, True])
     monkeypatch.setattr(loop, "stop_requested", lambda: next(asked))

@@ -40,6 +40,7 @@ def trained(config: Config, number: int = 0) -> FoldRun:
     return fit(config, cohort, cfusion.make_splits(cohort, config.splits, config.evaluation.protocol)[number])
 
 
+@pytest.mark.slow
 def test_a_fold_starts_with_the_weights_of_the_model_of_its_number(new, pretrained, tmp_path):
     config = new.config(tmp_path, train={"start_from": str(pretrained.output)})
     cohort = cfusion.read_cohorts(config)
@@ -153,6 +154,7 @@ def test_the_start_is_part_of_the_identity_of_a_run(new, pretrained, tmp_path):
     assert moved.identity == one.identity, "its bytes decide, not its place"
 
 
+@pytest.mark.slow
 def test_buffers_in_months_stay_those_of_the_own_bins(new, old, tmp_path):
     model, data = {"name": "scmil", "embed_dim": 16}, {"magnifications": [20]}
     first = trained(old.config(tmp_path / "a", model=model, data=data, train={"epochs": 1}))
