@@ -18,6 +18,7 @@ def drawn(path) -> np.ndarray:
         return np.asarray(slide.read_region((0, 0), 0, slide.dimensions).convert("RGB"), np.float32)
 
 
+@pytest.mark.slow
 def test_each_side_of_the_region_is_the_tissue_it_should_be(tmp_path):
     files = draw_planted(tmp_path, "planted", PLANTED, signal="nuclei", seed=4)
     image = drawn(files.slide)

@@ -270,6 +270,7 @@ def test_embeddings_a_model_was_not_trained_on_are_refused(ensemble_folder, chan
         embeddings(**changes).check(card)
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused_and_nothing_is_written(cfusion, files, store, cases, tmp_path):
     other = untrained(tmp_path / "other", encoder="uni")
     wide = untrained(tmp_path / "wide", dim=6)

@@ -83,6 +83,7 @@ def refusal(*arguments: str | Path) -> CfusionError:
     return error
 
 
+@pytest.mark.slow
 def test_a_slide_is_preprocessed_and_explained(explained):
     found = read_explanation(explained / "planted")
     assert found.attrs["encoder"] == "stain-texture"

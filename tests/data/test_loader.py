@@ -185,6 +185,7 @@ def test_tiles_of_a_single_magnification_are_sampled(dataset):
     assert len(rows) == 3
 
 
+@pytest.mark.slow
 def test_feature_dropout_zeroes_the_same_channels_throughout_a_bag_and_keeps_the_mean(dataset, bags):
     unsampled = stream(dataset, bags, [[0, 1]])[0]
     share, epochs = 0.25, 100

@@ -35,6 +35,7 @@ def test_distribute_gives_every_bag_once_in_equally_many_passes(costs, world, mi
     assert len(distributed[0]) == -(-len(costs) // (world * micro))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(
     n=st.integers(0, 200), batch=st.integers(1, 50), seen=st.integers(0, 5), worlds=st.tuples(*[st.integers(1, 16)] * 2)

@@ -28,6 +28,7 @@ def test_a_server_that_does_not_answer_is_reported_without_its_password(monkeypa
     assert "word" not in found.detail
 
 
+@pytest.mark.slow
 def test_an_existing_tracking_database_is_ok(monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     assert only(monkeypatch, "mlflow server").passed

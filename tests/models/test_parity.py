@@ -60,6 +60,7 @@ def test_outputs_and_gradient_norms_of_the_published_program(shared: Path, file:
         assert torch.equal(weight, weights[name].to(dtype)), name
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15, database=None)
 @given(
     st.sampled_from([(8, 1), (12, 3), (16, 4)]), st.sampled_from([8, 11]), st.integers(1, 3), st.integers(2, 6),

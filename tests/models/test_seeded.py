@@ -29,7 +29,13 @@ from cfusion.training.world import join_world
 from cfusion.types import BagBatch, SurvivalOutput, Targets
 
 RECORDS = json.loads((Path(__file__).parents[1] / "material" / "golden" / "seeded.json").read_text())
-EVERY_MODEL = pytest.mark.parametrize("record", RECORDS, ids=[record["model"] for record in RECORDS])
+EVERY_MODEL = pytest.mark.parametrize(
+    "record",
+    [
+        pytest.param(record, id=record["model"], marks=[pytest.mark.slow] if record["model"] == "transmil" else [])
+        for record in RECORDS
+    ],
+)
 NAMES = ("x5", "x10", "x20")
 INSIGNIFICANT = ("k_proj.bias", "attention_c.bias")
 """Softmax cancels a bias of keys or scores: its gradient is rounding error on both sides."""

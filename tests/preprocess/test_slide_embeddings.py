@@ -113,6 +113,7 @@ def test_features_of_tiles_come_first_and_those_of_slides_are_listed(tmp_path: P
     assert FeatureStore.open(tmp_path / "store", "titan").slide_ids() == ["a"]
 
 
+@pytest.mark.slow
 def test_mean_mil_learns_from_one_vector_per_slide(tmp_path: Path):
     rng = np.random.default_rng(0)
     rows = []

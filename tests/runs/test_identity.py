@@ -148,6 +148,7 @@ def test_an_operator_is_other_code_and_the_named_option_continues(files, tmp_pat
     assert restored == [True, True]
 
 
+@pytest.mark.slow
 def test_moved_data_and_other_threads_are_the_same_run(files, tmp_path, restored):
     settings = sweep(files, tmp_path / "sweep")
     Job(tuple(plan(settings)))()

@@ -30,6 +30,7 @@ def finished(files, tmp_path_factory) -> Config:
     return config
 
 
+@pytest.mark.slow
 def test_the_tables_have_each_cohort_and_the_stratified_score(finished):
     predictions = pd.read_csv(finished.output / "predictions.csv")
     assert set(predictions["cohort"]) == {"short", "long"}

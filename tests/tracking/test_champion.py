@@ -75,6 +75,7 @@ def call(client: MlflowClient, *arguments: str, **options: object):
     return CliRunner().invoke(app, [*arguments, "--uri", client.tracking_uri], **options)
 
 
+@pytest.mark.slow
 def test_a_better_version_on_the_same_patients_becomes_champion_and_says_why(client, version):
     version("rule", predictions(1.0, patients=200))
     first = call(client, "registry", "promote", "rule", "--yes")

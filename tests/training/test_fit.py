@@ -74,9 +74,8 @@ def test_risk_is_minus_the_sum_of_survival_and_cutoff_is_the_training_median(fil
     assert frame["risk"].min() - 1 < frame["risk_cutoff"].iloc[0] < frame["risk"].max() + 1
 
 
-@pytest.mark.parametrize(
-    "stop_at", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(9, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_at", [1, 4, 9])
 def test_resuming_after_a_stop_at_any_step_is_exact(files, tmp_path, stop_at, monkeypatch):
     """Resuming is exact to the bit, with dropout, moving average and early stopping."""
     sections = {

@@ -33,6 +33,8 @@ from cfusion.training.runtime import Runtime
 from cfusion.training.step import Stepper
 from cfusion.training.world import join_world
 
+pytestmark = pytest.mark.slow
+
 EPOCHS = 7
 
 
@@ -222,7 +224,6 @@ def assert_same(one: FoldRun, other: FoldRun) -> None:
     pd.testing.assert_frame_equal(one.history, other.history, check_exact=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 2])
 def test_a_process_killed_after_any_window_resumes_with_the_gradient_that_waits(
     few, tmp_path, undisturbed, every, monkeypatch
@@ -252,7 +253,6 @@ def test_a_process_killed_after_any_window_resumes_with_the_gradient_that_waits(
     assert_same(run, undisturbed)
 
 
-@pytest.mark.slow
 def test_a_stop_at_the_end_of_an_epoch_saves_the_gradient_that_waits(few, tmp_path, undisturbed, monkeypatch):
     asked = iter([False, False, True])
     monkeypatch.setattr(loop, "stop_requested", lambda: next(asked))
