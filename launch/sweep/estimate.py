@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cfusion.cohort.read import read_cohort
+from cfusion.cohort.joint import read_cohorts
 from cfusion.cohort.splits import make_splits
 from cfusion.config import Config
 from cfusion.data.shard_index import read_index
@@ -134,8 +134,8 @@ class _Steps:
     def folds(self, config: Config) -> tuple[list[int], list[int]] | CfusionError:
         """Return the training bags and the scored patients of each fold, or why they cannot be counted."""
         key = digest_json([
-            config.cohort.model_dump(mode="json"), config.splits.model_dump(mode="json"), config.data.unit,
-            config.evaluation.protocol, places(config),
+            [one.model_dump(mode="json") for one in config.cohort_configs], config.splits.model_dump(mode="json"),
+            config.data.unit, config.evaluation.protocol, places(config),
         ])  # fmt: skip
         if key not in self._folds:
             try:
@@ -161,7 +161,7 @@ class _Steps:
 
 
 def _fold_sizes(config: Config) -> tuple[list[int], list[int]]:
-    cohort = read_cohort(config.cohort)
+    cohort = read_cohorts(config)
     splits = make_splits(cohort, config.splits, config.evaluation.protocol)
     slides = cohort.slides_of(list(cohort.cases.index))
     one = config.data.unit == "case"
@@ -230,7 +230,7 @@ def _model_bytes(config: Config, sizes: dict[str, float | None]) -> float | None
     """Return the size of a model's file; None for a model of the user's own, or if the shards cannot be asked."""
     from cfusion.training.fitted import build
 
-    data, place = config.data, places(config)["data.shards"]
+    data, place = config.data, str(config.data.shard_sets[0])
     key = digest_json([config.model.model_dump(mode="json"), place, data.magnifications, config.evaluation.n_bins])
     if key not in sizes:
         sizes[key] = None

@@ -8,11 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from factories import CohortFiles
+import yaml
+from factories import CohortFiles, joint_config, make_cohorts
 from made_up_sweep import AXES, finish, finished, sweep_file, truth_of
 from typer.testing import CliRunner
 
 from cfusion.cli.main import app
+from cfusion.cohort.joint import read_cohorts
+from cfusion.cohort.splits import make_splits
 from launch.sweep import cost as cost_module
 from launch.sweep import estimate as estimate_module
 from launch.sweep.estimate import estimate
@@ -70,6 +73,19 @@ def test_a_given_time_of_a_step_prices_a_sweep_before_any_run(files, tmp_path):
     # 8 → 16 → … of both models, in four bytes a weight, three folds each, and a row for each of 48 patients
     assert 4 * 48 * 400 < found.disk_bytes < 4 * (48 * 400 + 3 * 4 * 50_000)
     assert "at 0.5 s a step (as given)" in cfusion("plan", path, "--step-seconds", 0.5)
+
+
+def test_a_model_of_several_cohorts_is_priced_on_the_patients_of_all(tmp_path):
+    joint = joint_config(make_cohorts(tmp_path / "cohorts", patients=24), tmp_path)
+    base = joint.model_dump(mode="json", exclude={"output"})
+    path = tmp_path / "joint.yaml"
+    path.write_text(yaml.safe_dump({"name": "j", "output": str(tmp_path), "base": base, "axes": {"seed": [1]}}))
+    cost = json.loads(cfusion("plan", path, "--step-seconds", 0.5, "--json"))["estimate"]
+    splits = make_splits(read_cohorts(joint), joint.splits, joint.evaluation.protocol)
+    steps = [math.ceil(len(split.train) / joint.parallel.global_batch) for split in splits]
+    assert cost["steps"] == joint.train.epochs * sum(steps)
+    assert cost["uncounted"] == {}
+    assert cost["disk_from"] == "counted"
 
 
 def test_missing_data_is_grouped_by_its_cause(files, tmp_path):
