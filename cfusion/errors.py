@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 DISK = {
@@ -186,5 +186,11 @@ class ExchangeError(CfusionError):
 def nearest(word: str, known: Iterable[str], parent: str = "") -> str:
     """Return a remedy for an unknown name: the nearest known name, with its `parent.` prefix, or all known names."""
     names = list(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"Did you mean {parent}{near[0]}?" if near else f"Known: {', '.join(names) or 'none'}."
+    if not (near := similar(word, names)):
+        return f"Known: {', '.join(names) or 'none'}."
+    return f"Did you mean {parent}{near}?"
+
+
+def similar(word: str, names: Sequence[str]) -> str:
+    """Return the name most like a word; empty if none is like it."""
+    return next(iter(difflib.get_close_matches(word, names, n=1, cutoff=0.5)), "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from cfusion.addresses import Address
 from cfusion.config import Config
-from cfusion.errors import DataError, nearest
+from cfusion.errors import DataError, nearest, similar
 from cfusion.extensions import file_of, names_file, package_code
 from cfusion.files import digest_file, digest_json, read_json, write_json
 from cfusion.run_folder import CARD, REGISTRY, WEIGHTS, fold_models, is_done
@@ -158,6 +157,6 @@ def _digest_place(place: str) -> tuple[str, str]:
     # Any folder of the path may be wrong, such as an encoder's.
     wrong = next(part for part in (path, *path.parents) if part.parent.is_dir())
     siblings = [p.name for p in sorted(wrong.parent.glob("[!.]*"))]
-    named = len(siblings) <= _FEW or difflib.get_close_matches(wrong.name, siblings, n=1, cutoff=0.5)
+    named = len(siblings) <= _FEW or similar(wrong.name, siblings)
     remedy = nearest(wrong.name, siblings) if siblings and named else "Put it there, or correct the setting."
     return _ABSENT, f"{place}: not found. {remedy}" if wrong == path else f"{place}: there is no {wrong}. {remedy}"

@@ -11,8 +11,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import yaml
 from factories import CohortFiles
+from made_up_sweep import sweep_file
 from typer.testing import CliRunner
 
 from cfusion import program
@@ -39,11 +39,7 @@ AXES: dict[str, Any] = {
 
 def written(files: CohortFiles, folder: Path, **more: Any) -> Path:
     """A sweep file on a made-up cohort."""
-    base = files.config(folder).model_dump(mode="json", exclude={"output"})
-    values = {"name": "toy", "output": str(folder / "sweep"), "base": base, "axes": AXES, **more}
-    path = folder / "sweep.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-    return path
+    return sweep_file(files, folder, **{"axes": AXES, **more})
 
 
 def cfusion(*arguments: str) -> str:
