@@ -19,4 +19,4 @@ done
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 # A file's tests share what they set up, so they run on one worker.
-exec .venv/bin/python -m pytest -n auto --dist loadfile -m "$marker" "${options[@]}"
+exec .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "$marker" "${options[@]}"

@@ -29,6 +29,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(FailuresAtOnce(config))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no worker is left with one of them at the end."""
+    weights: Counter[Path] = Counter()
+    for item in items:
+        weights[item.path] += 60 if item.get_closest_marker("slow") or item.get_closest_marker("long") else 1
+    items.sort(key=lambda item: (-weights[item.path], item.path))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One worker more than cores: tests of servers and of several processes wait a fifth of their time."""

@@ -38,6 +38,7 @@ def test_the_command_line_takes_its_own_packages(folder):
     assert not (folder / "executed").exists()
 
 
+@pytest.mark.slow
 def test_what_the_program_starts_takes_its_own_packages(folder, tmp_path):
     study = tmp_path / "study.yaml"
     study.write_text("")

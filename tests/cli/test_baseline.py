@@ -23,6 +23,7 @@ def run(*arguments: str | Path) -> str:
     return result.output
 
 
+@pytest.mark.slow
 def test_six_cohorts_reach_their_known_figures(material: Path) -> None:
     figures = pd.read_csv(material / "clinic/clinical_baseline.csv")
     figures = figures[figures["model"] == "all"].set_index("cohort")

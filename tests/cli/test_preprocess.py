@@ -104,6 +104,7 @@ def test_slides_become_features_and_are_then_skipped(tmp_path: Path, form):
     assert re.search(r"skipped +1 +0 *\n", call(*form, slide, "--store", tmp_path / "store").output)
 
 
+@pytest.mark.slow
 def test_the_real_slides_as_the_readme_has_them(shared: Path, tmp_path: Path):
     small, large = (shared / "slides" / f"{n}.svs" for n in ("cmu_small_region", "tcga-cr-7395-01a-01-ts1"))
     assert call(small, "--store", tmp_path).exit_code == 0

@@ -46,6 +46,8 @@ VARIANTS: dict[str, dict[str, dict[str, object]]] = {
     },
     "packed bags": {"train": {"micro_batch": 3}, "model": {"name": "mean_mil"}},
 }
+QUICK = ("every bag once", "packed bags")
+"""Trained on two processes by default; these and the others on two and three by the slow tests."""
 
 
 def configuration(files: CohortFiles, output: Path, variant: dict[str, dict[str, object]]) -> Config:
@@ -60,15 +62,16 @@ def configuration(files: CohortFiles, output: Path, variant: dict[str, dict[str,
 
 
 @pytest.fixture(scope="module")
-def trained(files, tmp_path_factory) -> Callable[[int], Path]:
-    """All variants trained on a number of processes, once, when a test first asks for that number."""
+def trained(files, tmp_path_factory) -> Callable[[int, str], Path]:
+    """The folder of a variant, trained together with others of its speed when a test first asks for one of them."""
     folder = tmp_path_factory.mktemp("worlds")
     configs = {name: configuration(files, folder, variant) for name, variant in VARIANTS.items()}
 
-    def train(world: int) -> Path:
-        if not (folder / str(world)).exists():
-            run_world(world, fit_and_save, folder / str(world), configs, folder / str(world))
-        return folder
+    def train(world: int, variant: str) -> Path:
+        if not (folder / str(world) / variant).exists():
+            wanted = {name: config for name, config in configs.items() if (name in QUICK) == (variant in QUICK)}
+            run_world(world, fit_and_save, folder / str(world), wanted, folder / str(world))
+        return folder / str(world) / variant
 
     return train
 
@@ -96,18 +99,19 @@ def test_several_cohorts_give_the_same_model_on_two_processes(tmp_path):
         np.testing.assert_allclose(first["risk"], other["risk"], rtol=1e-9)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in VARIANTS]
+)
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_processes_gives_the_same_parameters(trained, world, variant):
-    trained(1)
-    worlds = trained(world)
-    single = load_file(worlds / "1" / variant / "model_0" / "model.safetensors")
-    predictions = pd.read_csv(worlds / "1" / variant / "predictions_0.csv")
+    one, several = trained(1, variant), trained(world, variant)
+    single = load_file(one / "model_0" / "model.safetensors")
+    predictions = pd.read_csv(one / "predictions_0.csv")
     for rank in range(world):
-        shared = load_file(worlds / str(world) / variant / f"model_{rank}" / "model.safetensors")
+        shared = load_file(several / f"model_{rank}" / "model.safetensors")
         for name, tensor in single.items():
             torch.testing.assert_close(shared[name], tensor, atol=1e-9, rtol=1e-9)
-        gathered = pd.read_csv(worlds / str(world) / variant / f"predictions_{rank}.csv")
+        gathered = pd.read_csv(several / f"predictions_{rank}.csv")
         assert list(gathered["case_id"]) == list(predictions["case_id"]), "every case once, in the same order"
         np.testing.assert_allclose(gathered["risk"], predictions["risk"], atol=1e-9)
 

@@ -35,7 +35,7 @@ from preprocess.settings import PreprocessConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
-QUICK = ("docs/howto/score-predictions.md", "docs/howto/shell.md")
+QUICK = ("docs/howto/shell.md",)
 """Pages that take seconds; README, CONTRIBUTING and the tutorials are slow tests, the other pages long ones."""
 _BLOCK = re.compile(
     r"^(?P<indent> *)(?:<!-- (?P<note>[^\n]*?) -->\n(?: *\n)*(?P=indent))?```bash\n(?P<code>.*?)^(?P=indent)```$",

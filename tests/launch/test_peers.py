@@ -106,6 +106,7 @@ def test_a_program_is_one_more_model_of_the_report(path, tmp_path, layout):
     assert f"imported from {title}" in page
 
 
+@pytest.mark.slow
 def test_a_program_under_the_protocol_of_the_sweep_is_tested_against_its_best_and_shared(path, tmp_path):
     source = patho_bench(path, tmp_path / "peer")
     cfusion("import", path, source, "--from", "patho-bench", "--protocol", "strict", "--model", "CoxNet", "--seed", "2")

@@ -67,6 +67,7 @@ def test_variants_of_hipt_do_not_depend_on_batch_companions(options: dict):
         torch.testing.assert_close(model(pad(bags, 2)).logits, separate, atol=1e-11, rtol=1e-11)
 
 
+@pytest.mark.slow
 def test_regions_summarised_in_parts_have_the_same_gradient(monkeypatch: pytest.MonkeyPatch):
     model, one = build("hipt", dtype=torch.float64), bag(1, 30)
     model(one).risk.sum().backward()

@@ -170,6 +170,7 @@ def test_an_edited_file_is_another_run(files, tmp_path):
     assert (config.output / "predictions.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_file_that_is_edited_while_its_run_trains_stops_the_next_fold(files, tmp_path, monkeypatch):
     config = configured(files, MAX_MIL, tmp_path)
     original = crossval.fit

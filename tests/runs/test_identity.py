@@ -114,6 +114,7 @@ def test_an_edited_error_text_changes_no_run(files, tmp_path, edit, restored):
     assert run_folder.is_done(config.output)
 
 
+@pytest.mark.slow
 def test_an_operator_is_other_code_and_the_named_option_continues(files, tmp_path, edit, restored):
     settings = sweep(files, tmp_path / "sweep", axes={"seed": {"7": {"seed": 7}, "8": {"seed": 8}}})
     finished, half = plan(settings)

@@ -70,6 +70,7 @@ def added() -> Scores:
     return score(frame, full, splits, covariates=covariates, bootstrap=100)
 
 
+@pytest.mark.slow
 def test_a_risk_that_knows_more_adds_and_noise_does_not(added: Scores) -> None:
     rows = added.summary.set_index("model")
     assert rows["clinical_c"].nunique() == 1

@@ -53,6 +53,7 @@ def test_pairing_beats_two_separate_intervals() -> None:
     assert row["high"] - row["low"] < 0.02
 
 
+@pytest.mark.slow
 def test_rejection_rate_under_the_null_is_nominal() -> None:
     rejected = sum(
         compare(predictions({"a": 1.5, "b": 1.5}, size=150, seed=s), replicates=200)["p"].iloc[0] < 0.05

@@ -61,6 +61,7 @@ def rename(database: Path, old: Path, new: Path) -> None:
     connection.close()
 
 
+@pytest.mark.slow
 def test_a_moved_folder_gives_its_files_and_takes_new_ones(moved, tmp_path):
     client = connect(f"sqlite:///{moved / 'mlflow.db'}")
     (run,) = client.search_runs([experiment_id(client, "study")])

@@ -100,6 +100,7 @@ def test_resuming_after_a_stop_at_any_step_is_exact(files, tmp_path, stop_at, mo
     assert_same(run_fold(files.config(tmp_path, **sections), folder=tmp_path / "state"), undisturbed)
 
 
+@pytest.mark.slow
 def test_resuming_after_a_kill_at_every_step_is_exact(files, tmp_path, monkeypatch):
     """The process dies after each step, between two checkpoints, and in the last epoch's partial step."""
     import cfusion.training.checkpoint as checkpoint

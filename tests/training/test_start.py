@@ -55,6 +55,7 @@ def test_a_fold_starts_with_the_weights_of_the_model_of_its_number(new, pretrain
         assert fold.card.start["cohort"] == "made_up"
 
 
+@pytest.mark.slow
 def test_what_it_has_seen_passes_on_to_what_starts_from_it(new, pretrained, tmp_path):
     run = trained(new.config(tmp_path, train={"start_from": str(pretrained.output / "fold_1" / "model"), "epochs": 1}))
     start = read_starts(str(pretrained.output / "fold_1" / "model"))[0]

@@ -119,6 +119,7 @@ def test_a_click_reads_the_tile(window: Window, tmp_path):
     assert (tmp_path / "page.png").stat().st_size > 50_000
 
 
+@pytest.mark.slow
 @deep
 def test_zoom_loads_finer_tiles_and_resets(window: Window):
     page = window.open()
@@ -183,6 +184,7 @@ def test_noise_is_grey_and_attention_carries_a_warning(window: Window):
     expect(page.locator("#faded")).to_be_visible()
 
 
+@pytest.mark.slow
 @deep
 def test_without_a_spread_the_viewer_says_so_and_paints_all(browser, files: Files, tmp_path):
     write_explanation(explanation(EXPLAINED, training_ratio=None), tmp_path / "explanation.zarr")
@@ -197,6 +199,7 @@ def test_without_a_spread_the_viewer_says_so_and_paints_all(browser, files: File
         assert window.colour(-120)[3] == 153
 
 
+@pytest.mark.slow
 @deep
 @pytest.mark.parametrize("ratio", [1, 2])
 def test_tiles_off_the_grid_are_drawn_at_their_position(browser, files: Files, tmp_path, ratio: int):
@@ -230,6 +233,7 @@ def test_tiles_off_the_grid_are_drawn_at_their_position(browser, files: Files, t
         assert not window.complaints
 
 
+@pytest.mark.slow
 @deep
 def test_a_score_that_a_magnification_lacks_cannot_be_chosen(window: Window):
     page = window.open()
@@ -244,6 +248,7 @@ def test_a_score_that_a_magnification_lacks_cannot_be_chosen(window: Window):
     page.wait_for_selector("#stage[data-shown='x5/occlusion/RdBu_r']")
 
 
+@pytest.mark.slow
 @deep
 def test_everything_works_from_the_keyboard(window: Window):
     page = window.open()
@@ -283,6 +288,7 @@ def test_everything_works_from_the_keyboard(window: Window):
     expect(page.locator("#slide-name")).to_have_text(EXPLAINED)
 
 
+@pytest.mark.slow
 @deep
 def test_the_focus_is_seen_and_every_control_has_a_name(window: Window):
     page = window.open()
@@ -307,6 +313,7 @@ def test_the_focus_is_seen_and_every_control_has_a_name(window: Window):
     assert not unnamed
 
 
+@pytest.mark.slow
 @deep
 def test_search_narrows_the_list_and_opens(window: Window):
     page = window.open()
@@ -322,6 +329,7 @@ def test_search_narrows_the_list_and_opens(window: Window):
     expect(page.locator("#count")).to_have_text("No matching slide.")
 
 
+@pytest.mark.slow
 @deep
 def test_the_patients_curve_is_drawn_with_that_of_the_cohort(window: Window):
     page = window.open()
@@ -332,6 +340,7 @@ def test_the_patients_curve_is_drawn_with_that_of_the_cohort(window: Window):
     assert "PT-0001" in page.locator("#patient-body").inner_text()
 
 
+@pytest.mark.slow
 @deep
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_has_contrast_in_light_and_dark(browser, files: Files, scheme: str):
@@ -370,6 +379,7 @@ def contrast(one: float, other: float) -> float:
     return (max(one, other) + 0.05) / (min(one, other) + 0.05)
 
 
+@pytest.mark.slow
 @deep
 def test_a_narrow_screen(browser, files: Files):
     for window in windows(browser, shown(files), viewport={"width": 380, "height": 800}, has_touch=True):
@@ -390,6 +400,7 @@ def test_a_narrow_screen(browser, files: Files):
         assert not window.complaints
 
 
+@pytest.mark.slow
 @deep
 def test_a_deleted_slide_is_reported_and_marked(browser, files: Files, tmp_path):
     folder = shutil.copytree(files.slides, tmp_path / "slides")
@@ -409,6 +420,7 @@ def test_a_deleted_slide_is_reported_and_marked(browser, files: Files, tmp_path)
         expect(page.locator("#banner")).to_be_hidden()
 
 
+@pytest.mark.slow
 @deep
 def test_a_name_is_never_parsed_as_markup(browser, files: Files, tmp_path):
     name = "<img src=x onerror=alert(1)>&\"'"
@@ -423,6 +435,7 @@ def test_a_name_is_never_parsed_as_markup(browser, files: Files, tmp_path):
         assert not window.complaints
 
 
+@pytest.mark.slow
 @deep
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_name_of_any_length_moves_nothing_out_of_sight(browser, files: Files, tmp_path, width: int):
@@ -460,6 +473,7 @@ def test_an_explanation_of_another_slide_is_not_drawn(browser, files: Files, tmp
         assert window.colour(-120)[3] == 0
 
 
+@pytest.mark.slow
 def test_without_openseadragon_the_heatmap_is_drawn_on_a_still_picture(browser, files: Files, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for window in windows(browser, shown(files)):

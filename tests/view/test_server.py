@@ -372,6 +372,7 @@ def test_an_internal_error_fails_only_one_request(files: Files, capfd: pytest.Ca
     assert "ZeroDivisionError" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_slide_without_a_pyramid_is_read_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_slide(tmp_path / "flat.svs", tissue_picture(4096, 3072))
     monkeypatch.setattr(deepzoom, "QUICK_PX", 1e6)
