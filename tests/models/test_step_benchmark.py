@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import model_step
+from benchmarks import model_step, rivals
 from benchmarks.arithmetic import CORRECTED, operations
 from benchmarks.table import Row, present
 
@@ -59,3 +59,11 @@ def test_rows_are_shown_and_saved_with_ratios_above_one_where_ours_is_better(tmp
         {"case": "two", "ours": 3.0, "theirs": None, "ratio": None, "unit": "GB"},
         {"case": "three", "ours": 5.0, "theirs": 4.0, "ratio": 1.25, "unit": "bags/s"},
     ]
+
+
+@pytest.mark.parametrize("name", ["crossfusion", "patchgcn"])
+def test_a_rival_is_measured_on_a_square_of_tissue(name: str):
+    found = rivals.measure(name, 64, repeats=1)
+    assert found["seconds"] > 0
+    assert found["peak"] > 0.1
+    assert (found["graph"] > 0) == (name == "patchgcn")
