@@ -43,6 +43,15 @@ def test_every_tile_has_every_score(explained, folds):
     assert found.curve["survival"].iloc[0] == 1
 
 
+@pytest.mark.slow
+def test_the_kept_models_are_what_training_gives(explained, folds, tmp_path):
+    kept, slide, _ = explained
+    anew = explain(ensemble(tmp_path, epochs=16), slide, occlusion="tiles")
+    assert anew.risk == pytest.approx(kept.risk, abs=0.5)
+    for name in kept.levels:
+        assert np.corrcoef(anew.scores(name, "occlusion"), kept.scores(name, "occlusion"))[0, 1] > 0.9
+
+
 def test_planted_tiles_are_ranked(tmp_path):
     """Test a model that reads only one magnification; test_planted.py tests CrossFusion."""
     models = ensemble(tmp_path, "amil", epochs=8)
