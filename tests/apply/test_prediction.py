@@ -443,6 +443,7 @@ def with_seen(folder: Path, seen: Seen) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_patients_whose_embeddings_are_outside_of_the_trainings_are_named(
     cfusion, files, cases, outside, tmp_path, caplog
 ):

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import os, sys, torch
 from cfusion.data.thread_pools import single_core_pool
@@ -29,9 +31,11 @@ def run(pool: str) -> list[str]:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
+@pytest.mark.slow
 def test_readers_widen_without_a_second_team_and_the_caller_keeps_its_threads():
     assert run("single") == ["True", "0", "3"]
 
 
+@pytest.mark.slow
 def test_a_plain_pool_starts_one():
     assert int(run("plain")[1]) >= 2

@@ -276,6 +276,7 @@ def test_names_follow_shards_tables_and_splits(files, tmp_path):
     assert not second & names()
 
 
+@pytest.mark.slow
 def test_a_run_whose_data_or_program_changed_after_it_was_named_is_not_begun(files, tmp_path, monkeypatch):
     table = tmp_path / "clinical.csv"
     table.write_text(files.table.read_text())

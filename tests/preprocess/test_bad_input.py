@@ -282,6 +282,7 @@ def test_a_resolution_that_is_now_another_makes_a_slide_stale(tmp_path: Path):
     assert extract(path, tmp_path / "store", default_mpp=0.5).outcomes[0].status == "skipped"
 
 
+@pytest.mark.slow
 def test_an_added_encoder_computes_only_its_missing_features(slides: Path, tmp_path: Path):
     class Counting(MeanColour):
         def __init__(self, name: str) -> None:
@@ -306,6 +307,7 @@ def test_an_added_encoder_computes_only_its_missing_features(slides: Path, tmp_p
         np.testing.assert_array_equal(one.features["x20"], other.features["x20"])
 
 
+@pytest.mark.slow
 def test_batches_threads_and_devices_do_not_change_the_features(slides: Path, tmp_path: Path):
     extract(slides, tmp_path / "a", batch_size=7, threads=1)
     config = PreprocessConfig(slides=slides, store=tmp_path / "b", batch_size=100, threads=4)

@@ -135,6 +135,7 @@ def test_prefixes_of_training_programs_are_dropped(tmp_path: Path, prefix: str, 
     assert set(found) == {"a.weight", "b"}
 
 
+@pytest.mark.slow
 def test_positions_are_stretched_as_by_hugging_face():
     transformers = pytest.importorskip("transformers", reason="the reference implementation is not installed")
     config = transformers.Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=70)

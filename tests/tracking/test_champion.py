@@ -96,6 +96,7 @@ def test_a_better_version_on_the_same_patients_becomes_champion_and_says_why(cli
     assert client.get_model_version("rule", "2").tags["cfusion.promoted"] == " ".join(lines[:4])
 
 
+@pytest.mark.slow
 def test_the_difference_equals_that_of_the_two_scores(client, version):
     from cfusion.survival.score import score
 

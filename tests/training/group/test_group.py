@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, dict[str, object]]] = {
     "held in memory, a bag a slide": {"data": {"cache": "ram", "unit": "slide"}},
     "chosen by loss, late": {"train": {"monitor": "loss", "min_epoch": 2}},
 }
-LONGEST = ("attention dropout, packed by tokens", "cox", "dropout, moving average, patience")
+LONGEST = ("attention dropout, packed by tokens", "cox", "dropout, moving average, patience", "chosen by loss, late")
 
 
 @pytest.fixture(scope="module")
