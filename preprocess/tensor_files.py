@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+DOS_FOLDER = 0x10
+"""Attribute of a part of a zip archive that is a folder."""
+
 
 def load_tensors(path: Path) -> Any:
     """Load what a `.pt` file contains, on the CPU: tensors and plain containers only.
@@ -21,12 +24,15 @@ def load_tensors(path: Path) -> Any:
         Exception: It is damaged; torch and zipfile raise errors of many kinds.
     """
     if zipfile.is_zipfile(path) and (part := _damaged_part(path)) is not None:
-        raise ValueError(f"the checksum of its {part} does not match")
+        raise ValueError(f"its part {part} is damaged: the checksum or an attribute does not match")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _damaged_part(path: Path) -> str | None:
-    """Return the first part of a zip archive whose checksum does not match."""
+    """Return the first part of a zip archive whose checksum does not match, or that torch would not read."""
     with zipfile.ZipFile(path) as archive:
-        has_checksums = any(part.CRC for part in archive.infolist())
-        return archive.testzip() if has_checksums else None
+        parts = archive.infolist()
+        # torch takes these for folders: it reads nothing, and returns memory that was never written.
+        folder = next((part.filename for part in parts if part.external_attr & DOS_FOLDER and part.file_size), None)
+        has_checksums = any(part.CRC for part in parts)
+        return folder or (archive.testzip() if has_checksums else None)

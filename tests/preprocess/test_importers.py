@@ -465,7 +465,21 @@ def test_a_tensor_whose_bytes_changed_is_refused_by_its_checksum(tmp_path: Path)
     assert torch.load(path).shape == (16, DIM)
     report = import_features(tmp_path / "in", tmp_path / "store")
     assert report.imported == ("b",)
-    assert "a.pt: cannot be read (the checksum of its a/data/0 does not match). Copy it" in report.refused["a"]
+    assert "a.pt: cannot be read (its part a/data/0 is damaged: the checksum" in report.refused["a"]
+
+
+def test_a_tensor_that_its_archive_calls_a_folder_is_refused(tmp_path: Path):
+    """torch reads no byte of it, and returns memory that was never written."""
+    write_published(tmp_path / "in")
+    path = tmp_path / "in/resnet50/x20/pt_files/a.pt"
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"a/data/0"))
+    data[entry + 38] |= 0x10  # external attributes
+    path.write_bytes(data)
+    assert torch.load(path).shape == (16, DIM)
+    report = import_features(tmp_path / "in", tmp_path / "store")
+    assert report.imported == ("b",)
+    assert "its part a/data/0 is damaged" in report.refused["a"]
 
 
 @pytest.mark.parametrize("zipped", [False, True])
