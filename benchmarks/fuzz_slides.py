@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import functools
 import io
 import logging
 import multiprocessing
+import signal
 import struct
 import sys
 import tempfile
@@ -270,13 +272,15 @@ def one_change(number: int, seed: int, folder: Path) -> tuple[str, str]:
 
 
 def work(numbers: range, seed: int, channel: Any) -> None:
-    """Make changes in a separate process, and send the result of each."""
+    """Make changes in a separate process, and send the result of each, until the parent process ends."""
     logging.disable(logging.CRITICAL)
-    for number in numbers:
-        channel.send(number)
-        with tempfile.TemporaryDirectory() as folder:
-            channel.send(one_change(number, seed, Path(folder)))
-    channel.send(None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends first, and this process with it
+    with contextlib.suppress(BrokenPipeError):
+        for number in numbers:
+            channel.send(number)
+            with tempfile.TemporaryDirectory() as folder:
+                channel.send(one_change(number, seed, Path(folder)))
+        channel.send(None)
 
 
 def outcomes(numbers: range, seed: int) -> Iterator[tuple[int, str, str]]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from cfusion.errors import LayoutError
+from preprocess.tensor_files import load_tensors
 
 INTEGER_TOLERANCE_PX = 0.01
 """Largest distance of a coordinate in px from an integer."""
@@ -83,7 +84,7 @@ def loaded_pt(path: Path, remedy: str) -> Any:
         LayoutError: The file is unreadable, or contains other objects.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_tensors(path)
     except pickle.UnpicklingError as error:
         raise LayoutError(
             f"{path}: contains a pickled object, not a plain tensor, so it is not opened.", remedy
@@ -91,7 +92,7 @@ def loaded_pt(path: Path, remedy: str) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - a damaged archive ends in errors of many kinds
-        raise LayoutError(f"{path}: cannot be read ({said(error)}).") from None
+        raise LayoutError(f"{path}: cannot be read ({said(error)}).", "Copy it, or save it, again.") from None
 
 
 def read_tensor(path: Path) -> np.ndarray:

@@ -21,12 +21,15 @@ LAYERS = (
     ("cfusion.survival",),
     (
         "preprocess.settings", "preprocess.outcome", "preprocess.grid", "preprocess.names",
-        "preprocess.descriptor", "preprocess.feature_files", "preprocess.samples",
+        "preprocess.descriptor", "preprocess.samples", "preprocess.tensor_files",
         "preprocess.inspection", "preprocess.gdc", "preprocess.phantom",
     ),
-    ("preprocess.resolution", "preprocess.slide_headers", "preprocess.layouts"),
-    ("preprocess.slide_files", "preprocess.slide_embeddings", "preprocess.dicom_slides"),
-    ("preprocess.slides", "preprocess.resample", "preprocess.encoders", "preprocess.packing", "preprocess.derive"),
+    ("preprocess.resolution", "preprocess.slide_headers", "preprocess.feature_files"),
+    ("preprocess.slide_files", "preprocess.layouts", "preprocess.dicom_slides"),
+    (
+        "preprocess.slides", "preprocess.resample", "preprocess.encoders", "preprocess.packing", "preprocess.derive",
+        "preprocess.slide_embeddings",
+    ),
     ("preprocess.overview", "preprocess.import_levels", "preprocess.ink"),
     (
         "preprocess.importers", "preprocess.tissue", "preprocess.annotation", "preprocess.readers",

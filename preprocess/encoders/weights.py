@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from cfusion.errors import MissingExtraError, WeightsError
 from preprocess.encoders.cards import EncoderCard
+from preprocess.tensor_files import load_tensors
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 """Suffixes of a local checkpoint, in order of preference."""
@@ -104,8 +103,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         WeightsError: The file is unreadable or contains something else.
     """
     try:
-        loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        loaded = load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file ends in errors of many kinds
         raise WeightsError(f"{path}: not a readable checkpoint ({error}).", "Download it again.") from error
     for wrapper in ("state_dict", "model", "teacher"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):

@@ -446,6 +446,10 @@ def test_nothing_but_tensors_is_unpickled(tmp_path: Path):
     torch.save({"a": 3}, tmp_path / "number.pth")
     with pytest.raises(DataError, match="contains something other than named tensors"):
         read_weights(tmp_path / "number.pth")
+    data = (tmp_path / "good.pth").read_bytes()
+    (tmp_path / "damaged.pth").write_bytes(data.replace(np.ones(2, np.float32).tobytes(), bytes(8)))
+    with pytest.raises(DataError, match=r"not a readable checkpoint \(its part good/data/0 is damaged: the checksum"):
+        read_weights(tmp_path / "damaged.pth")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     with pytest.raises(DataError, match="not a readable checkpoint"):
         read_weights(tmp_path / "broken.safetensors")

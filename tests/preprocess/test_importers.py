@@ -450,6 +450,52 @@ def test_a_tensor_that_requires_grad_is_imported(tmp_path: Path):
     assert import_features(tmp_path / "in", tmp_path / "store").imported == ("a", "b")
 
 
+def flip_a_bit(path: Path, values: np.ndarray) -> None:
+    """Change one of the stored values."""
+    data = bytearray(path.read_bytes())
+    data[data.index(values.tobytes()) + 5] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_tensor_whose_bytes_changed_is_refused_by_its_checksum(tmp_path: Path):
+    """torch reads such a file without a word."""
+    write_published(tmp_path / "in")
+    path = tmp_path / "in/resnet50/x20/pt_files/a.pt"
+    flip_a_bit(path, features(16, 0))
+    assert torch.load(path).shape == (16, DIM)
+    report = import_features(tmp_path / "in", tmp_path / "store")
+    assert report.imported == ("b",)
+    assert "a.pt: cannot be read (its part a/data/0 is damaged: the checksum" in report.refused["a"]
+
+
+def test_a_tensor_that_its_archive_calls_a_folder_is_refused(tmp_path: Path):
+    """torch reads no byte of it, and returns memory that was never written."""
+    write_published(tmp_path / "in")
+    path = tmp_path / "in/resnet50/x20/pt_files/a.pt"
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"a/data/0"))
+    data[entry + 38] |= 0x10  # external attributes
+    path.write_bytes(data)
+    assert torch.load(path).shape == (16, DIM)
+    report = import_features(tmp_path / "in", tmp_path / "store")
+    assert report.imported == ("b",)
+    assert "its part a/data/0 is damaged" in report.refused["a"]
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_tensors_without_checksums_are_imported(tmp_path: Path, zipped: bool):
+    """The format before torch 1.6, and archives that were saved without checksums."""
+    write_published(tmp_path / "in")
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        for path in (tmp_path / "in").rglob("a.pt"):
+            torch.save(torch.load(path), path, _use_new_zipfile_serialization=zipped)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert import_features(tmp_path / "in", tmp_path / "store").imported == ("a", "b")
+
+
 def test_coordinates_are_rounded_and_other_units_are_refused(tmp_path: Path):
     write_trident(tmp_path / "in", slides=("near", "um"))
     for name, shift in (("near", -1e-4), ("um", 0.3)):

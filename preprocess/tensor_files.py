@@ -1,0 +1,38 @@
+"""Load the tensors of `.pt` files: nothing else is unpickled, and damaged archives are recognised."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DOS_FOLDER = 0x10
+"""Attribute of a part of a zip archive that is a folder."""
+
+
+def load_tensors(path: Path) -> Any:
+    """Load what a `.pt` file contains, on the CPU: tensors and plain containers only.
+
+    Since version 1.6, torch writes zip archives with a checksum for each part, and does not compare them when it
+    reads. They are compared here, which takes less time than the reading. Files without checksums, which are the older
+    format and archives saved with `set_crc32_options(False)`, are read as they are.
+
+    Raises:
+        pickle.UnpicklingError: The file contains other objects.
+        Exception: It is damaged; torch and zipfile raise errors of many kinds.
+    """
+    if zipfile.is_zipfile(path) and (part := _damaged_part(path)) is not None:
+        raise ValueError(f"its part {part} is damaged: the checksum or an attribute does not match")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _damaged_part(path: Path) -> str | None:
+    """Return the first part of a zip archive whose checksum does not match, or that torch would not read."""
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        # torch takes these for folders: it reads nothing, and returns memory that was never written.
+        folder = next((part.filename for part in parts if part.external_attr & DOS_FOLDER and part.file_size), None)
+        has_checksums = any(part.CRC for part in parts)
+        return folder or (archive.testzip() if has_checksums else None)
