@@ -1,12 +1,12 @@
-"""One training step of every model on one large bag beside CrossFusion's: seconds and peak memory.
+"""One training step of every model on one large bag, compared with CrossFusion's: seconds and peak memory.
 
     python -m benchmarks.rivals [--tiles N ...] [--models NAME ...] [--quick] [--json FILE]
 
 A square of tissue with `--tiles` tiles at 20x, a quarter at 10x, a sixteenth at 5x, embeddings of 1536 channels, f32,
 the program's default options of each model, one bag, negative log-likelihood, forward and backward, no optimizer. Each
-model runs in processes of its own, medians over `--rounds` of the fastest of `--repeats` steps; peak memory is that of
+model runs in separate processes, medians over `--rounds` of the fastest of `--repeats` steps; peak memory is that of
 the process, bag and program included. The graph of a model that reads one is built before the step, as the loader's
-threads do, and has a row of its own. `ours` is CrossFusion, `theirs` the other model.
+threads do, and has a separate row. `ours` is CrossFusion, `theirs` the other model.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def child(name: str, tiles: int, arguments: argparse.Namespace) -> dict[str, flo
 
 
 def compare(tiles: int, arguments: argparse.Namespace) -> list[Row]:
-    """Rows of one size: every model's step and memory beside CrossFusion's."""
+    """Rows of one size: every model's step and memory, compared with CrossFusion's."""
     names = ["crossfusion", *(name for name in arguments.models if name != "crossfusion")]
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(arguments.rounds):

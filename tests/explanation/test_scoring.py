@@ -46,10 +46,10 @@ def test_every_tile_has_every_score(explained, folds):
 @pytest.mark.slow
 def test_the_kept_models_are_what_training_gives(explained, folds, tmp_path):
     kept, slide, _ = explained
-    anew = explain(ensemble(tmp_path, epochs=16), slide, occlusion="tiles")
-    assert anew.risk == pytest.approx(kept.risk, abs=0.5)
+    retrained = explain(ensemble(tmp_path, epochs=16), slide, occlusion="tiles")
+    assert retrained.risk == pytest.approx(kept.risk, abs=0.5)
     for name in kept.levels:
-        assert np.corrcoef(anew.scores(name, "occlusion"), kept.scores(name, "occlusion"))[0, 1] > 0.9
+        assert np.corrcoef(retrained.scores(name, "occlusion"), kept.scores(name, "occlusion"))[0, 1] > 0.9
 
 
 def test_planted_tiles_are_ranked(tmp_path):
