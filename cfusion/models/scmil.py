@@ -174,7 +174,7 @@ class SCMIL(FinestBagModel, Prepared):
     def survival(self, features: dict[str, Tensor], batch: BagBatch) -> SurvivalOutput:
         """See `BagModel.forward`."""
         mixture = self.mixture(features, batch)
-        return SurvivalOutput.from_logits(mixture.logits(self.edges_months.to(mixture.weights.dtype)))
+        return SurvivalOutput.from_logits(mixture.logits(self.edges_months.to(mixture.log_weights.dtype)))
 
     def mixture(self, features: dict[str, Tensor], batch: BagBatch) -> TimeMixture:
         """Compute the distribution of each bag's time."""

@@ -25,23 +25,28 @@ class TimeMixture:
     """Distributions of log(exp(t) − 1), where t is the time in months.
 
     Attributes:
-        weights: Sum to 1.
+        log_weights: Logs of weights that sum to 1: a weight may be too small for its type, its log is not.
         means: Shared by all bags.
         deviations: Standard deviations, shared by all bags.
         slack: Added to exp(t) − 1.
     """
 
-    weights: Float[Tensor, "bag component"]
+    log_weights: Float[Tensor, "bag component"]
     means: Float[Tensor, " component"]
     deviations: Float[Tensor, " component"]
     slack: float = 0.0
+
+    @property
+    def weights(self) -> Float[Tensor, "bag component"]:
+        """The share of each component."""
+        return self.log_weights.exp()
 
     def log_survival(self, months: Float[Tensor, " time"]) -> Float[Tensor, "bag time"]:
         """Compute the log of the probability of surviving beyond each time, which must be above 0."""
         # exp(t) exceeds the range of f32 at 89 months.
         place = months + torch.log1p((self.slack - 1) * (-months).exp())
         beyond = torch.special.log_ndtr((self.means[:, None] - place) / self.deviations[:, None])
-        return torch.logsumexp(self.weights.log()[..., None] + beyond, dim=1)
+        return torch.logsumexp(self.log_weights[..., None] + beyond, dim=1)
 
     def logits(self, edges_months: Float[Tensor, " edge"]) -> Float[Tensor, "bag bin"]:
         """Compute the logits of the hazards of the bins between the edges; the first edge is 0."""
@@ -75,7 +80,7 @@ class TimeMixtureHead(nn.Module):
 
     def forward(self, features: Float[Tensor, "bag dim"]) -> TimeMixture:
         """Compute the distribution of each bag."""
-        weights = F.softmax(self.weight(self.hidden(features)), dim=1)
+        log_weights = F.log_softmax(self.weight(self.hidden(features)), dim=1)
         means = self.mean_map(self.mean).clamp(-LONGEST_MONTHS, LONGEST_MONTHS)
         deviations = F.softplus(self.deviation_map(self.deviation)).clamp(1e-2, 1e2)
-        return TimeMixture(weights, means, deviations, self.slack)
+        return TimeMixture(log_weights, means, deviations, self.slack)

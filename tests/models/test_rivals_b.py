@@ -33,7 +33,7 @@ from cfusion.models import attention_maps, build_model
 from cfusion.models.pairing import rows_above
 from cfusion.models.panther import PANTHER
 from cfusion.models.scmil import SCMIL, ClusterAttention
-from cfusion.models.time_mixture import TimeMixture
+from cfusion.models.time_mixture import TimeMixture, TimeMixtureHead
 from cfusion.runs.crossval import cross_validate
 from cfusion.runs.run import Run
 from cfusion.survival.losses import LOSSES, cox
@@ -473,11 +473,21 @@ def test_hazards_of_scmil_are_those_of_its_distribution_between_the_edges():
 
 
 def test_late_times_are_finite_in_f32():
-    mixture = TimeMixture(torch.ones(1, 1), torch.tensor([120.0]), torch.tensor([9.0]))
+    mixture = TimeMixture(torch.zeros(1, 1), torch.tensor([120.0]), torch.tensor([9.0]))
     months = torch.tensor([1e-4, 80.0, 100.0, 120.0, 140.0, 4000.0])
     expected = torch.special.ndtr((120 - torch.log(torch.expm1(months.double()[1:5]))) / 9)
     torch.testing.assert_close(mixture.log_survival(months)[0, 1:5].exp().double(), expected, rtol=1e-5, atol=1e-7)
     assert torch.isfinite(mixture.logits(torch.cat([torch.zeros(1), months]))).all()
+
+
+def test_a_component_with_a_share_too_small_for_f32_has_a_finite_gradient():
+    head = TimeMixtureHead(4, 8, 3, 0.0)
+    with torch.no_grad():
+        head.weight.bias.copy_(torch.tensor([200.0, 0.0, -200.0]))
+    mixture = head(torch.ones(1, 4))
+    assert (mixture.weights == 0).any()
+    mixture.logits(torch.tensor([0.0, 10.0, 50.0])).sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in head.parameters() if parameter.grad is not None)
 
 
 def test_windows_hold_each_tile_once_and_less_than_two_clusters():
