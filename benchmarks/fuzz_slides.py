@@ -1,7 +1,7 @@
 """Change slides and feature files at random: no change may end a run, hide a neighbour or give wrong numbers.
 
 A change hits one TIFF tag, header bytes, an attribute of an HDF5 file, or bytes of a `.pt` or `.npz` file. Each item is
-then read with an undamaged neighbour, as `cfusion preprocess` reads it. What is found is one of:
+then read with undamaged neighbours, as `cfusion preprocess` reads it. What is found is one of:
 
 - `refused`: the item is listed with a reason;
 - `read`: its numbers are those that an independent reading of the changed file gives (OpenSlide for slides, h5py and
@@ -221,9 +221,9 @@ def independent(path: Path, kind: str) -> np.ndarray:
 
 
 def try_features(folder: Path, path: Path, kind: str, store: Path) -> str:
-    """Import a changed file with its neighbour, and compare what was stored with an independent reading."""
+    """Import a changed file with its neighbours, and compare what was stored with an independent reading."""
     report = import_features(folder, store)
-    if "neighbour" not in report.imported:
+    if not {"neighbour", "another"} <= set(report.imported):
         raise WrongError(f"the neighbour was lost: {report.refused}")
     if "changed" in report.imported:
         (encoder,) = {p.parent.name for p in store.glob("*/changed.zarr")}
@@ -249,12 +249,14 @@ def one_change(number: int, seed: int, folder: Path) -> tuple[str, str]:
         attempt: Callable[[], str] = lambda: try_slide(source)  # noqa: E731 - the same call for every kind
     else:
         if kind in ("pt", "npz"):
-            write_published(folder, "neighbour", rng)
+            for name in ("neighbour", "another"):
+                write_published(folder, name, rng)
             path = write_published(folder, "changed", rng, f".{kind}")
             change = change_bytes(path, rng)
         else:
             path = folder / "changed.h5"
-            write_h5(folder / "neighbour.h5", kind, rng)
+            for name in ("neighbour", "another"):
+                write_h5(folder / f"{name}.h5", kind, rng)
             write_h5(path, kind, rng)
             change = change_h5(path, rng)
         what = f"{kind} {change}"

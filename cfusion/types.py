@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+SLIDE_SUFFIXES = (
+    ".bif", ".czi", ".dcm", ".i2syntax", ".isyntax", ".kfb", ".mrxs", ".ndpi", ".qptiff", ".scn", ".sdpc", ".svs",
+    ".svslide", ".tif", ".tiff", ".tmap", ".vms", ".vmu", ".vsi",
+)  # fmt: skip
+"""Suffixes of files that look like slides. Those that OpenSlide cannot read are listed as failed."""
+
+FEATURE_SUFFIXES = (".h5", ".hdf5", ".npy", ".npz", ".pkl", ".pt", ".pth")
+"""Suffixes of files that look like features of a slide."""
+
 SLIDE = "slide"
 """Key of embeddings of entire slides, one vector in place of tiles; as a magnification it is 0."""
 

@@ -16,8 +16,8 @@ from skimage.draw import polygon
 
 from cfusion.errors import ConfigError, DataError
 from cfusion.files import atomic_path, write_text
+from cfusion.types import SLIDE_SUFFIXES
 from preprocess.grid import TileGrid
-from preprocess.names import SLIDE_SUFFIXES
 from preprocess.slides import Overview
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import numpy as np
 
 import cfusion
 from cfusion.console import progress
-from cfusion.data.store import FeatureStore, check_digests, write_slide
+from cfusion.data.store import FeatureStore, array_digests, check_digests, write_slide
 from cfusion.errors import ConfigError, DataError, StoreError
 from cfusion.types import SlideFeatures, magnification_name, magnification_value
 from preprocess.grid import check_halving
@@ -45,6 +45,8 @@ def derive_store(
 ) -> DerivedStore:
     """Derive coarser magnifications of all slides of a store, and write them with the finest into another store.
 
+    Nothing that the other store has is replaced: a slide with the same features is done, one with others is refused.
+
     Args:
         source: Feature store.
         target: Feature store to write; it must be another one.
@@ -53,12 +55,20 @@ def derive_store(
 
     Raises:
         ConfigError: The stores are the same, or the magnifications do not halve.
-        StoreError: The store cannot be read or written.
+        StoreError: The store cannot be read or written, or the other one has features that are not derived.
     """
     if source.resolve() == target.resolve():
         raise ConfigError(f"{target}: derived features go into another store.", "Give another --out.")
     check_halving(magnifications)
     store = FeatureStore.open(source, encoder)
+    written = FeatureStore(target / store.encoder)
+    for slide_id in written.slide_ids():
+        if not (written.attrs_if_complete(slide_id) or {}).get("coarser"):
+            raise StoreError(
+                f"{target}: slide {slide_id} of {store.encoder} is not derived, and derived features go into a store "
+                "without others.",
+                "Give another --out.",
+            )
     done: dict[str, dict[str, float]] = {}
     refused: dict[str, str] = {}
     slide_ids = store.slide_ids()
@@ -68,7 +78,8 @@ def derive_store(
                 slide = store.read(slide_id)
                 check_digests(slide)
                 found = derive_slide(slide, magnifications)
-                write_slide(target, found)
+                if not _is_stored(written, found):
+                    write_slide(target, found)
                 done[slide_id] = found.attrs["derived_share"]
             except DataError as error:
                 if store_is_lost(error):
@@ -77,6 +88,23 @@ def derive_store(
                 refused[slide_id] = str(error)
             bar.advance()
     return DerivedStore(done, refused)
+
+
+def _is_stored(store: FeatureStore, slide: SlideFeatures) -> bool:
+    """Return whether the store has exactly these features.
+
+    Raises:
+        StoreError: It has others.
+    """
+    attrs = store.attrs_if_complete(slide.slide_id)
+    if attrs is None:
+        return False
+    if attrs.get("digests") == array_digests(slide):
+        return True
+    raise StoreError(
+        f"{store.path}: already has other derived features of slide {slide.slide_id}.",
+        "Give another --out, or remove them first with `cfusion preprocess remove`.",
+    )
 
 
 def derive_slide(slide: SlideFeatures, magnifications: Sequence[float]) -> SlideFeatures:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,14 +12,22 @@ from scipy.spatial import KDTree
 from cfusion.data.tile_places import LEVEL_0, TILE_PX
 from cfusion.errors import LayoutError
 from cfusion.types import magnification_value
-from preprocess.feature_files import Level
+from preprocess.feature_files import SAME_SIDE, Level
 from preprocess.layouts import FeatureFile
+from preprocess.resolution import power_of
 from preprocess.slides import SlideGeometry
 
-logger = logging.getLogger(__name__)
+USUAL_TILE_PX = 256
+"""Side of tiles at their magnification, of files that do not state it."""
 
 LOST_IN_F16 = 0.01
 """Largest relative error of features stored as f16."""
+
+MANY_DROPPED = 0.1
+"""Share of tiles without a parent from which on a warning says so."""
+
+F16_LIMIT = 65520.0
+"""From here on, numbers become infinite in f16."""
 
 
 def read_levels(slide_id: str, files: Sequence[FeatureFile]) -> dict[str, Level]:
@@ -46,7 +53,25 @@ def read_levels(slide_id: str, files: Sequence[FeatureFile]) -> dict[str, Level]
         raise LayoutError(
             f"slide {slide_id}: its magnifications have embeddings of different widths: {sorted(widths)}."
         )
+    _check_sides(slide_id, levels)
     return levels
+
+
+def _check_sides(slide_id: str, levels: Mapping[str, Level]) -> None:
+    """Refuse magnifications whose tiles have sides that contradict each other."""
+    sides = {
+        name: level.side_px * magnification_value(name) / (level.tile_px or USUAL_TILE_PX)
+        for name, level in levels.items()
+        if level.side_px is not None and level.um_px is None
+    }
+    finest, coarsest = max(sides, key=sides.__getitem__, default=""), min(sides, key=sides.__getitem__, default="")
+    if sides and sides[finest] > (1 + SAME_SIDE) * sides[coarsest]:
+        first, second = sorted((finest, coarsest), key=magnification_value, reverse=True)
+        raise LayoutError(
+            f"slide {slide_id}: its tiles have {levels[first].side_px:g} px of level 0 at {first} and "
+            f"{levels[second].side_px:g} px at {second}, so one magnification is not what its folder or file says.",
+            "Name the folders after the magnifications of their tiles, or choose folders with --only.",
+        )
 
 
 def geometry_attrs(slide_id: str, levels: Mapping[str, Level], geometry: SlideGeometry | None) -> dict[str, Any]:
@@ -65,8 +90,21 @@ def geometry_attrs(slide_id: str, levels: Mapping[str, Level], geometry: SlideGe
         )
     attrs: dict[str, Any] = {"slide_size_px": list(geometry.size_px), "slide_digest": geometry.quickhash}
     if geometry.resolution is not None:
+        _check_scanned(slide_id, levels, geometry)
         attrs |= {"mpp": geometry.resolution.mpp, "mpp_source": geometry.resolution.source}
     return attrs
+
+
+def _check_scanned(slide_id: str, levels: Mapping[str, Level], geometry: SlideGeometry) -> None:
+    """Refuse features whose program took the slide's magnification for another."""
+    mpp, source = geometry.known_resolution().mpp, geometry.known_resolution().source
+    for name, level in levels.items():
+        if level.scanned_at is not None and power_of(mpp) != level.scanned_at:
+            raise LayoutError(
+                f"slide {slide_id}, {name}: its file says that the slide was scanned at {level.scanned_at:g}x, but "
+                f"{geometry.path} has {mpp:g} µm/px ({source}), which is {power_of(mpp) or 0:g}x.",
+                "Give the slide's µm/px with --mpp-table if the features are right, or extract the slide again.",
+            )
 
 
 def to_pixels(
@@ -107,7 +145,7 @@ def to_pixels(
 
 
 def linked(slide_id: str, levels: Mapping[str, Level]) -> tuple[dict[str, Level], dict[str, np.ndarray]]:
-    """Link tiles to their parents; tiles without one are dropped."""
+    """Link tiles to their parents; tiles without one are dropped, and many are a warning of the level."""
     levels, names, parents = dict(levels), list(levels), {}
     # From the coarsest down, so that a tile is linked only to a parent that is itself kept.
     for coarse, fine in zip(names[::-1], names[-2::-1], strict=False):
@@ -117,20 +155,33 @@ def linked(slide_id: str, levels: Mapping[str, Level]) -> tuple[dict[str, Level]
         keep = parent >= 0
         if not keep.any():
             raise LayoutError(f"slide {slide_id}: no tile of {fine} lies in a tile of {coarse}.")
-        if not keep.all():
-            logger.info("slide %s: %d tiles of %s have no parent", slide_id, int((~keep).sum()), fine)
-        levels[fine] = levels[fine].subset(keep)
+        level = levels[fine].subset(keep)
+        if (dropped := int((~keep).sum())) > MANY_DROPPED * len(keep):
+            why = f"{dropped} of {len(keep)} tiles of {fine} lie in no tile of {coarse} and were left out"
+            level = replace(level, warnings=(*level.warnings, why))
+        levels[fine] = level
         parents[fine] = parent[keep].astype(np.int32)
     return levels, parents
 
 
 def as_f16(slide_id: str, name: str, values: np.ndarray) -> np.ndarray:
     """Convert features to f16, which is refused if it changes them."""
+    if len(unusable := np.flatnonzero(~np.isfinite(values).all(axis=1))):
+        raise LayoutError(
+            f"slide {slide_id}, {name}: the features of tile {unusable[0]} are not finite "
+            f"({len(unusable)} of {len(values)} tiles).",
+            "Extract the slide again, for example in f32.",
+        )
+    if (largest := float(np.abs(values).max())) >= F16_LIMIT:
+        raise LayoutError(
+            f"slide {slide_id}, {name}: its features reach {largest:.3g}, more than f16 can hold (65504).",
+            "Scale them and save them again.",
+        )
     with np.errstate(over="ignore", invalid="ignore"):
         halves = values.astype(np.float16)
         size = float(np.sqrt(np.mean(values.astype(np.float64) ** 2)))
         change = float(np.sqrt(np.mean((halves.astype(np.float64) - values) ** 2)))
-    if np.isfinite(halves).all() and change > LOST_IN_F16 * size:
+    if change > LOST_IN_F16 * size:
         raise LayoutError(
             f"slide {slide_id}, {name}: its features are of the size {size:.2g}, too small for f16.",
             "Scale them and save them again.",

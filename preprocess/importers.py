@@ -11,20 +11,21 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import cfusion
 from cfusion.console import progress
 from cfusion.data.encoder_names import encoder_name
-from cfusion.data.store import FeatureStore, array_digest, write_slide
+from cfusion.data.store import FeatureStore, array_digest, checked_name, write_slide
 from cfusion.data.tile_places import LEVEL_0, check_on_slide
 from cfusion.errors import CfusionError, ConfigError, LayoutError, MissingExtraError, StoreError
-from cfusion.types import SlideFeatures, magnification_name
+from cfusion.types import FEATURE_SUFFIXES, SlideFeatures
 from preprocess.feature_files import said
+from preprocess.import_checks import check_magnification, check_tilings, missing_magnifications, odd_widths
 from preprocess.import_levels import as_f16, geometry_attrs, linked, read_levels, to_pixels
 from preprocess.layouts import (
-    FEATURE_SUFFIXES,
     FeatureFile,
     Found,
     SourceFolder,
@@ -86,7 +87,7 @@ class ImportReport:
         imported: Slides that are now in the store.
         refused: Slides that were not imported, with the reason.
         skipped: Files that were left out on purpose, with the reason.
-        table: The CSV file with a row for each slide and each skipped file.
+        table: The CSV file with a row for each file: done, failed or skipped, why, and what is suspicious.
     """
 
     layout: str
@@ -136,18 +137,25 @@ def import_features(
     name, found = (layout, found) if found else find_layout(folder, layout)
     held, stored_as = _choose_encoder(source, {f.encoder for f in found.files}, encoder)
     chosen = [f for f in found.files if f.encoder in held]
-    _check_tilings(source, chosen)
-    _check_magnification(source, chosen, options.magnification)
-    run = _Import(store, stored_as, name, found.alignment, options, _slides(options))
-    run.skip_others(folder, found, chosen)
-    for slide_id, path, why in found.refused:
-        run.refuse(slide_id, path, why)
+    check_tilings(source, chosen)
+    check_magnification(source, chosen, options.magnification)
     by_slide: dict[str, list[FeatureFile]] = {}
     for file in chosen:
         by_slide.setdefault(file.slide_id, []).append(file)
+    odd = odd_widths(source, by_slide, FeatureStore(store / checked_name(stored_as)), overwrite=options.overwrite)
+    run = _Import(store, stored_as, name, found.alignment, options, _slides(options))
+    run.skip_others(folder, found, chosen)
+    for slide_id, path, why in found.refused:
+        # Without this file the slide would lack a magnification.
+        others = [file.paths[0] for file in by_slide.pop(slide_id, [])]
+        run.refuse(slide_id, [path, *others], why)
+    lacking = missing_magnifications(by_slide)
     with progress("Importing", len(by_slide)) as bar:
         for slide_id, files in sorted(by_slide.items()):
-            run.take(slide_id, files)
+            if slide_id in odd:
+                run.refuse(slide_id, [path for file in files for path in file.paths[:1]], odd[slide_id])
+            else:
+                run.take(slide_id, files, lacking.get(slide_id, ""))
             bar.advance()
     return run.report()
 
@@ -201,28 +209,6 @@ def _choose_encoder(source: Path, held: set[str | None], wanted: str | None) -> 
     return {*fitting, None}, stored_as or encoder_name(which)
 
 
-def _check_tilings(source: Path, files: Sequence[FeatureFile]) -> None:
-    by_name: dict[str, dict[str, Path]] = {}
-    for file in files:
-        by_name.setdefault(file.magnification, {}).setdefault(file.tiling, file.paths[0].parent)
-    for tilings in by_name.values():
-        if len(tilings) > 1:
-            first, second, *_ = tilings.values()
-            raise LayoutError(
-                f"{source}: {first} and {second} have one magnification with different tile sizes or overlaps.",
-                f"Choose one, such as --only '{first.parent.name}', with the folders of the other magnifications.",
-            )
-
-
-def _check_magnification(source: Path, files: Sequence[FeatureFile], wanted: float | None) -> None:
-    others = sorted({f.magnification for f in files} - {magnification_name(wanted)}) if wanted is not None else []
-    if others:
-        raise LayoutError(
-            f"{source}: its files are of {', '.join(others)}, but --magnification says {wanted:g}.",
-            "Leave --magnification out, or choose folders with --only.",
-        )
-
-
 @dataclass(frozen=True)
 class _Slides:
     """The files of slides by name, and what is needed to find their resolution."""
@@ -261,6 +247,7 @@ class _Import:
         self.options, self.slides = options, slides
         self._outcomes: list[SlideOutcome] = []
         self._matched = 0
+        self._seen: dict[tuple[Any, ...], str] = {}
 
     def report(self) -> ImportReport:
         """Write the table of outcomes and return the report.
@@ -282,10 +269,10 @@ class _Import:
         imported = tuple(sorted(named["done"]))
         return ImportReport(self.layout, ALIGNMENTS[self.alignment], imported, named["failed"], named["skipped"], table)
 
-    def refuse(self, slide_id: str, path: Path, why: str) -> None:
+    def refuse(self, slide_id: str, paths: Sequence[Path], why: str) -> None:
         """Record a slide that cannot be imported."""
         logger.warning("slide %s refused: %s", slide_id, why)
-        self._outcomes.append(SlideOutcome(slide_id, "failed", why, path=str(path)))
+        self._outcomes += [SlideOutcome(slide_id, "failed", why, path=str(path)) for path in paths]
 
     def skip_others(self, folder: SourceFolder, found: Found, chosen: Sequence[FeatureFile]) -> None:
         """Record the files that look like features and are not imported."""
@@ -306,28 +293,47 @@ class _Import:
                 why = f"no features of the layout {self.layout}"
             self._outcomes.append(SlideOutcome(slide_name(path), "skipped", why, path=str(path)))
 
-    def take(self, slide_id: str, files: Sequence[FeatureFile]) -> None:
-        """Import one slide; any error refuses only this slide, unless the store cannot be written."""
+    def take(self, slide_id: str, files: Sequence[FeatureFile], lacking: str = "") -> None:
+        """Import one slide; any error refuses only this slide, unless the store cannot be written.
+
+        Args:
+            slide_id: The slide.
+            files: Its features.
+            lacking: Warning on magnifications that it lacks.
+        """
+        paths = {file.magnification: file.paths[0] for file in files}
         try:
-            features = self._assemble(slide_id, files)
+            features, warnings = self._assemble(slide_id, files)
             if not self._is_stored(features):
                 write_slide(self.store, features)
         except CfusionError as error:
             if isinstance(error, MissingExtraError) or store_is_lost(error):
                 raise
-            self.refuse(slide_id, files[0].paths[0], str(error))
+            self.refuse(slide_id, list(paths.values()), str(error))
         except MemoryError:
             raise
         except Exception as error:  # a library's error is one slide's, not the run's
             logger.debug("slide %s", slide_id, exc_info=True)
-            self.refuse(slide_id, files[0].paths[0], f"{files[0].paths[0]}: cannot be imported ({said(error)}).")
+            self.refuse(slide_id, list(paths.values()), f"{files[0].paths[0]}: cannot be imported ({said(error)}).")
         else:
-            tiles = sum(map(len, features.features.values()))
-            mpp, source = features.attrs.get("mpp"), features.attrs.get("mpp_source", "")
-            path = str(files[0].paths[0])
-            self._outcomes.append(
-                SlideOutcome(slide_id, "done", tiles=tiles, mpp=mpp, mpp_source=source, reader=self.layout, path=path)
-            )
+            self._record(features, paths, warnings, lacking)
+
+    def _record(
+        self, slide: SlideFeatures, paths: Mapping[str, Path], warnings: Mapping[str, Sequence[str]], lacking: str
+    ) -> None:
+        """Record each file of a slide that is now in the store."""
+        mpp, source = slide.attrs.get("mpp"), slide.attrs.get("mpp_source", "")
+        for name, array in slide.features.items():
+            found = [*warnings[name], *([lacking] if lacking else [])]
+            key = (array.shape, array[0].tobytes(), array[-1].tobytes())
+            if (other := self._seen.setdefault(key, slide.slide_id)) != slide.slide_id:
+                found.append(f"has the features of slide {other}")
+            for warning in found:
+                logger.warning("slide %s, %s: %s", slide.slide_id, name, warning)
+            self._outcomes.append(SlideOutcome(
+                slide.slide_id, "done", tiles=len(array), mpp=mpp, mpp_source=source, reader=self.layout,
+                path=str(paths[name]), warnings="; ".join(found),
+            ))  # fmt: skip
 
     def _is_stored(self, features: SlideFeatures) -> bool:
         """Return whether the store has exactly these features.
@@ -348,12 +354,14 @@ class _Import:
             "Give another --store, or --overwrite to replace them.",
         )
 
-    def _assemble(self, slide_id: str, files: Sequence[FeatureFile]) -> SlideFeatures:
+    def _assemble(
+        self, slide_id: str, files: Sequence[FeatureFile]
+    ) -> tuple[SlideFeatures, dict[str, tuple[str, ...]]]:
+        """Return a slide's features, and what is suspicious by magnification."""
         levels = read_levels(slide_id, files)
         geometry = self.slides.geometry(slide_id) if self.slides else None
         self._matched += geometry is not None
-        if self.slides and geometry is None:
-            logger.warning("slide %s: %s has no slide of this name", slide_id, self.options.slides)
+        unmatched = (f"{self.options.slides} has no slide of this name",) if self.slides and geometry is None else ()
         attrs = {
             "encoder": self.encoder, "imported_from": self.layout, "alignment": self.alignment,
             "program_version": cfusion.__version__, **geometry_attrs(slide_id, levels, geometry),
@@ -366,6 +374,6 @@ class _Import:
         attrs["tile_px_level0"] = {n: level.side_px for n, level in levels.items() if level.side_px is not None}
         features = {name: as_f16(slide_id, name, level.features) for name, level in levels.items()}
         slide = SlideFeatures(slide_id, features, coords, parents, attrs)
-        if geometry is not None and coords and space["coords_space"] == LEVEL_0:
-            check_on_slide(slide, geometry.size_px)
-        return slide
+        if coords and "slide_size_px" in attrs and space["coords_space"] == LEVEL_0:
+            check_on_slide(slide, attrs["slide_size_px"])
+        return slide, {name: (*level.warnings, *unmatched) for name, level in levels.items()}

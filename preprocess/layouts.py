@@ -16,8 +16,11 @@ from cfusion.data.encoder_names import encoder_name
 from cfusion.errors import DataError, LayoutError
 from cfusion.types import magnification_name
 from preprocess.feature_files import (
+    SAME_SIDE,
     Level,
+    constant,
     dataset,
+    declared_shape,
     number,
     number_if_given,
     opened,
@@ -26,14 +29,12 @@ from preprocess.feature_files import (
     read_tensor,
     text,
 )
-from preprocess.names import files_below, plain_name
+from preprocess.names import files_below, without_suffix
 
 MAGNIFICATION_FOLDER = re.compile(r"x(5|10|20|40|2\.5|1\.25)")
 NAMED_MAGNIFICATION = re.compile(r"x(\d+(?:\.\d+)?)|(\d+(?:\.\d+)?)x")
 """`20x` or `x20`, as a word of a folder's name."""
 TRIDENT_FOLDER = re.compile(r"(\d+(?:\.\d+)?)x_(\d+px_(\d+)px)_overlap")
-FEATURE_SUFFIXES = (".h5", ".hdf5", ".npy", ".npz", ".pkl", ".pt", ".pth")
-"""Suffixes of files that look like features."""
 
 STAMP_PX, STAMP_UM, HISTORIC_STAMP_STRIDE = 256.0, 256.0, 224
 """Side of STAMP's tiles in px if its files do not state it; its first version: px of 256 / 224 µm."""
@@ -155,19 +156,26 @@ def _is_clam_run(run: Path) -> bool:
 
 def _add_clam_run(found: Found, source: SourceFolder, run: Path, magnification: str) -> None:
     by_slide: dict[str, dict[str, Path]] = {}
+    twice: dict[str, str] = {}
     for path in source.files(".h5", ".pt"):
         if path.parent.parent == run and path.parent.name in ("patches", "h5_files", "pt_files"):
-            by_slide.setdefault(slide_name(path), {})[path.parent.name] = path
+            slide_id = slide_name(path)
+            other = by_slide.setdefault(slide_id, {}).setdefault(path.parent.name, path)
+            if other != path:
+                twice[slide_id] = f"{other} and {path} are both slide {slide_id}; rename or move one"
     for slide_id, has in by_slide.items():
         patches, features = has.get("patches"), has.get("h5_files", has.get("pt_files"))
-        if patches is None:
+        if slide_id in twice:
+            found.refused.append((slide_id, next(iter(has.values())), twice[slide_id]))
+        elif patches is None:
             found.refused.append(
                 (slide_id, next(iter(has.values())), "its patches/ file with the coordinates is missing")
             )
         elif features is None:
             found.refused.append((slide_id, patches, "has patches, but no features in h5_files/ or pt_files/"))
         else:
-            read, paths = partial(_clam, patches, features), (features, *(p for p in has.values() if p != features))
+            others = [p for p in has.values() if p not in (features, patches)]
+            read, paths = partial(_clam, patches, features, *others), (features, patches, *others)
             found.files.append(FeatureFile(slide_id, magnification, None, read, paths))
 
 
@@ -189,7 +197,8 @@ def find_trident(source: SourceFolder) -> Found:
             overlaps.add(int(match[3]))
             patches = path.parent.parent / "patches" / f"{path.stem}_patches.h5"
             paths = (path, patches) if patches.is_file() else (path,)
-            name, read = magnification_name(float(match[1])), partial(_trident, path, patches, float(match[1]), named)
+            name = magnification_name(float(match[1]))
+            read = partial(_trident, path, patches, float(match[1]), named, match[2])
             found.files.append(FeatureFile(slide_name(path), name, named, read, paths, match[2]))
         else:
             try:
@@ -209,7 +218,8 @@ def _flat_trident(path: Path, named: str | None, magnification: float | None, ov
         if "features" not in file or "coords" not in file:
             return None
         overlap = _integer(file["coords"].attrs.get("overlap", 0))
-        stated, encoder = _trident_magnification(file["coords"], path), text(file["features"].attrs.get("encoder"))
+        stated = _positive(file["coords"], path, "target_magnification")
+        encoder = text(file["features"].attrs.get("encoder"))
     # An overlap that is no number is not taken for none.
     overlaps.add(-1 if overlap is None else overlap)
     magnification = magnification or stated
@@ -241,18 +251,18 @@ def find_stamp(source: SourceFolder) -> Found:
 
 
 def slide_name(path: Path) -> str:
-    """Return the name of the slide of a feature file."""
-    return plain_name(path.stem)
+    """Return the name of the slide of a feature file, which may keep the slide's suffix: `s.svs.h5` is slide `s`."""
+    return without_suffix(path.stem)
 
 
 def _plain(path: Path) -> Level:
     values = read_tensor(path) if path.suffix == ".pt" else read_matrix(path)
     if not len(values):
         raise LayoutError(f"{path}: has no tiles.")
-    return Level(values)
+    return Level(values, warnings=tuple(constant(values)))
 
 
-def _clam(patches: Path, features: Path) -> Level:
+def _clam(patches: Path, features: Path, *others: Path) -> Level:
     with opened(patches) as file:
         stored = dataset(file, patches, "coords")
         coords = stored[:]
@@ -266,6 +276,12 @@ def _clam(patches: Path, features: Path) -> Level:
             values = dataset(file, features, "features")[:]
             if "coords" in file and not np.array_equal(dataset(file, features, "coords")[:], coords):
                 raise LayoutError(f"{features}: its coords are not those of {patches}.")
+    for other in others:
+        if (shape := declared_shape(other)) != values.shape:
+            raise LayoutError(
+                f"{features} has features {list(values.shape)}, but {other} {list(shape or ())}.",
+                "Delete the file that is out of date.",
+            )
     return placed_level(features, values, coords, side, coords_from="CLAM counts level-0 px", size_px=size)
 
 
@@ -284,14 +300,18 @@ def _integer(stored: Any) -> int | None:
         return None
 
 
-def _trident(path: Path, patches: Path | None, magnification: float | None, encoder: str | None) -> Level:
+def _trident(
+    path: Path, patches: Path | None, magnification: float | None, encoder: str | None, tiling: str = ""
+) -> Level:
     with opened(path) as file:
         stored, coords = dataset(file, path, "features"), dataset(file, path, "coords")
         values, places = stored[:], coords[:]
-        _agree(path, encoder, text(stored.attrs.get("encoder")), magnification, _trident_magnification(coords, path))
+        stated = _positive(coords, path, "target_magnification")
+        _agree(path, encoder, text(stored.attrs.get("encoder")), magnification, stated)
         side, size = number_if_given(coords, path, "patch_size_level0"), _size([
             coords.attrs.get("level0_width"), coords.attrs.get("level0_height")
         ])  # fmt: skip
+        known = _stated(path, coords, tiling)
         if not values.size:
             raise LayoutError(f"{path}: has no tiles.")
         source = "TRIDENT counts level-0 px"
@@ -306,7 +326,46 @@ def _trident(path: Path, patches: Path | None, magnification: float | None, enco
             f"{path}: patch_size_level0 is missing.", f"Put {path.stem}_patches.h5 next to it, in patches/."
         )
     places = places if places.size else places.reshape(-1, 2)
-    return placed_level(path, values, places, side, coords_from=source, size_px=size)
+    overlap = known.pop("overlap")
+    step = None if overlap is None else side * (1 - overlap / (known["tile_px"] or side))
+    return placed_level(path, values, places, side, step, coords_from=source, size_px=size, **known)
+
+
+def _stated(path: Path, coords: Any, tiling: str) -> dict[str, Any]:
+    """Return tile size, overlap and slide magnification that the attributes state, compared with each other.
+
+    Raises:
+        LayoutError: They contradict each other, or the name of the folder.
+    """
+    px, overlap = number_if_given(coords, path, "patch_size"), _integer(coords.attrs.get("overlap", 0))
+    if tiling:
+        named = [int(n) for n in re.findall(r"\d+", tiling)]
+        stated = [named[0] if px is None else px, named[1] if "overlap" not in coords.attrs else overlap]
+        if named != stated:
+            raise LayoutError(
+                f"{path}: its attributes say tiles of {stated[0]:g} px with an overlap of {stated[1]}, its folder "
+                f"{named[0]} px with {named[1]}.",
+                "Move it to the folder of its tiles.",
+            )
+        px, overlap = named
+    side, scanned, taken = (
+        _positive(coords, path, key) for key in ("patch_size_level0", "level0_magnification", "target_magnification")
+    )
+    if px and side and scanned and taken and abs(side * taken / (px * scanned) - 1) > SAME_SIDE:
+        raise LayoutError(
+            f"{path}: its attributes say tiles of {px:g} px at {taken:g}x of a slide of {scanned:g}x, which are "
+            f"{px * scanned / taken:g} px of level 0, but patch_size_level0 is {side:g}.",
+            "Extract the slide again.",
+        )
+    return {"tile_px": px, "overlap": overlap, "scanned_at": scanned}
+
+
+def _positive(coords: Any, path: Path, key: str) -> float | None:
+    """Return an attribute; None if it states nothing: −1, 'None', or missing."""
+    try:
+        return number_if_given(coords, path, key)
+    except LayoutError:
+        return None
 
 
 def _agree(path: Path, named: str | None, encoder: str | None, folder: float | None, stated: float | None) -> None:
@@ -321,14 +380,6 @@ def _agree(path: Path, named: str | None, encoder: str | None, folder: float | N
             f"{path}: its attributes say {stated:g}x, but its folder or --magnification says {folder:g}x.",
             "Move it to the folder of its magnification, or leave out --magnification.",
         )
-
-
-def _trident_magnification(coords: Any, path: Path) -> float | None:
-    """Return the magnification that the attributes state; −1 and 'None' state none."""
-    try:
-        return number_if_given(coords, path, "target_magnification")
-    except LayoutError:
-        return None
 
 
 def _stride(path: Path, places: np.ndarray) -> float:
@@ -348,7 +399,8 @@ def _stamp(path: Path) -> Level:
         values, coords = dataset(file, path, "feats")[:], dataset(file, path, "coords")[:]
         side_um, side_px, um_per_unit = _stamp_sides(file, path)
     um = coords.astype(np.float64) * um_per_unit
-    return placed_level(path, values, um, side_px, um_px=side_um / side_px, coords_from="STAMP counts µm")
+    known = {"um_px": side_um / side_px, "tile_px": side_px, "coords_from": "STAMP counts µm"}
+    return placed_level(path, values, um, side_px, side_um, **known)
 
 
 def _stamp_sides(file: Any, path: Path) -> tuple[float, float, float]:

@@ -7,11 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-SLIDE_SUFFIXES = (
-    ".bif", ".czi", ".dcm", ".i2syntax", ".isyntax", ".kfb", ".mrxs", ".ndpi", ".qptiff", ".scn", ".sdpc", ".svs",
-    ".svslide", ".tif", ".tiff", ".tmap", ".vms", ".vmu", ".vsi",
-)  # fmt: skip
-"""Suffixes of files that look like slides. Those that OpenSlide cannot read are listed as failed."""
+from cfusion.types import SLIDE_SUFFIXES
 
 
 def plain_name(name: str) -> str:

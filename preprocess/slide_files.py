@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cfusion.errors import SlideError
-from preprocess.names import SLIDE_SUFFIXES, files_below, plain_name
+from cfusion.types import SLIDE_SUFFIXES
+from preprocess.names import files_below, plain_name
 from preprocess.slide_headers import first_of_series, is_dicom, slide_series
 
 

@@ -12,15 +12,15 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
+from cfusion.types import FEATURE_SUFFIXES, SLIDE_SUFFIXES
+
 Tissue = Literal["diagnostic", "frozen", "normal"]
 """Kind of tissue on a TCGA slide."""
 
 _BARCODE = re.compile(r"TCGA[-._]([A-Z0-9]{2})[-._]([A-Z0-9]{4})(?![A-Z0-9])", re.IGNORECASE)
 _SAMPLE = re.compile(r"[-._](\d{2})[A-Z]?(?![A-Z0-9])", re.IGNORECASE)
 _SLIDE_CODE = re.compile(r"[-._](DX|TS|MS|BS)[A-Z0-9]{0,2}(?![A-Z0-9])", re.IGNORECASE)
-_SLIDE_SUFFIX = re.compile(
-    r"\.(?:svs|ndpi|tiff?|qptiff|mrxs|czi|scn|vms|vmu|bif|svslide|dcm|isyntax|h5|pt|zarr)$", re.IGNORECASE
-)
+_EMBEDDED = (*FEATURE_SUFFIXES, ".zarr")
 _FLOAT = re.compile(r"(\d+)\.0+")
 _FROZEN = {"TS": "top", "MS": "middle", "BS": "bottom"}
 """TCGA codes of frozen sections, by their place in the sample; DX is a diagnostic slide."""
@@ -50,16 +50,25 @@ def site_of(name: str) -> str | None:
 
 
 def slide_stem(name: str) -> str:
-    """Return the slide_id of a file name, without folder and slide suffix; other dots (TCGA's UUIDs) are kept.
+    """Return the slide_id of a file name, without folder and suffix; other dots (TCGA's UUIDs) are kept.
 
-    Accents are composed, as in the names of slides: macOS writes them as separate characters.
+    Features may keep the suffix of the slide: `a.svs.h5` is slide `a`. Accents are composed, as in the names of slides:
+    macOS writes them as separate characters.
     """
-    return unicodedata.normalize("NFC", _SLIDE_SUFFIX.sub("", re.split(r"[\\/]", name)[-1]))
+    stem = re.split(r"[\\/]", name)[-1]
+    for suffixes in (_EMBEDDED, SLIDE_SUFFIXES):
+        stem = stem[: -len(_ending(stem, suffixes)) or None]
+    return unicodedata.normalize("NFC", stem)
 
 
 def is_slide_file(name: str) -> bool:
     """Return whether a file name ends as a slide or its embeddings do."""
-    return _SLIDE_SUFFIX.search(name) is not None
+    return bool(_ending(name, (*_EMBEDDED, *SLIDE_SUFFIXES)))
+
+
+def _ending(name: str, suffixes: tuple[str, ...]) -> str:
+    """Return the suffix that a name has, in any case; empty if it has none."""
+    return next((suffix for suffix in suffixes if name.lower().endswith(suffix)), "")
 
 
 def tissue_of(slide: str) -> tuple[Tissue, str]:

@@ -204,7 +204,7 @@ def _sweep(target: Path) -> None:
 def _put(target: Path, features: SlideFeatures) -> None:
     import zarr
 
-    digests = {key: array_digest(array) for key, array in _arrays(features)}
+    digests = array_digests(features)
     with atomic_path(target) as temporary:
         group = zarr.open_group(temporary, mode="w", zarr_format=3)
         for key, array in _arrays(features):
@@ -247,11 +247,16 @@ def check_digests(features: SlideFeatures) -> None:
     digests = features.attrs.get("digests")
     if not isinstance(digests, dict):
         raise StoreError(f"slide {features.slide_id}: its attributes have no digests.", _EXTRACT)
-    found = {key: array_digest(array) for key, array in _arrays(features)}
+    found = array_digests(features)
     for key in sorted(digests.keys() | found.keys()):
         if digests.get(key) != found.get(key):
             state = "is missing" if key not in found else "differs from its digest"
             raise StoreError(f"slide {features.slide_id}: {key} {state}.", _EXTRACT)
+
+
+def array_digests(features: SlideFeatures) -> dict[str, str]:
+    """Compute the digest of each array of a slide's group, by its path in the group."""
+    return {key: array_digest(array) for key, array in _arrays(features)}
 
 
 def array_digest(array: np.ndarray) -> str:

@@ -68,6 +68,26 @@ def test_a_store_is_derived_into_another_and_packs(tmp_path: Path):
     np.testing.assert_allclose(cell, slide.features["x20"][slide.parents["x20"] == 0].mean(axis=0), atol=2e-3)
 
 
+def test_a_derivation_replaces_nothing(tmp_path: Path):
+    for name in ("a", "b"):
+        write_slide(tmp_path / "store", make_slide(name))
+    derive_store(tmp_path / "store", tmp_path / "derived", (10, 5))
+    group = next((tmp_path / "derived").glob("*/a.zarr"))
+    before = {path: path.stat().st_mtime_ns for path in group.rglob("*")}
+    assert sorted(derive_store(tmp_path / "store", tmp_path / "derived", (10, 5)).done) == ["a", "b"]
+    other = make_slide("a")
+    other.features["x20"][0] += 1
+    write_slide(tmp_path / "store", other)
+    found = derive_store(tmp_path / "store", tmp_path / "derived", (10, 5))
+    assert sorted(found.done) == ["b"]
+    assert "already has other derived features of slide a. Give another --out" in found.refused["a"]
+    assert {path: path.stat().st_mtime_ns for path in group.rglob("*")} == before
+    write_slide(tmp_path / "extracted", make_slide("c"))
+    with pytest.raises(StoreError, match=r"slide c of .* is not derived"):
+        derive_store(tmp_path / "store", tmp_path / "extracted", (10, 5))
+    assert FeatureStore.open(tmp_path / "extracted").slide_ids() == ["c"]
+
+
 def test_what_cannot_be_derived_is_refused(tmp_path: Path):
     slide = finest(np.array([(0, 0), (256, 0)]), 256.0)
     with pytest.raises(StoreError, match=r"its finest magnification is x20, so 5x is not the next.*from 10 on"):
