@@ -205,6 +205,8 @@ class BagBatch:
             if the source does not say.
         neighbours: [bag, tile, k], rows of each tile's nearest others in its slide, nearest first, −1 where there is
             none; computed by the loader where it was asked to. None: models of graphs find them from the positions.
+        lengths: Tiles of each bag, where the bags are joined one after the other in one row, [1, tile, …], without
+            padding. None: a bag is a row.
     """
 
     features: dict[str, Float[Tensor, "bag tile dim"]]
@@ -213,8 +215,11 @@ class BagBatch:
     case_ids: tuple[str, ...] = ()
     slides: dict[str, Int[Tensor, "bag tile"]] | None = None
     neighbours: dict[str, Int[Tensor, "bag tile k"]] | None = None
+    lengths: dict[str, tuple[int, ...]] | None = None
 
     def __len__(self) -> int:
+        if self.lengths is not None:
+            return len(next(iter(self.lengths.values())))
         return next(iter(self.features.values())).shape[0]
 
     def name(self, bag: int) -> str:

@@ -231,6 +231,7 @@ def test_every_cohort_of_the_package_is_complete(tcga):
             r"parallel\.hold_casts=true needs parallel\.engine=ddp",
         ),
         (["parallel.hold_casts=true", "train.folds=together"], r"hold_casts=true needs train\.folds=separate"),
+        (["train.packed=true"], r"train\.packed=true has no effect: a forward pass has one bag"),
     ],
 )
 def test_settings_that_an_engine_does_not_have_are_refused(overrides, message):

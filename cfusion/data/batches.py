@@ -249,6 +249,25 @@ def join(bags: Sequence[BagBatch]) -> BagBatch:
     return BagBatch(features, masks, positions, cases, slides, _joined_neighbours(bags))
 
 
+def pack(bags: Sequence[BagBatch]) -> BagBatch:
+    """Join bags that were delivered one by one into one row, without padding.
+
+    Numbers of slides and neighbours are left out: no model that takes such a row reads them.
+    """
+    if len(bags) == 1:
+        return bags[0]
+    names = list(bags[0].features)
+    positions = None
+    if all(bag.positions is not None for bag in bags):
+        positions = {name: torch.cat([bag.positions[name] for bag in bags if bag.positions], dim=1) for name in names}
+    return BagBatch(
+        {name: torch.cat([bag.features[name] for bag in bags], dim=1) for name in names},
+        positions=positions,
+        case_ids=tuple(case for bag in bags for case in bag.case_ids),
+        lengths={name: tuple(bag.features[name].shape[1] for bag in bags) for name in names},
+    )
+
+
 def _slides_of_one(bag: BagBatch, name: str) -> Tensor:
     tiles = bag.features[name][0]
     return torch.zeros(len(tiles), dtype=torch.long, device=tiles.device) if bag.slides is None else bag.slides[name][0]

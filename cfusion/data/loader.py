@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -17,7 +18,7 @@ from jaxtyping import Bool
 
 from cfusion.config import DataConfig
 from cfusion.data.bags import BagEntry, make_bags
-from cfusion.data.batches import RawBatch, finish, read_batch, select
+from cfusion.data.batches import RawBatch, finish, pack, read_batch, select
 from cfusion.data.buffers import Buffers
 from cfusion.data.cache import Place, choose_cache, free_device_bytes, free_ram_bytes
 from cfusion.data.partition import bag_cost
@@ -115,6 +116,13 @@ class BagLoader:
         else:
             for raw, batch in self._ahead(batches, lambda batch: (self._read(batch, rows), batch), most):
                 yield finished(self._move(raw), batch)
+
+    def packed(self, micro_batches: Iterable[Sequence[int]], *, epoch: int, training: bool) -> Iterator[BagBatch]:
+        """Deliver the given batches as `stream` does, the bags of each joined without padding."""
+        batches, singles = itertools.tee(map(tuple, micro_batches))
+        bags = self.stream(((index,) for batch in singles for index in batch), epoch=epoch, training=training)
+        for batch in batches:
+            yield pack([next(bags) for _ in batch])
 
     def _ahead(
         self,

@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from cfusion.models.attention import AttentionPooling
 from cfusion.models.attention_scores import AttentionScores
 from cfusion.models.bag import check_count, check_share
-from cfusion.models.baselines import FinestBagModel
+from cfusion.models.baselines import PackingBagModel
 from cfusion.models.dropout import Dropout
 from cfusion.models.linear import Linear
+from cfusion.models.segments import Real
 from cfusion.types import SurvivalOutput
 
 LAYER_DROPOUT = 0.1
 """Around the pooling; fixed in the published program."""
 
 
-class ABMIL(FinestBagModel):
+class ABMIL(PackingBagModel):
     """Linear, GELU, attention pooling, linear, GELU, linear; hidden layers are as wide as the embeddings.
 
     For the Cox loss set `train.loss: cox`. The published program pools each slide of a patient separately and averages
@@ -64,7 +65,7 @@ class ABMIL(FinestBagModel):
         self.after = _hidden_layer(backbone_dim)
         self.head = nn.Linear(backbone_dim, n_bins)
 
-    def survival_of(self, tiles: Tensor, mask: Tensor | None) -> SurvivalOutput:
+    def survival_of(self, tiles: Tensor, mask: Real) -> SurvivalOutput:
         """See `FinestBagModel`."""
         hidden = self.before(tiles)
         scores = torch.cat([score(hidden) for score in self.scores], dim=1)

@@ -11,6 +11,15 @@ from torch.nn import functional as F
 
 from cfusion.models.chunked_attention import ChunkedAttention, attention_weights, query_chunks
 from cfusion.models.linear import Linear, by_onednn, linear
+from cfusion.models.segments import Pairs, Real, Segments, first_of_each
+
+try:
+    from torch.nn.attention.varlen import varlen_attn as varlen_attention
+except ImportError:  # torch before 2.10
+    varlen_attention = None
+
+_VARLEN_TYPES = (torch.float16, torch.bfloat16)
+"""Types for which PyTorch has attention over bags of different length; it has none with dropout, and none on a CPU."""
 
 Visit = Callable[[slice, Tensor], None]
 """Called with a range of queries and their weights [bag, head, query, key]."""
@@ -62,6 +71,25 @@ def attend(
     return torch.cat(out, dim=2)
 
 
+def attend_within(
+    query: Float[Tensor, "1 head query dim"],
+    key: Float[Tensor, "1 head key dim"],
+    value: Float[Tensor, "1 head key dim"],
+    pairs: Pairs,
+    dropout: float = 0.0,
+    visit: Visit | None = None,
+) -> Float[Tensor, "1 head query dim"]:
+    """Compute `attend` of each bag of a joined row: in one call where PyTorch has one, else bag by bag."""
+    plain = visit is None and not dropout
+    if plain and query.device.type == "cuda" and query.dtype in _VARLEN_TYPES and varlen_attention is not None:
+        rows = (part[0].transpose(0, 1) for part in (query, key, value))
+        edges = (side.edges(query.device) for side in (pairs.queries, pairs.keys))
+        most = (max(side.lengths) for side in (pairs.queries, pairs.keys))
+        return varlen_attention(*rows, *edges, *most).transpose(0, 1)[None]
+    parts = zip(pairs.queries.split(query, 2), pairs.keys.split(key, 2), pairs.keys.split(value, 2), strict=True)
+    return torch.cat([attend(*part, None, dropout, visit) for part in parts], dim=2)
+
+
 class QueryKeyValue(nn.Linear):
     """Query, key and value of each token, by one linear map.
 
@@ -73,9 +101,9 @@ class QueryKeyValue(nn.Linear):
         super().__init__(dim, 3 * dim)
 
     def forward(  # type: ignore[override]
-        self, tokens: Float[Tensor, "bag token dim"], queries: int | None = None
+        self, tokens: Float[Tensor, "bag token dim"], queries: int | None = None, real: Real = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute query, key and value, each [bag, token, dim]; queries only of the first `queries` tokens."""
+        """Compute query, key and value, each [bag, token, dim]; queries only of each bag's first `queries` tokens."""
         if queries is None:
             query, key, value = linear(tokens, self.weight, self.bias).chunk(3, dim=2)
             return query, key, value
@@ -83,7 +111,7 @@ class QueryKeyValue(nn.Linear):
             part.split([self.in_features, 2 * self.in_features]) for part in (self.weight, self.bias)
         )
         key, value = linear(tokens, rest, rest_bias).chunk(2, dim=2)
-        return linear(tokens[:, :queries], query_weight, query_bias), key, value
+        return linear(first_of_each(tokens, real, queries), query_weight, query_bias), key, value
 
 
 class SelfAttention(Attention):
@@ -103,12 +131,17 @@ class SelfAttention(Attention):
         self.out = Linear(dim, dim)
 
     def forward(
-        self, tokens: Float[Tensor, "bag token dim"], mask: Bool[Tensor, "bag token"] | None, queries: int | None = None
+        self, tokens: Float[Tensor, "bag token dim"], real: Real, queries: int | None = None
     ) -> Float[Tensor, "bag query dim"]:
-        """Attend from each token, or each of the first `queries`, to the real tokens."""
-        parts = self.query_key_value(tokens, queries)
+        """Attend from each token, or each of a bag's first `queries`, to the bag's own tokens."""
+        parts = self.query_key_value(tokens, queries, real)
         query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
-        found = attend(query, key, value, mask, self.dropout if self.training else 0.0, self.visit)
+        dropout = self.dropout if self.training else 0.0
+        if isinstance(real, Segments):
+            asking = real if queries is None else Segments(tuple(min(queries, n) for n in real.lengths))
+            found = attend_within(query, key, value, Pairs(asking, real), dropout, self.visit)
+        else:
+            found = attend(query, key, value, real, dropout, self.visit)
         return self.out(found.transpose(1, 2).flatten(2))
 
 
@@ -139,13 +172,16 @@ class CrossAttention(Attention):
         self,
         source: Float[Tensor, "bag query dim"],
         context: Float[Tensor, "bag key dim"],
-        mask: Bool[Tensor, "bag key"] | None,
+        real: Bool[Tensor, "bag key"] | Pairs | None,
     ) -> Float[Tensor, "bag query dim"]:
-        """Attend from each source token to the real context tokens."""
+        """Attend from each source token to the context tokens of its bag."""
         query = self.query(source + self.scale_embedding).unflatten(2, (self.heads, -1)).transpose(1, 2)
         key_value = self.key_value(context + self.scale_embedding)
         key, value = key_value.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        found = attend(query, key, value, mask, visit=self.visit)
+        if isinstance(real, Pairs):
+            found = attend_within(query, key, value, real, visit=self.visit)
+        else:
+            found = attend(query, key, value, real, visit=self.visit)
         return self.out(found.transpose(1, 2).flatten(2))
 
 
@@ -156,11 +192,14 @@ class AttentionPooling(Attention):
         self,
         scores: Float[Tensor, "bag row tile"],
         tiles: Float[Tensor, "bag tile dim"],
-        mask: Bool[Tensor, "bag tile"] | None,
-    ) -> Float[Tensor, "bag row dim"]:
-        """Compute one sum for each row of scores; `mask` is true where a tile is real."""
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None, :], -torch.inf)
+        real: Real,
+    ) -> Float[Tensor, "pooled row dim"]:
+        """Compute one sum of each bag for each row of scores."""
+        if isinstance(real, Segments):
+            parts = zip(real.split(scores, 2), real.split(tiles), strict=True)
+            return torch.cat([self(own_scores, own, None) for own_scores, own in parts])
+        if real is not None:
+            scores = scores.masked_fill(~real[:, None, :], -torch.inf)
         weights = F.softmax(scores, dim=2)
         if self.visit is not None:
             self.visit(slice(0, weights.shape[1]), weights[:, None])

@@ -59,7 +59,12 @@ class BagModel(nn.Module):
         reads: Magnifications the model reads, finest first.
         offered: Magnifications of the data, of which it may ignore some.
         backbone_dim: Width of the embeddings.
+
+    Attributes:
+        packs: Whether it also takes bags that are joined without padding (`BagBatch.lengths`).
     """
+
+    packs: ClassVar[bool] = False
 
     def __init__(self, reads: Sequence[float], offered: Sequence[float], backbone_dim: int) -> None:
         super().__init__()
@@ -99,6 +104,8 @@ class BagModel(nn.Module):
         raise DataError(f"The model was given {len(bags)} bags; it reads {', '.join(self.magnification_names)}.")
 
     def _check(self, batch: BagBatch) -> None:
+        if batch.lengths is not None:
+            check_packs(self)
         for name in self.magnification_names:
             if name not in batch.features:
                 raise DataError(
@@ -116,7 +123,7 @@ class BagModel(nn.Module):
                     f"Embeddings at {name} are {shape[2]} wide; the model was built for {self.backbone_dim}.",
                     "Give the model the features of the encoder it was built for.",
                 )
-            if shape[0] != len(batch):
+            if batch.lengths is None and shape[0] != len(batch):
                 raise DataError(
                     f"There are {shape[0]} bags at {name} and {len(batch)} at {next(iter(batch.features))}.",
                     "Give every bag at every magnification, in the same order.",
@@ -125,6 +132,16 @@ class BagModel(nn.Module):
 
     def _check_tiles(self, name: str, batch: BagBatch) -> None:
         bags, tiles = batch.features[name].shape[:2]
+        if batch.lengths is not None:
+            counts = batch.lengths[name]
+            if (bags, tiles) != (1, sum(counts)):
+                raise DataError(
+                    f"Embeddings at {name} are {bags} × {tiles}, but their bags have {sum(counts)} tiles; expected 1 "
+                    f"× {sum(counts)}.",
+                    "Join the bags by cfusion.data.batches.pack.",
+                )
+            self._check_filled(name, batch, [bag for bag, count in enumerate(counts) if not count])
+            return
         empty = [] if tiles else list(range(bags))
         if tiles and batch.masks is not None:
             mask = batch.masks.get(name)
@@ -135,12 +152,29 @@ class BagModel(nn.Module):
                     "Give a mask for every magnification, true where a tile is real; or none at all, where all are.",
                 )
             empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+        self._check_filled(name, batch, empty)
+
+    def _check_filled(self, name: str, batch: BagBatch, empty: Sequence[int]) -> None:
         if empty:
             who = ", ".join(map(batch.name, empty))
             raise DataError(
                 f"No tile at {name} in bag {who}; every bag needs at least one at each magnification.",
                 "Leave these cases out (the audit names them) or preprocess their slides again.",
             )
+
+
+def check_packs(model: nn.Module) -> None:
+    """Check that a model takes bags that are joined without padding.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    if not getattr(model, "packs", False):
+        raise ConfigError(
+            f"train.packed=true: {type(model).__name__} takes no bags that are joined without padding.",
+            "Set train.packed=false; the bags of a pass are then padded. CrossFusion and its variants, amil, abmil, "
+            "dsmil and mean_mil can pack.",
+        )
 
 
 class Prepared:

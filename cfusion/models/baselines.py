@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from cfusion.models.attention import AttentionPooling
 from cfusion.models.bag import BagModel, TileView, check_magnifications
 from cfusion.models.linear import Linear
+from cfusion.models.segments import Real, Segments
 from cfusion.types import BagBatch, SurvivalOutput
 
 
@@ -44,7 +46,24 @@ class FinestBagModel(BagModel):
         raise NotImplementedError
 
 
-class MeanMIL(FinestBagModel):
+class PackingBagModel(FinestBagModel):
+    """One that also takes bags that are joined without padding."""
+
+    packs: ClassVar[bool] = True
+
+    def survival(self, features: dict[str, Tensor], batch: BagBatch) -> SurvivalOutput:
+        """See `BagModel.forward`."""
+        if batch.lengths is None:
+            return super().survival(features, batch)
+        (name,) = self.magnification_names
+        return self.survival_of(features[name], Segments(batch.lengths[name]))
+
+    def survival_of(self, tiles: Float[Tensor, "bag tile dim"], mask: Real) -> SurvivalOutput:
+        """See `FinestBagModel`; the mask may also be the bags of a joined row."""
+        raise NotImplementedError
+
+
+class MeanMIL(PackingBagModel):
     """Linear, ReLU, mean over tiles, linear: a lower bound for any attention model.
 
     Args:
@@ -59,16 +78,18 @@ class MeanMIL(FinestBagModel):
         self.embed = nn.Sequential(Linear(backbone_dim, embed_dim), nn.ReLU())
         self.head = nn.Linear(embed_dim, n_bins)
 
-    def survival_of(self, tiles: Tensor, mask: Tensor | None) -> SurvivalOutput:
+    def survival_of(self, tiles: Tensor, mask: Real) -> SurvivalOutput:
         """See `FinestBagModel`."""
         hidden = self.embed(tiles)
+        if isinstance(mask, Segments):
+            return SurvivalOutput.from_logits(self.head(torch.cat([own.mean(dim=1) for own in mask.split(hidden)])))
         if mask is None:
             return SurvivalOutput.from_logits(self.head(hidden.mean(dim=1)))
         total = (hidden * mask[..., None]).sum(dim=1)
         return SurvivalOutput.from_logits(self.head(total / mask.sum(dim=1, keepdim=True)))
 
 
-class AMIL(FinestBagModel):
+class AMIL(PackingBagModel):
     """Gated attention MIL (Ilse et al., ICML 2018, eq. 9).
 
     Args:
@@ -86,7 +107,7 @@ class AMIL(FinestBagModel):
         self.pool = AttentionPooling()
         self.head = nn.Linear(embed_dim, n_bins)
 
-    def survival_of(self, tiles: Tensor, mask: Tensor | None) -> SurvivalOutput:
+    def survival_of(self, tiles: Tensor, mask: Real) -> SurvivalOutput:
         """See `FinestBagModel`."""
         hidden = self.embed(tiles)
         content, gate = self.gate(hidden).chunk(2, dim=2)
@@ -94,7 +115,7 @@ class AMIL(FinestBagModel):
         return SurvivalOutput.from_logits(self.head(self.pool(scores, hidden, mask).squeeze(1)))
 
 
-class DSMIL(FinestBagModel):
+class DSMIL(PackingBagModel):
     """Dual-stream MIL (Li et al., CVPR 2021) as the study adapted it.
 
     The instance stream selects each bin's critical tile, against which the tiles are weighed. It learns by a separate
@@ -117,14 +138,25 @@ class DSMIL(FinestBagModel):
         self.pool = AttentionPooling()
         self.head = nn.Conv1d(n_bins, n_bins, kernel_size=backbone_dim)
 
-    def survival_of(self, tiles: Tensor, mask: Tensor | None) -> SurvivalOutput:
+    def survival_of(self, tiles: Tensor, mask: Real) -> SurvivalOutput:
         """See `FinestBagModel`."""
-        instance = self.instance(tiles)
-        if mask is not None:
-            instance = instance.masked_fill(~mask[..., None], torch.finfo(instance.dtype).min)
-        top, critical = instance.max(dim=1)
-        query = self.query(tiles)
-        critical_query = query.gather(1, critical[..., None].expand(-1, -1, query.shape[2]))
-        scores = critical_query @ query.transpose(1, 2) / query.shape[2] ** 0.5
+        instance, query = self.instance(tiles), self.query(tiles)
+        if isinstance(mask, Segments):
+            parts = zip(mask.split(instance), mask.split(query), strict=True)
+            found = [_critical(*part) for part in parts]
+            top, scores = torch.cat([top for top, _ in found]), torch.cat([scores for _, scores in found], dim=2)
+        else:
+            if mask is not None:
+                instance = instance.masked_fill(~mask[..., None], torch.finfo(instance.dtype).min)
+            top, scores = _critical(instance, query)
         output = SurvivalOutput.from_logits(self.head(self.pool(scores, tiles, mask)).squeeze(2))
         return output if self.published else dataclasses.replace(output, instance_logits=top)
+
+
+def _critical(
+    instance: Float[Tensor, "bag tile bin"], query: Float[Tensor, "bag tile width"]
+) -> tuple[Float[Tensor, "bag bin"], Float[Tensor, "bag bin tile"]]:
+    """Return the logit of each bin's critical tile, and every tile's similarity to it."""
+    top, critical = instance.max(dim=1)
+    critical_query = query.gather(1, critical[..., None].expand(-1, -1, query.shape[2]))
+    return top, critical_query @ query.transpose(1, 2) / query.shape[2] ** 0.5

@@ -5,8 +5,8 @@ Source: Soraki et al., "CrossFusion", arXiv 2503.02064, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from cfusion.errors import ConfigError, DataError
 from cfusion.models.bag import BagModel, TileView, check_choice, check_magnifications, check_share
 from cfusion.models.layers import WINDOWS, ConcatMixer, ConvMixer, CrossBlock, PadTransformer, init_linear
 from cfusion.models.linear import Linear
-from cfusion.models.token_grid import TokenGrid, file_grid, spatial_grid
+from cfusion.models.segments import Pairs, Segments
+from cfusion.models.token_grid import PackedGrid, TokenGrid, file_grid, spatial_grid
 from cfusion.types import BagBatch, SurvivalOutput, magnification_name
 
 
@@ -39,6 +40,8 @@ class CrossFusion(BagModel):
         dropout: Of feed-forwards and convolution channels.
         attention_dropout: Of the self-attention weights; .2 in the published program.
     """
+
+    packs: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -94,19 +97,18 @@ class CrossFusion(BagModel):
 
     def survival(self, features: dict[str, Tensor], batch: BagBatch) -> SurvivalOutput:
         """See `BagModel.forward`."""
-        masks: dict[str, Tensor | None] = dict.fromkeys(features) if batch.masks is None else {**batch.masks}
-        grid = self._grid(batch, masks[self.source])
+        grid = self._grid(batch) if batch.lengths is None else self._packed_grid(batch, batch.lengths)
         projected = {name: self.projections[module_name(name)](tiles) for name, tiles in features.items()}
         source = projected.pop(self.source)
         streams = [self.transformers[module_name(self.source)](grid.tokens(source), grid)]
         for name, context in projected.items():
-            found = self.cross[module_name(name)](source, context, masks[name])
+            found = self.cross[module_name(name)](source, context, self._context(batch, name))
             streams.append(self.transformers[module_name(name)](grid.tokens(found), grid))
         tokens = self.mixer(streams, grid)
-        class_token = self.class_token.to(tokens.dtype).expand(len(tokens), 1, -1)
+        tokens = grid.with_first(self.class_token.to(tokens.dtype), tokens)
         # Only the class token is read, so the last block computes no other.
-        summary = self.final(torch.cat([class_token, tokens], dim=1), grid, queries=1)
-        return SurvivalOutput.from_logits(self.head(summary[:, 0]))
+        summary = self.final(tokens, grid, queries=1)
+        return SurvivalOutput.from_logits(self.head(summary.flatten(0, 1)))
 
     def tile_view(self, block: str, bag: BagBatch) -> TileView:
         """See `BagModel`."""
@@ -114,10 +116,32 @@ class CrossFusion(BagModel):
         if part == "cross":
             return TileView(next(name for name in self.contexts if module_name(name) == rest))
         tiles = bag.features[self.source].shape[1]
-        return TileView(self.source, int(part == "final"), self._grid(bag, None), tiles)
+        return TileView(self.source, int(part == "final"), self._grid(bag), tiles)
 
-    def _grid(self, batch: BagBatch, mask: Tensor | None) -> TokenGrid:
+    def _context(self, batch: BagBatch, name: str) -> Tensor | Pairs | None:
+        """Return which tiles of a context a source tile attends to."""
+        if batch.lengths is not None:
+            return Pairs(Segments(batch.lengths[self.source]), Segments(batch.lengths[name]))
+        return None if batch.masks is None else batch.masks[name]
+
+    def _packed_grid(self, batch: BagBatch, lengths: Mapping[str, tuple[int, ...]]) -> PackedGrid:
+        """Return the grid of each bag of a row, as of the bag by itself."""
+        tiles = Segments(lengths[self.source])
+        parts = tiles.split(batch.features[self.source])
+        places = None if batch.positions is None else tiles.split(batch.positions[self.source])
+        bags = (
+            BagBatch(
+                {self.source: part},
+                positions=None if places is None else {self.source: places[bag]},
+                case_ids=batch.case_ids[bag : bag + 1],
+            )
+            for bag, part in enumerate(parts)
+        )
+        return PackedGrid(tiles, tuple(map(self._grid, bags)))
+
+    def _grid(self, batch: BagBatch) -> TokenGrid:
         bags, tiles = batch.features[self.source].shape[:2]
+        mask = None if batch.masks is None else batch.masks[self.source]
         if self.grid == "file":
             return file_grid(bags, tiles, mask)
         positions = None if batch.positions is None else batch.positions.get(self.source)

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from cfusion.models.attention import CrossAttention, SelfAttention
 from cfusion.models.dropout import Dropout
 from cfusion.models.linear import Linear
-from cfusion.models.token_grid import TokenGrid
+from cfusion.models.segments import Pairs, Real, first_of_each
+from cfusion.models.token_grid import PackedGrid, TokenGrid
 
 WINDOWS = (7, 5, 3)
 """Sizes of the convolutions in the paper: of the position encoding, and with 1 of the fusion (section 3.3, 3.4)."""
@@ -59,10 +60,10 @@ class CrossBlock(nn.Module):
         self,
         source: Float[Tensor, "bag tile dim"],
         context: Float[Tensor, "bag other dim"],
-        mask: Bool[Tensor, "bag other"] | None,
+        real: Bool[Tensor, "bag other"] | Pairs | None,
     ) -> Float[Tensor, "bag tile dim"]:
-        """Return source tokens updated from the context; `mask` is true where a context tile is real."""
-        found = self.norm(source + self.attention(source, context, mask))
+        """Return source tokens updated from the context; `real`: which context tiles are a bag's own."""
+        found = self.norm(source + self.attention(source, context, real))
         return found + self.feed_forward(found)
 
 
@@ -77,11 +78,12 @@ class SelfBlock(nn.Module):
         self.feed_forward = FeedForward(dim, dropout)
 
     def forward(
-        self, tokens: Float[Tensor, "bag token dim"], mask: Bool[Tensor, "bag token"] | None, queries: int | None = None
+        self, tokens: Float[Tensor, "bag token dim"], real: Real, queries: int | None = None
     ) -> Float[Tensor, "bag query dim"]:
-        """Return the output for every token, or for the first `queries`; `mask` is true where a token is real."""
+        """Return the output for every token, or for the first `queries` of each bag."""
         normed = self.attention_norm(tokens)
-        attended = self.feed_forward_norm(normed[:, :queries] + self.attention(normed, mask, queries))
+        asking = first_of_each(normed, real, queries)
+        attended = self.feed_forward_norm(asking + self.attention(normed, real, queries))
         return attended + self.feed_forward(attended)
 
 
@@ -146,14 +148,15 @@ class PositionEncoding(nn.Module):
         super().__init__()
         self.kernels = MultiScaleKernel(dim, 1, tuple(windows))
 
-    def forward(self, tokens: Float[Tensor, "bag token dim"], grid: TokenGrid) -> Float[Tensor, "bag token dim"]:
+    def forward(
+        self, tokens: Float[Tensor, "bag token dim"], grid: TokenGrid | PackedGrid
+    ) -> Float[Tensor, "bag token dim"]:
         """Add each token's surroundings; a class token before the grid's tokens is passed through."""
-        first = tokens.shape[1] - grid.size
         kernel, bias = self.kernels()
         identity = torch.zeros_like(kernel[0, 0])
         identity[len(identity) // 2, len(identity) // 2] = 1
-        encoded = grid.to_tokens(depthwise(grid.to_grid(tokens[:, first:]), kernel + identity, bias))
-        return torch.cat([tokens[:, :first], encoded], dim=1) if first else encoded
+        kernel = kernel + identity
+        return grid.over(tokens, lambda image: depthwise(image, kernel, bias))
 
 
 class PadTransformer(nn.Module):
@@ -178,26 +181,24 @@ class PadTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(
-        self, tokens: Float[Tensor, "bag token dim"], grid: TokenGrid, queries: int | None = None
+        self, tokens: Float[Tensor, "bag token dim"], grid: TokenGrid | PackedGrid, queries: int | None = None
     ) -> Float[Tensor, "bag query dim"]:
         """Transform all tokens (the grid's, or a class token and the grid's), or only the first few.
 
         Args:
             tokens: The tokens.
             grid: Their places.
-            queries: Number of leading tokens to return; the last block then skips the rest.
+            queries: Number of leading tokens of a bag to return; the last block then skips the rest.
         """
-        mask = grid.mask
-        if mask is not None and tokens.shape[1] > mask.shape[1]:
-            mask = F.pad(mask, (1, 0), value=True)
+        real = grid.real(tokens)
         for block in self.pre:
-            tokens = block(tokens, mask)
+            tokens = block(tokens, real)
         if self.position is not None:
             tokens = self.position(tokens, grid)
         *others, last = self.post
         for block in others:
-            tokens = block(tokens, mask)
-        return self.norm(last(tokens, mask, queries))
+            tokens = block(tokens, real)
+        return self.norm(last(tokens, real, queries))
 
 
 class ConvMixer(nn.Module):
@@ -221,7 +222,9 @@ class ConvMixer(nn.Module):
         self.linear = Linear(dim // 2, dim)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, streams: list[Float[Tensor, "bag token dim"]], grid: TokenGrid) -> Float[Tensor, "bag token dim"]:
+    def forward(
+        self, streams: list[Float[Tensor, "bag token dim"]], grid: TokenGrid | PackedGrid
+    ) -> Float[Tensor, "bag token dim"]:
         """Mix the tokens; `streams` are source, then contexts, finest first."""
         mixed = streams[0]
         if len(streams) > 1:
@@ -230,12 +233,15 @@ class ConvMixer(nn.Module):
                 mixed = torch.addcmul(mixed, stream, weight)
         kernel, bias = self.kernels()
         # Two input channels per output channel: a depthwise convolution, then sums of neighbouring channels.
-        pairs = depthwise(grid.to_grid(mixed), kernel.reshape(-1, 1, *kernel.shape[2:]), None)
-        summed = F.relu(pairs.unflatten(3, (-1, 2)).sum(dim=4) + bias)
-        tokens = grid.to_tokens(summed)
+        channels = kernel.reshape(-1, 1, *kernel.shape[2:])
+
+        def convolve(image: Tensor) -> Tensor:
+            return F.relu(depthwise(image, channels, None).unflatten(3, (-1, 2)).sum(dim=4) + bias)
+
+        tokens = grid.over(mixed, convolve)
         if self.training:
             # One draw per bag and channel: a dropped channel is dropped in all of its tokens.
-            tokens = tokens * self.dropout(tokens.new_ones(len(tokens), 1, tokens.shape[2]))
+            tokens = tokens * grid.spread(self.dropout(tokens.new_ones(grid.bags, tokens.shape[2])))
         return self.norm(self.linear(tokens))
 
 
@@ -247,6 +253,8 @@ class ConcatMixer(nn.Module):
         self.linear = Linear(streams * dim, dim)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, streams: list[Float[Tensor, "bag token dim"]], grid: TokenGrid) -> Float[Tensor, "bag token dim"]:
+    def forward(
+        self, streams: list[Float[Tensor, "bag token dim"]], grid: TokenGrid | PackedGrid
+    ) -> Float[Tensor, "bag token dim"]:
         """Mix the tokens; `streams` are source, then contexts, finest first."""
         return self.norm(self.linear(torch.cat(streams, dim=2)))

@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cfusion.errors import DataError
+from cfusion.models.segments import Real, Segments
+
+Convolve = Callable[[Float[Tensor, "bag height width dim"]], Float[Tensor, "bag height width out"]]
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,24 @@ class TokenGrid:
             return tiles
         return torch.cat([tiles, tiles[:, :missing]], dim=1)
 
+    def with_first(self, first: Float[Tensor, " dim"], tokens: Float[Tensor, "bag token dim"]) -> Tensor:
+        """Put a token, such as a class token, before those of each bag."""
+        return torch.cat([first.expand(self.bags, 1, -1), tokens], dim=1)
+
+    def real(self, tokens: Float[Tensor, "bag token dim"]) -> Real:
+        """Return which of the tokens, those of the grid or these after a class token, are a bag's own."""
+        return self.mask if self.mask is None or tokens.shape[1] == self.size else F.pad(self.mask, (1, 0), value=True)
+
+    def over(self, tokens: Float[Tensor, "bag token dim"], convolve: Convolve) -> Float[Tensor, "bag token out"]:
+        """Convolve the tokens on their grid; a class token before them is passed through."""
+        first = tokens.shape[1] - self.size
+        found = self.to_tokens(convolve(self.to_grid(tokens[:, first:])))
+        return torch.cat([tokens[:, :first], found], dim=1) if first else found
+
+    def spread(self, values: Float[Tensor, "bag dim"]) -> Float[Tensor, "bag token dim"]:
+        """Return the values of each bag for each of its tokens, in a shape that broadcasts."""
+        return values[:, None]
+
     def to_grid(self, tokens: Float[Tensor, "bag token dim"]) -> Float[Tensor, "bag height width dim"]:
         """Lay tokens on the grid; cells without one are zero."""
         shape = (self.bags, self.height, self.width, tokens.shape[2])
@@ -69,6 +90,54 @@ class TokenGrid:
             return flat.view(self.bags, -1, grid.shape[3])
         rows = self.cell.clamp_max(len(flat) - 1)
         return flat.index_select(0, rows.flatten()).view(*rows.shape, grid.shape[3])
+
+
+@dataclass(frozen=True)
+class PackedGrid:
+    """The grids of bags whose tiles are joined in one row, each by itself; see `TokenGrid` for its methods.
+
+    Attributes:
+        tiles: Tiles of each bag in the row.
+        grids: Grid of each bag.
+    """
+
+    tiles: Segments
+    grids: tuple[TokenGrid, ...]
+
+    @property
+    def bags(self) -> int:
+        """Number of bags."""
+        return len(self.grids)
+
+    def _segments(self, tokens: Tensor) -> Segments:
+        """Return the bags of a row of tokens of the grids, or of these with a class token before each bag's."""
+        sizes = [grid.size for grid in self.grids]
+        first = (tokens.shape[1] - sum(sizes)) // len(sizes)
+        return Segments(tuple(first + size for size in sizes))
+
+    def tokens(self, tiles: Float[Tensor, "1 tile dim"]) -> Float[Tensor, "1 token dim"]:
+        """Gather the tokens that show the given tiles."""
+        parts = zip(self.grids, self.tiles.split(tiles), strict=True)
+        return torch.cat([grid.tokens(part) for grid, part in parts], dim=1)
+
+    def with_first(self, first: Float[Tensor, " dim"], tokens: Float[Tensor, "1 token dim"]) -> Tensor:
+        """Put a token before those of each bag."""
+        parts = self._segments(tokens).split(tokens)
+        return torch.cat([piece for part in parts for piece in (first[None, None], part)], dim=1)
+
+    def real(self, tokens: Float[Tensor, "1 token dim"]) -> Segments:
+        """Return the bags of the row."""
+        return self._segments(tokens)
+
+    def over(self, tokens: Float[Tensor, "1 token dim"], convolve: Convolve) -> Float[Tensor, "1 token out"]:
+        """Convolve the tokens of each bag on its grid."""
+        parts = zip(self.grids, self._segments(tokens).split(tokens), strict=True)
+        return torch.cat([grid.over(part, convolve) for grid, part in parts], dim=1)
+
+    def spread(self, values: Float[Tensor, "bag dim"]) -> Float[Tensor, "1 token dim"]:
+        """Return the values of each bag for each of its tokens."""
+        parts = zip(self.grids, values, strict=True)
+        return torch.cat([value.expand(grid.size, -1) for grid, value in parts])[None]
 
 
 def square_side(tiles: int) -> int:

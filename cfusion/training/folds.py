@@ -21,6 +21,7 @@ from cfusion.data.shards import ShardDataset, open_shards
 from cfusion.errors import ConfigError, DataError
 from cfusion.extensions import OwnCode
 from cfusion.files import digest_json
+from cfusion.models.bag import check_packs
 from cfusion.models.registry import READ_ONE, model_code, reads_positions, spatial_graph
 from cfusion.survival.bins import TimeBins
 from cfusion.survival.losses import LOSSES
@@ -168,6 +169,8 @@ def ready_fold(
     with _ONE_AT_A_TIME:
         torch.manual_seed(int(digest_json(["initial weights", _name(config, split)])[:15], 16))
         network = build(config.model, dataset.index.dim, config.evaluation.n_bins, config.data.magnifications, code)
+    if config.train.packed:
+        check_packs(network)
     prepare(runtime, network, train_set, list(bins.values()), _name(config, split))
     if start is not None:
         start.check_inputs(config, dataset.index)
@@ -297,7 +300,8 @@ def _train(runtime: Runtime, fold: ReadyFold) -> FoldRun:
     state, snapshot = train_fold(runtime, job, network, stepper)
     published = job.evaluation(state.best_epoch)
     training, scored = (
-        predict_logits(runtime, network, bags, train.micro_batch, published) for bags in (job.train, fold.test)
+        predict_logits(runtime, network, bags, train.micro_batch, published, packed=train.packed)
+        for bags in (job.train, fold.test)
     )
     module = runtime.bare(network, snapshot.parts)
     runtime.release()

@@ -45,12 +45,18 @@ class PublishedEvaluation:
 
 
 def predict_logits(
-    runtime: Runtime, model: nn.Module, bags: BagSet, micro_batch: int, published: PublishedEvaluation | None = None
+    runtime: Runtime,
+    model: nn.Module,
+    bags: BagSet,
+    micro_batch: int,
+    published: PublishedEvaluation | None = None,
+    *,
+    packed: bool = False,
 ) -> Tensor:
     """Return logits [bag, bin] in f64 of every bag, each computed once, the same on every rank.
 
     Dropout is off, unless the model is evaluated as in the published program (`published`). The forward pass computes
-    in `parallel.precision`, as in training.
+    in `parallel.precision`, as in training. `packed`: the bags of a pass are joined without padding.
     """
     mine = evaluation_slices(bags.costs, runtime.world_size)[runtime.rank]
     slices = [mine[start : start + micro_batch].tolist() for start in range(0, len(mine), micro_batch)]
@@ -64,7 +70,8 @@ def predict_logits(
         keep_attention_dropout(model)
     found: list[Tensor] = []
     with torch.no_grad():
-        stream = bags.loader.stream(slices, epoch=0, training=False)
+        read = bags.loader.packed if packed else bags.loader.stream
+        stream = read(slices, epoch=0, training=False)
         for number, (indices, batch) in enumerate(zip(slices, stream, strict=True)):
             keys = [bags.bags[i].key for i in indices]
             with runtime.autocast() if published is None else published.forward(runtime, keys):

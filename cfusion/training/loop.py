@@ -57,7 +57,9 @@ def train_fold(runtime: Runtime, job: FoldJob, model: nn.Module, stepper: Steppe
         with _averaged(runtime, model, snapshot):
             if job.validation is not None:
                 published = job.evaluation(state.epoch)
-                logits = predict_logits(runtime, model, job.validation, train.micro_batch, published)
+                logits = predict_logits(
+                    runtime, model, job.validation, train.micro_batch, published, packed=train.packed
+                )
                 metrics |= validation_scores(job, job.validation, logits)
             finish_epoch(job, state, snapshot, metrics, snapshot.parameters)
         if runtime.is_main:
@@ -154,7 +156,9 @@ def _shares(
     bags = [batches[step][list(micro.indices)].tolist() for step, micro in passes]
     targets = _rows(targets_of(job, job.train), bags, runtime.device)
     weights = torch.tensor([w for _, micro in passes for w in micro.weights], dtype=runtime.dtype).to(runtime.device)
-    stream = job.train.loader.stream(bags, epoch=epoch, training=True)
+    loader = job.train.loader
+    read = loader.packed if job.config.train.packed else loader.stream
+    stream = read(bags, epoch=epoch, training=True)
     each = zip(passes, bags, targets, weights.split([len(indices) for indices in bags]), stream, strict=True)
     for (step, micro), indices, own, weight, batch in each:
         keys = [job.train.bags[i].key for i in indices]

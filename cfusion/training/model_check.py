@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from cfusion.config import Config
-from cfusion.data.batches import join
+from cfusion.data.batches import join, pack
 from cfusion.errors import ConfigError
 from cfusion.extensions import OwnCode
+from cfusion.models.bag import check_packs
 from cfusion.models.registry import model_code
 from cfusion.training.fitted import build
 from cfusion.types import BagBatch, SurvivalOutput, magnification_name
@@ -126,7 +127,9 @@ class _Trial:
         return output
 
     def _check_padding(self, module: nn.Module, bags: Sequence[BagBatch], single: torch.Tensor) -> None:
-        together = self._output(module, join(bags)).logits
+        if self._config.train.packed:
+            check_packs(module)
+        together = self._output(module, (pack if self._config.train.packed else join)(bags)).logits
         worst = ((together - single).abs() / (1 + single.abs())).max().item()
         if worst > _TOLERANCE:
             raise self._wrong(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfusion.data.batches import join
+from cfusion.data.batches import join, pack
 from cfusion.data.loader import BagSet
 from cfusion.survival.losses import LOSSES
 from cfusion.training.checkpoint import TrainState
@@ -255,7 +255,8 @@ class GroupMember:
         keys = [self._all_bags.bags[bag].key for bag in bags]
         seed = dropout_seed(self.fold.job.name, self.position.epoch, keys, [0] * len(bags))
         weights = torch.ones(len(bags), dtype=self._runtime.dtype, device=self._runtime.device)
-        return Share(join([self._held.pop(bag) for bag in bags]), targets, weights, seed)
+        joined = (pack if self.fold.job.config.train.packed else join)([self._held.pop(bag) for bag in bags])
+        return Share(joined, targets, weights, seed)
 
     def _no_loss(self) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=self._runtime.device)
