@@ -304,6 +304,9 @@ class ParallelConfig(Section):
     hold_casts: Annotated[bool, Aside("weights are cast less often, to the same values")] = False
     """Whether to cast the weights to bf16 or fp16 once a step instead of once a forward pass (`engine: ddp`, folds that
     do not share a read). The numbers are the same; off, since it has not been measured on a GPU."""
+    depthwise: Literal["torch", "triton"] = "torch"
+    """Library of CrossFusion's and TransMIL's depthwise convolutions on a GPU. `triton` has kernels for the layout of
+    the tokens; the numbers are the same up to rounding. Off, since it has not been measured on a GPU."""
     global_batch: int = Field(32, ge=1)
     """Bags per optimizer step over all processes; the number of accumulation steps follows from it."""
     timeout_minutes: Annotated[float, Aside("how long a process waits for the others")] = Field(10.0, gt=0, le=24 * 60)
@@ -433,9 +436,9 @@ class Config(Section):
         if "cohorts" in kept:
             of = {name: CohortConfig.without_asides(cohort) for name, cohort in kept.pop("cohorts").items()}
             kept |= {"cohorts": of} if of else {}
-        if isinstance(train := kept.get("train"), dict):  # likewise
-            new = ("fused_optimizer", "packed", "start_unchecked")
-            kept["train"] = {key: value for key, value in train.items() if not (key in new and value is False)}
+        for section, new in _NEWER.items():  # likewise
+            if isinstance(given := kept.get(section), dict):
+                kept[section] = {key: value for key, value in given.items() if new.get(key, _NO_VALUE) != value}
         model = kept.get("model")
         if isinstance(model, dict) and names_file(str(model.get("name"))):
             kept["model"] = {**model, "name": Path(model["name"]).name}
@@ -577,6 +580,14 @@ class Config(Section):
             raise ValueError(f"model.source={self.model.source:g} is not among data.magnifications")
         return self
 
+
+_NO_VALUE = object()
+
+_NEWER: dict[str, dict[str, Any]] = {
+    "train": {"fused_optimizer": False, "packed": False, "start_unchecked": False},
+    "parallel": {"depthwise": "torch"},
+}
+"""Settings that are not part of a run's identity at these values, which are what runs before them did."""
 
 _UNCHECKED = (
     "train.start_unchecked=true: it was not required that the model from which training started has seen none of the "

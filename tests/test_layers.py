@@ -74,6 +74,7 @@ DOORS = {
     "deepspeed": ("cfusion.training.zero",),
     "mlflow": ("cfusion.tracking", "cfusion.apply.serving"),
     "timm": ("preprocess.encoders",),
+    "triton": ("cfusion.models.depthwise_triton",),
     "huggingface_hub": ("preprocess.encoders",),
     "typer": ("cfusion.cli",),
     "optuna": ("cfusion.runs.search",),

@@ -1,6 +1,8 @@
-"""Depthwise 7×7 convolutions in the layouts and libraries that torch offers, against the speed of memory."""
+"""Depthwise 7×7 convolutions in the layouts and libraries that there are, against the speed of memory."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,7 +10,8 @@ from torch.nn import functional as F
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.timing import seconds_per_call
-from cfusion.models.layers import depthwise
+from cfusion.errors import ConfigError
+from cfusion.models.depthwise import choose_depthwise, depthwise
 
 
 def measure(bench: Bench) -> None:
@@ -25,6 +28,7 @@ def measure(bench: Bench) -> None:
             torch.autograd.grad(depthwise(grid, weight, None), (grid, weight), gradient)
 
         _tell(bench, f"{name}, as the model does it (channels last)", ours, bytes_moved)
+        _by_triton(bench, name, ours, bytes_moved)
         image = grid.detach().permute(0, 3, 1, 2).contiguous().requires_grad_()
         out = gradient.permute(0, 3, 1, 2).contiguous()
 
@@ -39,6 +43,20 @@ def measure(bench: Bench) -> None:
             with torch.backends.cudnn.flags(enabled=enabled, allow_tf32=False):
                 who = "cuDNN" if enabled else "torch's own kernel"
                 _tell(bench, f"{name}, contiguous, {who}", contiguous, bytes_moved)
+
+
+def _by_triton(bench: Bench, name: str, call: Callable[[], None], bytes_moved: int) -> None:
+    """Time the same with `parallel.depthwise=triton`, where it can be chosen."""
+    case = f"{name}, parallel.depthwise=triton (channels last)"
+    try:
+        choose_depthwise("triton", on_cpu=not bench.on_gpu)
+    except ConfigError as error:
+        bench.skip(f"7×7, forward and backward, {case}", error.message)
+        return
+    try:
+        _tell(bench, case, call, bytes_moved)
+    finally:
+        choose_depthwise("torch", on_cpu=not bench.on_gpu)
 
 
 def _tell(bench: Bench, case: str, call: object, bytes_moved: int) -> None:

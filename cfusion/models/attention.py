@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,7 +17,7 @@ from cfusion.models.segments import Pairs, Real, Segments, first_of_each
 try:
     from torch.nn.attention.varlen import varlen_attn as varlen_attention
 except ImportError:  # torch before 2.10
-    varlen_attention = None
+    varlen_attention = None  # type: ignore[assignment]
 
 _VARLEN_TYPES = (torch.float16, torch.bfloat16)
 """Types for which PyTorch has attention over bags of different length; it has none with dropout, and none on a CPU."""
@@ -82,10 +83,11 @@ def attend_within(
     """Compute `attend` of each bag of a joined row: in one call where PyTorch has one, else bag by bag."""
     plain = visit is None and not dropout
     if plain and query.device.type == "cuda" and query.dtype in _VARLEN_TYPES and varlen_attention is not None:
-        rows = (part[0].transpose(0, 1) for part in (query, key, value))
-        edges = (side.edges(query.device) for side in (pairs.queries, pairs.keys))
-        most = (max(side.lengths) for side in (pairs.queries, pairs.keys))
-        return varlen_attention(*rows, *edges, *most).transpose(0, 1)[None]
+        rows = [part[0].transpose(0, 1) for part in (query, key, value)]
+        sides = pairs.queries, pairs.keys
+        edges, most = [side.edges(query.device) for side in sides], [max(side.lengths) for side in sides]
+        found = cast(Tensor, varlen_attention(rows[0], rows[1], rows[2], edges[0], edges[1], most[0], most[1]))
+        return found.transpose(0, 1)[None]
     parts = zip(pairs.queries.split(query, 2), pairs.keys.split(key, 2), pairs.keys.split(value, 2), strict=True)
     return torch.cat([attend(*part, None, dropout, visit) for part in parts], dim=2)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfusion.models.attention import CrossAttention, SelfAttention
+from cfusion.models.depthwise import depthwise
 from cfusion.models.dropout import Dropout
 from cfusion.models.linear import Linear
 from cfusion.models.segments import Pairs, Real, first_of_each
@@ -125,15 +126,6 @@ class MultiScaleKernel(nn.Module):
             # three times.
             bias = bias + self.get_parameter(f"bias_{size}")
         return kernel, bias
-
-
-def depthwise(
-    grid: Float[Tensor, "bag height width dim"], kernel: Tensor, bias: Tensor | None
-) -> Float[Tensor, "bag height width dim"]:
-    """Convolve each channel with its own kernel [dim, 1, k, k], zero-padded."""
-    image = grid.permute(0, 3, 1, 2)
-    out = F.conv2d(image, kernel, bias, padding=kernel.shape[-1] // 2, groups=kernel.shape[0])
-    return out.permute(0, 2, 3, 1)
 
 
 class PositionEncoding(nn.Module):

@@ -17,6 +17,7 @@ from cfusion.config import ParallelConfig
 from cfusion.console import waiting_for
 from cfusion.errors import ConfigError
 from cfusion.machine_limits import gpu_share, usable_cores
+from cfusion.models.depthwise import choose_depthwise
 from cfusion.program import program_digest
 from cfusion.training.arithmetic import set_arithmetic
 from cfusion.training.connection import check_network, check_port, connecting
@@ -92,8 +93,8 @@ def join_world(parallel: ParallelConfig) -> Runtime:
 
     Raises:
         ConfigError: The number of processes does not divide the global batch or exceeds the node's GPUs, the precision
-            is unavailable here, the interface, host name or port cannot be used, or a library sees another number of
-            processes than the launcher started.
+            or `parallel.depthwise` is unavailable here, the interface, host name or port cannot be used, or a library
+            sees another number of processes than the launcher started.
         ExchangeError: The processes cannot connect.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -110,6 +111,7 @@ def join_world(parallel: ParallelConfig) -> Runtime:
     parallel = with_own_precision(parallel, on_cpu=on_cpu)
     check_precision(parallel.precision, on_cpu=on_cpu)
     set_arithmetic(on_cpu=on_cpu, deterministic=parallel.deterministic)
+    choose_depthwise(parallel.depthwise, on_cpu=on_cpu)
     kind = Runtime if parallel.engine == "ddp" else ZeroRuntime
     if expected > 1 and not torch.distributed.is_initialized():  # else the port is held by this process's own store
         check_network()

@@ -11,7 +11,7 @@ from made_up_bags import bag, build, pad
 
 from cfusion.errors import DataError
 from cfusion.models import build_model
-from cfusion.models.layers import depthwise
+from cfusion.models.depthwise import depthwise
 from cfusion.models.token_grid import file_grid, spatial_grid, square_side
 from cfusion.survival.losses import LOSSES
 from cfusion.types import BagBatch, Targets
