@@ -18,6 +18,7 @@ from cfusion.errors import ConfigError, DataError
 from cfusion.files import atomic_path, write_text
 from cfusion.types import SLIDE_SUFFIXES
 from preprocess.grid import TileGrid
+from preprocess.names import without_suffix
 from preprocess.slides import Overview
 
 logger = logging.getLogger(__name__)
@@ -34,33 +35,45 @@ MASK_SUFFIXES = (".geojson", ".json", ".png", ".tif", ".tiff")
 
 def find_mask(folder: Path | None, slide_id: str) -> Path | None:
     """Return the user's mask or GeoJSON of a slide, or None."""
-    if folder is None:
-        return None
+    return next(iter(_masks_of(folder, slide_id)), None) if folder is not None else None
+
+
+def _masks_of(folder: Path, slide_id: str) -> list[Path]:
     # macOS writes an accent as a separate character.
     names = [f"{name}{ending}" for name in {slide_id: 0, normalize("NFD", slide_id): 0} for ending in NAME_ENDINGS]
-    return next((p for s in MASK_SUFFIXES for name in names if (p := folder / f"{name}{s}").is_file()), None)
+    return [p for s in MASK_SUFFIXES for name in names if (p := folder / f"{name}{s}").is_file()]
 
 
 def check_masks(folder: Path | None, slide_ids: Iterable[str]) -> None:
-    """Check that the user's masks are used, and warn of those that are not.
+    """Check that the user's masks are used, and warn of those that are of no slide.
 
     Raises:
-        ConfigError: The folder is missing, or none of its masks has the name of a slide.
+        ConfigError: The folder is missing, none of its masks has the name of a slide, a slide has two, or a mask has
+            the name of a slide in another case.
     """
     if folder is None:
         return
     if not folder.is_dir():
         raise ConfigError(f"masks={folder}: no such folder.")
-    used = {find_mask(folder, slide_id) for slide_id in slide_ids}
-    others = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in MASK_SUFFIXES and p not in used)
-    if not others and used <= {None}:
-        logger.warning("%s: contains no masks", folder)
-    elif used <= {None}:
-        raise ConfigError(
-            f"masks={folder}: none of its files has the name of a slide, such as {others[0]}.",
-            f"Expected SLIDE_ID with one of {', '.join(MASK_SUFFIXES)}.",
-        )
-    elif others:
+    used = {slide_id: _masks_of(folder, slide_id) for slide_id in slide_ids}
+    for slide_id, masks in used.items():
+        if len(masks) > 1:
+            raise ConfigError(
+                f"masks={folder}: {masks[0].name} and {masks[1].name} are both masks of slide {slide_id}.", "Keep one."
+            )
+    taken = {mask for masks in used.values() for mask in masks}
+    others = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in MASK_SUFFIXES and p not in taken)
+    if not taken:
+        found = f"none of its files has the name of a slide, such as {others[0]}" if others else "contains no masks"
+        raise ConfigError(f"masks={folder}: {found}.", f"Expected SLIDE_ID with one of {', '.join(MASK_SUFFIXES)}.")
+    folded = {slide_id.casefold(): slide_id for slide_id, masks in used.items() if not masks}
+    for name in others:
+        if (meant := folded.get(without_suffix(Path(name).stem).casefold())) is not None:
+            raise ConfigError(
+                f"masks={folder}: {name} has the name of slide {meant} in another case.",
+                f"Rename it to {meant}{Path(name).suffix.lower()}.",
+            )
+    if others:
         logger.warning("%s: %d masks are used for no slide: %s", folder, len(others), ", ".join(others[:5]))
 
 

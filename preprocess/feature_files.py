@@ -346,10 +346,10 @@ def number_if_given(holder: Any, path: Path, key: str) -> float | None:
 
 
 def text(value: Any) -> str | None:
-    """Return an attribute's text; None if it is something else."""
+    """Return an attribute's text; None if it is empty or something else."""
     if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    return value if isinstance(value, str) else None
+        value = value.decode(errors="replace")
+    return value.strip() or None if isinstance(value, str) else None
 
 
 def said(error: BaseException) -> str:

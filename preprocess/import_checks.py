@@ -73,9 +73,10 @@ def odd_widths(
             f"{counts[1][0]}, so they are of different encoders.",
             "Choose the files of one encoder with --only.",
         )
-    kept = next((s for s in store.slide_ids() if not (overwrite and s in by_slide)), None)
-    stored = {} if kept is None else store.shapes(kept)
-    if stored and (width := next(iter(stored.values()))[1]) != usual:
+    replaced = set(by_slide) if overwrite else set()
+    widths = ((slide_id, _stored(store, slide_id)) for slide_id in store.slide_ids() if slide_id not in replaced)
+    kept, width = next(((slide_id, width) for slide_id, width in widths if width is not None), ("", usual))
+    if width != usual:
         raise StoreError(
             f"{store.path}: slide {kept} has embeddings of width {width}, but {example[usual]} has width {usual}, so "
             "they are of different encoders.",
@@ -88,6 +89,14 @@ def odd_widths(
         for file in files
         if width_of.get(file, usual) != usual
     }
+
+
+def _stored(store: FeatureStore, slide_id: str) -> int | None:
+    """Return the width of a slide's embeddings in the store; None if they are unreadable."""
+    try:
+        return next((shape[1] for shape in store.shapes(slide_id).values()), None)
+    except StoreError:
+        return None
 
 
 def _width(file: FeatureFile) -> int | None:

@@ -11,7 +11,7 @@ from scipy.spatial import KDTree
 
 from cfusion.data.tile_places import LEVEL_0, TILE_PX
 from cfusion.errors import LayoutError
-from cfusion.types import magnification_value
+from cfusion.types import SLIDE, magnification_value
 from preprocess.feature_files import SAME_SIDE, Level
 from preprocess.layouts import FeatureFile
 from preprocess.resolution import power_of
@@ -37,6 +37,12 @@ def read_levels(slide_id: str, files: Sequence[FeatureFile]) -> dict[str, Level]
         if not file.magnification:
             raise LayoutError(
                 f"{file.paths[0]}: does not state its magnification.", "Give --magnification, such as 20."
+            )
+        value = magnification_value(file.magnification)
+        if file.magnification != SLIDE and not 0.1 <= value <= 200:
+            raise LayoutError(
+                f"{file.paths[0]}: says a magnification of {value:g}, expected 0.1 to 200.",
+                "Correct its attributes, or extract the slide again.",
             )
         if file.magnification in by_name:
             raise LayoutError(

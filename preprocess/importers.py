@@ -172,7 +172,10 @@ def find_layout(folder: SourceFolder, layout: str) -> tuple[str, Found]:
         LayoutError: The folder does not have it, or fits none or several.
     """
     if not folder.path.is_dir():
-        raise LayoutError(f"{folder.path}: no such folder.")
+        raise LayoutError(
+            f"{folder.path}: {'a file, expected a folder' if folder.path.exists() else 'no such folder'}.",
+            "Give the folder of the features; --only chooses files in it.",
+        )
     if layout != "auto" and layout not in LAYOUTS:
         raise ConfigError(f"layout {layout!r} is unknown.", f"Known: auto, {', '.join(LAYOUTS)}.")
     found = {name: LAYOUTS[name](folder) for name in ([layout] if layout != "auto" else LAYOUTS)}

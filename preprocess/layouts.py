@@ -257,7 +257,7 @@ def slide_name(path: Path) -> str:
 
 def _plain(path: Path) -> Level:
     values = read_tensor(path) if path.suffix == ".pt" else read_matrix(path)
-    if not len(values):
+    if not values.size:
         raise LayoutError(f"{path}: has no tiles.")
     return Level(values, warnings=tuple(constant(values)))
 
@@ -348,6 +348,10 @@ def _stated(path: Path, coords: Any, tiling: str) -> dict[str, Any]:
                 "Move it to the folder of its tiles.",
             )
         px, overlap = named
+    if px and overlap is not None and overlap >= px:
+        raise LayoutError(
+            f"{path}: its attributes say tiles of {px:g} px with an overlap of {overlap}.", "Extract it again."
+        )
     side, scanned, taken = (
         _positive(coords, path, key) for key in ("patch_size_level0", "level0_magnification", "target_magnification")
     )

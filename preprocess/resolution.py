@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import logging
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -139,37 +140,59 @@ def scale_of(slide_id: str, mpp: float, magnification: float, policy: Literal["n
 
 
 def read_mpp_table(path: Path) -> dict[str, float]:
-    """Read µm/px by slide from a CSV file with the columns `slide_id, mpp`; names lose the suffix of a slide.
+    """Read µm/px by slide from a table with the columns `slide_id, mpp`; names lose folders and the suffix of a slide.
+
+    Fields are separated by commas, semicolons or tabs; numbers may have a decimal comma where fields have none.
 
     Raises:
-        ResolutionError: The file is unreadable, a row has no positive number, or two rows of a slide differ.
+        ResolutionError: The file is unreadable, a row has no name or no positive number, or two rows of a slide differ.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ResolutionError(f"{path}: cannot be read ({error}).", "Expected a CSV file: slide_id,mpp.") from error
-    if not {"slide_id", "mpp"} <= set(reader.fieldnames or ()):
-        raise ResolutionError(f"{path}: has the columns {reader.fieldnames}, expected slide_id and mpp.")
     table: dict[str, tuple[float, int]] = {}
-    for number, row in enumerate(rows, start=2):
+    for line, slide_id, text in _mpp_rows(path):
         try:
-            mpp = float(row["mpp"])
-        except (TypeError, ValueError):
+            mpp = float(text.replace(",", "."))
+        except ValueError:
             mpp = math.nan
         if not PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]:
             raise ResolutionError(
-                f"{path}, line {number}: mpp is {row['mpp']!r}, expected µm/px between "
-                f"{PLAUSIBLE_MPP[0]:g} and {PLAUSIBLE_MPP[1]:g}."
+                f"{path}, line {line}: mpp is {text!r}, expected µm/px between {PLAUSIBLE_MPP[0]:g} and "
+                f"{PLAUSIBLE_MPP[1]:g}.",
+                "Correct the row.",
             )
-        name = without_suffix(row["slide_id"] or "")
-        earlier, line = table.setdefault(name, (mpp, number))
+        name = without_suffix(re.split(r"[\\/]", slide_id)[-1])
+        if not name:
+            raise ResolutionError(f"{path}, line {line}: has no slide_id.", "Name the slide.")
+        earlier, first = table.setdefault(name, (mpp, line))
         if earlier != mpp:
             raise ResolutionError(
-                f"{path}, lines {line} and {number}: slide {name} has {earlier:g} and {mpp:g} µm/px.", "Keep one row."
+                f"{path}, lines {first} and {line}: slide {name} has {earlier:g} and {mpp:g} µm/px.", "Keep one row."
             )
     return {name: mpp for name, (mpp, _) in table.items()}
+
+
+def _mpp_rows(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Read line, slide_id and mpp of each row that is not empty."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        separator = max(",;\t", key=(lines or [""])[0].count)
+        rows = [[field.strip() for field in row] for row in csv.reader(lines, delimiter=separator)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ResolutionError(f"{path}: cannot be read ({error}).", "Expected a CSV file: slide_id,mpp.") from error
+    header = [name.lower() for name in rows[0]] if rows else []
+    if header.count("slide_id") != 1 or header.count("mpp") != 1:
+        raise ResolutionError(
+            f"{path}: has the columns {', '.join(header) or '(none)'}; expected slide_id and mpp, each once.",
+            "Expected a CSV file: slide_id,mpp.",
+        )
+    for line, row in enumerate(rows[1:], start=2):
+        if not any(row):
+            continue
+        if len(row) != len(header):
+            raise ResolutionError(
+                f"{path}, line {line}: has {len(row)} fields, but the header {len(header)}.",
+                "Write decimal points, or separate the fields by semicolons.",
+            )
+        yield line, row[header.index("slide_id")], row[header.index("mpp")]
 
 
 def _number(properties: Mapping[str, str], key: str) -> float | None:

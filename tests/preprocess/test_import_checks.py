@@ -91,6 +91,7 @@ def test_the_width_of_the_store_counts_unless_all_is_replaced(tmp_path: Path):
         ({"overlap": 64}, "say tiles of 256 px with an overlap of 64, its folder 256 px with 0"),
         ({"level0_magnification": 20}, "are 256 px of level 0, but patch_size_level0 is 512"),
         ({"patch_size_level0": 1024}, "are 512 px of level 0, but patch_size_level0 is 1024"),
+        ({"overlap": 300}, "with an overlap of 300"),
         ({"target_magnification": 10}, "attributes say 10x, but its folder or --magnification says 20x"),
         (
             {"level0_width": 4096, "level0_height": 1024},
@@ -315,6 +316,31 @@ def test_clam_files_of_one_slide_that_differ_are_refused(tmp_path: Path):
     assert "b.pt and" in report.refused["b"]
     assert "b.svs.pt are both slide b" in report.refused["b"]
     assert {row["status"] for row in rows(report) if row["slide_id"] == "b"} == {"failed", "skipped"}
+
+
+@pytest.mark.parametrize("magnification", [1e9, 1e-9])
+def test_an_impossible_magnification_refuses_one_slide(tmp_path: Path, magnification: float):
+    for name, value in (("a", magnification), ("b", 20)):
+        write_flat(tmp_path / f"in/{name}.h5", encoder="uni_v1", **{**KNOWN, "target_magnification": value})
+    report = import_features(tmp_path / "in", tmp_path / "store")
+    assert report.imported == ("b",)
+    assert "expected 0.1 to 200" in report.refused["a"]
+
+
+def test_odd_places_end_no_import(tmp_path: Path):
+    """A loop of links, a link to itself, a folder with the name of a file, and a damaged group in the store."""
+    for name in ("a", "50%", "x" * 250):
+        write_flat(tmp_path / f"in/{name}.h5", encoder="uni_v1", **KNOWN)
+    (tmp_path / "in/loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in/self.h5").symlink_to(tmp_path / "in/self.h5")
+    (tmp_path / "in/folder.h5").mkdir()
+    (tmp_path / "store/uni").mkdir(parents=True)
+    (tmp_path / "store/uni/other.zarr").touch()
+    report = import_features(tmp_path / "in", tmp_path / "store")
+    assert report.imported == ("50%", "a")
+    assert set(report.refused) == {"self", "x" * 250}
+    with pytest.raises(DataError, match="a file, expected a folder"):
+        import_features(tmp_path / "in/a.h5", tmp_path / "store")
 
 
 @pytest.mark.parametrize("name", ["s.svs.h5", "s.SVS.h5", "s.h5"])

@@ -496,9 +496,13 @@ def test_linked_folders_are_searched_and_dangling_links_are_refused(tmp_path: Pa
 
 def test_tiles_of_an_impossible_size_place_nothing(tmp_path: Path):
     (tmp_path / "in").mkdir()
-    write_stamp(tmp_path / "in", slides=("a", "b"))
+    write_stamp(tmp_path / "in", slides=("a", "b", "c"))
     with h5py.File(tmp_path / "in" / "b.h5", "r+") as file:
         file.attrs["tile_size_px"] = 1e30
+    with h5py.File(tmp_path / "in" / "c.h5", "r+") as file:
+        file.attrs["tile_size_px"] = 2240
+        file["coords"][0] = 2e9
     report = import_features(tmp_path / "in", tmp_path / "store")
     assert report.imported == ("a",)
-    assert "µm per px a tile lies at" in report.refused["b"]
+    assert "says a magnification of 3.90625e+28, expected 0.1 to 200" in report.refused["b"]
+    assert "µm per px a tile lies at" in report.refused["c"]

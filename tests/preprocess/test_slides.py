@@ -179,6 +179,29 @@ def test_table_of_resolutions(tmp_path: Path):
         read_mpp_table(tmp_path / "none.csv")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('slide_id,mpp\na,"0,25"\n', {"a": 0.25}),
+        ("Slide_ID; MPP\nslides/a.svs ;0,25\n;\n", {"a": 0.25}),
+        ("mpp\tslide_id\n0.25\tC:\\x\\a.svs\n", {"a": 0.25}),
+        ("slide_id,mpp\na,0,25\n", "line 2: has 3 fields, but the header 2"),
+        ("slide_id,mpp,mpp\na,0.25,0.5\n", "has the columns slide_id, mpp, mpp"),
+        ("slide_id,mpp\n,0.25\n", "line 2: has no slide_id"),
+        ("slide_id,mpp\n a.svs , 0.25\n a ,0.5\n", "lines 2 and 3: slide a has 0.25 and 0.5 µm/px"),
+        ("", r"has the columns \(none\)"),
+    ],
+)
+def test_tables_of_resolutions_as_spreadsheets_write_them(tmp_path: Path, text: str, expected: dict[str, float] | str):
+    table = tmp_path / "mpp.csv"
+    table.write_text(text)
+    if isinstance(expected, dict):
+        assert read_mpp_table(table) == expected
+    else:
+        with pytest.raises(DataError, match=expected):
+            read_mpp_table(table)
+
+
 def test_the_real_slides(shared: Path):
     small = open_slide(shared / "slides/cmu_small_region.svs")
     assert (small.resolution.mpp, small.resolution.source) == (0.499, "mpp")

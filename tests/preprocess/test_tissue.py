@@ -309,6 +309,19 @@ def test_a_mask_of_another_shape_is_refused_with_both_sizes(tmp_path: Path):
     assert read_mask(tmp_path / "a.png", (20, 21), (8.0, 8.0)).all()
 
 
+def test_two_masks_of_one_slide_and_names_in_another_case_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="contains no masks"):
+        check_masks(tmp_path, ["a"])
+    for name in ("a.png", "a.geojson", "B.png"):
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=r"a\.geojson and a\.png are both masks of slide a"):
+        check_masks(tmp_path, ["a", "b"])
+    (tmp_path / "a.geojson").unlink()
+    with pytest.raises(ConfigError, match=r"B\.png has the name of slide b in another case\. Rename it to b\.png"):
+        check_masks(tmp_path, ["a", "b"])
+    check_masks(tmp_path, ["a", "B"])
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.svs.png", "a.SVS.geojson"])
 def test_masks_are_found_by_name(tmp_path: Path, name: str):
     (tmp_path / name.replace("SVS", "svs")).touch()
