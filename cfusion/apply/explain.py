@@ -13,6 +13,7 @@ import pandas as pd
 
 from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.apply.inputs import Inputs
+from cfusion.apply.ranking import RunRanking
 from cfusion.apply.sources import group_slides
 from cfusion.cohort.identifiers import patient_of
 from cfusion.data.tile_places import LEVEL_0, check_on_slide, coords_space, on_slide
@@ -54,6 +55,7 @@ def explain_inputs(
     most_removals: int = 256,
     faithfulness: bool = False,
     heatmap_slides: bool = False,
+    ranking: RunRanking | None = None,
     default_mpp: float | None = None,
     device: str = "cpu",
 ) -> Iterator[Explained]:
@@ -70,6 +72,7 @@ def explain_inputs(
         most_removals: See `cfusion.explain`.
         faithfulness: Also make deletion curves.
         heatmap_slides: Also write every heatmap as a pyramidal OME-TIFF of the slide's size.
+        ranking: See `cfusion.explain`.
         default_mpp: µm/px of slides whose files do not state it, for their pictures.
         device: Device of the models.
 
@@ -86,7 +89,7 @@ def explain_inputs(
             slide = _placed(inputs.source.read(slide_id), inputs.files.get(slide_id), default_mpp)
             found = explain(
                 models, slide, occlusion=occlusion, most_removals=most_removals, magnifications=magnifications,
-                device=device,
+                ranking=ranking, device=device,
             )  # fmt: skip
             found = dataclasses.replace(found, attrs={**found.attrs, "note": note})
             curves = deletion_curves(models, slide, found, device=device) if faithfulness else None

@@ -6,10 +6,11 @@ import tempfile
 from pathlib import Path
 
 from cfusion.apply.ensemble import FoldEnsemble
+from cfusion.apply.ranking import RunRanking, run_ranking
 from cfusion.errors import DataError
 from cfusion.run_folder import find_run, is_done, is_run
 from cfusion.tracking.address import connect, given_uri, unavailable
-from cfusion.tracking.model_registry import fetch_ensemble, model_address
+from cfusion.tracking.model_registry import fetch_ensemble, fetch_predictions, model_address
 
 
 def load_ensemble(model: str, uri: str | None = None, trust_code: str | None = None) -> FoldEnsemble:
@@ -32,6 +33,21 @@ def load_ensemble(model: str, uri: str | None = None, trust_code: str | None = N
     client = connect(address)
     with tempfile.TemporaryDirectory() as scratch, unavailable(address):
         return fetch_ensemble(client, name, which, Path(scratch), trust_code=trust_code)
+
+
+def load_ranking(model: str, uri: str | None = None) -> RunRanking | None:
+    """Test how the run of the models that `--model` names ranks held-out patients; None if it has no predictions.
+
+    Args:
+        model: See `load_ensemble`.
+        uri: MLflow server; None: MLFLOW_TRACKING_URI.
+    """
+    if not model.startswith("models:"):
+        return run_ranking(find_run(Path(model)))
+    address = given_uri(uri)
+    client = connect(address)
+    with tempfile.TemporaryDirectory() as scratch, unavailable(address):
+        return run_ranking(fetch_predictions(client, *model_address(model), Path(scratch)))
 
 
 def _load_finished(folder: Path, trust_code: str | None) -> FoldEnsemble:

@@ -58,7 +58,7 @@ def explain(
     """  # noqa: D301 - the escape is typer's mark for lines that stay as they are
     from cfusion.apply.explain import checked_device, explain_inputs
     from cfusion.apply.inputs import Extraction, open_inputs
-    from cfusion.apply.loading import load_ensemble
+    from cfusion.apply.loading import load_ensemble, load_ranking
     from cfusion.types import magnification_name
 
     ensemble = load_ensemble(model, uri, trust_code)
@@ -76,6 +76,7 @@ def explain(
         most_removals=most_removals,
         faithfulness=faithfulness,
         heatmap_slides=heatmap_slides,
+        ranking=load_ranking(model, uri),
         default_mpp=default_mpp,
         device=checked_device(device),
     )

@@ -56,17 +56,20 @@ def write_results(
     if pictures:
         backdrop = pictures.overview(OVERVIEW_PX)
         explanation = replace(explanation, attrs={**explanation.attrs, "slide_size_px": list(pictures.size_px)})
-    painted = {
-        method: {
-            name: paint(explanation, name, method, backdrop)
-            for name in reversed(explanation.levels)
-            if explanation.has(name, method)
+    painted, with_noise = (
+        {
+            method: {
+                name: paint(explanation, name, method, backdrop, noise=noise)
+                for name in reversed(explanation.levels)
+                if explanation.has(name, method)
+            }
+            for method in METHODS
+            if method in explanation.methods and (explanation.tested or not noise)
         }
-        for method in METHODS
-        if method in explanation.methods
-    }
+        for noise in (False, True)
+    )
     galleries = {n: draw_gallery(explanation, n, pictures) for n in reversed(explanation.levels)} if pictures else None
-    page = render_slide_page(explanation, painted, galleries, curves)
+    page = render_slide_page(explanation, painted, with_noise, galleries, curves)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         write_explanation(explanation, temporary / ZARR_NAME)

@@ -41,7 +41,7 @@ class Strip:
 def draw_gallery(explanation: Explanation, magnification: str, pictures: Pictures) -> list[Strip]:
     """Draw the tiles that raise the risk most, then those that lower it most.
 
-    Tiles are ranked by the leading method; only tiles whose score stands out from its spread over folds are shown.
+    Tiles are ranked by the leading method; only tiles that are coloured are shown, no noise.
     """
     method = explanation.leading(magnification)
     scores = np.where(explanation.stands_out(magnification, method), explanation.scores(magnification, method), np.nan)

@@ -23,16 +23,15 @@ from cfusion.types import magnification_words
 
 RAISES = {"name": "Raises risk", "color": [178, 24, 43]}
 LOWERS = {"name": "Lowers risk", "color": [33, 102, 172]}
-UNCLEAR = {"name": "Within the spread over folds", "color": [140, 140, 140]}
-"""Classes in QuPath, by the sign of the leading method's mean over folds; unclear if it does not stand out."""
+NOISE = {"name": "May be noise", "color": [140, 140, 140]}
+"""Classes in QuPath, by the sign of the leading method's mean over folds."""
 
 
 def write_geojson(explanation: Explanation, magnification: str, target: str | os.PathLike[str]) -> None:
     """Write the tiles of one magnification as a FeatureCollection, one tile per line, as a stream.
 
-    The class of a tile is the sign of the leading method (`Explanation.leading`) if it stands out from its spread, and
-    its colour is on that method's scale. The measurements are every method's mean and spread, with the unit in the
-    name.
+    The class of a tile is the sign of the leading method (`Explanation.leading`), or that it may be noise, and its
+    colour is on that method's scale. The measurements are every method's mean and spread, with the unit in the name.
     """
     with atomic_path(target) as temporary, temporary.open("w", encoding="utf-8") as stream:
         stream.write('{"type": "FeatureCollection", "features": [')
@@ -57,7 +56,7 @@ def _features(explanation: Explanation, magnification: str) -> Iterator[dict[str
         }
         if np.isfinite(scores[row]):
             properties["color"] = colours[row, :3].tolist()
-            properties["classification"] = (RAISES if scores[row] > 0 else LOWERS) if clear[row] else UNCLEAR
+            properties["classification"] = (RAISES if scores[row] > 0 else LOWERS) if clear[row] else NOISE
         yield {
             "type": "Feature",
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"cfusion:{explanation.slide_id}/{magnification}/{row}")),
@@ -76,4 +75,4 @@ def _measurements(explanation: Explanation, magnification: str, row: int) -> dic
     return {name: value for name, value in values.items() if np.isfinite(value)}
 
 
-__all__ = ["LOWERS", "RAISES", "UNCLEAR", "write_geojson"]
+__all__ = ["LOWERS", "NOISE", "RAISES", "write_geojson"]

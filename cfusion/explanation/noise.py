@@ -1,68 +1,45 @@
-"""Decide which scores of a slide's tiles stand out from their spread over folds.
+"""Decide which tiles of a slide the models of a run agree on.
 
-The models of a cross-validation share most of their training patients, so they agree with each other more than models
-of new cohorts would: with 5 folds, two models share three quarters of their patients. The standard error is therefore
-that of the delete-d jackknife (Shao and Wu, Annals of Statistics 17, 1989): the spread over the models times the square
-root of the ratio of the patients that trained a model to those it left out; with K folds the ratio is K − 1. A score
-stands out if its 95% t-interval, with one degree of freedom less than there are models, excludes the score of a tile
-without effect.
+A tile's score is tested with a t-test over the models of the folds: the models agree on it if the 95% interval of
+their mean excludes the score of a tile without effect. Each model's scores are first divided by their root mean square
+over the tiles, because the risks of one fold may spread a hundred times as much as those of another; that fold would
+decide the mean, and its distance from the others would look like disagreement.
 
-A slide has thousands of tiles, and 5% of those without effect stand out. A correction that bounds the share of noise
-among the tiles that stand out (Benjamini and Hochberg) asks for p-values that five models hardly give, and hides nearly
-everything. Instead, the count is compared with what noise gives (`more_than_noise`).
+Models of a cross-validation share most of their training patients, so models that learnt only noise agree on part of it
+too, and no test over the models can tell this apart from signal. Whether there is a signal is therefore a question to
+the held-out patients (`cfusion.apply.ranking`); only where the run ranks these better than chance is a tile coloured.
+
+A slide has thousands of tiles, and 5% of those without effect seem to have one. The count is compared with that share
+(`more_than_noise`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float32, Float64
 from scipy.special import stdtr
 
 LEVEL = 0.05
-"""Share of the tiles without effect that stand out."""
+"""Share of the tiles without effect on which models seem to agree."""
 
 
-def training_ratio(patients: Sequence[frozenset[str] | None]) -> float | None:
-    """Return the ratio of the patients that trained a model to those it left out, from the patients of every model.
-
-    None for one model, or if no model left out a patient: there is then no spread to compare with. Models that do not
-    record their patients count as the folds of one cross-validation.
-    """
-    if len(patients) < 2:
-        return None
-    known = [names for names in patients if names is not None]
-    if len(known) < len(patients):
-        return float(len(patients) - 1)
-    everyone = len(frozenset().union(*known))
-    seen = float(np.mean([len(names) for names in known]))
-    return seen / (everyone - seen) if seen < everyone else None
-
-
-def stands_out(
-    departure: Float[np.ndarray, " tile"], sd: Float[np.ndarray, " tile"], models: int, ratio: float
-) -> Bool[np.ndarray, " tile"]:
-    """Return which tiles' scores differ from those of a tile without effect by more than chance.
+def p_values(departure: Float64[np.ndarray, "model tile"]) -> Float32[np.ndarray, " tile"]:
+    """Return the two-sided p-value that the models' mean score of a tile is that of a tile without effect.
 
     Args:
-        departure: Mean over models of the score, minus the score of a tile without effect; NaN: not scored.
-        sd: Standard deviation over models, as `numpy.std` computes it.
-        models: Number of models.
-        ratio: See `training_ratio`.
+        departure: Each model's score minus that of a tile without effect; two models or more.
     """
-    found = np.zeros(len(departure), bool)
-    scored = np.isfinite(departure) & np.isfinite(sd)
-    size, error = np.abs(departure[scored]).astype(float), sd[scored].astype(float) * np.sqrt(ratio)
+    size = np.sqrt((departure**2).mean(axis=1, keepdims=True))
+    scaled = departure / np.where(size > 0, size, 1.0)
+    mean, error = scaled.mean(axis=0), scaled.std(axis=0, ddof=1) / np.sqrt(len(scaled))
     with np.errstate(divide="ignore", invalid="ignore"):
-        statistic = np.where(size > 0, size / error, 0.0)
-    found[scored] = 2 * stdtr(models - 1, -statistic) <= LEVEL
-    return found
+        statistic = np.where(mean == 0, 0.0, np.abs(mean) / error)
+    return np.asarray(2 * stdtr(len(departure) - 1, -statistic), np.float32)
 
 
 def more_than_noise(count: int, tiles: int) -> bool:
-    """Return whether more tiles of a slide stand out than noise would give."""
+    """Return whether models agree on more tiles of a slide than chance would give."""
     return count > LEVEL * tiles
 
 
-__all__ = ["LEVEL", "more_than_noise", "stands_out", "training_ratio"]
+__all__ = ["LEVEL", "more_than_noise", "p_values"]

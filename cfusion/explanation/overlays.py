@@ -41,20 +41,25 @@ class Pictures(Protocol):
 
 
 def paint(
-    explanation: Explanation, magnification: str, method: str, backdrop: UInt8[np.ndarray, "y x 3"] | None
+    explanation: Explanation,
+    magnification: str,
+    method: str,
+    backdrop: UInt8[np.ndarray, "y x 3"] | None,
+    *,
+    noise: bool = False,
 ) -> UInt8[np.ndarray, "y x 3"]:
-    """Draw one method's scores over the slide; tiles that do not stand out from their spread are pale grey.
+    """Draw one method's scores over the slide; tiles that may be noise are pale grey.
 
     Args:
         explanation: The scores.
         magnification: Magnification of the tiles.
         method: Method of the scores.
         backdrop: Picture of the complete slide; None: a white background.
+        noise: Also colour what may be noise.
     """
-    level = explanation.levels[magnification]
-    colours = Scale.of(explanation, method).colours(
-        explanation.scores(magnification, method), explanation.stands_out(magnification, method)
-    )
+    level, scores = explanation.levels[magnification], explanation.scores(magnification, method)
+    coloured = np.isfinite(scores) if noise else explanation.stands_out(magnification, method)
+    colours = Scale.of(explanation, method).colours(scores, coloured)
     return _laid_over(backdrop, level, colours, _extent(explanation, level))
 
 
@@ -72,8 +77,8 @@ def draw_overlay(
     axis.set_yticks([])
     of = f"mean of {len(explanation.risks)} models" if len(explanation.risks) > 1 else "one model"
     lines = [f"{explanation.slide_id} · {method} at {magnification_words(magnification)} · {of}"]
-    if explanation.spread_known:
-        lines.append("grey: does not stand out from the spread over folds")
+    if explanation.tested:
+        lines.append("grey: may be noise")
     characters = int(figure.get_figwidth() * _CHARACTERS_PER_INCH)
     figure.suptitle("\n".join(textwrap.fill(line, characters) for line in lines), fontsize=9)
     mapped = ScalarMappable(Normalize(scale.low, scale.high), scale.map_name)

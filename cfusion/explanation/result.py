@@ -10,8 +10,8 @@
 - `risk_percentile`, the percentage of the training patients with a lower risk (mean over folds), or null;
 - `risk`, `risk_sd` (over folds; null for one model), `risks` (one per fold), `risk_cutoff` (mean over folds of the
   median risk of the training patients, or null);
-- `training_ratio`: the patients that trained a model to those it left out (mean over folds), which decides which
-  tiles stand out from their spread (see `cfusion.explanation.noise`); null if that cannot be decided;
+- `ranking`: how the run ranks held-out patients (`cindex`, `chance`, `p`, `patients`, `events`; see
+  `cfusion.apply.ranking`), or null if that is unknown; if `p` is above 0.05, every score may be noise;
 - `months`, `survival`, `survival_sd`: the curve, mean and spread over folds;
 - `methods`: by name, in the order of the rows of `scores`: `{"unit", "signed", "meaning", "neutral"}`. `signed` scores
   are above 0 if a tile raises the risk and need a diverging colour scale around 0; unsigned scores are never below 0;
@@ -23,7 +23,8 @@ Each magnification has a group `x20`, `x10`, … with the attribute `tile_px_lev
 - `coords` i32 [tile, 2]: x, y of the top-left corner in level-0 px, in the order of the feature store;
 - `scores` f32 [method, tile]: mean over folds; NaN if the method has no score at this magnification;
 - `sd` f32 [method, tile]: standard deviation over folds; NaN for one model;
-- `stands_out` bool [method, tile]: whether the score stands out from its spread; absent if that cannot be decided;
+- `p` f32 [method, tile]: p-value that the models' mean is the score of a tile without effect (see
+  `cfusion.explanation.noise`); NaN where there is no score; absent for one model, and in files of earlier versions;
 - `parent` i32 [tile]: row in the next coarser magnification; absent at the coarsest, or if the source has no parents.
 """
 
@@ -39,8 +40,9 @@ import pandas as pd
 from jaxtyping import Bool, Float32, Int32
 
 import cfusion
+from cfusion.apply.ranking import RunRanking
 from cfusion.errors import DataError
-from cfusion.explanation.noise import LEVEL, more_than_noise, stands_out
+from cfusion.explanation.noise import LEVEL, more_than_noise
 from cfusion.files import atomic_path
 from cfusion.survival.curves import risk_words, survival_after_years
 from cfusion.types import magnification_value, magnification_words, titled_table
@@ -102,6 +104,7 @@ class TileScores:
         mean: Mean over folds; rows are the explanation's methods; NaN if a method has no scores.
         sd: Standard deviation over folds; NaN for one model.
         parent: Row in the next coarser magnification; None at the coarsest, or if the source has no parents.
+        p: p-value that a tile has no effect; NaN if a method has no scores; None if it was not tested.
     """
 
     coords: Int32[np.ndarray, "tile 2"]
@@ -109,6 +112,7 @@ class TileScores:
     mean: Float32[np.ndarray, "method tile"]
     sd: Float32[np.ndarray, "method tile"]
     parent: Int32[np.ndarray, " tile"] | None = None
+    p: Float32[np.ndarray, "method tile"] | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -166,30 +170,62 @@ class Explanation:
         return bool(np.isfinite(self.scores(magnification, method)).any())
 
     @property
-    def spread_known(self) -> bool:
-        """Whether it can be decided which tiles stand out from their spread over folds."""
-        return self.attrs.get("training_ratio") is not None
+    def ranking(self) -> RunRanking | None:
+        """How the run ranks held-out patients; None if unknown."""
+        record = self.attrs.get("ranking")
+        return None if record is None else RunRanking(**record)
+
+    @property
+    def ranking_text(self) -> str:
+        """What the ranking of held-out patients means for the scores, as a sentence."""
+        if self.ranking is None:
+            return "It is not known whether the run ranks held-out patients better than chance."
+        if self.ranking.above_chance:
+            return f"The run ranks held-out patients better than chance ({self.ranking})."
+        return f"The run does not rank held-out patients better than chance ({self.ranking}): every score may be noise."
+
+    @property
+    def tested(self) -> bool:
+        """Whether something shows which scores may be noise; otherwise every tile is coloured."""
+        return self._only_noise or self._has_p
+
+    @property
+    def _only_noise(self) -> bool:
+        return self.ranking is not None and not self.ranking.above_chance
+
+    @property
+    def _has_p(self) -> bool:
+        return all(level.p is not None for level in self.levels.values())
 
     def stands_out(self, magnification: str, method: str) -> Bool[np.ndarray, " tile"]:
-        """Return which tiles' scores stand out from their spread; all that are scored if that cannot be decided."""
-        departure = self.scores(magnification, method) - METHODS[method].neutral
-        if not self.spread_known:
-            return np.isfinite(departure)
-        sd = self.levels[magnification].sd[self.methods.index(method)]
-        return stands_out(departure, sd, len(self.risks), self.attrs["training_ratio"])
+        """Return which tiles are coloured: the run ranks held-out patients, and its models agree on the tile's score.
+
+        All that are scored if nothing shows which may be noise.
+        """
+        scored = np.isfinite(self.scores(magnification, method))
+        p = self.levels[magnification].p
+        if self._only_noise:
+            return np.zeros_like(scored)
+        return scored if p is None else scored & (p[self.methods.index(method)] <= LEVEL)
 
     def verdict(self, magnification: str, method: str) -> str:
-        """Say how many tiles stand out from their spread over folds, as a sentence."""
-        where = magnification_words(magnification)
-        if not self.spread_known:
-            models = "One model has" if len(self.risks) == 1 else "Models of the same patients have"
-            return f"{models} no spread over folds: nothing shows which tiles at {where} are noise."
+        """Say on how many tiles the models agree, or why that says nothing, in one or two sentences."""
+        where, models = magnification_words(magnification), len(self.risks)
+        if self._only_noise:
+            return self.ranking_text
+        if not self._has_p:
+            if models == 1:
+                return f"There is one model, so nothing shows which tiles at {where} are noise."
+            return (
+                f"This explanation has no p-values, so nothing shows which tiles at {where} are noise: run "
+                "`cfusion explain` again."
+            )
         count = int(self.stands_out(magnification, method).sum())
         tiles = int(np.isfinite(self.scores(magnification, method)).sum())
-        found = f"{count} of {tiles} tiles at {where} stand out from their spread over {len(self.risks)} folds"
+        found = f"the {models} models agree on {count} of {tiles} tiles at {where}"
         if not more_than_noise(count, tiles):
-            return f"No tile at {where} matters: {found}, which is no more than noise gives ({LEVEL:.0%})."
-        return f"{found}; noise gives {LEVEL:.0%}."
+            return f"No tile at {where} matters: {found}, which is no more than chance gives ({LEVEL:.0%})."
+        return f"{found[0].upper()}{found[1:]}; chance gives {LEVEL:.0%}."
 
     def leading(self, magnification: str) -> str:
         """Return the signed method for ranking tiles: occlusion, which runs the model, or else input×gradient."""
@@ -208,7 +244,7 @@ class Explanation:
         rows = [
             {
                 "magnification": name, "method": method, "unit": METHODS[method].unit, "tiles": len(level.coords),
-                "stand_out": int(self.stands_out(name, method).sum()) if self.spread_known else np.nan,
+                "coloured": int(self.stands_out(name, method).sum()) if self.tested else np.nan,
                 "lowest": np.nanmin(level.mean[row]), "highest": np.nanmax(level.mean[row]),
                 "sd_over_folds": level.sd[row].mean(),
             }
@@ -251,9 +287,9 @@ def write_explanation(explanation: Explanation, target: str | os.PathLike[str]) 
             }
         )
         for name, level in explanation.levels.items():
-            arrays = {"coords": level.coords, "scores": level.mean, "sd": level.sd, "parent": level.parent}
-            if explanation.spread_known:
-                arrays["stands_out"] = np.stack([explanation.stands_out(name, m) for m in explanation.methods])
+            arrays = {
+                "coords": level.coords, "scores": level.mean, "sd": level.sd, "parent": level.parent, "p": level.p,
+            }  # fmt: skip
             for key, array in arrays.items():
                 if array is not None:
                     group.create_array(f"{name}/{key}", data=array)
@@ -288,5 +324,5 @@ def read_explanation(path: str | os.PathLike[str]) -> Explanation:
 
 def _read_level(group: Any) -> TileScores:
     coords, mean, sd = (np.asarray(group[key][:]) for key in ("coords", "scores", "sd"))
-    parent = np.asarray(group["parent"][:]) if "parent" in group else None
-    return TileScores(coords, float(group.attrs["tile_px_level0"]), mean, sd, parent)
+    parent, p = (np.asarray(group[key][:]) if key in group else None for key in ("parent", "p"))
+    return TileScores(coords, float(group.attrs["tile_px_level0"]), mean, sd, parent, p)

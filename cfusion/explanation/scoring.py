@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Float, Int
 
 from cfusion.apply.ensemble import FoldEnsemble
+from cfusion.apply.ranking import RunRanking
 from cfusion.apply.sources import Embeddings, bag_of_slides
 from cfusion.console import Progress, progress
 from cfusion.data.tile_places import check_level_0
 from cfusion.errors import ConfigError, DataError
-from cfusion.explanation.noise import training_ratio
+from cfusion.explanation.noise import p_values
 from cfusion.explanation.removal import Keep, Lineage, risks_without
 from cfusion.explanation.result import METHODS, Explanation, TileScores
 from cfusion.models import input_times_gradient, tile_attention
@@ -39,6 +40,7 @@ def explain(
     occlusion: Occlusion = "cells",
     most_removals: int = 256,
     magnifications: Sequence[str] | None = None,
+    ranking: RunRanking | None = None,
     device: torch.device | str = "cpu",
 ) -> Explanation:
     """Score the contribution of every tile of a slide to its risk; the bag is only this slide.
@@ -62,6 +64,8 @@ def explain(
         most_removals: Maximum number of removals with `cells`. If a slide has more cells, squares of cells are removed,
             as small as possible, and the effect of a square is divided equally among its cells.
         magnifications: Names of the magnifications to report; None: all that the models read, and that of the cells.
+        ranking: How the run of the models ranks held-out patients, as `cfusion.apply.ranking.run_ranking` gives it;
+            None: unknown.
         device: Device of the models.
 
     Returns:
@@ -88,10 +92,10 @@ def explain(
     with progress(f"Explaining {slide.slide_id}", len(models) + passes) as bar:
         folds = [_explain_fold(_network(fold), bag, lineage, squares, bar) for fold in models]
     methods = tuple(method for method in METHODS if any(scores[method] for _, scores in folds))
-    levels = {name: _level(slide, name, [[scores[m] for _, scores in folds] for m in methods]) for name in names}
+    levels = {name: _level(slide, name, {m: [scores[m] for _, scores in folds] for m in methods}) for name in names}
     outputs = [output for output, _ in folds]
     risks = tuple(output.risk.item() for output in outputs)
-    attrs = _attrs(models, slide)
+    attrs = _attrs(models, slide, ranking)
     percentile = float(FoldEnsemble(tuple(models)).percentile(np.array([risks]))[0])
     attrs["risk_percentile"] = None if np.isnan(percentile) else percentile
     return Explanation(slide.slide_id, methods, levels, _curve(models, outputs), risks, attrs)
@@ -203,17 +207,19 @@ def _check_level(slide: SlideFeatures, name: str) -> None:
         )
 
 
-def _level(slide: SlideFeatures, name: str, methods: Sequence[Sequence[dict[str, np.ndarray]]]) -> TileScores:
+def _level(slide: SlideFeatures, name: str, methods: dict[str, list[dict[str, np.ndarray]]]) -> TileScores:
     count = len(slide.features[name])
-    mean, sd = (np.full((len(methods), count), np.nan, np.float32) for _ in range(2))
-    for row, folds in enumerate(methods):
+    mean, sd, p = (np.full((len(methods), count), np.nan, np.float32) for _ in range(3))
+    several = len(next(iter(methods.values()))) > 1
+    for row, (method, folds) in enumerate(methods.items()):
         if name in folds[0]:
             scores = np.stack([fold[name] for fold in folds]).astype(np.float64)
             mean[row] = scores.mean(axis=0)
-            if len(folds) > 1:
+            if several:
                 sd[row] = scores.std(axis=0)
-    parent = slide.parents.get(name)
-    return TileScores(slide.coords[name], float(slide.attrs["tile_px_level0"][name]), mean, sd, parent)
+                p[row] = p_values(scores - METHODS[method].neutral)
+    side_px, parent = float(slide.attrs["tile_px_level0"][name]), slide.parents.get(name)
+    return TileScores(slide.coords[name], side_px, mean, sd, parent, p if several else None)
 
 
 def _curve(models: Sequence[FittedModel], outputs: Sequence[SurvivalOutput]) -> pd.DataFrame:
@@ -227,14 +233,14 @@ def _curve(models: Sequence[FittedModel], outputs: Sequence[SurvivalOutput]) -> 
     return pd.DataFrame({"months": months, "survival": np.mean(curves, axis=0), "survival_sd": spread})
 
 
-def _attrs(models: Sequence[FittedModel], slide: SlideFeatures) -> dict[str, Any]:
+def _attrs(models: Sequence[FittedModel], slide: SlideFeatures, ranking: RunRanking | None) -> dict[str, Any]:
     card = models[0].card
     return {
         "encoder": card.encoder, "model": str(card.model.get("name", "")), "cohort": card.cohort,
         "endpoint": card.endpoint, "risk_cutoff": FoldEnsemble(tuple(models)).risk_cutoff,
         "slide_size_px": slide.attrs.get("slide_size_px"), "mpp": slide.attrs.get("mpp"),
         "slide_digest": slide.attrs.get("slide_digest"),
-        "training_ratio": training_ratio([None if m.seen is None else m.seen.digests for m in models]),
+        "ranking": None if ranking is None else ranking.record(),
     }  # fmt: skip
 
 

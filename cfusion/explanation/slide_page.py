@@ -25,10 +25,13 @@ from cfusion.report.svg import Plot, number
 from cfusion.survival.curves import is_high_risk
 from cfusion.types import magnification_words
 
+Painted = Mapping[str, Mapping[str, UInt8[np.ndarray, "y x 3"]]]
+
 
 def render_slide_page(
     explanation: Explanation,
-    painted: Mapping[str, Mapping[str, UInt8[np.ndarray, "y x 3"]]],
+    painted: Painted,
+    with_noise: Painted,
     galleries: Mapping[str, list[Strip]] | None,
     curves: pd.DataFrame | None,
 ) -> str:
@@ -37,6 +40,7 @@ def render_slide_page(
     Args:
         explanation: The explanation to show.
         painted: Heatmaps by method and magnification.
+        with_noise: The same with what may be noise coloured; empty if nothing shows which tiles may be.
         galleries: Tiles by magnification; None if the slide was not available.
         curves: Deletion curves; None if they were not computed.
     """
@@ -58,9 +62,13 @@ def render_slide_page(
         group=None if cutoff is None else "high" if is_high_risk(explanation.risk, cutoff) else "low",
         curve=Markup(draw_curve(explanation)),  # noqa: S704 - figures escape their words
         summary=_table(explanation.summary()),
-        heatmaps=[_heatmaps(explanation, method, pictures) for method, pictures in painted.items()],
+        heatmaps=[
+            _heatmaps(explanation, method, pictures, with_noise.get(method, {})) for method, pictures in painted.items()
+        ],
         galleries=galleries and {name: _gallery(explanation, name, strips) for name, strips in galleries.items()},
-        spread_known=explanation.spread_known,
+        tested=explanation.tested,
+        ranking=explanation.ranking_text,
+        above_chance=explanation.ranking is not None and explanation.ranking.above_chance,
         deletion=_deletion(explanation, curves),
         areas=_table(deletion_areas(curves)) if curves is not None else "",
         methods={name: METHODS[name] for name in METHODS if name in explanation.methods},
@@ -94,8 +102,10 @@ def _deletion(explanation: Explanation, curves: pd.DataFrame | None) -> list[Mar
     return [Markup(draw_deletion(curves, name, explanation.slide_id)) for name in names]  # noqa: S704 - escaped
 
 
-def _heatmaps(explanation: Explanation, method: str, pictures: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Return what the template needs of one method: its scale, and a picture and a sentence per magnification."""
+def _heatmaps(
+    explanation: Explanation, method: str, pictures: Mapping[str, np.ndarray], with_noise: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """Return what the template needs of one method: its scale, and pictures and a sentence per magnification."""
     scale = Scale.of(explanation, method)
     stops = matplotlib.colormaps[scale.map_name](np.linspace(0, 1, 17), bytes=True)[:, :3]
     middle = 0.0 if METHODS[method].signed else scale.high / 2
@@ -107,7 +117,11 @@ def _heatmaps(explanation: Explanation, method: str, pictures: Mapping[str, np.n
         "ends": [f"{value:.3g}".replace("-", "−") for value in (scale.low, middle, scale.high)],
         "clipped": scale.clipped,
         "pictures": {
-            name: {"source": _source(Image.fromarray(picture)), "verdict": explanation.verdict(name, method)}
+            name: {
+                "source": _source(Image.fromarray(picture)),
+                "with_noise": _source(Image.fromarray(with_noise[name])) if name in with_noise else None,
+                "verdict": explanation.verdict(name, method),
+            }
             for name, picture in pictures.items()
         },
     }

@@ -9,16 +9,13 @@ import numpy as np
 import pandas as pd
 
 from cfusion.report.context import ReportContext
-from cfusion.survival.null import EpochChoice, Null, Outcomes, simulate_null
+from cfusion.survival.null import SCORED_FOLD_CHOOSES, EpochChoice, Null, Outcomes, simulate_null
 from cfusion.survival.predictions import STRATUM, UNIT
 from cfusion.survival.score import Key, Scores
 
 _REPETITIONS = 40
 _CHEAP_REPETITIONS = 1000
 """Number of repetitions with one draw per fold, for protocols that choose no epoch."""
-
-SCORED_FOLD_CHOOSES = ("published", "unknown")
-"""Protocols whose null assumes that the epoch was chosen on the scored fold; unknown takes the worst case."""
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from markupsafe import Markup
 
 from cfusion.report import figures
 from cfusion.report.context import PROTOCOL_TEXTS, ReportContext, endpoint_words
-from cfusion.report.evidence import SCORED_FOLD_CHOOSES
 from cfusion.report.opening import covariate_words, opening_lines
 from cfusion.report.page_environment import page_environment
 from cfusion.report.patients_section import described
 from cfusion.report.tripod import TRIPOD_ITEMS
+from cfusion.survival.null import SCORED_FOLD_CHOOSES
 from cfusion.survival.predictions import UNIT
 from cfusion.survival.score import Scores
 

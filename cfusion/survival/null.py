@@ -24,6 +24,9 @@ from cfusion.types import Cohort, Split
 Outcomes = tuple[np.ndarray, ...]
 """Times in months [row] and events [row] of one fold's scored rows; of several cohorts, also the cohort's number."""
 
+SCORED_FOLD_CHOOSES = ("published", "unknown")
+"""Protocols whose null assumes that the epoch was chosen on the scored fold; unknown takes the worst case."""
+
 _COMPARISONS_PER_CHUNK = 1 << 24
 _LEVEL = 0.975
 
@@ -114,7 +117,7 @@ def simulate_null(
     generator = np.random.default_rng(seed)
     means = np.zeros(repetitions)
     for number, (time, *others) in enumerate(folds):
-        pairs = _pairs(time, *others)
+        pairs = comparable_pairs(time, *others)
         if not len(pairs[0]):
             raise UndefinedMetricError(f"null: fold {number} has no comparable pair.")
         length = choice.epochs if chosen_on_scored_fold else 1
@@ -158,7 +161,10 @@ def _series(generator: np.random.Generator, repetitions: int, epochs: int, rows:
     return risks
 
 
-def _pairs(time: np.ndarray, event: np.ndarray, stratum: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def comparable_pairs(
+    time: np.ndarray, event: np.ndarray, stratum: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of each pair whose first patient is known to have had the event earlier."""
     comparable = event[:, None] & ((time[:, None] < time) | ((time[:, None] == time) & ~event))
     if stratum is not None:
         comparable &= stratum[:, None] == stratum

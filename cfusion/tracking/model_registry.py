@@ -20,7 +20,7 @@ from cfusion.apply.ensemble import FoldEnsemble, mean_cutoff
 from cfusion.config import Config
 from cfusion.data.shard_index import ShardIndex
 from cfusion.errors import ConfigError, DataError, UntrustedCodeError
-from cfusion.run_folder import fold_models
+from cfusion.run_folder import CONFIG, PREDICTIONS, fold_models
 from cfusion.tracking.address import TrackingUnavailableError, connect, tracking_uri, unavailable
 from cfusion.training.fitted import ModelCard
 from cfusion.types import magnification_name
@@ -255,6 +255,18 @@ def fetch_ensemble(
             f"Read the file first: mlflow artifacts download --run-id {version.run_id} --artifact-path {_FOLDS_PATH} "
             "--dst-path FOLDER. If you trust it, add --trust-code with the first 12 digits of its SHA-256.",
         ) from error
+
+
+def fetch_predictions(client: MlflowClient, name: str, which: str, folder: Path) -> Path:
+    """Download predictions and settings of a version's run into `folder`, as far as it has them, and return `folder`.
+
+    Raises:
+        DataError: There is no such version.
+    """
+    run_id = str(find_version(client, name, which).run_id)
+    for wanted in {artifact.path for artifact in client.list_artifacts(run_id)} & {PREDICTIONS, CONFIG}:
+        client.download_artifacts(run_id, wanted, str(folder))
+    return folder
 
 
 def fetch_models(client: MlflowClient, name: str, which: str, folder: Path) -> Path:

@@ -14,7 +14,6 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-import matplotlib
 import numpy as np
 from PIL import Image
 from starlette.applications import Starlette
@@ -25,7 +24,7 @@ from starlette.routing import Route
 
 import cfusion
 from cfusion.errors import CfusionError, DataError
-from cfusion.explanation.colour import FADED, MAPS
+from cfusion.explanation.colour import FADED, MAPS, map_colours
 from cfusion.explanation.result import Explanation
 from cfusion.types import magnification_name, magnification_value
 from cfusion.view import openseadragon
@@ -196,7 +195,7 @@ class _Api:
     def scores(self, request: Request) -> Response:
         """Return little-endian bytes: i32 x, y of every tile's corner for `coords`, f32 per tile for a method.
 
-        With the query `stands-out`, a method's answer is u8 per tile: 1 if the score stands out from its spread.
+        With the query `stands-out`, a method's answer is u8 per tile: 1 if it is coloured, 0 if it may be noise.
         """
         slide, what = self._slide(request), request.path_params["what"]
         with self._viewer.slides.lease(slide) as zoom:
@@ -286,7 +285,10 @@ def _sides(explanation: Explanation | None, slide: ServedSlide, mpp: float | Non
 def _palettes() -> dict[str, dict[str, list[list[int]]]]:
     steps = np.linspace(0, 1, 256)
     return {
-        kind: {name: matplotlib.colormaps[name](steps, bytes=True)[:, :3].tolist() for name in names}
+        kind: {
+            name: np.rint(255 * map_colours(name, steps, signed=kind == "diverging")).astype(int).tolist()
+            for name in names
+        }
         for kind, names in PALETTES.items()
     }
 

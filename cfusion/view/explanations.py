@@ -104,7 +104,7 @@ def described(explanation: Explanation) -> dict[str, Any]:
     methods = [name for name in METHODS if name in explanation.methods]
     return {
         "models": len(explanation.risks),
-        "spread_known": explanation.spread_known,
+        "tested": explanation.tested,
         "methods": {name: {**METHODS[name].__dict__, "scale": score_scale(explanation, name)} for name in methods},
         "magnifications": {
             name: {

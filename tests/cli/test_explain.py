@@ -89,7 +89,7 @@ def test_a_slide_is_preprocessed_and_explained(explained):
     assert found.attrs["encoder"] == "stain-texture"
     assert found.attrs["slide_size_px"] == [2048, 1024]
     assert len(found.risks) == 2
-    # There is a gallery if tiles stand out, which models without training leave to chance.
+    # There is a gallery if tiles are coloured, which models without training leave to chance.
     assert {p.name for p in (explained / "planted").iterdir()} - {"gallery"} == {
         "explanation.zarr", "x20.geojson", "x10.geojson", "x5.geojson", "overlays", "survival.svg", "index.html",
         "deletion.csv", "deletion-areas.csv", "deletion", "heatmaps",

@@ -26,7 +26,7 @@ class Grey:
 @pytest.mark.parametrize("width", [390, 1400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_fits_and_its_legends_have_contrast(found, tmp_path, width: int, scheme: str):
-    levels = {n: dataclasses.replace(v, sd=np.full_like(v.sd, 1e-9)) for n, v in found.levels.items()}
+    levels = {n: dataclasses.replace(v, p=np.zeros_like(v.mean)) for n, v in found.levels.items()}
     named = dataclasses.replace(found, slide_id="a-name-of-a-slide-" * 9, levels=levels)
     page_file = write_results(named, tmp_path / "slide", pictures=Grey())
     with chromium() as browser:
@@ -51,5 +51,28 @@ def test_the_page_fits_and_its_legends_have_contrast(found, tmp_path, width: int
         )
         assert abs(ink - paper) > 400, "of 765"
         assert legend.locator("b").count() == 3
+        assert page.locator("#noise").is_visible()
         assert page.locator("figure img").first.bounding_box()["width"] <= width
         page.screenshot(path=tmp_path / "page.png", full_page=True)
+
+
+def test_what_may_be_noise_is_coloured_on_request(found, tmp_path):
+    levels = {n: dataclasses.replace(v, p=np.full_like(v.mean, 0.2)) for n, v in found.levels.items()}
+    page_file = write_results(dataclasses.replace(found, levels=levels), tmp_path / "slide", pictures=Grey())
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.goto(page_file.as_uri())
+        shown = [page.locator(f".pictures img.{name}").first for name in ("without-noise", "with-noise")]
+        assert [picture.is_visible() for picture in shown] == [True, False]
+        page.get_by_label("Colour what may be noise").check()
+        assert [picture.is_visible() for picture in shown] == [False, True]
+
+
+def test_without_p_values_there_is_nothing_to_switch(found, tmp_path):
+    levels = {n: dataclasses.replace(v, p=None) for n, v in found.levels.items()}
+    page_file = write_results(dataclasses.replace(found, levels=levels), tmp_path / "slide", pictures=Grey())
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.goto(page_file.as_uri())
+        assert page.locator("#noise").count() == page.locator(".with-noise").count() == 0
+        assert "every tile is coloured" in page.locator("#heatmaps").inner_text()

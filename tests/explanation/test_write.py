@@ -40,12 +40,12 @@ class MadeUpPictures:
 
 @pytest.fixture(scope="module")
 def certain(found):
-    """The explanation, as if the folds agreed: every tile stands out."""
-    return with_sd(found, 1e-9)
+    """The explanation, as if the models agreed on every tile."""
+    return with_p(found, 0.0)
 
 
-def with_sd(found, sd: float):
-    levels = {name: dataclasses.replace(level, sd=np.full_like(level.sd, sd)) for name, level in found.levels.items()}
+def with_p(found, p: float):
+    levels = {name: dataclasses.replace(level, p=np.full_like(level.mean, p)) for name, level in found.levels.items()}
     return dataclasses.replace(found, levels=levels)
 
 
@@ -97,10 +97,10 @@ def test_geojson_is_rfc_7946(written):
         assert (x * y_next - x_next * y).sum() > 0, "an exterior ring is counterclockwise"
 
 
-def test_a_tile_within_the_spread_has_its_own_class(found, tmp_path):
-    write_geojson(with_sd(found, 1e3), "x5", tmp_path / "x5.geojson")
+def test_a_tile_that_may_be_noise_has_its_own_class(found, tmp_path):
+    write_geojson(with_p(found, 0.2), "x5", tmp_path / "x5.geojson")
     features = json.loads((tmp_path / "x5.geojson").read_text())["features"]
-    assert {f["properties"]["classification"]["name"] for f in features} == {"Within the spread over folds"}
+    assert {f["properties"]["classification"]["name"] for f in features} == {"May be noise"}
     assert {tuple(f["properties"]["color"]) for f in features} == {(140, 140, 140)}
 
 
@@ -128,7 +128,7 @@ def reddish_and_bluish(picture: np.ndarray) -> tuple[int, int]:
 
 def test_an_overlay_shows_the_sign_by_its_colour_and_noise_without(certain, found):
     assert min(reddish_and_bluish(paint(certain, "x5", "occlusion", None))) > 1000
-    noise = with_sd(found, 1e3)
+    noise = with_p(found, 0.2)
     assert reddish_and_bluish(paint(noise, "x5", "occlusion", None)) == (0, 0)
     assert (paint(noise, "x5", "occlusion", None) < 255).any(), "grey: scored"
 
@@ -153,10 +153,11 @@ def scored(method: str, *of_levels: np.ndarray) -> Explanation:
     return Explanation("made-up", (method,), levels, pd.DataFrame(), (0.0,), {})
 
 
-def test_the_scale_is_that_of_all_magnifications_and_symmetric_and_zero_is_white():
+def test_the_scale_is_that_of_all_magnifications_and_symmetric_and_zero_is_transparent():
     scale = Scale.of(scored("occlusion", np.array([-0.1, np.nan]), np.array([0.4])), "occlusion")
     assert (scale.low, scale.high, scale.clipped) == (pytest.approx(-0.4), pytest.approx(0.4), False)
-    assert scale.colours(np.array([0.0]), np.array([True]))[0, :3].min() > 0.95
+    assert scale.colours(np.array([0.0]), np.array([True]))[0, 3] == 0, "no white veil over tiles without effect"
+    assert scale.colours(np.array([0.04, 0.08, -0.1]), np.ones(3, bool))[:, 3] == pytest.approx([0.5, 1, 1])
     assert scale.colours(np.array([np.nan]), np.array([True]))[0, 3] == 0
     assert scale.colours(np.array([0.4]), np.array([False]))[0].tolist() == list(FADED)
     assert Scale.of(scored("attention", np.array([0.2, 3.0])), "attention").low == 0
@@ -196,8 +197,8 @@ def test_a_tile_of_the_gallery_is_shown_in_its_lineage(certain):
 
 
 def test_noise_has_no_gallery(found, tmp_path):
-    page = write_results(with_sd(found, 1e3), tmp_path / "slide", pictures=MadeUpPictures()).read_text()
-    assert page.count("by more than its spread over folds") == 6
+    page = write_results(with_p(found, 0.2), tmp_path / "slide", pictures=MadeUpPictures()).read_text()
+    assert page.count("by more than noise") == 6
     assert "No tile at 20x matters" in page
     assert not (tmp_path / "slide" / "gallery").exists()
 
@@ -208,12 +209,16 @@ def test_without_parents_a_tile_of_the_gallery_is_the_only_one_shown(certain):
     assert strips[0].words == "10x"
 
 
+def on_white(rgba: np.ndarray) -> np.ndarray:
+    return (255 * (1 + rgba[:, 3:] * (rgba[:, :3] - 1))).round().astype(int)
+
+
 def test_a_heatmap_slide_is_read_by_tifffile_and_openslide(written, certain):
     openslide = pytest.importorskip("openslide")
     path = written / "heatmaps" / "x5-occlusion.ome.tif"
     level, scores = certain.levels["x5"], certain.scores("x5", "occlusion")
     scale = Scale.of(certain, "occlusion")
-    wanted = (255 * scale.colours(scores, np.ones(len(scores), bool))[:, :3]).round().astype(int)
+    wanted = on_white(scale.colours(scores, np.ones(len(scores), bool)))
     with tifffile.TiffFile(path) as tiff, openslide.OpenSlide(path) as slide:
         assert tiff.is_ome
         (series,) = tiff.series
@@ -233,7 +238,7 @@ def test_a_heatmap_slide_is_read_by_tifffile_and_openslide(written, certain):
 def test_tiles_off_the_grid_of_a_heatmap_slide_are_where_they_are(certain, tmp_path):
     coords = np.array([[300, 333], [1111, 777], [1400, 900]], np.int32)
     level = TileScores(coords, 270.5, np.array([[0.5, -0.5, 1.0]], np.float32), np.full((1, 3), 1e-9, np.float32))
-    attrs = {"slide_size_px": [2050, 1300], "mpp": 0.25, "training_ratio": 1.0}
+    attrs = {"slide_size_px": [2050, 1300], "mpp": 0.25}
     made_up = Explanation("off", ("gradient",), {"x20": level}, certain.curve, (1.0, 2.0), attrs)
     write_heatmap(made_up, "x20", "gradient", tmp_path / "off.ome.tif")
     expected = np.full((1300, 2050, 3), 255, int)
@@ -261,7 +266,7 @@ def test_the_page_is_one_file_and_shows_the_risk(written, found):
     assert {path.name for path in strips} >= {
         f"{name}-{side}-1.jpg" for name in found.levels for side in ("raises", "lowers")
     }
-    assert page.count("<img") == 9 + len(strips)
+    assert page.count("<img") == 2 * 9 + len(strips), "each heatmap also with what may be noise"
     assert page.index(">occlusion<") < page.index(">gradient<") < page.index(">attention<"), "attention is last"
     assert page.index("<b>5x</b>") < page.index("<b>20x</b>")
     assert page.count("<svg") == 1 + 3

@@ -11,7 +11,7 @@ import pytest
 from headless import chromium, needs_chromium
 from made_up_viewer import DAMAGED, EXPLAINED, PLAIN, SIZE, Client, Files, explanation, make_files, running, until
 
-from cfusion.explanation.result import TileScores, write_explanation
+from cfusion.explanation.result import Explanation, TileScores, write_explanation
 from cfusion.view import openseadragon
 from cfusion.view.api import Viewer, load_deep_zoom
 from cfusion.view.explanations import Explanations
@@ -144,7 +144,7 @@ def test_zoom_loads_finer_tiles_and_resets(window: Window):
 @deep
 def test_the_heatmap_switches(window: Window):
     page = window.open()
-    # Occlusion runs the model and has a sign, and of few large tiles more stand out; attention says least.
+    # Occlusion runs the model and has a sign; models agree on more of the large tiles; attention says least.
     assert page.locator("#stage").get_attribute("data-shown") == "x5/occlusion/RdBu_r"
     assert page.locator("#methods label").all_inner_texts() == ["occlusion", "gradient", "attention"]
     left, right = window.colour(-120), window.colour(120)
@@ -172,7 +172,7 @@ def test_the_heatmap_switches(window: Window):
 @deep
 def test_noise_is_grey_and_attention_carries_a_warning(window: Window):
     page = window.open()
-    expect(page.locator("#verdict")).to_have_text(re.compile(r"^(\d+) of \1 tiles at 5x stand out"))
+    expect(page.locator("#verdict")).to_have_text(re.compile(r"^The 3 models agree on (\d+) of \1 tiles at 5x"))
     page.get_by_text("attention", exact=True).first.click()
     page.wait_for_selector("#stage[data-shown='x5/attention/viridis']")
     left, right = window.colour(-120), window.colour(120)
@@ -180,23 +180,48 @@ def test_noise_is_grey_and_attention_carries_a_warning(window: Window):
     assert len(set(left[:3])) == 1, "and grey"
     assert right[3] == 153
     assert "may lower it" in page.locator("#meaning.caution").inner_text()
-    expect(page.locator("#verdict")).to_contain_text("stand out")
+    expect(page.locator("#verdict")).to_contain_text("models agree on")
     expect(page.locator("#faded")).to_be_visible()
+    page.get_by_label("Colour what may be noise").check()
+    until(lambda: window.colour(-120)[3] == 153)
+    expect(page.locator("#faded")).to_be_hidden()
 
 
 @pytest.mark.slow
 @deep
-def test_without_a_spread_the_viewer_says_so_and_paints_all(browser, files: Files, tmp_path):
-    write_explanation(explanation(EXPLAINED, training_ratio=None), tmp_path / "explanation.zarr")
+def test_an_explanation_without_p_values_says_so_and_paints_all(browser, files: Files, tmp_path):
+    write_explanation(without_p(explanation(EXPLAINED)), tmp_path / "explanation.zarr")
     viewer = Viewer(SlideFolder(files.slides), Explanations(tmp_path))
     load_deep_zoom(viewer)
     for window in windows(browser, viewer):
         page = window.open()
         expect(page.locator("#verdict")).to_contain_text("nothing shows which tiles at 5x are noise")
+        expect(page.locator("#verdict")).to_contain_text("run `cfusion explain` again")
         expect(page.locator("#faded")).to_be_hidden()
+        expect(page.get_by_label("Colour what may be noise")).to_be_hidden()
         page.get_by_text("attention", exact=True).first.click()
         page.wait_for_selector("#stage[data-shown='x5/attention/viridis']")
         assert window.colour(-120)[3] == 153
+
+
+@pytest.mark.slow
+@deep
+def test_nothing_is_coloured_of_a_run_that_ranks_nobody(browser, files: Files, tmp_path):
+    chance = {"cindex": 0.51, "chance": 0.5, "p": 0.4, "patients": 40, "events": 25}
+    write_explanation(explanation(EXPLAINED, ranking=chance), tmp_path / "explanation.zarr")
+    viewer = Viewer(SlideFolder(files.slides), Explanations(tmp_path))
+    load_deep_zoom(viewer)
+    for window in windows(browser, viewer):
+        page = window.open()
+        expect(page.locator("#verdict")).to_contain_text("does not rank held-out patients better than chance")
+        grey = window.colour(-120)
+        assert grey == window.colour(120)
+        assert len(set(grey[:3])) == 1
+
+
+def without_p(found: Explanation) -> Explanation:
+    levels = {name: dataclasses.replace(level, p=None) for name, level in found.levels.items()}
+    return dataclasses.replace(found, levels=levels)
 
 
 @pytest.mark.slow
@@ -206,7 +231,7 @@ def test_tiles_off_the_grid_are_drawn_at_their_position(browser, files: Files, t
     corners, side = np.array([[300, 333], [1111, 777]], np.int32), 256
     scores = np.array([[1.0, -1.0]], np.float32)
     level = TileScores(corners, side, scores, np.full_like(scores, np.nan))
-    full = explanation(PLAIN, training_ratio=None)
+    full = explanation(PLAIN)
     write_explanation(
         dataclasses.replace(full, levels={"x20": level}, methods=("gradient",)), tmp_path / "explanation.zarr"
     )

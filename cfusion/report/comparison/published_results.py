@@ -18,9 +18,9 @@ import pandas as pd
 from cfusion.cohort.parsing import numbers, read_table
 from cfusion.errors import CohortError, ConfigError, DataError, nearest
 from cfusion.report.comparison.cells import Cell, Comparison, cell_predictions
-from cfusion.report.evidence import SCORED_FOLD_CHOOSES, CohortNull, cohort_null, first_run_outcomes
+from cfusion.report.evidence import CohortNull, cohort_null, first_run_outcomes
 from cfusion.study.packaged import shipped_tables
-from cfusion.survival.null import EpochChoice
+from cfusion.survival.null import SCORED_FOLD_CHOOSES, EpochChoice
 
 PUBLISHED = "published.csv"
 """File of a report: the cells next to published results."""

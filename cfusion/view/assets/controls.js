@@ -15,7 +15,7 @@ export class Controls {
     Object.assign(this, { slide: null, magnification: null, method: null, palette: {}, held: new Map() });
     byId("show").addEventListener("change", (event) => this.setVisible(event.target.checked));
     byId("opacity").addEventListener("input", (event) => this.setOpacity(Number(event.target.value)));
-    byId("range").addEventListener("change", () => this.refresh());
+    for (const id of ["range", "noise"]) byId(id).addEventListener("change", () => this.refresh());
     byId("palette").addEventListener("change", (event) => this.choosePalette(event.target.value));
     byId("heatmap-form").addEventListener("submit", (event) => event.preventDefault());
   }
@@ -90,11 +90,12 @@ export class Controls {
     const high = full ? scale.most : scale.high;
     const low = signed ? -high : scale.low;
     this.overlay.scores = new Scores(side, new Int32Array(coords), new Float32Array(values), new Uint8Array(clear));
-    this.overlay.picture = this.overlay.scores.coloured(colours, low, high, this.palettes.faded);
+    this.overlay.picture = this.overlay.scores.coloured(colours, low, high, byId("noise").checked ? null : this.palettes.faded);
     byId("meaning").textContent = meaning;
     byId("meaning").className = signed ? "soft" : "caution"; // attention is no direction
     byId("verdict").textContent = verdicts[method];
-    byId("faded").hidden = !explanation.spread_known;
+    byId("noise-row").hidden = !explanation.tested;
+    byId("faded").hidden = !explanation.tested || byId("noise").checked;
     showColourBar(colours, low, high, unit, signed, scale.clipped && !full);
     byId("stage").dataset.shown = `${magnification}/${method}/${this.palette[this.kind]}`;
     this.redraw();
@@ -173,7 +174,7 @@ function segments(id, options, chosen, pick) {
 function showColourBar(colours, low, high, unit, signed, clipped) {
   const bar = byId("colours");
   const strip = new ImageData(256, 1);
-  colours.forEach((colour, i) => strip.data.set([...colour, 255], 4 * i));
+  colours.forEach(([red, green, blue], i) => strip.data.set([red, green, blue, 255], 4 * i));
   bar.getContext("2d").putImageData(strip, 0, 0);
   bar.setAttribute("aria-label", `Colours from ${short(low)} to ${short(high)} ${unit}`);
   byId("colour-low").textContent = `${clipped && signed ? "≤ " : ""}${short(low)}`;

@@ -5,7 +5,7 @@ const FINER = 8; // pixels along the side of a tile that is not on the grid
 const MOST_PIXELS = 16e6;
 
 export class Scores {
-  // `clear` is 1 for the tiles whose score stands out from its spread over folds.
+  // `clear` is 0 for the tiles that may be noise.
   constructor(side, coords, values, clear) {
     Object.assign(this, { side, coords, values, clear });
     let [left, top, right, bottom] = [Infinity, Infinity, -Infinity, -Infinity];
@@ -26,19 +26,19 @@ export class Scores {
     this.unit = side / this.per;
   }
 
-  // Colour the tiles with `palette` from `low` to `high`, those that do not stand out with `faded`; tiles without a
-  // score stay transparent.
+  // Colour the tiles with `palette` from `low` to `high`, those that may be noise with `faded` unless it is null; tiles
+  // without a score stay transparent.
   coloured(palette, low, high, faded) {
     const picture = new ImageData(this.width, this.height);
     const pixels = new Uint32Array(picture.data.buffer);
     const pack = ([r, g, b, a = 255]) => (a << 24) | (b << 16) | (g << 8) | r;
     const packed = palette.map(pack);
-    const grey = pack(faded);
+    const grey = faded && pack(faded);
     const span = high - low || 1;
     for (let i = 0; i < this.values.length; i++) {
       const value = this.values[i];
       if (Number.isNaN(value)) continue;
-      const colour = this.clear[i] === 0 ? grey : packed[Math.max(0, Math.min(255, Math.round((255 * (value - low)) / span)))];
+      const colour = grey !== null && this.clear[i] === 0 ? grey : packed[Math.max(0, Math.min(255, Math.round((255 * (value - low)) / span)))];
       const x = Math.round((this.coords[2 * i] - this.left) / this.unit);
       const y = Math.round((this.coords[2 * i + 1] - this.top) / this.unit);
       for (let row = y; row < y + this.per; row++) pixels.fill(colour, row * this.width + x, row * this.width + x + this.per);
