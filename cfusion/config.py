@@ -267,6 +267,9 @@ class TrainConfig(Section):
     that of the events' likelihood is alpha. 0 in validation; ignored by `cox` and `ranking`."""
     keep_checkpoints: Annotated[int, Aside("how much is kept while a fold trains")] = Field(2, ge=1)
     """Number of recent checkpoints to keep while a fold trains, in addition to its best parameters."""
+    background_checkpoints: Annotated[bool, Aside("the same bytes are written, by a thread")] = False
+    """Whether a thread writes a checkpoint from a copy of the state while training continues. Off, since it has not
+    been measured on a GPU."""
     folds: Annotated[
         Literal["auto", "separate", "side-by-side", "together"], Aside("the arrangement of the folds changes no fold")
     ] = "auto"
@@ -350,7 +353,8 @@ class TrackingConfig(Section):
 
 
 _SEARCHED = ("data.max_tiles", "data.feature_dropout", "parallel.global_batch")
-_NOT_SEARCHED = ("model.name", "train.folds", "train.recipe", "train.published_errors", "train.keep_checkpoints")
+_NOT_SEARCHED = ("model.name", "train.folds", "train.recipe", "train.published_errors", "train.keep_checkpoints",
+                 "train.background_checkpoints")  # fmt: skip
 
 
 class SearchRange(Section):

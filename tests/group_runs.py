@@ -28,7 +28,7 @@ def train_separately(configs: Sequence[Config]) -> list[FoldRun]:
     return [fit(config, folds_of(config)[0], split) for config in configs for split in folds_of(config)[1]]
 
 
-def train_together(configs: Sequence[Config], folder: Path) -> list[FoldRun]:
+def train_together(configs: Sequence[Config], folder: Path, *, background: bool = False) -> list[FoldRun]:
     """All folds of all configurations; one that fails raises."""
     runtime = join_world(configs[0].parallel)
     dataset, data = open_run_shards(configs[0]), configs[0].data
@@ -55,7 +55,8 @@ def train_together(configs: Sequence[Config], folder: Path) -> list[FoldRun]:
     def fails(member: GroupMember, error: CfusionError) -> list[GroupMember]:
         raise error
 
-    Group(runtime, all_bags, data, GroupCheckpoints(members, runtime), results.__setitem__, fails).train(members)
+    checkpoints = GroupCheckpoints(members, runtime, background=background)
+    Group(runtime, all_bags, data, checkpoints, results.__setitem__, fails).train(members)
     return [results[member] for member in members]
 
 

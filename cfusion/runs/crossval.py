@@ -181,7 +181,9 @@ def _train_together(
             member = GroupMember(runtime, fold, everyone)
             run_of[member], children[member] = number, child
     members = list(run_of)
-    Group(runtime, everyone, data, GroupCheckpoints(members, runtime), done, fails).train(members)
+    background = any(run.config.train.background_checkpoints for run in runs)
+    checkpoints = GroupCheckpoints(members, runtime, background=background)
+    Group(runtime, everyone, data, checkpoints, done, fails).train(members)
     return failed
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from cfusion.config import Config
 from cfusion.errors import DataError
 from cfusion.files import read_json
-from cfusion.training.checkpoint_files import NUMBERS, Stored, open_checkpoint, write_checkpoint
+from cfusion.training.checkpoint_files import NUMBERS, CheckpointWriting, Stored, open_checkpoint
 from cfusion.training.checkpoint_policy import CHECKPOINT_FORMAT, INTERVAL_SECONDS, CheckpointPolicy, kept_checkpoints
 from cfusion.training.runtime import Runtime
 from cfusion.training.snapshot import OtherTrainingError, Snapshot
@@ -64,6 +64,7 @@ class Checkpoints(CheckpointPolicy):
         runtime: The processes.
         keep: Number of newest checkpoints to keep.
         card: Model card, for readers of a checkpoint that do not have the run.
+        background: See `CheckpointPolicy`.
     """
 
     def __init__(
@@ -74,8 +75,9 @@ class Checkpoints(CheckpointPolicy):
         *,
         keep: int = 2,
         card: Mapping[str, Any] | None = None,
+        background: bool = False,
     ) -> None:
-        super().__init__(folder, runtime, keep)
+        super().__init__(folder, runtime, keep, background=background)
         self.identity = json.loads(json.dumps(identity, default=str))
         self.card = dict(card or {})
         self._best = -1
@@ -86,12 +88,12 @@ class Checkpoints(CheckpointPolicy):
         Raises:
             CheckpointError: It must be written `now` and cannot be; older ones are unchanged.
         """
-        if self._due(INTERVAL_SECONDS, now=now):
+        if self.settle(wait=now) and self._due(INTERVAL_SECONDS, now=now):
             path = _step_folder(self.folder, state.step)
-            self._write(path, lambda: self._write_both(path, state, snapshot), now=now)
+            self._write(path, lambda: self._both(path, state, snapshot), now=now)
 
-    def _write_both(self, path: Path, state: TrainState, snapshot: Snapshot) -> str | None:
-        """Write the best parameters, if they changed, then the state."""
+    def _both(self, path: Path, state: TrainState, snapshot: Snapshot) -> list[CheckpointWriting]:
+        """Return the writing of the best parameters, if they changed, then of the state."""
         numbers = {
             "format": CHECKPOINT_FORMAT,
             "identity": self.identity,
@@ -100,13 +102,15 @@ class Checkpoints(CheckpointPolicy):
             "card": self.card,
             "state": dataclasses.asdict(state),
         }
-        if state.best_epoch not in (-1, self._best):
-            best = _best_folder(self.folder, state.best_epoch)
-            problem = write_checkpoint(self.runtime, best, snapshot.best_pieces(), numbers)
-            if problem is not None:
-                return problem
-            self._best = state.best_epoch
-        return write_checkpoint(self.runtime, path, snapshot.pieces(), numbers)
+        writings = [CheckpointWriting(self.runtime, path, snapshot.pieces(), numbers)]
+        if (epoch := state.best_epoch) not in (-1, self._best):
+
+            def written() -> None:
+                self._best = epoch
+
+            best = _best_folder(self.folder, epoch)
+            writings.insert(0, CheckpointWriting(self.runtime, best, snapshot.best_pieces(), numbers, written))
+        return writings
 
     def _drop_older(self) -> None:
         super()._drop_older()

@@ -11,8 +11,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,35 +37,74 @@ class Piece:
     values: Tensor
 
 
-def write_checkpoint(
-    runtime: Runtime, folder: Path, pieces: Mapping[str, Piece], numbers: Mapping[str, Any]
-) -> str | None:
-    """Write `folder` together: each process writes its pieces, and rank 0 the numbers.
+class CheckpointWriting:
+    """Writes a folder together: each process its pieces, and rank 0 the numbers.
 
-    An existing folder of that name is replaced. Every process must call this.
+    An existing folder of that name is replaced. Every process must create one and call `finish`.
 
-    Returns:
-        None if everything was written; else the problem, the same on every process, and the folder is removed.
+    Args:
+        runtime: The processes.
+        folder: Folder of the checkpoint.
+        pieces: What this process writes.
+        numbers: What rank 0 writes.
+        then: Called on every process when everything was written.
     """
-    temporary = runtime.from_main(folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"))
-    name, digest, problem = f"rank_{runtime.rank:05d}.safetensors", "", ""
-    try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        digest = _write_tensors(temporary / name, pieces)
-    except (OSError, SafetensorError) as error:
-        problem = _reason(error)
-    written = runtime.gather([(name, digest, problem)])
-    problem = next((failed for _, _, failed in written if failed), "")
-    if runtime.is_main:
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        folder: Path,
+        pieces: Mapping[str, Piece],
+        numbers: Mapping[str, Any],
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._runtime, self._folder, self._pieces, self._numbers, self._then = runtime, folder, pieces, numbers, then
+        self._temporary = runtime.from_main(folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"))
+        self._name = f"rank_{runtime.rank:05d}.safetensors"
+        self._digest, self._problem = "", ""
+
+    def copy_pieces(self) -> None:
+        """Copy the values that are to be written, so that training may change them."""
+        self._pieces = {
+            key: replace(piece, values=piece.values.detach().to("cpu", copy=True))
+            for key, piece in self._pieces.items()
+        }
+
+    def write_pieces(self) -> None:
+        """Write this process's pieces to a temporary folder; needs no other process."""
         try:
-            if not problem:
-                numbers = {**numbers, "files": {file: written_digest for file, written_digest, _ in written}}
-                write_json(temporary / NUMBERS, {**numbers, "digest": digest_json(numbers)})
-                put_in_place(temporary, folder)
-        except OSError as error:
-            problem = _reason(error)
-        shutil.rmtree(temporary, ignore_errors=True)
-    return runtime.from_main(problem) or None
+            self._temporary.mkdir(parents=True, exist_ok=True)
+            self._digest = _write_tensors(self._temporary / self._name, self._pieces)
+        except (OSError, SafetensorError) as error:
+            self._problem = _reason(error)
+
+    def finish(self) -> str | None:
+        """Put the folder in place once all processes have written their pieces.
+
+        Returns:
+            None if everything was written; else the problem, the same on every process, and the folder is removed.
+        """
+        written = self._runtime.gather([(self._name, self._digest, self._problem)])
+        problem = next((failed for _, _, failed in written if failed), "")
+        if self._runtime.is_main:
+            try:
+                if not problem:
+                    digests = {file: written_digest for file, written_digest, _ in written}
+                    numbers = {**self._numbers, "files": digests}
+                    write_json(self._temporary / NUMBERS, {**numbers, "digest": digest_json(numbers)})
+                    put_in_place(self._temporary, self._folder)
+            except OSError as error:
+                problem = _reason(error)
+        self.discard()
+        problem = self._runtime.from_main(problem)
+        if not problem:
+            self._then()
+        return problem or None
+
+    def discard(self) -> None:
+        """Remove what was written and is not in place."""
+        if self._runtime.is_main:
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 def _write_tensors(path: Path, pieces: Mapping[str, Piece]) -> str:
@@ -127,7 +166,7 @@ def open_checkpoint(folder: Path, *, turn: int = 0, turns: int = 1) -> Iterator[
     """Open a checkpoint and check the JSON file, and the digests of the files assigned to this process.
 
     Args:
-        folder: Folder written by `write_checkpoint`.
+        folder: Folder written by `CheckpointWriting`.
         turn: Number of this process.
         turns: Number of processes that share the checking.
 

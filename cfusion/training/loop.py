@@ -44,29 +44,37 @@ def train_fold(runtime: Runtime, job: FoldJob, model: nn.Module, stepper: Steppe
     snapshot = Snapshot(runtime.parts(model, stepper.optimizer))
     if train.ema:
         snapshot.average = snapshot.parameters()
-    checkpoints = Checkpoints(job.folder, job.identity, runtime, keep=train.keep_checkpoints, card=job.card)
+    checkpoints = Checkpoints(
+        job.folder, job.identity, runtime, keep=train.keep_checkpoints, card=job.card,
+        background=train.background_checkpoints,
+    )  # fmt: skip
     state = checkpoints.load(snapshot) or TrainState()
     runtime.loss_scale = state.loss_scale
     runtime.publish(model, snapshot.parts)
     for name, gradient in snapshot.carried.items():
         model.get_parameter(name).grad = gradient
-    while not has_ended(state, train):
-        started = time.monotonic()
-        lr = _train_epoch(runtime, job, model, state, snapshot, stepper, checkpoints)
-        metrics = {"train_loss": state.loss_sum / state.samples_seen, "learning_rate": lr}
-        with _averaged(runtime, model, snapshot):
-            if job.validation is not None:
-                published = job.evaluation(state.epoch)
-                logits = predict_logits(
-                    runtime, model, job.validation, train.micro_batch, published, packed=train.packed
-                )
-                metrics |= validation_scores(job, job.validation, logits)
-            finish_epoch(job, state, snapshot, metrics, snapshot.parameters)
-        if runtime.is_main:
-            job.on_epoch(state.epoch - 1, {**metrics, "epoch_seconds": time.monotonic() - started})
+    with checkpoints.settling():
+        while not has_ended(state, train):
+            started = time.monotonic()
+            lr = _train_epoch(runtime, job, model, state, snapshot, stepper, checkpoints)
+            metrics = {"train_loss": state.loss_sum / state.samples_seen, "learning_rate": lr}
+            with _averaged(runtime, model, snapshot):
+                metrics |= _validated(runtime, job, model, state.epoch)
+                finish_epoch(job, state, snapshot, metrics, snapshot.parameters)
+            if runtime.is_main:
+                job.on_epoch(state.epoch - 1, {**metrics, "epoch_seconds": time.monotonic() - started})
     snapshot.put(chosen_parameters(state, snapshot, train))
     runtime.publish(model, snapshot.parts)
     return state, snapshot
+
+
+def _validated(runtime: Runtime, job: FoldJob, model: nn.Module, epoch: int) -> dict[str, float]:
+    """Return the scores of the patients who choose the epoch; none if there are no such patients."""
+    if job.validation is None:
+        return {}
+    train, published = job.config.train, job.evaluation(epoch)
+    logits = predict_logits(runtime, model, job.validation, train.micro_batch, published, packed=train.packed)
+    return validation_scores(job, job.validation, logits)
 
 
 def _train_epoch(

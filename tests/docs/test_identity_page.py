@@ -29,7 +29,8 @@ def test_the_settings_that_are_set_aside():
     assert set(Config.asides()) == {
         "cohort.table", "cohort.follow_up", "cohort.slides", "cohort.covariates", "cohort.covariates_table",
         "splits.directory", "splits.test_cases", "data.shards", "data.cache", "data.read_threads", "data.buffer_bytes",
-        "data.stage", "data.cache_directory", "data.cache_bytes", "train.keep_checkpoints", "train.folds",
-        "train.start_from", "parallel.hold_casts", "parallel.timeout_minutes", "evaluation.strict", "tracking",
+        "data.stage", "data.cache_directory", "data.cache_bytes", "train.keep_checkpoints",
+        "train.background_checkpoints", "train.folds", "train.start_from",
+        "parallel.hold_casts", "parallel.timeout_minutes", "evaluation.strict", "tracking",
         "output",
     }  # fmt: skip

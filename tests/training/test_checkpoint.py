@@ -1,12 +1,18 @@
 """Checkpoints: which are kept, which is resumed, and what happens if one cannot be written or read."""
 
+import contextlib
 import errno
 import itertools
 import json
 import logging
+import os
 import resource
 import shutil
+import signal
 import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -29,7 +35,10 @@ IDENTITY = {"model": {"name": "amil", "embed_dim": 16}, "seed": 7}
 class Training:
     """A small network that trains on noise, with its checkpoints."""
 
-    def __init__(self, folder: Path, *, width: int = 3, keep: int = 2, identity=IDENTITY, engine: str = "ddp") -> None:
+    def __init__(
+        self, folder: Path, *, width: int = 3, keep: int = 2, identity=IDENTITY, engine: str = "ddp",
+        background: bool = False,
+    ) -> None:  # fmt: skip
         torch.manual_seed(0)
         runtime = join_world(ParallelConfig(global_batch=1))
         runtime.parallel = ParallelConfig(global_batch=1, engine=engine)
@@ -38,7 +47,8 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.snapshot = Snapshot(runtime.parts(self.model, self.optimizer))
         self.snapshot.average = self.snapshot.parameters()
-        self.checkpoints = Checkpoints(folder, identity, runtime, keep=keep, card={"model": "made up"})
+        card = {"model": "made up"}
+        self.checkpoints = Checkpoints(folder, identity, runtime, keep=keep, card=card, background=background)
         self.state = TrainState()
 
     def step(self, *, best: bool = False) -> None:
@@ -303,6 +313,104 @@ def test_a_disk_that_fills_at_any_point_of_writing(tmp_path, caplog, monkeypatch
 
     monkeypatch.setattr(checkpoint_files, at, full)
     refuse_to_save(training, tmp_path, caplog)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file, by its path in the folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_thread_writes_the_same_bytes_while_training_continues(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "INTERVAL_SECONDS", -1.0)
+    may_write, write = threading.Event(), checkpoint_files._write_tensors
+    plain, training = Training(tmp_path / "plain"), Training(tmp_path / "thread", background=True)
+    plain.step(best=True)
+    plain.save(now=False)
+    expected = contents(tmp_path / "plain")
+
+    def later(path: Path, pieces) -> str:
+        assert may_write.wait(60)
+        return write(path, pieces)
+
+    monkeypatch.setattr(checkpoint_files, "_write_tensors", later)
+    training.step(best=True)
+    training.save(now=False)
+    for _ in range(3):  # changes every tensor of the state, while the thread has not written the first
+        training.step()
+        training.save(now=False)
+    assert contents(tmp_path / "thread") == {}
+    may_write.set()
+    training.checkpoints.settle()
+    assert contents(tmp_path / "thread") == expected
+    training.save(now=True)
+    assert training.load().step == 4
+
+
+def test_problems_of_a_thread_are_reported_and_unexpected_errors_raised(tmp_path, caplog, monkeypatch):
+    training = Training(tmp_path, background=True)
+    training.step()
+    training.save()
+    before, thread = contents(tmp_path), threading.current_thread()
+
+    def fails(error: Exception):
+        def write(*_arguments: object) -> None:
+            assert threading.current_thread() is not thread
+            raise error
+
+        return write
+
+    training.checkpoints._saved -= 1000
+    monkeypatch.setattr(checkpoint_files, "_write_tensors", fails(OSError(errno.ENOSPC, "No space left on device")))
+    training.step()
+    training.save(now=False)
+    with caplog.at_level(logging.WARNING):
+        training.checkpoints.settle()
+    assert "step_00000002: the checkpoint cannot be written ([Errno 28] No space left on device)" in caplog.text
+    assert contents(tmp_path) == before, "nothing half-written"
+    training.checkpoints._saved -= 1000
+    monkeypatch.setattr(checkpoint_files, "_write_tensors", fails(MemoryError("no memory")))
+    with pytest.raises(MemoryError, match="no memory"), training.checkpoints.settling():
+        training.save(now=False)
+    monkeypatch.undo()
+    training.checkpoints._saved -= 1000
+    with contextlib.suppress(KeyboardInterrupt), training.checkpoints.settling():
+        training.save(now=False)
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["step_00000001"], "a training that fails leaves nothing behind"
+
+
+@pytest.mark.slow
+def test_a_kill_while_the_thread_writes_leaves_a_complete_checkpoint(tmp_path):
+    """A process is killed again and again, mostly within the writing; the state in the end is the undisturbed one."""
+    undisturbed = Training(tmp_path / "plain")
+    for _ in range(40):
+        undisturbed.step()
+    script = [sys.executable, str(Path(__file__).with_name("background_training.py")), str(tmp_path / "killed"), "40"]
+    reached, kills = 0, 0
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    while True:
+        running = subprocess.Popen(script, env=environment, stdout=subprocess.PIPE, text=True)
+        while running.poll() is None and len(list((tmp_path / "killed").glob("step_*"))) < 2:
+            time.sleep(0.01)
+        if kills < 3:
+            there = {path.name for path in (tmp_path / "killed").glob("step_*")}
+            while running.poll() is None and {path.name for path in (tmp_path / "killed").glob("step_*")} == there:
+                time.sleep(0.001)
+            running.kill()
+        running.communicate()
+        if running.returncode == 0:
+            break
+        assert running.returncode == -signal.SIGKILL
+        kills += 1
+        survivor = Training(tmp_path / "killed")
+        assert survivor.load().step >= reached, "the newest complete checkpoint is loaded"
+        reached = survivor.state.step
+    again = Training(tmp_path / "killed")
+    assert again.load().step > reached
+    while again.state.step < 40:
+        again.step()
+    assert kills == 3
+    assert_same(again, undisturbed)
 
 
 def test_slices_of_several_files_are_one_tensor(tmp_path):

@@ -74,10 +74,11 @@ class Group:
         """
         waiting = list(members)
         try:
-            while waiting:
-                found, number = self.checkpoints.load(waiting)
-                self._train(found or waiting, number)
-                waiting = [member for member in waiting if member not in found] if found else []
+            with self.checkpoints.settling():
+                while waiting:
+                    found, number = self.checkpoints.load(waiting)
+                    self._train(found or waiting, number)
+                    waiting = [member for member in waiting if member not in found] if found else []
         finally:
             if self.lanes is not None:
                 self.lanes.close()
@@ -87,6 +88,7 @@ class Group:
         while active:
             started = time.monotonic()
             self._pass(active, number)
+            self.checkpoints.settle()  # before members finish, whose folders it may be in
             for member in list(active):
                 if member not in active:
                     continue

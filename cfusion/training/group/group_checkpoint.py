@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cfusion.errors import DataError
 from cfusion.files import digest_json, read_json, write_json
-from cfusion.training.checkpoint_files import NUMBERS, Piece, Stored, write_checkpoint
+from cfusion.training.checkpoint_files import NUMBERS, CheckpointWriting, Piece, Stored
 from cfusion.training.checkpoint_policy import CHECKPOINT_FORMAT, INTERVAL_SECONDS, CheckpointPolicy, kept_checkpoints
 from cfusion.training.group.member import GroupMember
 from cfusion.training.runtime import Runtime
@@ -32,11 +32,12 @@ class GroupCheckpoints(CheckpointPolicy):
     Args:
         members: All members; their jobs' folders hold only checkpoints.
         runtime: The processes.
+        background: See `CheckpointPolicy`.
     """
 
-    def __init__(self, members: Sequence[GroupMember], runtime: Runtime) -> None:
+    def __init__(self, members: Sequence[GroupMember], runtime: Runtime, *, background: bool = False) -> None:
         self._used = _folders(members)
-        super().__init__(self._used[0] if self._used else Path(), runtime, KEEP)
+        super().__init__(self._used[0] if self._used else Path(), runtime, KEEP, background=background)
 
     def save(self, members: Sequence[GroupMember], number: int, seen: int, *, now: bool) -> None:
         """Write a checkpoint if `now`, or if the last one is old enough.
@@ -50,15 +51,16 @@ class GroupCheckpoints(CheckpointPolicy):
         Raises:
             CheckpointError: It must be written `now` and cannot be; older ones are unchanged.
         """
-        if not self._due(INTERVAL_SECONDS, now=now) or not members:
+        if not self.settle(wait=now) or not self._due(INTERVAL_SECONDS, now=now) or not members:
             return
         folders = _folders(members)
         self.folder = folders[0]
         path = self.folder / f"step_{number:06d}_{seen:06d}"
-        if self._write(path, lambda: self._write_all(path, members, number), now=now) and self.runtime.is_main:
-            self._point_to_it(folders)
+        self._write(path, lambda: [self._all(path, members, number, folders)], now=now)
 
-    def _write_all(self, path: Path, members: Sequence[GroupMember], number: int) -> str | None:
+    def _all(
+        self, path: Path, members: Sequence[GroupMember], number: int, folders: Sequence[Path]
+    ) -> CheckpointWriting:
         numbers = {
             "format": CHECKPOINT_FORMAT,
             "pass": number,
@@ -70,10 +72,12 @@ class GroupCheckpoints(CheckpointPolicy):
             for key, tensor in member.tensors().items()
             if self.runtime.is_main
         }
-        return write_checkpoint(self.runtime, path, pieces, numbers)
+        return CheckpointWriting(self.runtime, path, pieces, numbers, lambda: self._point_to_it(folders))
 
     def _point_to_it(self, folders: Sequence[Path]) -> None:
         """Point to the new state from the other folders, then remove what it replaces there."""
+        if not self.runtime.is_main:
+            return
         for folder in folders[1:]:
             write_json(folder / POINTER, {"folder": os.path.relpath(self.folder, folder)})
         for folder in self._used:
@@ -101,6 +105,7 @@ class GroupCheckpoints(CheckpointPolicy):
 
     def clear(self) -> None:
         """Remove the checkpoints of the members that were last loaded."""
+        self.settle()
         self.runtime.barrier()
         if self.runtime.is_main:
             for folder in self._used:
