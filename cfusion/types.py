@@ -73,6 +73,7 @@ class Cohort:
         endpoint: The endpoint: OS, DSS or PFI.
         covariates: Clinical covariates as numbers, one column each, indexed by `case_id`, NaN where missing; None if
             there are none. No model of slides reads them.
+        unused_covariates: Why a column of covariates is not in `covariates`, by its name.
         strata: Name of the cohort by `case_id` where several are trained as one, also for the owners of slides without
             a row in `cases`; None for one cohort. Outcomes are compared only within a cohort.
     """
@@ -83,6 +84,7 @@ class Cohort:
     endpoint: str = "OS"
     covariates: pd.DataFrame | None = None
     strata: pd.Series | None = None
+    unused_covariates: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def stratum_names(self) -> tuple[str, ...]:

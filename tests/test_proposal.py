@@ -123,6 +123,7 @@ def test_unknown_columns_are_answered_with_those_to_rename(here: Path):
     h5_file(Path("in/P000_a.h5"), 512, target_magnification=20)
     table(Path("c.csv"), patient="Patient ID", slide="file_name", time="OS_months", event="status")
     refused = init("--table", "c.csv", "--features", "in", code=1)
+    assert not Path("study-features").exists(), "the table is checked before features are imported"
     wanted = "Rename Patient ID to patient, file_name to slide, OS_months to time, status to event"
     assert wanted in str(refused.exception)
     assert not Path("study.yaml").exists()

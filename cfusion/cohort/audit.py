@@ -143,6 +143,7 @@ def audit(
         findings[:0] = _loss_by_outcome(cohort, bad)
         cases = cohort.cases.loc[kept].astype({"event": bool})
         clean = dataclasses.replace(cohort, cases=cases, slides=slides[slides["case_id"].isin(kept)])
+        findings += _unused_covariates(cohort)
         flow.append(("with slides" if available is None else "with features", len(clean.cases), len(clean.slides)))
         findings += _alike_patients(clean)
         findings += outcome_doubts(clean.name, clean.cases["time_months"], clean.cases["event"])
@@ -165,7 +166,7 @@ def joint_audit(
     Raises:
         DataError: As for `audit`; a cohort's side of a fold counts as a side.
     """
-    findings = [finding for part in parts for finding in part.findings]
+    findings = [*(finding for part in parts for finding in part.findings), *_unused_covariates(cohort)]
     with _findings_first(findings):
         clean = dataclasses.replace(
             cohort,
@@ -178,6 +179,13 @@ def joint_audit(
         for steps in zip(*(part.flow for part in parts), strict=True)
     ]
     return Audit(clean, folds, findings, [*steps, *_in_the_splits(clean, folds)])
+
+
+def _unused_covariates(cohort: Cohort) -> list[Finding]:
+    return [
+        dropped("covariate", f"covariate {name}", f"is not used: {why} cohort.covariates states how to read it.")
+        for name, why in cohort.unused_covariates.items()
+    ]
 
 
 def _in_the_splits(clean: Cohort, folds: Sequence[Split]) -> list[tuple[str, int, int]]:

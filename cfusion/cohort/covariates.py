@@ -31,7 +31,9 @@ _WORDS = {"low": 1.0, "intermediate": 2.0, "high": 3.0, "low grade": 1.0, "high 
 _UNKNOWN = re.compile(r"(?:stage|grade|g)?\s*(?:x|unknown|not reported|not available|indeterminate)")
 
 
-def coded_covariates(rows: pd.DataFrame, config: CohortConfig, source: Path) -> pd.DataFrame | None:
+def coded_covariates(
+    rows: pd.DataFrame, config: CohortConfig, source: Path
+) -> tuple[pd.DataFrame | None, dict[str, str]]:
     """Return one column of numbers per covariate, or per level of a category; NaN where a value is missing.
 
     Without `cohort.covariates`, the columns in `KNOWN` are used, and one that cannot be coded is left out with a
@@ -44,7 +46,7 @@ def coded_covariates(rows: pd.DataFrame, config: CohortConfig, source: Path) -> 
 
     Returns:
         [case, column], indexed by `case_id`; None if there are no covariates. A category has a column for each level
-        but the first in alphabetical order, such as `sex=male`.
+        but the first in alphabetical order, such as `sex=male`. Then why a known column is not among them, by its name.
 
     Raises:
         ConfigError: A configured covariate is not a column of the table.
@@ -55,7 +57,8 @@ def coded_covariates(rows: pd.DataFrame, config: CohortConfig, source: Path) -> 
         chosen = {name: kind for name, kind in KNOWN.items() if name in rows.columns and rows[name].notna().any()}
         if "sex" in chosen:
             chosen.pop("is_female", None)
-    parts = []
+    parts: list[pd.DataFrame] = []
+    unused: dict[str, str] = {}
     for name, kind in chosen.items():
         if name not in rows.columns:
             raise ConfigError(f"{source}: has no column {name} (cohort.covariates).", nearest(name, rows.columns))
@@ -64,8 +67,8 @@ def coded_covariates(rows: pd.DataFrame, config: CohortConfig, source: Path) -> 
         except CohortError as error:
             if config.covariates is not None:
                 raise
-            logger.warning("%s The column is not used; cohort.covariates states how to read it.", error.message)
-    return pd.concat(parts, axis=1) if parts else None
+            unused[name] = error.message
+    return pd.concat(parts, axis=1) if parts else None, unused
 
 
 def read_covariates(tables: Sequence[Path], case_ids: Iterable[str]) -> pd.DataFrame | None:
@@ -88,7 +91,7 @@ def read_covariates(tables: Sequence[Path], case_ids: Iterable[str]) -> pd.DataF
         rows = clinical_rows(pd.DataFrame(), config)
         assert rows is not None
         assert config.covariates_table is not None
-        coded = coded_covariates(rows, config, config.covariates_table)
+        coded, _ = coded_covariates(rows, config, config.covariates_table)
         if coded is None:
             raise ConfigError(f"{path}: has no covariates.", f"Expected {', '.join(KNOWN)}.")
         parts.append(coded)

@@ -57,6 +57,7 @@ def join_cohorts(name: str, parts: Sequence[Cohort]) -> Cohort:
         parts[0].endpoint,
         pd.concat(covariates).reindex(cases.index) if covariates else None,
         pd.Series(strata, dtype=object),
+        {f"{name} of {part.name}": why for part in parts for name, why in part.unused_covariates.items()},
     )
 
 

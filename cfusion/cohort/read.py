@@ -98,9 +98,11 @@ def _with_clinical(cohort: Cohort, clinical: pd.DataFrame, config: CohortConfig)
     competing = other_cause(clinical, config.endpoint)
     if competing is not None:
         cohort.cases["other_cause"] = competing.reindex(cohort.cases.index, fill_value=False)
-    covariates = coded_covariates(clinical, config, config.covariates_table or config.table)
+    covariates, unused = coded_covariates(clinical, config, config.covariates_table or config.table)
     return dataclasses.replace(
-        cohort, covariates=None if covariates is None else covariates.reindex(cohort.cases.index)
+        cohort,
+        covariates=None if covariates is None else covariates.reindex(cohort.cases.index),
+        unused_covariates=unused,
     )
 
 

@@ -47,19 +47,16 @@ class ProposedCohort:
     cohort: Cohort
 
 
-def propose_cohort(table: Path, name: str, slides: Collection[str], map_to: Path) -> ProposedCohort:
-    """Propose the section `cohort` for a table.
+def propose_cohort(table: Path, name: str) -> ProposedCohort:
+    """Propose the section `cohort` for a table; see also `with_slides`.
 
     Args:
         table: The clinical table.
         name: Name of the cohort.
-        slides: Slides that have features.
-        map_to: File for the patients of slides, which is written only if the table names no slides and their names
-            begin with those of the patients.
 
     Raises:
         ConfigError: The layout is unknown; the remedy names the columns to rename.
-        DataError: A value of the table is invalid, or no slide belongs to a patient.
+        DataError: A value of the table is invalid.
     """
     cells = read_table(table)
     values: dict[str, Any] = {"name": name, "table": str(table)}
@@ -69,17 +66,33 @@ def propose_cohort(table: Path, name: str, slides: Collection[str], map_to: Path
         if "censorship" in cells.columns and "event" not in cells.columns:
             values["event_is"], reasons["event_is"] = "censored", "1 in the column censorship is a censored patient"
     values, cohort = _read(values, reasons, cells)
-    if cohort.slides.empty:
-        known = Names(cohort.cases.index)
-        if not any(known.find(patient_of(slide)) for slide in slides):
-            write_text(map_to, _owners(cohort, slides, table).to_csv(index=False))
-            values["slides"], reasons["slides"] = str(map_to), "the patient is the beginning of the slide's name"
-            cohort = read_cohort(validate(CohortConfig, values, str(table)))
     reasons["name"] = f"{len(cohort.cases)} patients, {int(cohort.cases['event'].sum())} events"
     if cohort.covariates is not None and len(cohort.covariates.columns):
         found = ", ".join(map(str, cohort.covariates.columns))
         reasons["table"] += f"; clinical covariates that reports compare with: {found}"
     return ProposedCohort(values, reasons, cohort)
+
+
+def with_slides(proposed: ProposedCohort, slides: Collection[str], map_to: Path) -> ProposedCohort:
+    """Add how the slides that have features belong to the patients.
+
+    Args:
+        proposed: How the table is read.
+        slides: Slides that have features.
+        map_to: File for the patients of slides, which is written only if the table names no slides and their names
+            begin with those of the patients.
+
+    Raises:
+        DataError: No slide belongs to a patient.
+    """
+    known = Names(proposed.cohort.cases.index)
+    if len(proposed.cohort.slides) or any(known.find(patient_of(slide)) for slide in slides):
+        return proposed
+    table = Path(proposed.values["table"])
+    write_text(map_to, _owners(proposed.cohort, slides, table).to_csv(index=False))
+    values = {**proposed.values, "slides": str(map_to)}
+    reasons = {**proposed.reasons, "slides": "the patient is the beginning of the slide's name"}
+    return ProposedCohort(values, reasons, read_cohort(validate(CohortConfig, values, str(table))))
 
 
 def time_unit(times: pd.Series) -> tuple[str, str]:

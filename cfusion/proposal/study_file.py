@@ -14,7 +14,7 @@ from cfusion.cohort.audit import audit
 from cfusion.config import SCHEMA, Config, validate
 from cfusion.errors import ConfigError
 from cfusion.files import write_text
-from cfusion.proposal.clinical_table import ProposedCohort, propose_cohort
+from cfusion.proposal.clinical_table import ProposedCohort, propose_cohort, with_slides
 from cfusion.proposal.feature_folder import FeatureAnswers, ShardedFeatures, shard_features
 from cfusion.proposal.recommended_settings import Recommended, model_for, settings_for_patients
 from cfusion.runs.run import Run
@@ -67,10 +67,10 @@ def propose_study(table: Path, source: Path, out: Path, name: str | None, answer
     if out.exists():
         raise ConfigError(f"{out}: already exists.", "Give another --out, or delete it.")
     stem = out.with_suffix("")
-    features = shard_features(
-        source, Path(f"{stem}-shards"), Path(f"{stem}-features"), answers
-    )  # fmt: skip
-    cohort = propose_cohort(table, name or stem.name, features.tiles, Path(f"{stem}-slides.csv"))
+    # The table first: an import may take many minutes, and an error of the table would come after it.
+    cohort = propose_cohort(table, name or stem.name)
+    features = shard_features(source, Path(f"{stem}-shards"), Path(f"{stem}-features"), answers)
+    cohort = with_slides(cohort, features.tiles, Path(f"{stem}-slides.csv"))
     text = _text(out, cohort, features)
     config = validate(Config, yaml.safe_load(text), str(out))
     run = Run.prepare(config)

@@ -19,6 +19,11 @@ from cfusion.survival.score import Key, Scores
 _MOST = 8
 """Number of models up to which each has a sentence; with more, the best of each cohort and protocol has one."""
 
+_PROTOCOLS = {
+    **{name: f"{name} protocol" for name in ("strict", "fixed-epoch")},
+    "published": "published protocol, whose epoch was chosen on the scored fold",
+    "unknown": "unknown protocol",
+}
 _LEVEL = 0.05
 _HORIZON_MONTHS = 36.0
 _MONTHS_PER_YEAR = 12.0
@@ -70,8 +75,8 @@ def _ranking(row: Mapping[str, Any]) -> str:
     else:
         how = "is not shown to rank patients better than chance"
     interval = "" if math.isnan(low) else f", 95% {short(low)}–{short(high)}"
-    null = "" if math.isnan(noise) else f"; noise under this protocol reaches {short(noise)}"
-    return f"{row['cohort']}: {row['model']} {how} (C {short(value)}{interval}{null})"
+    null = "" if math.isnan(noise) else f"; noise reaches {short(noise)}"
+    return f"{row['cohort']}: {row['model']} {how} ({_PROTOCOLS[row['protocol']]}: C {short(value)}{interval}{null})"
 
 
 def _addition(row: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ def coded(cells: dict[str, list], **covariates: object) -> pd.DataFrame:
     rows = pd.DataFrame(cells, dtype=object)
     rows.index = pd.Index([f"p{i}" for i in range(len(rows))], name="case_id")
     config = validate(CohortConfig, {"covariates": covariates or None}, "test")
-    found = coded_covariates(rows, config, SOURCE)
+    found, _ = coded_covariates(rows, config, SOURCE)
     assert found is not None
     return found
 
@@ -46,18 +46,31 @@ def test_listed_levels_are_in_their_order() -> None:
         coded({"ecog": ["fit", "worse"]}, ecog=["fit", "ill"])
 
 
-def test_a_configured_column_is_read_or_refused(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_configured_column_is_read_or_refused() -> None:
     with pytest.raises(ConfigError, match=r"has no column aeg .* Did you mean age"):
         coded({"age": ["1"]}, aeg="number")
     with pytest.raises(CohortError, match=r"clinic.csv, case p1: age is 'old', expected a finite number"):
         coded({"age": ["61", "old"]}, age="number")
-    found = coded({"age": ["61", "old"], "stage": ["I", "II"]})
-    assert found.columns.tolist() == ["stage"]
-    assert "age is 'old'" in caplog.text
+    assert coded({"age": ["61", "old"], "stage": ["I", "II"]}).columns.tolist() == ["stage"]
     rows = pd.DataFrame({"age": ["61", "62"]}, index=["p0", "p0"])
     with pytest.raises(CohortError, match=r"case p0: the rows have different values of age \(61, 62\)"):
         coded_covariates(rows, CohortConfig(covariates={"age": "number"}), SOURCE)
-    assert coded_covariates(rows, CohortConfig(covariates={}), SOURCE) is None
+    assert coded_covariates(rows, CohortConfig(covariates={}), SOURCE) == (None, {})
+
+
+def test_the_audit_says_which_column_is_not_used_and_why(tmp_path: Path) -> None:
+    table = tmp_path / "c.csv"
+    rows = [f"P{i},P{i}-{k},{i + 1},{i % 2},{50 + (k if i == 3 else 0)},I" for i in range(12) for k in range(2)]
+    table.write_text("\n".join(["patient,slide,time,event,age,stage", *rows]))
+    config = CohortConfig(name="c", table=table)
+    one = cfusion.read_cohort(config)
+    assert one.covariates is not None
+    assert one.covariates.columns.tolist() == ["stage"]
+    (finding,) = [found for found in audit(one, []).findings if found.kind == "covariate"]
+    assert str(finding) == (
+        f"dropped: covariate age is not used: {table}, case P3: the rows have different values of age (50, 51). "
+        "cohort.covariates states how to read it. [covariate]"
+    )
 
 
 def test_only_training_patients_fill_what_is_missing() -> None:

@@ -125,6 +125,12 @@ def test_sections_a_reviewer_looks_for(folder: Path) -> None:
         assert part in words, part
 
 
+def test_the_figure_follows_the_opening_sentences(folder: Path) -> None:
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert page.index('class="opening"') < page.index("<svg") < page.index('class="warning"') < page.index("<table")
+    assert "protocol: C ." in page
+
+
 @pytest.mark.parametrize(
     ("endpoint", "words"), [("DSS", "disease-specific survival (DSS)"), (None, "end point not stated")]
 )

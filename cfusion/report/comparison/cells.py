@@ -56,10 +56,14 @@ class Cost:
 
     @property
     def words(self) -> str:
-        """Describe the cost briefly."""
-        parts = [(self.gpu_hours, "GPU h"), (self.cpu_hours, "CPU h"), (self.energy_kwh, "kWh")]
-        numbers = ((f"{value:,.0f}" if value >= 1000 else f"{value:.3g}", unit) for value, unit in parts if value > 0)
+        """Describe the cost briefly; times below a tenth of an hour in seconds."""
+        parts = [_time(self.gpu_hours, "GPU"), _time(self.cpu_hours, "CPU"), (self.energy_kwh, "kWh")]
+        numbers = ((f"{value:,.0f}" if value >= 100 else f"{value:.3g}", unit) for value, unit in parts if value > 0)
         return ", ".join(f"{number} {unit}" for number, unit in numbers) or "–"
+
+
+def _time(hours: float, of: str) -> tuple[float, str]:
+    return (hours, f"{of} h") if hours >= 0.1 else (3600 * hours, f"{of} s")
 
 
 @dataclass(frozen=True)

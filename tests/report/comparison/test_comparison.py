@@ -209,6 +209,7 @@ def test_every_output_of_the_published_protocol_says_that_it_is_optimistic(tmp_p
 
 def test_large_cost_is_printed_in_plain_digits():
     assert Cost(12345.6, 1.26, float("nan")).words == "1.26 GPU h, 12,346 CPU h"
+    assert Cost(0.02, 0.0005, float("nan")).words == "1.8 GPU s, 72 CPU s"
     assert Cost().words == "–"
 
 
