@@ -276,6 +276,10 @@ class TrainConfig(Section):
     """`separate`: train the folds one after another, each on all cores; `side-by-side`: as many at once as there are
     cores (one process on a CPU only); `together`: all folds from one read of the shards per epoch; `auto`:
     `side-by-side` for bags of up to 8,192 tiles if memory suffices, else `separate`."""
+    wide_folds: bool = False
+    """With `folds: together`, whether folds that share a bag compute it as one wide product; for amil, one bag in a
+    forward pass and a loss of single bags. The numbers are the same up to rounding. Off, since it has not been measured
+    on a GPU."""
     sampling: Literal["all", "weighted"] = "all"
     """`all`: every bag once an epoch; `weighted`: with replacement, by 1 / size of its (bin × censoring) class."""
     micro_batch: int = Field(1, ge=1)
@@ -523,6 +527,24 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _folds_can_be_wide(self) -> Config:
+        train = self.train
+        needs = {
+            "train.folds": (train.folds, ("together",)),
+            "model.name": (self.model.name, ("amil",)),
+            "train.loss": (train.loss, ("nll", "ce")),
+            "train.micro_batch": (train.micro_batch, (1,)),
+            "data.token_budget": (self.data.token_budget, (None,)),
+        }
+        for key, (found, possible) in needs.items():
+            if train.wide_folds and found not in possible:
+                raise ValueError(
+                    f"train.wide_folds=true needs {key}={' or '.join(map(str, possible))}; got {found}. Set "
+                    "train.wide_folds=false"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _several_bags_are_packed(self) -> Config:
         if self.train.packed and self.train.micro_batch == 1 and self.data.token_budget is None:
             raise ValueError(
@@ -588,7 +610,7 @@ class Config(Section):
 _NO_VALUE = object()
 
 _NEWER: dict[str, dict[str, Any]] = {
-    "train": {"fused_optimizer": False, "packed": False, "start_unchecked": False},
+    "train": {"fused_optimizer": False, "packed": False, "start_unchecked": False, "wide_folds": False},
     "parallel": {"depthwise": "torch"},
 }
 """Settings that are not part of a run's identity at these values, which are what runs before them did."""

@@ -231,6 +231,12 @@ def test_every_cohort_of_the_package_is_complete(tcga):
             r"parallel\.hold_casts=true needs parallel\.engine=ddp",
         ),
         (["parallel.hold_casts=true", "train.folds=together"], r"hold_casts=true needs train\.folds=separate"),
+        (["train.wide_folds=true"], r"train\.wide_folds=true needs train\.folds=together; got auto"),
+        (["train.wide_folds=true", "train.folds=together"], r"needs model\.name=amil; got crossfusion"),
+        (
+            ["train.wide_folds=true", "train.folds=together", "model.name=amil", "train.loss=cox"],
+            r"needs train\.loss=nll or ce; got cox",
+        ),
         (["train.packed=true"], r"train\.packed=true has no effect: a forward pass has one bag"),
     ],
 )

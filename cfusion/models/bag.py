@@ -84,10 +84,13 @@ class BagModel(nn.Module):
                 tiles differ in number.
         """
         batch = bags if isinstance(bags, BagBatch) else self._batch_of((bags, *finer))
+        return self.survival(self.inputs(batch), batch)
+
+    def inputs(self, batch: BagBatch) -> dict[str, Tensor]:
+        """Return the features that the model reads, checked and in its own dtype; see `forward`."""
         self._check(batch)
         dtype = next(self.parameters()).dtype
-        features = {name: batch.features[name].to(dtype) for name in self.magnification_names}
-        return self.survival(features, batch)
+        return {name: batch.features[name].to(dtype) for name in self.magnification_names}
 
     def survival(self, features: dict[str, Tensor], batch: BagBatch) -> SurvivalOutput:
         """Compute the output for checked bags, `features` in the model's own dtype."""

@@ -22,7 +22,7 @@ def configured(files: CohortFiles, output: Path, model: str, **train: object) ->
     return files.config(
         output,
         model={"name": model, "embed_dim": 16, "num_heads": 2, "options": options},
-        train={"epochs": 2, "lr": 1e-3, **train},
+        train={"epochs": 2, "lr": 1e-3, "micro_batch": 1, **train},
         parallel={"precision": "f64", "global_batch": 7},
         splits={"folds": 2},
     )

@@ -25,6 +25,7 @@ from cfusion.training.group.group_checkpoint import GroupCheckpoints
 from cfusion.training.group.lanes import Lanes
 from cfusion.training.group.member import GroupMember, Visit
 from cfusion.training.group.order import owners, visits
+from cfusion.training.group.wide_passes import visit_wide
 from cfusion.training.runtime import Runtime
 from cfusion.types import BagBatch
 
@@ -159,7 +160,8 @@ class Group:
             yield next(sampled) if bag in learnt else None, next(plain) if bag in shown else None
 
     def _hand_out(self, active: list[GroupMember], turn: Sequence[Visit]) -> None:
-        if self.lanes is not None and not self._one_by_one(turn[0].bag):
+        wide = any(member.fold.job.config.train.wide_folds for member in active)
+        if self.lanes is not None and not wide and not self._one_by_one(turn[0].bag):
             failed = self.lanes.run({member: map(member.visit, turn) for member in active})
             for member, error in failed.items():
                 if member in active or not isinstance(error, CfusionError):
@@ -167,6 +169,7 @@ class Group:
                         raise error
             return
         for visit in turn:
+            visit_wide(self.runtime, active, visit)
             for member in list(active):
                 if member in active:
                     with self._failing(member, active):

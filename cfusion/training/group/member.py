@@ -154,10 +154,50 @@ class GroupMember:
         self._loss += self._stepper.accumulate([self._share(bags)], cases=len(self._windows[0].bags))
 
     def _show(self, bag: int, batch: BagBatch) -> None:
-        """Store the parameter copy's logits of a bag."""
+        """Evaluate a bag with the parameter copy."""
         with torch.no_grad(), self._runtime.autocast():
-            output: SurvivalOutput = self._evaluated(batch)
+            self.has_shown(bag, self._evaluated(batch))
+
+    def has_shown(self, bag: int, output: SurvivalOutput) -> None:
+        """Store the parameter copy's logits of a bag."""
         self._logits[bag] = output.logits[0].double()
+
+    @property
+    def model(self) -> Any:
+        """The network that is trained."""
+        return self._stepper.model
+
+    @property
+    def copy(self) -> Any:
+        """The parameter copy."""
+        return self._evaluated
+
+    @property
+    def cases(self) -> int:
+        """Bags of the global batch in progress."""
+        return len(self._windows[0].bags)
+
+    def learns_one(self, visit: Visit) -> bool:
+        """Whether its next forward pass in training is over this bag only."""
+        return visit.learnt is not None and self._passes.get(visit.bag) == (visit.bag,)
+
+    def shows_one(self, visit: Visit) -> bool:
+        """Whether its parameter copy evaluates this bag."""
+        return visit.shown is not None and self.misses(visit.bag)
+
+    def loss_of(self, bag: int, output: SurvivalOutput) -> Tensor:
+        """Return the loss of a training bag, before division by the size of the global batch."""
+        row = self._targets[bag]
+        targets = self._outcomes.of(slice(row, row + 1))
+        return self._stepper.loss(output, targets, alpha=self._stepper.alpha).sum()
+
+    def has_learnt(self, bag: int, loss: Tensor, gradients: Mapping[str, Tensor]) -> None:
+        """Add the loss and the gradient of a pass over one bag, which was computed with other members'."""
+        del self._passes[bag]
+        self._loss += loss
+        for name, parameter in self.model.named_parameters():
+            gradient = gradients[name]
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def _step(self) -> None:
         job, state, window = self.fold.job, self.position, self._windows[0]
