@@ -5,11 +5,13 @@ import json
 import re
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from factories import slide_features
-from slide_factory import GLASS
+from made_up_features import grid
+from slide_factory import GLASS, tissue_picture
 from slide_factory import write_slide as write_tiff
 from typer.testing import CliRunner
 
@@ -23,13 +25,16 @@ from cfusion.explanation.result import read_explanation
 from cfusion.training.fitted import FittedModel, ModelCard, build
 from cfusion.training.seen import Seen, digest_case
 from preprocess.descriptor import DIM
+from preprocess.importers import ImportOptions, import_features
 
 MAGNIFICATIONS = (20.0, 10.0, 5.0)
 
 
-def save_models(folder: Path, encoder: str, dim: int, magnifications=MAGNIFICATIONS, folds: int = 2) -> Path:
+def save_models(
+    folder: Path, encoder: str, dim: int, magnifications=MAGNIFICATIONS, folds: int = 2, name: str = "crossfusion"
+) -> Path:
     """Untrained models of some folds: what they say means nothing, which these tests do not ask."""
-    model = ModelConfig(name="crossfusion", embed_dim=16, num_heads=2)
+    model = ModelConfig(name=name, embed_dim=16, num_heads=2)
     for fold in range(folds):
         torch.manual_seed(fold)
         module = build(model, dim, 4, magnifications)
@@ -152,6 +157,48 @@ def test_a_slide_that_cannot_be_explained_does_not_stop_the_others(made_up):
     assert "1 of 4 slides were not explained: poor" in str(error)
     assert "no coordinates" in str(error)
     assert sorted(p.name for p in (made_up / "out").iterdir()) == ["a", "b", "c"]
+
+
+@pytest.fixture
+def imported_from(tmp_path):
+    """Import features of a slide of 2220 × 2967 px at .499 µm/px, which is in `slides`."""
+    write_tiff(tmp_path / "slides/a.svs", tissue_picture(2220, 2967), mpp=0.499)
+
+    def imported(name: str, coords: np.ndarray, values: np.ndarray, attrs: dict) -> Path:
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            file[name] = values
+            (file.create_dataset("coords", data=coords) if name == "features" else file).attrs.update(attrs)
+            if name != "features":
+                file["coords"] = coords
+        import_features(tmp_path, tmp_path / "store", encoder="made-up", options=ImportOptions(only=("a.h5",)))
+        return tmp_path
+
+    return imported
+
+
+@pytest.mark.slow
+def test_tiles_of_stamp_are_drawn_where_they_lie_on_the_slide(imported_from):
+    """Tiles of 256 µm: five columns and six rows reach 5 · 256 / .499 and 6 · 256 / .499 px."""
+    values = np.random.default_rng(0).standard_normal((30, 8)).astype(np.float16)
+    attrs = {"unit": "um", "tile_size_um": 256.0, "tile_size_px": 224}
+    folder = imported_from("feats", grid(256, 5, 6).astype(np.float32), values, attrs)
+    models = save_models(folder / "run", "made-up", 8, (8.75,), name="amil")
+    result = call(folder / "store", "--slides", folder / "slides", "--model", models, "--out", folder / "out")
+    assert result.exit_code == 0, result.output
+    tiles = json.loads((folder / "out/a/x8.75.geojson").read_text())["features"]
+    corners = np.array([corner for tile in tiles for corner in tile["geometry"]["coordinates"][0]])
+    np.testing.assert_allclose(corners.max(axis=0), [5 * 256 / 0.499, 6 * 256 / 0.499], atol=1)
+
+
+def test_features_of_another_larger_slide_are_not_explained_on_this_one(imported_from):
+    values = np.random.default_rng(0).standard_normal((320, 8)).astype(np.float32)
+    attrs = {"patch_size": 256, "patch_size_level0": 512, "target_magnification": 20, "overlap": 0}
+    folder = imported_from("features", grid(512, 16, 20), values, attrs)
+    models = save_models(folder / "run", "made-up", 8, (20.0,), name="amil")
+    error = refusal(folder / "store", "--slides", folder / "slides", "--model", models, "--out", folder / "out")
+    assert "its tiles reach 8192 × 10240 px, but the slide has 2220 × 2967 px" in str(error)
+    assert error.topic == "geometry"
+    assert not (folder / "out/a").exists()
 
 
 def test_another_encoder_is_refused(made_up, run):

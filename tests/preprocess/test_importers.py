@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import h5py
+import made_up_slides
 import numpy as np
 import openslide
 import pytest
@@ -24,7 +25,7 @@ from made_up_features import (
     write_trident,
 )
 
-from cfusion.data.store import FeatureStore
+from cfusion.data.store import FeatureStore, write_slide
 from cfusion.errors import ConfigError, DataError
 from preprocess.importers import ImportOptions, import_features
 
@@ -259,6 +260,17 @@ def test_one_of_several_encoders_is_chosen_and_the_others_are_listed(tmp_path: P
     assert FeatureStore.open(tmp_path / "other").encoder == "my-uni"
 
 
+def test_a_folder_of_stamp_with_two_extractors_is_chosen_from(tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    write_stamp(tmp_path / "in", slides=("a", "b"))
+    with h5py.File(tmp_path / "in/b.h5", "r+") as file:
+        file.attrs["extractor"] = "ctranspath-abc"
+    with pytest.raises(DataError, match="contains the encoders ctranspath-abc, virchow2"):
+        import_features(tmp_path / "in", tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    assert import_features(tmp_path / "in", tmp_path / "store", encoder="virchow2").imported == ("a",)
+
+
 def test_two_backbones_of_the_published_program_are_chosen_from(tmp_path: Path):
     write_published(tmp_path / "in")
     (tmp_path / "in/resnet50").rename(tmp_path / "in/uni")
@@ -434,6 +446,20 @@ def test_features_that_f16_would_lose_are_refused(tmp_path: Path):
     torch.save(torch.load(path) * 1e-9, path)
     report = import_features(tmp_path / "in", tmp_path / "store")
     assert "too small for f16" in report.refused["a"]
+
+
+def test_an_import_does_not_replace_what_was_extracted_from_the_slide(tmp_path: Path):
+    extracted = made_up_slides.make_slide("a")
+    encoder, dim = extracted.attrs["encoder"], extracted.features["x20"].shape[1]
+    write_slide(tmp_path / "store", extracted)
+    folder = tmp_path / "in" / encoder / "x20/pt_files"
+    folder.mkdir(parents=True)
+    torch.save(torch.ones(9, dim), folder / "a.pt")
+    report = import_features(tmp_path / "in", tmp_path / "store")
+    assert (
+        f"has features of {encoder} of slide a, extracted from the slide. Give another --store" in report.refused["a"]
+    )
+    assert set(FeatureStore.open(tmp_path / "store").read("a").features) == set(extracted.features)
 
 
 def test_an_import_replaces_nothing_unless_asked(tmp_path: Path):
