@@ -1,4 +1,4 @@
-"""Fan-out: one extraction as a SLURM job array, or on a Ray cluster.
+"""Fan-out: one extraction as a SLURM job array, on a Ray cluster, or as a process for each GPU of this machine.
 
 Every task takes one of equal shares of the sorted slides. Finished slides are skipped, so a task that was killed is
 started again and does the rest; no lock is held that a crash could leave behind.
@@ -7,9 +7,11 @@ started again and does the rest; no lock is held that a crash could leave behind
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal
 
@@ -149,8 +151,69 @@ def fan_out(config: PreprocessConfig, plan: FanOut, *, overwrite: bool = False) 
 
         results = attempt_all(shares, plan.retries, attempt)
     ended = [results[share.name] for share in shares if share.name in results]
-    _raise_if_not_done(ended, plan)
+    _raise_if_not_done(ended, plan.tasks, plan.retries + 1)
     return merge_summaries(config.store, [result.summary for result in ended if result.summary is not None])
+
+
+def extract_by_device(config: PreprocessConfig, *, overwrite: bool = False) -> Summary:
+    """Extract all slides of `config` with one process for each of its devices, or for each GPU, and wait.
+
+    Each process has a separate interpreter, so that devices do not wait for each other's Python. A process that is lost
+    is not started again; the same command does the rest.
+
+    Raises:
+        CfusionError: See `preprocess_slides`.
+        ConfigError: No device is named and there is no GPU.
+        DataError: A process was lost.
+        RequeueError: A signal asked for a stop; finished slides are kept.
+    """
+    import torch
+
+    devices = config.devices or tuple(f"cuda:{number}" for number in range(torch.cuda.device_count()))
+    if not devices:
+        raise ConfigError("--process-per-gpu: no GPU is visible.", "Leave it out, or name devices by --device.")
+    check_inputs(config)
+    each = {"threads": max(1, config.threads // len(devices))}
+    shares = [
+        SlideShare(config.model_copy(update={**each, "devices": (device,)}), number, len(devices), overwrite)
+        for number, device in enumerate(devices)
+    ]
+    with graceful_stop():
+        ended = [process.wait() for process in list(map(_DeviceProcess, shares))]
+    _raise_if_not_done(ended, len(devices), 1)
+    return merge_summaries(config.store, [result.summary for result in ended if result.summary is not None])
+
+
+class _DeviceProcess:
+    """A process that extracts a share."""
+
+    def __init__(self, share: SlideShare) -> None:
+        self._share, self._asked = share, False
+        context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+        self._results, sends = context.Pipe(duplex=False)
+        self._process = context.Process(target=_run_share, args=(share, sends))
+        self._process.start()
+        sends.close()
+
+    def wait(self) -> ShareResult:
+        """Return how the share went; a request to stop is passed on to the process."""
+        while not self._results.poll(0.2):
+            if stop_requested() and not self._asked:
+                self._asked = True
+                self._process.terminate()
+        try:
+            result: ShareResult = self._results.recv()
+        except EOFError:
+            self._process.join()
+            (result,) = self._share.lost(f"its process ended with {self._process.exitcode}", stopped=self._asked)
+        self._process.join()
+        return result
+
+
+def _run_share(share: SlideShare, results: Connection) -> None:
+    with graceful_stop():
+        (result,) = share()
+    results.send(result)
 
 
 def rehearse(config: PreprocessConfig, plan: FanOut, *, overwrite: bool = False) -> Iterator[str]:
@@ -183,22 +246,21 @@ def _no_tick(_waiting: Sequence[SlideShare]) -> None:
     """Do nothing: only results advance the bar."""
 
 
-def _raise_if_not_done(results: Sequence[ShareResult], plan: FanOut) -> None:
+def _raise_if_not_done(results: Sequence[ShareResult], tasks: int, attempts: int) -> None:
     for result in results:
         if result.error is not None:
             raise result.error
     done = sum(result.summary is not None for result in results)
-    if len(results) < plan.tasks or any(result.stopped for result in results):
+    if len(results) < tasks or any(result.stopped for result in results):
         raise RequeueError(
-            f"Asked to stop: {done} of {plan.tasks} shares are finished; finished slides of the rest are kept.",
+            f"Asked to stop: {done} of {tasks} shares are finished; finished slides of the rest are kept.",
             "The same command resumes.",
         )
     lost = [result for result in results if result.cause]
     if lost:
         names = ", ".join(result.name.removeprefix("share ") for result in lost)
         raise DataError(
-            f"{len(lost)} of {plan.tasks} shares were lost in each of {plan.retries + 1} attempts ({names}): "
-            f"{lost[0].cause}.",
+            f"{len(lost)} of {tasks} shares were lost in each of {attempts} attempts ({names}): {lost[0].cause}.",
             "See the executor's logs. The same command does the rest.",
         )
 

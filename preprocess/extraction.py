@@ -19,7 +19,7 @@ from cfusion.errors import CfusionError, ConfigError, DataError, RequeueError, S
 from cfusion.files import digest_file, digest_json
 from cfusion.types import SlideFeatures
 from preprocess.annotation import check_masks, find_mask
-from preprocess.encoders import Encoder, load_slots
+from preprocess.encoders import Encoder, load_slots, tiles_per_batch
 from preprocess.grid import GRID_VERSION, TILE_PX, check_halving
 from preprocess.names import without_suffix
 from preprocess.outcome import ALREADY, SlideOutcome, Summary, store_is_lost, write_summary
@@ -194,7 +194,13 @@ class _Run:
         self.outcomes: dict[Path, SlideOutcome] = {}
         self.digests = {e.name: configuration_digest(config, e) for e in self.encoders}
         self.pipeline = Pipeline(
-            slots, config.threads, config.batch_size, self._plan, self._write, self._fail, self._after_batch
+            slots,
+            config.threads,
+            tiles_per_batch(config, slots),
+            self._plan,
+            self._write,
+            self._fail,
+            self._after_batch,
         )
         self._start = time.monotonic()
         self._bar = Progress("", 0)

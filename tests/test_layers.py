@@ -11,7 +11,7 @@ MODULES = sorted(p for top in ("cfusion", "preprocess", "launch") for p in (ROOT
 
 LAYERS = (
     ("cfusion.errors", "cfusion.interruption", "cfusion.machine_limits"),
-    ("cfusion.files", "cfusion.console", "cfusion.secret_text", "cfusion.child_processes"),
+    ("cfusion.files", "cfusion.console", "cfusion.secret_text", "cfusion.child_processes", "cfusion.gpu_settings"),
     ("cfusion.addresses",),
     ("cfusion.locks", "cfusion.yaml_files", "cfusion.program", "cfusion.extensions", "cfusion.study"),
     ("cfusion.types", "cfusion.recipe", "cfusion.neighbours"),
@@ -58,7 +58,7 @@ ROOTS = ("cfusion", "cfusion.__version__", "preprocess", "launch")
 
 PREPROCESS_MAY_IMPORT = (
     "cfusion.errors", "cfusion.files", "cfusion.console", "cfusion.types", "cfusion.config", "cfusion.extensions",
-    "cfusion.locks", "cfusion.machine_limits",
+    "cfusion.locks", "cfusion.machine_limits", "cfusion.gpu_settings",
     "cfusion.data.store", "cfusion.data.shard_index", "cfusion.data.tile_places", "cfusion.data.encoder_names",
     "cfusion.__version__",
 )  # fmt: skip

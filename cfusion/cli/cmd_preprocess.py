@@ -45,7 +45,10 @@ SHOWN = 10
 """Skipped files that an import prints; its table has all."""
 
 _OF_TASKS = {"tasks", "retries", "dry_run"}
-TAKES = {"local": {"strict"}, **{executor: names | _OF_TASKS for executor, names in TASK_OPTIONS.items()}}
+TAKES = {
+    "local": {"strict", "process_per_gpu"},
+    **{executor: names | _OF_TASKS for executor, names in TASK_OPTIONS.items()},
+}
 """Options of `cfusion preprocess run` that not every executor takes."""
 
 
@@ -90,7 +93,9 @@ def run(
         float, typer.Option(help="Area of the smallest piece of tissue, in µm²; lower it for cytology.")
     ] = 20_000,
     sheets: Annotated[bool, typer.Option(help="Write masks, contours and sheets to look at.")] = True,
-    batch_size: Annotated[int, typer.Option(help="Tiles an encoder takes at once.")] = 64,
+    batch_size: Annotated[
+        str, typer.Option(help="Tiles an encoder takes at once; auto: as fit a GPU's memory, not measured yet.")
+    ] = "64",
     upload_ahead: Annotated[
         bool, typer.Option("--upload-ahead", help="Upload a batch while a GPU encodes another; not measured yet.")
     ] = False,
@@ -99,6 +104,12 @@ def run(
     ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network for weights.")] = False,
     precision: Annotated[str, typer.Option(help="card, f32, bf16 or f16.")] = "card",
+    tf32: Annotated[
+        bool, typer.Option("--tf32", help="TF32 for f32 on a GPU, if the embeddings agree; not measured yet.")
+    ] = False,
+    process_per_gpu: Annotated[
+        bool, typer.Option("--process-per-gpu", help="A process for each GPU of this machine; not measured yet.")
+    ] = False,
     device: Annotated[list[str] | None, typer.Option(help="cpu, cuda:0, …; default all GPUs.")] = None,
     threads: Annotated[
         int | None, typer.Option(help="Reading threads; default: all cores, on slurm and ray those of --cpus.")
@@ -135,7 +146,7 @@ def run(
     cfusion preprocess slides/ --store features --encoder uni --encoder conch
     """
     from cfusion.config import validate
-    from launch.extract import FanOut, fan_out, rehearse
+    from launch.extract import FanOut, extract_by_device, fan_out, rehearse
     from launch.tasks.task import TaskResources
     from preprocess.extraction import preprocess_slides
     from preprocess.settings import PreprocessConfig
@@ -150,7 +161,8 @@ def run(
         "magnifications": _numbers(magnifications), "resolution": resolution, "default_mpp": default_mpp,
         "mpp_table": mpp_table, "resample": resample, "min_tissue": min_tissue, "sheets": sheets, "weights": weights,
         "min_piece_um2": min_piece, "upload_ahead": upload_ahead,
-        "offline": offline, "batch_size": batch_size, "precision": precision, "devices": tuple(device or ()),
+        "tf32": tf32, "offline": offline, "batch_size": batch_size if batch_size == "auto" else _tile_count(batch_size),
+        "precision": precision, "devices": tuple(device or ()),
         **({} if threads is None else {"threads": threads}),
     }  # fmt: skip
     config = validate(PreprocessConfig, values, "cfusion preprocess")
@@ -161,6 +173,12 @@ def run(
             typer.echo("\n".join(rehearse(config, plan, overwrite=overwrite)))
             return
         _report(fan_out(config, plan, overwrite=overwrite))
+    elif process_per_gpu:
+        if strict:
+            raise ConfigError(
+                "--strict stops at the first slide that fails, which --process-per-gpu cannot.", "Leave one out."
+            )
+        _report(extract_by_device(config, overwrite=overwrite))
     else:
         _report(preprocess_slides(config, strict=strict or slides.is_file(), overwrite=overwrite))
 
@@ -285,6 +303,13 @@ def import_(
     )
     if report.refused:
         raise PartialResultError(f"{len(report.refused)} of the slides were not imported.", "See above.")
+
+
+def _tile_count(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"--batch-size {text}: expected a whole number, or auto.") from None
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -78,6 +78,8 @@ def write_environment(folder: Path) -> Path:
 def _environment() -> dict[str, Any]:
     import torch
 
+    from cfusion.gpu_settings import meaning_of_f32
+
     cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
@@ -86,6 +88,7 @@ def _environment() -> dict[str, Any]:
         "memory_bytes": memory_bytes(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "f32": meaning_of_f32(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         "launch": {name: os.environ[name] for name in _LAUNCH if name in os.environ},
     }

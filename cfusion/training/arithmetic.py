@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from cfusion.gpu_settings import set_tf32
+
 
 def set_arithmetic(*, on_cpu: bool, deterministic: Literal["auto"] | bool) -> None:
     """Choose torch's algorithms for a device, whatever the environment or another library has chosen before.
@@ -29,8 +31,7 @@ def set_arithmetic(*, on_cpu: bool, deterministic: Literal["auto"] | bool) -> No
     if chosen:
         # Read when cuBLAS makes its first workspace; without it, torch refuses products in this mode.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    set_tf32(False)
     torch.backends.cudnn.benchmark = False  # it would measure again for every bag length
     torch.backends.cudnn.deterministic = chosen
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -16,6 +16,7 @@ from cfusion.child_processes import stop_with_parent
 from cfusion.config import ParallelConfig
 from cfusion.console import waiting_for
 from cfusion.errors import ConfigError
+from cfusion.gpu_settings import let_segments_grow
 from cfusion.machine_limits import gpu_share, usable_cores
 from cfusion.models.depthwise import choose_depthwise
 from cfusion.program import program_digest
@@ -106,6 +107,7 @@ def join_world(parallel: ParallelConfig) -> Runtime:
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
         torch.set_num_threads(usable_cores())  # torch counts the machine's cores, whatever a container or job may use
     if not on_cpu:
+        let_segments_grow()
         _check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
         _limit_gpu_memory(gpu_share())
     parallel = with_own_precision(parallel, on_cpu=on_cpu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -12,6 +13,11 @@ from cfusion.errors import ConfigError
 from cfusion.extensions import package_code, package_names
 from preprocess.encoders.cards import CARDS
 from preprocess.settings import PreprocessConfig
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TILES = 64
+"""Tiles in a batch where there is no GPU whose memory could decide."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 """Encoder names that are valid as a folder of the store."""
@@ -102,10 +108,62 @@ def load_slots(config: PreprocessConfig) -> list[list[Encoder]]:
     if set(config.encoders) == {StainTexture.name}:
         return [[StainTexture()]] * config.threads
     slots: list[list[Encoder]] = []
-    for device in _devices(config.devices):
+    devices = _devices(config.devices)
+    _set_f32(config, devices)
+    for device in devices:
         loaded = [load_encoder(name, config, device) for name in config.encoders]
         slots += [loaded] * (2 if config.upload_ahead and device != "cpu" else 1)
+    if config.tf32:
+        _choose_tf32([encoder for slot in slots for encoder in slot])
     return slots
+
+
+def _set_f32(config: PreprocessConfig, devices: Sequence[str]) -> None:
+    """Make f32 mean single precision on a GPU.
+
+    Raises:
+        ConfigError: `tf32` is asked for without a GPU.
+    """
+    if all(device == "cpu" for device in devices):
+        if config.tf32:
+            raise ConfigError("--tf32 needs a GPU; the encoders run on a CPU.", "Leave it out.")
+        return
+    from cfusion.gpu_settings import let_segments_grow, set_tf32
+
+    let_segments_grow()
+    set_tf32(False)
+
+
+def _choose_tf32(encoders: Sequence[Encoder]) -> None:
+    """Use TF32 if it agrees with single precision for all encoders in f32, and record it; else say why not."""
+    from cfusion.gpu_settings import set_tf32
+    from preprocess.encoders.networks import LEAST_COSINE
+
+    measured: dict[int, Any] = {id(e): e for e in encoders if getattr(e, "in_f32", False)}
+    refused = [encoder.name for encoder in measured.values() if not encoder.agrees_in_tf32()]
+    if refused:
+        logger.warning(
+            "--tf32 is not used: the embeddings of %s differ from single precision (cosine below %g).",
+            ", ".join(dict.fromkeys(refused)), LEAST_COSINE,
+        )  # fmt: skip
+        return
+    for encoder in measured.values():
+        encoder.identity["precision"] = "tf32"
+    set_tf32(bool(measured))
+
+
+def tiles_per_batch(config: PreprocessConfig, slots: Sequence[Sequence[Encoder]]) -> int:
+    """Return the size of a batch; `auto` measures what fits every GPU, by the encoder that needs most memory."""
+    if config.batch_size != "auto":
+        return config.batch_size
+    encoders: dict[int, Any] = {id(encoder): encoder for slot in slots for encoder in slot}
+    measured = [encoder.tiles_that_fit() for encoder in encoders.values() if hasattr(encoder, "tiles_that_fit")]
+    fitting = [tiles for tiles in measured if tiles is not None]
+    if not fitting:
+        return DEFAULT_TILES
+    tiles = max(1, min(fitting) // (2 if config.upload_ahead else 1))
+    logger.info("--batch-size auto: %d tiles", tiles)
+    return tiles
 
 
 def _devices(wanted: Sequence[str]) -> Sequence[str]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfusion.errors import ConfigError, DataError, MissingExtraError, WeightsError
 from cfusion.files import digest_file
+from cfusion.gpu_settings import set_tf32
 from preprocess.encoders.cards import CARDS, EncoderCard
 from preprocess.encoders.network_clock import NetworkClock
 from preprocess.encoders.weights import (
@@ -31,6 +33,36 @@ from preprocess.settings import PreprocessConfig
 HUB = "https://huggingface.co"
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+LEAST_COSINE = 0.9999
+"""Between an embedding in TF32 and in single precision, for TF32 to be used."""
+
+PROBES = 8, 32
+"""Tiles of the two batches by which the memory of larger ones is estimated."""
+
+MOST_TILES = 1024
+"""Larger batches gain nothing on a GPU, and the tiles of each wait in the host's memory."""
+
+FREE_SHARE = 0.8
+"""Share of the free memory that a batch may take."""
+
+
+def synthetic_tiles(count: int) -> UInt8[np.ndarray, "tile 256 256 3"]:
+    """Draw tiles of smooth colours with noise, the same at each call."""
+    draw = np.random.default_rng(0)
+    colours = draw.integers(0, 256, (count, 4, 4, 3)).repeat(64, axis=1).repeat(64, axis=2)
+    return np.clip(colours + draw.normal(0, 20, colours.shape), 0, 255).astype(np.uint8)
+
+
+def fitting_tiles(peak: Callable[[int], int], free: int) -> int:
+    """Return how many tiles fit in `free` bytes: a power of 2, given the bytes that a batch takes at its peak."""
+    few, more = PROBES
+    small, large = peak(few), peak(more)
+    each = max(1.0, (large - small) / (more - few))
+    room = FREE_SHARE * free - max(0.0, small - few * each)
+    tiles = int(min(MOST_TILES, max(1.0, room / each)))
+    return 1 << (tiles.bit_length() - 1)
 
 
 class NetworkEncoder:
@@ -93,6 +125,36 @@ class NetworkEncoder:
                 f"encoder {self.name}: {self._device} has not enough memory for {len(tiles)} tiles at once.",
                 "Give a smaller --batch-size.",
             ) from error
+
+    def tiles_that_fit(self) -> int | None:
+        """Measure how many tiles fit at once in the free memory of the GPU; None on a CPU."""
+        if self._device.type != "cuda":
+            return None
+
+        def peak(tiles: int) -> int:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
+            before = torch.cuda.memory_allocated(self._device)
+            self.encode(synthetic_tiles(tiles))
+            return torch.cuda.max_memory_allocated(self._device) - before
+
+        return fitting_tiles(peak, torch.cuda.mem_get_info(self._device)[0])
+
+    def agrees_in_tf32(self) -> bool:
+        """Whether TF32 gives the embeddings of single precision, of synthetic tiles, up to `LEAST_COSINE`."""
+        tiles = synthetic_tiles(32)
+        try:
+            set_tf32(True)
+            rounded = torch.from_numpy(self.encode(tiles)).double()
+        finally:
+            set_tf32(False)
+        single = torch.from_numpy(self.encode(tiles)).double()
+        return bool(F.cosine_similarity(rounded, single).min() >= LEAST_COSINE)
+
+    @property
+    def in_f32(self) -> bool:
+        """Whether the network computes in f32."""
+        return self._dtype == torch.float32
 
     def _stream(self) -> contextlib.AbstractContextManager[Any]:
         if self._streams is None:

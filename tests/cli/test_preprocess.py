@@ -177,3 +177,26 @@ def test_a_manifest_becomes_a_call_of_gdc_client(tmp_path: Path):
     refused = call("download", source, "--out", tmp_path, "--first", 1, "--api", "http://127.0.0.1:1", app=gdc.app)
     assert isinstance(refused.exception, PartialResultError)
     assert "unreachable" in refused.output
+
+
+def test_a_batch_size_is_a_number_of_tiles_or_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    monkeypatch.setattr("preprocess.extraction.preprocess_slides", lambda config, **_: seen.append(config) or 1 / 0)
+    command = typer.main.get_command(preprocess.app)
+    for given in ("auto", "7"):
+        with pytest.raises(ZeroDivisionError):
+            command(["run", str(tmp_path), "--batch-size", given, "--tf32"], standalone_mode=False)
+    assert [config.batch_size for config in seen] == ["auto", 7]
+    assert all(config.tf32 for config in seen)
+    with pytest.raises(ConfigError, match=r"--batch-size few: expected a whole number, or auto"):
+        command(["run", str(tmp_path), "--batch-size", "few"], standalone_mode=False)
+    with pytest.raises(ConfigError, match=r"batch_size=0: expected a number of tiles from 1, or auto"):
+        command(["run", str(tmp_path), "--batch-size", "0"], standalone_mode=False)
+
+
+def test_strict_and_a_process_for_each_gpu_do_not_go_together(tmp_path: Path):
+    command = typer.main.get_command(preprocess.app)
+    with pytest.raises(ConfigError, match="--strict stops at the first slide that fails"):
+        command(["run", str(tmp_path), "--strict", "--process-per-gpu"], standalone_mode=False)
+    with pytest.raises(ConfigError, match="process-per-gpu"):
+        command(["run", str(tmp_path), "--executor", "slurm", "--process-per-gpu"], standalone_mode=False)

@@ -19,7 +19,7 @@ from cfusion.data.store import FeatureStore
 from cfusion.errors import ConfigError, DataError, MissingExtraError, RequeueError, SlideError
 from cfusion.interruption import graceful_stop, stop_requested
 from launch import extract
-from launch.extract import FanOut, ShareResult, SlideShare, fan_out, rehearse
+from launch.extract import FanOut, ShareResult, SlideShare, extract_by_device, fan_out, rehearse
 from launch.tasks import slurm_array
 from launch.tasks.task import TaskResources
 from preprocess.extraction import preprocess_slides
@@ -299,3 +299,59 @@ def test_executors_that_are_not_installed_are_named(config: PreprocessConfig, mo
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=rf"{package}, which is not installed. Install .*cfusion\[{executor}\]"):
         fan_out(config, FanOut(executor, tasks=2))
+
+
+@pytest.mark.slow
+def test_a_process_for_each_device_extracts_the_same_features(config: PreprocessConfig):
+    summary = extract_by_device(config.model_copy(update={"devices": ("cpu", "cpu"), "threads": 2}))
+    assert statuses(summary) == ALL
+    assert summary.table.name == "summary.csv"
+    assert not list(config.store.glob("summary-*.csv"))
+    plain = preprocess_slides(config.model_copy(update={"store": config.store.with_name("plain")}))
+    assert statuses(plain) == ALL
+    for slide in ("s0", "s1", "s2"):
+        one, other = (FeatureStore(store / "stain-texture").read(slide) for store in (config.store, plain.table.parent))
+        assert all(np.array_equal(one.features[name], other.features[name]) for name in one.features)
+
+
+def test_a_process_for_each_gpu_needs_one(config: PreprocessConfig):
+    with pytest.raises(ConfigError, match="no GPU is visible"):
+        extract_by_device(config)
+
+
+def test_a_process_that_is_lost_is_reported_and_a_stop_is_passed_on(config: PreprocessConfig, monkeypatch):
+    class Ended:
+        exitcode = -9
+
+        def __init__(self) -> None:
+            self.asked = 0
+
+        def join(self) -> None: ...
+
+        def terminate(self) -> None:
+            self.asked += 1
+
+    class Silent:
+        """A pipe whose other end closes at the third look."""
+
+        looks = 0
+
+        def poll(self, _seconds: float) -> bool:
+            self.looks += 1
+            return self.looks == 3
+
+        def recv(self) -> None:
+            raise EOFError
+
+    def lost(share: SlideShare) -> extract._DeviceProcess:
+        process = object.__new__(extract._DeviceProcess)
+        process._share, process._asked, process._results, process._process = share, False, Silent(), Ended()
+        return process
+
+    running = lost(SlideShare(config, 0, 1))
+    assert running.wait().cause == "its process ended with -9"
+    assert running._process.asked == 0
+    monkeypatch.setattr(extract, "stop_requested", lambda: True)
+    running = lost(SlideShare(config, 0, 1))
+    assert running.wait().stopped
+    assert running._process.asked == 1, "once"
