@@ -27,8 +27,8 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.table import options
 
 PARTS = {
-    "environment": 1.0, "attention": 0.5, "convolution": 0.5, "steps": 2.5, "golden": 0.5, "engines": 2.0,
-    "loading": 2.0, "comparison": 2.5, "extraction": 2.0,
+    "environment": 1.0, "attention": 0.5, "convolution": 0.5, "steps": 2.0, "settings": 1.0, "golden": 0.5,
+    "engines": 2.0, "loading": 2.0, "comparison": 2.5, "extraction": 2.0,
 }  # fmt: skip
 """Parts in their order, each a module of this package, and their weight in the time."""
 

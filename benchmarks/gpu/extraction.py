@@ -37,6 +37,7 @@ def measure(bench: Bench) -> None:
         folder = Path(scratch)
         _random_weights(name, folder / "weights")
         _tiles_at_hand(bench, name, folder)
+        _in_tf32(bench, name, folder)
         _complete(bench, name, slide, folder)
 
 
@@ -91,7 +92,8 @@ def _complete(bench: Bench, name: str, slide: Path, folder: Path) -> None:
     (folder / "masks").mkdir()
     with OpenSlide(path) as opened:  # all of the slide counts as tissue
         Image.new("L", tuple(side // 32 for side in opened.dimensions), 255).save(folder / "masks" / "pyramid.png")
-    for size, ahead in ((16, False), (16, True)) if bench.quick else ((64, False), (256, False), (256, True)):
+    quick: tuple[tuple[Any, bool], ...] = ((16, False), (16, True), ("auto", False))
+    for size, ahead in quick if bench.quick else ((64, False), (256, False), (256, True), ("auto", False)):
         case = f"{name}, batch {size}{', upload_ahead' * ahead}, complete extraction"
         if bench.left < 0:
             bench.skip(case, "no time left in this part")
@@ -105,6 +107,43 @@ def _complete(bench: Bench, name: str, slide: Path, folder: Path) -> None:
         bench.tell(f"{case}: rate", summary.tiles / summary.seconds, "tiles/s")
         bench.tell(f"{case}: calls of the network, share of the time", busy / summary.seconds, "", limit)
         bench.tell(f"{case}: idle share that the program reports", summary.encoder_idle)
+    _by_process(bench, name, path, folder)
+
+
+def _by_process(bench: Bench, name: str, slide: Path, folder: Path) -> None:
+    """Extract with a process for each GPU; on one GPU this shows what starting it costs."""
+    from launch.extract import extract_by_device
+
+    case = f"{name}, batch 16, process_per_gpu, complete extraction"
+    if bench.left < 0:
+        bench.skip(case, "no time left in this part")
+        return
+    devices = () if bench.on_gpu else ("cpu",)
+    config = _settings(
+        bench, name, folder, slides=slide, masks=folder / "masks", store=folder / "by_process", batch_size=16,
+        devices=devices,
+    )  # fmt: skip
+    summary = extract_by_device(config)
+    note = "with the start of the processes"
+    bench.tell(f"{case}: rate", summary.tiles / summary.seconds, "tiles/s", note=note)
+
+
+def _in_tf32(bench: Bench, name: str, folder: Path) -> None:
+    """Time the network in f32, in single precision and in TF32, and whether the rule of `--tf32` holds."""
+    from cfusion.gpu_settings import set_tf32
+    from preprocess.encoders.networks import load_network, synthetic_tiles
+
+    if not bench.on_gpu:
+        bench.skip(f"{name}: --tf32", "it concerns a GPU only")
+        return
+    config = _settings(bench, name, folder).model_copy(update={"precision": "f32"})
+    encoder, tiles = load_network(f"timm:{name}", config, str(bench.device)), synthetic_tiles(64)
+    bench.tell(f"{name}: embeddings in TF32 agree with single precision", str(encoder.agrees_in_tf32()))
+    for allowed in (False, True):
+        set_tf32(allowed)
+        rate = len(tiles) / seconds_per_call(lambda: encoder.encode(tiles), 2.0)
+        bench.tell(f"{name}, batch 64, f32: {'--tf32' if allowed else 'single precision'}", rate, "tiles/s")
+    set_tf32(False)
 
 
 @contextmanager

@@ -72,7 +72,6 @@ def measure(bench: Bench) -> None:
             continue
         _size(bench, "bf16", tiles, bench.left / (2 * len(sizes)), reference)
     _size(bench, "f32", reference, bench.left / 4, reference)
-    _settings_that_are_off(bench, reference)
     _alternatives(bench, reference)
 
 
@@ -117,23 +116,6 @@ def _rest_of_a_step(bench: Bench, what: str, steps: Stepper, one: Share, budget:
     bench.tell(f"{what}: a step of one bag, with its update", 1e3 * complete, "ms")
     steps.model.eval()
     bench.tell(f"{what}: evaluation of a bag", 1e3 * seconds_per_call(evaluate, budget / 4), "ms")
-
-
-def _settings_that_are_off(bench: Bench, tiles: int) -> None:
-    """Time a step of several bags with the default settings, and with each setting that waits for this measurement."""
-    bags = 2 if bench.quick else 8
-    one = share(bench, tiles)
-    for name, hold, fused in (
-        ("default", False, False), ("parallel.hold_casts", True, False), ("train.fused_optimizer", False, True),
-    ):  # fmt: skip
-        case = f"{tiles:,} tiles, bf16: a step of {bags} bags, {name}"
-        if bench.left < 0:
-            bench.skip(case, "no time left in this part")
-            continue
-        runtime = join_world(ParallelConfig(precision="bf16", hold_casts=hold, global_batch=bags))
-        step = functools.partial(stepper(bench, runtime, fused=fused).step, [one] * bags, cases=bags, lr=1e-6)
-        bench.tell(case, 1e3 * seconds_per_call(step, bench.left / 6), "ms")
-        runtime.release()
 
 
 def _alternatives(bench: Bench, tiles: int) -> None:
