@@ -13,17 +13,26 @@ from preprocess.ink import grey_deviation, pen_mask
 from preprocess.settings import MIN_PIECE_UM2
 from preprocess.slides import Overview
 
-METHOD = "glass-relative-3"
+METHOD = "glass-relative-4"
 """Name and version of the method, for the provenance of its results."""
 
-SATURATION_BOUNDS = (0.015, 0.10)
+SATURATION_BOUNDS = (0.022, 0.10)
 """Limits of the threshold on HSV saturation: glass lies below, the palest stroma to keep lies above."""
 
 SATURATION_NOISE = 0.008
 """Saturation of glass that is noise; it keeps the logarithm of saturation from spreading the glass."""
 
-MOTTLED = 1.0
-"""Deviation of grey values, of 255, within 3 × 3 px above which an area is no glass."""
+LEAST_SPREAD = 1e-3
+"""Range of this logarithm below which a slide has one colour, and no threshold."""
+
+MOTTLED, LEAST_SATURATION = 1.7, 0.012
+"""Deviation of grey values, of 255, within 3 × 3 px above which an area is no glass, if it is at least so saturated."""
+
+GREY_SHARE, GREY_MOTTLED = 0.35, 0.7
+"""Grey areas next to coloured tissue belong to it from this share of its darkness on, if they are so mottled."""
+
+FAINTEST = 1.5
+"""Darkness, of 255, that is noise of the glass."""
 
 PALE_AREA = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (9, 9))
 """Smallest area of pale tissue next to a strong stain, in px: more than the blurred rim of the strong stain."""
@@ -33,6 +42,12 @@ SMOOTHING_PX = 1.2
 
 MAX_HOLE_UM2 = 60_000.0
 """Smaller holes are lumina and fat, and count as tissue."""
+
+BLANK_SIDE_PX = 12
+"""Smallest side of a rectangle of pure white, or pure black, that was not scanned."""
+
+RAGGED_PX, STRAIGHT = 5, 0.6
+"""Width of what is cut off their ragged edges, and the smallest share of their outline that is straight."""
 
 DARKEST_GLASS, MAX_TINT, MAX_YELLOW = 165, 30, 70
 """Glass is at least this bright in every channel, and tinted by at most so much; yellowed mounting medium by more."""
@@ -79,25 +94,58 @@ def find_tissue(overview: Overview, um_px: float, min_piece_um2: float = MIN_PIE
         um_px: µm per pixel of the overview.
         min_piece_um2: Area of the smallest piece of tissue, in µm².
     """
-    readable = overview.scanned & ~overview.lost
+    scanned = overview.scanned & ~blank(overview.rgb)
+    readable = scanned & ~overview.lost
     if not readable.any():
-        return Tissue(overview.lost.copy(), np.zeros_like(readable), overview.scanned)
+        return Tissue(overview.lost.copy(), np.zeros_like(readable), scanned)
     glass = _glass(overview.rgb, readable)
     picture = overview.rgb if glass is None else np.clip(overview.rgb * (255 / glass), 0, 255).astype(np.uint8)
     ink = pen_mask(picture, um_px) & readable
-    saturation = _saturation(picture)
     valid = readable & ~ink
-    mask = _stained(picture, saturation, valid)
+    mask = _stained(picture, valid)
+    if glass is not None:
+        mask = _with_grey(picture, mask, valid)
     mask = ndimage.binary_closing(np.pad(mask, 2), iterations=2)[2:-2, 2:-2] & valid
     mask = _without_small(mask, min_piece_um2 / um_px**2)
     mask |= _small_holes(mask, MAX_HOLE_UM2 / um_px**2)
-    mask = mask & overview.scanned & ~ink | overview.lost
-    return Tissue(mask, ink, overview.scanned, tuple(_warnings(glass, mask, ink)))
+    mask = mask & scanned & ~ink | overview.lost
+    return Tissue(mask, ink, scanned, tuple(_warnings(glass, mask, ink)))
 
 
 def tissue_mask(overview: Overview, um_px: float) -> np.ndarray:
     """Return the mask of `find_tissue`, bool [h, w]."""
     return find_tissue(overview, um_px).mask
+
+
+def blank(rgb: np.ndarray) -> np.ndarray:
+    """Find what a scanner left out and filled with white or black, bool [h, w].
+
+    It is made of rectangles, so its outline is straight; overexposed glass, as white, follows the tissue.
+    """
+    found = np.zeros(rgb.shape[:2], bool)
+    for value in (0, 255):
+        pure = (rgb == value).all(axis=2).astype(np.uint8)
+        pure = cv2.morphologyEx(pure, cv2.MORPH_OPEN, np.ones((RAGGED_PX, RAGGED_PX), np.uint8))
+        large = cv2.erode(pure, np.ones((BLANK_SIDE_PX, BLANK_SIDE_PX), np.uint8)) > 0
+        labels, _ = ndimage.label(pure)
+        for number in np.unique(labels[large]):
+            piece = labels == number
+            if _straight_share(piece) >= STRAIGHT:
+                found |= piece
+    return found
+
+
+def _straight_share(piece: np.ndarray) -> float:
+    """Return the share of a piece's outline, without the picture's edge, that is in straight pieces; 1 of none."""
+    runs = []
+    for mask in (piece, piece.T):
+        # An edge lies between two rows; along them it is straight.
+        for edge in (mask[1:] & ~mask[:-1], mask[:-1] & ~mask[1:]):
+            padded = np.pad(edge, ((0, 0), (1, 1))).astype(np.int8)
+            steps = np.diff(padded, axis=1)
+            runs.append(np.nonzero(steps < 0)[1] - np.nonzero(steps > 0)[1])
+    lengths = np.concatenate(runs)
+    return float(lengths[lengths >= BLANK_SIDE_PX].sum() / lengths.sum()) if lengths.size else 1.0
 
 
 def _warnings(glass: np.ndarray | None, mask: np.ndarray, ink: np.ndarray) -> list[str]:
@@ -128,24 +176,45 @@ def _glass(rgb: np.ndarray, readable: np.ndarray) -> np.ndarray | None:
 
 def _saturation(rgb: np.ndarray) -> np.ndarray:
     """Compute the HSV saturation, 0 to 1, of the smoothed picture; dark areas are damped, being only noise."""
-    smooth = cv2.GaussianBlur(rgb, (0, 0), SMOOTHING_PX).astype(np.float32)
+    smooth = cv2.GaussianBlur(rgb.astype(np.float32), (0, 0), SMOOTHING_PX)
     high, low = smooth.max(axis=2), smooth.min(axis=2)
     return (high - low) / (high + 8)
 
 
-def _stained(picture: np.ndarray, saturation: np.ndarray, valid: np.ndarray) -> np.ndarray:
+def _stained(picture: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Find the stained pixels, bool [h, w]: by Otsu's threshold on the logarithm of saturation, and pale areas.
 
     On a logarithmic scale a pale stain is as far from glass as a strong one is from it. Where a slide has both, the
     threshold lies between the two stains; what is pale but mottled over an area is tissue, too.
     """
+    saturation = _saturation(picture)
     logarithm = np.log(saturation[valid] + SATURATION_NOISE)
-    spread = logarithm.size and logarithm.min() < logarithm.max()
+    spread = logarithm.size and np.ptp(logarithm) > LEAST_SPREAD
     threshold = np.exp(threshold_otsu(logarithm)) - SATURATION_NOISE if spread else 1.0
     mask: np.ndarray = (saturation > np.clip(threshold, *SATURATION_BOUNDS)) & valid
-    mottled = cv2.GaussianBlur(grey_deviation(picture), (0, 0), 2) > MOTTLED
-    pale = mottled & (saturation > SATURATION_BOUNDS[0]) & valid & ~mask
+    mottled = _mottled(picture)
+    pale = (saturation > LEAST_SATURATION) & (mottled > MOTTLED)
+    pale |= (saturation > SATURATION_BOUNDS[0]) & (mottled > GREY_MOTTLED)
+    pale &= valid & ~mask
     return mask | (cv2.morphologyEx(pale.astype(np.uint8), cv2.MORPH_OPEN, PALE_AREA) > 0)
+
+
+def _with_grey(picture: np.ndarray, stained: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Add to the stained pixels the grey ones that are connected with them, bool [h, w].
+
+    Two dyes of complementary colours make a grey that saturation misses. It is as dark as stained tissue, and mottled,
+    unlike a shadow.
+    """
+    if not stained.any():
+        return stained
+    darkness = 255 - cv2.GaussianBlur(picture.astype(np.float32), (0, 0), SMOOTHING_PX).mean(axis=2)
+    least = max(FAINTEST, GREY_SHARE * float(np.median(darkness[stained])))
+    grey = (darkness > least) & (_mottled(picture) > GREY_MOTTLED) & valid
+    return ndimage.binary_propagation(stained, mask=stained | grey)
+
+
+def _mottled(picture: np.ndarray) -> np.ndarray:
+    return cv2.GaussianBlur(grey_deviation(picture), (0, 0), 2)
 
 
 def _small_holes(mask: np.ndarray, area_px: float) -> np.ndarray:
