@@ -50,6 +50,11 @@ def train(
         typer.echo(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), nl=False)
         return
     from cfusion.console import is_rank_zero
+
+    if resolved.tracking.enabled and not dry_run and is_rank_zero():
+        from cfusion.tracking.sender_process import sender_process
+
+        sender_process()  # it imports MLflow on one core while this process imports torch on another
     from cfusion.runs.crossval import cross_validate
     from cfusion.runs.run import Run
 

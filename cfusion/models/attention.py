@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import cast
 
@@ -13,11 +14,6 @@ from torch.nn import functional as F
 from cfusion.models.chunked_attention import ChunkedAttention, attention_weights, query_chunks
 from cfusion.models.linear import Linear, by_onednn, linear
 from cfusion.models.segments import Pairs, Real, Segments, first_of_each
-
-try:
-    from torch.nn.attention.varlen import varlen_attn as varlen_attention
-except ImportError:  # torch before 2.10
-    varlen_attention = None  # type: ignore[assignment]
 
 _VARLEN_TYPES = (torch.float16, torch.bfloat16)
 """Types for which PyTorch has attention over bags of different length; it has none with dropout, and none on a CPU."""
@@ -72,6 +68,16 @@ def attend(
     return torch.cat(out, dim=2)
 
 
+@functools.cache
+def _varlen_attention() -> Callable[..., object] | None:
+    """Return PyTorch's attention over bags of different length; it is imported with the compiler, which takes 2 s."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # torch before 2.10
+        return None
+    return varlen_attn
+
+
 def attend_within(
     query: Float[Tensor, "1 head query dim"],
     key: Float[Tensor, "1 head key dim"],
@@ -82,7 +88,12 @@ def attend_within(
 ) -> Float[Tensor, "1 head query dim"]:
     """Compute `attend` of each bag of a joined row: in one call where PyTorch has one, else bag by bag."""
     plain = visit is None and not dropout
-    if plain and query.device.type == "cuda" and query.dtype in _VARLEN_TYPES and varlen_attention is not None:
+    if (
+        plain
+        and query.device.type == "cuda"
+        and query.dtype in _VARLEN_TYPES
+        and (varlen_attention := _varlen_attention())
+    ):
         rows = [part[0].transpose(0, 1) for part in (query, key, value)]
         sides = pairs.queries, pairs.keys
         edges, most = [side.edges(query.device) for side in sides], [max(side.lengths) for side in sides]

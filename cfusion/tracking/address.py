@@ -120,22 +120,28 @@ def patient() -> Iterator[None]:
         os.environ[TIMEOUT_VARIABLE] = _QUIET[TIMEOUT_VARIABLE]
 
 
+def client_class() -> type[MlflowClient]:
+    """Import MLflow, which takes seconds, and return its client."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    return MlflowClient
+
+
 def connect(uri: str) -> MlflowClient:
     """Return a client of the server or database; create a missing sqlite file.
 
     Raises:
         TrackingUnavailableError: The database cannot be opened at the moment.
     """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
-
+    client = client_class()
     # MLflow logs a database error with its traceback and also raises it; the one line from us is enough.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     with unavailable(uri), _CONNECTING:
         _make_database(uri)
         _follow_move(uri)
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+        return client(tracking_uri=uri, registry_uri=uri)
 
 
 def met_another_writer(error: Exception) -> bool:

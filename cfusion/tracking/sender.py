@@ -22,6 +22,7 @@ from typing import Any
 
 from cfusion.errors import CfusionError, ConfigError
 from cfusion.secret_text import SecretsLeftOut
+from cfusion.tracking.address import client_class
 from cfusion.tracking.delivery import send
 from cfusion.tracking.journal import JOURNAL_NAME
 
@@ -175,6 +176,7 @@ def main() -> None:
         requests.put(None)
 
     threading.Thread(target=read, daemon=True).start()
+    client_class()  # at once, while the program that trains imports what it needs itself
     follow(requests, answer)
 
 

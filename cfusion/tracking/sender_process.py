@@ -40,6 +40,7 @@ class SenderProcess:
         self._finished: dict[str, list[str] | None] = {}
         self._answered = threading.Condition()
         self._ended = False
+        self._asked = False
         self._thread = threading.Thread(target=self._read, name="tracking", daemon=True)
         self._thread.start()
 
@@ -78,7 +79,9 @@ class SenderProcess:
         self._thread.join()
 
     def end(self) -> None:
-        """End it once it has sent what it was asked to send."""
+        """End it once it has sent what it was asked to send; at once if it was asked for nothing."""
+        if not self._asked:
+            self._process.kill()
         with contextlib.suppress(BrokenPipeError):
             self._input.close()
         self.wait()
@@ -87,6 +90,7 @@ class SenderProcess:
     def _request(self, what: str, folder: Path, uri: str, pace: Pace) -> str:
         """Send a request, and return the folder's name in the answer."""
         name = str(folder.absolute())
+        self._asked = True
         request = {"do": what, "folder": name, "uri": uri, "pace": asdict(pace)}
         try:
             self._input.write(json.dumps(request) + "\n")

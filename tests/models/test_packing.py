@@ -114,7 +114,7 @@ def test_on_a_gpu_attention_of_all_bags_is_one_call(monkeypatch: pytest.MonkeyPa
     queries, keys = Segments((3, 1)), Segments((2, 5))
     query, key, value = (torch.randn(1, 2, side.total, 4).bfloat16() for side in (queries, keys, keys))
     expected = attention.attend_within(query, key, value, Pairs(queries, keys))
-    monkeypatch.setattr(attention, "varlen_attention", stand_in)
+    monkeypatch.setattr(attention, "_varlen_attention", lambda: stand_in)
     found = attention.attend_within(query.as_subclass(OnGpu), key, value, Pairs(queries, keys))
     assert calls == [([0, 3, 4], [0, 2, 7], 3, 5)]
     torch.testing.assert_close(found.as_subclass(torch.Tensor), expected, atol=2e-2, rtol=2e-2)

@@ -32,7 +32,7 @@ from cfusion.tracking.address import TrackingUnavailableError, connect, tracking
 from cfusion.tracking.delivery import delivery_of, send, unsent
 from cfusion.tracking.journal import Journal
 from cfusion.tracking.sender import Follower, Pace
-from cfusion.tracking.sender_process import end_sender, sender_process
+from cfusion.tracking.sender_process import SenderProcess, end_sender, sender_process
 
 ROOT = Path(__file__).parents[2]
 
@@ -473,3 +473,10 @@ def test_a_password_in_the_address_is_not_stored(tmp_path):
         send(tmp_path, "http://ann:secret@127.0.0.1:9")
     assert "secret" not in caught.value.message.split("(")[0]
     assert all("secret" not in path.read_text() for path in tmp_path.glob("tracking.json"))
+
+
+def test_a_sender_that_was_asked_for_nothing_is_not_waited_for():
+    sender = SenderProcess()
+    sender.end()
+    assert not sender.alive
+    assert sender._process.returncode == -9, "killed, not waited for until MLflow is imported"

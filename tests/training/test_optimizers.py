@@ -33,9 +33,9 @@ def test_steps_and_states_are_torchs_to_the_bit(name, reference):
     assert all(parameter.grad is None for parameter in ours.parameters())
 
 
-def test_a_step_imports_neither_the_compiler_nor_distributed_tensors():
+def test_a_training_imports_neither_the_compiler_nor_distributed_tensors():
     code = (
-        "import sys, torch\n"
+        "import sys, torch, cfusion.runs.crossval\n"
         "from cfusion.config import ParallelConfig, TrainConfig\n"
         "from cfusion.training.optimizers import make_optimizer\n"
         "from cfusion.training.world import join_world\n"
