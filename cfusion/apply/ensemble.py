@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from cfusion.training.runtime import Runtime
 from cfusion.training.seen import EmbeddingRegion, bag_vector, digest_case
 from cfusion.training.world import join_world, launched
 from cfusion.types import BagBatch, SurvivalOutput, magnification_name
+
+logger = logging.getLogger(__name__)
 
 
 def predict(
@@ -131,6 +134,22 @@ class FoldEnsemble:
             ConfigError: A model was not trained on a cohort of this name as one of several.
         """
         return FoldEnsemble(tuple(model.of_cohort(name) for model in self.models))
+
+    def of_chosen(self, cohort: str | None, *, warns: bool = True) -> FoldEnsemble:
+        """Return the models for patients of a cohort; without one, warn if the months are a mean over cohorts.
+
+        Raises:
+            ConfigError: See `of_cohort`.
+        """
+        if cohort is not None:
+            return self.of_cohort(cohort)
+        if self.cohorts and warns:
+            logger.warning(
+                "The model was trained on several cohorts, each with its own time bins. Risks are comparable within a "
+                "cohort; survival curves and the cut-off are a mean of %s. --cohort NAME chooses one.",
+                ", ".join(self.cohorts),
+            )
+        return self
 
     @property
     def risk_cutoff(self) -> float | None:

@@ -58,6 +58,7 @@ def explain_inputs(
     ranking: RunRanking | None = None,
     default_mpp: float | None = None,
     device: str = "cpu",
+    cohort: str | None = None,
 ) -> Iterator[Explained]:
     """Explain every slide of the inputs, each in a folder with the slide's name in `out`.
 
@@ -75,12 +76,14 @@ def explain_inputs(
         ranking: See `cfusion.explain`.
         default_mpp: µm/px of slides whose files do not state it, for their pictures.
         device: Device of the models.
+        cohort: Cohort of the patients that `ensemble` was chosen for (`FoldEnsemble.of_chosen`), for the page.
 
     Raises:
         DataError: The only slide cannot be explained.
         PartialResultError: Some slides could not be explained; the rest are done.
     """
     failed: dict[str, CfusionError] = {}
+    of_cohort = {} if cohort is None else {"cohort": cohort}
     case_of = {slide: case for case, slides in group_slides(inputs.slide_ids, cases).items() for slide in slides}
     for slide_id in inputs.slide_ids:
         try:
@@ -91,7 +94,7 @@ def explain_inputs(
                 models, slide, occlusion=occlusion, most_removals=most_removals, magnifications=magnifications,
                 ranking=ranking, device=device,
             )  # fmt: skip
-            found = dataclasses.replace(found, attrs={**found.attrs, "note": note})
+            found = dataclasses.replace(found, attrs={**found.attrs, **of_cohort, "note": note})
             curves = deletion_curves(models, slide, found, device=device) if faithfulness else None
             page = _write(found, inputs.files.get(slide_id), default_mpp, out, curves, heatmap_slides)
         except DataError as error:

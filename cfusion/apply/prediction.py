@@ -11,14 +11,12 @@ from typing import Any
 
 import pandas as pd
 
-from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.apply.inputs import Extraction, open_inputs
 from cfusion.apply.loading import load_ensemble
 from cfusion.apply.sources import group_slides
 from cfusion.cohort.identifiers import has_barcode
 from cfusion.config import ParallelConfig
 from cfusion.training.fitted import ModelCard
-from cfusion.training.runtime import Runtime
 from cfusion.training.seen import outside_words
 from cfusion.training.world import join_world, launched
 
@@ -95,7 +93,7 @@ def predict_inputs(
     """
     runtime = join_world(ParallelConfig(precision="f32", global_batch=launched()))
     with tempfile.TemporaryDirectory() as scratch:
-        ensemble = _of_cohort(load_ensemble(model, uri, trust_code), cohort, runtime)
+        ensemble = load_ensemble(model, uri, trust_code).of_chosen(cohort, warns=runtime.is_main)
         where = Path(runtime.from_main(str(store or Path(scratch) / "features")))
         extraction = Extraction(where, {"sheets": False, **settings})
         inputs = open_inputs(given, ensemble.models[0].card, extraction, runtime)
@@ -117,16 +115,3 @@ def predict_inputs(
     if (outside := done.outside(table)) and runtime.is_main:
         logger.warning("Read these predictions with care: %s", outside)
     return done
-
-
-def _of_cohort(ensemble: FoldEnsemble, cohort: str | None, runtime: Runtime) -> FoldEnsemble:
-    """Return the models for patients of a cohort, or warn that the months are a mean over its cohorts."""
-    if cohort is not None:
-        return ensemble.of_cohort(cohort)
-    if ensemble.cohorts and runtime.is_main:
-        logger.warning(
-            "The model was trained on several cohorts, each with its own time bins. Risks are comparable within a "
-            "cohort; survival curves and the cut-off are a mean of %s. --cohort NAME chooses one.",
-            ", ".join(ensemble.cohorts),
-        )
-    return ensemble

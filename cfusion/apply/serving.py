@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel
 
 from cfusion.apply.ensemble import FoldEnsemble
-from cfusion.errors import DataError
+from cfusion.errors import CfusionError, DataError
 
 
 class ServedEnsemble(PythonModel):
@@ -35,17 +35,35 @@ class ServedEnsemble(PythonModel):
     ) -> pd.DataFrame:
         """Risk and survival of one bag: f32 [tile, dim] per magnification name (see `FoldEnsemble.predict_bag`).
 
-        The parameter `positions` is JSON of each tile's column and row per magnification name. `model_input` has no
-        annotation, which MLflow would take for another signature than the registered one.
+        The parameter `positions` is JSON of each tile's column and row per magnification name. A model that was trained
+        on several cohorts needs the parameter `cohort`, the name of the patient's. `model_input` has no annotation,
+        which MLflow would take for another signature than the registered one.
 
         Raises:
             MlflowException: The bag cannot be used; the server answers 400 with what is wrong.
         """
         positions = json.loads((params or {}).get("positions") or "null")
+        cohort = str((params or {}).get("cohort") or "")
         try:
-            return self.ensemble.predict_bag(model_input, positions)
-        except DataError as error:  # of any other class than its own, MLflow's server hides the message
+            return self._of(cohort).predict_bag(model_input, positions)
+        except CfusionError as error:  # of any other class than its own, MLflow's server hides the message
             raise MlflowException.invalid_parameter_value(str(error)) from error
+
+    def _of(self, cohort: str) -> FoldEnsemble:
+        """Return the models for a bag of a cohort.
+
+        Raises:
+            CfusionError: There are several cohorts and none is named, or it is none of theirs.
+        """
+        if cohort:
+            return self.ensemble.of_cohort(cohort)
+        if self.ensemble.cohorts:
+            raise DataError(
+                "The model was trained on several cohorts, each with its own time bins; the parameter cohort names "
+                "none.",
+                f"Give one of {', '.join(self.ensemble.cohorts)}.",
+            )
+        return self.ensemble
 
 
 mlflow.models.set_model(ServedEnsemble())

@@ -25,6 +25,9 @@ def explain(
     cases: Annotated[
         Path | None, typer.Option(help="Table slide_id, case_id; default: TCGA barcodes, or slides as patients.")
     ] = None,
+    cohort: Annotated[
+        str | None, typer.Option(help="Cohort of the patients, for a model that was trained on several.")
+    ] = None,
     slide: Annotated[list[str] | None, typer.Option(help="For a store: only this slide; default: all.")] = None,
     slides: Annotated[Path | None, typer.Option(help="For a store: folder of its slides, for the pictures.")] = None,
     magnification: Annotated[list[float] | None, typer.Option(help="Report only this one; default: all.")] = None,
@@ -61,7 +64,7 @@ def explain(
     from cfusion.apply.loading import load_ensemble, load_ranking
     from cfusion.types import magnification_name
 
-    ensemble = load_ensemble(model, uri, trust_code)
+    ensemble = load_ensemble(model, uri, trust_code).of_chosen(cohort)
     settings = {"default_mpp": default_mpp, "masks": masks, "weights": weights, "offline": offline}
     inputs = open_inputs(
         [str(source)], ensemble.models[0].card, Extraction(out / "features", settings, overwrite=True)
@@ -79,6 +82,7 @@ def explain(
         ranking=load_ranking(model, uri),
         default_mpp=default_mpp,
         device=checked_device(device),
+        cohort=cohort,
     )
     for done in results:
         typer.echo(f"{done.explanation.slide_id}: {done.explanation.risk_text}; {done.page}")

@@ -98,12 +98,14 @@ def audit(config: str, overrides: list[str] | None = None) -> dict[str, Any]:
 
 
 def sweep_plan(file: str, overrides: list[str] | None = None) -> dict[str, Any]:
-    """List the runs of a sweep file with the state of each, how many there are of each state, and stale folders."""
-    from cfusion.cli.cmd_sweep import as_json, planned, stale_of
-    from launch.sweep.status import look
+    """List the runs of a sweep file with the state of each, counts, missing data, stale folders, and what is left.
+
+    `estimate` has steps, hours, GPU-hours and disk of the unfinished runs; hours only if some runs are finished.
+    """
+    from cfusion.cli.cmd_sweep import plan_facts, planned
 
     settings, runs = planned(Path(file), overrides, None)
-    found = as_json(settings, look(runs), stale_of(settings, runs, None))
+    found = plan_facts(settings, runs)
     return {**found, "runs": _shortened(found["runs"])}
 
 

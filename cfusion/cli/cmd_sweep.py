@@ -38,6 +38,7 @@ from cfusion.cli.options import (
 from cfusion.errors import ConfigError
 
 if TYPE_CHECKING:
+    from launch.sweep.estimate import CostEstimate
     from launch.sweep.execute import Execution
     from launch.sweep.plan import PlannedRun, SweepConfig
     from launch.sweep.status import RunStatus
@@ -133,11 +134,9 @@ def plan(
     if in_full and not in_json and not sys.stdout.isatty():
         return _echo_lines(statuses)
     cost = estimate(runs, statuses, slots_here(slots, slots_per_gpu, processes), step_seconds)
-    left = [run for run, status in zip(runs, statuses, strict=True) if status.state != "done"]
-    missing = dict(Counter(run.absent for run in left if run.absent).most_common())
+    missing = _missing(runs, statuses)
     if in_json:
-        more = {"missing": missing, "estimate": asdict(cost)}
-        return typer.echo(json.dumps(as_json(settings, statuses, stale, **more), indent=1))
+        return typer.echo(json.dumps(_plan_json(settings, statuses, stale, missing, cost), indent=1))
     from cfusion.cli.sweep_views import plan_summary, status_table
 
     for line in plan_summary(settings, statuses, missing, cost):
@@ -151,6 +150,29 @@ def plan(
     from rich.console import Console
 
     Console(highlight=False).print(status_table(statuses, list(settings.axes)))
+
+
+def plan_facts(settings: SweepConfig, runs: list[PlannedRun]) -> dict[str, Any]:
+    """Return what `sweep plan --json` prints of all runs, for one slot a core or GPU of this machine."""
+    from launch.sweep.estimate import estimate
+    from launch.sweep.status import look
+    from launch.sweep.workers import slots_here
+
+    statuses = look(runs)
+    cost = estimate(runs, statuses, slots_here(None, 1, 1), None)
+    return _plan_json(settings, statuses, stale_of(settings, runs, None), _missing(runs, statuses), cost)
+
+
+def _missing(runs: list[PlannedRun], statuses: list[RunStatus]) -> dict[str, int]:
+    """Count the unfinished runs by what is missing of their data."""
+    left = [run for run, status in zip(runs, statuses, strict=True) if status.state != "done"]
+    return dict(Counter(run.absent for run in left if run.absent).most_common())
+
+
+def _plan_json(
+    settings: SweepConfig, statuses: list[RunStatus], stale: list[str], missing: dict[str, int], cost: CostEstimate
+) -> dict[str, Any]:
+    return as_json(settings, statuses, stale, missing=missing, estimate=asdict(cost))
 
 
 @sweep.command(cls=SettingsCommand)

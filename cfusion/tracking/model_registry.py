@@ -184,7 +184,8 @@ def _signature(card: ModelCard) -> ModelSignature:
     outputs: list[ColSpec | TensorSpec] = [
         ColSpec("double", name) for name in ("months", "survival", "risk", "risk_sd")
     ]
-    params = ParamSchema([ParamSpec("positions", "string", "")])
+    of_cohort = [ParamSpec("cohort", "string", "")] if card.strata else []
+    params = ParamSchema([ParamSpec("positions", "string", ""), *of_cohort])
     return ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs), params=params)
 
 

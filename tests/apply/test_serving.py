@@ -7,16 +7,18 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow_server import wait_for
 from spawn import free_port
 from untrained_models import untrained
 
 from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.tracking.address import connect
-from cfusion.tracking.model_registry import register_ensemble
+from cfusion.tracking.model_registry import _signature, register_ensemble
 
 
 def ask(url: str, body: dict) -> tuple[int, dict]:
@@ -32,6 +34,34 @@ def ask(url: str, body: dict) -> tuple[int, dict]:
 
 def grid(columns: int, rows: int) -> list[list[int]]:
     return [[column, row] for row in range(rows) for column in range(columns)]
+
+
+def test_a_served_model_of_several_cohorts_needs_the_patients(tmp_path):
+    from cfusion.apply.serving import ServedEnsemble
+
+    folder = untrained(tmp_path / "run", grid="file", strata={"short": 1.0, "long": 3.0})
+    served = ServedEnsemble()
+    served.load_context(SimpleNamespace(artifacts={"folds": str(folder)}))
+    rng = np.random.default_rng(0)
+    bag = {name: rng.normal(size=(n, 8)).astype(np.float32) for name, n in (("x20", 32), ("x10", 8), ("x5", 2))}
+    for name, times in (("short", 1.0), ("long", 3.0)):
+        answer = served.predict(None, bag, {"cohort": name})
+        expected = FoldEnsemble.load(folder).of_cohort(name).predict_bag(bag)
+        np.testing.assert_array_equal(answer["survival"], expected["survival"])
+        assert answer["months"].iloc[-1] == 200 * times
+    with pytest.raises(MlflowException, match=r"the parameter cohort names none\. Give one of short, long\."):
+        served.predict(None, bag)
+    with pytest.raises(MlflowException, match=r"lng: the model was not trained on this cohort; it has short, long"):
+        served.predict(None, bag, {"cohort": "lng"})
+
+
+def test_only_a_served_model_of_several_cohorts_takes_a_cohort(tmp_path):
+    joint, one = (
+        FoldEnsemble.load(untrained(tmp_path / name, strata=strata)).models[0].card
+        for name, strata in (("joint", {"short": 1.0, "long": 3.0}), ("one", {}))
+    )
+    assert [param.name for param in _signature(joint).params] == ["positions", "cohort"]
+    assert [param.name for param in _signature(one).params] == ["positions"]
 
 
 @pytest.mark.slow

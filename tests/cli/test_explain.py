@@ -22,7 +22,7 @@ from cfusion.config import ModelConfig
 from cfusion.data.store import FeatureStore, write_slide
 from cfusion.errors import CfusionError, ConfigError, DataError, PartialResultError
 from cfusion.explanation.result import read_explanation
-from cfusion.training.fitted import FittedModel, ModelCard, build
+from cfusion.training.fitted import FittedModel, ModelCard, StratumCard, build
 from cfusion.training.seen import Seen, digest_case
 from preprocess.descriptor import DIM
 from preprocess.importers import ImportOptions, import_features
@@ -31,7 +31,13 @@ MAGNIFICATIONS = (20.0, 10.0, 5.0)
 
 
 def save_models(
-    folder: Path, encoder: str, dim: int, magnifications=MAGNIFICATIONS, folds: int = 2, name: str = "crossfusion"
+    folder: Path,
+    encoder: str,
+    dim: int,
+    magnifications=MAGNIFICATIONS,
+    folds: int = 2,
+    name: str = "crossfusion",
+    **card_facts,
 ) -> Path:
     """Untrained models of some folds: what they say means nothing, which these tests do not ask."""
     model = ModelConfig(name=name, embed_dim=16, num_heads=2)
@@ -40,7 +46,7 @@ def save_models(
         module = build(model, dim, 4, magnifications)
         card = ModelCard(
             model.model_dump(mode="json"), dim, magnifications, (0.0, 6.0, 12.0, 24.0, 60.0), encoder, "made_up", "OS",
-            fold, -2.0,
+            fold, -2.0, **card_facts,
         )  # fmt: skip
         FittedModel(module.eval(), card).save(folder / f"fold_{fold}")
     return folder
@@ -80,6 +86,11 @@ def made_up(tmp_path) -> Path:
 
 def call(*arguments: str | Path):
     return CliRunner().invoke(app, ["explain", *(str(a) for a in arguments)])
+
+
+def words(output: str) -> str:
+    """The output without its line breaks, which depend on the terminal."""
+    return " ".join(output.split())
 
 
 def refusal(*arguments: str | Path) -> CfusionError:
@@ -128,6 +139,30 @@ def test_slides_of_a_store_are_chosen(made_up):
     assert result.exit_code == 0
     assert list(read_explanation(made_up / "all" / "a").levels) == ["x10"]
     assert not (made_up / "all/a/gallery").exists()
+
+
+def test_a_model_of_several_cohorts_explains_with_the_months_of_the_patients(made_up):
+    strata = {
+        "short": StratumCard((0.0, 6.0, 12.0, 24.0, 60.0), -1.0),
+        "long": StratumCard((0.0, 9.0, 18.0, 36.0, 90.0), -3.0),
+    }
+    save_models(made_up / "joint", "made-up", 8, folds=1, name="amil", strata=strata)
+    common = (made_up / "store", "--model", made_up / "joint", "--slide", "b", "--occlusion", "none", "--out")
+    found = {}
+    for name in strata:
+        result = call(*common, made_up / name, "--cohort", name)
+        assert result.exit_code == 0
+        assert "mean of short, long" not in words(result.output)
+        found[name] = read_explanation(made_up / name / "b")
+        assert found[name].attrs["cohort"] == name
+        assert found[name].attrs["risk_cutoff"] == strata[name].risk_cutoff
+    assert found["short"].risks == found["long"].risks, "the risk has no months"
+    result = call(*common, made_up / "mean")
+    assert result.exit_code == 0
+    assert "survival curves and the cut-off are a mean of short, long. --cohort NAME chooses one" in words(
+        result.output
+    )
+    assert "it has short, long" in refusal(*common, made_up / "other", "--cohort", "lng").message
 
 
 @pytest.mark.slow

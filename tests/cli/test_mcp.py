@@ -54,6 +54,10 @@ def test_each_tool_reads_what_its_command_shows(files, tmp_path):
     assert all(tool.annotations.read_only_hint and tool.description for tool in tools)
     assert audit["flow"][0]["patients"] == 48
     assert plan["counts"]["open"] == plan["runs"]["total"] == 2
+    assert plan["missing"] == {}
+    assert plan["estimate"]["runs"] == 2
+    assert plan["estimate"]["steps"] > 0
+    assert plan["estimate"]["hours"] is None, "no run is finished that would tell the time of a step"
     assert status["runs"] == {"total": 0, "shown": []}, "none has failed or runs"
     assert 0 < report[str(config.output)][0]["cindex_within"] < 1
     assert sorted(path for path in (tmp_path / "runs").rglob("*")) == before

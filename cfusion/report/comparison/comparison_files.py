@@ -51,8 +51,8 @@ def write_comparison(comparison: Comparison, out: Path, *, title: str, published
     write_table(out / "cells.csv", cells_table(comparison))
     write_table(out / "runs.csv", runs_table(comparison))
     write_table(out / "tests.csv", comparison.tests)
-    write_text(out / "table.md", markdown(comparison, title))
-    write_text(out / "table.tex", latex(comparison))
+    write_text(out / "table.md", markdown(comparison, title, found))
+    write_text(out / "table.tex", latex(comparison, found))
     _write_diagrams(comparison, out)
     if found is None:
         (out / PUBLISHED).unlink(missing_ok=True)

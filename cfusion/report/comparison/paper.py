@@ -10,6 +10,7 @@ from typing import Any
 from cfusion.report.comparison.cells import RANKED, Cell, Comparison
 from cfusion.report.comparison.comparison_tables import ResultGrid, tests_table
 from cfusion.report.comparison.critical_difference import cohorts_of, verdict
+from cfusion.report.comparison.published_results import PublishedComparison
 from cfusion.report.context import PROTOCOL_TEXTS, named
 from cfusion.report.figures import bare_p
 
@@ -28,6 +29,12 @@ _COHORT = (
     "C within folds{clinical}, and the paired difference from the best, each with its 95% interval;{null} p corrected "
     "(Holm) over the {tested} tests of the sweep. The best was chosen on these same numbers, which is optimistic for "
     "it."
+)
+_PUBLISHED = (
+    "Harrell's C, mean ± standard deviation over folds, here and as published. Difference: here minus published. "
+    "Within sd: whether the published value is within the standard deviation here. Null: mean C of noise scores under "
+    "their protocol on these folds, independent between epochs, and correlated. Clinical: mean C of the clinical "
+    "covariates. A published result may come from other patients, slides, embeddings or settings."
 )
 _RANKS = "Mean ranks by mean C, 1 is best; cohorts with a missing value are left out."
 
@@ -51,26 +58,26 @@ class Printed:
     bold: frozenset[tuple[int, int]] = frozenset()
 
 
-def printed(comparison: Comparison, protocol: str) -> list[Printed]:
-    """Build the tables of a protocol: results of all cohorts, each cohort with its tests, ranks over cohorts."""
+def printed(comparison: Comparison, protocol: str, published: PublishedComparison | None = None) -> list[Printed]:
+    """Build a protocol's tables: results, each cohort with its tests, ranks over cohorts, and published results."""
     grid = ResultGrid.of(comparison, protocol)
     tests = tests_table(comparison)
     cohorts = [_cohort(grid, cohort, tests) for cohort in grid.cohorts]
-    return [_results(grid), *cohorts, *_ranks(comparison, protocol)]
+    return [_results(grid), *cohorts, *_ranks(comparison, protocol), *_published(published, protocol)]
 
 
-def markdown(comparison: Comparison, title: str) -> str:
+def markdown(comparison: Comparison, title: str, published: PublishedComparison | None = None) -> str:
     """Format a section per protocol, with the protocol's meaning."""
     parts = [f"# {title}"]
     for protocol in comparison.protocols:
         parts += [f"## Protocol {protocol}", PROTOCOL_TEXTS[protocol]]
-        parts += [_markdown_table(table) for table in printed(comparison, protocol)]
+        parts += [_markdown_table(table) for table in printed(comparison, protocol, published)]
     return "\n\n".join(parts) + "\n"
 
 
-def latex(comparison: Comparison) -> str:
+def latex(comparison: Comparison, published: PublishedComparison | None = None) -> str:
     """Format every table as a `table*`; the document must load booktabs."""
-    tables = [table for protocol in comparison.protocols for table in printed(comparison, protocol)]
+    tables = [table for protocol in comparison.protocols for table in printed(comparison, protocol, published)]
     return "\n\n".join(["% Needs \\usepackage{booktabs}.", *map(_latex_table, tables)]) + "\n"
 
 
@@ -160,6 +167,38 @@ def _ranks(comparison: Comparison, protocol: str) -> list[Printed]:
     verdicts = " ".join(f"{what.capitalize()}: {verdict(ranking)}" for what, ranking in rankings)
     head = ("Ranked", "Name", "Mean rank")
     return [Printed("Ranks over cohorts", f"{_RANKS} {verdicts} {named(protocol)}", head, tuple(rows))]
+
+
+def _published(published: PublishedComparison | None, protocol: str) -> list[Printed]:
+    """Build the table of the cells of a protocol next to published results; none if there is no such cell."""
+    if published is None:
+        return []
+    found = published.matched[published.matched["protocol"] == protocol].to_dict("records")
+    rows = tuple(
+        (
+            f"{row['cohort']}, {row['encoder']}", row["model"],
+            _spread(row["cindex_mean"], row["cindex_std"]) if row["complete"] else "not complete",
+            _spread(row["their_cindex_mean"], row["their_cindex_std"]), row["their_protocol"],
+            f"{row['difference']:+.3f}".replace("-", "−") if row["complete"] else "–",
+            {True: "yes", False: "no"}.get(row["within_fold_sd"], "–"),
+            _number(row["null_independent"]), _number(row["null_correlated"]), _number(row["clinical_c_mean"]),
+        )
+        for row in found
+    )  # fmt: skip
+    head = (
+        "Cohort, encoder", "Model", "Here", "Published", "Their protocol", "Difference", "Within sd", "Null",
+        "Null, correlated", "Clinical",
+    )  # fmt: skip
+    caption = f"{_PUBLISHED} {named(protocol)}"
+    return [Printed(f"Next to {published.name}", caption, head, rows)] if rows else []
+
+
+def _spread(mean: float, spread: float) -> str:
+    return _number(mean) if math.isnan(spread) else f"{mean:.3f} ± {spread:.3f}"
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"
 
 
 def _markdown_table(table: Printed) -> str:

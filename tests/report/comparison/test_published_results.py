@@ -69,6 +69,25 @@ def test_each_cell_stands_next_to_its_published_result(comparison, tmp_path):
     assert open_cell["clinical_c_mean"] == 0.71
 
 
+def test_the_tables_for_a_paper_have_the_published_results(comparison, tmp_path):
+    cell = own(comparison, "a", "uni", "good_model")
+    file = written(tmp_path, f"a,uni,good_model,published,{cell.value - 0.1!r},0.02", "b,uni,weak,published,0.6,")
+    write_comparison(comparison, tmp_path / "report", title="Made up", published=read_published(file))
+    markdown, latex = ((tmp_path / "report" / name).read_text() for name in ("table.md", "table.tex"))
+    (row,) = [line for line in markdown.splitlines() if line.startswith("| a, uni | good_model")]
+    cells = [word.strip() for word in row.strip("|").split("|")]
+    spread = float(cell.summary["cindex_std"])
+    assert cells[2:7] == [
+        f"{cell.value:.3f} ± {spread:.3f}", f"{cell.value - 0.1:.3f} ± 0.020", "published", "+0.100",
+        "yes" if spread >= 0.1 else "no",
+    ]  # fmt: skip
+    assert cells[9] == "–", "cohort a has no clinical covariates"
+    assert "| b, uni | weak | not complete | 0.600 | published | – | – |" in markdown
+    assert rf"a, uni & good\_model & {cell.value:.3f} $\pm$ {spread:.3f}" in latex
+    write_comparison(comparison, tmp_path / "report", title="Made up")
+    assert "Next to" not in (tmp_path / "report" / "table.md").read_text()
+
+
 def test_the_null_is_that_of_their_protocol_on_the_folds_of_the_sweep(comparison, tmp_path):
     file = written(
         tmp_path, "a,uni,good_model,published,0.6,", "a,uni,weak,strict,0.6,", "a,conch,weak,unknown,0.6,",
