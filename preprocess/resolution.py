@@ -57,11 +57,17 @@ def resolve(
         default: µm/px of slides without any other source.
 
     Raises:
-        ResolutionError: No source gives one, or the file contradicts itself; the message names the options that
-            decide.
+        ResolutionError: No source gives one, the default is implausible, or the file contradicts itself; the message
+            names the options that decide.
     """
     if (row := table.get(slide_id, table.get(without_suffix(slide_id)))) is not None:
         return Resolution(row, "table")
+    if default is not None and not PLAUSIBLE_MPP[0] <= default <= PLAUSIBLE_MPP[1]:
+        raise ResolutionError(
+            f"slide {slide_id}: --default-mpp is {default:g}, expected µm/px between {PLAUSIBLE_MPP[0]:g} and "
+            f"{PLAUSIBLE_MPP[1]:g}.",
+            "Give it in µm, such as 0.25.",
+        )
     power = _number(properties, "openslide.objective-power")
     stated = {
         "mpp": _of_axes(slide_id, "mpp", *(_number(properties, f"openslide.mpp-{axis}") for axis in "xy")),

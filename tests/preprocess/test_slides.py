@@ -48,6 +48,16 @@ def test_first_source_of_the_resolution_wins(left_out: int):
     assert found.mpp == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("default", [250.0, 1e-9])
+def test_an_implausible_default_is_refused_and_not_ignored(default: float):
+    for properties in ({}, {"openslide.mpp-x": "0.5", "openslide.mpp-y": "0.5"}):
+        with pytest.raises(
+            DataError, match=r"--default-mpp is .*, expected µm/px between 0\.05 and 10\. Give it in µm"
+        ):
+            resolve("a", properties, {}, default)
+    assert resolve("a", {}, {"a": 0.25}, default).source == "table"
+
+
 def test_objective_power_and_inches_are_converted():
     assert resolve("a", {"openslide.objective-power": "20"}, {}, None).mpp == 0.5
     inches = {"tiff.ResolutionUnit": "inch", "tiff.XResolution": "50800"}
