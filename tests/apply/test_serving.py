@@ -49,9 +49,9 @@ def test_a_served_model_of_several_cohorts_needs_the_patients(tmp_path):
         expected = FoldEnsemble.load(folder).of_cohort(name).predict_bag(bag)
         np.testing.assert_array_equal(answer["survival"], expected["survival"])
         assert answer["months"].iloc[-1] == 200 * times
-    with pytest.raises(MlflowException, match=r"the parameter cohort names none\. Give one of short, long\."):
+    with pytest.raises(MlflowException, match=r"the parameter cohort names none\. Give one of long, short\."):
         served.predict(None, bag)
-    with pytest.raises(MlflowException, match=r"lng: the model was not trained on this cohort; it has short, long"):
+    with pytest.raises(MlflowException, match=r"lng: the model was not trained on this cohort; it has long, short"):
         served.predict(None, bag, {"cohort": "lng"})
 
 

@@ -152,17 +152,17 @@ def test_a_model_of_several_cohorts_explains_with_the_months_of_the_patients(mad
     for name in strata:
         result = call(*common, made_up / name, "--cohort", name)
         assert result.exit_code == 0
-        assert "mean of short, long" not in words(result.output)
+        assert "mean of long, short" not in words(result.output)
         found[name] = read_explanation(made_up / name / "b")
         assert found[name].attrs["cohort"] == name
         assert found[name].attrs["risk_cutoff"] == strata[name].risk_cutoff
     assert found["short"].risks == found["long"].risks, "the risk has no months"
     result = call(*common, made_up / "mean")
     assert result.exit_code == 0
-    assert "survival curves and the cut-off are a mean of short, long. --cohort NAME chooses one" in words(
+    assert "survival curves and the cut-off are a mean of long, short. --cohort NAME chooses one" in words(
         result.output
     )
-    assert "it has short, long" in refusal(*common, made_up / "other", "--cohort", "lng").message
+    assert "it has long, short" in refusal(*common, made_up / "other", "--cohort", "lng").message
 
 
 @pytest.mark.slow
