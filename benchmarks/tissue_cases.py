@@ -196,6 +196,30 @@ def restains() -> dict[str, dict[str, Restain]]:
     }  # fmt: skip
 
 
+FOLD_PX, BLUR_RADIUS_PX, BLUR_UM = 12, 35, (16.0, 24.0, 32.0)
+"""Width of a synthetic fold, radius of a blurred disk, and the filters' standard deviations."""
+
+
+def with_fold(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """The slide with a strip of twice the optical density through its middle, and the fold, bool [h, w]."""
+    y, x = np.ogrid[: source.true.shape[0], : source.true.shape[1]]
+    distance = np.abs((x - x.max() / 2) + 0.3 * (y - y.max() / 2))
+    fold = (distance < FOLD_PX / 2) & source.true
+    twice = np.clip(256 * 10 ** -(2 * density(source.rgb)) - 1, 0, 255).astype(np.uint8)
+    return np.where(fold[..., None], twice, source.rgb), fold
+
+
+def with_blur(source: Source, sigma_um: float) -> tuple[np.ndarray, np.ndarray]:
+    """The slide with a blurred disk in its middle, with a camera's noise, and the blurred tissue, bool [h, w]."""
+    y, x = np.ogrid[: source.true.shape[0], : source.true.shape[1]]
+    disk = np.hypot(x - x.max() / 2, y - y.max() / 2) < BLUR_RADIUS_PX
+    sigma = sigma_um / UM_PX
+    smooth = ndimage.gaussian_filter(source.rgb.astype(float), (sigma, sigma, 0))
+    smooth += np.random.default_rng(0).normal(0, 0.5, smooth.shape)
+    rgb = np.where(disk[..., None], np.clip(smooth, 0, 255).astype(np.uint8), source.rgb)
+    return rgb, disk & source.true
+
+
 def make_cases(sources: list[Source]) -> Iterator[Case]:
     """Every slide in every surrounding and stain. White that was not scanned stays white."""
     for source in sources:

@@ -17,6 +17,7 @@ from skimage.draw import polygon
 from cfusion.errors import ConfigError, DataError
 from cfusion.files import atomic_path, write_text
 from cfusion.types import SLIDE_SUFFIXES
+from preprocess.artefacts import Artefacts
 from preprocess.grid import TileGrid
 from preprocess.names import without_suffix
 from preprocess.slides import Overview
@@ -26,8 +27,14 @@ logger = logging.getLogger(__name__)
 NAME_ENDINGS = ("", *SLIDE_SUFFIXES)
 """A mask has the name of its slide, with or without the suffix of the slide."""
 
-SHEET_SUFFIXES = (".geojson", ".png", ".jpg")
+ARTEFACT_SUFFIX = ".artefacts.geojson"
+"""Suffix of the contours of artefacts."""
+
+SHEET_SUFFIXES = (".geojson", ".png", ".jpg", ARTEFACT_SUFFIX)
 """Suffixes of what `write_sheets` writes for a slide."""
+
+MIN_SHEET_PX = 512
+"""Longer side of a sheet, at least; small overviews are enlarged."""
 
 MASK_SUFFIXES = (".geojson", ".json", ".png", ".tif", ".tiff")
 """Suffixes of user masks, in order of preference."""
@@ -123,8 +130,14 @@ def _painted(image: Image.Image) -> np.ndarray:
     return np.asarray((values > 0).any(axis=2))
 
 
-def contours_geojson(mask: np.ndarray, px_level0: tuple[float, float]) -> dict[str, Any]:
-    """Return the outlines of a mask as a GeoJSON FeatureCollection of polygons with holes, in level-0 px."""
+def contours_geojson(mask: np.ndarray, px_level0: tuple[float, float], name: str = "Tissue") -> dict[str, Any]:
+    """Return the outlines of a mask as a GeoJSON FeatureCollection of polygons with holes, in level-0 px.
+
+    Args:
+        mask: bool [h, w].
+        px_level0: Level-0 px per pixel of the mask, in x and y.
+        name: QuPath's classification of the polygons.
+    """
     padded = np.pad(mask.astype(np.uint8), 1)
     # At twice the size, pixel edges have integer coordinates, so a polygon encloses its pixels rather than their
     # centres.
@@ -138,34 +151,47 @@ def contours_geojson(mask: np.ndarray, px_level0: tuple[float, float]) -> dict[s
             points = [[round(float(x), 1), round(float(y), 1)] for x, y in [*ring, ring[0]]]
             polygons.setdefault(number if parent < 0 else parent, []).append(points)
     features = [
-        {"type": "Feature", "properties": {"classification": {"name": "Tissue"}},
+        {"type": "Feature", "properties": {"classification": {"name": name}},
          "geometry": {"type": "Polygon", "coordinates": rings}}
         for rings in polygons.values()
     ]  # fmt: skip
     return {"type": "FeatureCollection", "features": features}
 
 
-def write_sheets(folder: Path, slide_id: str, overview: Overview, mask: np.ndarray, grid: TileGrid) -> None:
-    """Write the review sheet `{slide_id}.jpg`, and the tissue as a `.png` mask and `.geojson` contours."""
+def write_sheets(
+    folder: Path, slide_id: str, overview: Overview, mask: np.ndarray, grid: TileGrid, artefacts: Artefacts | None
+) -> None:
+    """Write the review sheet `{slide_id}.jpg`, and the tissue as a `.png` mask and `.geojson` contours.
+
+    Artefacts, if they were looked for, are drawn on the sheet, and have a file of contours.
+    """
+    if artefacts is not None:
+        named = {"Fold": artefacts.folds, "Blurred": artefacts.blurred}
+        features = [f for name, m in named.items() for f in contours_geojson(m, overview.px_level0, name)["features"]]
+        content = json.dumps({"type": "FeatureCollection", "features": features})
+        write_text(folder / f"{slide_id}{ARTEFACT_SUFFIX}", content + "\n")
     write_text(folder / f"{slide_id}.geojson", json.dumps(contours_geojson(mask, overview.px_level0)) + "\n")
     with atomic_path(folder / f"{slide_id}.png") as temporary:
         Image.fromarray(mask.astype(np.uint8) * 255).save(temporary, "PNG")
     with atomic_path(folder / f"{slide_id}.jpg") as temporary:
-        Image.fromarray(draw_sheet(overview, mask, grid)).save(temporary, "JPEG", quality=85)
+        Image.fromarray(draw_sheet(overview, mask, grid, artefacts)).save(temporary, "JPEG", quality=85)
 
 
-def draw_sheet(overview: Overview, mask: np.ndarray, grid: TileGrid, min_side_px: int = 512) -> np.ndarray:
-    """Draw the tissue's contours in green and the kept cells in blue on the overview, u8 [h, w, 3]."""
-    zoom = max(1, round(min_side_px / max(mask.shape)))
+def draw_sheet(overview: Overview, mask: np.ndarray, grid: TileGrid, artefacts: Artefacts | None = None) -> np.ndarray:
+    """Draw on the overview tissue in green, artefacts in red and the kept cells in blue, u8 [h, w, 3]."""
+    zoom = max(1, round(MIN_SHEET_PX / max(mask.shape)))
     sheet = np.ascontiguousarray(np.kron(overview.rgb, np.ones((zoom, zoom, 1), np.uint8)))
-    large: Any = np.kron(mask.astype(np.uint8), np.ones((zoom, zoom), np.uint8))
-    outlines, _ = cv2.findContours(large, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     coarsest = grid.names[-1]
     scale = zoom / np.asarray(overview.px_level0)
     for cell in grid.cells:
         first, last = (np.rint(grid.edge_px_level0(c, coarsest) * scale).astype(int) for c in (cell, cell + 1))
         cv2.rectangle(sheet, first.tolist(), (last - 1).tolist(), (30, 90, 220), 1)
-    cv2.drawContours(sheet, outlines, -1, (0, 160, 60), 1)
+    drawn: list[tuple[np.ndarray, tuple[int, int, int]]] = [(mask, (0, 160, 60))]
+    drawn += [(artefacts.mask, (220, 30, 30))] if artefacts is not None else []
+    for area, colour in drawn:
+        large: Any = np.kron(area.astype(np.uint8), np.ones((zoom, zoom), np.uint8))
+        outlines, _ = cv2.findContours(large, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+        cv2.drawContours(sheet, outlines, -1, colour, 1)
     return sheet
 
 

@@ -19,6 +19,7 @@ from cfusion.errors import CfusionError, ConfigError, DataError, RequeueError, S
 from cfusion.files import digest_file, digest_json
 from cfusion.types import SlideFeatures
 from preprocess.annotation import check_masks, find_mask
+from preprocess.artefacts import ARTEFACTS
 from preprocess.encoders import Encoder, load_slots, tiles_per_batch
 from preprocess.grid import GRID_VERSION, TILE_PX, check_halving
 from preprocess.names import without_suffix
@@ -140,7 +141,7 @@ def configuration_digest(config: PreprocessConfig, encoder: Encoder) -> str:
     return digest_json({
         "encoder": encoder.name, "identity": encoder.identity, "magnifications": config.magnifications,
         "resolution": config.resolution, "resample": config.resample, "min_tissue": config.min_tissue,
-        "min_piece_um2": config.min_piece_um2, "tissue": METHOD, "grid": GRID_VERSION,
+        "min_piece_um2": config.min_piece_um2, "tissue": METHOD, "grid": GRID_VERSION, **_left_out(config),
     })  # fmt: skip
 
 
@@ -149,7 +150,13 @@ def _settings(config: PreprocessConfig) -> dict[str, Any]:
     return {
         "magnifications": list(config.magnifications), "resolution": config.resolution, "resample": config.resample,
         "min_tissue": config.min_tissue, "min_piece_um2": config.min_piece_um2, "grid_version": GRID_VERSION,
+        **_left_out(config),
     }  # fmt: skip
+
+
+def _left_out(config: PreprocessConfig) -> dict[str, Any]:
+    """Return the version of the artefacts that are left out; nothing if they are kept, as in older stores."""
+    return {"artefacts": ARTEFACTS} if config.artefacts else {}
 
 
 def _short(value: Any) -> str:

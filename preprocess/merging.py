@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 SAME_ENCODER = ("version", "weights", "code_sha256", "transform", "pool", "coarser")
 """Attributes in which all slides of one encoder must agree: otherwise equal columns mean different things."""
 
-SAME_SETTINGS = ("resolution", "resample", "min_tissue", "grid_version", "tissue", "precision")
+SAME_SETTINGS = ("resolution", "resample", "min_tissue", "grid_version", "tissue", "artefacts", "precision")
 """Settings of extraction that may differ between the slides of a store; the difference is reported."""
 
 

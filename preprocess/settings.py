@@ -43,6 +43,8 @@ class PreprocessConfig(Section):
     """Minimum share of a finest tile's area that must be tissue."""
     min_piece_um2: float = Field(MIN_PIECE_UM2, ge=0)
     """Area of the smallest piece of tissue in µm²; smaller ones are dirt, or clusters of cells in cytology."""
+    artefacts: bool = False
+    """Leave folds and blurred areas out of the tissue; calibrated on synthetic artefacts only."""
     masks: Path | None = None
     """Folder of tissue masks (`SLIDE_ID.png`) or GeoJSON (`SLIDE_ID.geojson`, level-0 px); they override the method."""
     sheets: bool = True

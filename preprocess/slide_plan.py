@@ -16,6 +16,7 @@ import numpy as np
 from cfusion.errors import DataError, SlideError
 from cfusion.files import digest_file
 from preprocess.annotation import find_mask, read_mask, write_sheets
+from preprocess.artefacts import find_artefacts
 from preprocess.grid import TileGrid, make_grid
 from preprocess.overview import read_overview
 from preprocess.readers import Reader, choose_reader
@@ -23,7 +24,7 @@ from preprocess.resample import area_tiles, bicubic_tiles
 from preprocess.resolution import SlideScale, scale_of
 from preprocess.settings import PreprocessConfig
 from preprocess.slides import Slide, open_slide
-from preprocess.tissue import METHOD, Tissue, find_tissue
+from preprocess.tissue import METHOD, Tissue, find_tissue, without_artefacts
 
 
 @dataclass(frozen=True)
@@ -162,13 +163,17 @@ def plan_slide(path: Path, config: PreprocessConfig, mpp_table: Mapping[str, flo
         else:
             mask = read_mask(own, overview.rgb.shape[:2], overview.px_level0) & overview.scanned
             tissue = Tissue(mask, np.zeros_like(mask), overview.scanned)
+        artefacts = None
+        if config.artefacts:
+            artefacts = find_artefacts(overview.rgb, tissue.mask, overview.px_level0[0] * slide.resolution.mpp)
+            tissue = without_artefacts(tissue, artefacts)
         grid = make_grid(tissue.mask, slide.size_px, scale.factor, config.magnifications, config.min_tissue)
         if not len(grid.cells):
             raise DataError(
                 f"{path}: no tissue was found.", "Look at the slide; --masks accepts your own mask.", topic="tissue"
             )
         if config.sheets:
-            write_sheets(config.store / "sheets", slide.slide_id, overview, tissue.mask, grid)
+            write_sheets(config.store / "sheets", slide.slide_id, overview, tissue.mask, grid, artefacts)
         reader = choose_reader(slide, [(int(x), int(y)) for x, y in grid.coords(grid.names[0])])
     except OSError as error:
         slide.close()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
+from preprocess.artefacts import Artefacts
 from preprocess.ink import grey_deviation, pen_mask
 from preprocess.settings import MIN_PIECE_UM2
 from preprocess.slides import Overview
@@ -110,6 +111,12 @@ def find_tissue(overview: Overview, um_px: float, min_piece_um2: float = MIN_PIE
     mask |= _small_holes(mask, MAX_HOLE_UM2 / um_px**2)
     mask = mask & scanned & ~ink | overview.lost
     return Tissue(mask, ink, scanned, tuple(_warnings(glass, mask, ink)))
+
+
+def without_artefacts(tissue: Tissue, artefacts: Artefacts) -> Tissue:
+    """Leave artefacts out of the tissue, and say how much that is."""
+    warnings = (*tissue.warnings, *artefacts.warnings(tissue.mask))
+    return replace(tissue, mask=tissue.mask & ~artefacts.mask, warnings=warnings)
 
 
 def tissue_mask(overview: Overview, um_px: float) -> np.ndarray:

@@ -30,7 +30,10 @@ LAYERS = (
         "preprocess.slides", "preprocess.resample", "preprocess.encoders", "preprocess.packing", "preprocess.derive",
         "preprocess.slide_embeddings",
     ),
-    ("preprocess.overview", "preprocess.import_levels", "preprocess.import_checks", "preprocess.ink"),
+    (
+        "preprocess.overview", "preprocess.import_levels", "preprocess.import_checks", "preprocess.ink",
+        "preprocess.artefacts",
+    ),
     (
         "preprocess.importers", "preprocess.tissue", "preprocess.annotation", "preprocess.readers",
         "preprocess.regions", "preprocess.deepzoom",

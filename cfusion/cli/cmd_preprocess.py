@@ -92,6 +92,9 @@ def run(
     min_piece: Annotated[
         float, typer.Option(help="Area of the smallest piece of tissue, in µm²; lower it for cytology.")
     ] = 20_000,
+    artefacts: Annotated[
+        bool, typer.Option("--artefacts", help="Leave out folds and blur; calibrated on synthetic ones only.")
+    ] = False,
     sheets: Annotated[bool, typer.Option(help="Write masks, contours and sheets to look at.")] = True,
     batch_size: Annotated[
         str, typer.Option(help="Tiles an encoder takes at once; auto: as fit a GPU's memory, not measured yet.")
@@ -160,7 +163,7 @@ def run(
         "slides": slides, "store": store, "encoders": tuple(encoder or ["stain-texture"]), "masks": masks,
         "magnifications": _numbers(magnifications), "resolution": resolution, "default_mpp": default_mpp,
         "mpp_table": mpp_table, "resample": resample, "min_tissue": min_tissue, "sheets": sheets, "weights": weights,
-        "min_piece_um2": min_piece, "upload_ahead": upload_ahead,
+        "min_piece_um2": min_piece, "artefacts": artefacts, "upload_ahead": upload_ahead,
         "tf32": tf32, "offline": offline, "batch_size": batch_size if batch_size == "auto" else _tile_count(batch_size),
         "precision": precision, "devices": tuple(device or ()),
         **({} if threads is None else {"threads": threads}),
