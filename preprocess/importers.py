@@ -145,6 +145,8 @@ def import_features(
     odd = odd_widths(source, by_slide, FeatureStore(store / checked_name(stored_as)), overwrite=options.overwrite)
     run = _Import(store, stored_as, name, found.alignment, options, _slides(options))
     run.skip_others(folder, found, chosen)
+    for path in folder.unreadable():
+        run.refuse(path.name, [path], f"{path}: the folder cannot be searched; give it read permission")
     for slide_id, path, why in found.refused:
         # Without this file the slide would lack a magnification.
         others = [file.paths[0] for file in by_slide.pop(slide_id, [])]

@@ -92,8 +92,13 @@ class SourceFolder:
     magnification: float | None = None
 
     def files(self, *suffixes: str) -> Iterator[Path]:
-        """List the chosen files with these suffixes, in subfolders too, sorted."""
-        yield from sorted(p for p in files_below(self.path) if p.name.lower().endswith(suffixes) and self._wanted(p))
+        """List the chosen files with these suffixes, in subfolders too, sorted; a pipe is no file."""
+        found = (p for p in files_below(self.path) if p.name.lower().endswith(suffixes) and self._wanted(p))
+        yield from sorted(p for p in found if p.is_file() or not p.exists())
+
+    def unreadable(self) -> list[Path]:
+        """List the subfolders that cannot be searched."""
+        return [path for path in files_below(self.path) if path.is_dir()]
 
     def _wanted(self, path: Path) -> bool:
         parts = path.relative_to(self.path.parent if self.path.name else self.path).parts

@@ -2,6 +2,8 @@
 
 import collections
 import csv
+import errno
+import os
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -341,6 +343,23 @@ def test_odd_places_end_no_import(tmp_path: Path):
     assert set(report.refused) == {"self", "x" * 250}
     with pytest.raises(DataError, match="a file, expected a folder"):
         import_features(tmp_path / "in/a.h5", tmp_path / "store")
+
+
+def test_a_folder_that_cannot_be_searched_is_listed_and_a_pipe_is_no_file(tmp_path: Path, monkeypatch):
+    write_flat(tmp_path / "in/a.h5", encoder="uni_v1", **KNOWN)
+    write_flat(tmp_path / "in/locked/b.h5", encoder="uni_v1", **KNOWN)
+    os.mkfifo(tmp_path / "in/pipe.h5")
+    search = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return search(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    report = import_features(tmp_path / "in", tmp_path / "store")
+    assert report.imported == ("a",)
+    assert "in/locked: the folder cannot be searched" in report.refused["locked"]
 
 
 @pytest.mark.parametrize("name", ["s.svs.h5", "s.SVS.h5", "s.h5"])
