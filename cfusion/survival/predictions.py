@@ -27,6 +27,9 @@ FOLD = [*UNIT, "seed", "repeat", "fold"]
 STRATUM = "stratum"
 """Column with a patient's own cohort where `cohort` names several together; only patients of one are compared."""
 
+JOINT = "joint"
+"""Optional column with the common name of cohorts that a model was trained on as one; empty for one cohort."""
+
 KNOWN_PROTOCOLS = (*get_args(Protocol), "unknown")
 """How the epoch was chosen; each protocol has a different null."""
 
@@ -38,7 +41,8 @@ def read_predictions(path: Path) -> pd.DataFrame:
     """Read a CSV of out-of-fold predictions.
 
     Columns: `model, cohort, fold, case_id, risk, survival_months` and `event` (1 = happened) or `censorship` (1 =
-    censored); optional `protocol, seed, repeat, slide_id, risk_cutoff` and `survival_1..K` with `edge_1..K` (months).
+    censored); optional `protocol, seed, repeat, slide_id, risk_cutoff`, `joint` (see `JOINT`) and `survival_1..K` with
+    `edge_1..K` (months).
 
     Raises:
         PredictionsError: The file is not such a table, or its values contradict each other; see `checked_predictions`.

@@ -28,7 +28,7 @@ from cfusion.survival.foldscores import FoldScores, References, score_fold, scor
 from cfusion.survival.metrics import concordance
 from cfusion.survival.notes import score_notes
 from cfusion.survival.patients import PatientScores, score_patients
-from cfusion.survival.predictions import STRATUM, UNIT, checked_predictions
+from cfusion.survival.predictions import JOINT, STRATUM, UNIT, checked_predictions
 from cfusion.types import Cohort, Split, titled_table
 
 _SEED = 7
@@ -130,7 +130,7 @@ def score(
     clinical = covariates if covariates is not None or cohort is None else cohort.covariates
     settings = _Settings(references, clinical, bootstrap, tuple(horizons))
     frame = frame.drop(columns=STRATUM, errors="ignore")  # a column that only this module sets
-    joint = None if cohort is None or cohort.strata is None else cohort.name
+    joint = _joint_name(frame, cohort)
     groups = _groups(frame, joint)
     if len(groups) < _PARALLEL_FROM:
         results = _score_groups(groups, settings)
@@ -152,13 +152,22 @@ def score(
     return Scores(frame, folds, summary, patients, added, notes, settings.horizons, clinical, joint)
 
 
+def _joint_name(frame: pd.DataFrame, cohort: Cohort | None) -> str | None:
+    """Return the name of cohorts that were trained as one; without a cohort, the only one that predictions name."""
+    if cohort is not None:
+        return None if cohort.strata is None else cohort.name
+    names = set(frame[JOINT].dropna()) - {""} if JOINT in frame else set()
+    return str(names.pop()) if len(names) == 1 else None
+
+
 def _groups(frame: pd.DataFrame, joint: str | None) -> list[tuple[Key, pd.DataFrame]]:
     """Return the predictions of each cohort, model and protocol; with `joint` first those of all cohorts together."""
     groups = [((str(c), str(m), str(p)), rows) for (c, m, p), rows in frame.groupby(UNIT, sort=False)]
     if joint is None:
         return groups
-    renamed = frame.assign(cohort=joint)
-    renamed[STRATUM] = frame["cohort"]
+    trained = frame[frame[JOINT] == joint] if JOINT in frame else frame
+    renamed = trained.assign(cohort=joint)
+    renamed[STRATUM] = trained["cohort"]
     together = [((joint, str(m), str(p)), rows) for (_, m, p), rows in renamed.groupby(UNIT, sort=False)]
     return [*((key, rows) for key, rows in together if rows[STRATUM].nunique() > 1), *groups]
 

@@ -29,7 +29,7 @@ from cfusion.report.comparison.comparison_files import write_comparison
 from cfusion.report.comparison.published_results import PublishedTable
 from cfusion.report.search_section import fold_choices
 from cfusion.run_folder import CONFIG, COVARIATES, OUTCOMES, PREDICTIONS, RUN, SEARCH, SPLITS, read_marker
-from cfusion.survival.predictions import read_predictions
+from cfusion.survival.predictions import JOINT, read_predictions
 from launch.sweep.archive import SUMS, is_archive, unpack, write_archive
 from launch.sweep.peer_runs import IMPORTED
 from launch.sweep.plan import PlannedRun, SweepConfig
@@ -153,12 +153,22 @@ def _digests(run: Path) -> dict[str, Any]:
 
 
 def _all_predictions(done: Sequence[ComparedRun]) -> pd.DataFrame:
-    """Return the predictions on real outcomes, each model named as in the report."""
-    frames = [
-        read_predictions(member.folder / PREDICTIONS).assign(model=member.label, cohort=member.cohort)
-        for member in done
-        if member.permuted is None
-    ]
+    """Return the predictions on real outcomes, each model named as in the report.
+
+    Patients of a joint run keep the name of each one's cohort, so that only those of one are compared; the column
+    `joint` has the common name. If a run of only that cohort has a model of this name, it is added to the joint one's.
+    """
+    tables = [(member, read_predictions(member.folder / PREDICTIONS)) for member in done if member.permuted is None]
+    joint = {member.name for member, frame in tables if frame["cohort"].nunique() > 1}
+    single = {(member.cohort, member.label) for member, _ in tables if member.name not in joint}
+    frames = []
+    for member, frame in tables:
+        if member.name not in joint:
+            frames.append(frame.assign(model=member.label, cohort=member.cohort, **({JOINT: ""} if joint else {})))
+            continue
+        taken = any((cohort, member.label) in single for cohort in frame["cohort"].unique())
+        label = f"{member.label}, {member.cohort}" if taken else member.label
+        frames.append(frame.assign(model=label, **{JOINT: member.cohort}))
     return pd.concat(frames, ignore_index=True)
 
 
