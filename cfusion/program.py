@@ -35,6 +35,7 @@ MODULES = {
     "cohort": Modules(True, "reads patients and outcomes, audits them, draws the folds"),
     "config": Modules(True, "settings, their defaults, and which of them decide"),
     "data": Modules(True, "reads bags, orders and distributes them"),
+    "gpu_settings": Modules(True, "whether products on a GPU use TF32, and how its memory grows"),
     "models": Modules(True, "networks"),
     "neighbours": Modules(True, "graphs of nearest tiles"),
     "runs": Modules(True, "a run, fold by fold, and its scores"),

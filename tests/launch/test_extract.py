@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from slide_factory import tissue_picture, write_slide
@@ -186,8 +187,11 @@ def test_an_unexpected_error_in_a_share_is_tried_again(config: PreprocessConfig,
 
 @pytest.mark.usefixtures("here")
 def test_a_task_may_start_in_another_folder(config: PreprocessConfig, monkeypatch):
+    masks = config.slides.parent / "masks"
+    masks.mkdir()
+    cv2.imwrite(str(masks / "s0.png"), np.full((40, 40), 255, np.uint8))
     monkeypatch.chdir(config.slides.parent)
-    relative = config.model_copy(update={"slides": Path("slides"), "store": Path("store"), "masks": Path()})
+    relative = config.model_copy(update={"slides": Path("slides"), "store": Path("store"), "masks": Path("masks")})
     seen = []
 
     def elsewhere(share: SlideShare) -> list[ShareResult]:
@@ -197,7 +201,7 @@ def test_a_task_may_start_in_another_folder(config: PreprocessConfig, monkeypatc
 
     monkeypatch.setattr(extract, "run_slurm", functools.partial(in_this_process, do=elsewhere))
     fan_out(relative, FanOut("slurm", tasks=2))
-    assert seen == [(config.slides, config.store, config.slides.parent, None)] * 2
+    assert seen == [(config.slides, config.store, masks, None)] * 2
 
 
 @pytest.mark.usefixtures("here")
