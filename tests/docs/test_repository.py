@@ -1,6 +1,7 @@
 """README, templates, workflow and container files agree with the repository."""
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -78,3 +79,13 @@ def test_no_image_runs_as_root():
     users = re.findall(r"^USER (\S+)", (ROOT / "launch/containers/Dockerfile").read_text(), re.MULTILINE)
     assert users
     assert users[-1].partition(":")[0] not in ("root", "0")
+
+
+def test_nothing_is_committed_that_git_is_told_to_ignore():
+    listed = ["git", "-C", str(ROOT), "ls-files"]
+    if subprocess.run(listed, capture_output=True, check=False).returncode:
+        pytest.skip("not a Git repository")
+    ignored = subprocess.run([*listed, "-ci", "--exclude-standard"], capture_output=True, text=True, check=True)
+    assert ignored.stdout.split() == []
+    databases = subprocess.run([*listed, "*.db", "*.sqlite"], capture_output=True, text=True, check=True)
+    assert databases.stdout.split() == []
