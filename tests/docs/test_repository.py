@@ -81,7 +81,7 @@ def test_no_image_runs_as_root():
     assert users[-1].partition(":")[0] not in ("root", "0")
 
 
-def test_nothing_is_committed_that_git_is_told_to_ignore():
+def test_nothing_is_committed_that_git_ignores():
     listed = ["git", "-C", str(ROOT), "ls-files"]
     if subprocess.run(listed, capture_output=True, check=False).returncode:
         pytest.skip("not a Git repository")

@@ -123,7 +123,7 @@ class Cell:
         members: Runs on real outcomes: one per seed, or one per seed and fold.
         permuted: Runs on permuted outcomes.
         summary: A row of `cfusion.survival.score.Scores.summary`; None if no run is done.
-        null: C of the finished permuted runs, mean over folds, seeds and permutations; NaN without any.
+        null: C within folds of the finished permuted runs, mean over permutations; NaN without any.
         p_best: Holm-corrected p-value against the best of its cohort and protocol; NaN for the best itself and for
             incomplete cells.
         best: Whether it is the best of its cohort and protocol among complete cells.
@@ -169,8 +169,21 @@ class Cell:
 
     @property
     def value(self) -> float:
-        """Return Harrell's C, mean over folds and seeds; NaN for an incomplete cell."""
-        return float(self.summary["cindex_mean"]) if self.summary is not None and self.complete else _NAN
+        """Return the C within folds, which ranks the cells; NaN for an incomplete cell."""
+        return self._known("cindex_within")
+
+    @property
+    def mean_of_folds(self) -> float:
+        """Return Harrell's C, mean over folds and seeds, as papers print it; NaN for an incomplete cell."""
+        return self._known("cindex_mean")
+
+    @property
+    def spread(self) -> float:
+        """Return the standard deviation of C over folds and seeds; NaN for an incomplete cell."""
+        return self._known("cindex_std")
+
+    def _known(self, column: str) -> float:
+        return float(self.summary[column]) if self.summary is not None and self.complete else _NAN
 
     def _described(self, columns: str, sign: str = "") -> str:
         """Format a score with its interval; a dash where it is unknown, as for an incomplete cell."""
@@ -264,7 +277,7 @@ def _scored(cell: Cell, bootstrap: int) -> Cell:
     """Return the cell with the scores of its finished runs."""
     permutations = dict.fromkeys(member.permuted for member in cell.permuted)
     nulls = [_summary(cell, [m for m in cell.permuted if m.permuted == seed], 0) for seed in permutations]
-    known = [float(null["cindex_mean"]) for null in nulls if null is not None]
+    known = [float(null["cindex_within"]) for null in nulls if null is not None]
     null = sum(known) / len(known) if known else _NAN
     return replace(cell, summary=_summary(cell, cell.members, bootstrap), null=null)
 

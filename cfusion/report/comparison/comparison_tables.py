@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,8 +45,15 @@ class ResultGrid:
         return [self.cells.get((encoder, model, cohort)) for cohort in self.cohorts]
 
     def mean(self, encoder: str, model: str) -> float:
-        """Return a method's C, mean over the cohorts; NaN unless every cohort is complete."""
-        values = [cell.value if cell is not None else math.nan for cell in self.row(encoder, model)]
+        """Return a method's C within folds, mean over the cohorts; NaN unless every cohort is complete."""
+        return self._over_cohorts(encoder, model, lambda cell: cell.value)
+
+    def mean_of_folds(self, encoder: str, model: str) -> float:
+        """Return a method's C, mean over folds, seeds and cohorts; NaN unless every cohort is complete."""
+        return self._over_cohorts(encoder, model, lambda cell: cell.mean_of_folds)
+
+    def _over_cohorts(self, encoder: str, model: str, value: Callable[[Cell], float]) -> float:
+        values = [value(cell) if cell is not None else math.nan for cell in self.row(encoder, model)]
         return sum(values) / len(values) if values else math.nan
 
     def clinical(self, cohort: str) -> str:

@@ -21,9 +21,9 @@ _TEX = {
 }  # fmt: skip
 
 _RESULTS = (
-    "Harrell's C, mean ± standard deviation over folds and seeds. Bold: the best of a cohort; † not significantly "
-    "different from it (paired patient bootstrap, Holm over all tests of the sweep, level .05); ‡ not tested against "
-    "it. Unfinished runs are named and enter no mean. Hours: all cohorts, seeds and folds."
+    "Harrell's C, mean ± standard deviation over folds and seeds. Bold: the highest C within folds of a cohort; † not "
+    "significantly different from it (paired patient bootstrap, Holm over all tests of the sweep, level .05); ‡ not "
+    "tested against it. Unfinished runs are named and enter no mean. Hours: all cohorts, seeds and folds."
 )
 _COHORT = (
     "C within folds{clinical}, and the paired difference from the best, each with its 95% interval;{null} p corrected "
@@ -36,7 +36,7 @@ _PUBLISHED = (
     "their protocol on these folds, independent between epochs, and correlated. Clinical: mean C of the clinical "
     "covariates. A published result may come from other patients, slides, embeddings or settings."
 )
-_RANKS = "Mean ranks by mean C, 1 is best; cohorts with a missing value are left out."
+_RANKS = "Mean ranks by C within folds, 1 is best; cohorts with a missing value are left out."
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _results(grid: ResultGrid) -> Printed:
     on_gpus = any(cost.gpu_hours > 0 for cost in costs.values())
     for number, (encoder, model) in enumerate(grid.methods):
         cells = grid.row(encoder, model)
-        mean = grid.mean(encoder, model)
+        mean = grid.mean_of_folds(encoder, model)
         mean_text = "–" if math.isnan(mean) else f"{mean:.3f}"
         hours = costs[encoder, model].gpu_hours if on_gpus else costs[encoder, model].cpu_hours
         hours_text = "–" if math.isnan(hours) else f"{hours:,.1f}"
@@ -105,7 +105,7 @@ def _results(grid: ResultGrid) -> Printed:
 def _mean_and_sd(cell: Cell | None) -> str:
     if cell is None or cell.summary is None or not cell.complete:
         return (cell.states if cell is not None else "") or "–"
-    return f"{cell.value:.3f} ± {cell.summary['cindex_std']:.3f}{cell.mark}"
+    return f"{cell.mean_of_folds:.3f} ± {cell.spread:.3f}{cell.mark}"
 
 
 def _cohort(grid: ResultGrid, cohort: str, tests: list[dict[str, Any]]) -> Printed:
@@ -135,7 +135,7 @@ def _cohort(grid: ResultGrid, cohort: str, tests: list[dict[str, Any]]) -> Print
         "p, Holm",
         "Cost",
     )
-    null_text = " permuted: the same model trained on permuted outcomes, mean of folds;" if nulls else ""
+    null_text = " permuted: the same model trained on permuted outcomes, C within folds;" if nulls else ""
     clinical_words = (
         ""
         if clinical == "–"

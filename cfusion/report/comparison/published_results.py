@@ -218,10 +218,9 @@ def compare_published(comparison: Comparison, table: PublishedTable) -> Publishe
 
 
 def _cell_row(cell: Cell) -> dict[str, Any]:
-    spread = float(cell.summary["cindex_std"]) if cell.summary is not None and cell.complete else _NAN
     return {
         "cohort": cell.cohort, "encoder": cell.encoder, "model": cell.model, "protocol": cell.protocol,
-        "complete": cell.complete, "cindex_mean": cell.value, "cindex_std": spread,
+        "complete": cell.complete, "cindex_mean": cell.mean_of_folds, "cindex_std": cell.spread,
     }  # fmt: skip
 
 

@@ -50,14 +50,14 @@ def own(comparison: Comparison, cohort: str, encoder: str, model: str):
 def test_each_cell_stands_next_to_its_published_result(comparison, tmp_path):
     cell = own(comparison, "a", "uni", "good_model")
     spread = float(cell.summary["cindex_std"])
-    near, far = cell.value - 0.99 * spread, cell.value - 1.01 * spread
+    near, far = cell.mean_of_folds - 0.99 * spread, cell.mean_of_folds - 1.01 * spread
     file = written(
         tmp_path, f"a,uni,good_model,published,{near!r},0.02", f"a,uni,good_model,strict,{far!r},",
         "b,uni,weak,published,0.6,0.1", "b,uni,good_model,published,0.7,0.1",
     )  # fmt: skip
     rows = compare_published(comparison, read_published(file)).matched.set_index(["cohort", "model", "their_protocol"])
     first, second = rows.loc[("a", "good_model", "published")], rows.loc[("a", "good_model", "strict")]
-    assert (first["cindex_mean"], first["cindex_std"]) == (cell.value, spread)
+    assert (first["cindex_mean"], first["cindex_std"]) == (cell.mean_of_folds, spread)
     assert first["difference"] == pytest.approx(0.99 * spread)
     assert (first["within_fold_sd"], second["within_fold_sd"]) == (True, False)
     assert np.isnan(second["their_cindex_std"])
@@ -71,19 +71,20 @@ def test_each_cell_stands_next_to_its_published_result(comparison, tmp_path):
 
 def test_the_tables_for_a_paper_have_the_published_results(comparison, tmp_path):
     cell = own(comparison, "a", "uni", "good_model")
-    file = written(tmp_path, f"a,uni,good_model,published,{cell.value - 0.1!r},0.02", "b,uni,weak,published,0.6,")
+    theirs = cell.mean_of_folds - 0.1
+    file = written(tmp_path, f"a,uni,good_model,published,{theirs!r},0.02", "b,uni,weak,published,0.6,")
     write_comparison(comparison, tmp_path / "report", title="Made up", published=read_published(file))
     markdown, latex = ((tmp_path / "report" / name).read_text() for name in ("table.md", "table.tex"))
     (row,) = [line for line in markdown.splitlines() if line.startswith("| a, uni | good_model")]
     cells = [word.strip() for word in row.strip("|").split("|")]
     spread = float(cell.summary["cindex_std"])
     assert cells[2:7] == [
-        f"{cell.value:.3f} ± {spread:.3f}", f"{cell.value - 0.1:.3f} ± 0.020", "published", "+0.100",
+        f"{cell.mean_of_folds:.3f} ± {spread:.3f}", f"{cell.mean_of_folds - 0.1:.3f} ± 0.020", "published", "+0.100",
         "yes" if spread >= 0.1 else "no",
     ]  # fmt: skip
     assert cells[9] == "–", "cohort a has no clinical covariates"
     assert "| b, uni | weak | not complete | 0.600 | published | – | – |" in markdown
-    assert rf"a, uni & good\_model & {cell.value:.3f} $\pm$ {spread:.3f}" in latex
+    assert rf"a, uni & good\_model & {cell.mean_of_folds:.3f} $\pm$ {spread:.3f}" in latex
     write_comparison(comparison, tmp_path / "report", title="Made up")
     assert "Next to" not in (tmp_path / "report" / "table.md").read_text()
 
