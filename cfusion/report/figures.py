@@ -177,14 +177,15 @@ def learning_curves(curves: pd.DataFrame, where: str) -> str:
     low, high = float(table[metric].min()), float(table[metric].max())
     pad = max((high - low) * 0.06, 1e-3)
     plot = Plot((0, max(float(table["epoch"].max()), 1)), (low - pad, high + pad), height=240)
-    plot.axes("epoch", metric.replace("_", " "), y_format="{:.2f}".format)
+    words = metric.replace("_", " ").replace("cindex", "C-index")
+    plot.axes("epoch", words, y_format="{:.2f}".format)
     for i, (_, fold) in enumerate(table.groupby("fold")):
         rows = fold.sort_values("epoch")
         plot.line(zip(rows["epoch"], rows[metric], strict=True), f"line thin series{i % 6}")
     last = table.sort_values("epoch").groupby("fold")[metric].last()
     return plot.finish(
         f"Learning curves, {where}",
-        f"{metric.replace('_', ' ')} over {int(table['epoch'].max()) + 1} epochs in {len(last)} folds, ending between "
+        f"{words} over {int(table['epoch'].max()) + 1} epochs in {len(last)} folds, ending between "
         f"{last.min():.2f} and {last.max():.2f}.",
     )
 

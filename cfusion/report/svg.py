@@ -98,7 +98,7 @@ class Plot:
         middle = (self.px(self.x[0]) + self.px(self.x[1])) / 2
         self.text(middle, base + 32, x_label, "label")
         centre = (self.py(self.y[0]) + self.py(self.y[1])) / 2
-        self.text(12, centre, y_label, "label", extra=f' transform="rotate(-90 12 {number(centre)})"')
+        self.text(10, centre, y_label, "label", extra=f' transform="rotate(-90 10 {number(centre)})"')
 
     def line(self, points: Iterable[Point], css: str) -> None:
         """Add a line through points; it breaks at NaN."""

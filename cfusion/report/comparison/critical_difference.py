@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from cfusion.report.context import named, optimistic
 from cfusion.report.figures import p_text
-from cfusion.report.svg import Plot, number
+from cfusion.report.svg import Plot, number, shortened
 from cfusion.survival.ranks import Ranking
 
 _ROW = 19.0
 _BAR = 9.0
-_SIDE = 170.0
+_SCALE_PX = 380.0
+_SMALLEST_SIDE_PX = 170.0
+_LETTER_PX = 7.2
+_LONGEST_NAME = 36
+"""Number of letters of a name; of a longer one, the middle is left out."""
 
 
 def cd_diagram(ranking: Ranking, what: str, protocol: str) -> str:
@@ -21,15 +26,17 @@ def cd_diagram(ranking: Ranking, what: str, protocol: str) -> str:
     top = 62.0
     below = top + 16 + _BAR * len(ranking.cliques)
     height = below + _ROW * max(left, methods - left) + (12 + _ROW if optimistic(protocol) else 12)
-    plot = Plot((1, methods), (0, 1), width=720, height=height, margins=(_SIDE, 0, _SIDE, 0))
+    side = _side([shortened(name, _LONGEST_NAME) for name in ranking.names])
+    plot = Plot((1, methods), (0, 1), width=_SCALE_PX + 2 * side, height=height, margins=(side, 0, side, 0))
     _scale(plot, ranking, top)
     for place, (name, rank) in enumerate(zip(ranking.names, ranking.mean_ranks, strict=True)):
         on_left = place < left
         row = place if on_left else methods - 1 - place
         x, y = plot.px(rank), below + _ROW * (row + 0.5)
-        end = _SIDE - 24 if on_left else plot.width - _SIDE + 24
+        end = side - 24 if on_left else plot.width - side + 24
         plot.add(f'<path class="axis" d="M{number(x)} {number(top)}V{number(y)}H{number(end)}"/>')
-        words = f"{name}  {rank:.2f}" if on_left else f"{rank:.2f}  {name}"
+        shown = shortened(name, _LONGEST_NAME)
+        words = f"{shown}  {rank:.2f}" if on_left else f"{rank:.2f}  {shown}"
         plot.text(end + (-6 if on_left else 6), y + 4, words, "row", "end" if on_left else "start")
     places = dict(zip(ranking.names, ranking.mean_ranks, strict=True))
     for level, clique in enumerate(ranking.cliques):
@@ -39,6 +46,11 @@ def cd_diagram(ranking: Ranking, what: str, protocol: str) -> str:
     if optimistic(protocol):
         plot.text(plot.width / 2, height - 10, named(protocol), "note")
     return plot.finish(f"Mean ranks of {what} over {cohorts_of(ranking)}", f"{rank_words(ranking)} {named(protocol)}")
+
+
+def _side(names: Sequence[str]) -> float:
+    """Return the px at each side of the scale that hold the longest name with its rank."""
+    return max(_SMALLEST_SIDE_PX, 36 + _LETTER_PX * (max(map(len, names)) + len("  10.00")))
 
 
 def cohorts_of(ranking: Ranking) -> str:

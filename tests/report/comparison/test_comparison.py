@@ -13,6 +13,7 @@ from made_up_comparison import STRENGTH, member
 from cfusion.errors import DataError
 from cfusion.report.comparison.cells import ComparedRun, Comparison, Cost, compare_runs
 from cfusion.report.comparison.comparison_files import write_comparison
+from cfusion.report.comparison.critical_difference import cd_diagram
 from cfusion.report.comparison.paper import escape_latex, printed
 from cfusion.survival.metrics import concordance
 from cfusion.survival.paired import COLUMNS
@@ -282,6 +283,30 @@ def test_a_cell_says_what_it_adds_to_the_clinic(comparison, tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert "Adds to the clinic (95%)" in table
     assert "which reach 0.710 (0.660 to 0.760) by themselves" in table
+
+
+@needs_chromium
+def test_names_of_the_rank_diagram_stay_inside_it_and_a_phone_has_a_line_for_each_number(comparison, tmp_path):
+    names = ("crossfusion_concat", "crossfusion_" + "with_a_long_setting_" * 3 + "at_the_end")
+    ranking = dataclasses.replace(comparison.rankings["strict", "models"], names=names, cliques=(names,))
+    (tmp_path / "ranks.html").write_text(cd_diagram(ranking, "models", "strict"))
+    page_file = write_comparison(comparison, tmp_path / "report", title="Sweep")
+    outside = """() => {
+      const box = document.querySelector('svg').getBoundingClientRect();
+      return [...document.querySelectorAll('svg text')].map(node => [node.textContent, node.getBoundingClientRect()])
+        .filter(([, text]) => text.left < box.left || text.right > box.right).map(([words]) => words);
+    }"""
+    lines = "() => [...document.querySelector('td.cell').querySelectorAll('small')].map(node => node.offsetTop)"
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.goto((tmp_path / "ranks.html").as_uri())
+        assert page.evaluate(outside) == []
+        assert "crossfusion_concat" in page.text_content("svg")
+        page.set_viewport_size({"width": 390, "height": 900})
+        page.goto(page_file.as_uri())
+        tops = page.evaluate(lines)
+    assert len(tops) == 3
+    assert tops[0] < tops[1] < tops[2]
 
 
 @needs_chromium
