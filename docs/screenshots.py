@@ -12,11 +12,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import pandas as pd
 from PIL import Image
 from playwright.sync_api import sync_playwright
-
-from cfusion.run_folder import PREDICTIONS
 
 COHORT, OTHER, MODEL = "phantom-a", "phantom-b", "crossfusion"
 """The cohort of the run, and one whose patients none of its models has seen, so that every fold explains them."""
@@ -36,23 +33,21 @@ def main() -> None:
     demo, out = arguments.demo.resolve(), arguments.out
     out.mkdir(parents=True, exist_ok=True)
     run = next((demo / "runs").glob(f"{COHORT}-{MODEL}-real-*"))
-    slide = f"{riskiest(run)}-a"
     with tempfile.TemporaryDirectory() as name, sync_playwright() as driver:
         explained = Path(name)
-        slides = demo / COHORT / "slides"
-        cfusion("explain", slides / f"{slide}.svs", "--model", run, "--out", explained, "--occlusion", "tiles")
+        slides = demo / OTHER / "slides"
+        slide = min(slides.glob("*.svs"))
+        cfusion("explain", slide, "--model", run, "--out", explained, "--occlusion", "tiles")
         browser = driver.chromium.launch(executable_path=browser_path(), args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": WIDTH_PX, "height": 860}, reduced_motion="reduce")
         page.goto(f"file://{demo}/report/index.html")
         save(page.screenshot(), out / "report.png")
-        unseen = min((demo / OTHER / "slides").glob("*.svs"))
-        cfusion("explain", unseen, "--model", run, "--out", explained / OTHER, "--occlusion", "tiles")
-        page.goto(f"file://{explained / OTHER / unseen.stem}/index.html")
+        page.goto(f"file://{explained / slide.stem}/index.html")
         save(page.locator("#heatmaps .pictures").first.screenshot(), out / "heatmaps.png")
         with viewer(slides, explained, run) as address:
             page.set_viewport_size({"width": WIDTH_PX, "height": VIEWER_HEIGHT_PX})
             page.goto(address)
-            page.fill("#search", slide)
+            page.fill("#search", slide.stem)
             page.press("#search", "Enter")
             page.wait_for_selector("#stage[data-shown^='x5/occlusion']")
             page.locator("#stage").focus()
@@ -63,13 +58,7 @@ def main() -> None:
             page.evaluate("document.activeElement.blur()")
             save(page.screenshot(), out / "viewer.png")
         browser.close()
-    save((demo / COHORT / "features" / "sheets" / f"{slide}.jpg").read_bytes(), out / "sheet.png")
-
-
-def riskiest(run: Path) -> str:
-    """The patient of the highest predicted risk."""
-    predictions = pd.read_csv(run / PREDICTIONS)
-    return str(predictions.loc[predictions["risk"].idxmax(), "case_id"])
+    save((demo / OTHER / "features" / "sheets" / f"{slide.stem}.jpg").read_bytes(), out / "sheet.png")
 
 
 @contextlib.contextmanager
@@ -111,7 +100,7 @@ def save(picture: bytes, target: Path) -> None:
         small = image.convert("RGB").resize((round(image.width * scale), round(image.height * scale)))
     small.save(target, optimize=True)
     if target.stat().st_size > LARGEST_BYTES:
-        small.quantize(256, dither=Image.Dither.NONE).save(target, optimize=True)
+        small.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(target, optimize=True)
 
 
 if __name__ == "__main__":

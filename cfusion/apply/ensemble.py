@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import pandas as pd
 import torch
 
 from cfusion.apply.sources import BagSource, Cases, ShardSource, bag_of_arrays
+from cfusion.cohort.identifiers import patient_of
 from cfusion.config import DataConfig, ParallelConfig
 from cfusion.console import progress
 from cfusion.data.loader import BagSet
@@ -240,6 +242,17 @@ class FoldEnsemble:
             "Every model has seen this patient in its training: the risk is no prediction, and the scores also show "
             "what was learnt by heart."
         )
+
+    def patient_of_slide(self, slide_id: str) -> str:
+        """Return the patient of a slide that no table names.
+
+        A patient of the training whose name the slide's name starts with, up to a separator: `p-7` for `p-7-a` or
+        `p-7_2`. Otherwise see `cfusion.cohort.identifiers.patient_of`.
+        """
+        patient = patient_of(slide_id)
+        digests = {digest for model in self.models if model.seen is not None for digest in model.seen.digests}
+        starts = [slide_id[: found.start()] for found in re.finditer(r"[-_. ]", slide_id)]
+        return next((name for name in (patient, *starts[::-1]) if digest_case(name) in digests), patient)
 
     def _unseen(self, case: str) -> tuple[FittedModel, ...]:
         """Return the models that have not seen a patient; those that do not record their patients count as such."""
