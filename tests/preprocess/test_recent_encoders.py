@@ -13,7 +13,7 @@ from cfusion.data.store import FeatureStore
 from cfusion.errors import DataError, MissingExtraError
 from preprocess.encoders import load_encoder, networks
 from preprocess.encoders.cards import CARDS
-from preprocess.encoders.networks import ChannelWise, Projected, build_network, load_weights
+from preprocess.encoders.networks import ChannelWise, Projected, build_network, import_timm, load_weights
 from preprocess.encoders.weights import find_weights, fitted_positions, read_weights, to_network_names, without_prefix
 from preprocess.extraction import preprocess_slides
 from preprocess.settings import PreprocessConfig
@@ -137,6 +137,7 @@ def test_prefixes_of_training_programs_are_dropped(tmp_path: Path, prefix: str, 
 
 @pytest.mark.slow
 def test_positions_are_stretched_as_by_hugging_face():
+    import_timm()  # declares operators that transformers, too, imports with torchvision
     transformers = pytest.importorskip("transformers", reason="the reference implementation is not installed")
     config = transformers.Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=70)
     reference = transformers.Dinov2Model(config)
