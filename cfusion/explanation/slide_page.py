@@ -92,6 +92,8 @@ def draw_curve(explanation: Explanation) -> str:
 
 
 def _table(frame: pd.DataFrame) -> Markup:
+    frame = frame.assign(magnification=frame["magnification"].str.replace(r"^x(\d.*)$", r"\1x", regex=True))
+    frame = frame.rename(columns=lambda name: name.replace("_", " "))
     return Markup(frame.to_html(index=False, float_format="{:.3g}".format, border=0, na_rep="–"))  # noqa: S704 - pandas escapes
 
 

@@ -260,6 +260,8 @@ def test_a_heatmap_slide_needs_the_size_of_the_slide(found, tmp_path):
 
 def test_the_page_is_one_file_and_shows_the_risk(written, found):
     page = (written / "index.html").read_text()
+    assert "<th>sd over folds</th>" in page
+    assert re.findall(r"<tr>\s*<td[^>]*>(\w+)</td>\s*<td[^>]*>occlusion</td>", page)[:3] == ["20x", "10x", "5x"]
     assert f"{found.risk:.3f}" in page
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
     strips = list((written / "gallery").iterdir())
