@@ -181,8 +181,7 @@ def _echo_power(settings: Config) -> None:
     from cfusion.survival.power import power_of
 
     cohort = read_cohorts(settings)
-    splits = make_splits(cohort, settings.splits, settings.evaluation.protocol)
-    folds = scored_outcomes(cohort, [split for split in splits if split.repeat == 0])
+    folds = scored_outcomes(cohort, make_splits(cohort, settings.splits, settings.evaluation.protocol))
     patients, events = sum(len(fold[0]) for fold in folds), sum(int(fold[1].sum()) for fold in folds)
     for line in power_of(patients, events).lines():
         typer.echo(f"power: {line}")

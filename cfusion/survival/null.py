@@ -138,11 +138,16 @@ def simulate_null(
 def scored_outcomes(cohort: Cohort, splits: Sequence[Split], unit: str = "case") -> list[Outcomes]:
     """Return the outcomes of each fold's test side, one row per patient (`case`) or per slide (`slide`).
 
-    Patients are left out if they are not in the clinical table, or if their time or event is missing or negative.
+    Only the first repeat counts: the others score the same patients again, so that the mean over all folds would seem
+    more certain than it is. Patients are left out if they are not in the clinical table, or if their time or event is
+    missing or negative.
     """
+    repeat = min((split.repeat for split in splits), default=0)
     known = cohort.cases[(cohort.cases["time_months"] >= 0) & cohort.cases["event"].notna()]
     folds: list[Outcomes] = []
     for split in splits:
+        if split.repeat != repeat:
+            continue
         rows = [case for case in split.test if case in known.index]
         if unit == "slide":
             rows = cohort.slides.loc[cohort.slides["case_id"].isin(rows), "case_id"].tolist()

@@ -43,6 +43,16 @@ def test_measured_null_of_brca(material: Path) -> None:
     assert_reproduces(folds, 0.649, 0.606)
 
 
+def test_further_repeats_score_the_same_patients_and_narrow_nothing(tcga: Path) -> None:
+    cohort = read_cohort(CohortConfig(name="blca", table=tcga / "clinical/tcga_blca.csv"))
+    once, thrice = (make_splits(cohort, SplitsConfig(repeats=repeats), "strict") for repeats in (1, 3))
+    assert len(thrice) == 3 * len(once)
+    of_repeats = scored_outcomes(cohort, thrice)
+    assert len(of_repeats) == len(once)
+    settings = {"chosen_on_scored_fold": False, "repetitions": 50}
+    assert simulate_null(of_repeats, **settings) == simulate_null(scored_outcomes(cohort, once), **settings)
+
+
 def fold(size: int = 80, seed: int = 0) -> Outcomes:
     generator = np.random.default_rng(seed)
     return generator.exponential(30, size), generator.random(size) < 0.3
