@@ -71,6 +71,17 @@ def wait_for(found, seconds: float = PATIENCE) -> None:
         time.sleep(0.1)
 
 
+def start_again(configuration: Path, job: str, starts: Path) -> None:
+    """Start a job that is queued again, which SLURM lets wait for two minutes; it ignores this while the job ends."""
+
+    def started() -> bool:
+        if "PENDING" in said(configuration, "squeue", "--noheader", "--format=%T", f"--jobs={job}"):
+            said(configuration, "scontrol", "update", f"JobId={job}", "StartTime=now")
+        return len(starts.read_text().splitlines()) > 1
+
+    wait_for(started)
+
+
 def test_an_array_ends_with_its_results_and_with_the_options_of_the_site(slurm, tmp_path):
     options = SlurmQueueOptions(
         partition="main", extra={"comment": "of the site", "no-kill": ""}, setup=("export CFUSION_TEST_SETUP=site",)
@@ -94,25 +105,24 @@ def test_cancelled_tasks_are_reported_and_not_queued_again(slurm, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_a_task_that_is_warned_saves_and_is_queued_again(slurm, tmp_path):
     run = Run([Marked("a", tmp_path, waits=True)], tmp_path)
     wait_for((tmp_path / "a.starts").exists)
     job = run.job()
     said(slurm, "scancel", "--signal=USR2", job)
-    # SLURM lets a job that was queued again wait for two minutes.
-    wait_for(lambda: "PENDING" in said(slurm, "squeue", "--noheader", "--format=%T", f"--jobs={job}"))
-    said(slurm, "scontrol", "update", f"JobId={job}", "StartTime=now")
+    start_again(slurm, job, tmp_path / "a.starts")
     assert run.result() == {"a": "done"}
     assert len((tmp_path / "a.starts").read_text().splitlines()) == 2
 
 
+@pytest.mark.long
 def test_at_its_time_limit_a_task_saves_and_goes_on_and_one_that_does_not_is_reported(slurm, tmp_path):
     # 3 minutes: the warning comes 90 s before the end, when the tasks have started also on a busy machine.
     run = Run([Marked("a", tmp_path, waits=True), Marked("b", tmp_path, deaf=True)], tmp_path, hours=0.05)
     wait_for((tmp_path / "b.starts").exists)
     job = run.job()
-    wait_for(lambda: "PENDING" in said(slurm, "squeue", "--noheader", "--format=%T", f"--jobs={job}_0"))
-    said(slurm, "scontrol", "update", f"JobId={job}_0", "StartTime=now")
+    start_again(slurm, f"{job}_0", tmp_path / "a.starts")
     found = run.result()
     assert found["a"] == "done"
     assert re.search(rf"its SLURM task {job}_1 ended as TIMEOUT", found["b"]), found
