@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from scipy import ndimage
+
+from preprocess.pieces import without_gaps, without_small
 
 ARTEFACTS = "relative-1"
 """Name and version of the method, for the provenance of its results."""
@@ -68,9 +69,10 @@ def find_artefacts(rgb: np.ndarray, tissue: np.ndarray, um_px: float) -> Artefac
         return Artefacts(np.zeros_like(tissue), np.zeros_like(tissue))
     least_px = MIN_ARTEFACT_UM2 / um_px**2
     window_px = max(3, round(WINDOW_UM / um_px))
-    folds = _grown(_pieces(_folded(rgb, tissue), least_px), 1) & tissue
+    folds = _grown(without_small(without_gaps(_folded(rgb, tissue)), least_px), 1) & tissue
     # A window at the edge of a blurred area contains sharp tissue, so the area found is smaller by a third of it.
-    blurred = _grown(_pieces(_blurred(rgb, tissue, window_px), least_px), window_px // 3) & tissue & ~folds
+    blurred = without_small(without_gaps(_blurred(rgb, tissue, window_px)), least_px)
+    blurred = _grown(blurred, window_px // 3) & tissue & ~folds
     return Artefacts(folds, blurred)
 
 
@@ -102,12 +104,3 @@ def _blurred(rgb: np.ndarray, tissue: np.ndarray, window_px: int) -> np.ndarray:
 def _grown(mask: np.ndarray, by_px: int) -> np.ndarray:
     disk = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * by_px + 1, 2 * by_px + 1))
     return cv2.dilate(mask.astype(np.uint8), disk) > 0
-
-
-def _pieces(mask: np.ndarray, least_px: float) -> np.ndarray:
-    """Close gaps and keep the pieces of at least `least_px` px."""
-    closed = ndimage.binary_closing(np.pad(mask, 2), iterations=2)[2:-2, 2:-2]
-    labels, count = ndimage.label(closed)
-    kept = np.bincount(labels.ravel(), minlength=count + 1) >= least_px
-    kept[0] = False
-    return kept[labels]

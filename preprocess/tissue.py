@@ -11,6 +11,7 @@ from skimage.filters import threshold_otsu
 
 from preprocess.artefacts import Artefacts
 from preprocess.ink import grey_deviation, pen_mask
+from preprocess.pieces import without_gaps, without_small
 from preprocess.settings import MIN_PIECE_UM2
 from preprocess.slides import Overview
 
@@ -106,8 +107,8 @@ def find_tissue(overview: Overview, um_px: float, min_piece_um2: float = MIN_PIE
     mask = _stained(picture, valid)
     if glass is not None:
         mask = _with_grey(picture, mask, valid)
-    mask = ndimage.binary_closing(np.pad(mask, 2), iterations=2)[2:-2, 2:-2] & valid
-    mask = _without_small(mask, min_piece_um2 / um_px**2)
+    mask = without_gaps(mask) & valid
+    mask = without_small(mask, min_piece_um2 / um_px**2)
     mask |= _small_holes(mask, MAX_HOLE_UM2 / um_px**2)
     mask = mask & scanned & ~ink | overview.lost
     return Tissue(mask, ink, scanned, tuple(_warnings(glass, mask, ink)))
@@ -232,10 +233,3 @@ def _small_holes(mask: np.ndarray, area_px: float) -> np.ndarray:
     hole[edge] = False
     hole[0] = False
     return hole[labels]
-
-
-def _without_small(mask: np.ndarray, area_px: float) -> np.ndarray:
-    labels, count = ndimage.label(mask)
-    keep = np.bincount(labels.ravel(), minlength=count + 1) >= area_px
-    keep[0] = False
-    return keep[labels]

@@ -22,7 +22,7 @@ LAYERS = (
     (
         "preprocess.settings", "preprocess.outcome", "preprocess.grid", "preprocess.names",
         "preprocess.descriptor", "preprocess.samples", "preprocess.tensor_files",
-        "preprocess.inspection", "preprocess.gdc", "preprocess.phantom",
+        "preprocess.inspection", "preprocess.gdc", "preprocess.phantom", "preprocess.pieces",
     ),
     ("preprocess.resolution", "preprocess.slide_headers", "preprocess.feature_files"),
     ("preprocess.slide_files", "preprocess.layouts", "preprocess.dicom_slides"),
