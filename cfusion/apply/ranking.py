@@ -17,9 +17,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from cfusion.errors import CfusionError
+from cfusion.errors import CfusionError, UndefinedMetricError
 from cfusion.run_folder import CONFIG, PREDICTIONS, is_run, read_config
-from cfusion.survival.null import SCORED_FOLD_CHOOSES, EpochChoice, Outcomes, comparable_pairs, simulate_null
+from cfusion.survival.metrics import concordance
+from cfusion.survival.null import SCORED_FOLD_CHOOSES, EpochChoice, Outcomes, simulate_null
 from cfusion.survival.predictions import STRATUM, read_predictions
 
 logger = logging.getLogger(__name__)
@@ -77,13 +78,13 @@ def rank_test(predictions: pd.DataFrame, choice: EpochChoice | None = None) -> R
     outcomes: list[Outcomes] = []
     for (_, repeat, _), rows in predictions.groupby(["seed", "repeat", "fold"]):
         stratum = [rows.groupby(STRATUM).ngroup().to_numpy()] if STRATUM in rows else []
-        fold = rows["survival_months"].to_numpy(), rows["event"].to_numpy(), *stratum
-        first, second = comparable_pairs(*fold)
-        if len(first):
-            risk = rows["risk"].to_numpy()
-            scores.append(float(np.mean((risk[first] > risk[second]) + (risk[first] == risk[second]) / 2)))
-            if repeat == predictions["repeat"].min():
-                outcomes.append(fold)
+        time, event = rows["survival_months"].to_numpy(), rows["event"].to_numpy()
+        try:
+            scores.append(concordance(time, event, rows["risk"], *stratum).cindex)
+        except UndefinedMetricError:
+            continue
+        if repeat == predictions["repeat"].min():
+            outcomes.append((time, event, *stratum))
     if not outcomes:
         return None
     null = simulate_null(
