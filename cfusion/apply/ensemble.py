@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,8 @@ import pandas as pd
 import torch
 
 from cfusion.apply.sources import BagSource, Cases, ShardSource, bag_of_arrays
-from cfusion.cohort.identifiers import patient_of
+from cfusion.cohort.identifiers import Names
+from cfusion.cohort.slide_owners import SlideOwners, known_owner
 from cfusion.config import DataConfig, ParallelConfig
 from cfusion.console import progress
 from cfusion.data.loader import BagSet
@@ -40,8 +41,8 @@ def predict(
     Args:
         model: A trained model, as `fit` or `FittedModel.load` gives it.
         data: Location of the shards and how they are read.
-        cases: Patients, or the slides of each patient. A patient given only by name has the slides whose name equals
-            the patient's or begins with it and a hyphen, as TCGA barcodes do.
+        cases: Patients, or the slides of each patient. Slides of patients given only by name are found by their names
+            (`cfusion.cohort.slide_owners`).
         micro_batch: Bags in one forward pass.
 
     Returns:
@@ -73,19 +74,20 @@ def predict(
 
 
 def slides_by_name(cases: Sequence[str], slide_ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Return the slides whose name equals the patient's, or begins with it and a hyphen.
+    """Return the slides of patients by the slides' names, see `cfusion.cohort.slide_owners`.
 
     Raises:
         DataError: A patient has none.
     """
-    found = {case: tuple(s for s in slide_ids if s == case or s.startswith(f"{case}-")) for case in cases}
-    missing = [case for case, slides in found.items() if not slides]
+    known = Names(cases)
+    grouped = SlideOwners(known.find).group(slide for slide in slide_ids if known_owner(slide, known.find) is not None)
+    missing = [case for case in cases if case not in grouped]
     if missing:
         raise DataError(
-            f"No slide in the shards is named after {len(missing)} of {len(found)} patients: {', '.join(missing[:5])}.",
+            f"No slide in the shards is named after {len(missing)} of {len(cases)} patients: {', '.join(missing[:5])}.",
             "Give the slides of each patient as a mapping, or pack the missing slides.",
         )
-    return found
+    return {case: grouped[case] for case in cases}
 
 
 @dataclass(frozen=True)
@@ -243,16 +245,14 @@ class FoldEnsemble:
             "what was learnt by heart."
         )
 
-    def patient_of_slide(self, slide_id: str) -> str:
-        """Return the patient of a slide that no table names.
+    def find_trained(self, name: str) -> str | None:
+        """Return a name if it is that of a patient of the training, otherwise None; see `SlideOwners`."""
+        return name if digest_case(name) in self.seen else None
 
-        A patient of the training whose name the slide's name starts with, up to a separator: `p-7` for `p-7-a` or
-        `p-7_2`. Otherwise see `cfusion.cohort.identifiers.patient_of`.
-        """
-        patient = patient_of(slide_id)
-        digests = {digest for model in self.models if model.seen is not None for digest in model.seen.digests}
-        starts = [slide_id[: found.start()] for found in re.finditer(r"[-_. ]", slide_id)]
-        return next((name for name in (patient, *starts[::-1]) if digest_case(name) in digests), patient)
+    @cached_property
+    def seen(self) -> frozenset[str]:
+        """Digests of the patients that the models have seen (`digest_case`); empty for models that record none."""
+        return frozenset[str]().union(*(model.seen.digests for model in self.models if model.seen is not None))
 
     def _unseen(self, case: str) -> tuple[FittedModel, ...]:
         """Return the models that have not seen a patient; those that do not record their patients count as such."""
@@ -318,18 +318,24 @@ class FoldEnsemble:
         return np.mean(curves, axis=0)
 
     def predict_bag(
-        self, features: Mapping[str, np.ndarray], positions: Mapping[str, Sequence[Sequence[int]]] | None = None
+        self,
+        features: Mapping[str, np.ndarray],
+        positions: Mapping[str, Sequence[Sequence[int]]] | None = None,
+        slide: str | None = None,
     ) -> pd.DataFrame:
-        """Predict the risk and survival of one bag; it names no patient, so every fold counts as not having seen it.
+        """Predict the risk and survival of one bag.
 
         Args:
             features: Per magnification name, f32 [tile, dim].
             positions: Per magnification name, [tile, 2], column and row of each tile on its magnification's grid, as
                 `bag_positions` gives them; required by CrossFusion with `grid: spatial`.
+            slide: Name of a slide or of the patient: a patient of the training (`cfusion.cohort.slide_owners`) is
+                predicted by the folds that have not seen the patient. None: every fold predicts.
 
         Returns:
             One row per month at which some model's time bin ends: `months`, `survival` (mean over folds), and, the
-            same in each row, `risk` (mean over folds) and `risk_sd` (over folds).
+            same in each row, `risk` (mean over folds), `risk_sd` (over folds) and `unseen_folds` (number of folds that
+            have not seen the patient; 0: all have, and all are used).
 
         Raises:
             DataError: A feature or the risk is not finite, or the positions are not those of the tiles.
@@ -341,14 +347,18 @@ class FoldEnsemble:
             placed = {name: _checked_positions(positions, name, len(features[name])) for name in names}
         arrays = {name: _checked_features(features[name], name) for name in names}
         batch = bag_of_arrays(arrays, placed)
+        patient = None if slide is None else SlideOwners(self.find_trained).patient(slide)
+        used = self if patient is None else self.not_seen_by(patient)[0]
+        unseen = len(self.models) if patient is None else len(self._unseen(patient))
         with torch.inference_mode():
             # Models of `fit` stay on the device that trained them.
-            outputs = [m.module(batch.to(next(m.module.parameters()).device)) for m in self.models]
-        survival = self._mean_curve([output.survival[0].double().cpu().numpy() for output in outputs], self.months)
+            outputs = [m.module(batch.to(next(m.module.parameters()).device)) for m in used.models]
+        survival = used._mean_curve([output.survival[0].double().cpu().numpy() for output in outputs], self.months)
         risks = np.array([output.risk.item() for output in outputs])
         if not np.isfinite(risks).all():
             raise DataError("The risk of this bag is not finite.", "Its features may be too large for the model.")
-        return pd.DataFrame({"months": self.months, "survival": survival, "risk": risks.mean(), "risk_sd": risks.std()})
+        same = {"risk": risks.mean(), "risk_sd": risks.std(), "unseen_folds": unseen}
+        return pd.DataFrame({"months": self.months, "survival": survival, **same})
 
 
 def mean_cutoff(cards: Sequence[ModelCard]) -> float | None:

@@ -14,7 +14,7 @@ import pandas as pd
 from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.apply.inputs import Inputs
 from cfusion.apply.ranking import RunRanking
-from cfusion.apply.sources import group_slides
+from cfusion.cohort.slide_owners import SlideOwners, read_owners
 from cfusion.data.tile_places import LEVEL_0, check_on_slide, coords_space, on_slide
 from cfusion.errors import CfusionError, ConfigError, DataError, PartialResultError
 from cfusion.explanation import Explanation, explain
@@ -65,8 +65,8 @@ def explain_inputs(
         inputs: The slides.
         ensemble: The models.
         out: Folder to write.
-        cases: Table `slide_id, case_id`; slides that it does not name, or all if None: see
-            `FoldEnsemble.patient_of_slide`. Patients of the training are explained by the models that have not seen
+        cases: Table of the patients of slides; slides that it does not name, or all if None: see
+            `cfusion.cohort.slide_owners`. Patients of the training are explained by the models that have not seen
             them.
         magnifications: Names of the magnifications to report; None: all that the models read.
         occlusion: See `cfusion.explain`.
@@ -84,11 +84,10 @@ def explain_inputs(
     """
     failed: dict[str, CfusionError] = {}
     of_cohort = {} if cohort is None else {"cohort": cohort}
-    named = {} if cases is None else group_slides(inputs.slide_ids, cases)
-    case_of = {slide: case for case, slides in named.items() for slide in slides}
+    owners = SlideOwners(ensemble.find_trained, {} if cases is None else read_owners(cases))
     for slide_id in inputs.slide_ids:
         try:
-            models, note = ensemble.not_seen_by(case_of.get(slide_id) or ensemble.patient_of_slide(slide_id))
+            models, note = ensemble.not_seen_by(owners.patient(slide_id))
             check_target(out / slide_id)
             slide = _placed(inputs.source.read(slide_id), inputs.files.get(slide_id), default_mpp)
             found = explain(

@@ -124,11 +124,11 @@ def _open_store(path: Path, card: ModelCard) -> Inputs:
 
 def _extract(given: Sequence[Path], card: ModelCard, extraction: Extraction, runtime: Runtime | None) -> Inputs:
     """Extract this process's share of the slides with the model's encoder and the settings of its training."""
-    paths = list(dict.fromkeys(file for path in given for file in _slides_in(path)))
+    paths = list(dict.fromkeys(file for path in given for file in _slides_in(path, card)))
     files = _by_name(paths, [slide_id_of(file) for file in paths])
     share = (0, 1) if runtime is None else (runtime.rank, runtime.world_size)
     states = [
-        state for path in given for state in _extract_share(path, card, _for_path(path, given, extraction), share)
+        state for path in given for state in _extract_share(path, card, _for_path(path, given, card, extraction), share)
     ]
     states = states if runtime is None else runtime.gather(states)
     extracted = sorted({slide for slide, done in states if done})
@@ -151,16 +151,16 @@ def _by_name(files: Sequence[Path], slide_ids: Sequence[str]) -> dict[str, Path]
     return {slide_id_of(file): file for file in files}
 
 
-def _for_path(path: Path, given: Sequence[Path], extraction: Extraction) -> Extraction:
+def _for_path(path: Path, given: Sequence[Path], card: ModelCard, extraction: Extraction) -> Extraction:
     """Leave out a folder of masks that has none for the slides of this path, but has for those of another."""
     masks = extraction.settings.get("masks")
     if masks is None or len(given) == 1 or not masks.is_dir():
         return extraction
-    fits = {p for p in given if any(find_mask(masks, slide_id_of(file)) for file in _slides_in(p))}
+    fits = {p for p in given if any(find_mask(masks, slide_id_of(file)) for file in _slides_in(p, card))}
     return replace(extraction, settings={**extraction.settings, "masks": None if fits and path not in fits else masks})
 
 
-def _slides_in(path: Path) -> list[Path]:
+def _slides_in(path: Path, card: ModelCard) -> list[Path]:
     try:
         return find_slides(path)
     except DataError as error:
@@ -168,7 +168,8 @@ def _slides_in(path: Path) -> list[Path]:
             raise
         raise StoreError(
             f"{path}: is not a feature store.",
-            "Give one slide, a folder of slides, a store, or one slide's group in it.",
+            f"Give one slide, a folder of slides, a store, or one slide's group in it. Features of another program: "
+            f"first cfusion preprocess import {path} --store features --encoder {card.encoder}.",
         ) from error
 
 

@@ -11,14 +11,17 @@ from typing import Any
 
 import pandas as pd
 
+from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.apply.inputs import Extraction, open_inputs
 from cfusion.apply.loading import load_ensemble
-from cfusion.apply.sources import group_slides
-from cfusion.cohort.identifiers import has_barcode
-from cfusion.config import ParallelConfig
+from cfusion.cohort.identifiers import Names
+from cfusion.cohort.read import read_cohort
+from cfusion.cohort.slide_owners import SlideOwners, read_owners, wanted_slides
+from cfusion.config import CohortConfig, ParallelConfig, validate
 from cfusion.training.fitted import ModelCard
 from cfusion.training.seen import outside_words
 from cfusion.training.world import join_world, launched
+from cfusion.types import Cohort
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ class Prediction:
         seen: Digests of the patients that the models have seen (`digest_case`); empty for models that do not record
             them.
         training_bags: Number of bags that give the limit of `distance` in the table; 0 if there is no such column.
+        cohorts: Cohorts of the clinical tables that were given, with their outcomes.
     """
 
     table: pd.DataFrame
@@ -45,6 +49,7 @@ class Prediction:
     cards: tuple[ModelCard, ...]
     seen: frozenset[str] = frozenset()
     training_bags: int = 0
+    cohorts: tuple[Cohort, ...] = ()
 
     def in_training(self) -> str | None:
         """Say how many patients the models have seen in their training; None if none, or if no model records them."""
@@ -71,6 +76,7 @@ def predict_inputs(
     uri: str | None = None,
     trust_code: str | None = None,
     cases: Path | None = None,
+    tables: Sequence[Path] = (),
     store: Path | None = None,
     cohort: str | None = None,
     settings: Mapping[str, Any],
@@ -82,36 +88,58 @@ def predict_inputs(
         model: See `load_ensemble`.
         uri: MLflow server; None: MLFLOW_TRACKING_URI.
         trust_code: Digest of the code in the model that may run.
-        cases: Table `slide_id, case_id`; None: TCGA barcodes, otherwise each slide is a patient.
+        cases: Table of the patients of slides, and of the slides that are wanted; None: all slides, whose patients are
+            found by `cfusion.cohort.slide_owners`, among those of `tables` and of the training.
+        tables: Clinical tables of the patients, a cohort each, named after its file; see `cfusion.cohort.read`.
         store: Store that keeps the features of slides; None: they are not kept.
         cohort: One of the cohorts of a model of several, whose time bins and cut-off apply; None: their mean.
         settings: Settings of `PreprocessConfig` for slides, except those that the model fixes.
 
     Raises:
         ConfigError: The model was not trained on `cohort` as one of several.
-        DataError: The model or the inputs cannot be used, or a slide of the table is missing.
+        DataError: The model or the inputs cannot be used, a table is invalid, or a slide of `cases` is missing.
     """
     runtime = join_world(ParallelConfig(precision="f32", global_batch=launched()))
     with tempfile.TemporaryDirectory() as scratch:
         ensemble = load_ensemble(model, uri, trust_code).of_chosen(cohort, warns=runtime.is_main)
+        cohorts = tuple(_cohort(table, ensemble.models[0].card.endpoint) for table in tables)
         where = Path(runtime.from_main(str(store or Path(scratch) / "features")))
         extraction = Extraction(where, {"sheets": False, **settings})
         inputs = open_inputs(given, ensemble.models[0].card, extraction, runtime)
-        slides = group_slides(inputs.slide_ids, cases)
-        unnamed = 0 if cases else sum(not has_barcode(slide) for slide in inputs.slide_ids)
-        if unnamed and runtime.is_main:
+        owners = _owners(ensemble, cohorts, cases)
+        chosen = inputs.slide_ids if cases is None else wanted_slides(cases, read_owners(cases), inputs.slide_ids)
+        unowned = owners.unowned(chosen)
+        if unowned and runtime.is_main:
             logger.warning(
-                "%d of %d slides have no TCGA barcode: each counts as a patient. --cases TABLE groups them.",
-                unnamed, len(inputs.slide_ids),
+                "%d of %d slides name no known patient, such as %s: each counts as a patient. --cases TABLE groups "
+                "them.",
+                len(unowned), len(chosen), unowned[0],
             )  # fmt: skip
-        table = ensemble.predict(inputs.source, slides, runtime)
+        table = ensemble.predict(inputs.source, owners.group(chosen), runtime)
         runtime.barrier()
     cards = tuple(fold.card for fold in ensemble.models)
-    seen = frozenset[str]().union(*(fold.seen.digests for fold in ensemble.models if fold.seen is not None))
     training_bags = min((region.bags for region in ensemble.regions), default=0)
-    done = Prediction(table, unnamed, inputs.failed, runtime.is_main, cards, seen, training_bags)
+    done = Prediction(
+        table, len(unowned), inputs.failed, runtime.is_main, cards, ensemble.seen, training_bags, cohorts
+    )  # fmt: skip
     if (words := done.in_training()) and runtime.is_main:
         logger.warning("%s The column unseen_folds counts the folds.", words)
     if (outside := done.outside(table)) and runtime.is_main:
         logger.warning("Read these predictions with care: %s", outside)
     return done
+
+
+def _cohort(table: Path, endpoint: str) -> Cohort:
+    """Read a clinical table of new patients."""
+    values = {"name": table.stem, "table": str(table), "endpoint": endpoint}
+    return read_cohort(validate(CohortConfig, values, "--table"))
+
+
+def _owners(ensemble: FoldEnsemble, cohorts: Sequence[Cohort], cases: Path | None) -> SlideOwners:
+    """Return how the patients of slides are found: `cases` before the clinical tables, these before the training."""
+    named = {str(slide): str(case) for cohort in cohorts for slide, case in cohort.slides["case_id"].items()}
+    patients = Names([str(case) for cohort in cohorts for case in cohort.cases.index])
+    return SlideOwners(
+        lambda name: patients.find(name) or ensemble.find_trained(name),
+        named if cases is None else {**named, **read_owners(cases)},
+    )

@@ -35,7 +35,8 @@ class ServedEnsemble(PythonModel):
     ) -> pd.DataFrame:
         """Risk and survival of one bag: f32 [tile, dim] per magnification name (see `FoldEnsemble.predict_bag`).
 
-        The parameter `positions` is JSON of each tile's column and row per magnification name. A model that was trained
+        The parameter `positions` is JSON of each tile's column and row per magnification name, and `slide` the name of
+        the slide or of its patient, who may have been in the training. A model that was trained
         on several cohorts needs the parameter `cohort`, the name of the patient's. `model_input` has no annotation,
         which MLflow would take for another signature than the registered one.
 
@@ -43,9 +44,9 @@ class ServedEnsemble(PythonModel):
             MlflowException: The bag cannot be used; the server answers 400 with what is wrong.
         """
         positions = json.loads((params or {}).get("positions") or "null")
-        cohort = str((params or {}).get("cohort") or "")
+        cohort, slide = (str((params or {}).get(name) or "") for name in ("cohort", "slide"))
         try:
-            return self._of(cohort).predict_bag(model_input, positions)
+            return self._of(cohort).predict_bag(model_input, positions, slide or None)
         except CfusionError as error:  # of any other class than its own, MLflow's server hides the message
             raise MlflowException.invalid_parameter_value(str(error)) from error
 

@@ -11,8 +11,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from cfusion.cohort.identifiers import patient_of, slide_stem
-from cfusion.cohort.parsing import read_table
 from cfusion.config import DataConfig
 from cfusion.data.batches import slide_numbers
 from cfusion.data.encoder_names import encoder_name
@@ -22,7 +20,7 @@ from cfusion.data.partition import bag_cost
 from cfusion.data.positions import bag_positions
 from cfusion.data.shards import ShardDataset, open_shards
 from cfusion.data.store import FeatureStore
-from cfusion.errors import CohortError, StoreError
+from cfusion.errors import StoreError
 from cfusion.training.fitted import ModelCard
 from cfusion.training.runtime import Runtime
 from cfusion.types import BagBatch, SlideFeatures, magnification_name, magnification_names
@@ -297,41 +295,3 @@ def bag_of_arrays(
         placed = {name: torch.from_numpy(grid)[None] for name, grid in positions.items()}
     tensors = {name: torch.from_numpy(np.asarray(f, np.float32))[None] for name, f in features.items()}
     return BagBatch(tensors, None, placed, case_ids)
-
-
-def group_slides(slide_ids: Sequence[str], table: Path | None) -> dict[str, tuple[str, ...]]:
-    """The slides of each patient.
-
-    Args:
-        slide_ids: What there is.
-        table: Table `slide_id, case_id` of the slides that are wanted; none: all, by TCGA's barcodes, where a name is
-            one, or else each slide for itself.
-
-    Raises:
-        CohortError: The table lacks a column, or names slides that are not there.
-    """
-    if table is None:
-        rows = [(patient_of(slide), slide) for slide in slide_ids]
-    else:
-        cells = read_table(table)
-        if lacking := [name for name in ("slide_id", "case_id") if name not in cells.columns]:
-            raise CohortError(f"{table}: lacks the columns {', '.join(lacking)}.", "Expected slide_id and case_id.")
-        rows = [
-            (str(case), slide_stem(str(slide))) for case, slide in zip(cells["case_id"], cells["slide_id"], strict=True)
-        ]
-        patients: dict[str, str] = {}
-        for case, slide in rows:
-            if patients.setdefault(slide, case) != case:
-                raise CohortError(
-                    f"{table}: slide {slide} belongs to {patients[slide]} and to {case}.", "Keep one of its rows."
-                )
-        absent = sorted({slide for _, slide in rows} - set(slide_ids))
-        if absent:
-            raise CohortError(
-                f"{table}: {len(absent)} of its slides are not there: {', '.join(absent[:5])}.",
-                "Leave them out, or extract them.",
-            )
-    grouped: dict[str, list[str]] = {}
-    for case, slide in rows:
-        grouped.setdefault(case, []).append(slide)
-    return {case: tuple(dict.fromkeys(slides)) for case, slides in grouped.items()}

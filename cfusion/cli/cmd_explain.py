@@ -23,7 +23,7 @@ def explain(
     out: Annotated[Path, typer.Option(help="Folder to write; each slide gets its own folder in it.")],
     uri: Annotated[str | None, typer.Option(help="MLflow server; default: MLFLOW_TRACKING_URI.")] = None,
     cases: Annotated[
-        Path | None, typer.Option(help="Table slide_id, case_id; default: TCGA barcodes, or how the name starts.")
+        Path | None, typer.Option(help="CSV slide_id,case_id, or slide,patient; default: by the slides' names.")
     ] = None,
     cohort: Annotated[
         str | None, typer.Option(help="Cohort of the patients, for a model that was trained on several.")

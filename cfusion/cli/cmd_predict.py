@@ -28,7 +28,8 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the predictions as JSON.")] = False,
     cases: Annotated[
-        Path | None, typer.Option(help="CSV slide_id,case_id; default: TCGA barcodes, or each slide.")
+        Path | None,
+        typer.Option(help="CSV slide_id,case_id, or slide,patient; default: by --table and the slides' names."),
     ] = None,
     cohort: Annotated[
         str | None, typer.Option(help="Cohort of the patients, for a model that was trained on several.")
@@ -49,8 +50,9 @@ def predict(
 
     Slides are preprocessed with the encoder of the model; embeddings of another encoder are refused. One row per
     patient: mean risk over the fold models and its standard deviation, the risk group by their cut-off, and
-    survival at each month where a time bin ends. Without --cases, a slide without a TCGA barcode counts as a
-    patient. With --table and --report, the predictions are scored on cohorts that the model has not seen.
+    survival at each month where a time bin ends. A slide that no table names belongs to the patient of its TCGA
+    barcode, or to the known patient whose name it starts with. With --table and --report, the predictions are scored
+    on cohorts that the model has not seen.
 
     \b
       cfusion predict slides/ --model models:/blca@champion --out risks.csv
@@ -70,7 +72,8 @@ def predict(
 
     settings = {"weights": weights, "offline": offline, "default_mpp": default_mpp, "threads": threads}
     done = predict_inputs(
-        sources, model, uri=uri, trust_code=trust_code, cases=cases, store=store, cohort=cohort, settings=settings
+        sources, model, uri=uri, trust_code=trust_code, cases=cases, tables=table or (), store=store, cohort=cohort,
+        settings=settings,
     )  # fmt: skip
     if done.is_main:
         if out is not None or as_json:

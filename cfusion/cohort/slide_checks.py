@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 import pandas as pd
 
 from cfusion.cohort.findings import Finding, dropped
-from cfusion.cohort.identifiers import Names, Tissue, patient_of, tissue_of
+from cfusion.cohort.identifiers import Names, Tissue, tissue_of
+from cfusion.cohort.slide_owners import known_owner
 from cfusion.types import Cohort
 
 _NEAREST = 5
@@ -27,11 +28,11 @@ def checked_slides(
 
 
 def named_slides(cohort: Cohort, available: Mapping[str, set[str]] | None) -> pd.DataFrame:
-    """Return the slides named by the tables; if there are none, those with features and a known patient's barcode."""
+    """Return the slides named by the tables; if there are none, those with features that name a known patient."""
     if not cohort.slides.empty or not available:
         return cohort.slides
     patients = Names(cohort.cases.index)
-    owners = pd.DataFrame({"case_id": [patients.find(patient_of(s)) for s in available]}, index=list(available))
+    owners = pd.DataFrame({"case_id": [known_owner(s, patients.find) for s in available]}, index=list(available))
     return owners[owners["case_id"].notna()].rename_axis("slide_id")
 
 

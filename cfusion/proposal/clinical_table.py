@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pandas as pd
 
-from cfusion.cohort.identifiers import Names, patient_of
+from cfusion.cohort.identifiers import Names
 from cfusion.cohort.parsing import numbers, read_table
 from cfusion.cohort.read import read_cohort
+from cfusion.cohort.slide_owners import known_owner
 from cfusion.config import CohortConfig, validate
 from cfusion.errors import ConfigError, DataError
-from cfusion.files import write_text
 from cfusion.types import Cohort
 
 MOST_MONTHS = 360.0
@@ -73,26 +73,27 @@ def propose_cohort(table: Path, name: str) -> ProposedCohort:
     return ProposedCohort(values, reasons, cohort)
 
 
-def with_slides(proposed: ProposedCohort, slides: Collection[str], map_to: Path) -> ProposedCohort:
+def with_slides(proposed: ProposedCohort, slides: Collection[str]) -> ProposedCohort:
     """Add how the slides that have features belong to the patients.
 
     Args:
         proposed: How the table is read.
         slides: Slides that have features.
-        map_to: File for the patients of slides, which is written only if the table names no slides and their names
-            begin with those of the patients.
 
     Raises:
-        DataError: No slide belongs to a patient.
+        DataError: The table names no slides, and none of `slides` is named after a patient.
     """
     known = Names(proposed.cohort.cases.index)
-    if len(proposed.cohort.slides) or any(known.find(patient_of(slide)) for slide in slides):
+    if len(proposed.cohort.slides):
         return proposed
-    table = Path(proposed.values["table"])
-    write_text(map_to, _owners(proposed.cohort, slides, table).to_csv(index=False))
-    values = {**proposed.values, "slides": str(map_to)}
-    reasons = {**proposed.reasons, "slides": "the patient is the beginning of the slide's name"}
-    return ProposedCohort(values, reasons, read_cohort(validate(CohortConfig, values, str(table))))
+    if all(known_owner(slide, known.find) is None for slide in slides):
+        raise DataError(
+            f"{proposed.values['table']}: names no slides, and no slide with features is named after a patient, such "
+            f"as slide {min(slides)} and patient {proposed.cohort.cases.index[0]}.",
+            "Add a column slide to the table, or write a table slide_id,case_id and name it in cohort.slides.",
+        )
+    how = "; names no slides: a slide belongs to the patient whose name its name starts with"
+    return replace(proposed, reasons={**proposed.reasons, "table": proposed.reasons["table"] + how})
 
 
 def time_unit(times: pd.Series) -> tuple[str, str]:
@@ -149,26 +150,3 @@ def _renamings(columns: Iterable[str]) -> str:
     if not {"patient", "time", "event"} <= set(found):
         return ""
     return ", ".join(f"{old} to {new}" for new, old in found.items() if old != new)
-
-
-def _owners(cohort: Cohort, slides: Collection[str], table: Path) -> pd.DataFrame:
-    """Return the patient of each slide whose name begins with the patient's.
-
-    Raises:
-        DataError: No slide has one.
-    """
-    patients = sorted(map(str, cohort.cases.index), key=len, reverse=True)
-    rows = []
-    for slide in sorted(slides):
-        for patient in patients:
-            rest = slide[len(patient) :]
-            if slide.casefold().startswith(patient.casefold()) and not rest[:1].isalnum():
-                rows.append((slide, patient))
-                break
-    if not rows:
-        raise DataError(
-            f"{table}: names no slides, and no slide with features is named after a patient, such as slide "
-            f"{min(slides)} and patient {cohort.cases.index[0]}.",
-            "Add a column slide to the table, or write a table slide_id,case_id and name it in cohort.slides.",
-        )
-    return pd.DataFrame(rows, columns=["slide_id", "case_id"])

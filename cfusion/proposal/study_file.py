@@ -70,7 +70,7 @@ def propose_study(table: Path, source: Path, out: Path, name: str | None, answer
     # The table first: an import may take many minutes, and an error of the table would come after it.
     cohort = propose_cohort(table, name or stem.name)
     features = shard_features(source, Path(f"{stem}-shards"), Path(f"{stem}-features"), answers)
-    cohort = with_slides(cohort, features.tiles, Path(f"{stem}-slides.csv"))
+    cohort = with_slides(cohort, features.tiles)
     text = _text(out, cohort, features)
     config = validate(Config, yaml.safe_load(text), str(out))
     run = Run.prepare(config)

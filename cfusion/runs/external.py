@@ -13,8 +13,7 @@ import pandas as pd
 from cfusion.apply.ensemble import mean_cutoff
 from cfusion.apply.prediction import Prediction
 from cfusion.cohort.audit import Audit, audit
-from cfusion.cohort.read import read_cohort, read_outcomes
-from cfusion.config import CohortConfig, validate
+from cfusion.cohort.read import read_outcomes
 from cfusion.errors import DataError
 from cfusion.files import digest_file
 from cfusion.report import ReportContext, write_report
@@ -51,7 +50,7 @@ def report_external(done: Prediction, model: str, tables: Sequence[Path], out: P
     Args:
         done: Predictions of a model on new patients.
         model: The model, as it was named.
-        tables: Clinical tables, a cohort each, named after its file; see `cfusion.cohort.read`.
+        tables: The clinical tables of `done.cohorts`.
         out: Folder of the report.
 
     Returns:
@@ -59,10 +58,10 @@ def report_external(done: Prediction, model: str, tables: Sequence[Path], out: P
 
     Raises:
         DataError: A patient of a table trained the model, two tables have a patient in common, or no predicted patient
-            is in a table; or as for `read_cohort` and `score`.
+            is in a table; or as for `score`.
     """
     seen = done.seen | _patients_of_run(model)
-    tested = [_tested(done, table, seen) for table in tables]
+    tested = [_tested(done, cohort, seen) for cohort in done.cohorts]
     _check_disjoint([part.found.cohort for part in tested])
     card = done.cards[0]
     context = ReportContext(
@@ -83,21 +82,18 @@ def _patients_of_run(model: str) -> frozenset[str]:
     return frozenset(digest_case(str(case)) for case in read_outcomes(outcomes, "training").cases.index)
 
 
-def _tested(done: Prediction, table: Path, seen: frozenset[str]) -> _Tested:
-    card = done.cards[0]
-    config = validate(CohortConfig, {"name": table.stem, "table": str(table), "endpoint": card.endpoint}, "--table")
-    cohort = read_cohort(config)
+def _tested(done: Prediction, cohort: Cohort, seen: frozenset[str]) -> _Tested:
     predicted = done.table[done.table["case_id"].isin(cohort.cases.index)]
     if predicted.empty:
         raise DataError(
-            f"{table}: none of its {len(cohort.cases)} patients is among the {len(done.table)} predicted ones, such as "
-            f"{done.table['case_id'].iloc[0]}.",
+            f"{cohort.name}: none of its {len(cohort.cases)} patients is among the {len(done.table)} predicted ones, "
+            f"such as {done.table['case_id'].iloc[0]}.",
             "Give --cases TABLE, which names the patient of each slide.",
         )
     known = sorted(case for case in predicted["case_id"] if digest_case(case) in seen)
     if known:
         raise DataError(
-            f"{table}: {len(known)} patients are in the run that trained the model, such as {known[0]}.",
+            f"{cohort.name}: {len(known)} patients are in the run that trained the model, such as {known[0]}.",
             "Remove them: an external cohort has patients that the model has not seen.",
         )
     found = audit(cohort.subset(list(predicted["case_id"])), [])

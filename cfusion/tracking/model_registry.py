@@ -182,10 +182,11 @@ def _signature(card: ModelCard) -> ModelSignature:
         TensorSpec(np.dtype("float32"), (-1, card.backbone_dim), magnification_name(m)) for m in card.magnifications
     ]
     outputs: list[ColSpec | TensorSpec] = [
-        ColSpec("double", name) for name in ("months", "survival", "risk", "risk_sd")
+        *(ColSpec("double", name) for name in ("months", "survival", "risk", "risk_sd")),
+        ColSpec("long", "unseen_folds"),
     ]
     of_cohort = [ParamSpec("cohort", "string", "")] if card.strata else []
-    params = ParamSchema([ParamSpec("positions", "string", ""), *of_cohort])
+    params = ParamSchema([ParamSpec("positions", "string", ""), ParamSpec("slide", "string", ""), *of_cohort])
     return ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs), params=params)
 
 

@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cfusion.cohort.identifiers import patient_of, slide_stem
+from cfusion.cohort.identifiers import Names, slide_stem
 from cfusion.cohort.joint import read_cohorts
+from cfusion.cohort.slide_owners import SlideOwners
 from cfusion.errors import CfusionError, DataError
 from cfusion.explanation.result import Explanation
 from cfusion.report.svg import Plot, nice_ticks
@@ -45,15 +46,12 @@ class CohortCurves:
             str(name): kaplan_meier(rows["survival_months"].to_numpy(float), rows["event"].to_numpy(bool))
             for name, rows in self.cases.groupby("cohort")
         }
-        self._case_of = _cases_of_slides(run)
+        self._owners = SlideOwners(Names(map(str, self.cases.index)).find, _cases_of_slides(run))
 
     def case_of(self, slide_id: str) -> str | None:
         """Return the patient of a slide; None if the patient is not in the run."""
-        stem = slide_stem(slide_id)
-        for case in (self._case_of.get(stem), patient_of(stem), stem):
-            if case in self.cases.index:
-                return str(case)
-        return None
+        case = self._owners.patient(slide_stem(slide_id))
+        return case if case in self.cases.index else None
 
     def observed(self, case: str | None) -> tuple[str, int, Curve]:
         """Return the name, the number of patients and the Kaplan–Meier curve of a patient's cohort.

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from cfusion.apply.ensemble import FoldEnsemble
+from cfusion.cohort.slide_owners import SlideOwners
 from cfusion.training.seen import Seen, digest_case
 
 
@@ -27,7 +28,7 @@ def fold(number: int, *patients: str) -> SimpleNamespace:
 )
 def test_a_slide_without_a_table_belongs_to_the_patient_whose_name_it_starts_with(slide, patient, folds):
     ensemble = FoldEnsemble((fold(0, "p-7", "TCGA-AA-0001"), fold(1, "q-1", "q")))
-    assert ensemble.patient_of_slide(slide) == patient
+    assert SlideOwners(ensemble.find_trained).patient(slide) == patient
     models, note = ensemble.not_seen_by(patient)
     assert [model.card.fold for model in models.models] == folds
     assert (note is None) == (len(folds) == 2)

@@ -15,7 +15,8 @@ from spawn import run_world
 from untrained_models import EDGES, untrained
 
 from cfusion.apply.ensemble import FoldEnsemble, predict
-from cfusion.apply.sources import Embeddings, ShardSource, StoreSource, group_slides
+from cfusion.apply.sources import Embeddings, ShardSource, StoreSource
+from cfusion.cohort.slide_owners import SlideOwners, read_owners
 from cfusion.config import DataConfig, ParallelConfig
 from cfusion.data.shards import ShardDataset
 from cfusion.data.slide_means import slide_means
@@ -57,6 +58,10 @@ def store(files: CohortFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def _nobody(_: str) -> None:
+    """There is no known patient."""
+
+
 @pytest.fixture(scope="module")
 def cases(files: CohortFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cases") / "cases.csv"
@@ -85,7 +90,7 @@ def test_shards_and_the_store_they_were_packed_from_give_the_same(
 
 def test_a_row_is_the_mean_over_the_folds_and_its_curve_holds_every_edge(files, cases, ensemble_folder):
     source = ShardSource(DataConfig(shards=str(files.shards)))
-    slides = group_slides(source.slide_ids, cases)
+    slides = SlideOwners(_nobody, read_owners(cases)).group(source.slide_ids)
     ensemble = FoldEnsemble.load(ensemble_folder)
     table = ensemble.predict(source, slides, join_world(ParallelConfig())).set_index("case_id")
     separate = [predict(m, DataConfig(shards=str(files.shards)), slides).set_index("case_id") for m in ensemble.models]
@@ -105,7 +110,7 @@ def test_a_row_is_the_mean_over_the_folds_and_its_curve_holds_every_edge(files, 
 @pytest.mark.parametrize("unit", ["case", "slide"])
 def test_patients_of_the_training_are_predicted_by_the_folds_that_have_not_seen_them(files, cases, tmp_path, unit):
     source = ShardSource(DataConfig(shards=str(files.shards)))
-    slides = group_slides(source.slide_ids, cases)
+    slides = SlideOwners(_nobody, read_owners(cases)).group(source.slide_ids)
     names = list(slides)
     models = FoldEnsemble.load(untrained(tmp_path)).models
     known = (names[:10] + names[20:22], names[10:22])
@@ -175,7 +180,7 @@ def test_one_fold_predicts_its_test_patients_as_its_training_did(files, tmp_path
 
 def test_a_patient_at_the_cutoff_is_in_the_high_risk_group_of_prediction_and_report(files, cases, ensemble_folder):
     source = ShardSource(DataConfig(shards=str(files.shards)))
-    slides = group_slides(source.slide_ids, cases)
+    slides = SlideOwners(_nobody, read_owners(cases)).group(source.slide_ids)
     first = FoldEnsemble.load(ensemble_folder).models[0]
     risks = FoldEnsemble((first,)).predict(source, slides, join_world(ParallelConfig()))["risk"]
     cutoff = float(risks.sort_values().iloc[len(risks) // 2])
@@ -206,7 +211,7 @@ def test_slides_taken_for_patients_are_reported_and_counted_as_slides(
     source = (files.shards, "--model", ensemble_folder, "--out", tmp_path / "out.csv")
     assert cfusion("predict", *source).startswith("33 slides, ")
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
-        "33 of 33 slides have no TCGA barcode: each counts as a patient. --cases TABLE groups them."
+        "33 of 33 slides name no known patient, such as PT-0003-1: each counts as a patient. --cases TABLE groups them."
     ]
     caplog.clear()
     assert cfusion("predict", *source, "--cases", cases).startswith("30 patients, ")
@@ -219,18 +224,26 @@ def test_slides_with_and_without_barcode_are_counted_apart(cfusion, ensemble_fol
         write_slide(tmp_path / "store", slide_features(name, 2, 8, rng))
     output = cfusion("predict", tmp_path / "store", "--model", ensemble_folder, "--out", tmp_path / "out.csv")
     assert output.startswith("1 patients and 1 slides, ")
-    assert "1 of 3 slides have no TCGA barcode" in caplog.text
+    assert "1 of 3 slides name no known patient, such as other:" in caplog.text
 
 
-def test_tcga_slides_belong_to_their_barcodes_patient():
-    slides = ["TCGA-AA-0001-01Z-00-DX1", "TCGA-AA-0001-01Z-00-DX2", "other"]
-    assert group_slides(slides, None) == {"TCGA-AA-0001": tuple(slides[:2]), "other": ("other",)}
+def test_slides_of_patients_of_the_training_are_grouped_by_their_names(cfusion, files, cases, tmp_path, caplog):
+    """As for an explanation and a served model: without a table, `PT-0003-1` is of the patient `PT-0003`."""
+    names = sorted(set(pd.read_csv(cases)["case_id"]))
+    model = with_seen(tmp_path / "model", Seen(frozenset(map(digest_case, names)), None))
+    for name, options in (("a.csv", ()), ("b.csv", ("--cases", cases))):
+        cfusion("predict", files.shards, "--model", model, *options, "--out", tmp_path / name)
+    assert "name no known patient" not in caplog.text
+    columns = ["case_id", "slides", "unseen_folds"]
+    without, with_cases = (pd.read_csv(tmp_path / name)[columns].sort_values("case_id") for name in ("a.csv", "b.csv"))
+    assert without.to_dict("list") == with_cases.to_dict("list")
+    assert (without["unseen_folds"] == 0).all()
 
 
 def _predicts(shards: str, folder: str, out: str) -> None:
     runtime = join_world(ParallelConfig(global_batch=2))
     source = ShardSource(DataConfig(shards=shards))
-    table = FoldEnsemble.load(Path(folder)).predict(source, group_slides(source.slide_ids, None), runtime)
+    table = FoldEnsemble.load(Path(folder)).predict(source, SlideOwners(_nobody).group(source.slide_ids), runtime)
     table.to_csv(Path(out) / f"{runtime.rank}.csv", index=False)
 
 
@@ -239,7 +252,7 @@ def test_two_processes_predict_as_one_does(files, ensemble_folder, tmp_path):
     run_world(2, _predicts, tmp_path, str(files.shards), str(ensemble_folder), str(tmp_path))
     source = ShardSource(DataConfig(shards=str(files.shards)))
     single = FoldEnsemble.load(ensemble_folder).predict(
-        source, group_slides(source.slide_ids, None), join_world(ParallelConfig())
+        source, SlideOwners(_nobody).group(source.slide_ids), join_world(ParallelConfig())
     )
     for rank in range(2):
         table = pd.read_csv(tmp_path / f"{rank}.csv")
@@ -396,8 +409,10 @@ def outside(files: CohortFiles, tmp_path: Path) -> Path:
     return tmp_path / "hospital.csv"
 
 
-def test_external_validation_is_one_command(cfusion, files, cases, ensemble_folder, outside, tmp_path):
-    given = ("predict", files.shards, "--model", ensemble_folder, "--cases", cases)
+@pytest.mark.parametrize("named", ["by --table", "by --cases"])
+def test_external_validation_is_one_command(cfusion, files, cases, ensemble_folder, outside, tmp_path, named):
+    given = ("predict", files.shards, "--model", ensemble_folder)
+    given += ("--cases", cases) if named == "by --cases" else ()
     output = cfusion(*given, "--table", outside, "--report", tmp_path / "report", "--out", tmp_path / "risks.csv")
     assert f"report: {tmp_path / 'report' / 'index.html'}" in output
     page = (tmp_path / "report" / "index.html").read_text()

@@ -1,5 +1,6 @@
 """`mlflow models serve` as a process on loopback: a bag in, risk and survival curve out."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from untrained_models import untrained
 from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.tracking.address import connect
 from cfusion.tracking.model_registry import _signature, register_ensemble
+from cfusion.training.seen import Seen, digest_case
 
 
 def ask(url: str, body: dict) -> tuple[int, dict]:
@@ -55,13 +57,31 @@ def test_a_served_model_of_several_cohorts_needs_the_patients(tmp_path):
         served.predict(None, bag, {"cohort": "lng"})
 
 
+def test_a_served_patient_of_the_training_is_predicted_by_the_folds_that_have_not_seen_them(tmp_path):
+    from cfusion.apply.serving import ServedEnsemble
+
+    folder = untrained(tmp_path / "run", grid="file")
+    first, second = FoldEnsemble.load(folder).models
+    for model, patients in ((first, ("p-7", "p-8")), (second, ("p-8",))):
+        seen = Seen(frozenset(map(digest_case, patients)), None)
+        dataclasses.replace(model, seen=seen).save(tmp_path / "seen" / f"fold_{model.card.fold}" / "model")
+    served = ServedEnsemble()
+    served.load_context(SimpleNamespace(artifacts={"folds": str(tmp_path / "seen")}))
+    rng = np.random.default_rng(0)
+    bag = {name: rng.normal(size=(n, 8)).astype(np.float32) for name, n in (("x20", 32), ("x10", 8), ("x5", 2))}
+    both, single = (FoldEnsemble(models).predict_bag(bag)["risk"].iloc[0] for models in ((first, second), (second,)))
+    for slide, risk, unseen in (("p-7_a", single, 1), ("p-8", both, 0), ("p-70", both, 2), ("", both, 2)):
+        answer = served.predict(None, bag, {"slide": slide})
+        assert (answer["risk"].iloc[0], answer["unseen_folds"].iloc[0]) == (risk, unseen)
+
+
 def test_only_a_served_model_of_several_cohorts_takes_a_cohort(tmp_path):
     joint, one = (
         FoldEnsemble.load(untrained(tmp_path / name, strata=strata)).models[0].card
         for name, strata in (("joint", {"short": 1.0, "long": 3.0}), ("one", {}))
     )
-    assert [param.name for param in _signature(joint).params] == ["positions", "cohort"]
-    assert [param.name for param in _signature(one).params] == ["positions"]
+    assert [param.name for param in _signature(joint).params] == ["positions", "slide", "cohort"]
+    assert [param.name for param in _signature(one).params] == ["positions", "slide"]
 
 
 @pytest.mark.slow

@@ -284,7 +284,10 @@ def test_pictures_of_another_slide_are_refused(explained, run, tmp_path):
     [
         (("store", "--slide", "z"), "has no slide z"),
         (("nothing.svs",), r"nothing\.svs: no such file or folder"),
-        (("run",), r"run: is not a feature store\. Give one slide"),
+        (
+            ("run",),
+            r"run: is not a feature store\. Give one slide.* first cfusion preprocess import .*run --store features",
+        ),
         (("store", "--device", "abacus"), "--device abacus: cannot be used"),
     ],
     ids=["slide", "source", "folder", "device"],

@@ -113,11 +113,18 @@ def test_a_second_slide_keeps_its_patient(cohort: Cohort, split: Split) -> None:
     assert found.cohort.slides_of(["p0"]) == {"p0": ("p0-t",)}
 
 
-def test_slides_by_barcode_where_the_tables_name_none() -> None:
+def test_slides_by_their_names_where_the_tables_name_none() -> None:
     index = pd.Index([f"TCGA-AA-{i:04d}" for i in range(40)], name="case_id")
     cases = pd.DataFrame({"time_months": np.arange(1.0, 41), "event": np.arange(40) % 2 == 0}, index=index)
     bare = Cohort("bare", cases, pd.DataFrame({"case_id": []}, index=pd.Index([], name="slide_id")))
     available = {f"{case}-01Z-00-DX1.X": {"x20"} for case in index[:38]} | {"TCGA-ZZ-0001-01Z": {"x20"}}
+    named = cases.set_axis(pd.Index([f"H{i}" for i in range(40)], name="case_id"))
+    of_hospital = audit(
+        dataclasses.replace(bare, cases=named),
+        [],
+        available={f"H{i}_2": {"x20"} for i in range(7, 38)} | {"H77": {"x20"}},
+    )
+    assert of_hospital.cohort.slides["case_id"].to_dict() == {f"H{i}_2": f"H{i}" for i in range(7, 38)}
     found = audit(bare, [], available=available, magnifications=("x20",))
     assert found.cohort.slides["case_id"].tolist() == index[:38].tolist()
     assert found.counts() == {"no_slides": 2}

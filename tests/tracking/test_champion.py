@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from untrained_models import cfusion, files, untrained  # noqa: F401 - fixtures
 
 from cfusion.apply.ensemble import FoldEnsemble
-from cfusion.apply.sources import ShardSource, group_slides
+from cfusion.apply.sources import ShardSource
 from cfusion.cli.main import app
+from cfusion.cohort.slide_owners import SlideOwners
 from cfusion.config import DataConfig, ParallelConfig
 from cfusion.errors import CfusionError, ConfigError, DataError
 from cfusion.tracking.address import connect
@@ -168,7 +169,7 @@ def test_a_registered_ensemble_predicts_as_the_folder_it_came_from(client, cfusi
     cfusion("predict", files.shards, *model, "--out", out)
     source = ShardSource(DataConfig(shards=str(files.shards)))
     direct = FoldEnsemble.load(folder).predict(
-        source, group_slides(source.slide_ids, None), join_world(ParallelConfig())
+        source, SlideOwners(lambda name: None).group(source.slide_ids), join_world(ParallelConfig())
     )
     np.testing.assert_allclose(pd.read_csv(out)["risk"], direct["risk"], rtol=1e-12)
     listed = call(client, "registry", "list").stdout
@@ -190,7 +191,7 @@ def test_the_served_model_has_signature_example_encoder_and_time_bins(client, tm
     assert [(i.name, i.shape, str(i.type)) for i in info.signature.inputs] == [
         (name, (-1, 8), "float32") for name in ("x20", "x10", "x5")
     ]
-    assert [c.name for c in info.signature.outputs] == ["months", "survival", "risk", "risk_sd"]
+    assert [c.name for c in info.signature.outputs] == ["months", "survival", "risk", "risk_sd", "unseen_folds"]
     assert info.metadata["encoder"]["name"] == "made-up"
     assert info.metadata["edges_months"]["fold_0"] == [0.0, 6.0, 14.0, 30.0, 200.0]
     model = mlflow.pyfunc.load_model(local)

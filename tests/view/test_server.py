@@ -193,11 +193,13 @@ def test_without_its_table_a_run_knows_patients_by_the_names_of_slides(tmp_path:
     (run / "config.yaml").unlink()
     curves = CohortCurves(run)
     assert curves.case_of("PT-0007") == "PT-0007"
-    assert curves.case_of("PT-0007-a") is None
-    slide = files.slides / f"{EXPLAINED}.svs"
+    assert curves.case_of("PT-0007-a") == "PT-0007"
+    assert curves.case_of("PT-00070") is None
+    assert curves.case_of(EXPLAINED) == "PT-0001"
+    slide = shutil.copy(files.slides / f"{EXPLAINED}.svs", tmp_path / "stranger.svs")
     with running(Viewer(SlideFolder(slide), Explanations(None), curves)) as client:
-        patient = client.json(f"/api/slides/{client.keys()[EXPLAINED]}")["patient"]
-    assert patient == {"case": None, "words": f"The run has no patient for the slide {EXPLAINED}."}
+        patient = client.json(f"/api/slides/{client.keys()['stranger']}")["patient"]
+    assert patient == {"case": None, "words": "The run has no patient for the slide stranger."}
 
 
 # --- refusals ---
