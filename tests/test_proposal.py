@@ -76,6 +76,12 @@ def test_three_folders_a_store_and_shards_are_read_by_crossfusion_unedited(here:
     assert "12 patients, 6 events" in result.output
     config = dry_run("study.yaml").config
     assert (config.model.name, config.data.encoder, config.data.magnifications) == ("crossfusion", "uni", (20, 10, 5))
+    assert "models: 6 (3 repeats × 2 folds), 20 epochs each: 120 steps of 8 bags" in result.output
+    assert "repeat 0, 2 folds: 6 train, 0 choose, 6 are scored" in result.output
+    command = re.search(r"cfusion (train study.yaml .*?) +#", result.output)
+    _, path, *overrides = command[1].split()
+    assert overrides == ["splits.repeats=1", "train.epochs=5", "output=runs/study-first-try"]
+    assert len(Run.prepare(load_config(path, overrides)).splits) == 2
     text = Path("study.yaml").read_text()
     assert text.startswith(f"# yaml-language-server: $schema={SCHEMA}\n")
     assert all("  # " in line for line in text.splitlines() if re.match(r"  \w+: ", line))

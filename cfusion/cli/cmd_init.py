@@ -37,7 +37,7 @@ def init(
       cfusion init --table clinical.csv --features trident_output
     """
     from cfusion.proposal.feature_folder import FeatureAnswers
-    from cfusion.proposal.study_file import propose_study
+    from cfusion.proposal.study_file import first_try, propose_study
 
     answers = FeatureAnswers(layout, encoder, tuple(only or ()), magnification)
     study = propose_study(table, features, out, name, answers)
@@ -47,5 +47,6 @@ def init(
     typer.echo(
         f"written: {study.path}. Read its comments, then:\n"
         f"  cfusion null {study.path}     # what a model without signal scores\n"
-        f"  cfusion train {study.path}    # every fold; report in {study.config.output}/report/index.html"
+        f"  {first_try(study)}    # a first try, to see that all works\n"
+        f"  cfusion train {study.path}    # every model; report in {study.config.output}/report/index.html"
     )

@@ -22,6 +22,9 @@ from cfusion.runs.run import Run
 _COMMENT_AT = 30
 """Column of comments, where the setting is shorter."""
 
+FIRST_EPOCHS = 5
+"""Epochs of a first try: enough to see that everything works, too few to report."""
+
 _OPTIONAL = {
     "cohort": ("covariates_table: clinic.csv", "age, sex, stage, grade by case_id: what slides add to them"),
     "splits": ("scheme: site", "keep the patients of one hospital on one side of each fold"),
@@ -78,6 +81,12 @@ def propose_study(table: Path, source: Path, out: Path, name: str | None, answer
     return Study(out, config, features, run)
 
 
+def first_try(study: Study) -> str:
+    """Return the command of a short training, whose folder does not stand in the way of the complete one."""
+    output = f"{study.config.output}-first-try"
+    return f"cfusion train {study.path} splits.repeats=1 train.epochs={FIRST_EPOCHS} output={output}"
+
+
 def _counts(cohort: ProposedCohort, features: ShardedFeatures) -> tuple[int, int]:
     """Return the number of patients with features, and of those with the event."""
     available = {slide: {name for name, count in tiles.items() if count} for slide, tiles in features.tiles.items()}
@@ -101,7 +110,8 @@ def _text(out: Path, cohort: ProposedCohort, features: ShardedFeatures) -> str:
     head = (
         f"{out.name}: proposed by `cfusion init` for {patients} patients with features, {events} with the event; "
         f"{len(features.tiles)} slides with a median of {statistics.median(tiles):,.0f} tiles. "
-        f"Check it: `cfusion audit {out}`. Train: `cfusion train {out}`. All settings: `cfusion train {out} "
+        f"Check it: `cfusion audit {out}`. What the training will do: `cfusion train {out} --dry-run`. Train: "
+        f"`cfusion train {out}`. All settings: `cfusion train {out} "
         "--print-config`."
     )
     lines = [f"# yaml-language-server: $schema={SCHEMA}", *_comment(head)]

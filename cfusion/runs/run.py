@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from cfusion.tracking.machine import write_environment
 from cfusion.training.folds import FoldRun, open_run_shards, with_held_magnifications
 from cfusion.training.model_check import check_own_model
 from cfusion.training.runtime import Runtime
+from cfusion.training.schedule import steps_in_epoch
 from cfusion.training.start import StartModel, check_starts
 from cfusion.training.world import check_precision
 from cfusion.types import Cohort, Split, magnification_name
@@ -167,13 +168,26 @@ class Run:
         ]  # fmt: skip
         lines += [f"note: {note}" for note in self.config.notes]
         lines += [f"audit: {finding}" for finding in self.audit.findings]
-        repeated = self.config.splits.repeats > 1
-        lines += [
-            f"{f'repeat {split.repeat}, ' * repeated}fold {split.fold}: {len(split.train)} train, "
-            f"{len(split.validation)} choose, {len(split.test)} are scored"
-            for split in self.splits
-        ]
-        return "\n".join([*lines, self.arrangement().describe()])
+        return "\n".join([*lines, *_fold_lines(self.splits), self._amount(), self.arrangement().describe()])
+
+    def _amount(self) -> str:
+        """Say how many models are trained, and for how long: epochs and steps."""
+        train, search, splits = self.config.train, self.config.search, self.splits
+        slides = self.cohort.slides_of(list(self.cohort.cases.index)) if self.config.data.unit == "slide" else {}
+        steps = sum(
+            train.epochs * steps_in_epoch(self.config, sum(len(slides.get(case, [case])) for case in split.train))
+            for split in splits
+        )
+        repeats = len({split.repeat for split in splits})
+        of = f"{repeats} repeats × {len(splits) // repeats} folds" if repeats > 1 else f"{len(splits)} folds"
+        trials = 1
+        if search is not None:
+            trials, of = search.trials, f"{of} × {search.trials} trials"
+        most = "" if search is None and self.config.evaluation.protocol == "fixed-epoch" else "at most "
+        return (
+            f"models: {len(splits) * trials} ({of}), {most}{train.epochs} epochs each: {most}{steps * trials:,} steps "
+            f"of {self.config.parallel.global_batch} bags"
+        )
 
     def _claim(self, same_code: str | None) -> None:
         """Take the output folder for this run, or refuse the folder of another."""
@@ -418,3 +432,23 @@ def _comparable(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict
         one["slides"], other["slides"] = (p.get("config", {}).get("cohort", {}).get("slides") for p in (there, here))
         del other["slides_sha256"]
     return one, other
+
+
+def _fold_lines(splits: Sequence[Split]) -> list[str]:
+    """Say who trains, chooses and is scored: a line per fold, or per repeat if there are several."""
+    repeats: dict[int, list[Split]] = {}
+    for split in splits:
+        repeats.setdefault(split.repeat, []).append(split)
+    groups = {f"fold {split.fold}": [split] for split in splits}
+    if len(repeats) > 1:
+        groups = {f"repeat {repeat}, {len(folds)} folds": folds for repeat, folds in repeats.items()}
+    return [
+        f"{name}: {_range(len(f.train) for f in folds)} train, {_range(len(f.validation) for f in folds)} choose, "
+        f"{_range(len(f.test) for f in folds)} are scored"
+        for name, folds in groups.items()
+    ]
+
+
+def _range(counts: Iterable[int]) -> str:
+    found = sorted(counts)
+    return f"{found[0]}" if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
