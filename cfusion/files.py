@@ -22,7 +22,8 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary sibling of `target` for a file or folder, which is renamed to `target` when the block ends.
 
     The data is on disk before the rename, so after a crash `target` has the old or the new content, never a part of it.
-    If the block raises, the temporary is removed and `target` is unchanged.
+    If the block raises, the temporary is removed and `target` is unchanged; an error of the system without a file, such
+    as of a full disk, is given that of `target`.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -31,11 +32,13 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         put_in_place(temporary, target)
-    except BaseException:
+    except BaseException as error:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(target)
         raise
 
 

@@ -47,15 +47,17 @@ class Holder:
         pid: Its number there.
         since: When it took the lock, seconds since 1970.
         launch: Name of the launch that started it, if a launcher did (see `launch_name`).
+        job: SLURM's job that it belongs to, such as 4711_0, if it does.
     """
 
     host: str
     pid: int
     since: float
     launch: str = ""
+    job: str = ""
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
+        return f"process {self.pid} on {self.host}" + (f" (SLURM's job {self.job})" if self.job else "")
 
 
 @contextlib.contextmanager
@@ -98,7 +100,7 @@ def hold(path: Path, *, wait: bool = False, keep: bool = True) -> Iterator[tuple
         except Timeout:
             raise HeldError(str(named(path) or "another process"), "Wait for it, or end it.") from None
         # Not replaced: another file of this name would be another lock.
-        who = Holder(socket.gethostname(), os.getpid(), time.time(), launch_name())
+        who = Holder(socket.gethostname(), os.getpid(), time.time(), launch_name(), slurm_job())
         path.write_text(json.dumps(asdict(who)), encoding="utf-8")
         try:
             yield tuple(descriptors)
@@ -118,6 +120,12 @@ def launch_name() -> str:
     """Return the name of the launch that started this process: torchrun's run id, empty if it has none."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return "" if name == "none" else name
+
+
+def slurm_job() -> str:
+    """Return SLURM's job of this process, as squeue shows it; empty outside one."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
 
 
 def held_above(path: Path) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -73,6 +74,14 @@ class ShareResult:
     def retry(self) -> bool:
         """Whether another attempt may succeed."""
         return bool(self.cause) and not self.stopped
+
+    @property
+    def word(self) -> str:
+        """How it went, in one line."""
+        if self.summary is None:
+            return "stopped" if self.stopped else str(self.error or self.cause)
+        counts = Counter(outcome.status for outcome in self.summary.outcomes)
+        return ", ".join(f"{number} {status}" for status, number in counts.items()) or "no slides"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from cfusion.errors import CfusionError, DataError
+from cfusion.errors import DISK, CfusionError, DataError
 from cfusion.files import atomic_path
 
 ALREADY = "already extracted"
@@ -107,5 +107,6 @@ def write_summary(target: Path, outcomes: Sequence[SlideOutcome]) -> Path:
             writer.writeheader()
             writer.writerows({**asdict(o), "seconds": f"{o.seconds:.2f}"} for o in outcomes)
     except OSError as error:
-        raise DataError(f"{target}: cannot be written ({error.strerror or error}).") from error
+        remedy = DISK.get(error.errno or 0, "")
+        raise DataError(f"{target}: cannot be written ({error.strerror or error}).", remedy) from error
     return target

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import threading
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from cfusion.errors import DataError, SlideError
+from cfusion.errors import DISK, DataError, SlideError
 from cfusion.files import digest_file
 from preprocess.annotation import find_mask, read_mask, write_sheets
 from preprocess.artefacts import find_artefacts
@@ -177,6 +178,9 @@ def plan_slide(path: Path, config: PreprocessConfig, mpp_table: Mapping[str, flo
         reader = choose_reader(slide, [(int(x), int(y)) for x, y in grid.coords(grid.names[0])])
     except OSError as error:
         slide.close()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = error.filename or config.store
+            raise DataError(f"{where}: cannot be written ({error.strerror}).", DISK[error.errno]) from error
         raise DataError(f"{path}: {error.strerror or error} ({error.filename}).") from error
     except BaseException:
         slide.close()

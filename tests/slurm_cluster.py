@@ -210,6 +210,10 @@ class TaskEnd:
     stopped: bool = False
     retry: bool = False
 
+    @property
+    def word(self) -> str:
+        return self.how
+
 
 @dataclass(frozen=True)
 class Marked:

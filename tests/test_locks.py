@@ -78,6 +78,23 @@ def test_the_holder_is_named_and_a_killed_one_is_replaced(tmp_path, kind):
     assert holder(path) == (None, False)
 
 
+@pytest.mark.parametrize(
+    ("variables", "job"),
+    [({}, ""), ({"SLURM_JOB_ID": "13"}, "13"),
+     ({"SLURM_JOB_ID": "13", "SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "2"}, "10_2")],
+)  # fmt: skip
+def test_a_holder_in_slurm_is_named_with_its_job(tmp_path, monkeypatch, variables, job):
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with hold(tmp_path / "a.lock"):
+        who, held = holder(tmp_path / "a.lock")
+    assert held
+    assert who.job == job
+    assert str(who).endswith(f"(SLURM's job {job})") is bool(job)
+
+
 def test_a_child_that_has_the_descriptor_holds_the_lock_after_its_parent_is_killed(tmp_path):
     path = tmp_path / "a.lock"
     process = other_process(path, "flock", "child")

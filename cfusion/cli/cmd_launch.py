@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -74,7 +75,7 @@ def slurm(
 
     cfusion launch slurm study.yaml --nodes 2 --gpus 8 --hours 12 --dry-run
     """
-    from launch.cluster.slurm_job import SlurmOptions, slurm_script, submit_slurm
+    from launch.cluster.slurm_job import LOG, SlurmOptions, slurm_script, submit_slurm
     from launch.tasks.slurm_options import parse_sbatch
 
     python = python or ("python" if image else sys.executable)
@@ -91,7 +92,10 @@ def slurm(
     if not dry_run or out:
         plan.output.mkdir(parents=True, exist_ok=True)  # SLURM writes its log there, and makes no folder
     if not dry_run:
-        typer.echo(submit_slurm(script, out or plan.output / f"{plan.name}.sbatch"))
+        path = out or plan.output / f"{plan.name}.sbatch"
+        answer = submit_slurm(script, path)
+        number = "".join(re.findall(r"\d+", answer)[:1]) or "%j"
+        typer.echo(f"{answer}\nscript: {path}\nlog: {plan.output / LOG.replace('%j', number)}")
 
 
 def _check_data(config: Path, overrides: list[str] | None) -> None:

@@ -88,7 +88,10 @@ def promote(
 @track.command("send")
 def send_(
     runs: Annotated[list[Path], typer.Argument(help="Output folders of tracked runs.")],
-    uri: Annotated[str | None, typer.Option(help="Server or database; default: the one of the run.")] = None,
+    uri: Annotated[
+        str | None,
+        typer.Option(help="Server; default: tracking.uri of the run, or MLFLOW_TRACKING_URI."),
+    ] = None,
 ) -> None:
     """Upload the records of finished, stopped or killed runs that the server has not received; none is sent twice.
 

@@ -189,10 +189,10 @@ def status(
 
     cfusion sweep status configs/sweeps/backbones.yaml
     """
-    from launch.sweep.status import look, seconds_left, spent
+    from launch.sweep.status import look_in_queue, seconds_left, spent
 
     settings, runs = planned(file, overrides, only)
-    statuses = look(runs)
+    statuses = look_in_queue(runs, settings.output)
     if in_json:
         more = {"seconds_left": seconds_left(statuses), "cost": spent(statuses)}
         return typer.echo(json.dumps(as_json(settings, statuses, stale_of(settings, runs, only), **more), indent=1))
@@ -201,7 +201,7 @@ def status(
         if not watch or all(status.state in ("done", "failed") for status in statuses):
             return None
         time.sleep(WATCH_SECONDS)
-        statuses = look(runs)
+        statuses = look_in_queue(runs, settings.output)
 
 
 def _show(settings: SweepConfig, statuses: list[RunStatus], *, clear: bool) -> None:
@@ -305,9 +305,15 @@ def run(
 def _rehearse(runs: list[PlannedRun], how: Execution, folder: Path) -> None:
     """List what would run, show SLURM's script, and audit each cohort with each encoder once."""
     from launch.sweep.execute import audits, script_of
+    from launch.sweep.markers import JOBS
     from launch.sweep.status import look
+    from launch.tasks.slurm_array import states_of_queued
 
     left = [run for run, status in zip(runs, look(runs), strict=True) if status.state != "done"]
+    waiting = states_of_queued(folder / JOBS) if how.executor == "slurm" else {}
+    for run in [run for run in left if run.name in waiting]:
+        typer.echo(f"would wait\t{run.name}\t{waiting[run.name]}")
+    left = [run for run in left if run.name not in waiting]
     for run in left:
         typer.echo(f"would train\t{run.name}")
     able = [run for run in left if not run.absent]

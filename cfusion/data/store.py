@@ -23,7 +23,7 @@ from unicodedata import category
 import numpy as np
 
 from cfusion.data.encoder_names import encoder_name
-from cfusion.errors import DataError, StoreError
+from cfusion.errors import DISK, DataError, StoreError
 from cfusion.files import atomic_path, is_orphan
 from cfusion.types import SlideFeatures, magnification_value
 
@@ -187,7 +187,9 @@ def write_slide(store_root: str | os.PathLike[str], features: SlideFeatures) -> 
             break
         except OSError as error:
             if error.errno not in RACES or attempt == RACE_ATTEMPTS - 1:
-                raise StoreError(f"{target}: cannot be written ({error.strerror or error}).") from error
+                raise StoreError(
+                    f"{target}: cannot be written ({error.strerror or error}).", DISK.get(error.errno or 0, "")
+                ) from error
             time.sleep(random.random() * 0.1)
     _sweep(target)
     return target

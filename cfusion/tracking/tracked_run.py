@@ -168,9 +168,11 @@ class Courier:
         self.journal.close()
         refused = sender_process().finish(self.folder, self.uri, PACE)
         if left := unsent(self.folder, self.uri):
+            of_environment = os.environ.get("MLFLOW_TRACKING_URI") == self.uri
             logger.warning(
-                "%d records of this run are unsent and kept in %s; when the server is back, run: cfusion track send %s",
-                left, self.journal.path, self.folder,
+                "%d records of this run are unsent and kept in %s; when the server is back, run: "
+                "cfusion track send %s%s", left, self.journal.path, self.folder,
+                " (with the same MLFLOW_TRACKING_URI)" if of_environment else "",
             )  # fmt: skip
         if refused is not None and status == "FINISHED":
             raise refused

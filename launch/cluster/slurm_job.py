@@ -14,6 +14,10 @@ from cfusion.files import write_text
 from cfusion.run_folder import DONE
 from launch.cluster.cluster_plan import FINAL, MAX_RESTARTS, REQUEUE, WARNING_SECONDS, LaunchPlan, shell
 from launch.tasks.slurm_options import SlurmQueueOptions, one_line
+from launch.tasks.slurm_states import jobs_of_script
+
+LOG = "slurm-%j.out"
+"""Log of a job in the run's folder; %j: the job's number."""
 
 MOST_REQUEUES = {REQUEUE: 100, 137: MAX_RESTARTS}
 """Exit codes after which a job queues itself again: it was asked to, or a node's agent was killed. With each, after how
@@ -71,6 +75,7 @@ def slurm_script(plan: LaunchPlan, options: SlurmOptions) -> str:
             "unset NODE_RANK  # SLURM_NODEID numbers the nodes",
             'read -r host < <(scontrol show hostnames "$SLURM_JOB_NODELIST")',
             "port=$((20000 + SLURM_JOB_ID % 10000))",
+            'echo "$(date +%FT%T) job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST"',
             "",
             "status=0",
             f"{run} || status=$?",
@@ -83,7 +88,10 @@ def slurm_script(plan: LaunchPlan, options: SlurmOptions) -> str:
             *(f"    {code}) most={most} ;;" for code, most in MOST_REQUEUES.items()),
             "    *) most=0 ;;",
             "esac",
-            'if [ "${SLURM_RESTART_COUNT:-0}" -lt "$most" ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+            'if [ "${SLURM_RESTART_COUNT:-0}" -lt "$most" ]; then',
+            '    echo "$(date +%FT%T) left with $status; SLURM starts the job again"',
+            '    scontrol requeue "$SLURM_JOB_ID"',
+            "fi",
             'exit "$status"',
             "",
         ]
@@ -95,11 +103,18 @@ def submit_slurm(script: str, path: Path) -> str:
 
     Raises:
         ConfigError: There is no sbatch here.
-        CfusionError: sbatch refused the job.
+        CfusionError: sbatch refused the job, or an earlier one of this script is queued or runs.
     """
     if shutil.which("sbatch") is None:
         raise ConfigError(
             "sbatch is not on the PATH of this machine.", "Run this on a login node, or use --dry-run --out FILE."
+        )
+    earlier = jobs_of_script(path)
+    if earlier:
+        found = ", ".join(f"{job} ({state})" for job, state in earlier.items())
+        raise CfusionError(
+            f"This run is in SLURM's queue already: job {found}.",
+            f"Wait for it, or end it: scancel {' '.join(earlier)}.",
         )
     write_text(path, script)
     done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True, check=False)
@@ -143,10 +158,10 @@ def _directives(plan: LaunchPlan, options: SlurmOptions) -> dict[str, str]:
         "signal": f"USR1@{WARNING_SECONDS}",
         "requeue": "",
         "open-mode": "append",
-        "output": f"{one_line('output', str(plan.output))}/slurm-%j.out",
+        "output": one_line("output", str(plan.output / LOG)),
     }
     if resources.gpus:
         own["gpus-per-node"] = str(resources.gpus)
     if plan.least_nodes < resources.nodes:
         own["no-kill"] = ""
-    return own | options.directives(own)
+    return own | options.directives({**own, "ntasks": "", "no-requeue": ""})

@@ -15,7 +15,7 @@ from cfusion.errors import CfusionError, PartialResultError, RequeueError
 from cfusion.files import digest_json
 from cfusion.run_folder import fold_folders, is_done
 from launch.sweep.data_digests import places, remember_data
-from launch.sweep.markers import LOG
+from launch.sweep.markers import JOBS, LOG
 from launch.sweep.plan import PlannedRun
 from launch.sweep.work import Job, Outcome
 from launch.sweep.workers import run_local, slots_here
@@ -198,7 +198,7 @@ def script_of(runs: Sequence[PlannedRun], execution: Execution, folder: Path) ->
     Raises:
         MissingExtraError, ConfigError: As `launch.tasks.slurm_array.array_script`.
     """
-    return array_script(jobs_of(runs, execution), execution.resources, folder / "jobs", _SLURM_NAME)
+    return array_script(jobs_of(runs, execution), execution.resources, folder / JOBS, _SLURM_NAME)
 
 
 def folds_done(run: PlannedRun) -> int:
@@ -210,7 +210,7 @@ def _dispatch(jobs: Sequence[Job], execution: Execution, folder: Path, tick: Tic
     if not jobs:
         return iter(())
     if execution.executor == "slurm":
-        return run_slurm(jobs, execution.resources, folder / "jobs", _SLURM_NAME, tick)
+        return run_slurm(jobs, execution.resources, folder / JOBS, _SLURM_NAME, tick)
     if execution.executor == "ray":
         return run_ray(jobs, execution.resources, execution.address, tick)
     return run_local(jobs, slots_here(execution.slots, execution.slots_per_gpu, execution.processes), tick)

@@ -9,6 +9,9 @@ from typing import Any
 from cfusion.files import read_json, write_json
 from cfusion.secret_text import without_secrets
 
+JOBS = "jobs"
+"""Folder of the tasks' scripts and logs in the folder of a sweep."""
+
 ATTEMPTS_FILE, FAILED, LOG = "attempts.json", "failed.json", "run.log"
 
 

@@ -7,15 +7,16 @@ import os
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from cfusion.cohort.splits import fold_count
 from cfusion.program import code_digest
 from cfusion.run_folder import DONE, LOCK, is_done, is_fold_name, read_marker, trainer
-from launch.sweep.markers import FAILED, LOG, attempts, read_failure
+from launch.sweep.markers import FAILED, JOBS, LOG, attempts, read_failure
 from launch.sweep.plan import PlannedRun, SweepConfig
+from launch.tasks.slurm_array import states_of_queued
 
 State = Literal["done", "running", "failed", "open"]
 STATES: tuple[State, ...] = ("done", "running", "failed", "open")
@@ -35,7 +36,7 @@ class RunStatus:
         folder: Its folder.
         folds_done: Number of complete folds.
         folds: Number of folds.
-        word: The cause of a failure, who trains it, or what is missing of its data.
+        word: The cause of a failure, who trains it, what is missing of its data, or what SLURM says of it.
         log: Path of its log if it failed.
     """
 
@@ -88,6 +89,18 @@ def _status(run: PlannedRun, files: Sequence[str]) -> RunStatus:
     if left is not None:
         return status("failed", f"{left} ended without a report: killed, possibly out of memory", folder / LOG)
     return status("open", run.absent)
+
+
+def look_in_queue(runs: Sequence[PlannedRun], folder: Path) -> list[RunStatus]:
+    """As `look`; open runs say what they wait for if the sweep in `folder` has queued them in SLURM."""
+    statuses = look(runs)
+    if all(status.state != "open" for status in statuses):
+        return statuses
+    waiting = states_of_queued(folder / JOBS)
+    return [
+        replace(status, word=waiting[status.name]) if status.state == "open" and status.name in waiting else status
+        for status in statuses
+    ]
 
 
 def stale(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> list[str]:

@@ -57,6 +57,11 @@ class Outcome:
         """Whether another attempt may succeed."""
         return self.again != "no"
 
+    @property
+    def word(self) -> str:
+        """How it went, in one line."""
+        return f"{self.state}: {self.cause}" if self.cause else self.state
+
 
 @dataclass(frozen=True)
 class Job:
@@ -141,6 +146,7 @@ def _attempt(job: Job, runs: list[PlannedRun], locks: list[tuple[int, ...]]) -> 
         try:
             _train(job, runs, locks)
         except RequeueError as error:
+            log.info("%s", error.message)
             missed = Outcome("", "stopped", error.message)
         except CfusionError as error:
             log.error("%s", error)

@@ -22,8 +22,8 @@ from cfusion.errors import ConfigError, MissingExtraError, RequeueError
 from cfusion.files import read_json, write_json
 from cfusion.interruption import graceful_stop, stop_requested
 from launch.tasks.slurm_options import most_cores
-from launch.tasks.slurm_states import GONE, JobState, SlurmStates, is_being_ended
-from launch.tasks.task import TICK_SECONDS, Task, TaskResources, TaskResult, Tick, with_threads
+from launch.tasks.slurm_states import GONE, JobState, SlurmStates, is_being_ended, states_now
+from launch.tasks.task import TICK_SECONDS, Task, TaskResources, TaskResult, Tick, logged_to_output, with_threads
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _MOST_TASKS = 1000
 _MOST_REQUEUES = 1000
 _OWN_OPTIONS = frozenset(
     {"array", "cpus-per-task", "gpus-per-node", "job-name", "mem", "nodes", "open-mode", "output", "error", "signal",
-     "time", "wckey", "requeue"}
+     "time", "requeue", "no-requeue", "ntasks", "ntasks-per-node"}
 )  # fmt: skip
 """Options of sbatch that follow from the tasks and their resources."""
 _QUEUE = "queue.json"
@@ -59,12 +59,15 @@ class ArrayElement(Generic[R]):
         results: list[R] = []
         stopped = False
         # One block around all tasks, so that a signal between two of them is not lost.
-        with graceful_stop():
+        with graceful_stop(), logged_to_output():
             for task in self.tasks:
                 stopped = stop_requested()
                 if stopped:
                     break
+                logger.info("begins: %s", ", ".join(task.names))
                 done = with_threads(task, self.threads)
+                for result in done:
+                    logger.info("%s: %s", result.name, result.word)
                 results += done
                 stopped = any(result.stopped for result in done)
                 if stopped:
@@ -254,6 +257,8 @@ def _executor(resources: TaskResources, folder: Path, name: str, elements: int, 
         folder=folder, cluster=cluster, slurm_max_num_timeout=_MOST_REQUEUES, slurm_python=shlex.join(python_command())
     )
     executor.update_parameters(name=name, **_slurm_parameters(resources, elements))
+    if cluster == "slurm":
+        executor._executor.parameters["wckey"] = None  # submitit's own is refused where a site checks them
     return executor
 
 
@@ -293,6 +298,16 @@ def queued(tasks: Sequence[Task[R]], folder: Path) -> dict[Any, tuple[Task[R], .
     return waiting
 
 
+def states_of_queued(folder: Path) -> dict[str, str]:
+    """Return what SLURM says of the tasks that are queued or run, by name; nothing where it does not answer."""
+    recorded = _read_queue(folder)
+    states = states_now(list(recorded)) if recorded else {}
+    return {
+        name: f"SLURM's job {job.partition('_')[0]}: {state}"
+        for job, state in states.items() if not state.ended for name in recorded.get(job, ())
+    }  # fmt: skip
+
+
 def _read_queue(folder: Path) -> dict[str, list[str]]:
     return read_json(folder / _QUEUE) if (folder / _QUEUE).is_file() else {}
 
@@ -302,13 +317,18 @@ def _slurm_parameters(resources: TaskResources, elements: int) -> dict[str, Any]
         "timeout_min": math.ceil(resources.hours * 60), "cpus_per_task": resources.cpus,
         "slurm_setup": [f"export PYTHONPATH={shlex.quote(python_path())}", *resources.slurm.setup_lines()],
         "slurm_array_parallelism": resources.max_parallel or elements,
+        # Since SLURM 22.05 srun does not take it from sbatch, and where a site binds tasks, each has one core.
+        "slurm_srun_args": [f"--cpus-per-task={resources.cpus}"],
     }  # fmt: skip
     if resources.gpus:
         parameters["gpus_per_node"] = resources.gpus
     if resources.mem_gb is not None:
         parameters["mem_gb"] = resources.mem_gb
     directives = resources.slurm.directives({key: "" for key in _OWN_OPTIONS if key != "mem" or resources.mem_gb})
-    parameters["slurm_additional_parameters"] = {key: value or True for key, value in directives.items()}
+    # At the time limit a task queues itself again, also where the site does not allow it by itself (JobRequeue=0).
+    parameters["slurm_additional_parameters"] = {key: value or True for key, value in directives.items()} | {
+        "requeue": True
+    }
     return parameters
 
 

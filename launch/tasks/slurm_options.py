@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,11 @@ from cfusion.errors import ConfigError
 from cfusion.yaml_files import read_yaml
 
 PROFILE = Path("cfusion") / "cluster.yaml"
+_BY_OPTION = {
+    "time": "--hours", "cpus-per-task": "--cpus", "gpus-per-node": "--gpus", "mem": "--mem", "nodes": "--nodes",
+    "job-name": "--name", "array": "--max-parallel and --chunk",
+}  # fmt: skip
+"""Options of sbatch that follow from options of this program; not every command has each."""
 _ANSWER_SECONDS = 30.0
 
 OptionsT = TypeVar("OptionsT", bound="SlurmQueueOptions")
@@ -61,19 +67,24 @@ class SlurmQueueOptions:
             if not re.fullmatch(r"[a-z][a-z-]*", key):
                 raise ConfigError(f"--sbatch {key}={value}: {key!r} is not an option of sbatch.", "Such as: mem=64G.")
             if key in own:
-                raise ConfigError(f"--sbatch {key}={value}: {key} follows from the plan.")
+                raise ConfigError(f"--sbatch {key}={value}: {key} follows from the plan.", _instead(key))
             if chosen.get(key, value) != value:
                 raise ConfigError(f"--sbatch {key}={value}: {key} is also given as {chosen[key]!r}.", "Give one.")
             chosen[key] = value
         return {key: one_line(f"--sbatch {key}", value) for key, value in chosen.items()}
 
     def setup_lines(self) -> list[str]:
-        """Return the lines of shell before the work.
+        """Return the lines of shell before the work; one that fails ends the job with 2, before hours are spent.
 
         Raises:
             ConfigError: One of them has a line break.
         """
-        return [one_line("--setup", line) for line in self.setup]
+        lines: list[str] = []
+        for line in self.setup:
+            failed = shlex.quote(f"error: --setup {one_line('--setup', line)!r} failed.")
+            remedy = "'Mend it, or append || true if that does not matter.'"
+            lines += [line, f'[ "$?" -eq 0 ] || {{ echo {failed} {remedy} >&2; exit {ConfigError.exit_code}; }}']
+        return lines
 
     def over_profile(self: OptionsT) -> OptionsT:
         """Return these options, and those of the site's profile where they say nothing; setup lines of both."""
@@ -107,6 +118,11 @@ class ClusterProfile(Section):
     """Lines of shell before the work, such as `module load cuda`."""
     sbatch: dict[str, str | None] = Field(default_factory=dict)
     """Further options of sbatch, as KEY: VALUE; a bare flag has no value."""
+
+
+def _instead(key: str) -> str:
+    """Return what to do where an option of sbatch is not free."""
+    return f"Give {_BY_OPTION[key]} instead." if key in _BY_OPTION else "Leave it out: the job needs it as it is."
 
 
 def profile_path() -> Path:

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,9 @@ class JobState:
     def ended(self) -> bool:
         """Whether the job will not run again."""
         return self.name in ENDED or self.name == GONE
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})" if self.reason else self.name
 
 
 class SlurmStates:
@@ -119,7 +123,20 @@ class SlurmStates:
             return "not listed" if self._answered else "of unknown state (SLURM does not answer)"
         if state.name == GONE:
             return "no longer known to SLURM"
-        return f"{state.name} ({state.reason})" if state.reason else state.name
+        return str(state)
+
+
+def states_now(jobs: Sequence[str]) -> dict[str, JobState]:
+    """Return the states of the jobs, such as `4711_0`, that squeue knows; none if it does not answer."""
+    _, found = _squeue(jobs)
+    return {job: found[job] for job in jobs if job in found}
+
+
+def jobs_of_script(path: Path) -> dict[str, str]:
+    """Return SLURM's names for the states of this user's jobs of a script that are queued or run; none if unknown."""
+    _, out, _ = _asked(["squeue", "--me", "--noheader", "--format=%i|%T|%o"])
+    wanted = str(path.absolute())
+    return {job: state for job, state, script in _rows(out, 3) if script == wanted and state not in ENDED}
 
 
 def is_being_ended() -> bool:

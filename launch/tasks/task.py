@@ -5,11 +5,15 @@ The executors of this package need the task's data and output at the same path o
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from cfusion.secret_text import SecretsLeftOut
 from launch.tasks.slurm_options import SlurmQueueOptions
 
 TICK_SECONDS = 1.0
@@ -34,6 +38,11 @@ class TaskResult(Protocol):
     @property
     def retry(self) -> bool:
         """Whether it failed in a way that another attempt may avoid."""
+        ...
+
+    @property
+    def word(self) -> str:
+        """How it went, in one line."""
         ...
 
 
@@ -83,6 +92,24 @@ class TaskResources:
     slurm: SlurmQueueOptions = field(default_factory=SlurmQueueOptions)
     max_parallel: int | None = None
     chunk: int = 1
+
+
+@contextlib.contextmanager
+def logged_to_output() -> Iterator[None]:
+    """Within the block, write the program's log to the standard output of this process, with the time of each line."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(SecretsLeftOut("%(asctime)s %(message)s"))
+    loggers = [logging.getLogger(name) for name in ("cfusion", "preprocess", "launch")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.INFO)
+        each.addHandler(handler)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+            each.removeHandler(handler)
 
 
 def with_threads(task: Task[R], threads: int) -> list[R]:

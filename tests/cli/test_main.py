@@ -15,6 +15,7 @@ from factories import CohortFiles, make_cohort
 
 from cfusion.cli import main
 from cfusion.console import RepeatsCounted, alike
+from cfusion.files import atomic_path
 
 
 def cfusion(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -177,6 +178,12 @@ def test_a_full_disk_ends_in_a_line(monkeypatch, capsys, tmp_path):
         written == f"error: {tmp_path}/summary.csv: No space left on device. Free some space, then run the same "
         "command again; it resumes.\n"
     )
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_file_is_reported_with_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space left") as full, atomic_path(tmp_path / "scores.csv"):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as a write does
+    assert full.value.filename == str(tmp_path / "scores.csv")
 
 
 def test_ctrl_c_leaves_with_its_code_and_says_how_to_go_on(monkeypatch, capsys):

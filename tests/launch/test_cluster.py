@@ -242,6 +242,31 @@ def test_sbatch_that_is_missing_or_refuses_is_reported(config, slurm, monkeypatc
     assert not Path("other.sbatch").exists()
 
 
+@pytest.mark.parametrize(("state", "refused"), [("PENDING", True), ("RUNNING", True), ("COMPLETED", False)])
+def test_a_run_that_is_queued_or_running_is_not_submitted_again(config, slurm, tmp_path, state, refused):
+    (slurm / "sbatch").write_text("#!/bin/sh\necho Submitted batch job 12\n")
+    (slurm / "squeue").write_text(f"#!/bin/sh\necho '11|{state}|{tmp_path}/job.sbatch'; echo '10|RUNNING|other'\n")
+    (slurm / "squeue").chmod(0o755)
+    script = slurm_script(plan(config), SlurmOptions())
+    if refused:
+        with pytest.raises(CfusionError, match=rf"queue already: job 11 \({state}\)\. .*scancel 11\."):
+            submit_slurm(script, Path("job.sbatch"))
+        assert not Path("job.sbatch").exists()
+    else:
+        assert submit_slurm(script, Path("job.sbatch")) == "Submitted batch job 12"
+
+
+def test_the_command_says_where_the_log_and_the_script_of_the_job_are(files, slurm, tmp_path):
+    (slurm / "sbatch").write_text("#!/bin/sh\necho Submitted batch job 12\n")
+    folder, written = tmp_path / "job", tmp_path / "job.yaml"
+    written.write_text(yaml.safe_dump(files.config(folder).model_dump(mode="json")))
+    done = CliRunner().invoke(app, ["launch", "slurm", str(written), "--gpus", "0", "--name", "mine"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines() == [
+        "Submitted batch job 12", f"script: {folder}/mine.sbatch", f"log: {folder}/slurm-12.out"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("nodes", [1, 2, 4])
 @pytest.mark.parametrize("options", [K8sOptions("cfusion:1", "data"), K8sOptions("cfusion:1", "d", "/data", "mlflow")])
 def test_the_manifest_fits_the_schema_of_kubernetes(config, nodes, options):

@@ -248,7 +248,41 @@ def test_what_slurm_is_asked_for(files, fake_slurm):
     assert {
         "#SBATCH --array=0-2%3", "#SBATCH --cpus-per-task=6", "#SBATCH --gpus-per-node=1", "#SBATCH --mem=32GB",
         "#SBATCH --time=90", "#SBATCH --job-name=cfusion-sweep", "#SBATCH --partition=gpu", "#SBATCH --signal=USR2@90",
+        "#SBATCH --requeue",
     } <= asked  # fmt: skip
+    assert not any("--wckey" in line for line in asked), "a site that checks them refuses submitit's"
+    (step,) = [line for line in asked if line.startswith("srun ")]
+    assert " --cpus-per-task=6 " in step, "srun does not take it from sbatch"
+
+
+@pytest.mark.parametrize(("line", "code"), [("module load cuda", 2), ("false || true", 0), ("export A=1", 0)])
+def test_a_line_of_the_setup_that_fails_ends_the_task_before_its_work(files, fake_slurm, line, code):
+    (fake_slurm / "bin" / "srun").write_text(f"#!/bin/sh\ntouch {fake_slurm}/worked\n")
+    (run,) = planned(files, fake_slurm, axes={"seed": [1]})
+    resources = TaskResources(cpus=1, slurm=SlurmQueueOptions(setup=(line,)))
+    slurm_array.submit([Job((run,))], resources, fake_slurm / "jobs", "cfusion-sweep")
+    done = subprocess.run(["bash", str(fake_slurm / "asked.sh")], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert (fake_slurm / "worked").exists() is (code == 0)
+    assert (f"error: --setup {line!r} failed. Mend it" in done.stderr) is (code == 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [("time", "Give --hours instead"), ("cpus-per-task", "Give --cpus instead"), ("ntasks", "Leave it out")],
+)
+def test_an_option_that_follows_from_the_plan_names_what_to_give_instead(files, fake_slurm, key, remedy):
+    (run,) = planned(files, fake_slurm, axes={"seed": [1]})
+    resources = TaskResources(cpus=1, slurm=SlurmQueueOptions(extra={key: "3"}))
+    with pytest.raises(ConfigError, match=rf"{key} follows from the plan\. {remedy}"):
+        slurm_array.submit([Job((run,))], resources, fake_slurm / "jobs", "cfusion-sweep")
+
+
+def test_a_task_logs_what_it_does_and_how_that_went(tmp_path, capsys):
+    element = slurm_array.ArrayElement((Recorded("a", tmp_path / "log"), Recorded("b", tmp_path / "log")), threads=1)
+    element()
+    lines = [line.split(" ", 2)[2] for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["begins: a", "a: done", "begins: b", "b: done"]
 
 
 @dataclass(frozen=True)
@@ -256,6 +290,7 @@ class Result:
     name: str
     stopped: bool = False
     retry: bool = False
+    word: str = "done"
 
 
 @dataclass(frozen=True)

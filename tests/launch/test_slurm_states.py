@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 from cfusion.cli.options import cores_of
+from cfusion.config import validate
 from cfusion.errors import ConfigError
+from launch.sweep.plan import SweepConfig, plan
+from launch.sweep.status import look_in_queue
+from launch.sweep.work import Job
 from launch.tasks import slurm_array, slurm_states
 from launch.tasks.slurm_options import SlurmQueueOptions
 from launch.tasks.slurm_states import GONE, JobState, SlurmStates, is_being_ended
@@ -193,6 +197,20 @@ def test_a_job_that_slurm_ends_does_not_queue_itself_again(answers, monkeypatch,
     monkeypatch.setenv("SLURM_JOB_ID", "78")
     answers(squeue)
     assert is_being_ended() is ended
+
+
+def test_the_status_of_a_sweep_says_what_its_open_runs_wait_for(answers, files, fake_slurm):
+    base = files.config(fake_slurm / "x").model_dump(mode="json", exclude={"output"})
+    values = {"name": "test", "output": str(fake_slurm / "sweep"), "base": base, "axes": {"seed": [1, 2, 3]}}
+    runs = plan(validate(SweepConfig, values, "test"))
+    jobs = [Job((run,)) for run in runs]
+    slurm_array.submit(jobs, TaskResources(cpus=1), fake_slurm / "sweep" / "jobs", "test")
+    answers("77_0|PENDING|Priority\n77_1|COMPLETED|None\n77_2|RUNNING|None")
+    found = look_in_queue(runs, fake_slurm / "sweep")
+    assert {status.state for status in found} == {"open"}
+    assert [status.word for status in found] == ["SLURM's job 77: PENDING (Priority)", "", "SLURM's job 77: RUNNING"]
+    answers(DOWN)
+    assert [status.word for status in look_in_queue(runs, fake_slurm / "sweep")] == [""] * 3
 
 
 def test_tasks_of_an_earlier_call_that_slurm_no_longer_knows_are_queued_again(answers, fake_slurm):

@@ -23,7 +23,7 @@ from cfusion.console import Progress
 from cfusion.data.store import FeatureStore
 from cfusion.errors import ConfigError, DataError
 from cfusion.files import atomic_path
-from preprocess import extraction
+from preprocess import extraction, slide_plan
 from preprocess.encoders import load_slots
 from preprocess.extraction import preprocess_slides
 from preprocess.settings import PreprocessConfig
@@ -241,6 +241,15 @@ def test_a_full_disk_stops_the_run_in_one_line_and_leaves_no_part(slides: Path, 
     with pytest.raises(DataError, match=r"cannot be written .No space left on device"):
         extract(slides, tmp_path / "store")
     assert not list((tmp_path / "store" / "mean-colour").iterdir())
+
+
+def test_a_disk_that_is_full_while_a_sheet_is_written_is_not_a_fault_of_the_slide(slides, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded", str(tmp_path / "store" / "sheets" / "s1.png"))
+
+    monkeypatch.setattr(slide_plan, "write_sheets", full)
+    with pytest.raises(DataError, match=r"s1\.png: cannot be written \(Disk quota exceeded\)\. Free some space"):
+        extract(slides, tmp_path / "store", sheets=True)
 
 
 def test_nan_and_infinity_of_an_encoder_fail_the_slide(slides: Path, tmp_path: Path):
