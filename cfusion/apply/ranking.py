@@ -1,21 +1,17 @@
 """Test whether a run ranks held-out patients better than chance, which decides whether its explanations mean anything.
 
 The statistic is the mean over folds of Harrell's C of the out-of-fold predictions. Chance is `simulate_null` on the
-same outcomes, folds and choice of the epoch. The folds are not independent: fold j trains the model that scores fold k,
-and the other way round, so models that learn nothing but noise count each pair of folds twice, and the variance of
-chance is doubled where there are several folds. The p-value is one-sided and normal.
+same outcomes, folds and choice of the epoch, as in reports. The p-value is one-sided and normal.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
 
 from cfusion.errors import CfusionError, UndefinedMetricError
 from cfusion.run_folder import CONFIG, PREDICTIONS, is_run, read_config
@@ -27,9 +23,6 @@ logger = logging.getLogger(__name__)
 
 LEVEL = 0.05
 """Share of the runs without signal that seem to rank patients."""
-
-_REPETITIONS = {False: 1000, True: 40}
-"""Simulated cross-validations; fewer where each draws the risks of every epoch."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +80,10 @@ def rank_test(predictions: pd.DataFrame, choice: EpochChoice | None = None) -> R
             outcomes.append((time, event, *stratum))
     if not outcomes:
         return None
-    null = simulate_null(
-        outcomes, chosen_on_scored_fold=on_scored, choice=choice or EpochChoice(), repetitions=_REPETITIONS[on_scored]
-    )  # fmt: skip
-    error = null.sd * math.sqrt(2 if len(outcomes) > 1 else 1)
+    null = simulate_null(outcomes, chosen_on_scored_fold=on_scored, choice=choice or EpochChoice())
     cindex = float(np.mean(scores))
     patients = predictions.drop_duplicates("case_id")
-    p = float(norm.sf((cindex - null.mean) / error))
-    return RunRanking(cindex, null.mean, p, len(patients), int(patients["event"].sum()))
+    return RunRanking(cindex, null.mean, null.p_above(cindex), len(patients), int(patients["event"].sum()))
 
 
 def run_ranking(folder: Path) -> RunRanking | None:

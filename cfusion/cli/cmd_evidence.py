@@ -11,6 +11,7 @@ import typer
 from cfusion.cli.completion import SettingsCommand, settings
 
 if TYPE_CHECKING:
+    from cfusion.cohort.audit import Audit
     from cfusion.config import Config
 
 Overrides = Annotated[
@@ -127,41 +128,44 @@ def null(
     overrides: Overrides = None,
     permutations: Annotated[int, typer.Option(help="Also train N times on permuted outcomes.", min=0)] = 0,
     unit: Annotated[str, typer.Option(help="Unit that is scored: case or slide.")] = "case",
-    repetitions: Annotated[int, typer.Option(help="Repetitions of the simulation.", min=2)] = 40,
+    repetitions: Annotated[
+        int | None, typer.Option(help="Repetitions of the simulation; as many as in reports if not given.", min=2)
+    ] = None,
     power: Annotated[
         bool, typer.Option("--power", help="Also print which difference of C the cohort can show.")
     ] = False,
 ) -> None:
-    """Simulate what noise scores on a cohort and its folds, under each protocol.
+    """Simulate what models without signal score on a cohort and its folds, under each protocol.
 
-    The simulation draws risks, takes seconds and trains nothing: a null of noise scores. Under published it chooses
-    among the epochs that the configuration allows (train.epochs, train.min_epoch, train.patience). --permutations also
-    trains the configuration on permuted outcomes; the folders of those runs are next to the run's output folder.
+    The simulation takes seconds: linear models learn from random features. Patients, folds and limits are those of a
+    run's report. Under published it chooses among the epochs that the configuration allows (train.epochs,
+    train.min_epoch, train.patience). --permutations also trains the configuration on permuted outcomes, which is the
+    better yardstick; the folders of those runs are next to the run's output folder.
     --power states which difference between two models the cohort can show, and how many events a difference of .03
     takes.
 
       cfusion null study.yaml --permutations 1
     """
+    from cfusion.cohort.audited import audited
+    from cfusion.cohort.joint import read_cohorts
     from cfusion.config import load_config
+    from cfusion.errors import ConfigError
 
     settings = load_config(config, overrides or [])
-    _echo_simulation(settings, unit, repetitions)
+    if unit not in ("case", "slide"):
+        raise ConfigError(f"--unit {unit!r}: expected case or slide.")
+    found = audited(settings, read_cohorts(settings))
+    _echo_simulation(settings, found, unit, repetitions)
     if power:
-        _echo_power(settings)
+        _echo_power(found)
     for seed in range(permutations):
         _echo_permutation(settings, seed)
 
 
-def _echo_simulation(settings: Config, unit: str, repetitions: int) -> None:
-    from cfusion.cohort.joint import read_cohorts
-    from cfusion.cohort.splits import make_splits
-    from cfusion.errors import ConfigError
+def _echo_simulation(settings: Config, found: Audit, unit: str, repetitions: int | None) -> None:
     from cfusion.survival.null import EpochChoice, scored_outcomes, simulate_null
 
-    if unit not in ("case", "slide"):
-        raise ConfigError(f"--unit {unit!r}: expected case or slide.")
-    cohort = read_cohorts(settings)
-    folds = scored_outcomes(cohort, make_splits(cohort, settings.splits, settings.evaluation.protocol), unit)
+    folds = scored_outcomes(found.cohort, found.splits, unit)
     typer.echo("cohort\tprotocol\tepochs\tmean C of noise scores\tsd\t97.5% limit\tits Monte-Carlo error")
     choice = EpochChoice.of(settings.train)
     kinds = [("strict, fixed-epoch", "–", False, 0.0), ("published", f"independent; {choice}", True, 0.0),
@@ -171,17 +175,14 @@ def _echo_simulation(settings: Config, unit: str, repetitions: int) -> None:
             folds, chosen_on_scored_fold=chosen, autocorrelation=memory, repetitions=repetitions, choice=choice
         )
         numbers = f"{result.mean:.3f}\t{result.sd:.3f}\t{result.high:.3f}\t{result.high_error:.3f}"
-        typer.echo(f"{cohort.name}\t{protocol}\t{epochs}\t{numbers}")
+        typer.echo(f"{found.cohort.name}\t{protocol}\t{epochs}\t{numbers}")
 
 
-def _echo_power(settings: Config) -> None:
-    from cfusion.cohort.joint import read_cohorts
-    from cfusion.cohort.splits import make_splits
+def _echo_power(found: Audit) -> None:
     from cfusion.survival.null import scored_outcomes
     from cfusion.survival.power import power_of
 
-    cohort = read_cohorts(settings)
-    folds = scored_outcomes(cohort, make_splits(cohort, settings.splits, settings.evaluation.protocol))
+    folds = scored_outcomes(found.cohort, found.splits)
     patients, events = sum(len(fold[0]) for fold in folds), sum(int(fold[1].sum()) for fold in folds)
     for line in power_of(patients, events).lines():
         typer.echo(f"power: {line}")

@@ -13,10 +13,6 @@ from cfusion.survival.null import SCORED_FOLD_CHOOSES, EpochChoice, Null, Outcom
 from cfusion.survival.predictions import STRATUM, UNIT
 from cfusion.survival.score import Key, Scores
 
-_REPETITIONS = 40
-_CHEAP_REPETITIONS = 1000
-"""Number of repetitions with one draw per fold, for protocols that choose no epoch."""
-
 
 @dataclass(frozen=True)
 class CohortNull:
@@ -25,10 +21,12 @@ class CohortNull:
     Attributes:
         independent: Null with new risks in every epoch.
         correlated: Null with slowly changing risks (AR(1), 0.9); the same if no epoch is chosen on the scored fold.
+        unchanged: Null with the same risks in every epoch, so that the choice of the epoch gains nothing.
     """
 
     independent: Null
     correlated: Null
+    unchanged: Null
 
 
 def nulls(scores: Sequence[Scores], context: ReportContext) -> dict[Key, CohortNull]:
@@ -58,26 +56,24 @@ def first_run_outcomes(rows: pd.DataFrame) -> tuple[list[Outcomes], tuple]:
 
 
 def cohort_null(folds: list[Outcomes], choice: EpochChoice | None) -> CohortNull:
-    """Simulate both nulls; `choice` None: no epoch is chosen on the scored fold."""
+    """Simulate the nulls; `choice` None: no epoch is chosen on the scored fold."""
+    plain = simulate_null(folds, chosen_on_scored_fold=False)
     if choice is None:
-        plain = simulate_null(folds, chosen_on_scored_fold=False, repetitions=_CHEAP_REPETITIONS)
-        return CohortNull(plain, plain)
+        return CohortNull(plain, plain, plain)
     independent, correlated = (
-        simulate_null(
-            folds, chosen_on_scored_fold=True, autocorrelation=memory, repetitions=_REPETITIONS, choice=choice
-        )
-        for memory in (0.0, 0.9)
+        simulate_null(folds, chosen_on_scored_fold=True, autocorrelation=memory, choice=choice) for memory in (0.0, 0.9)
     )
-    return CohortNull(independent, correlated)
+    return CohortNull(independent, correlated, plain)
 
 
 def evidence_table(scores: Sequence[Scores], context: ReportContext) -> pd.DataFrame:
     """Add nulls, permuted and oracle C, and the optimism gap to the summaries.
 
     Rows are grouped by cohort. Added columns: `endpoint` (empty if unknown), `null_mean, null_low, null_high` (95%
-    range of noise scores over cross-validations), `null_high_error` (Monte-Carlo error of the limit),
-    `null_correlated_mean`, `permuted`, `oracle`, and `optimism_gap`: the C under `published` minus that under
-    `strict`, for models that have both.
+    range of noise scores over cross-validations; if the epoch is chosen on the scored fold, from the lower limit of
+    risks that never change to the upper one of risks that are new in every epoch), `null_high_error` (Monte-Carlo
+    error of the upper limit), `null_correlated_mean`, `permuted`, `oracle`, and `optimism_gap`: the C under `published`
+    minus that under `strict`, for models that have both.
     """
     table = pd.concat([part.summary for part in scores], ignore_index=True)
     first_seen = {name: order for order, name in enumerate(dict.fromkeys(table["cohort"]))}
@@ -86,7 +82,7 @@ def evidence_table(scores: Sequence[Scores], context: ReportContext) -> pd.DataF
     keys = [(str(c), str(m), str(p)) for c, m, p in table[UNIT].itertuples(index=False)]
     table["endpoint"] = [context.endpoints.get(key[0], "") for key in keys]
     table["null_mean"] = [simulated[key].independent.mean for key in keys]
-    table["null_low"] = [min(simulated[key].independent.low, simulated[key].correlated.low) for key in keys]
+    table["null_low"] = [simulated[key].unchanged.low for key in keys]
     table["null_high"] = [simulated[key].independent.high for key in keys]
     table["null_high_error"] = [simulated[key].independent.high_error for key in keys]
     table["null_correlated_mean"] = [simulated[key].correlated.mean for key in keys]

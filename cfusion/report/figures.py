@@ -122,7 +122,7 @@ def brier_over_time(scores: PatientScores, where: str) -> str:
 
 
 def fold_points(folds: pd.DataFrame, null: tuple[float, float] | None, where: str) -> str:
-    """Draw Harrell's C of every fold with its interval, over the range of models without signal."""
+    """Draw Harrell's C of every fold with its interval and their mean, over the range of that mean without signal."""
     rows = folds.reset_index(drop=True)
     values = rows[["harrell_c", "harrell_low", "harrell_high"]].to_numpy().ravel()
     finite = [float(v) for v in values if not math.isnan(v)]

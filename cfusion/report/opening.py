@@ -13,6 +13,7 @@ from cfusion.survival.calibration import survival_at
 from cfusion.survival.curves import step_values
 from cfusion.survival.groups import kaplan_meier
 from cfusion.survival.notes import no_models
+from cfusion.survival.null import SCORED_FOLD_CHOOSES
 from cfusion.survival.predictions import UNIT, survival_columns
 from cfusion.survival.score import Key, Scores
 
@@ -68,7 +69,8 @@ def short(value: float, digits: int = 2) -> str:
 
 def _ranking(row: Mapping[str, Any]) -> str:
     value, low, high, noise = (float(row[name]) for name in ("cindex_within", "within_low", "within_high", "null_high"))
-    if low > max(0.5, noise if row["protocol"] in ("published", "unknown") else 0.5):
+    beyond_noise = not (low if row["protocol"] in SCORED_FOLD_CHOOSES else value) <= noise
+    if low > 0.5 and beyond_noise:
         how = "ranks patients better than chance"
     elif high < 0.5:
         how = "ranks patients worse than chance; check the sign of the risk"

@@ -154,7 +154,7 @@ def _details(
         where = ", ".join(key)
         drawn = {
             "Kaplan–Meier curves of the risk groups": figures.kaplan_meier_figure(patients[key], where),
-            "C-index by fold, with the range of models without signal": figures.fold_points(
+            "C-index by fold and its mean, with the range of that mean without signal": figures.fold_points(
                 by_key[key], (row["null_low"], row["null_high"]), where
             ),
             "AUC over time, mean of the folds": figures.auc_over_time(patients[key], where),

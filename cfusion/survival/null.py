@@ -1,10 +1,16 @@
 """Scores of a model without signal under a given protocol: the baseline for every C-index.
 
-It is a null of noise *scores*: the risks are drawn, no model is trained. `evaluation.permute_outcomes` is the null of
-the complete training.
+Reports, `cfusion null` and explanations take chance from here. The scores are simulated in seconds;
+`evaluation.permute_outcomes` is the null of the complete training, and the better one.
 
 Choosing the epoch on the reported fold turns noise into a C-index above 0.5. The bias depends on the fold's size, on
-its events and on how fast the scores change between epochs. The simulation here measures it without training.
+its events and on how fast the scores change between epochs.
+
+The folds of a cross-validation are not independent: fold j trains the model that scores fold k, and the other way
+round. If features and outcomes are related by chance alike in j and k, both models gain. So the mean over folds spreads
+more for models that have learnt noise than for random numbers, by up to twice the variance. The simulated risks are
+therefore those of models that have learnt noise: linear ones of random features, trained on the other folds.
+`python -m benchmarks.null_band` measures how many models without signal lie within the limits.
 """
 
 from __future__ import annotations
@@ -26,6 +32,12 @@ Outcomes = tuple[np.ndarray, ...]
 
 SCORED_FOLD_CHOOSES = ("published", "unknown")
 """Protocols whose null assumes that the epoch was chosen on the scored fold; unknown takes the worst case."""
+
+REPETITIONS = {False: 2000, True: 40}
+"""Simulated cross-validations; fewer where the epoch is chosen on the scored fold: each draws risks for all epochs."""
+
+_FEATURES = 20
+"""Number of random features. The spread hardly depends on it."""
 
 _COMPARISONS_PER_CHUNK = 1 << 24
 _LEVEL = 0.975
@@ -77,6 +89,10 @@ class Null:
     high_error: float
     repetitions: int
 
+    def p_above(self, cindex: float) -> float:
+        """Return the one-sided p-value that a model without signal reaches a mean C-index over the folds."""
+        return float(norm.sf((cindex - self.mean) / self.sd))
+
 
 def simulate_null(
     folds: Sequence[Outcomes],
@@ -84,21 +100,22 @@ def simulate_null(
     chosen_on_scored_fold: bool,
     autocorrelation: float = 0.0,
     choice: EpochChoice = EpochChoice(),
-    repetitions: int = 40,
+    repetitions: int | None = None,
     seed: int = 7,
 ) -> Null:
-    """Score standard normal risks as a protocol would.
+    """Score the risks of models that have learnt noise as a protocol would.
 
-    If the epoch is chosen on the scored fold (`published`), each epoch's risks are new, or an AR(1) series over the
-    epochs. The best epoch that `choice` allows is kept. Otherwise
-    (`strict`, `fixed-epoch`) the choice does not depend on the scored rows, so a single draw is scored.
+    The model of each fold has learnt from the other folds; that of a single fold, from other patients. If the epoch is
+    chosen on the scored fold (`published`), each epoch's risks are new, or an AR(1) series over the epochs. The best
+    epoch that `choice` allows is kept. Otherwise (`strict`, `fixed-epoch`) the choice does not depend on the scored
+    rows, so a single draw is scored. The order of a fold's rows makes no difference.
 
     Args:
         folds: Outcomes of the scored rows of each fold.
         chosen_on_scored_fold: Whether the epoch is chosen on the rows that are scored.
         autocorrelation: Correlation of a row's risk between epochs, 0 ≤ r < 1.
         choice: Which epochs may be chosen; by default those of the published recipe.
-        repetitions: Number of simulated cross-validations.
+        repetitions: Number of simulated cross-validations; None: `REPETITIONS`.
         seed: Seed of the draws.
 
     Raises:
@@ -114,15 +131,22 @@ def simulate_null(
             "training before it.",
             "Raise train.epochs or lower train.min_epoch.",
         )
+    repetitions = repetitions or REPETITIONS[chosen_on_scored_fold]
+    length = choice.epochs if chosen_on_scored_fold else 1
+    compared = [comparable_pairs(*_ordered(fold)) for fold in folds]
+    for number, (first, _) in enumerate(compared):
+        if not len(first):
+            raise UndefinedMetricError(f"null: fold {number} has no comparable pair.")
+    toward = [_toward_events(pairs, len(fold[0])) for pairs, fold in zip(compared, folds, strict=True)]
+    agreement = _agreement(toward, (repetitions, length), autocorrelation, seed) if len(folds) > 1 else None
     generator = np.random.default_rng(seed)
     means = np.zeros(repetitions)
-    for number, (time, *others) in enumerate(folds):
-        pairs = comparable_pairs(time, *others)
-        if not len(pairs[0]):
-            raise UndefinedMetricError(f"null: fold {number} has no comparable pair.")
-        length = choice.epochs if chosen_on_scored_fold else 1
-        risks = _series(generator, repetitions, length, len(time), autocorrelation)
-        scores = _cindex(risks.reshape(-1, len(time)), pairs).reshape(repetitions, length)
+    for number, pairs in enumerate(compared):
+        risks = _series(generator, repetitions, length, len(toward[number]), autocorrelation)
+        if agreement is not None:
+            unit = toward[number] / np.linalg.norm(toward[number])
+            risks += (agreement[number] - risks @ unit)[..., None] * unit
+        scores = _cindex(risks.reshape(-1, risks.shape[-1]), pairs).reshape(repetitions, length)
         if chosen_on_scored_fold:
             means += [_kept(row, choice.min_epoch, choice.patience) for row in scores]
         else:
@@ -164,6 +188,35 @@ def _series(generator: np.random.Generator, repetitions: int, epochs: int, rows:
     for epoch in range(1, epochs if memory else 1):
         risks[:, epoch] = memory * risks[:, epoch - 1] + np.sqrt(1 - memory**2) * risks[:, epoch]
     return risks
+
+
+def _ordered(fold: Outcomes) -> Outcomes:
+    """Return the rows of a fold by time, then by event and cohort."""
+    order = np.lexsort(fold[::-1])
+    return tuple(values[order] for values in fold)
+
+
+def _toward_events(pairs: tuple[np.ndarray, np.ndarray], rows: int) -> np.ndarray:
+    """Return, for each row, in how many pairs its risk should be the higher one, minus in how many the lower."""
+    first, second = (np.bincount(side, minlength=rows) for side in pairs)
+    return (first - second).astype(np.float32)
+
+
+def _agreement(toward: Sequence[np.ndarray], shape: tuple[int, int], memory: float, seed: int) -> np.ndarray:
+    """Draw the component of each fold's risks along `toward`, [fold, repetition, epoch].
+
+    Let X be the random features of fold k and t its row of `toward`. The fold teaches the coefficients X't, and the
+    model that scores it has the sum of those of the other folds, w. Its risks Xw, scaled to unit variance, depend on
+    the other folds only through their component along t, which is (X't)'w / (|t| |w|); all others are independent
+    standard normal values. So X't is all that has to be drawn.
+    """
+    generator = np.random.default_rng([seed, 1])
+    # A risk is the product of two series, so each has the square root of the correlation that the risk shall have.
+    taught = np.stack([_series(generator, *shape, _FEATURES, math.sqrt(memory)) for _ in toward])
+    taught *= np.array([np.linalg.norm(one) for one in toward], dtype=np.float32)[:, None, None, None]
+    learnt = taught.sum(axis=0) - taught
+    along = np.einsum("fres,fres->fre", taught, learnt) / np.linalg.norm(learnt, axis=-1)
+    return along / np.array([np.linalg.norm(one) for one in toward], dtype=np.float32)[:, None, None]
 
 
 def comparable_pairs(

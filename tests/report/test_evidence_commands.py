@@ -9,8 +9,12 @@ import typer
 from typer.testing import CliRunner
 
 from cfusion.cli import cmd_evidence as evidence
-from cfusion.config import Config
+from cfusion.cohort.audited import audited
+from cfusion.cohort.read import read_cohort
+from cfusion.config import Config, load_config
 from cfusion.errors import CfusionError, ConfigError, DataError
+from cfusion.report.evidence import cohort_null, first_run_outcomes
+from cfusion.survival.null import EpochChoice
 
 app = typer.Typer()
 evidence.register(app)
@@ -96,6 +100,19 @@ def test_null_chooses_among_the_epochs_of_the_configuration(config: Path) -> Non
     assert 0.5 < means("train.epochs=5")[1] < means("train.epochs=40", "train.patience=null")[1] - 0.02
     with pytest.raises(ConfigError, match=r"No epoch may be chosen: train\.min_epoch=5, and train\.epochs=5"):
         run("null", config, "train.epochs=5", "train.min_epoch=5")
+
+
+def test_null_prints_the_limits_of_the_report(config: Path) -> None:
+    settings = load_config(config, [])
+    found = audited(settings, read_cohort(settings.cohort))
+    outcomes = found.cohort.cases[["time_months", "event"]].set_axis(["survival_months", "event"], axis=1)
+    rows = pd.concat(
+        [outcomes.loc[list(split.test)].assign(seed=0, repeat=0, fold=split.fold) for split in found.splits]
+    )
+    folds, _ = first_run_outcomes(rows.sample(frac=1, random_state=1))
+    report = [cohort_null(folds, None).unchanged, cohort_null(folds, EpochChoice.of(settings.train)).independent]
+    printed = [line.split("\t")[3:] for line in run("null", config).splitlines()[1:3]]
+    assert printed == [[f"{v:.3f}" for v in (null.mean, null.sd, null.high, null.high_error)] for null in report]
 
 
 def test_audit_names_what_it_drops_and_stops_when_strict(config: Path) -> None:

@@ -25,6 +25,7 @@ ROW = {
          ".70–.78; noise reaches .55); "
          "it adds .03 (.00 to .06) to age, stage and grade, which reach .71 by themselves."),
         ({"within_low": 0.48}, "m is not shown to rank patients better than chance"),
+        ({"null_high": 0.75}, "m is not shown to rank patients better than chance"),
         ({"within_high": 0.45, "within_low": 0.3}, "worse than chance; check the sign of the risk"),
         ({"protocol": "published", "null_high": 0.72}, "m is not shown to rank patients better than chance (published "
          "protocol, whose epoch was chosen on the scored fold: C .74"),

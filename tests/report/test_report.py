@@ -179,6 +179,7 @@ def test_null_and_optimism_gap_are_shown_with_the_c(folder: Path) -> None:
     assert strict["null_mean"] == pytest.approx(0.5, abs=0.01)
     assert published["null_low"] < published["null_mean"] < published["null_high"]
     assert published["null_mean"] > 0.6
+    assert published["null_low"] == strict["null_low"], "the choice gains nothing where no epoch differs"
     assert published["null_correlated_mean"] < published["null_mean"]
     assert strict["optimism_gap"] == pytest.approx(published["cindex_mean"] - strict["cindex_mean"])
     assert np.isnan(summary.loc[("<b>evil</b>", "strict"), "optimism_gap"])

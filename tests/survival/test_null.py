@@ -1,4 +1,4 @@
-"""The null reproduces the published simulation, and equals one half where nothing is chosen."""
+"""The null reproduces the published simulation, is one half where nothing is chosen, and spreads like learnt noise."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from cfusion.cohort.splits import make_splits
 from cfusion.config import CohortConfig, SplitsConfig
 from cfusion.errors import DataError, UndefinedMetricError
 from cfusion.survival.metrics import concordance
-from cfusion.survival.null import EpochChoice, Outcomes, scored_outcomes, simulate_null
+from cfusion.survival.null import EpochChoice, Outcomes, comparable_pairs, scored_outcomes, simulate_null
 from cfusion.survival.predictions import read_predictions
 from cfusion.types import Cohort, Split
 
@@ -87,11 +87,46 @@ def test_choosing_on_fewer_rows_from_more_epochs_is_more_optimistic() -> None:
 
 
 def test_one_epoch_is_plain_concordance() -> None:
-    """With a single draw the simulated C is Harrell's C of that draw."""
+    """With a single draw the simulated C of one fold is Harrell's C of that draw."""
     time, event = fold(50)
+    order = np.argsort(time)
+    time, event = time[order], event[order]
     null = simulate_null([(time, event)], chosen_on_scored_fold=False, repetitions=2, seed=3)
     draws = np.random.default_rng(3).standard_normal((2, 1, 50), dtype=np.float32)[:, 0]
     assert null.mean == pytest.approx(np.mean([concordance(time, event, draw).cindex for draw in draws]), abs=1e-12)
+
+
+def test_folds_that_train_each_other_spread_more_than_independent_ones() -> None:
+    folds = [fold(seed=k) for k in range(5)]
+    together = simulate_null(folds, chosen_on_scored_fold=False)
+    single = [simulate_null([one], chosen_on_scored_fold=False).sd for one in folds]
+    assert 1.7 < together.sd**2 / (np.sum(np.square(single)) / 25) < 2.1
+    assert simulate_null(folds[:1], chosen_on_scored_fold=False).sd == single[0]
+
+
+def test_the_null_is_that_of_linear_models_of_random_features() -> None:
+    """Here the features are drawn and the models trained, where `simulate_null` draws only what they amount to."""
+    generator = np.random.default_rng(0)
+    folds = [fold(size, size) for size in (90, 40, 40)]
+    pairs = [comparable_pairs(*one) for one in folds]
+    features = [generator.standard_normal((2000, len(one[0]), 20)) for one in folds]
+    taught = [(x[:, first] - x[:, second]).sum(axis=1) for x, (first, second) in zip(features, pairs, strict=True)]
+    means = np.zeros(2000)
+    for x, (first, second), own in zip(features, pairs, taught, strict=True):
+        risk = np.einsum("dpf,df->dp", x, sum(taught) - own)
+        means += (risk[:, first] > risk[:, second]).mean(axis=1) / 3
+    null = simulate_null(folds, chosen_on_scored_fold=False)
+    assert null.sd == pytest.approx(means.std(), rel=0.05)
+    assert (null.low, null.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.01)
+    assert null.p_above(null.high) == pytest.approx(0.025, abs=0.01)
+
+
+def test_the_order_of_the_rows_makes_no_difference() -> None:
+    generator = np.random.default_rng(0)
+    folds = [(*fold(seed=k), np.arange(80) % 2) for k in range(3)]
+    orders = [generator.permutation(80) for _ in folds]
+    mixed = [tuple(values[order] for values in one) for one, order in zip(folds, orders, strict=True)]
+    assert simulate_null(mixed, chosen_on_scored_fold=False) == simulate_null(folds, chosen_on_scored_fold=False)
 
 
 def test_patients_without_a_usable_outcome_are_left_out() -> None:
