@@ -115,6 +115,7 @@ def submit_slurm(script: str, path: Path) -> str:
         raise CfusionError(
             f"This run is in SLURM's queue already: job {found}.",
             f"Wait for it, or end it: scancel {' '.join(earlier)}.",
+            topic="held",
         )
     write_text(path, script)
     done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True, check=False)

@@ -39,6 +39,7 @@ _OWN_OPTIONS = frozenset(
 )  # fmt: skip
 """Options of sbatch that follow from the tasks and their resources."""
 _QUEUE = "queue.json"
+_LAST_LINES = 5
 _RESULT_SECONDS = 15.0
 """How long the result of an ended job is waited for."""
 
@@ -332,6 +333,12 @@ def _slurm_parameters(resources: TaskResources, elements: int) -> dict[str, Any]
     return parameters
 
 
+def _error_at_the_end(log: Path) -> str:
+    """Return the error that the last lines of a log report, such as of a line of the setup; empty without one."""
+    last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:]
+    return next((line.removeprefix("error: ").rstrip(".") for line in reversed(last) if line.startswith("error: ")), "")
+
+
 def _result(element: Any, tasks: tuple[Task[R], ...], state: JobState | None) -> list[R]:
     """Return the results of an element; `state`: SLURM's, if the element ended without a result."""
     import submitit
@@ -349,4 +356,6 @@ def _result(element: Any, tasks: tuple[Task[R], ...], state: JobState | None) ->
         cause = f"{task} {word}{where}; the same command queues it again"
         return [result for each in tasks for result in each.refused(cause)]
     how = f"ended as {state.name}" if state is not None else "was lost"
+    if log and state is not None and state.name == "FAILED" and (reported := _error_at_the_end(log)):
+        how += f" ({reported})"
     return [result for each in tasks for result in each.lost(f"{task} {how}{where}")]

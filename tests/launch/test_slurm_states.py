@@ -161,6 +161,16 @@ def test_cancelled_tasks_are_reported_and_not_queued_again_and_lost_ones_name_th
     }
 
 
+@pytest.mark.parametrize(("state", "named"), [("FAILED", True), ("TIMEOUT", False)])
+def test_a_task_whose_setup_failed_names_the_error_of_its_log(answers, fake_slurm, state, named):
+    answers(f"77_0|{state}|None\n77_1|CANCELLED|None")
+    (fake_slurm / "jobs").mkdir()
+    log = fake_slurm / "jobs" / "77_0_0_log.err"
+    log.write_text("module: command not found\nerror: --setup 'module load cuda' failed.\n")
+    why = " (--setup 'module load cuda' failed)" if named else ""
+    assert run(fake_slurm)["a"] == f"lost: its SLURM task 77_0 ended as {state}{why}, see {log}"
+
+
 def test_a_result_counts_whatever_slurm_says(answers, fake_slurm):
     answers("77_0|CANCELLED|None\n77_1|RUNNING|None")
     (fake_slurm / "jobs").mkdir()
