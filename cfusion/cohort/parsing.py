@@ -124,6 +124,13 @@ def numbers(cells: pd.Series, source: Path | str) -> pd.Series:
     return cells.map(float, na_action="ignore").astype(float)
 
 
+def _from_one(cells: pd.Series) -> str:
+    """Return what to do where codes start at 1; empty where there is a 0."""
+    codes = set(pd.to_numeric(cells, errors="coerce").dropna())
+    known = "The column has no 0: if 1 is censored and 2 is dead, as in many tables of R, subtract 1. Otherwise: "
+    return known if codes == {1.0, 2.0} else ""
+
+
 def coded_events(cells: pd.Series, source: Path | str, one_is: Literal["event", "censored"] = "event") -> pd.Series:
     """Convert cells to nullable booleans, true where the event happened.
 
@@ -148,8 +155,8 @@ def coded_events(cells: pd.Series, source: Path | str, one_is: Literal["event", 
         if _OTHER_CODE.fullmatch(value.strip()):
             raise CohortError(
                 f"{found} Codes above 1 are competing events, which no loss and no score of this program models.",
-                "Decide on one endpoint: code the other events as censored (cause-specific hazard) or as the event "
-                "(composite endpoint), and say so in the methods.",
+                _from_one(cells) + "Decide on one endpoint: code the other events as censored (cause-specific hazard) "
+                "or as the event (composite endpoint), and say so in the methods.",
             )
         raise CohortError(found)
     return values

@@ -244,10 +244,12 @@ def _draw(cohort: Cohort, case_ids: tuple[str, ...], config: SplitsConfig, folds
 def _draw_of(cohort: Cohort, case_ids: tuple[str, ...], config: SplitsConfig, folds: int, seed: int) -> list[Split]:
     cases = cohort.cases.loc[list(case_ids)]
     events = int(cases["event"].sum())
-    if events < folds or len(cases) - events < 0 or len(cases) < 2 * folds:
+    if events < folds or len(cases) < 2 * folds:
         raise DataError(
             f"cohort {cohort.name}: {len(cases)} patients with {events} events are too few for {folds} folds.",
-            "Use fewer folds (splits.folds) or a larger splits.validation_fraction.",
+            "Use fewer folds (splits.folds) or a larger splits.validation_fraction."
+            if events
+            else "Check the column of the event: no patient has it, and nothing can be scored without events.",
         )
     strata = _strata(cases, folds)
     if config.scheme == "site":

@@ -103,7 +103,13 @@ def test_delayed_entry_in_predictions_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", ["2", "2.0", "3", "11"])
 def test_competing_events_are_refused_with_the_reason(tmp_path: Path, code: str) -> None:
     with pytest.raises(CohortError, match=f"row 3: event is '{code}', expected 0 or 1. Codes above 1 are competing"):
-        read_cohort(CohortConfig(table=write(tmp_path, f"patient,time,event\nP0,3,1\nP1,4,{code}\n")))
+        read_cohort(CohortConfig(table=write(tmp_path, f"patient,time,event\nP0,3,1\nP1,4,{code}\nP2,4,0\n")))
+
+
+def test_codes_of_r_that_start_at_one_are_recognised(tmp_path: Path) -> None:
+    table = write(tmp_path, "patient,time,event\nP0,3,1\nP1,4,2\n")
+    with pytest.raises(CohortError, match=r"event is '2', expected 0 or 1.*if 1 is censored and 2 is dead.*subtract 1"):
+        read_cohort(CohortConfig(table=table))
 
 
 @pytest.mark.parametrize(
