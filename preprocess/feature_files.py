@@ -258,12 +258,16 @@ def declared_shape(path: Path) -> tuple[int, ...] | None:
 
 
 def read_matrix(path: Path) -> np.ndarray:
-    """Read features [N, d] as f32 from a `.npy` or `.npz` file.
+    """Read features [N, d] as f32 from a `.npy` or `.npz` file, or from the dataset `features` of a `.h5` file.
 
     Raises:
-        LayoutError: As `read_array`, or the array is not [N, d] of floats.
+        LayoutError: As `read_array` or `dataset`, or the array is not [N, d] of floats.
     """
-    values = read_array(path)
+    if path.suffix == ".h5":
+        with opened(path) as file:
+            values = dataset(file, path, "features")[:]
+    else:
+        values = read_array(path)
     values = values[0] if values.ndim == 3 and values.shape[0] == 1 else values
     if values.ndim != 2 or values.dtype.kind != "f":
         raise LayoutError(f"{path}: contains {values.dtype} {list(values.shape)}, expected floats [N, d].")

@@ -1,13 +1,14 @@
 """Import features that other programs extracted.
 
-Supported layouts: the published CrossFusion program, CLAM, TRIDENT, STAMP, and slide encoders. `alignment` reports
-what a layout's coordinates allow. Where they allow no alignment, none is invented. What contradicts itself is refused,
-and the message names both sides and the option that decides.
+Supported layouts: the published CrossFusion program, CLAM, TRIDENT, STAMP, slide encoders, and plain files. `alignment`
+reports what a layout's coordinates allow. Where they allow no alignment, none is invented. What contradicts itself is
+refused, and the message names both sides and the option that decides.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,9 @@ from preprocess.layouts import (
     find_trident,
     slide_name,
 )  # fmt: skip
+from preprocess.names import files_below
 from preprocess.outcome import SlideOutcome, store_is_lost, write_summary
+from preprocess.plain_files import WITHOUT_PATCHES, find_plain
 from preprocess.resolution import read_mpp_table
 from preprocess.slide_embeddings import FOLDER, find_slide_embeddings
 from preprocess.slide_files import find_slides, same_name, slide_id_of
@@ -49,11 +52,15 @@ LAYOUTS: dict[str, Callable[[SourceFolder], Found]] = {
     "clam": find_clam,
     "stamp": find_stamp,
     "slide": find_slide_embeddings,
+    "plain": find_plain,
 }
 """Finders by layout."""
 
-BESIDES = "slide"
-"""Layout that `auto` takes only if no other fits: embeddings of slides lie next to those of their tiles."""
+BESIDES = frozenset({"slide", "plain"})
+"""Layouts for which `auto` looks only if no other fits: such files lie next to those of another layout."""
+
+
+_SHOWN_SUFFIXES = 4
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ def import_features(
     Args:
         source: Folder that the other program wrote.
         store: Feature store.
-        layout: published, clam, trident, stamp, slide, or auto.
+        layout: A key of `LAYOUTS`, or auto.
         encoder: Encoder to import: its name, or `FOUND=NAME` to store the features of FOUND under NAME. Required if
             the files name none or several.
         options: Everything else that the user says.
@@ -180,16 +187,25 @@ def find_layout(folder: SourceFolder, layout: str) -> tuple[str, Found]:
         )
     if layout != "auto" and layout not in LAYOUTS:
         raise ConfigError(f"layout {layout!r} is unknown.", f"Known: auto, {', '.join(LAYOUTS)}.")
-    found = {name: LAYOUTS[name](folder) for name in ([layout] if layout != "auto" else LAYOUTS)}
-    fits = {name: f for name, f in found.items() if f.files}
-    if len(fits) > 1:
-        fits.pop(BESIDES, None)
+    fits: dict[str, Found] = {}
+    for names in ([layout],) if layout != "auto" else (LAYOUTS.keys() - BESIDES, BESIDES):
+        fits |= {name: found for name in LAYOUTS if name in names and (found := LAYOUTS[name](folder)).files}
+        if fits:
+            break
     if len(fits) != 1:
-        matches = f"fits the layouts {', '.join(fits)}" if fits else f"has no features of {', '.join(found)}"
+        known = ", ".join(LAYOUTS) if layout == "auto" else layout
+        matches = f"fits the layouts {', '.join(fits)}" if fits else f"has no features of {known}"
         raise LayoutError(
-            f"{folder.path}: {matches}.", "Give the folder with --from LAYOUT; see `cfusion preprocess import -h`."
+            f"{folder.path}: {matches}; it contains {_content(folder.path)}.",
+            "Give the folder with --from LAYOUT; see `cfusion preprocess import -h`.",
         )
     return next(iter(fits.items()))
+
+
+def _content(folder: Path) -> str:
+    """Say what files lie in a folder and its subfolders, by suffix."""
+    counts = Counter(path.suffix.lower() or "no suffix" for path in files_below(folder) if path.is_file())
+    return ", ".join(f"{number} × {suffix}" for suffix, number in counts.most_common(_SHOWN_SUFFIXES)) or "no files"
 
 
 def _choose_encoder(source: Path, held: set[str | None], wanted: str | None) -> tuple[set[str | None], str]:
@@ -290,6 +306,8 @@ class _Import:
                 why = f"features of {encoders[path]}; --encoder {encoders[path]} imports them"
                 if encoders[path] is None:
                     why = "names no encoder; --encoder NAME imports it"
+            elif path.parent.name == "h5_files" and self.layout in ("plain", "published"):
+                why = f"{WITHOUT_PATCHES}; link it next to h5_files/ to import coordinates, which heatmaps need"
             elif path.parent.name.startswith(FOLDER):
                 why = "embedding of a slide; --from slide imports it"
             elif self.options.only:

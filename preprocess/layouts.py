@@ -119,7 +119,7 @@ def find_published(source: SourceFolder) -> Found:
             and MAGNIFICATION_FOLDER.fullmatch(magnification.name)
             and not (magnification / "patches").is_dir()
         ):
-            read, backbone = partial(_plain, path), magnification.parent.name
+            read, backbone = partial(read_plain, path), magnification.parent.name
             found.files.append(FeatureFile(slide_name(path), magnification.name, backbone, read, (path,)))
     return found
 
@@ -255,12 +255,19 @@ def find_stamp(source: SourceFolder) -> Found:
     return found if found.files else Found()
 
 
+def stated_magnification(folder: str) -> float | None:
+    """Return the magnification that a word of a folder's name states, such as `uni_20x`; None if none does."""
+    words = (NAMED_MAGNIFICATION.fullmatch(word) for word in re.split(r"[\s_-]+", folder))
+    return next((float(word[1] or word[2]) for word in words if word), None)
+
+
 def slide_name(path: Path) -> str:
     """Return the name of the slide of a feature file, which may keep the slide's suffix: `s.svs.h5` is slide `s`."""
     return without_suffix(path.stem)
 
 
-def _plain(path: Path) -> Level:
+def read_plain(path: Path) -> Level:
+    """Read the embeddings of a slide's tiles from a file that has nothing else."""
     values = read_tensor(path) if path.suffix == ".pt" else read_matrix(path)
     if not values.size:
         raise LayoutError(f"{path}: has no tiles.")

@@ -27,6 +27,17 @@ def write_published(root: Path, slides=("a", "b")) -> None:
             torch.save(torch.from_numpy(features(count, number)), folder / f"{slide}.pt")
 
 
+def write_plain(path: Path, values: np.ndarray) -> None:
+    """Write features, and nothing else, in the format that the suffix names."""
+    if path.suffix == ".pt":
+        torch.save(torch.from_numpy(values), path)
+    elif path.suffix == ".h5":
+        with h5py.File(path, "w") as file:
+            file["features"] = values
+    else:
+        {".npy": np.save, ".npz": np.savez}[path.suffix](path, values)
+
+
 def write_clam(root: Path, slides=("a",), aligned: bool = False, coords_in_features: bool = True) -> None:
     for number, (name, columns, rows) in enumerate((("x20", 8, 8), ("x10", 4, 4), ("x5", 2, 2))):
         run = root / name

@@ -26,7 +26,9 @@ def init(
     magnification: Annotated[
         float | None, typer.Option(help="Magnification of files that do not state theirs, such as 20.", min=0.1)
     ] = None,
-    layout: Annotated[str, typer.Option("--from", help="auto, published, clam, trident, stamp or slide.")] = "auto",
+    layout: Annotated[
+        str, typer.Option("--from", help="auto, or published, clam, trident, stamp, slide, plain.")
+    ] = "auto",
     only: Annotated[list[str] | None, typer.Option(help="Take only folders or files of this name.")] = None,
 ) -> None:
     """Write a commented configuration for your own cohort: reads table and features, makes shards, runs the audit.

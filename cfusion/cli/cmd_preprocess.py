@@ -267,7 +267,9 @@ def derive(
 def import_(
     source: Annotated[Path, typer.Argument(help="Folder of features that another program made.")],
     store: Annotated[Path, typer.Option(help="Feature store to write.")] = Path("features"),
-    layout: Annotated[str, typer.Option("--from", help="auto, published, clam, trident, stamp or slide.")] = "auto",
+    layout: Annotated[
+        str, typer.Option("--from", help="auto, or published, clam, trident, stamp, slide, plain.")
+    ] = "auto",
     encoder: Annotated[
         str | None,
         typer.Option(help="The encoder to import, or its name where the files state none; FOUND=NAME renames it."),

@@ -77,6 +77,7 @@ def _usable_slides(
     if available is None:
         return slides
     wanted, stored = set(magnifications), Names(list(available))
+    of_no_row = Names(available.keys() - {stored.find(slide) for slide in slides.index})
     keep: dict[str, str] = {}
     differ: dict[str, str] = {}
     taken, missing = set(), 0
@@ -84,7 +85,7 @@ def _usable_slides(
         found = stored.find(slide)
         if found is None or found in taken:
             missing += 1
-            hint = stored.nearest(slide) if missing <= _NEAREST else ""
+            hint = of_no_row.nearest(slide) if missing <= _NEAREST else ""
             findings.append(dropped("missing_features", slide, f"has no features{hint}"))
         elif wanted - available[found]:
             lacking = ", ".join(sorted(wanted - available[found]))

@@ -16,7 +16,7 @@ from cfusion.errors import DataError, LayoutError
 from cfusion.types import magnification_value
 from preprocess.encoders.cards import CARDS
 from preprocess.importers import ImportOptions, find_layout, import_features
-from preprocess.layouts import NAMED_MAGNIFICATION, Found, SourceFolder
+from preprocess.layouts import Found, SourceFolder, stated_magnification
 from preprocess.packing import pack_store
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def _import(source: Path, store: Path, answers: FeatureAnswers) -> tuple[str, st
         name, why = next(iter(report.refused.items()), (str(source), "no slide"))
         raise DataError(f"{source}: no slide could be imported; first: {name}: {why}", f"See {report.table}.")
     if report.refused:
-        remarks.append(f"{len(report.refused)} slides were refused: see {report.table}")
+        remarks.append(f"refused slides: {len(report.refused)}; see {report.table}")
     remarks.append(report.alignment)
     return layout, _stored_name(answers.encoder, found), remarks
 
@@ -181,11 +181,7 @@ def _folders(source: Path, found: Found) -> list[str]:
 
 
 def _named_magnification(source: Path, found: Found) -> float | None:
-    for name in _folders(source, found):
-        for word in re.split(r"[\s_-]+", name):
-            if match := NAMED_MAGNIFICATION.fullmatch(word):
-                return float(match[1] or match[2])
-    return None
+    return next((stated for name in _folders(source, found) if (stated := stated_magnification(name))), None)
 
 
 def _named_encoder(source: Path, found: Found) -> str | None:

@@ -20,6 +20,7 @@ from made_up_features import (
     set_attribute,
     write_clam,
     write_flat,
+    write_plain,
     write_published,
     write_stamp,
     write_trident,
@@ -532,3 +533,60 @@ def test_tiles_of_an_impossible_size_place_nothing(tmp_path: Path):
     assert report.imported == ("a",)
     assert "says a magnification of 3.90625e+28, expected 0.1 to 200" in report.refused["b"]
     assert "µm per px a tile lies at" in report.refused["c"]
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npy", ".npz", ".h5"])
+def test_plain_files_are_read_where_no_other_layout_fits(tmp_path: Path, suffix: str):
+    for folder, count in (("uni_20x", 16), ("uni_10x", 4), ("uni_5x", 1)):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        for number, slide in enumerate("ab"):
+            write_plain(tmp_path / "in" / folder / f"{slide}{suffix}", features(count, number))
+    with pytest.raises(ConfigError, match="do not name their encoder"):
+        import_features(tmp_path / "in", tmp_path / "store")
+    report = import_features(tmp_path / "in", tmp_path / "store", encoder="uni")
+    assert (report.layout, report.imported, report.refused) == ("plain", ("a", "b"), {})
+    slide = FeatureStore.open(tmp_path / "store", "uni").read("b")
+    assert {name: len(found) for name, found in slide.features.items()} == {"x20": 16, "x10": 4, "x5": 1}
+    np.testing.assert_array_equal(slide.features["x20"], features(16, 1).astype(np.float16))
+    assert (slide.coords, slide.parents) == ({}, {})
+
+
+def test_one_folder_of_plain_files_needs_its_magnification(tmp_path: Path):
+    (tmp_path / "pt_files").mkdir()
+    write_plain(tmp_path / "pt_files/a.pt", features(4))
+    torch.save({"features": torch.zeros(3, 2)}, tmp_path / "pt_files/other.pt")
+    report = import_features(tmp_path / "pt_files", tmp_path / "store", encoder="uni")
+    assert "does not state its magnification. Give --magnification" in report.refused["a"]
+    options = ImportOptions(magnification=20)
+    report = import_features(tmp_path / "pt_files", tmp_path / "store", encoder="uni", options=options)
+    assert report.imported == ("a",)
+    assert "contains dict, expected a tensor [N, d]" in report.refused["other"]
+    (tmp_path / "x20").mkdir()
+    (tmp_path / "pt_files").rename(tmp_path / "x20/pt_files")
+    options = ImportOptions(magnification=10)
+    with pytest.raises(DataError, match="its files are of x20, but --magnification says 10"):
+        import_features(tmp_path / "x20", tmp_path / "o", "plain", encoder="uni", options=options)
+
+
+@pytest.mark.parametrize("name", ["x20", "features"])
+def test_coordinates_of_clam_are_not_lost_without_a_word(tmp_path: Path, name: str):
+    write_clam(tmp_path / "clam")
+    (tmp_path / "clam/x20/patches").rename(tmp_path / "elsewhere")
+    (tmp_path / "clam/x20").rename(tmp_path / name)
+    options = ImportOptions(magnification=20)
+    report = import_features(tmp_path / name, tmp_path / "store", encoder=f"{tmp_path.name}=uni", options=options)
+    assert report.imported == ("a",)
+    why = report.skipped[str(tmp_path / name / "h5_files/a.h5")]
+    assert "without its folder patches/" in why
+    assert "link it next to h5_files/ to import coordinates" in why
+    (tmp_path / name / "pt_files/a.pt").unlink()
+    with pytest.raises(DataError, match=r"h5_files: features of CLAM without its folder patches/.*Link the folder"):
+        import_features(tmp_path / name, tmp_path / "other", encoder="uni", options=options)
+
+
+def test_what_a_folder_without_features_contains_is_said(tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.csv", "b.csv", "c"):
+        (tmp_path / "in" / name).write_text("")
+    with pytest.raises(DataError, match=r"has no features of published.*; it contains 2 × \.csv, 1 × no suffix\."):
+        import_features(tmp_path / "in", tmp_path / "store")
