@@ -32,7 +32,7 @@ LAYERS = (
     ),
     (
         "preprocess.overview", "preprocess.import_levels", "preprocess.import_checks", "preprocess.ink",
-        "preprocess.artefacts",
+        "preprocess.artefacts", "preprocess.plain_files",
     ),
     (
         "preprocess.importers", "preprocess.tissue", "preprocess.annotation", "preprocess.readers",

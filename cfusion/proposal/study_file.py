@@ -124,8 +124,8 @@ def _advice(features: ShardedFeatures) -> list[str]:
     if len(features.magnifications) != 1 or features.magnifications[0] == 0:
         return []
     return [
-        "one magnification only: to let crossfusion read means of its features as coarser ones, run `cfusion "
-        "preprocess derive STORE --out derived` and `cfusion init` on derived"
+        "one magnification only: if the features have coordinates, crossfusion can read their means as coarser "
+        "ones; run `cfusion preprocess derive STORE --out derived` and `cfusion init` on derived"
     ]
 
 
