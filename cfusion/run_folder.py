@@ -234,11 +234,11 @@ class FinishedRun:
 
 
 def histories(run: Path) -> list[pd.DataFrame]:
-    """Read the metrics by epoch of each fold of a run that has them."""
+    """Read the metrics by epoch of each fold of a run that has them; `trained` is the fold's folder."""
     import pandas as pd
 
     folds = sorted(path for path in run.glob(_ANY_FOLD) if is_fold_name(path.name))
-    return [pd.read_csv(fold / HISTORY) for fold in folds if (fold / HISTORY).is_file()]
+    return [pd.read_csv(fold / HISTORY).assign(trained=str(fold)) for fold in folds if (fold / HISTORY).is_file()]
 
 
 def read_run(folder: Path) -> FinishedRun:

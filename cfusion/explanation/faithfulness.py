@@ -21,6 +21,7 @@ from cfusion.console import progress
 from cfusion.explanation.removal import Lineage, risks_without
 from cfusion.explanation.result import METHODS, Explanation
 from cfusion.explanation.scoring import slide_bag
+from cfusion.report.number_words import decimal, significant
 from cfusion.report.svg import Plot, number
 from cfusion.training.fitted import FittedModel
 from cfusion.types import BagBatch, SlideFeatures, magnification_words
@@ -116,7 +117,7 @@ def draw_deletion(curves: pd.DataFrame, magnification: str, where: str) -> str:
     plot = Plot((0, 1), (low - pad, high + pad), height=300, margins=(58, 56, 14, 40))
     decimals = max(2, 2 - math.ceil(math.log10(high - low + 2 * pad)))
     x_words = f"share of {magnification_words(magnification)} tiles removed"
-    plot.axes(x_words, "risk", y_format=f"{{:.{decimals}f}}".format)
+    plot.axes(x_words, "risk", y_format=partial(decimal, digits=decimals))
     random = level[level["method"] == RANDOM]
     if len(random):
         upper = list(zip(random["share"], random["high"], strict=True))
@@ -128,8 +129,8 @@ def draw_deletion(curves: pd.DataFrame, magnification: str, where: str) -> str:
     for place, (method, area) in enumerate(areas.items()):
         curve, css = level[level["method"] == method], f"series{list(METHODS).index(str(method))}"
         plot.line(zip(curve["share"], curve["risk"], strict=True), f"line {css}")
-        plot.text(plot.px(1), 14 + 14 * place, f"{method}: area {area:+.3g}", f"note {css}", "end")
-    distances = ", ".join(f"{method} {area:+.3g}" for method, area in areas.items())
+        plot.text(plot.px(1), 14 + 14 * place, f"{method}: area {significant(area, sign='+')}", f"note {css}", "end")
+    distances = ", ".join(f"{method} {significant(area, sign='+')}" for method, area in areas.items())
     return plot.finish(
         f"Deletion curves at {magnification_words(magnification)}, {where}",
         f"Mean distance below random removal (dashed, band {BAND[0]:g}% to {BAND[1]:g}% of the orders): {distances}.",

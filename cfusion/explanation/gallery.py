@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from cfusion.explanation.overlays import Pictures
 from cfusion.explanation.result import METHODS, Explanation
+from cfusion.report.number_words import significant
 from cfusion.types import magnification_words
 
 TILES = 6
@@ -94,9 +95,9 @@ def _strip(explanation: Explanation, magnification: str, tile: int, raises: bool
         picture.paste(shown, (number * (_SIDE_PX + _GAP_PX), 0))
     level, method = explanation.levels[magnification], explanation.leading(magnification)
     score, spread = (float(table[explanation.methods.index(method), tile]) for table in (level.mean, level.sd))
-    around = f" ± {spread:.1g}" if np.isfinite(spread) else ""
+    around = f" ± {significant(spread, 2)}" if np.isfinite(spread) else ""
     x, y, _ = _square(explanation, magnification, tile)
-    score_words = f"{score:+.2g}{around} {METHODS[method].unit} ({method})"
+    score_words = f"{significant(score, 2, '+')}{around} {METHODS[method].unit} ({method})"
     caption = f"{score_words}; {magnification_words(magnification)} tile at {x}, {y} px"
     return Strip(raises, caption, picture, " → ".join(map(magnification_words, rows)))
 

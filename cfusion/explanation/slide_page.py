@@ -20,6 +20,7 @@ from cfusion.explanation.colour import Scale
 from cfusion.explanation.faithfulness import deletion_areas, draw_deletion
 from cfusion.explanation.gallery import Strip, sides
 from cfusion.explanation.result import METHODS, Explanation
+from cfusion.report.number_words import UNDEFINED, decimal, significant
 from cfusion.report.page_environment import page_environment
 from cfusion.report.svg import Plot, number
 from cfusion.survival.curves import is_high_risk
@@ -44,7 +45,7 @@ def render_slide_page(
         galleries: Tiles by magnification; None if the slide was not available.
         curves: Deletion curves; None if they were not computed.
     """
-    environment = page_environment("cfusion.explanation", magnified=magnification_words)
+    environment = page_environment("cfusion.explanation", magnified=magnification_words, num=decimal)
     attrs, cutoff = explanation.attrs, explanation.attrs["risk_cutoff"]
     style = files("cfusion.report").joinpath("templates", "style.css").read_text(encoding="utf-8")
     return environment.get_template("page.html.j2").render(
@@ -94,7 +95,7 @@ def draw_curve(explanation: Explanation) -> str:
 def _table(frame: pd.DataFrame) -> Markup:
     frame = frame.assign(magnification=frame["magnification"].str.replace(r"^x(\d.*)$", r"\1x", regex=True))
     frame = frame.rename(columns=lambda name: name.replace("_", " "))
-    return Markup(frame.to_html(index=False, float_format="{:.3g}".format, border=0, na_rep="–"))  # noqa: S704 - pandas escapes
+    return Markup(frame.to_html(index=False, float_format=significant, border=0, na_rep=UNDEFINED))  # noqa: S704 - pandas escapes
 
 
 def _deletion(explanation: Explanation, curves: pd.DataFrame | None) -> list[Markup]:
@@ -116,7 +117,7 @@ def _heatmaps(
         "unit": METHODS[method].unit,
         "signed": METHODS[method].signed,
         "gradient": ", ".join("rgb({} {} {})".format(*stop) for stop in stops.tolist()),
-        "ends": [f"{value:.3g}".replace("-", "−") for value in (scale.low, middle, scale.high)],
+        "ends": [significant(value) for value in (scale.low, middle, scale.high)],
         "clipped": scale.clipped,
         "pictures": {
             name: {

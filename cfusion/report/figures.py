@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from cfusion.cohort.audit import LOST
+from cfusion.report.number_words import decimal, p_text
 from cfusion.report.svg import Plot, nice_ticks, number, shortened
 from cfusion.survival.decision import DecisionCurve
 from cfusion.survival.groups import Curve
@@ -18,16 +19,8 @@ _PHONE_PX, _LONGEST_PHONE_LABEL, _LONGEST_PHONE_REASON = 350, 25, 44
 """Maximum letters of a label in a forest plot; longer ones are shortened there, but not in the table and tooltip."""
 
 
-def p_text(p: float) -> str:
-    """Format a p-value for a reader."""
-    if math.isnan(p):
-        return "p not defined"
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-
-
-def bare_p(p: float) -> str:
-    """Format a p-value for a column with a heading."""
-    return "–" if math.isnan(p) else p_text(p).removeprefix("p ").removeprefix("= ")
+def _two_decimals(value: float) -> str:
+    return decimal(value, 2)
 
 
 def kaplan_meier_figure(scores: PatientScores, where: str) -> str:
@@ -91,7 +84,7 @@ def auc_over_time(scores: PatientScores, where: str) -> str:
         return ""
     values = [a for _, a in known]
     plot = Plot((0, known[-1][0]), (min(0.4, *values) - 0.02, max(0.8, *values) + 0.02), height=240)
-    plot.axes("months", "AUC", y_format="{:.2f}".format)
+    plot.axes("months", "AUC", y_format=_two_decimals)
     plot.segment((0, 0.5), (known[-1][0], 0.5), "rule")
     plot.line(zip(scores.auc_months, scores.auc, strict=True), "line series0")
     return plot.finish(
@@ -109,7 +102,7 @@ def brier_over_time(scores: PatientScores, where: str) -> str:
         return ""
     highest = max(0.25, *(value for _, *values in known for value in values))
     plot = Plot((0, known[-1][0]), (0, highest + 0.02), height=240)
-    plot.axes("months", "Brier score", y_format="{:.2f}".format)
+    plot.axes("months", "Brier score", y_format=_two_decimals)
     for series, name in enumerate(("model", "Kaplan–Meier")):
         plot.line([(row[0], row[1 + series]) for row in known], f"line series{series}")
         plot.text(plot.width - 8, plot.height - 72 + 15 * series, name, f"note series{series}", "end")
@@ -127,7 +120,7 @@ def fold_points(folds: pd.DataFrame, null: tuple[float, float] | None, where: st
     values = rows[["harrell_c", "harrell_low", "harrell_high"]].to_numpy().ravel()
     finite = [float(v) for v in values if not math.isnan(v)]
     plot = Plot((-0.6, len(rows) - 0.4), (min(0.4, *finite) - 0.02, max(0.75, *finite) + 0.02), height=240)
-    plot.axes("fold", "C-index", x_ticks=[], y_format="{:.2f}".format)
+    plot.axes("fold", "C-index", x_ticks=[], y_format=_two_decimals)
     if null is not None:
         top, bottom = plot.py(null[1]), plot.py(null[0])
         plot.add(
@@ -155,7 +148,7 @@ def decision(curve: DecisionCurve, where: str) -> str:
         return ""
     top = max(max(values) for values in curve.benefit.values())
     plot = Plot((0, curve.thresholds[-1]), (min(-0.02, -top / 4), top * 1.05 + 0.01), height=240)
-    plot.axes("threshold probability", "net benefit", y_format="{:.2f}".format)
+    plot.axes("threshold probability", "net benefit", y_format=_two_decimals)
     plot.segment((0, 0), (curve.thresholds[-1], 0), "rule")
     words = []
     for number_, (name, values) in enumerate(curve.benefit.items()):
@@ -169,23 +162,29 @@ def decision(curve: DecisionCurve, where: str) -> str:
 
 
 def learning_curves(curves: pd.DataFrame, where: str) -> str:
-    """Draw the validation C-index by epoch, one line per fold; without validation, the training loss."""
+    """Draw the validation C-index by epoch, a line per trained model; without validation, the training loss.
+
+    Args:
+        curves: Metrics by `epoch` and `trained`, the folder of the trained model; by `fold` if there is no folder.
+        where: The cohort, the model and the protocol.
+    """
     metric = next((m for m in ("validation_cindex", "validation_loss", "train_loss") if m in curves.columns), None)
     if metric is None or curves[metric].notna().sum() < 2:
         return ""
-    table = curves[["fold", "epoch", metric]].dropna()
+    unit = "trained" if "trained" in curves.columns else "fold"
+    table = curves[[unit, "epoch", metric]].dropna()
     low, high = float(table[metric].min()), float(table[metric].max())
     pad = max((high - low) * 0.06, 1e-3)
     plot = Plot((0, max(float(table["epoch"].max()), 1)), (low - pad, high + pad), height=240)
     words = metric.replace("_", " ").replace("cindex", "C-index")
-    plot.axes("epoch", words, y_format="{:.2f}".format)
-    for i, (_, fold) in enumerate(table.groupby("fold")):
-        rows = fold.sort_values("epoch")
+    plot.axes("epoch", words, y_format=_two_decimals)
+    for i, (_, model) in enumerate(table.groupby(unit)):
+        rows = model.sort_values("epoch")
         plot.line(zip(rows["epoch"], rows[metric], strict=True), f"line thin series{i % 6}")
-    last = table.sort_values("epoch").groupby("fold")[metric].last()
+    last = table.sort_values("epoch").groupby(unit)[metric].last()
     return plot.finish(
         f"Learning curves, {where}",
-        f"{words} over {int(table['epoch'].max()) + 1} epochs in {len(last)} folds, ending between "
+        f"{words} over {int(table['epoch'].max()) + 1} epochs of {len(last)} models, ending between "
         f"{last.min():.2f} and {last.max():.2f}.",
     )
 
@@ -207,7 +206,7 @@ def forest(rows: Sequence[Mapping[str, object]], x: tuple[float, float], where: 
         narrow: For a phone: label and number stand above the interval instead of at its sides.
     """
     left = 20 + 7.2 * min(max(len(str(row["label"])) for row in rows), _LONGEST_LABEL)
-    height, sides = (44, (6.0, 6.0)) if narrow else (26, (left, 130.0))
+    height, sides = (44, (6.0, 6.0)) if narrow else (26, (left, 156.0))
     width = _PHONE_PX if narrow else 720
     plot = Plot(x, (0, len(rows)), width, height * len(rows) + 46, margins=(sides[0], 6, sides[1], 38))
     base = plot.height - 38
@@ -215,10 +214,10 @@ def forest(rows: Sequence[Mapping[str, object]], x: tuple[float, float], where: 
         plot.segment((tick, 0), (tick, len(rows)), "grid")
         plot.text(plot.px(tick), base + 15, f"{tick:g}")
     plot.text((plot.px(plot.x[0]) + plot.px(plot.x[1])) / 2, base + 31, "C-index within folds", "label")
+    plot.segment((0.5, 0), (0.5, len(rows)), "rule")
     for i, row in enumerate(rows):
         _forest_row(plot, row, len(rows) - i - (0.72 if narrow else 0.5))
         _forest_words(plot, row, 6 + (i + 0.5) * height, left, narrow)
-    plot.segment((0.5, 0), (0.5, len(rows)), "rule")
     words = "; ".join(f"{row['label']} {row['c']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in rows)
     return plot.finish(f"C-index of all models, {where}", f"{words}. Shaded: 95% range of models without signal.")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cfusion.report.figures import p_text
+from cfusion.report.number_words import p_text
 from cfusion.survival.calibration import survival_at
 from cfusion.survival.curves import step_values
 from cfusion.survival.groups import kaplan_meier

@@ -13,10 +13,13 @@ from markupsafe import Markup
 
 from cfusion.report import figures
 from cfusion.report.context import PROTOCOL_TEXTS, ReportContext, endpoint_words
+from cfusion.report.number_words import bare_p, decimal, interval, p_text
 from cfusion.report.opening import covariate_words, opening_lines
 from cfusion.report.page_environment import page_environment
 from cfusion.report.patients_section import described
 from cfusion.report.tripod import TRIPOD_ITEMS
+from cfusion.survival.calibration import MOST_CENSORED_FOR_D_CALIBRATION
+from cfusion.survival.doubts import Doubt
 from cfusion.survival.null import SCORED_FOLD_CHOOSES
 from cfusion.survival.predictions import UNIT
 from cfusion.survival.score import Scores
@@ -25,21 +28,15 @@ _OPEN_DETAILS = 12
 """Up to this number of models, figures are shown; with more, they are folded."""
 
 
-def _number(value: Any, digits: int = 3, sign: str = "") -> str:
-    return "–" if value is None or (isinstance(value, float) and math.isnan(value)) else f"{value:{sign}.{digits}f}"
-
-
 def _interval(row: dict, names: str, digits: int = 3, sign: str = "") -> str:
     """Format two columns of a row as `low to high`; empty if they are undefined."""
     low, high = (row[name] for name in names.split())
-    return "" if math.isnan(low) else f"{low:{sign}.{digits}f} to {high:{sign}.{digits}f}"
+    return interval(low, high, digits, sign)
 
 
 def report_environment() -> jinja2.Environment:
     """Templates of the report's pages, with their filters."""
-    return page_environment(
-        "cfusion.report", num=_number, words=covariate_words, p=figures.p_text, bare_p=figures.bare_p, to=_interval
-    )
+    return page_environment("cfusion.report", num=decimal, words=covariate_words, p=p_text, bare_p=bare_p, to=_interval)
 
 
 def render_run_page(
@@ -52,13 +49,16 @@ def render_run_page(
     """Render the page as one HTML text without external links."""
     rows = [dict(zip(summary.columns, values, strict=True)) for values in summary.itertuples(index=False)]
     details = _details(rows, folds, scores, context)
+    notes = list(dict.fromkeys([*context.notes, *(note for part in scores for note in part.notes)]))
     environment = report_environment()
     return environment.get_template("page.html.j2").render(
         title=context.title,
         opening=opening_lines(rows, scores),
         described=described(scores),
         tripod=TRIPOD_ITEMS,
-        notes=list(dict.fromkeys([*context.notes, *(note for part in scores for note in part.notes)])),
+        doubts=[note for note in notes if isinstance(note, Doubt)],
+        remarks=[note for note in notes if not isinstance(note, Doubt)],
+        most_censored=MOST_CENSORED_FOR_D_CALIBRATION,
         rows=rows,
         horizons=[c for c in summary.columns if c.startswith("auc_") and c.count("_") == 1],
         cohorts=[_cohort(name, rows, folds, context) for name in dict.fromkeys(str(row["cohort"]) for row in rows)],
@@ -163,7 +163,9 @@ def _details(
             "Decision curve: the covariates, and the covariates with the risk": figures.decision(decisions[key], where)
             if key in decisions
             else "",
-            "Learning curves, a line a fold": figures.learning_curves(curves[key], where) if key in curves else "",
+            "Learning curves, a line per trained model": figures.learning_curves(curves[key], where)
+            if key in curves
+            else "",
         }
         svg = {caption: Markup(figure) for caption, figure in drawn.items() if figure}  # noqa: S704
         details.append({**row, "scores": patients[key], "figures": svg})

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+from cfusion.report.number_words import significant
+
 Point = tuple[float, float]
 
 
@@ -36,6 +38,10 @@ def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _tick(value: float) -> str:
+    return significant(value, 6)
 
 
 @dataclass
@@ -84,7 +90,7 @@ class Plot:
 
     def axes(
         self, x_label: str, y_label: str, *, x_ticks: Sequence[float] | None = None,
-        x_format: Callable[[float], str] = "{:g}".format, y_format: Callable[[float], str] = "{:g}".format,
+        x_format: Callable[[float], str] = _tick, y_format: Callable[[float], str] = _tick,
     ) -> None:  # fmt: skip
         """Add ticks, labels and a light horizontal grid."""
         for tick in nice_ticks(*self.y):

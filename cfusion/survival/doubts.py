@@ -20,6 +20,12 @@ _MEAN_TOLERANCE = 1.25
 """Factor by which expected events may differ from observed ones."""
 
 
+class Doubt(str):
+    """A remark that outcomes or predictions are probably wrong: a report shows it before its first table."""
+
+    __slots__ = ()
+
+
 def prediction_doubts(frame: pd.DataFrame, summary: pd.DataFrame) -> list[str]:
     """Return remarks on the predictions of each model and cohort.
 
@@ -28,14 +34,16 @@ def prediction_doubts(frame: pd.DataFrame, summary: pd.DataFrame) -> list[str]:
         summary: A row per cohort, model and protocol; intervals may be NaN.
     """
     rows_of = dict(iter(frame.groupby(UNIT, sort=False)))
-    found = []
+    found: list[str] = []
     for row in summary.to_dict("records"):
         rows = rows_of.get(tuple(row[name] for name in UNIT))
         if rows is None:  # cohorts that were trained as one have their doubts each in their own row
             continue
         units = list(_units(rows))
-        doubts = [*_sign(row), *(units or _mean(row)), *_scale(rows), *_contradiction(rows)]
-        found += [f"{row['cohort']}, {row['model']}: {doubt}." for doubt in doubts]
+        of = f"{row['cohort']}, {row['model']}"
+        found += [Doubt(f"{of}: {doubt}.") for doubt in _sign(row)]
+        found += [Doubt(f"{of}: {doubt}.") for doubt in units] or [f"{of}: {words}." for words in _mean(row)]
+        found += [Doubt(f"{of}: {doubt}.") for doubt in (*_scale(rows), *_contradiction(rows))]
     return found
 
 

@@ -12,7 +12,7 @@ from cfusion.cohort.findings import outcome_doubts
 from cfusion.cohort.identifiers import alike
 from cfusion.survival.added import is_constant
 from cfusion.survival.bootstrap import FEW_EVENTS
-from cfusion.survival.doubts import prediction_doubts
+from cfusion.survival.doubts import Doubt, prediction_doubts
 from cfusion.survival.predictions import FOLD, UNIT
 
 _DISAGREE = 0.02
@@ -32,13 +32,13 @@ def score_notes(frame: pd.DataFrame, folds: pd.DataFrame, summary: pd.DataFrame,
         summary: Scores by cohort, model and protocol.
         resampled: Whether there are intervals.
     """
-    notes = []
+    notes: list[str] = []
     for name, rows in frame.groupby("cohort", sort=False):
         cases = rows.drop_duplicates("case_id")
         doubts = outcome_doubts(str(name), cases["survival_months"], cases["event"])
-        notes += [f"{doubt.subject}: {doubt.message}." for doubt in doubts]
+        notes += [Doubt(f"{doubt.subject}: {doubt.message}.") for doubt in doubts]
         notes += [
-            f"{name}: {' and '.join(group)} are scored as different patients; are they one?"
+            Doubt(f"{name}: {' and '.join(group)} are scored as different patients; are they one?")
             for group in alike(cases["case_id"])[:1]
         ]
         events = int(cases["event"].sum())
@@ -48,7 +48,9 @@ def score_notes(frame: pd.DataFrame, folds: pd.DataFrame, summary: pd.DataFrame,
                 "the least that is uncertain."
             )
     constant = no_models(frame)
-    notes += [f"{c}, {m} ({p}): no model; within each fold all patients have the same risk." for c, m, p in constant]
+    notes += [
+        Doubt(f"{c}, {m} ({p}): no model; within each fold all patients have the same risk.") for c, m, p in constant
+    ]
     notes += _fold_notes(folds, constant)
     notes += prediction_doubts(frame, summary)
     if resampled:

@@ -378,7 +378,7 @@ def open_run_shards(config: Config) -> ShardDataset:
     if wanted is not None and encoder_name(dataset.index.encoder) != encoder_name(wanted):
         raise DataError(
             f"{config.data.where}: holds embeddings of {dataset.index.encoder}, expected data.encoder={wanted}.",
-            "Point data.shards at the shards of that encoder.",
+            f"Point data.shards at the shards of that encoder, or set data.encoder={dataset.index.encoder}.",
         )
     return dataset
 

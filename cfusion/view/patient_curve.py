@@ -13,6 +13,7 @@ from cfusion.cohort.joint import read_cohorts
 from cfusion.cohort.slide_owners import SlideOwners
 from cfusion.errors import CfusionError, DataError
 from cfusion.explanation.result import Explanation
+from cfusion.report.number_words import decimal
 from cfusion.report.svg import Plot, nice_ticks
 from cfusion.run_folder import PREDICTIONS, read_config
 from cfusion.survival.groups import Curve, kaplan_meier
@@ -98,7 +99,7 @@ def patient_panel(curves: CohortCurves | None, slide_id: str, explanation: Expla
     if explanation is not None:
         lines.append(("ensemble", list(zip(explanation.curve["months"], explanation.curve["survival"], strict=True))))
         models = f"fold ensemble of {len(explanation.risks)}" if len(explanation.risks) > 1 else "one model"
-        number = f"risk {explanation.risk:.3f}".replace("-", "\N{MINUS SIGN}")
+        number = f"risk {decimal(explanation.risk)}"
         words.append(f"{models}: {', '.join(filter(None, [number, explanation.meaning]))}")
         words += [explanation.attrs["note"]] if explanation.attrs.get("note") else []
     figure = _figure(curves, case, lines, "; ".join(words))

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from headless import chromium, cut_columns, needs_chromium
+from headless import broken_by_page_ends, chromium, cut_columns, misread_numbers, needs_chromium
 
 from cfusion.explanation.explanation_files import write_results
 
@@ -54,6 +54,24 @@ def test_the_page_fits_and_its_legends_have_contrast(found, tmp_path, width: int
         assert page.locator("#noise").is_visible()
         assert page.locator("figure img").first.bounding_box()["width"] <= width
         page.screenshot(path=tmp_path / "page.png", full_page=True)
+
+
+def test_numbers_legends_and_printed_pages_can_be_read(found, tmp_path):
+    small = {
+        n: dataclasses.replace(v, mean=v.mean * np.float32(1e-5), sd=v.sd * np.float32(1e-5), p=np.zeros_like(v.mean))
+        for n, v in found.levels.items()
+    }
+    page_file = write_results(dataclasses.replace(found, levels=small), tmp_path / "slide", pictures=Grey())
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.goto(page_file.as_uri())
+        assert "10⁻" in page.locator(".legend").first.inner_text()
+        assert "grey: may be noise" in page.locator(".legend").first.inner_text()
+        clear = page.locator(".clear").all_inner_texts()
+        assert set(clear) == {"pale to see-through: little to no effect, and the models agree"}
+        assert len(clear) == sum(name != "attention" for name in found.methods), "attention has no see-through colour"
+        assert misread_numbers(page) == []
+        assert broken_by_page_ends(page) == []
 
 
 def test_what_may_be_noise_is_coloured_on_request(found, tmp_path):

@@ -24,6 +24,7 @@ from cfusion.explanation.geojson import write_geojson
 from cfusion.explanation.heatmap_slides import write_heatmap
 from cfusion.explanation.overlays import draw_overlay, paint
 from cfusion.explanation.result import Explanation, TileScores, read_explanation
+from cfusion.report.number_words import decimal
 
 
 class MadeUpPictures:
@@ -262,7 +263,7 @@ def test_the_page_is_one_file_and_shows_the_risk(written, found):
     page = (written / "index.html").read_text()
     assert "<th>sd over folds</th>" in page
     assert re.findall(r"<tr>\s*<td[^>]*>(\w+)</td>\s*<td[^>]*>occlusion</td>", page)[:3] == ["20x", "10x", "5x"]
-    assert f"{found.risk:.3f}" in page
+    assert decimal(found.risk) in page
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
     strips = list((written / "gallery").iterdir())
     assert {path.name for path in strips} >= {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from headless import PAPER_PX, chromium, cut_columns, needs_chromium
+from headless import PAPER_PX, broken_by_page_ends, chromium, cut_columns, misread_numbers, needs_chromium
 from made_up_outcomes import cohort, predicted
 
 from cfusion.cohort.audit import audit
@@ -56,6 +56,32 @@ def test_no_column_of_the_report_is_cut(browser, report: Path, tmp_path: Path, w
     )
     assert smallest >= 9, "text of the figures can be read"
     page.screenshot(path=tmp_path / "page.png", full_page=True)
+    page.close()
+
+
+def test_no_page_of_the_report_ends_within_a_figure_a_row_or_below_a_heading(browser, report: Path) -> None:
+    page = browser.new_page()
+    page.goto(report.as_uri())
+    assert broken_by_page_ends(page) == []
+    assert not page.locator("thead").first.evaluate("node => getComputedStyle(node).display !== 'table-header-group'")
+    page.close()
+
+
+def test_what_a_page_end_breaks_is_found(browser, report: Path) -> None:
+    """The measurement above, without the style sheet's rules."""
+    page = browser.new_page()
+    page.goto(report.as_uri())
+    page.add_style_tag(content="* { break-inside: auto !important; break-after: auto !important }")
+    found = broken_by_page_ends(page)
+    assert any(line.startswith("cut: ") for line in found)
+    page.close()
+
+
+def test_negative_numbers_have_a_true_minus_on_screen(browser, report: Path) -> None:
+    page = browser.new_page()
+    page.goto(report.as_uri())
+    assert misread_numbers(page) == []
+    assert page.locator("text=/−0\\.\\d/").count()
     page.close()
 
 

@@ -131,6 +131,48 @@ def test_the_figure_follows_the_opening_sentences(folder: Path) -> None:
     assert "protocol: C ." in page
 
 
+def test_what_is_probably_wrong_stands_before_the_first_table_and_remarks_are_folded_after_it(tmp_path: Path) -> None:
+    data = cohort(60)
+    splits = make_splits(data, SplitsConfig())
+    frame = predicted(data, splits, "turned", "strict", 0.0).assign(risk=lambda rows: -rows["risk"])
+    notes = [f"Remark {number}." for number in range(5)]
+    page = write_report([score(frame, data, splits, bootstrap=50)], tmp_path, context=ReportContext(notes=notes))
+    text = page.read_text(encoding="utf-8")
+    first, folded = text.index("<table"), text.index('<details class="remarks"><summary>')
+    assert text.index("is the sign of the risk turned?") < first < folded < text.index("Remark 0.")
+    assert "Below about 50" in text[folded : text.index("</details>", folded)]
+    assert text.count("is the sign of the risk turned?") == 1
+
+
+def test_d_calibration_that_is_not_given_says_why(folder: Path) -> None:
+    summary = pd.read_csv(folder / "summary.csv").iloc[0]
+    assert np.isnan(summary["d_calibration_p"])
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    assert f"– <small>{100 * (1 - summary['events'] / summary['n']):.0f}% censored</small>" in text
+    assert "p not defined" not in text
+
+
+def test_each_trained_model_has_its_learning_curve() -> None:
+    curves = pd.DataFrame([
+        {"fold": fold, "trained": f"repeat_{repeat}_{fold}", "epoch": epoch, "train_loss": 1 / (1 + epoch + repeat)}
+        for repeat in range(3) for fold in range(2) for epoch in range(4)
+    ])  # fmt: skip
+    drawn = figures.learning_curves(curves, "here")
+    lines = re.findall(r'class="line thin[^"]*" d="([^"]*)"', drawn)
+    assert len(lines) == 6
+    assert all(line.count("L") == 3 for line in lines), "a point per epoch"
+    assert "4 epochs of 6 models" in drawn
+
+
+def test_a_forest_plot_leaves_a_gap_between_an_interval_and_its_number() -> None:
+    rows = [{"label": "m", "c": 0.775, "low": 0.649, "high": 0.865, "null_low": 0.39, "null_high": 0.61}]
+    drawn = figures.forest(rows, figures.forest_range(rows), "here")
+    line = max(float(x) for x in re.findall(r'class="whisker[^"]*" d="M[\d.]+ [\d.]+L([\d.]+)', drawn))
+    number = re.search(r'<text x="([\d.]+)"[^>]*text-anchor="end">(0\.775[^<]*)<', drawn)
+    assert number is not None
+    assert float(number[1]) - 7.2 * len(number[2]) > line + 8
+
+
 @pytest.mark.parametrize(
     ("endpoint", "words"), [("DSS", "disease-specific survival (DSS)"), (None, "end point not stated")]
 )

@@ -12,6 +12,7 @@ from joblib import Parallel, delayed
 
 from cfusion.errors import DataError
 from cfusion.machine_limits import usable_cores
+from cfusion.report.number_words import decimal, interval
 from cfusion.report.runs import outcomes_and_splits
 from cfusion.report.search_section import FoldChoice
 from cfusion.run_folder import PREDICTIONS
@@ -192,8 +193,8 @@ class Cell:
         value, low, high = (float(self.summary.get(name, _NAN)) for name in columns.split())
         if math.isnan(value):
             return "–"
-        limits = "" if math.isnan(low) else f" ({low:{sign}.3f} to {high:{sign}.3f})"
-        return f"{value:{sign}.3f}{limits}"
+        limits = interval(low, high, sign=sign)
+        return f"{decimal(value, sign=sign)}{f' ({limits})' * bool(limits)}"
 
     @property
     def within(self) -> str:

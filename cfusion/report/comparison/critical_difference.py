@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from cfusion.report.context import named, optimistic
-from cfusion.report.figures import p_text
+from cfusion.report.number_words import p_text
 from cfusion.report.svg import Plot, number, shortened
 from cfusion.survival.ranks import Ranking
 

@@ -12,7 +12,7 @@ from cfusion.report.comparison.comparison_tables import ResultGrid, tests_table
 from cfusion.report.comparison.critical_difference import cohorts_of, verdict
 from cfusion.report.comparison.published_results import PublishedComparison
 from cfusion.report.context import PROTOCOL_TEXTS, named
-from cfusion.report.figures import bare_p
+from cfusion.report.number_words import bare_p, decimal, interval
 
 _TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -149,8 +149,8 @@ def _test(cell: Cell, row: dict[str, Any] | None) -> tuple[str, str, str]:
     """Format the difference with its interval, p, and p after Holm."""
     if row is None or row["why"]:
         return "the best" if cell.best else row["why"] if row else "–", "–", "–"
-    interval = f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
-    return interval.replace("-", "−"), bare_p(row["p"]), bare_p(row["p_holm"])
+    words = f"{decimal(row['difference'], 3, '+')} ({interval(row['low'], row['high'], 3, '+')})"
+    return words, bare_p(row["p"]), bare_p(row["p_holm"])
 
 
 def _ranks(comparison: Comparison, protocol: str) -> list[Printed]:
@@ -179,7 +179,7 @@ def _published(published: PublishedComparison | None, protocol: str) -> list[Pri
             f"{row['cohort']}, {row['encoder']}", row["model"],
             _spread(row["cindex_mean"], row["cindex_std"]) if row["complete"] else "not complete",
             _spread(row["their_cindex_mean"], row["their_cindex_std"]), row["their_protocol"],
-            f"{row['difference']:+.3f}".replace("-", "−") if row["complete"] else "–",
+            decimal(row["difference"], 3, "+") if row["complete"] else "–",
             {True: "yes", False: "no"}.get(row["within_fold_sd"], "–"),
             _number(row["null_independent"]), _number(row["null_correlated"]), _number(row["clinical_c_mean"]),
         )

@@ -96,6 +96,7 @@ export class Controls {
     byId("verdict").textContent = verdicts[method];
     byId("noise-row").hidden = !explanation.tested;
     byId("faded").hidden = !explanation.tested || byId("noise").checked;
+    byId("clear").hidden = !signed;
     showColourBar(colours, low, high, unit, signed, scale.clipped && !full);
     byId("stage").dataset.shown = `${magnification}/${method}/${this.palette[this.kind]}`;
     this.redraw();

@@ -99,10 +99,13 @@ export class Overlay {
   }
 }
 
-// A score with three significant digits.
+// A score with three significant digits; a very small or large one with a power of ten, as on the pages.
 export function short(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   if (value === 0) return "0";
-  const text = Math.abs(value) < 1e-3 || Math.abs(value) >= 1e4 ? value.toExponential(1) : Number(value.toPrecision(3)).toString();
-  return text.replaceAll("-", "−").replace("e+", "e");
+  const size = Math.abs(value);
+  if (size >= 1e-3 && size < 1e6) return Number(value.toPrecision(3)).toString().replace("-", "−");
+  const [mantissa, power] = value.toExponential(1).split("e");
+  const raised = [...power.replace("+", "")].map((sign) => (sign === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[sign])).join("");
+  return `${Number(mantissa)}`.replace("-", "−") + ` × 10${raised}`;
 }

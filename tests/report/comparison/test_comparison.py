@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from headless import PAPER_PX, chromium, cut_columns, needs_chromium
+from headless import PAPER_PX, broken_by_page_ends, chromium, cut_columns, misread_numbers, needs_chromium
 from made_up_comparison import STRENGTH, member
 
 from cfusion.errors import DataError
@@ -276,10 +276,10 @@ def test_a_cell_says_what_it_adds_to_the_clinic(comparison, tmp_path):
         for c in comparison.cells
     )
     found = next(c for c in cells if c.complete)
-    assert (found.clinical, found.added) == ("0.710 (0.660 to 0.760)", "+0.020 (-0.010 to +0.050)")
+    assert (found.clinical, found.added) == ("0.710 (0.660 to 0.760)", "+0.020 (−0.010 to +0.050)")
     page = write_comparison(dataclasses.replace(comparison, cells=cells), tmp_path, title="Sweep").read_text()
     assert "clinical 0.710 (0.660 to 0.760)" in page
-    assert "adds +0.020 (-0.010 to +0.050)" in page
+    assert "adds +0.020 (−0.010 to +0.050)" in page
     table = (tmp_path / "table.md").read_text()
     assert "Adds to the clinic (95%)" in table
     assert "which reach 0.710 (0.660 to 0.760) by themselves" in table
@@ -321,3 +321,14 @@ def test_no_column_of_the_page_is_cut(comparison, tmp_path, width, media):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert cut_columns(page) == []
         page.screenshot(path=tmp_path / "page.png", full_page=True)
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_no_page_of_the_sweep_report_ends_within_a_row_and_its_numbers_have_a_true_minus(comparison, tmp_path):
+    page_file = write_comparison(comparison, tmp_path / "report", title="Sweep")
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.goto(page_file.as_uri())
+        assert misread_numbers(page) == []
+        assert broken_by_page_ends(page) == []

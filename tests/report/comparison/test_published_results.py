@@ -13,6 +13,7 @@ from cfusion.errors import ConfigError, DataError
 from cfusion.report.comparison.cells import Comparison, compare_runs
 from cfusion.report.comparison.comparison_files import write_comparison
 from cfusion.report.comparison.published_results import PublishedComparison, compare_published, read_published
+from cfusion.report.number_words import with_minus
 from cfusion.study.packaged import shipped_tables
 from cfusion.survival.null import EpochChoice, simulate_null
 from preprocess.encoders.cards import CARDS
@@ -211,7 +212,7 @@ def test_report_console_and_csv_agree(comparison, tmp_path):
     assert len(lines) == 3
     for line in lines:
         for column in ("yours", "theirs", "difference", "null independent", "null correlated", "clinical"):
-            assert line[column] in html, column
+            assert with_minus(line[column]) in html, column
     assert lines[2]["yours"] == "not complete"
     assert [line["clinical"] for line in lines] == ["–", "0.710", "0.710"]
     assert "c&lt;d&gt;" in html
