@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections import Counter
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from launch.sweep.execute import Execution
     from launch.sweep.plan import PlannedRun, SweepConfig
     from launch.sweep.status import RunStatus
+
+logger = logging.getLogger(__name__)
 
 sweep = typer.Typer(help="Plan, run and follow the product of cohorts, encoders, models, seeds and protocols.")
 
@@ -85,6 +88,18 @@ def stale_of(settings: SweepConfig, runs: list[PlannedRun], only: list[str] | No
     from launch.sweep.status import stale
 
     return stale(settings, plan_runs(settings) if only else runs)
+
+
+def warn_of_other_code(settings: SweepConfig, runs: list[PlannedRun], only: list[str] | None, file: Path) -> None:
+    """Say how many finished runs do not count because other code has trained them, and how they would."""
+    from launch.sweep.status import codes_of
+
+    for code, number in codes_of(settings, stale_of(settings, runs, only)).items():
+        logger.warning(
+            "%d finished runs do not count, as they are by other code; if its numbers are the same, add "
+            "code: '%s' to %s",
+            number, code, file,
+        )  # fmt: skip
 
 
 def as_json(settings: SweepConfig, statuses: list[RunStatus], stale: list[str], **more: Any) -> dict[str, Any]:
@@ -192,6 +207,7 @@ def status(
     from launch.sweep.status import look_in_queue, seconds_left, spent
 
     settings, runs = planned(file, overrides, only)
+    warn_of_other_code(settings, runs, only, file)
     statuses = look_in_queue(runs, settings.output)
     if in_json:
         more = {"seconds_left": seconds_left(statuses), "cost": spent(statuses)}
@@ -290,6 +306,7 @@ def run(
 
     refuse_unheard(context, executor, TAKES)
     settings, runs = planned(file, overrides, only)
+    warn_of_other_code(settings, runs, only, file)
     if limit is not None:
         runs = [run for run in runs if not is_done(run.config.output)][:limit]
     slurm = queue_options(executor, partition, account, qos, constraint, exclusive, sbatch, setup)
@@ -360,6 +377,7 @@ def report(
         page = report_archive(file, out or file.with_name(f"{file.stem}-report"), table)
     else:
         settings, runs = planned(file, overrides, only)
+        warn_of_other_code(settings, runs, only, file)
         page = report_sweep(settings, runs, out or settings.output / "report", table)
     if table is not None:
         _echo_published(page.parent, table.name)

@@ -165,6 +165,8 @@ class CheckpointPolicy:
         for folder in checkpoints:
             found, damage = self._try(folder, restore)
             if found is not None:
+                if self.runtime.is_main:
+                    logger.info("resumes from %s", folder)
                 return folder, found
             problem = problem or damage
             if self.runtime.is_main and folder != checkpoints[-1]:

@@ -76,7 +76,7 @@ def test_only_chooses_and_a_changed_setting_leaves_stale_runs(done):
     assert len(report["stale"]) == 3
 
 
-def test_runs_of_other_code_are_stale_unless_the_file_counts_them(done, monkeypatch):
+def test_runs_of_other_code_are_stale_unless_the_file_counts_them(done, monkeypatch, tmp_path):
     name = json.loads(cfusion("plan", str(done), "--json"))["runs"][0]["name"]
     mine = program.code_digest()
     for module in (plan_module, status_module):
@@ -85,6 +85,9 @@ def test_runs_of_other_code_are_stale_unless_the_file_counts_them(done, monkeypa
     assert report["counts"]["done"] == 0
     assert len(report["stale"]) == 3
     assert report["stale_codes"] == {mine: 3}
+    why = f"3 finished runs do not count, as they are by other code; if its numbers are the same, add code: '{mine}'"
+    for command, *options in (("status",), ("run", "--dry-run"), ("report", "--out", str(tmp_path))):
+        assert why in CliRunner().invoke(app, ["sweep", command, str(done), *options]).output, command
     kept = done.with_name("kept.yaml")
     kept.write_text(f"code: {mine}\n{done.read_text()}")
     report = json.loads(cfusion("plan", str(kept), "--json"))

@@ -76,7 +76,7 @@ def test_risk_is_minus_the_sum_of_survival_and_cutoff_is_the_training_median(fil
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [1, 4, 9])
-def test_resuming_after_a_stop_at_any_step_is_exact(files, tmp_path, stop_at, monkeypatch):
+def test_resuming_after_a_stop_at_any_step_is_exact(files, tmp_path, stop_at, monkeypatch, caplog):
     """Resuming is exact to the bit, with dropout, moving average and early stopping."""
     sections = {
         "model": {"name": "crossfusion", "embed_dim": 16, "num_heads": 2},
@@ -97,7 +97,9 @@ def test_resuming_after_a_stop_at_any_step_is_exact(files, tmp_path, stop_at, mo
         run_fold(files.config(tmp_path, **sections), folder=tmp_path / "state")
     monkeypatch.undo()
     torch.manual_seed(99)
+    caplog.set_level("INFO", "cfusion")
     assert_same(run_fold(files.config(tmp_path, **sections), folder=tmp_path / "state"), undisturbed)
+    assert f"resumes from {tmp_path}/state/" in caplog.text
 
 
 @pytest.mark.slow
