@@ -53,11 +53,11 @@ def main() -> None:
     rows, differences = [], []
     for cohort in cohorts:
         pairs = [
-            tuple(pooled_cindex(cohort, arguments.out, dropout, seed) for dropout in (0.0, 0.2))
+            (pooled_cindex(cohort, arguments.out, 0.0, seed), pooled_cindex(cohort, arguments.out, 0.2, seed))
             for seed in range(seeds)
         ]
         differences += [ours - theirs for ours, theirs in pairs]
-        rows += [Row(f"{cohort.name}, seed {seed}", *pair, "C") for seed, pair in enumerate(pairs)]
+        rows += [Row(f"{cohort.name}, seed {seed}", ours, theirs, "C") for seed, (ours, theirs) in enumerate(pairs)]
         ours, theirs = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
         rows.append(Row(f"{cohort.name}, mean", ours, theirs, "C"))
     low, high = stats.t.interval(0.95, len(differences) - 1, np.mean(differences), stats.sem(differences))

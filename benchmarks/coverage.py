@@ -171,8 +171,8 @@ def coverage_row(case: str, design: Design, simulations: int) -> Row:
         theirs.append(percentile_interval(spread))
         truths += [truth for truth in found.truths if not np.isnan(truth)]
     truth = float(np.mean(truths))
-    shares = [float(np.mean([low <= truth <= high for low, high in limits])) for limits in (ours, theirs)]
-    return Row(f"coverage, {case} (C {truth:.3f}; ± {_error(shares[0], simulations):.3f})", *shares, "share")
+    share, other_share = (float(np.mean([low <= truth <= high for low, high in limits])) for limits in (ours, theirs))
+    return Row(f"coverage, {case} (C {truth:.3f}; ± {_error(share, simulations):.3f})", share, other_share, "share")
 
 
 def rejection_row(case: str, design: Design, columns: tuple[slice, slice], simulations: int) -> Row:

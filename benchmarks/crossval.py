@@ -37,7 +37,7 @@ from benchmarks.published_model import PublishedAMIL, PublishedCrossFusion
 from benchmarks.published_training import BINS, Spent, measured, theirs
 from benchmarks.table import Row, options, present
 from cfusion.config import Config, validate
-from cfusion.data import loader
+from cfusion.data import batches, loader
 from cfusion.data.batches import RawBatch
 from cfusion.models import build_model, linear
 from cfusion.runs.crossval import cross_validate
@@ -79,7 +79,7 @@ def ours(
 @contextlib.contextmanager
 def _counted(spent: Spent, forgets: Files | None) -> Iterator[None]:
     """Count what our side reads, how long each pass takes, and the time that training spends in calls of tracking."""
-    read_batch, one_pass = loader.read_batch, Group._pass
+    read_batch, one_pass = batches.read_batch, Group._pass
     calls = {name: getattr(TrackedRun, name) for name in ("child", "log", "inputs", "artifacts", "close")}
     begin = TrackedRun.begin
 
@@ -159,7 +159,7 @@ def stacked(tiles: int, repeats: int) -> list[Row]:
     """Five gated-attention models on one bag, in turn as the program does it, against one product for all five."""
     models = [build_model("amil", backbone_dim=DIM, n_bins=BINS) for _ in range(5)]
     bag = torch.randn(1, tiles, DIM)
-    parameters, _ = torch.func.stack_module_state(models)  # type: ignore[arg-type]
+    parameters, _ = torch.func.stack_module_state(models)
 
     def loss(one: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(models[0], (one,), (bag,)).logits.sum()

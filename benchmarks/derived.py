@@ -151,8 +151,10 @@ def main() -> None:
             rows += linear_rows(cohort, {kind: FeatureStore.open(root, name) for kind, root in roots.items()})
             continue
         for seed in range(seeds):
-            pair = [cindex(cohort, shards[kind], encoder, epochs, seed) for kind in ("derived", "extracted")]
-            rows.append(Row(f"{encoder}, seed {seed}", *pair, "C within folds"))
+            derived, extracted = (
+                cindex(cohort, shards[kind], encoder, epochs, seed) for kind in ("derived", "extracted")
+            )
+            rows.append(Row(f"{encoder}, seed {seed}", derived, extracted, "C within folds"))
             print(rows[-1], flush=True)
     present(f"Derived (ours) and extracted (theirs) 10x and 5x, {cases} phantom patients", rows, chosen.json)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -92,10 +92,10 @@ def evaluate(ensemble: FoldEnsemble, store: FeatureStore, regions: Path, curves_
     for slide_id in store.slide_ids():
         slide, signal = store.read(slide_id), slide_id.split("-")[0]
         found = explain(ensemble, slide, occlusion="tiles")
-        areas = pd.DataFrame(columns=["magnification", "method", "area"])
+        areas = {}
         if signal == curves_of:
-            areas = deletion_areas(deletion_curves(ensemble, slide, found, steps=10, seeds=10))
-        areas = areas.set_index(["magnification", "method"])["area"].to_dict()
+            table = deletion_areas(deletion_curves(ensemble, slide, found, steps=10, seeds=10))
+            areas = table.set_index(["magnification", "method"])["area"].to_dict()
         for name, level in found.levels.items():
             truth = read_planted(regions / f"{slide_id}.planted.geojson", level.coords + level.side_px / 2)
             if truth.all() or not truth.any():
@@ -123,6 +123,12 @@ def measure(
     return grouped.mean().assign(lowest=grouped["auroc"].min(), highest=grouped["auroc"].max())
 
 
+def _words(key: Hashable) -> str:
+    """Return a key of `UNIT` in words."""
+    assert isinstance(key, tuple)
+    return " ".join(key)
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = options(__doc__)
@@ -133,14 +139,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder or Path(scratch)
         table = measure(folder, list(MODELS), **(small if arguments.quick else full))
-    rows = [Row(f"{' '.join(key)}: AUROC", row["auroc"], 0.5, "AUROC") for key, row in table.iterrows()]
+    rows = [Row(f"{_words(key)}: AUROC", row["auroc"], 0.5, "AUROC") for key, row in table.iterrows()]
     rows += [
-        Row(f"{' '.join(key)}: {name} AUROC of a seed", row[name], 0.5, "AUROC")
+        Row(f"{_words(key)}: {name} AUROC of a seed", row[name], 0.5, "AUROC")
         for key, row in table.iterrows()
         for name in ("lowest", "highest")
     ]  # fmt: skip
     rows += [
-        Row(f"{' '.join(key)}: area above chance", row["area"], None, "risk")
+        Row(f"{_words(key)}: area above chance", row["area"], None, "risk")
         for key, row in table.dropna().iterrows()
     ]  # fmt: skip
     present("Faithfulness of explanations", rows, arguments.json)

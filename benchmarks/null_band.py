@@ -137,7 +137,7 @@ def linear(patients: int, learner: str, repeats: int, trainings: int) -> Found:
         order = np.argsort(-time)
         time, event = time[order], event[order]
         folds = [folds_of(generator, event[None])[0] for _ in range(repeats)]
-        outcomes = [(time[folds[0] == number], event[folds[0] == number]) for number in range(FOLDS)]
+        outcomes: list[Outcomes] = [(time[folds[0] == number], event[folds[0] == number]) for number in range(FOLDS)]
         nulls += [cohort_null(outcomes, None)] * trainings
         spread += [independent_sd(outcomes)] * trainings
         drawn = Cohorts(
@@ -195,8 +195,9 @@ def trained(config: Config) -> tuple[float, list[Outcomes]]:
     outcomes: list[Outcomes] = []
     for split in found.splits:
         rows = cfusion.fit(config, found.cohort, split).predictions
-        outcomes.append((rows["survival_months"].to_numpy(), rows["event"].to_numpy()))
-        scores.append(concordance(*outcomes[-1], rows["risk"]).cindex)
+        time, event = rows["survival_months"].to_numpy(), rows["event"].to_numpy()
+        outcomes.append((time, event))
+        scores.append(concordance(time, event, rows["risk"]).cindex)
     return float(np.mean(scores)), outcomes
 
 

@@ -70,7 +70,9 @@ class Layers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[1, N, D] to the same."""
-        for norm1, attention, norm2, feed_forward in self.layers:
+        for block in self.layers:
+            assert isinstance(block, nn.ModuleList)
+            norm1, attention, norm2, feed_forward = block
             u = norm1(x)
             w = norm2(u + attention(u, u))
             x = w + feed_forward(w)
@@ -174,7 +176,9 @@ class PublishedCrossFusion(nn.Module):
 
     def forward(self, x5: Tensor, x10: Tensor, x20: Tensor) -> Tensor:
         """Logits [1, n_bins] of bags [1, N_m, d]."""
-        coarse, source, fine = self.c_lin_proj(x5), self.s_lin_proj(x10), self.f_lin_proj(x20)
+        coarse, source, fine = (
+            getattr(self, f"{scale}_lin_proj")(x) for scale, x in (("c", x5), ("s", x10), ("f", x20))
+        )
         coarse, fine = self._cross("c", source, coarse), self._cross("f", source, fine)
         streams = [
             getattr(self, f"{scale}_transformer_ln")(getattr(self, f"{scale}_transformer")(tokens))

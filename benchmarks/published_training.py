@@ -8,6 +8,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -97,9 +98,9 @@ def _published_fold(
     (slides, targets), (val_slides, val_targets) = parts
     classes = pd.Series(list(zip(targets.label.tolist(), targets.event.tolist(), strict=True)))
     weights = 1 / classes.map(classes.value_counts()).to_numpy(dtype=float)
-    sampler = WeightedRandomSampler(torch.from_numpy(weights), len(slides))
+    sampler = WeightedRandomSampler(weights.tolist(), len(slides))
     # Its own best settings on a GPU: bags are copied from pinned memory.
-    reading = {"num_workers": WORKERS, "persistent_workers": True, "pin_memory": device == "cuda"}
+    reading: dict[str, Any] = {"num_workers": WORKERS, "persistent_workers": True, "pin_memory": device == "cuda"}
     loader = DataLoader(PtFiles(files, slides), 1, sampler=sampler, **reading)
     val_loader = DataLoader(PtFiles(files, val_slides), 1, **reading)
     bytes_of = {s: sum(path.stat().st_size for path in files.pt(s)) for s in (*slides, *val_slides)}

@@ -40,8 +40,9 @@ from cfusion.cohort.splits import make_splits
 from cfusion.config import Config, load_config
 from cfusion.data.shards import open_shards
 from cfusion.survival.losses import LOSSES
+from cfusion.training.fold_job import FoldJob
 from cfusion.training.folds import ReadyFold, ready_fold
-from cfusion.training.loop import FoldJob, train_fold
+from cfusion.training.loop import train_fold
 from cfusion.training.optimizers import make_optimizer
 from cfusion.training.runtime import Runtime
 from cfusion.training.step import Share, Stepper

@@ -41,6 +41,10 @@ class TileReader(ABC):
     downsamples: list[float]
 
     @abstractmethod
+    def __init__(self, path: Path) -> None:
+        """Open a slide."""
+
+    @abstractmethod
     def region(self, x_px: int, y_px: int, level: int, width_px: int, height_px: int) -> np.ndarray:
         """Return the RGB of a region, u8 [h, w, 3]; the corner is in level-0 px, the size in px of the level."""
 

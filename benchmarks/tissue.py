@@ -80,9 +80,9 @@ def measure(sources: list[Source]) -> tuple[list[Row], list[str]]:
             wrong.append(f"{case.kind}: {case.name}: recall {recall:.2f}, precision {precision:.2f}")
     rows = []
     for number, name in enumerate(("Otsu's threshold", f"a threshold of {FIXED_THRESHOLD}"), start=1):
-        for kind, verdicts in right.items():
-            counts = [sum(of_method) for of_method in zip(*verdicts, strict=True)]
-            rows.append(Row(f"{kind}, against {name}", counts[0], counts[number], f"right of {len(verdicts)}"))
+        for kind, cases in right.items():
+            counts = [sum(of_method) for of_method in zip(*cases, strict=True)]
+            rows.append(Row(f"{kind}, against {name}", counts[0], counts[number], f"right of {len(cases)}"))
     return rows, wrong
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 
 import torch
@@ -38,13 +39,17 @@ def _visit(bench: Bench, who: str, lengths: list[int], *, limited: bool) -> None
     for visit in times.values():
         for length in lengths:
             result: list[bool] = []
-            visit.append(seconds_once(lambda length=length, result=result: result.append(_step(bench, module, length))))
+            visit.append(seconds_once(functools.partial(_noted, result, bench, module, length)))
             broken += not result[0]
     first, again = (1e3 * statistics.median(times[name]) for name in ("first", "again"))
     limit = Limit(2.0, speed=True) if limited else None
     bench.tell(f"n × 4n cross-attention, {who}: length seen before", again, "ms")
     bench.tell(f"n × 4n cross-attention, {who}: new length, against seen", first / again, "times", limit)
     bench.tell(f"n × 4n cross-attention, {who}: gradients not finite", float(broken), "", Limit(0) if limited else None)
+
+
+def _noted(result: list[bool], bench: Bench, module: CrossAttention, length: int) -> None:
+    result.append(_step(bench, module, length))
 
 
 def _step(bench: Bench, module: CrossAttention, length: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import tempfile
 import time
@@ -71,8 +72,8 @@ def _tiles_at_hand(bench: Bench, name: str, folder: Path) -> None:
         with torch.inference_mode():
             pixels = torch.from_numpy(tiles).to(bench.device).permute(0, 3, 1, 2)
             ready = encoder.transformed(pixels).to(next(encoder._network.parameters()).dtype)
-            network = size / seconds_per_call(lambda ready=ready: encoder.pooled(ready), 2.0)
-        complete = size / seconds_per_call(lambda tiles=tiles: encoder.encode(tiles), 2.0)
+            network = size / seconds_per_call(functools.partial(encoder.pooled, ready), 2.0)
+        complete = size / seconds_per_call(functools.partial(encoder.encode, tiles), 2.0)
         bench.tell(f"{name}, batch {size}: network", network, "tiles/s")
         bench.tell(f"{name}, batch {size}: with upload, transform and result", complete, "tiles/s")
 
@@ -91,7 +92,9 @@ def _complete(bench: Bench, name: str, slide: Path, folder: Path) -> None:
         make_pyramid(slide, path)
     (folder / "masks").mkdir()
     with OpenSlide(path) as opened:  # all of the slide counts as tissue
-        Image.new("L", tuple(side // 32 for side in opened.dimensions), 255).save(folder / "masks" / "pyramid.png")
+        Image.new("L", (opened.dimensions[0] // 32, opened.dimensions[1] // 32), 255).save(
+            folder / "masks" / "pyramid.png"
+        )
     quick: tuple[tuple[Any, bool], ...] = ((16, False), (16, True), ("auto", False))
     for size, ahead in quick if bench.quick else ((64, False), (256, False), (256, True), ("auto", False)):
         case = f"{name}, batch {size}{', upload_ahead' * ahead}, complete extraction"

@@ -17,7 +17,7 @@ from benchmarks.scaling import write_run
 from cfusion.cohort.read import read_cohort
 from cfusion.cohort.splits import make_splits
 from cfusion.config import load_config
-from cfusion.data.shards import ShardDataset
+from cfusion.data.shards import open_shards
 from cfusion.survival.losses import LOSSES
 from cfusion.training.fold_job import targets_of
 from cfusion.training.folds import ReadyFold, ready_fold
@@ -68,7 +68,7 @@ def _epoch(bench: Bench, path: Path, folder: Path, cache: str, threads: int) -> 
     cohort = read_cohort(config.cohort)
     split = make_splits(cohort, config.splits, config.evaluation.protocol)[0]
     split = dataclasses.replace(split, train=(*split.train, *split.test))
-    dataset = ShardDataset.open(config.data.shards.reveal())
+    dataset = open_shards(config.data)
     fold = ready_fold(config, cohort, split, dataset, runtime, folder=folder, on_epoch=None)
     model, optimizer = runtime.prepare(fold.network, make_optimizer(fold.network, config.train))
     stepper = Stepper(runtime, model, optimizer, LOSSES["nll"], config.train.alpha, config.train.clip_norm)

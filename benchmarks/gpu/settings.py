@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -17,6 +18,7 @@ from cfusion.config import ParallelConfig
 from cfusion.data.batches import pack
 from cfusion.errors import ConfigError
 from cfusion.models import build_model
+from cfusion.models.baselines import AMIL
 from cfusion.models.wide_products import stacked, wide_logits
 from cfusion.training import checkpoint
 from cfusion.training.checkpoint import Checkpoints, TrainState
@@ -88,9 +90,11 @@ def _wide_folds(bench: Bench, tiles: int) -> None:
             loss.backward()
 
     def wide() -> None:
+        first = models[0]
+        assert isinstance(first, AMIL)
         parameters = {name: tensor.requires_grad_() for name, tensor in stacked(models).items()}
         with runtime.autocast():
-            loss = wide_logits(models[0], parameters, one).sum()
+            loss = wide_logits(first, parameters, one).sum()
         loss.backward()
 
     for name, call in (("one by one", one_by_one), ("train.wide_folds", wide)):
@@ -99,15 +103,12 @@ def _wide_folds(bench: Bench, tiles: int) -> None:
 
 def _checkpoints(bench: Bench, tiles: int) -> None:
     """Time a step with a checkpoint after it, written at once or by a thread."""
-    before, checkpoint.INTERVAL_SECONDS = checkpoint.INTERVAL_SECONDS, -1.0
-    try:
+    with mock.patch.object(checkpoint, "INTERVAL_SECONDS", -1.0):
         for background in (False, True):
             runtime = join_world(ParallelConfig(precision="bf16", global_batch=1))
             with tempfile.TemporaryDirectory() as folder:
                 _saving(bench, stepper(bench, runtime), share(bench, tiles), Path(folder), background=background)
             runtime.release()
-    finally:
-        checkpoint.INTERVAL_SECONDS = before
 
 
 def _saving(bench: Bench, steps: Stepper, one: Share, folder: Path, *, background: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -48,7 +48,7 @@ def share(bench: Bench, tiles: int) -> Share:
     return Share(bag(bench, tiles), targets, torch.ones(1, device=bench.device), seed=tiles)
 
 
-def network(bench: Bench, **options: float) -> torch.nn.Module:
+def network(bench: Bench, **options: Any) -> torch.nn.Module:
     """CrossFusion with the same initial weights at each call."""
     torch.manual_seed(0)
     return build_model("crossfusion", backbone_dim=CHANNELS, n_bins=BINS, embed_dim=width(bench), **options)
