@@ -124,6 +124,8 @@ class SlideShare:
         except Exception as error:  # noqa: BLE001 - a task reports any cause; the caller tries again
             logger.error("%s", traceback.format_exc())
             return self.lost(cause_of(error))
+        for outcome in summary.of("failed"):
+            logger.info("%s: failed: %s", outcome.slide_id, outcome.why)
         return [ShareResult(self.name, summary)]
 
     def lost(self, cause: str, *, stopped: bool = False) -> list[ShareResult]:

@@ -66,6 +66,13 @@ def test_shares_are_disjoint_and_complete(config: PreprocessConfig):
     assert statuses(first) | statuses(second) == ALL
 
 
+def test_the_log_of_a_task_names_the_slides_that_failed_and_counts_the_rest(config: PreprocessConfig, capsys):
+    slurm_array.ArrayElement((SlideShare(config, 0, 2),), threads=1)()
+    lines = [line.split(" ", 2)[2] for line in capsys.readouterr().out.splitlines()]
+    assert any(line.startswith("broken: failed: ") for line in lines)
+    assert lines[-1] == "share 0 of 2: 1 failed, 1 done"
+
+
 @pytest.mark.usefixtures("here")
 def test_shares_end_in_one_summary(config: PreprocessConfig):
     summary = fan_out(config, FanOut("slurm", tasks=3))
