@@ -20,7 +20,7 @@ from cfusion.errors import ConfigError, nearest
 from cfusion.extensions import names_file
 from cfusion.recipe import recipe_notes, with_recipe
 from cfusion.secret_text import hide_in, without_secrets
-from cfusion.study.packaged import DataPath
+from cfusion.study.packaged import DataPath, refuse_missing_config
 from cfusion.yaml_files import apply_override, read_yaml, set_key
 
 SCHEMA = Path(__file__).with_name("config.schema.json")
@@ -745,6 +745,8 @@ def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
         ConfigError: The file cannot be read, a key is unknown (the nearest valid one is suggested), or a value or
             combination is invalid.
     """
+    if path is not None:
+        refuse_missing_config(Path(path))
     values = read_yaml(Path(path)) if path is not None else {}
     for override in overrides:
         apply_override(values, override)

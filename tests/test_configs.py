@@ -175,6 +175,17 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, text):
         cfusion.load_config(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("blca", "tcga_blca"), ("BLCA.yaml", "tcga_blca"), ("configs/tcga_luad.yaml", "tcga_luad"), ("qqq.yaml", "")],
+)
+def test_a_configuration_that_is_not_there_is_compared_with_the_shipped_ones(tmp_path, monkeypatch, name, meant):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"{name}: no such file. Give the path") as caught:
+        cfusion.load_config(name)
+    assert str(caught.value).endswith(f"cfusion configs copy {meant}." if meant else "a configuration.")
+
+
 @given(st.integers(1, 500), st.floats(1e-6, 1.0), st.sampled_from(["strict", "fixed-epoch", "published"]))
 def test_a_configuration_survives_being_written(epochs, lr, protocol):
     config = cfusion.load_config(None, [f"train.epochs={epochs}", f"evaluation.protocol={protocol}"])

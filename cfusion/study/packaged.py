@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, SerializerFunctionWrapHandler, WrapSerializer
 
-from cfusion.errors import ConfigError, nearest
+from cfusion.errors import ConfigError, nearest, similar
 
 PREFIX = "package:"
 FOLDER = Path(__file__).parent
@@ -72,3 +72,16 @@ def shipped_config(name: str) -> Path:
     if wanted not in known:
         raise ConfigError(f"{name}: no such shipped configuration.", nearest(wanted, known))
     return known[wanted]
+
+
+def refuse_missing_config(path: Path) -> None:
+    """Refuse the path of a configuration where nothing lies, and name the shipped one that may be meant.
+
+    Raises:
+        ConfigError: There is no such file.
+    """
+    if path.exists():
+        return
+    meant = similar(path.with_suffix("").as_posix().lower().removeprefix("configs/"), list(shipped_configs()))
+    copy = f", or copy a shipped one: cfusion configs copy {meant}" if meant else ""
+    raise ConfigError(f"{path}: no such file.", f"Give the path of a configuration{copy}.")

@@ -16,6 +16,7 @@ from cfusion.errors import ConfigError, nearest
 from cfusion.extensions import names_file, plain_name
 from cfusion.files import digest_json
 from cfusion.program import DIGITS, code_digest
+from cfusion.study.packaged import refuse_missing_config
 from cfusion.yaml_files import apply_override, read_yaml, set_key
 from launch.sweep.data_digests import DataDigests, contents, remembered
 
@@ -165,6 +166,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     Raises:
         ConfigError: It cannot be read, a key is unknown, or an override sets what an axis sets.
     """
+    refuse_missing_config(path)
     values = read_yaml(path)
     base = values.get("base") or {}
     if not isinstance(base, dict):
