@@ -12,6 +12,8 @@ from cfusion.errors import ConfigError
 from cfusion.files import atomic_path, write_json, write_text
 from cfusion.report.context import ReportContext
 from cfusion.report.evidence import evidence_table
+from cfusion.report.methods_text import methods_text, results_table
+from cfusion.report.printed_tables import latex_file
 from cfusion.report.run_page import render_card, render_run_page
 from cfusion.run_folder import SCORES, SUMMARY
 from cfusion.survival.paired import compare
@@ -27,7 +29,8 @@ def write_report(scores: Sequence[Scores], out_dir: Path | str, *, context: Repo
     Files: `index.html`, the page, a single file that needs no network; `model_card.md`, a summary; `summary.csv`, a
     row per cohort, model and protocol, with nulls; `scores.csv`, a row per fold; `comparisons.csv`, the paired
     comparisons; `findings.csv`, patients and slides that the audits dropped or marked as suspicious; `summary.json`,
-    C within folds and pooled with intervals, oracle and permuted C, and what the risk adds to clinical covariates.
+    C within folds and pooled with intervals, oracle and permuted C, and what the risk adds to clinical covariates;
+    `methods.md`, text for the methods section of a paper; `table.tex`, the results for a paper.
 
     Args:
         scores: Scores to report. Models with different numbers of patients or seeds are compared on the common ones.
@@ -53,6 +56,9 @@ def write_report(scores: Sequence[Scores], out_dir: Path | str, *, context: Repo
     write_table(out / "findings.csv", pd.DataFrame(findings, columns=["kind", "subject", "action", "message"]))
     write_json(out / "summary.json", summary_rows(summary))
     write_text(out / "model_card.md", render_card(summary, context))
+    rows = [dict(zip(summary.columns, values, strict=True)) for values in summary.itertuples(index=False)]
+    write_text(out / "methods.md", methods_text(rows, context))
+    write_text(out / "table.tex", latex_file(results_table(rows)))
     write_text(out / "index.html", render_run_page(scores, summary, folds, comparisons, context))
     return out / "index.html"
 

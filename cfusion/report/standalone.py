@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -41,10 +43,19 @@ def run_figures(scores: Scores, curves: pd.DataFrame) -> dict[str, str]:
 
 
 def standalone(svg: str) -> str:
-    """Add the SVG name space and the report's style sheet to a figure, so that any viewer draws it as the page does."""
-    style = files("cfusion.report").joinpath("templates", "style.css").read_text(encoding="utf-8")
-    # The figure needs its background, since in a viewer the dark style would otherwise be light on white.
-    inner = f"<style><![CDATA[{style}\nsvg.plot {{ background: var(--paper) }}]]></style>"
+    """Add name space, size and style to a figure, so that any program draws it as the light page does."""
     opening, rest = svg.split(">", 1)
-    named = opening.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
-    return f"{named}>{inner}{rest}\n"
+    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', opening)
+    attributes = '<svg xmlns="http://www.w3.org/2000/svg"' + (f' width="{size[1]}" height="{size[2]}"' if size else "")
+    return f"{opening.replace('<svg', attributes, 1)}><style><![CDATA[{_figure_rules()}]]></style>{rest}\n"
+
+
+@cache
+def _figure_rules() -> str:
+    """Return the style sheet's rules of figures without variables and `paint-order`, which many programs ignore."""
+    sheet = files("cfusion.report").joinpath("templates", "style.css").read_text(encoding="utf-8")
+    colours = dict(re.findall(r"--([\w-]+): *([^;]+);", sheet[: sheet.index("}")]))
+    rules = re.findall(r"svg[^{}]*\{[^}]*\}", sheet[sheet.index("svg.plot {") : sheet.index(".phone {")])
+    kept = [rule.replace("width: 100%; height: auto; ", "") for rule in rules if "paint-order" not in rule]
+    kept.append("svg.plot { background: var(--paper) }")
+    return re.sub(r"var\(--([\w-]+)\)", lambda name: colours[name[1]], "\n".join(kept))

@@ -24,7 +24,7 @@ from cfusion.config import Section, validate
 from cfusion.errors import DataError
 from cfusion.files import check_format, read_json
 from cfusion.program import code_digest
-from cfusion.report.comparison.cells import ComparedRun, Cost, compare_runs
+from cfusion.report.comparison.cells import NOTHING_DONE, ComparedRun, Cost, compare_runs
 from cfusion.report.comparison.comparison_files import write_comparison
 from cfusion.report.comparison.published_results import PublishedTable
 from cfusion.report.search_section import fold_choices
@@ -115,7 +115,7 @@ def export_sweep(sweep: SweepConfig, runs: Sequence[PlannedRun], path: Path) -> 
     members = compared(sweep, runs)
     done = [member for member in members if member.state == "done"]
     if not any(member.permuted is None for member in done):
-        raise DataError("none of the sweep's runs on real outcomes is done.", "Run it: cfusion sweep run.")
+        raise DataError("none of the sweep's runs on real outcomes is done.", NOTHING_DONE)
     planned = {run.name: run for run in runs}
     content: dict[str, bytes | Path] = {}
     for member in done:

@@ -331,6 +331,26 @@ def test_finished_runs_become_one_report(tmp_path: Path) -> None:
     assert abs(row["permuted"] - 0.5) < 0.1 < row["cindex_pooled"] - 0.5 + 0.1
     assert pd.read_csv(tmp_path / "report" / "summary.csv")["seeds"].tolist() == [2]
     assert "Learning curves" in page.read_text(encoding="utf-8")
+    methods = (tmp_path / "report" / "methods.md").read_text()
+    assert methods.count("## made_up, amil (strict)") == 1, "one section for both seeds"
+    assert "; seeds 7, 8." in methods
+    assert f"{row_of(tmp_path)['n']} patients with" in methods
+
+
+def row_of(folder: Path) -> pd.Series:
+    return pd.read_csv(folder / "report" / "summary.csv").iloc[0]
+
+
+def test_the_table_for_a_paper_has_the_numbers_of_the_summary(folder: Path) -> None:
+    summary = pd.read_csv(folder / "summary.csv")
+    tex = (folder / "table.tex").read_text()
+    assert tex.count(r"\begin{table*}") == summary["protocol"].nunique()
+    for row in summary.itertuples():
+        assert (
+            f"{row.n} ({row.events}) & {row.cindex_within:.3f} ({row.within_low:.3f} to {row.within_high:.3f})" in tex
+        )
+    assert r"\textless{}b\textgreater{}evil" in tex
+    assert "OPTIMISTIC" in tex
 
 
 def test_a_run_with_covariates_says_what_its_risk_adds(tmp_path: Path) -> None:

@@ -173,6 +173,7 @@ def test_the_heatmap_switches(window: Window):
 def test_noise_is_grey_and_attention_carries_a_warning(window: Window):
     page = window.open()
     expect(page.locator("#verdict")).to_have_text(re.compile(r"^The 3 models agree on (\d+) of \1 tiles at 5x"))
+    expect(page.locator("#clear")).to_have_text("pale to see-through: little to no effect")
     page.get_by_text("attention", exact=True).first.click()
     page.wait_for_selector("#stage[data-shown='x5/attention/viridis']")
     left, right = window.colour(-120), window.colour(120)
@@ -181,7 +182,8 @@ def test_noise_is_grey_and_attention_carries_a_warning(window: Window):
     assert right[3] == 153
     assert "may lower it" in page.locator("#meaning.caution").inner_text()
     expect(page.locator("#verdict")).to_contain_text("models agree on")
-    expect(page.locator("#faded")).to_be_visible()
+    expect(page.locator("#faded")).to_have_text("grey: may be noise")
+    expect(page.locator("#clear")).to_be_hidden()
     page.get_by_label("Colour what may be noise").check()
     until(lambda: window.colour(-120)[3] == 153)
     expect(page.locator("#faded")).to_be_hidden()

@@ -24,6 +24,9 @@ from cfusion.survival.score import score
 LEVEL = 0.05
 """Significance level of the tests and of the critical difference."""
 
+NOTHING_DONE = "Run it: cfusion sweep run. Runs of other code, data or settings are stale: cfusion sweep plan."
+"""What to do if a sweep has no finished run."""
+
 RANKED = ("models", "encoders")
 """Axes that are ranked over cohorts."""
 
@@ -260,7 +263,7 @@ def compare_runs(members: Sequence[ComparedRun], bootstrap: int = 1000) -> Compa
         DataError: No run is done.
     """
     if not any(member.state == "done" for member in members):
-        raise DataError("none of the sweep's runs is done.", "Run it: cfusion sweep run.")
+        raise DataError("none of the sweep's runs is done.", NOTHING_DONE)
     grouped: dict[tuple[str, str, str, str], list[ComparedRun]] = {}
     for member in members:
         grouped.setdefault((member.cohort, member.encoder, member.model, member.protocol), []).append(member)

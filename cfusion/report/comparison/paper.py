@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from dataclasses import dataclass
 from typing import Any
 
 from cfusion.report.comparison.cells import RANKED, Cell, Comparison
@@ -13,12 +11,7 @@ from cfusion.report.comparison.critical_difference import cohorts_of, verdict
 from cfusion.report.comparison.published_results import PublishedComparison
 from cfusion.report.context import PROTOCOL_TEXTS, named
 from cfusion.report.number_words import bare_p, decimal, interval
-
-_TEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", "±": r"$\pm$", "†": r"$^\dagger$", "‡": r"$^\ddagger$", "–": "--", "−": r"$-$",
-}  # fmt: skip
+from cfusion.report.printed_tables import Printed, latex_file, markdown_table
 
 _RESULTS = (
     "Harrell's C, mean ± standard deviation over folds and seeds. Bold: the highest C within folds of a cohort; † not "
@@ -39,25 +32,6 @@ _PUBLISHED = (
 _RANKS = "Mean ranks by C within folds, 1 is best; cohorts with a missing value are left out."
 
 
-@dataclass(frozen=True)
-class Printed:
-    """A table of plain text, before formatting.
-
-    Attributes:
-        title: Its heading.
-        caption: What it shows, and under which protocol.
-        head: Names of its columns; the first two contain text.
-        rows: Rows; those with the same first column are consecutive.
-        bold: Rows and columns of the best values.
-    """
-
-    title: str
-    caption: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    bold: frozenset[tuple[int, int]] = frozenset()
-
-
 def printed(comparison: Comparison, protocol: str, published: PublishedComparison | None = None) -> list[Printed]:
     """Build a protocol's tables: results, each cohort with its tests, ranks over cohorts, and published results."""
     grid = ResultGrid.of(comparison, protocol)
@@ -71,19 +45,14 @@ def markdown(comparison: Comparison, title: str, published: PublishedComparison 
     parts = [f"# {title}"]
     for protocol in comparison.protocols:
         parts += [f"## Protocol {protocol}", PROTOCOL_TEXTS[protocol]]
-        parts += [_markdown_table(table) for table in printed(comparison, protocol, published)]
+        parts += [markdown_table(table) for table in printed(comparison, protocol, published)]
     return "\n\n".join(parts) + "\n"
 
 
 def latex(comparison: Comparison, published: PublishedComparison | None = None) -> str:
     """Format every table as a `table*`; the document must load booktabs."""
     tables = [table for protocol in comparison.protocols for table in printed(comparison, protocol, published)]
-    return "\n\n".join(["% Needs \\usepackage{booktabs}.", *map(_latex_table, tables)]) + "\n"
-
-
-def escape_latex(words: str) -> str:
-    """Escape text for LaTeX."""
-    return re.sub(r"[\\&%$#_{}~^<>|±†‡–−]", lambda found: _TEX[found[0]], words)
+    return latex_file(tables)
 
 
 def _results(grid: ResultGrid) -> Printed:
@@ -199,34 +168,3 @@ def _spread(mean: float, spread: float) -> str:
 
 def _number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.3f}"
-
-
-def _markdown_table(table: Printed) -> str:
-    def line(words: tuple[str, ...]) -> str:
-        return "| " + " | ".join(word.replace("|", r"\|") for word in words) + " |"
-
-    rows = [
-        tuple(f"**{word}**" if (number, column) in table.bold else word for column, word in enumerate(row))
-        for number, row in enumerate(table.rows)
-    ]
-    lines = [line(table.head), line(("---",) * len(table.head)), *map(line, rows)]
-    return "\n\n".join([f"### {table.title}", table.caption, "\n".join(lines)])
-
-
-def _latex_table(table: Printed) -> str:
-    body: list[str] = []
-    last: str | None = None
-    for number, row in enumerate(table.rows):
-        if last not in (None, row[0]):
-            body.append(r"\midrule")
-        words = [escape_latex(word) for word in ("" if row[0] == last else row[0], *row[1:])]
-        words = [rf"\textbf{{{w}}}" if (number, column) in table.bold else w for column, w in enumerate(words)]
-        body.append(rf"{' & '.join(words)} \\")
-        last = row[0]
-    head = " & ".join(map(escape_latex, table.head))
-    return "\n".join([
-        r"\begin{table*}", r"\centering", rf"\caption{{{escape_latex(f'{table.title}. {table.caption}')}}}",
-        r"\scriptsize", r"\setlength{\tabcolsep}{2.5pt}",
-        rf"\begin{{tabular}}{{@{{}}ll{'c' * (len(table.head) - 2)}@{{}}}}", r"\toprule", rf"{head} \\", r"\midrule",
-         *body, r"\bottomrule", r"\end{tabular}", r"\end{table*}",
-    ])  # fmt: skip

@@ -14,7 +14,8 @@ from cfusion.errors import DataError
 from cfusion.report.comparison.cells import ComparedRun, Comparison, Cost, compare_runs
 from cfusion.report.comparison.comparison_files import write_comparison
 from cfusion.report.comparison.critical_difference import cd_diagram
-from cfusion.report.comparison.paper import escape_latex, printed
+from cfusion.report.comparison.paper import printed
+from cfusion.report.printed_tables import escape_latex
 from cfusion.survival.metrics import concordance
 from cfusion.survival.paired import COLUMNS
 
