@@ -237,8 +237,8 @@ class FoldEnsemble:
         if unseen:
             folds = ", ".join(str(model.card.fold) for model in unseen)
             return FoldEnsemble(unseen), (
-                f"This patient was in the training of the other folds; only models that have not seen the patient are "
-                f"used (fold {folds})."
+                f"This patient was in the training of other models: {len(unseen)} of {len(self.models)} models have "
+                f"not seen the patient, and only they are used (fold{'s' * (len(unseen) > 1)} {folds})."
             )
         return self, (
             "Every model has seen this patient in its training: the risk is no prediction, and the scores also show "

@@ -9,6 +9,7 @@ import math
 
 UNDEFINED = "–"
 _MINUS = "\N{MINUS SIGN}"
+_TIMES = "\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}"
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SMALLEST, _LARGEST = 1e-3, 1e6
 """Sizes from and up to which a number is written without a power of ten."""
@@ -35,7 +36,7 @@ def significant(value: float | None, digits: int = 3, sign: str = "") -> str:
         return with_minus(f"{value:{sign}.{digits}g}" if abs(value) < 10**digits - 0.5 else f"{value:{sign},.0f}")
     mantissa, power = f"{value:{sign}.{max(0, digits - 2)}e}".split("e")
     mantissa = f"{float(mantissa):{sign}g}"
-    return f"{with_minus(mantissa)} × 10{str(int(power)).translate(_RAISED)}"
+    return f"{with_minus(mantissa)}{_TIMES}10{str(int(power)).translate(_RAISED)}"
 
 
 def interval(low: float, high: float, digits: int = 3, sign: str = "") -> str:

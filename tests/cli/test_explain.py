@@ -325,7 +325,7 @@ def test_a_patient_of_the_training_is_explained_by_the_models_that_have_not_seen
             dataclasses.replace(models[fold], seen=record).save(tmp_path / name / f"fold_{fold}")
     arguments = [slides / "planted.svs", "--cases", table, "--occlusion", "none"]
     assert (
-        "only models that have not seen"
+        "1 of 2 models have not seen the patient, and only they are used (fold 1)"
         in call(*arguments, "--model", tmp_path / "one", "--out", tmp_path / "a").output
     )
     found = read_explanation(tmp_path / "a" / "planted")

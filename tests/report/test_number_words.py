@@ -6,6 +6,8 @@ import pytest
 
 from cfusion.report.number_words import bare_p, decimal, interval, p_text, significant
 
+NO_BREAK = "\N{NO-BREAK SPACE}"
+
 
 @pytest.mark.parametrize(
     ("value", "words"),
@@ -25,11 +27,11 @@ from cfusion.report.number_words import bare_p, decimal, interval, p_text, signi
     ],
 )
 def test_three_significant_digits(value, words):
-    assert significant(value) == words
+    assert significant(value) == words.replace(" ", NO_BREAK)
 
 
 def test_signs_are_true_and_a_rounded_zero_has_none():
-    assert significant(3.56e-05, 2, "+") == "+4 × 10⁻⁵"
+    assert significant(3.56e-05, 2, "+") == f"+4{NO_BREAK}×{NO_BREAK}10⁻⁵"
     assert [decimal(v) for v in (-0.0587, -0.0001, 0.5, math.nan, None)] == ["−0.059", "0.000", "0.500", "–", "–"]
     assert [decimal(v, 2, "+") for v in (0.166, -0.166)] == ["+0.17", "−0.17"]
     assert interval(-0.11, -0.007, 3, "+") == "−0.110 to −0.007"

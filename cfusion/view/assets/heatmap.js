@@ -107,5 +107,5 @@ export function short(value) {
   if (size >= 1e-3 && size < 1e6) return Number(value.toPrecision(3)).toString().replace("-", "−");
   const [mantissa, power] = value.toExponential(1).split("e");
   const raised = [...power.replace("+", "")].map((sign) => (sign === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[sign])).join("");
-  return `${Number(mantissa)}`.replace("-", "−") + ` × 10${raised}`;
+  return `${Number(mantissa)}`.replace("-", "−") + `\u00a0×\u00a010${raised}`; // in a narrow table it stays on one line
 }
