@@ -134,7 +134,7 @@ def progress(description: str, total: int) -> Iterator[Progress]:
 
 
 class RepeatsCounted(logging.Filter):
-    """Lets the first of alike warnings through and counts the rest.
+    """Lets the first of alike warnings through and counts the rest; shows a line marked `once` only once.
 
     Warnings are alike if they differ only in their first argument, which names the subject, and in words with digits,
     such as names of slides, paths and numbers. Those of a sweep, and those marked `each_time`, are news each time.
@@ -144,9 +144,14 @@ class RepeatsCounted(logging.Filter):
         super().__init__()
         self._first: dict[str, str] = {}
         self._counts: Counter[str] = Counter()
+        self._once: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether the record is shown."""
+        if getattr(record, "once", False):
+            known = record.getMessage() in self._once
+            self._once.add(record.getMessage())
+            return not known
         if record.levelno != logging.WARNING or getattr(record, "each_time", False) or record.name.startswith("launch"):
             return True
         text = record.getMessage()

@@ -88,7 +88,8 @@ def read_cohort(config: CohortConfig) -> Cohort:
     _check_plausible(rows, config)
     cases = _one_row_per_case(rows, config)
     slides = _read_slides(config.slides) if config.slides is not None else _slides_of_rows(rows)
-    logger.info("%s: %s layout, %d patients, %d slides", config.table, layout, len(cases), len(slides))
+    found = (config.table, layout, len(cases), len(slides))
+    logger.info("%s: %s layout, %d patients, %d slides", *found, extra={"once": True})  # a command may read it again
     cohort = Cohort(config.name, cases, slides, config.endpoint)
     return cohort if clinical is None else _with_clinical(cohort, clinical, config)
 

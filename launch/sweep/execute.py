@@ -15,7 +15,7 @@ from cfusion.errors import CfusionError, PartialResultError, RequeueError
 from cfusion.files import digest_json
 from cfusion.run_folder import fold_folders, is_done
 from launch.sweep.data_digests import places, remember_data
-from launch.sweep.markers import JOBS, LOG
+from launch.sweep.markers import JOBS
 from launch.sweep.plan import PlannedRun
 from launch.sweep.work import Job, Outcome
 from launch.sweep.workers import run_local, slots_here
@@ -125,7 +125,7 @@ def _raise_if_not_done(runs: Sequence[PlannedRun], outcomes: Mapping[str, Outcom
         reasons = [f"{_names(names)}: {cause}" for cause, names in list(causes.items())[:_SHOWN]]
         raise PartialResultError(
             f"{sum(map(len, causes.values()))} of {len(runs)} runs failed. {' '.join(map(_sentence, reasons))}",
-            f"See {LOG} in their folders; cfusion sweep status lists all.",
+            "cfusion sweep status lists all, with the log of each.",
         )
     if held:
         raise PartialResultError(

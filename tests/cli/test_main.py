@@ -213,9 +213,13 @@ def test_alike_warnings_are_one_line_with_a_count_and_a_wait_is_reported_each_ti
         wait.each_time = True
         handler.handle(wait)
     handler.handle(logging.LogRecord("preprocess", logging.INFO, "", 0, "slide %s", ("P002",), None))
+    for table in ("a.csv", "a.csv", "b.csv"):
+        layout = logging.LogRecord("cfusion", logging.INFO, "", 0, "%s: plain layout", (table,), None)
+        layout.once = True
+        handler.handle(layout)
     assert out.getvalue().splitlines() == [
         "slide TCGA-2F-A9KO-01Z: states 16.25 µm/px", "slide TCGA-2F-A9KO-01Z refused: no tiles", "waiting, 60 s",
-        "waiting, 120 s", "slide P002",
+        "waiting, 120 s", "slide P002", "a.csv: plain layout", "b.csv: plain layout",
     ]  # fmt: skip
     lines = counted.lines()
     assert [line.split(":")[0] for line in lines] == ["2 more like", "2 more like"]
