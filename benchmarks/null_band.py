@@ -243,7 +243,9 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--case", default="", help="only the linear cases whose name holds this")
     parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help="also train these on permuted outcomes")
-    parser.add_argument("--protocol", default="strict", choices=("strict", "published"), help="of these models")
+    parser.add_argument(
+        "--protocol", default="strict", choices=("strict", "fixed-epoch", "published"), help="of these models"
+    )
     parser.add_argument("--permutations", type=int, default=200, help="trainings of each of these models")
     chosen = parser.parse_args()
     present("Models without signal and the simulated null", rows_of(chosen), chosen.json)
