@@ -12,7 +12,7 @@ from markupsafe import Markup
 from cfusion.files import write_text
 from cfusion.report.comparison.cells import RANKED, ComparedRun, Comparison, Cost
 from cfusion.report.comparison.comparison_tables import ResultGrid, cells_table, runs_table, tests_table
-from cfusion.report.comparison.critical_difference import cd_diagram, rank_words
+from cfusion.report.comparison.critical_difference import cd_diagram, rank_words, verdict
 from cfusion.report.comparison.paper import latex, markdown
 from cfusion.report.comparison.published_results import (
     PUBLISHED,
@@ -84,6 +84,7 @@ def render_comparison(
         f"{what}, protocol {protocol}": (
             Markup(cd_diagram(ranking, what, protocol)),  # noqa: S704 - the figure escapes its words
             rank_words(ranking),
+            verdict(ranking) if ranking.blocks == 1 else "",
         )
         for (protocol, what), ranking in comparison.rankings.items()
     }

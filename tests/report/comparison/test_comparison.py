@@ -286,6 +286,15 @@ def test_a_cell_says_what_it_adds_to_the_clinic(comparison, tmp_path):
     assert "which reach 0.710 (0.660 to 0.760) by themselves" in table
 
 
+def test_ranks_of_one_cohort_say_that_there_is_no_test(comparison, tmp_path):
+    one = {key: dataclasses.replace(found, blocks=1, critical_difference=float("nan"))
+           for key, found in comparison.rankings.items()}  # fmt: skip
+    page = write_comparison(dataclasses.replace(comparison, rankings=one), tmp_path, title="Sweep").read_text()
+    assert page.count('1 is best.<span class="wide"> With one cohort there is no test.</span>') == len(one)
+    several = write_comparison(comparison, tmp_path, title="Sweep").read_text()
+    assert "With one cohort there is no test" not in several
+
+
 @needs_chromium
 def test_names_of_the_rank_diagram_stay_inside_it_and_a_phone_has_a_line_for_each_number(comparison, tmp_path):
     names = ("crossfusion_concat", "crossfusion_" + "with_a_long_setting_" * 3 + "at_the_end")
