@@ -96,8 +96,8 @@ def _section(
         "Measures": (
             "Harrell's C over the pairs of patients of the same fold, with 95% intervals from "
             f"{config['evaluation']['bootstrap']} bootstrap replicates of patients, widened for the dependence between "
-            "folds; compared with simulated risks without signal on the same folds. Risk groups are divided at the "
-            "median risk of each fold's training patients."
+            "folds; compared with simulated models that have learnt noise on the same folds. Risk groups are divided "
+            "at the median risk of each fold's training patients."
         ),
         "Software": f"cfusion {record.get('program', '')}, code `{record.get('code', '')}`; {packages}.",
         "Data": f"{digests}.",

@@ -31,6 +31,10 @@ _CONSTANT = 1e-6
 COX_FOLDS = 5
 """Folds of the Cox models where the patients have none, as in an external cohort."""
 
+EVENTS_PER_COVARIATE = 5
+"""Fewest events per covariate for which such Cox models are fitted: with 2 to 4 they often go wrong, with 5 to 9 rarely
+(Vittinghoff and McCulloch, Am J Epidemiol 165:710, 2007)."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -197,7 +201,7 @@ class ClinicalModel:
             None if no covariate is known for these patients.
 
         Raises:
-            UndefinedMetricError: Drawn folds would have fewer than two events each, or no Cox model can be fitted.
+            UndefinedMetricError: The events are too few for drawn folds, or no Cox model can be fitted.
         """
         values = covariates.reindex(run["case_id"])
         values = values.loc[:, values.nunique() > 1]
@@ -205,9 +209,11 @@ class ClinicalModel:
         one_network = len(np.unique(network)) < 2
         if values.columns.empty:
             return None
-        if one_network and event.sum() < 2 * COX_FOLDS:
+        needed = max(2 * COX_FOLDS, EVENTS_PER_COVARIATE * len(values.columns))
+        if one_network and event.sum() < needed:
             raise UndefinedMetricError(
-                f"{event.sum()} events are too few for Cox models in {COX_FOLDS} folds; {2 * COX_FOLDS} are needed."
+                f"{event.sum()} events are too few for Cox models of {', '.join(values.columns)} in drawn folds; "
+                f"{needed} are needed."
             )
         fold = _drawn_folds(time, event) if one_network else network
         patients = FoldedPatients(time, event, fold, draws)

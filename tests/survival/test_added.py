@@ -12,7 +12,7 @@ from cfusion.cohort.covariates import read_covariates
 from cfusion.cohort.splits import make_splits
 from cfusion.config import SplitsConfig
 from cfusion.errors import CohortError, UndefinedMetricError
-from cfusion.survival.added import AddedInRun, is_constant, mean_added, standardised
+from cfusion.survival.added import AddedInRun, ClinicalModel, is_constant, mean_added, standardised
 from cfusion.survival.decision import DecisionCurve, decision_curve, mean_decision_curve
 from cfusion.survival.predictions import read_predictions
 from cfusion.survival.regression import (
@@ -252,3 +252,20 @@ def test_a_likelihood_without_a_maximum_names_the_covariate(monkeypatch: pytest.
         predicted_by_cox(values, time, event, np.arange(60) < 48, np.array([6.0]))
     assert "monotone likelihood (separation) by days_to_death: all or nearly all 24 events" in refused.value.message
     assert "a covariate that knows the outcome" in refused.value.remedy
+
+
+@pytest.mark.parametrize(("patients", "columns", "needed"), [(12, 3, 15), (12, 1, 0), (20, 5, 25), (9, 1, 10)])
+def test_few_events_of_an_external_cohort_give_no_clinical_model(patients: int, columns: int, needed: int) -> None:
+    generator = np.random.default_rng(5)
+    names = [f"P{number}" for number in range(patients)]
+    run = pd.DataFrame(
+        {"case_id": names, "survival_months": generator.exponential(20, patients), "event": True, "fold": 0}
+    )
+    values = pd.DataFrame(generator.normal(size=(patients, columns)), names, [f"x{k}" for k in range(columns)])
+    if needed:
+        with pytest.raises(UndefinedMetricError, match=rf"^{patients} events are too few .* x0.*; {needed} are needed"):
+            ClinicalModel.fit(run, values, None, [12.0])
+    else:
+        assert ClinicalModel.fit(run, values, None, [12.0]) is not None
+    in_folds = run.assign(fold=np.arange(patients) % 2)
+    assert columns > 1 or ClinicalModel.fit(in_folds, values, None, [12.0]) is not None
