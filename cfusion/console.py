@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import ClassVar, TextIO
 
 logger = logging.getLogger("cfusion")
 
@@ -93,13 +93,14 @@ class Progress:
 
 class _Bar(Progress):
     def __init__(self, description: str, total: int) -> None:
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
         super().__init__(description, total)
         self._bar = RichProgress(
             TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), transient=False,
+            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True),
         )  # fmt: skip
         self._task = self._bar.add_task(description, total=total, note="")
         self._bar.start()
@@ -131,6 +132,15 @@ def progress(description: str, total: int) -> Iterator[Progress]:
         yield counter
         if rank_zero:
             logger.info("%s: %d of %d in %.1f s", description, counter.done, total, time.monotonic() - start)
+
+
+class ToTerminal(logging.StreamHandler[TextIO]):
+    """Writes lines to the standard error of the moment: a progress bar replaces it, and shows them above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class RepeatsCounted(logging.Filter):

@@ -11,6 +11,7 @@ import hashlib
 import importlib.abc
 import importlib.util
 import re
+import shlex
 import sys
 import traceback
 from dataclasses import dataclass
@@ -259,7 +260,7 @@ def check_trusted(path: Path, digest: str, trust_code: str | None) -> None:
     Raises:
         UntrustedCodeError: Nothing is trusted, or another digest is.
     """
-    look = f"Read it (less {path}); if you trust it, add --trust-code {digest[:SHORTEST_PREFIX]}."
+    look = f"Read it (less {shlex.quote(str(path))}); if you trust it, add --trust-code {digest[:SHORTEST_PREFIX]}."
     if not trust_code:
         raise UntrustedCodeError(
             f"{path}: this model comes with its code, which runs only if you trust it (SHA-256 {digest}).",

@@ -18,7 +18,7 @@ import yaml
 
 from cfusion.config import Config, validate
 from cfusion.errors import DataError
-from cfusion.files import check_format, read_json, write_json, write_text
+from cfusion.files import check_format, digest_file, read_json, write_json, write_text
 from cfusion.locks import HeldError, Holder, held_above, hold, holder, launch_name, named
 from cfusion.yaml_files import read_yaml
 
@@ -82,7 +82,9 @@ SEEN = "training.npz"
 """In a model's folder: digests of the patients it has seen, and the region of their embeddings."""
 
 _FOLD_NAME = re.compile(r"(repeat_\d+_)?fold_\d+")
+_SPLIT_NAME = re.compile(r"splits_(?:(?P<repeat>\d+)_)?(?P<fold>\d+)\.csv")
 _ANY_FOLD = "*fold_*"
+_PREDICTIONS_DIGEST = "predictions_sha256"
 
 
 @contextlib.contextmanager
@@ -150,6 +152,62 @@ def is_complete(fold: Path) -> bool:
     return (fold / FOLD).is_file()
 
 
+def predictions_digest(folder: Path) -> dict[str, str]:
+    """Return what the marker of a finished run or fold records of the predictions in its folder."""
+    return {_PREDICTIONS_DIGEST: digest_file(folder / PREDICTIONS)}
+
+
+def predictions_file(folder: Path) -> Path:
+    """Return the file of the predictions in a folder of a run or fold.
+
+    Raises:
+        DataError: It is not what the run or fold wrote. Older programs recorded no digest, and theirs pass.
+    """
+    path = folder / PREDICTIONS
+    markers = [folder / name for name in (DONE, FOLD) if (folder / name).is_file()]
+    recorded = [digest for marker in markers if (digest := read_json(marker).get(_PREDICTIONS_DIGEST))]
+    if path.is_file() and any(digest != digest_file(path) for digest in recorded):
+        again = "Run the same `cfusion train` again: it writes the file from those of the folds."
+        if (folder / FOLD).is_file():
+            again = (
+                f"Restore the file, or delete {folder} and run the same `cfusion train` again, which trains the fold."
+            )
+        raise DataError(
+            f"{path}: was changed after the training wrote it (SHA-256 in {markers[0].name}).",
+            f"{again} Predictions of your own are evaluated by `cfusion score --predictions`.",
+            topic="predictions",
+        )
+    return path
+
+
+def missing_models(run: Path) -> list[str]:
+    """Return the names of a run's folds whose model is not in its folder, as after an incomplete copy."""
+    splits = [match for path in sorted((run / SPLITS).glob("*.csv")) if (match := _SPLIT_NAME.fullmatch(path.name))]
+    names = [
+        f"fold_{match['fold']}" if match["repeat"] is None else f"repeat_{match['repeat']}_fold_{match['fold']}"
+        for match in splits
+    ]
+    return [name for name in names if not (run / name / MODEL / CARD).is_file()]
+
+
+def check_all_models(run: Path) -> None:
+    """Refuse the models of a run that is unfinished or not completely here; other folders pass.
+
+    Raises:
+        DataError: It is, or a newer program wrote it.
+    """
+    if not is_run(run):
+        return
+    read_marker(run)
+    if not is_done(run):
+        raise DataError(f"{run}: its run is not finished.", "Finish it, or give the folder of one of its folds.")
+    if missing := missing_models(run):
+        raise DataError(
+            f"{run}: has no model of {', '.join(missing)}, as after an incomplete copy.",
+            "Copy the folder again, or give the folder of one of its folds.",
+        )
+
+
 def read_marker(folder: Path) -> dict[str, Any]:
     """Read `run.json` of a run's folder: `identity` and `provenance`, among others.
 
@@ -180,8 +238,9 @@ def add_continuation(folder: Path, by: dict[str, Any]) -> None:
 
 
 def write_done(folder: Path, identity: str, registered_version: str | None) -> None:
-    """Mark the run in `folder` as finished."""
-    write_json(folder / DONE, {"identity": identity, "registered_version": registered_version})
+    """Mark the run in `folder`, whose predictions are written, as finished."""
+    marker = {"identity": identity, "registered_version": registered_version, **predictions_digest(folder)}
+    write_json(folder / DONE, marker)
 
 
 def read_config(folder: Path) -> Config:

@@ -263,7 +263,7 @@ def read_matrix(path: Path) -> np.ndarray:
     Raises:
         LayoutError: As `read_array` or `dataset`, or the array is not [N, d] of floats.
     """
-    if path.suffix == ".h5":
+    if path.suffix.lower() == ".h5":
         with opened(path) as file:
             values = dataset(file, path, "features")[:]
     else:

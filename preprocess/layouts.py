@@ -268,7 +268,7 @@ def slide_name(path: Path) -> str:
 
 def read_plain(path: Path) -> Level:
     """Read the embeddings of a slide's tiles from a file that has nothing else."""
-    values = read_tensor(path) if path.suffix == ".pt" else read_matrix(path)
+    values = read_tensor(path) if path.suffix.lower() == ".pt" else read_matrix(path)
     if not values.size:
         raise LayoutError(f"{path}: has no tiles.")
     return Level(values, warnings=tuple(constant(values)))
@@ -281,7 +281,7 @@ def _clam(patches: Path, features: Path, *others: Path) -> Level:
         # `patch_size` counts pixels of `patch_level`; coordinates count pixels of level 0.
         side = number(stored, patches, "patch_size") * number(stored, patches, "downsample")
         size = _size(stored.attrs.get("level_dim")) if _integer(stored.attrs.get("patch_level")) == 0 else None
-    if features.suffix == ".pt":
+    if features.suffix.lower() == ".pt":
         values = read_tensor(features)
     else:
         with opened(features) as file:

@@ -30,7 +30,7 @@ def find_plain(source: SourceFolder) -> Found:
         if folder.name.startswith(FOLDER) or CHIEF_FOLDER in (folder.name, folder.parent.name):
             continue
         try:
-            if path.suffix == ".h5" and not _has_only_features(path):
+            if path.suffix.lower() == ".h5" and not _has_only_features(path):
                 of_clam = path.parent if folder.name == "h5_files" else of_clam
                 continue
         except DataError as error:

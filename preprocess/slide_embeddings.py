@@ -39,9 +39,9 @@ def find_slide_embeddings(source: SourceFolder) -> Found:
         if folder.name.startswith(FOLDER):
             named = folder.name.removeprefix(FOLDER)
             encoder = NAMES.get(named, named)
-        elif CHIEF_FOLDER in (folder.name, folder.parent.name) and path.suffix == ".pt":
+        elif CHIEF_FOLDER in (folder.name, folder.parent.name) and path.suffix.lower() == ".pt":
             encoder = "chief"
-        elif path.suffix == ".pkl" and "titan" in path.name.lower():
+        elif path.suffix.lower() == ".pkl" and "titan" in path.name.lower():
             why = "a pickled table, which could run code, so it is not opened; save its vectors as SLIDE.npy"
             found.refused.append((slide_name(path), path, f"{why} in {FOLDER}titan/"))
             continue
@@ -52,10 +52,10 @@ def find_slide_embeddings(source: SourceFolder) -> Found:
 
 
 def _one_vector(path: Path) -> Level:
-    if path.suffix == ".h5":
+    if path.suffix.lower() == ".h5":
         with opened(path) as file:
             values = dataset(file, path, "features")[:]
-    elif path.suffix == ".pt":
+    elif path.suffix.lower() == ".pt":
         values = _tensor(path)
     else:
         values = read_array(path)

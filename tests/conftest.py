@@ -105,10 +105,12 @@ def shared() -> Path:
 def _logging_stays_as_it_was() -> Iterator[None]:
     """A command run within a test logs to that test's output, which is closed when it ends, as loudly as asked."""
     yield
+    from cfusion.console import ToTerminal
+
     for name in ("cfusion", "preprocess", "launch"):
         logging.getLogger(name).setLevel(logging.NOTSET)
     for handler in logging.root.handlers[:]:
-        if type(handler) is logging.StreamHandler:
+        if isinstance(handler, ToTerminal) or type(handler) is logging.StreamHandler:
             logging.root.removeHandler(handler)
 
 

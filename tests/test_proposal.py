@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import h5py
@@ -92,6 +93,16 @@ def test_three_folders_a_store_and_shards_are_read_by_crossfusion_unedited(here:
         init("--table", "clinical.csv", "--features", source, "--out", f"{source}.yaml")
         assert dry_run(f"{source}.yaml").config.model.name == "crossfusion"
     assert not Path("study-shards-shards").exists()
+
+
+def test_commands_for_a_path_with_spaces_can_be_pasted(here: Path):
+    trident(Path("job 1"))
+    out = "my study.yaml"
+    result = init("--table", table(Path("clinical.csv")), "--features", "job 1", "--out", out)
+    commands = re.findall(r"^  (cfusion (?:null|train) .*?) +#", result.output, re.MULTILINE)
+    assert [shlex.split(command)[2] for command in commands] == [out] * 3
+    assert "output=runs/my study-first-try" in shlex.split(commands[1])
+    assert f"`cfusion audit '{out}'`" in Path(out).read_text().replace("\n# ", " ")
 
 
 def test_a_flat_folder_of_one_magnification_gets_a_model_that_reads_it(here: Path):

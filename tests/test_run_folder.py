@@ -66,3 +66,41 @@ def test_the_temporary_of_a_killed_writer_is_no_fold(tmp_path):
         if name != "fold_3":
             (tmp_path / name / run_folder.FOLD).write_text("{}")
     assert [path.name for path in run_folder.fold_folders(tmp_path)] == ["fold_0", "repeat_1_fold_2"]
+
+
+def test_predictions_that_were_edited_are_refused_with_the_way_back(tmp_path):
+    fold = tmp_path / "fold_0"
+    fold.mkdir()
+    for folder in (tmp_path, fold):
+        (folder / run_folder.PREDICTIONS).write_text("risk\n1\n")
+    run_folder.write_done(tmp_path, "a", None)
+    (fold / run_folder.FOLD).write_text(json.dumps(run_folder.predictions_digest(fold)))
+    for folder, remedy in ((tmp_path, "writes the file from those of the folds"), (fold, f"delete {fold} and run")):
+        path = run_folder.predictions_file(folder)
+        path.write_text("risk\n2\n")
+        with pytest.raises(DataError, match=r"predictions\.csv: was changed after the training wrote it") as refused:
+            run_folder.predictions_file(folder)
+        assert remedy in refused.value.remedy
+        (folder / ("done.json" if folder == tmp_path else "fold.json")).write_text("{}")  # of an older program
+        assert run_folder.predictions_file(folder) == path
+
+
+def test_models_of_a_run_are_complete_or_refused(tmp_path):
+    run_folder.check_all_models(tmp_path)  # no run: a folder of models
+    (tmp_path / run_folder.SPLITS).mkdir()
+    for split, fold in (("splits_0_0", "repeat_0_fold_0"), ("splits_1_0", "repeat_1_fold_0"), ("splits_3", "fold_3")):
+        (tmp_path / run_folder.SPLITS / f"{split}.csv").write_text("")
+        (tmp_path / fold / run_folder.MODEL).mkdir(parents=True)
+        (tmp_path / fold / run_folder.MODEL / run_folder.CARD).write_text("{}")
+    (tmp_path / run_folder.RUN).write_text("{}")
+    with pytest.raises(DataError, match="its run is not finished"):
+        run_folder.check_all_models(tmp_path)
+    (tmp_path / run_folder.DONE).write_text("{}")
+    run_folder.check_all_models(tmp_path)
+    for fold in ("repeat_1_fold_0", "fold_3"):
+        (tmp_path / fold / run_folder.MODEL / run_folder.CARD).unlink()
+    with pytest.raises(DataError, match="has no model of repeat_1_fold_0, fold_3, as after an incomplete copy"):
+        run_folder.check_all_models(tmp_path)
+    (tmp_path / run_folder.RUN).write_text('{"format": 99}')
+    with pytest.raises(DataError, match="has format 99"):
+        run_folder.check_all_models(tmp_path)

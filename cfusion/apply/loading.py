@@ -7,8 +7,7 @@ from pathlib import Path
 
 from cfusion.apply.ensemble import FoldEnsemble
 from cfusion.apply.ranking import RunRanking, run_ranking
-from cfusion.errors import DataError
-from cfusion.run_folder import find_run, is_done, is_run
+from cfusion.run_folder import check_all_models, find_run
 from cfusion.tracking.address import connect, given_uri, unavailable
 from cfusion.tracking.model_registry import fetch_ensemble, fetch_predictions, model_address
 
@@ -51,7 +50,5 @@ def load_ranking(model: str, uri: str | None = None) -> RunRanking | None:
 
 
 def _load_finished(folder: Path, trust_code: str | None) -> FoldEnsemble:
-    run = find_run(folder)
-    if is_run(run) and not is_done(run):
-        raise DataError(f"{run}: its run is not finished.", "Finish it, or give the folder of one of its folds.")
+    check_all_models(find_run(folder))
     return FoldEnsemble.load(folder, trust_code=trust_code)

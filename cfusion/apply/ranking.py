@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from cfusion.errors import CfusionError, UndefinedMetricError
-from cfusion.run_folder import CONFIG, PREDICTIONS, is_run, read_config
+from cfusion.run_folder import CONFIG, PREDICTIONS, is_run, predictions_file, read_config
 from cfusion.survival.metrics import concordance
 from cfusion.survival.null import SCORED_FOLD_CHOOSES, EpochChoice, Outcomes, simulate_null
 from cfusion.survival.predictions import STRATUM, read_predictions
@@ -93,7 +93,7 @@ def run_ranking(folder: Path) -> RunRanking | None:
         return None
     try:
         choice = EpochChoice.of(read_config(run).train) if (run / CONFIG).is_file() else None
-        return rank_test(read_predictions(run / PREDICTIONS), choice)
+        return rank_test(read_predictions(predictions_file(run)), choice)
     except CfusionError as error:
         logger.warning("%s: it is not known whether the run ranks patients better than chance: %s", run, error.message)
         return None

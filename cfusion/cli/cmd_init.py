@@ -38,6 +38,8 @@ def init(
 
       cfusion init --table clinical.csv --features trident_output
     """
+    import shlex
+
     from cfusion.proposal.feature_folder import FeatureAnswers
     from cfusion.proposal.study_file import first_try, propose_study
 
@@ -46,9 +48,10 @@ def init(
     for remark in study.features.remarks:
         typer.echo(f"note: {remark}")
     typer.echo(study.run.describe())
+    path = shlex.quote(str(study.path))
     typer.echo(
         f"written: {study.path}. Read its comments, then:\n"
-        f"  cfusion null {study.path}     # what a model without signal scores\n"
+        f"  cfusion null {path}     # what a model without signal scores\n"
         f"  {first_try(study)}    # a first try, to see that all works\n"
-        f"  cfusion train {study.path}    # every model; report in {study.config.output}/report/index.html"
+        f"  cfusion train {path}    # every model; report in {study.config.output}/report/index.html"
     )

@@ -35,7 +35,7 @@ from cfusion.cli import (
     cmd_train,
     cmd_view,
 )  # fmt: skip
-from cfusion.console import RepeatsCounted, is_rank_zero
+from cfusion.console import RepeatsCounted, ToTerminal, is_rank_zero
 from cfusion.errors import DISK, CfusionError, ExchangeError, RequeueError
 from cfusion.secret_text import SecretsLeftOut, without_secrets
 
@@ -103,7 +103,7 @@ def _common(
 ) -> None:
     rank_zero = is_rank_zero()
     level = logging.DEBUG if verbose else logging.WARNING if quiet or not rank_zero else logging.INFO
-    to_terminal = logging.StreamHandler(sys.stderr)
+    to_terminal = ToTerminal()
     to_terminal.setFormatter(SecretsLeftOut("%(message)s"))
     if not verbose:
         to_terminal.addFilter(RepeatsCounted())

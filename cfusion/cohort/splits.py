@@ -215,10 +215,12 @@ def _validation_of(cohort: Cohort, split: Split, config: SplitsConfig) -> set[st
     side = tuple(case for case in split.train if case in cohort.cases.index)
     folds = max(2, round(1 / config.validation_fraction))
     seed = config.seed + 1000 * split.repeat + split.fold
+    cases = cohort.cases.loc[list(side)]
+    if config.scheme == "site":
+        folds = max(2, min(folds, _sites(cohort, cases, 2).nunique()))
+    _check_enough_to_choose(cohort, cases, folds)
     if config.scheme != "site":
         return set(_draw(cohort, side, config, folds, seed)[0].test)
-    cases = cohort.cases.loc[list(side)]
-    folds = max(2, min(folds, _sites(cohort, cases, 2).nunique()))
 
     def distance(part: Split) -> float:
         inside = cases.loc[list(part.test), "event"]
@@ -226,6 +228,21 @@ def _validation_of(cohort: Cohort, split: Split, config: SplitsConfig) -> set[st
         return sum(abs(np.log(max(share, 1e-9) / config.validation_fraction)) for share in shares)
 
     return set(min(_draw(cohort, side, config, folds, seed), key=distance).test)
+
+
+def _check_enough_to_choose(cohort: Cohort, cases: pd.DataFrame, folds: int) -> None:
+    """Refuse an inner validation of one in `folds` of a training side that is too small for it.
+
+    Raises:
+        DataError: It is.
+    """
+    events = int(cases["event"].sum())
+    if events and (events < folds or len(cases) < 2 * folds):
+        raise DataError(
+            f"cohort {cohort.name}: a training side has {len(cases)} patients with {events} events, too few to set "
+            f"1 in {folds} apart to choose the epoch.",
+            "Set evaluation.protocol=fixed-epoch, which needs no such patients, or raise splits.validation_fraction.",
+        )
 
 
 def _draw(cohort: Cohort, case_ids: tuple[str, ...], config: SplitsConfig, folds: int, seed: int) -> list[Split]:
@@ -247,7 +264,7 @@ def _draw_of(cohort: Cohort, case_ids: tuple[str, ...], config: SplitsConfig, fo
     if events < folds or len(cases) < 2 * folds:
         raise DataError(
             f"cohort {cohort.name}: {len(cases)} patients with {events} events are too few for {folds} folds.",
-            "Use fewer folds (splits.folds) or a larger splits.validation_fraction."
+            "Use fewer folds (splits.folds)."
             if events
             else "Check the column of the event: no patient has it, and nothing can be scored without events.",
         )

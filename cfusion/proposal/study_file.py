@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import textwrap
 from collections.abc import Sequence
@@ -83,8 +84,8 @@ def propose_study(table: Path, source: Path, out: Path, name: str | None, answer
 
 def first_try(study: Study) -> str:
     """Return the command of a short training, whose folder does not stand in the way of the complete one."""
-    output = f"{study.config.output}-first-try"
-    return f"cfusion train {study.path} splits.repeats=1 train.epochs={FIRST_EPOCHS} output={output}"
+    changes = ["splits.repeats=1", f"train.epochs={FIRST_EPOCHS}", f"output={study.config.output}-first-try"]
+    return shlex.join(["cfusion", "train", str(study.path), *changes])
 
 
 def _counts(cohort: ProposedCohort, features: ShardedFeatures) -> tuple[int, int]:
@@ -107,11 +108,12 @@ def _text(out: Path, cohort: ProposedCohort, features: ShardedFeatures) -> str:
         *settings_for_patients(patients, events),
         Recommended("output", str(Path("runs") / out.stem), "checkpoints, predictions, report"),
     ]
+    path = shlex.quote(str(out))
     head = (
         f"{out.name}: proposed by `cfusion init` for {patients} patients with features, {events} with the event; "
         f"{len(features.tiles)} slides with a median of {statistics.median(tiles):,.0f} tiles. "
-        f"Check it: `cfusion audit {out}`. What the training will do: `cfusion train {out} --dry-run`. Train: "
-        f"`cfusion train {out}`. All settings: `cfusion train {out} "
+        f"Check it: `cfusion audit {path}`. What the training will do: `cfusion train {path} --dry-run`. Train: "
+        f"`cfusion train {path}`. All settings: `cfusion train {path} "
         "--print-config`."
     )
     lines = [f"# yaml-language-server: $schema={SCHEMA}", *_comment(head)]

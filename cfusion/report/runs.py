@@ -16,7 +16,7 @@ from cfusion.report.context import ReportContext
 from cfusion.report.pseudonyms import Pseudonyms
 from cfusion.report.report_files import write_report
 from cfusion.report.search_section import choices_of
-from cfusion.run_folder import COVARIATES, OUTCOMES, PREDICTIONS, SPLITS, FinishedRun, read_run
+from cfusion.run_folder import COVARIATES, OUTCOMES, SPLITS, FinishedRun, predictions_file, read_run
 from cfusion.survival.null import EpochChoice
 from cfusion.survival.predictions import read_predictions
 from cfusion.survival.score import Key, Scores, score
@@ -77,7 +77,7 @@ def report_runs(
 
 def _names_in(run: FinishedRun) -> set[str]:
     """Return the names of patients and slides in a run: of its outcomes, its predictions and its audit."""
-    predictions = read_predictions(run.folder / PREDICTIONS)
+    predictions = read_predictions(predictions_file(run.folder))
     names = {str(name) for column in ("case_id", "slide_id") if column in predictions for name in predictions[column]}
     names |= set(map(str, read_outcomes(run.folder / OUTCOMES, run.config.cohort.name).cases.index))
     subjects = {str(finding["subject"]) for finding in run.audit["findings"]}
@@ -104,7 +104,7 @@ def score_runs(runs: Sequence[FinishedRun], bootstrap: int) -> Scores:
     for other in runs[1:]:
         _check_alike(first, other)
     return score(
-        pd.concat([read_predictions(run.folder / PREDICTIONS) for run in runs], ignore_index=True),
+        pd.concat([read_predictions(predictions_file(run.folder)) for run in runs], ignore_index=True),
         *outcomes_and_splits([run.folder for run in runs], first.config.cohort.name),
         bootstrap=bootstrap,
         horizons=first.config.evaluation.horizons_months,

@@ -284,6 +284,7 @@ class Run:
                 write_figures(temporary, {"learning_curves": curves})
                 write_json(temporary / run_folder.FOLD, {
                     "best_epoch": result.best_epoch, "fold": result.split.fold,
+                    **run_folder.predictions_digest(temporary),
                     **({} if chosen is None else {"chosen": dict(chosen)}),
                 })  # fmt: skip
         runtime.barrier()
@@ -307,7 +308,7 @@ class Run:
         return runtime.on_main(lambda: self._scored(parent))
 
     def _scored(self, parent: TrackedRun) -> Scores:
-        frames = [read_predictions(self.fold_folder(split) / run_folder.PREDICTIONS) for split in self.splits]
+        frames = [read_predictions(run_folder.predictions_file(self.fold_folder(split))) for split in self.splits]
         scores = score(
             pd.concat(frames, ignore_index=True), self.cohort, self.splits,
             bootstrap=self.config.evaluation.bootstrap, horizons=self.config.evaluation.horizons_months,

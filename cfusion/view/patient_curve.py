@@ -15,7 +15,7 @@ from cfusion.errors import CfusionError, DataError
 from cfusion.explanation.result import Explanation
 from cfusion.report.number_words import decimal
 from cfusion.report.svg import Plot, nice_ticks
-from cfusion.run_folder import PREDICTIONS, read_config
+from cfusion.run_folder import PREDICTIONS, predictions_file, read_config
 from cfusion.survival.groups import Curve, kaplan_meier
 from cfusion.survival.predictions import read_predictions, survival_columns
 
@@ -37,7 +37,7 @@ class CohortCurves:
             raise DataError(
                 f"{run}: has no {PREDICTIONS}.", "Give the output folder of `cfusion train`.", topic="viewer"
             )
-        table = read_predictions(run / PREDICTIONS)
+        table = read_predictions(predictions_file(run))
         self.name = str(table["cohort"].iloc[0])
         folds = table.groupby(["cohort", "seed", "repeat", "fold"])["risk"]
         self.table = table.assign(percentile=100 * (folds.rank() - 1) / (folds.transform("size") - 1).clip(lower=1))

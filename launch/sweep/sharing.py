@@ -28,7 +28,17 @@ from cfusion.report.comparison.cells import NOTHING_DONE, ComparedRun, Cost, com
 from cfusion.report.comparison.comparison_files import write_comparison
 from cfusion.report.comparison.published_results import PublishedTable
 from cfusion.report.search_section import fold_choices
-from cfusion.run_folder import CONFIG, COVARIATES, OUTCOMES, PREDICTIONS, RUN, SEARCH, SPLITS, read_marker
+from cfusion.run_folder import (
+    CONFIG,
+    COVARIATES,
+    OUTCOMES,
+    PREDICTIONS,
+    RUN,
+    SEARCH,
+    SPLITS,
+    predictions_file,
+    read_marker,
+)
 from cfusion.survival.predictions import JOINT, read_predictions
 from launch.sweep.archive import SUMS, is_archive, unpack, write_archive
 from launch.sweep.peer_runs import IMPORTED
@@ -158,7 +168,7 @@ def _all_predictions(done: Sequence[ComparedRun]) -> pd.DataFrame:
     Patients of a joint run keep the name of each one's cohort, so that only those of one are compared; the column
     `joint` has the common name. If a run of only that cohort has a model of this name, it is added to the joint one's.
     """
-    tables = [(member, read_predictions(member.folder / PREDICTIONS)) for member in done if member.permuted is None]
+    tables = [(member, read_predictions(predictions_file(member.folder))) for member in done if member.permuted is None]
     joint = {member.name for member, frame in tables if frame["cohort"].nunique() > 1}
     single = {(member.cohort, member.label) for member, _ in tables if member.name not in joint}
     frames = []

@@ -1,9 +1,12 @@
 """The command as a user meets it: a process, its text, its exit code."""
 
+import contextlib
 import errno
 import io
 import logging
 import os
+import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -236,3 +239,26 @@ def test_repeated_warnings_are_counted_at_the_end_of_a_command(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stderr.splitlines() == ["slide s0: odd", "4 more like: slide s0: odd (all with --verbose)"]
+
+
+def test_lines_that_are_logged_during_a_bar_stand_above_it_on_a_terminal(tmp_path):
+    code = (
+        "import logging; import cfusion.cli.main as m; from cfusion.console import progress\n"
+        "def work():\n"
+        "    m._common(False, False, False)\n"
+        "    with progress('folds', 2) as bar:\n"
+        "        logging.getLogger('cfusion').info('training: one after another'); bar.advance(2)\n"
+        "m.app = work; m.run()"
+    )
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "100", "TERM": "xterm"}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, cwd=tmp_path, env=environment):
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # the other side is closed
+            while part := os.read(ours, 4096):
+                shown += part
+    os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert "\rtraining: one after another\r\n" in text
+    assert re.search(r"\rfolds .* 2/2 ", text)

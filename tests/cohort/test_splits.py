@@ -198,6 +198,17 @@ def test_too_few_events() -> None:
         make_splits(cohort, SplitsConfig())
 
 
+def test_a_training_side_too_small_to_choose_the_epoch_names_the_protocol_that_needs_no_choice() -> None:
+    cohort = made_up(36, 0.0)
+    cohort.cases.iloc[::8, cohort.cases.columns.get_loc("event")] = True
+    with pytest.raises(
+        DataError, match=r"a training side has 18 patients with [23] events, too few to set 1 in 5"
+    ) as no:
+        make_splits(cohort, SplitsConfig(folds=2))
+    assert "evaluation.protocol=fixed-epoch" in no.value.remedy
+    assert len(make_splits(cohort, SplitsConfig(folds=2), "fixed-epoch")) == 2
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("train,test\na,b\n", "expected the columns train and val"), ("train,val\na,\n", "the val column is empty")],

@@ -536,6 +536,15 @@ def test_tiles_of_an_impossible_size_place_nothing(tmp_path: Path):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".npy", ".npz", ".h5"])
+def test_plain_files_with_a_suffix_in_capitals_are_read(tmp_path: Path, suffix: str):
+    (tmp_path / "20x").mkdir()
+    write_plain(tmp_path / f"20x/a{suffix}", features(4))
+    (tmp_path / f"20x/a{suffix}").rename(tmp_path / f"20x/a{suffix.upper()}")
+    report = import_features(tmp_path / "20x", tmp_path / "store", encoder="uni")
+    assert (report.layout, report.imported, report.refused) == ("plain", ("a",), {})
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npy", ".npz", ".h5"])
 def test_plain_files_are_read_where_no_other_layout_fits(tmp_path: Path, suffix: str):
     for folder, count in (("uni_20x", 16), ("uni_10x", 4), ("uni_5x", 1)):
         (tmp_path / "in" / folder).mkdir(parents=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -123,6 +124,28 @@ def test_a_failed_fold_fails_the_run(files, tmp_path, monkeypatch):
     client = MlflowClient(str(config.tracking.uri))
     runs = client.search_runs([client.get_experiment_by_name("test").experiment_id])
     assert sorted(run.info.status for run in runs) == ["FAILED", "FAILED", "FINISHED"]
+
+
+@pytest.mark.slow
+def test_edited_predictions_are_not_reported_and_are_written_again_from_the_folds(files, tmp_path):
+    config = files.config(tmp_path / "run", splits={"folds": 2}, train={"epochs": 1})
+    cross_validate(config)
+    of_run, of_fold = config.output / "predictions.csv", config.output / "fold_0" / "predictions.csv"
+    before, fold_before = of_run.read_text(), of_fold.read_text()
+    edited = pd.read_csv(of_run).assign(risk=lambda rows: -rows["survival_months"])
+    edited.to_csv(of_run, index=False)
+    with pytest.raises(DataError, match=r"run/predictions\.csv: was changed after the training wrote it"):
+        report_runs([config.output], tmp_path / "report", title="Test")
+    assert not (tmp_path / "report").exists()
+    cross_validate(config)
+    assert of_run.read_text() == before
+    report_runs([config.output], tmp_path / "report", title="Test")
+    of_fold.write_text(fold_before.replace("amil", "amil "))
+    with pytest.raises(DataError, match=r"fold_0/predictions\.csv: was changed"):
+        cross_validate(config)
+    shutil.rmtree(config.output / "fold_0")
+    cross_validate(config)
+    assert (of_run.read_text(), of_fold.read_text()) == (before, fold_before)
 
 
 def test_the_folder_of_another_run_is_refused_and_left_unchanged(files, tmp_path):

@@ -15,7 +15,7 @@ from cfusion.machine_limits import usable_cores
 from cfusion.report.number_words import decimal, interval
 from cfusion.report.runs import outcomes_and_splits
 from cfusion.report.search_section import FoldChoice
-from cfusion.run_folder import PREDICTIONS
+from cfusion.run_folder import predictions_file
 from cfusion.survival.paired import COLUMNS, compare, holm
 from cfusion.survival.predictions import STRATUM, read_predictions
 from cfusion.survival.ranks import Ranking, rank_methods
@@ -296,7 +296,7 @@ def _summary(cell: Cell, members: Sequence[ComparedRun], bootstrap: int) -> pd.S
 
 def cell_predictions(cell: Cell, members: Sequence[ComparedRun]) -> pd.DataFrame:
     """Return the predictions of some finished runs of a cell, with the cell's names of model and cohort."""
-    frame = pd.concat([read_predictions(member.folder / PREDICTIONS) for member in members], ignore_index=True)
+    frame = pd.concat([read_predictions(predictions_file(member.folder)) for member in members], ignore_index=True)
     frame[STRATUM] = frame["cohort"]
     return frame.assign(model=cell.label, cohort=cell.cohort)
 
