@@ -114,8 +114,13 @@ class Cohort:
         )
 
     def slides_of(self, case_ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Return the slides of each of the given patients, in the order of the table."""
-        grouped = {case: tuple(rows) for case, rows in self.slides.groupby("case_id", sort=False).groups.items()}
+        """Return the slides of each of the given patients, sorted by name.
+
+        A model that lays the tiles of a bag on a grid depends on their order, which must be that of later predictions.
+        """
+        grouped = {
+            case: tuple(sorted(rows)) for case, rows in self.slides.groupby("case_id", sort=False).groups.items()
+        }
         return {case: grouped.get(case, ()) for case in case_ids}
 
     def subset(self, case_ids: Sequence[str]) -> Cohort:

@@ -48,11 +48,11 @@ class SlideOwners:
         return self._owner(slide) or patient_of(slide)
 
     def group(self, slides: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """Return the slides of each patient, in the order of the slides."""
+        """Return the slides of each patient, sorted by name as in training (`Cohort.slides_of`)."""
         grouped: dict[str, list[str]] = {}
         for slide in dict.fromkeys(slides):
             grouped.setdefault(self.patient(slide), []).append(slide)
-        return {patient: tuple(of_patient) for patient, of_patient in grouped.items()}
+        return {patient: tuple(sorted(of_patient)) for patient, of_patient in grouped.items()}
 
     def unowned(self, slides: Iterable[str]) -> list[str]:
         """Return the slides that count as patients: no table, barcode or known patient says whose they are."""

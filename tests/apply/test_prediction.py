@@ -16,6 +16,7 @@ from untrained_models import EDGES, untrained
 
 from cfusion.apply.ensemble import FoldEnsemble, predict
 from cfusion.apply.sources import Embeddings, ShardSource, StoreSource
+from cfusion.cohort.identifiers import Names
 from cfusion.cohort.slide_owners import SlideOwners, read_owners
 from cfusion.config import DataConfig, ParallelConfig
 from cfusion.data.shards import ShardDataset
@@ -176,6 +177,28 @@ def test_one_fold_predicts_its_test_patients_as_its_training_did(files, tmp_path
     place = [(known < risk).mean() * 100 + (known == risk).mean() * 50 for risk in table["risk"]]
     np.testing.assert_allclose(table["risk_percentile"], place, atol=200 / len(known))
     assert run.model.seen.digests == {digest_case(case) for case in (*split.train, *split.validation)}
+
+
+def test_neither_the_rows_of_a_table_nor_the_order_of_shards_change_the_risk_of_a_patient(files, tmp_path):
+    """CrossFusion lays the tiles of all slides of a patient on one square, so their order counts."""
+    from cfusion import make_splits, read_cohort
+
+    rows = pd.read_csv(files.table)
+    rows.iloc[::-1].to_csv(tmp_path / "reversed.csv", index=False)
+    sections = {"train": {"epochs": 1}, "splits": {"folds": 2}, "model": {"name": "crossfusion"}}
+    config = files.config(tmp_path / "run", **sections)
+    split = make_splits(read_cohort(config.cohort), config.splits)[0]
+    sections["cohort"] = {"table": str(tmp_path / "reversed.csv")}
+    backwards = files.config(tmp_path / "run", **sections)
+    run = fit(backwards, read_cohort(backwards.cohort), split)
+    source = ShardSource(config.data)
+    expected = run.predictions.set_index("case_id")["risk"]
+    for slide_ids in (source.slide_ids, source.slide_ids[::-1]):
+        slides = SlideOwners(Names(split.test).find, read_owners(files.table)).group(slide_ids)
+        slides = {case: slides[case] for case in split.test}
+        assert max(map(len, slides.values())) == 2
+        found = predict(run.model, config.data, slides).set_index("case_id")["risk"]
+        np.testing.assert_allclose(found, expected.loc[found.index], rtol=1e-6)
 
 
 def test_a_patient_at_the_cutoff_is_in_the_high_risk_group_of_prediction_and_report(files, cases, ensemble_folder):
