@@ -14,6 +14,7 @@ import re
 import shlex
 import sys
 import traceback
+import unicodedata
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -166,9 +167,16 @@ def names_file(name: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """Return a name that can be part of a folder's name: `models/mine.py:MaxMIL` → `mine-MaxMIL`; others unchanged."""
+    """Return a name that can be part of a folder's name: `models/mine.py:MaxMIL` → `mine-MaxMIL`; others unchanged.
+
+    Accents are dropped, and a hyphen stands for any other sign that folders of runs do not have.
+    """
     match = _FILE.fullmatch(name)
-    return f"{Path(match['path']).stem}-{match['attribute']}" if match else name
+    if match is None:
+        return name
+    text = unicodedata.normalize("NFKD", f"{Path(match['path']).stem}-{match['attribute']}")
+    plain = re.sub(r"[^A-Za-z0-9._+=-]+", "-", text.encode("ascii", "ignore").decode())
+    return plain.lstrip("._+=-")
 
 
 def file_of(name: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -26,6 +27,8 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     as of a full disk, is given that of `target`.
     """
     target = Path(target)
+    if not target.name:
+        raise _is_a_folder(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{_mark()}.tmp")
     try:
@@ -75,7 +78,13 @@ def remove_orphans(folder: Path) -> None:
 
 
 def put_in_place(temporary: Path, target: Path) -> None:
-    """Rename a finished file or folder to `target`; an existing folder is moved aside first and deleted afterwards."""
+    """Rename a finished file or folder to `target`; an existing folder is moved aside first and deleted afterwards.
+
+    Raises:
+        IsADirectoryError: A file would replace a folder.
+    """
+    if target.is_dir() and not temporary.is_dir():
+        raise _is_a_folder(target)
     if target.is_dir():
         aside = target.with_name(f".{target.name}.{_mark()}.old")
         target.rename(aside)
@@ -83,6 +92,10 @@ def put_in_place(temporary: Path, target: Path) -> None:
         shutil.rmtree(aside)
     else:
         temporary.replace(target)
+
+
+def _is_a_folder(target: Path) -> IsADirectoryError:
+    return IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
 
 
 def _sync(path: Path) -> None:

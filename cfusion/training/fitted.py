@@ -150,8 +150,11 @@ class FittedModel:
         """Write `model.safetensors`, `model.json`, `training.npz` and, for a user's file, `model.py`, atomically.
 
         Raises:
-            DataError: They cannot be written, for example on a full disk; nothing is left of them.
+            DataError: They cannot be written, for example on a full disk; nothing is left of them. Or the folder exists
+                and has other content than a model.
         """
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / CARD).is_file():
+            raise DataError(f"{folder}: exists and holds no model, so it is not replaced.", "Give another folder.")
         tensors = {name: tensor.contiguous() for name, tensor in self.module.state_dict().items()}
         with atomic_path(folder) as temporary:
             temporary.mkdir()

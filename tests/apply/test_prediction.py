@@ -513,3 +513,14 @@ def test_patients_that_a_models_folder_has_recorded_are_no_external_cohort(cfusi
     given = ("predict", files.shards, "--model", model, "--cases", cases, "--table", outside, "--report")
     with pytest.raises(DataError, match="1 patients are in the run that trained the model, such as PT-0003"):
         cfusion(*given, tmp_path / "report")
+
+
+def test_predictions_do_not_replace_a_folder(cfusion, files, tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "kept.txt").touch()
+    with pytest.raises(ConfigError, match="results: is a folder") as refused:
+        cfusion("predict", files.shards, "--model", "nothing", "--out", tmp_path / "results")
+    assert "results/predictions.csv" in refused.value.remedy
+    with pytest.raises(DataError, match="results: exists and holds no model, so it is not replaced"):
+        FoldEnsemble.load(untrained(tmp_path / "run")).models[0].save(tmp_path / "results")
+    assert (tmp_path / "results" / "kept.txt").exists()

@@ -189,6 +189,22 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file_is_reported_with_the_file(t
     assert full.value.filename == str(tmp_path / "scores.csv")
 
 
+def test_a_file_never_replaces_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept = tmp_path / "results" / "kept.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    for target in ("results", ".", "", ".."):
+        with pytest.raises(IsADirectoryError), atomic_path(target) as temporary:
+            temporary.write_text("new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["results", "kept.txt"]
+    assert kept.read_text() == "mine"
+    with atomic_path("results") as temporary:  # a folder does
+        temporary.mkdir()
+        (temporary / "new.txt").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["results", "new.txt"]
+
+
 def test_ctrl_c_leaves_with_its_code_and_says_how_to_go_on(monkeypatch, capsys):
     interrupted = typer.Typer()
 

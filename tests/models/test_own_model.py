@@ -419,6 +419,8 @@ def test_packages_that_offer_what_cannot_be_used(site):
 def test_plain_names_are_parts_of_paths():
     assert extensions.plain_name("models/mine.py:MaxMIL") == "mine-MaxMIL"
     assert extensions.plain_name("amil") == "amil"
+    assert extensions.plain_name("mes modèles/mon modèle (2).py:MaxMIL") == "mon-modele-2--MaxMIL"
+    assert extensions.plain_name("_é.py:_Net") == "e-_Net"
 
 
 def test_a_sweep_over_files_has_plain_names_and_is_stale_after_an_edit(files, tmp_path, monkeypatch):
