@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +168,8 @@ def predictions_file(folder: Path) -> Path:
     markers = [folder / name for name in (DONE, FOLD) if (folder / name).is_file()]
     recorded = [digest for marker in markers if (digest := read_json(marker).get(_PREDICTIONS_DIGEST))]
     if path.is_file() and any(digest != digest_file(path) for digest in recorded):
-        again = "Run the same `cfusion train` again: it writes the file from those of the folds."
+        command = shlex.join(["cfusion", "train", str(folder / CONFIG), f"output={folder}"])
+        again = f"{command} writes it again from the folds."
         if (folder / FOLD).is_file():
             again = (
                 f"Restore the file, or delete {folder} and run the same `cfusion train` again, which trains the fold."

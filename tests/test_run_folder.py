@@ -75,7 +75,10 @@ def test_predictions_that_were_edited_are_refused_with_the_way_back(tmp_path):
         (folder / run_folder.PREDICTIONS).write_text("risk\n1\n")
     run_folder.write_done(tmp_path, "a", None)
     (fold / run_folder.FOLD).write_text(json.dumps(run_folder.predictions_digest(fold)))
-    for folder, remedy in ((tmp_path, "writes the file from those of the folds"), (fold, f"delete {fold} and run")):
+    for folder, remedy in (
+        (tmp_path, f"cfusion train {tmp_path}/config.yaml output={tmp_path} writes it again"),
+        (fold, f"delete {fold} and run"),
+    ):
         path = run_folder.predictions_file(folder)
         path.write_text("risk\n2\n")
         with pytest.raises(DataError, match=r"predictions\.csv: was changed after the training wrote it") as refused:

@@ -64,7 +64,7 @@ def predict(
             "cfusion predict: no output was requested.", "Give --out FILE.csv, --json or --report FOLDER."
         )
     if out is not None and out.is_dir():
-        raise ConfigError(f"--out {out}: is a folder.", f"Give the name of a file, such as {out / 'predictions.csv'}.")
+        raise ConfigError(f"--out {out}: is a folder.", f"Give the name of a file, such as {out / 'risks.csv'}.")
     if bool(table) != (report is not None):
         raise ConfigError(
             "cfusion predict: --table and --report need each other.",

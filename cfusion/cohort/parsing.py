@@ -28,6 +28,7 @@ _STATUS = {
 """Words whose meaning is fixed, among them those of cBioPortal."""
 _COMMA = re.compile(r"[-+]?\d+,\d+")
 _INTEGER = re.compile(r"[-+]?\d+")
+_DATE = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}([T ].*)?")
 _OTHER_CODE = re.compile(r"([2-9]|\d{2,})(\.0+)?")
 
 
@@ -117,8 +118,12 @@ def numbers(cells: pd.Series, source: Path | str) -> pd.Series:
     wrong = (values.isna() & cells.notna()) | np.isinf(values)
     if wrong.any():
         at = int(np.argmax(wrong.to_numpy()))
+        found = str(cells.iloc[at])
         raise CohortError(
-            f"{source}, row {cells.index[at] + 2}: {cells.name} is {cells.iloc[at]!r}, expected a finite number."
+            f"{source}, row {cells.index[at] + 2}: {cells.name} is {found!r}, expected a finite number.",
+            "Give the time between two dates, not a date."
+            if _DATE.fullmatch(found.strip())
+            else "Write digits and a decimal point, without units, percent signs or separators of thousands.",
         )
     # pd.to_numeric can be off by one unit in the last place; float() is exact.
     return cells.map(float, na_action="ignore").astype(float)

@@ -520,7 +520,7 @@ def test_predictions_do_not_replace_a_folder(cfusion, files, tmp_path):
     (tmp_path / "results" / "kept.txt").touch()
     with pytest.raises(ConfigError, match="results: is a folder") as refused:
         cfusion("predict", files.shards, "--model", "nothing", "--out", tmp_path / "results")
-    assert "results/predictions.csv" in refused.value.remedy
+    assert "results/risks.csv" in refused.value.remedy
     with pytest.raises(DataError, match="results: exists and holds no model, so it is not replaced"):
         FoldEnsemble.load(untrained(tmp_path / "run")).models[0].save(tmp_path / "results")
     assert (tmp_path / "results" / "kept.txt").exists()

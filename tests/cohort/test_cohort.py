@@ -228,6 +228,11 @@ def test_manifest_covers_a_published_cohort(tcga: Path) -> None:
     ("text", "message"),
     [
         ("patient,slide,time,event\na,a1,twelve,1\n", r"row 2: time is 'twelve', expected a finite number"),
+        (
+            "patient,slide,time,event\na,a1,12%,1\n",
+            r"row 2: time is '12%', .* finite number. Write digits and a decimal",
+        ),
+        ("patient,slide,time,event\na,a1,2020-01-31,1\n", r"'2020-01-31', .* number. Give the time between two dates"),
         ("patient,slide,time,event\na,a1,3,1\nb,b1,inf,1\n", r"row 3: time is 'inf'"),
         ("patient,slide,time,event\na,a1,3,maybe\n", r"row 2: event is 'maybe', expected 0 or 1"),
         ("patient,slide,time,event\na,a1,3,1\na,a2,4,1\n", r"case a: the rows have different values of time_months"),
