@@ -135,6 +135,7 @@ from cfusion.config import load_config
 from cfusion.runs import crossval
 from cfusion.training import loop
 torch.set_num_threads(2)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
 original = loop.stop_requested
 pressed, folds = threading.Lock(), set()
 def interrupts():
