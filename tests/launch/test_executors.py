@@ -157,22 +157,28 @@ def newest_step(run: PlannedRun) -> str:
     return max(path.name for path in run.config.output.glob("checkpoints/fold_0/step_*"))
 
 
-@pytest.mark.long
-def test_asked_to_stop_ray_has_the_runs_at_work_save_and_does_not_begin_the_rest(files, tmp_path):
-    pytest.importorskip("ray")
-    runs = endless(files, tmp_path)
-    one_at_a_time = Execution("ray", resources=TaskResources(cpus=1, max_parallel=1), address="local")
+def stops_and_goes_on(files: CohortFiles, folder: Path, execution: Execution, *signals: int) -> None:
+    """Asked to stop by each of the signals, the run at work saves its state, and the other one is not begun."""
+    runs = endless(files, folder)
     begun = functools.partial(lambda folder: trainer(folder)[1], runs[0].config.output)
     steps = []
-    for number, error in ((signal.SIGTERM, RequeueError), (signal.SIGINT, KeyboardInterrupt)):
-        with Disturbance(tmp_path, number, lambda: [os.getpid()], begun) as asked, pytest.raises(error):
-            run_all(runs, one_at_a_time, tmp_path)
+    for number in signals:
+        error = KeyboardInterrupt if number == signal.SIGINT else RequeueError
+        with Disturbance(folder, number, lambda: [os.getpid()], begun) as asked, pytest.raises(error):
+            run_all(runs, execution, folder)
         assert asked.hit
         steps.append(newest_step(runs[0]))
     assert [attempt["outcome"] for attempt in attempts(runs[0].config.output)] == ["stopped", "stopped"]
     assert steps[0] < steps[1], "the second call went on from the state that the first one saved"
     assert not runs[1].config.output.exists()
     assert [status.state for status in look(runs)] == ["open", "open"]
+
+
+@pytest.mark.long
+def test_asked_to_stop_ray_has_the_runs_at_work_save_and_does_not_begin_the_rest(files, tmp_path):
+    pytest.importorskip("ray")
+    one_at_a_time = Execution("ray", resources=TaskResources(cpus=1, max_parallel=1), address="local")
+    stops_and_goes_on(files, tmp_path, one_at_a_time, signal.SIGTERM, signal.SIGINT)
 
 
 def test_a_signal_while_ray_starts_asks_for_a_stop(files, tmp_path, monkeypatch):
@@ -459,18 +465,8 @@ def test_torchrun_reports_the_cause_of_a_failure(files, tmp_path):
 
 
 @pytest.mark.slow
-def test_asked_to_stop_the_runs_at_work_save_and_the_rest_is_not_begun(files, expected, tmp_path):
-    runs = planned(files, tmp_path)
-    with (
-        Disturbance(tmp_path, signal.SIGTERM, lambda: [os.getpid()]) as asked,
-        pytest.raises(RequeueError, match="have saved their state"),
-    ):
-        run_all(runs, Execution(slots=1), tmp_path)
-    assert asked.hit
-    assert attempts(runs[0].config.output)[0]["outcome"] == "stopped"
-    assert not runs[1].config.output.exists()
-    run_all(runs, Execution(slots=1), tmp_path)
-    assert predictions(runs) == expected
+def test_asked_to_stop_the_runs_at_work_save_and_the_rest_is_not_begun(files, tmp_path):
+    stops_and_goes_on(files, tmp_path, Execution(slots=1), signal.SIGTERM, signal.SIGTERM)
 
 
 @pytest.mark.slow
