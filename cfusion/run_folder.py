@@ -135,7 +135,11 @@ def is_done(folder: Path) -> bool:
 
 def fold_name(fold: int, repeat: int, repeats: int) -> str:
     """Return the name of a fold's folder; the repeat is part of it where the run has several."""
-    return f"fold_{fold}" if repeats == 1 else f"repeat_{repeat}_fold_{fold}"
+    return _fold_name(fold, None if repeats == 1 else repeat)
+
+
+def _fold_name(fold: int | str, repeat: int | str | None) -> str:
+    return f"fold_{fold}" if repeat is None else f"repeat_{repeat}_fold_{fold}"
 
 
 def is_fold_name(name: str) -> bool:
@@ -182,13 +186,10 @@ def predictions_file(folder: Path) -> Path:
     return path
 
 
-def missing_models(run: Path) -> list[str]:
+def _missing_models(run: Path) -> list[str]:
     """Return the names of a run's folds whose model is not in its folder, as after an incomplete copy."""
     splits = [match for path in sorted((run / SPLITS).glob("*.csv")) if (match := _SPLIT_NAME.fullmatch(path.name))]
-    names = [
-        f"fold_{match['fold']}" if match["repeat"] is None else f"repeat_{match['repeat']}_fold_{match['fold']}"
-        for match in splits
-    ]
+    names = [_fold_name(match["fold"], match["repeat"]) for match in splits]
     return [name for name in names if not (run / name / MODEL / CARD).is_file()]
 
 
@@ -203,7 +204,7 @@ def check_all_models(run: Path) -> None:
     read_marker(run)
     if not is_done(run):
         raise DataError(f"{run}: its run is not finished.", "Finish it, or give the folder of one of its folds.")
-    if missing := missing_models(run):
+    if missing := _missing_models(run):
         raise DataError(
             f"{run}: has no model of {', '.join(missing)}, as after an incomplete copy.",
             "Copy the folder again, or give the folder of one of its folds.",

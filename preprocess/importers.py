@@ -59,7 +59,6 @@ LAYOUTS: dict[str, Callable[[SourceFolder], Found]] = {
 BESIDES = frozenset({"slide", "plain"})
 """Layouts for which `auto` looks only if no other fits: such files lie next to those of another layout."""
 
-
 _SHOWN_SUFFIXES = 4
 
 

@@ -106,8 +106,9 @@ def predict_inputs(
         where = Path(runtime.from_main(str(store or Path(scratch) / "features")))
         extraction = Extraction(where, {"sheets": False, **settings})
         inputs = open_inputs(given, ensemble.models[0].card, extraction, runtime)
-        owners = _owners(ensemble, cohorts, cases)
-        chosen = inputs.slide_ids if cases is None else wanted_slides(cases, read_owners(cases), inputs.slide_ids)
+        of_cases = {} if cases is None else read_owners(cases)
+        owners = _owners(ensemble, cohorts, of_cases)
+        chosen = inputs.slide_ids if cases is None else wanted_slides(cases, of_cases, inputs.slide_ids)
         unowned = owners.unowned(chosen)
         if unowned and runtime.is_main:
             logger.warning(
@@ -135,11 +136,8 @@ def _cohort(table: Path, endpoint: str) -> Cohort:
     return read_cohort(validate(CohortConfig, values, "--table"))
 
 
-def _owners(ensemble: FoldEnsemble, cohorts: Sequence[Cohort], cases: Path | None) -> SlideOwners:
-    """Return how the patients of slides are found: `cases` before the clinical tables, these before the training."""
+def _owners(ensemble: FoldEnsemble, cohorts: Sequence[Cohort], of_cases: Mapping[str, str]) -> SlideOwners:
+    """Return how patients of slides are found: in the table of cases, then in the clinical tables, then by training."""
     named = {str(slide): str(case) for cohort in cohorts for slide, case in cohort.slides["case_id"].items()}
     patients = Names([str(case) for cohort in cohorts for case in cohort.cases.index])
-    return SlideOwners(
-        lambda name: patients.find(name) or ensemble.find_trained(name),
-        named if cases is None else {**named, **read_owners(cases)},
-    )
+    return SlideOwners(lambda name: patients.find(name) or ensemble.find_trained(name), {**named, **of_cases})

@@ -237,12 +237,17 @@ def _check_enough_to_choose(cohort: Cohort, cases: pd.DataFrame, folds: int) -> 
         DataError: It is.
     """
     events = int(cases["event"].sum())
-    if events and (events < folds or len(cases) < 2 * folds):
+    if events and _too_few(cases, folds):
         raise DataError(
             f"cohort {cohort.name}: a training side has {len(cases)} patients with {events} events, too few to set "
             f"1 in {folds} apart to choose the epoch.",
             "Set evaluation.protocol=fixed-epoch, which needs no such patients, or raise splits.validation_fraction.",
         )
+
+
+def _too_few(cases: pd.DataFrame, folds: int) -> bool:
+    """Return whether some fold would have no event, or fewer than two patients."""
+    return int(cases["event"].sum()) < folds or len(cases) < 2 * folds
 
 
 def _draw(cohort: Cohort, case_ids: tuple[str, ...], config: SplitsConfig, folds: int, seed: int) -> list[Split]:
@@ -261,7 +266,7 @@ def _draw(cohort: Cohort, case_ids: tuple[str, ...], config: SplitsConfig, folds
 def _draw_of(cohort: Cohort, case_ids: tuple[str, ...], config: SplitsConfig, folds: int, seed: int) -> list[Split]:
     cases = cohort.cases.loc[list(case_ids)]
     events = int(cases["event"].sum())
-    if events < folds or len(cases) < 2 * folds:
+    if _too_few(cases, folds):
         raise DataError(
             f"cohort {cohort.name}: {len(cases)} patients with {events} events are too few for {folds} folds.",
             "Use fewer folds (splits.folds)."

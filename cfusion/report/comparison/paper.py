@@ -61,8 +61,7 @@ def _results(grid: ResultGrid) -> Printed:
     on_gpus = any(cost.gpu_hours > 0 for cost in costs.values())
     for number, (encoder, model) in enumerate(grid.methods):
         cells = grid.row(encoder, model)
-        mean = grid.mean_of_folds(encoder, model)
-        mean_text = "–" if math.isnan(mean) else f"{mean:.3f}"
+        mean_text = decimal(grid.mean_of_folds(encoder, model))
         hours = costs[encoder, model].gpu_hours if on_gpus else costs[encoder, model].cpu_hours
         hours_text = "–" if math.isnan(hours) else f"{hours:,.1f}"
         rows.append((encoder, model, *map(_mean_and_sd, cells), mean_text, hours_text))
@@ -150,7 +149,7 @@ def _published(published: PublishedComparison | None, protocol: str) -> list[Pri
             _spread(row["their_cindex_mean"], row["their_cindex_std"]), row["their_protocol"],
             decimal(row["difference"], 3, "+") if row["complete"] else "–",
             {True: "yes", False: "no"}.get(row["within_fold_sd"], "–"),
-            _number(row["null_independent"]), _number(row["null_correlated"]), _number(row["clinical_c_mean"]),
+            decimal(row["null_independent"]), decimal(row["null_correlated"]), decimal(row["clinical_c_mean"]),
         )
         for row in found
     )  # fmt: skip
@@ -163,8 +162,4 @@ def _published(published: PublishedComparison | None, protocol: str) -> list[Pri
 
 
 def _spread(mean: float, spread: float) -> str:
-    return _number(mean) if math.isnan(spread) else f"{mean:.3f} ± {spread:.3f}"
-
-
-def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.3f}"
+    return decimal(mean) if math.isnan(spread) else f"{mean:.3f} ± {spread:.3f}"
