@@ -8,7 +8,7 @@ from typing import Any
 
 from cfusion.config import Config
 from cfusion.report.context import PROTOCOL_TEXTS, ReportContext, endpoint_words, named
-from cfusion.report.number_words import decimal, interval
+from cfusion.report.number_words import decimal, with_interval
 from cfusion.report.printed_tables import Printed
 from cfusion.types import magnification_name, magnification_words
 
@@ -67,8 +67,7 @@ def _results(rows: Sequence[Mapping[str, Any]], protocol: str) -> Printed:
 
 def _with_interval(row: Mapping[str, Any], names: str, digits: int = 3, sign: str = "") -> str:
     value, low, high = (float(row[name]) for name in names.split())
-    limits = interval(low, high, digits, sign)
-    return f"{decimal(value, digits, sign)}{f' ({limits})' if limits else ''}"
+    return with_interval(value, low, high, digits, sign)
 
 
 def _without_seed(values: Mapping[str, Any]) -> str:

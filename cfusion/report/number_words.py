@@ -44,6 +44,12 @@ def interval(low: float, high: float, digits: int = 3, sign: str = "") -> str:
     return "" if math.isnan(low) else f"{decimal(low, digits, sign)} to {decimal(high, digits, sign)}"
 
 
+def with_interval(value: float, low: float, high: float, digits: int = 3, sign: str = "") -> str:
+    """Format a number with its interval in brackets; without one, the number by itself."""
+    limits = interval(low, high, digits, sign)
+    return f"{decimal(value, digits, sign)}{f' ({limits})' if limits else ''}"
+
+
 def p_text(p: float) -> str:
     """Format a p-value for a sentence."""
     if math.isnan(p):

@@ -12,7 +12,7 @@ from joblib import Parallel, delayed
 
 from cfusion.errors import DataError
 from cfusion.machine_limits import usable_cores
-from cfusion.report.number_words import decimal, interval
+from cfusion.report.number_words import with_interval
 from cfusion.report.runs import outcomes_and_splits
 from cfusion.report.search_section import FoldChoice
 from cfusion.run_folder import predictions_file
@@ -194,10 +194,7 @@ class Cell:
         if self.summary is None or not self.complete:
             return "–"
         value, low, high = (float(self.summary.get(name, _NAN)) for name in columns.split())
-        if math.isnan(value):
-            return "–"
-        limits = interval(low, high, sign=sign)
-        return f"{decimal(value, sign=sign)}{f' ({limits})' * bool(limits)}"
+        return "–" if math.isnan(value) else with_interval(value, low, high, sign=sign)
 
     @property
     def within(self) -> str:

@@ -10,7 +10,7 @@ from cfusion.report.comparison.comparison_tables import ResultGrid, tests_table
 from cfusion.report.comparison.critical_difference import cohorts_of, verdict
 from cfusion.report.comparison.published_results import PublishedComparison
 from cfusion.report.context import PROTOCOL_TEXTS, named
-from cfusion.report.number_words import bare_p, decimal, interval
+from cfusion.report.number_words import bare_p, decimal, with_interval
 from cfusion.report.printed_tables import Printed, latex_file, markdown_table
 
 _RESULTS = (
@@ -117,7 +117,7 @@ def _test(cell: Cell, row: dict[str, Any] | None) -> tuple[str, str, str]:
     """Format the difference with its interval, p, and p after Holm."""
     if row is None or row["why"]:
         return "the best" if cell.best else row["why"] if row else "–", "–", "–"
-    words = f"{decimal(row['difference'], 3, '+')} ({interval(row['low'], row['high'], 3, '+')})"
+    words = with_interval(row["difference"], row["low"], row["high"], sign="+")
     return words, bare_p(row["p"]), bare_p(row["p_holm"])
 
 
